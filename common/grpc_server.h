@@ -1,0 +1,27 @@
+// Server and channel settings that every gRPC port of the service shares.
+//
+// Limits are those of common/limits.h; keepalive of clients and servers is one pair that must fit
+// (a client that pings more often than the server allows is cut off with too_many_pings).
+#pragma once
+
+#include <grpcpp/channel.h>
+#include <grpcpp/server_builder.h>
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+
+namespace walsh {
+
+// Message, metadata, stream and keepalive limits, SO_REUSEPORT off.
+void ApplyServerLimits(grpc::ServerBuilder& builder);
+
+// An insecure channel with the keepalive and message limits of the pair.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address);
+
+// The five grpc_server_* metrics for every RPC of a server; call before building the server, once
+// per builder.
+void AddServerMetrics(grpc::ServerBuilder& builder);
+
+}  // namespace walsh

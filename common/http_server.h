@@ -1,0 +1,34 @@
+// A small HTTP server for health and metrics, on civetweb.
+//
+//   /livez /readyz /health (= readyz) /version /metrics
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace walsh {
+
+class HttpServer {
+ public:
+  struct Options {
+    std::string host = "127.0.0.1";
+    int port = 0;  // 0 takes a free one
+    // OK answers 200; anything else 503 with the message. Must not block.
+    std::function<absl::Status()> live;
+    std::function<absl::Status()> ready;
+  };
+  static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const Options& options);
+  ~HttpServer();
+  int port() const;
+
+ private:
+  HttpServer();
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace walsh

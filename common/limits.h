@@ -1,0 +1,84 @@
+// Every numeric ceiling of the service, each with its reason.
+//
+// The coordinator checks them, and the worker checks them again.
+#pragma once
+
+#include <cstdint>
+
+namespace walsh::limits {
+
+// -- Messages and connections (docs/limits.md)
+// ------------------------------------------------------ gRPC's default; larger data never travels
+// in a message.
+inline constexpr int kMessageBytesMax = 4 << 20;
+inline constexpr int kMetadataBytesMax = 8 << 10;
+// Messages to clients are cut here, so that they fit the metadata beside rich details.
+inline constexpr int kStatusMessageBytesMax = 1024;
+// More streams than this on one connection need several connections.
+inline constexpr int kConcurrentStreamsMax = 64;
+
+// -- Generation
+// -------------------------------------------------------------------------------------
+inline constexpr int64_t kPromptBytesMax = 1 << 20;
+inline constexpr int kNewTokensMax = 32768;
+inline constexpr int kNewTokensDefault = 256;
+inline constexpr int kStopStringsMax = 16;
+inline constexpr int kStopStringBytesMax = 64;
+inline constexpr int kStopTokensMax = 64;
+inline constexpr int kTopLogprobsMax = 20;
+inline constexpr int kChatMessagesMax = 4096;
+inline constexpr double kTemperatureMax = 2.0;
+inline constexpr double kRepetitionPenaltyMax = 10.0;
+inline constexpr double kPenaltyAbsMax = 2.0;
+// A stream's chunks that wait for a slow reader, and how long it may stall before it is ended.
+inline constexpr int kStreamChunksMax = 256;
+inline constexpr int kStreamStallSecondsMax = 30;
+
+// -- Jobs
+// -------------------------------------------------------------------------------------------
+inline constexpr int kJobIdBytesMax = 63;
+inline constexpr int kRequestIdBytesMax = 64;
+inline constexpr int kModelNameBytesMax = 64;
+inline constexpr int kDisplayNameBytesMax = 256;
+inline constexpr int kLabelsMax = 64;
+inline constexpr int kLabelBytesMax = 128;
+inline constexpr int kPathBytesMax = 4096;
+inline constexpr int kPageSizeDefault = 50;
+inline constexpr int kPageSizeMax = 1000;
+inline constexpr int kCalibrationSamplesMax = 8192;
+inline constexpr int kSequenceLengthMin = 32;
+inline constexpr int kSequenceLengthMax = 32768;
+// Jobs that wait; more are refused at once instead of waiting for ever.
+inline constexpr int kQueuedJobsMax = 10000;
+
+// -- Files
+// ------------------------------------------------------------------------------------------
+inline constexpr int64_t kSafetensorsHeaderBytesMax = 32 << 20;
+inline constexpr int kTensorsMax = 65536;
+inline constexpr int kTensorNameBytesMax = 256;
+inline constexpr int kTensorDimsMax = 8;
+inline constexpr int64_t kJsonFileBytesMax = 64 << 20;
+inline constexpr int kJsonDepthMax = 32;
+inline constexpr int64_t kConfigFileBytesMax = 4 << 20;
+inline constexpr int64_t kCalibrationFileBytesMax = 512 << 20;
+inline constexpr int64_t kGgufStringBytesMax = 16 << 20;
+inline constexpr int64_t kGgufArrayItemsMax = 4 << 20;
+inline constexpr int kGgufKeysMax = 65536;
+
+// -- Models
+// -----------------------------------------------------------------------------------------
+inline constexpr int kVocabMax = 1 << 20;
+inline constexpr int kLayersMax = 1024;
+inline constexpr int kHiddenMax = 1 << 17;
+inline constexpr int kIntermediateMax = 1 << 19;
+inline constexpr int kHeadsMax = 4096;
+inline constexpr int kContextMax = 1 << 22;
+
+// -- Chat templates
+// ---------------------------------------------------------------------------------
+inline constexpr int64_t kTemplateBytesMax = 256 << 10;
+inline constexpr int64_t kTemplateOutputBytesMax = 4 << 20;
+inline constexpr int64_t kTemplateStepsMax = 1'000'000;
+inline constexpr int kTemplateDepthMax = 64;
+
+}  // namespace walsh::limits

@@ -1,0 +1,56 @@
+#include "tests/testing/test_data.h"
+
+#include <cstdlib>
+#include <filesystem>
+
+#include "common/check.h"
+
+namespace walsh::testing {
+namespace {
+
+std::string Env(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+std::string IfExists(const std::string& path) {
+  std::error_code error;
+  return std::filesystem::exists(path, error) ? path : "";
+}
+
+}  // namespace
+
+std::string TestDataDir() {
+  if (const std::string dir = Env("WALSH_TEST_DATA"); !dir.empty()) return IfExists(dir);
+  const std::string source = Env("WALSH_SOURCE_DIR");
+  return source.empty() ? "" : IfExists(source + "/../shared/data");
+}
+
+std::string TestData(const std::string& relative) {
+  const std::string dir = TestDataDir();
+  return dir.empty() ? "" : IfExists(dir + "/" + relative);
+}
+
+std::string SmolLm2Path() {
+  if (const std::string path = Env("WALSH_SMOLLM2"); !path.empty()) return IfExists(path);
+  std::string cache = Env("WALSH_CACHE_DIR");
+  if (cache.empty()) {
+    const std::string xdg = Env("XDG_CACHE_HOME");
+    cache = (xdg.empty() ? Env("HOME") + "/.cache" : xdg) + "/walsh";
+  }
+  return IfExists(cache + "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+}
+
+TempDir::TempDir() {
+  const std::string base = std::filesystem::temp_directory_path().string();
+  std::string pattern = base + "/walsh-test-XXXXXX";
+  WALSH_CHECK(mkdtemp(pattern.data()) != nullptr);
+  path_ = pattern;
+}
+
+TempDir::~TempDir() {
+  std::error_code error;
+  std::filesystem::remove_all(path_, error);
+}
+
+}  // namespace walsh::testing

@@ -1,0 +1,126 @@
+// Continuous batching over one loaded model.
+//
+// One thread runs steps: admit waiting requests, run the model once over all prompts' next chunks
+// and all running sequences' last tokens, sample, hand text to the sinks. Knows neither gRPC nor
+// devices.
+//
+// Threads: all public methods are safe from any thread. Sinks are called from the engine's thread
+// and must
+//          not block.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/clock.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::engine {
+
+struct SamplingOptions {
+  int max_tokens = 256;
+  int min_tokens = 0;
+  double temperature = 1.0;  // 0: greedy
+  double top_p = 1.0;
+  int top_k = 0;  // 0: off
+  double min_p = 0.0;
+  double repetition_penalty = 1.0;
+  double presence_penalty = 0.0;
+  double frequency_penalty = 0.0;
+  uint64_t seed = 0;
+  std::vector<std::string> stop;
+  std::vector<int32_t> stop_tokens;
+  bool ignore_eos = false;
+  bool logprobs = false;
+  int top_logprobs = 0;
+  bool include_stop = false;
+  bool skip_special_tokens = true;
+};
+
+struct Request {
+  std::string id;
+  std::vector<int32_t> prompt;
+  SamplingOptions sampling;
+  absl::Time deadline = absl::InfiniteFuture();
+};
+
+enum class FinishReason { kStopToken, kLength, kEos, kStopString, kCancelled, kDeadline };
+
+struct TokenLogprob {
+  int32_t token = 0;
+  double logprob = 0;
+  std::vector<std::pair<int32_t, double>> top;
+};
+
+struct Delta {
+  std::string text;  // whole code points; may be empty
+  std::vector<int32_t> tokens;
+  std::vector<TokenLogprob> logprobs;
+};
+
+struct Outcome {
+  FinishReason reason = FinishReason::kLength;
+  std::string matched_stop;
+  int prompt_tokens = 0;
+  int completion_tokens = 0;
+  double queue_seconds = 0;
+  double ttft_seconds = 0;
+  double prefill_seconds = 0;
+  double decode_seconds = 0;
+};
+
+// Receives one request's events: started once, deltas, then exactly one of finished and failed.
+class Sink {
+ public:
+  virtual ~Sink() = default;
+  virtual void OnStarted(double queue_seconds) = 0;
+  virtual void OnDelta(Delta delta) = 0;
+  virtual void OnFinished(const Outcome& outcome) = 0;
+  virtual void OnFailed(const absl::Status& status) = 0;
+};
+
+struct Options {
+  int max_sequences = 16;          // that run at once
+  int max_waiting = 64;            // more are refused with RESOURCE_EXHAUSTED
+  int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks
+  int64_t kv_cache_tokens = 0;     // over all sequences; 0: max_sequences × min(context, 2048)
+  int n_threads = 0;               // 0: the machine's
+};
+
+struct Stats {
+  int running = 0;
+  int waiting = 0;
+  int64_t kv_tokens_used = 0;
+  int64_t kv_tokens_total = 0;
+  uint64_t steps = 0;
+  double heartbeat_age_seconds = 0;  // since the loop last turned; idle turns count
+};
+
+class LoadedModel;  // worker/engine/loaded_model.h
+
+class Engine {
+ public:
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(std::shared_ptr<LoadedModel> model,
+                                                        const Options& options, Clock* clock);
+  virtual ~Engine() = default;
+
+  // Accepts a request or refuses it at once: INVALID_ARGUMENT (empty prompt, ids outside the
+  // vocabulary, CONTEXT_LENGTH_EXCEEDED), RESOURCE_EXHAUSTED with a retry delay (queue full),
+  // UNAVAILABLE (draining).
+  virtual absl::Status Submit(Request request, std::shared_ptr<Sink> sink) = 0;
+  // The sequence leaves before the next step; its sink gets OnFinished with kCancelled. Unknown ids
+  // are ignored.
+  virtual void Cancel(const std::string& id) = 0;
+  // Refuses new requests; returns when the running ones are done or at the deadline, after which
+  // they fail with UNAVAILABLE.
+  virtual void Drain(absl::Duration timeout) = 0;
+  virtual Stats stats() const = 0;
+  virtual const LoadedModel& model() const = 0;
+};
+
+}  // namespace walsh::engine

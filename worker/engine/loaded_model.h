@@ -1,0 +1,61 @@
+// An artifact in memory, ready to serve: packed weights, tokenizer, chat template.
+//
+// Threads: const methods are safe from several threads, one forward at a time.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/io/artifact.h"
+#include "worker/io/checkpoint.h"
+#include "worker/model/decoder_layer.h"
+#include "worker/tokenizer/chat_template.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::engine {
+
+class LoadedModel {
+ public:
+  struct Options {
+    int n_threads = 1;
+    bool verify = true;     // check walsh.json's digests
+    bool head_8bit = true;  // lm_head at 8 bits; false keeps 32-bit floats
+  };
+  // DATA_LOSS when a file differs from its digest, UNIMPLEMENTED for what this backend cannot
+  // serve.
+  static absl::StatusOr<std::shared_ptr<LoadedModel>> LoadArtifact(const std::string& directory,
+                                                                   const Options& options);
+  // Unquantized, in floats: for calibration by the model's own text and for tests.
+  static absl::StatusOr<std::shared_ptr<LoadedModel>> LoadDense(const Checkpoint& checkpoint);
+  virtual ~LoadedModel() = default;
+
+  virtual const ModelConfig& config() const = 0;
+  virtual const ArtifactInfo& info() const = 0;
+  virtual const Tokenizer& tokenizer() const = 0;
+  virtual const ChatTemplate* chat_template() const = 0;  // null: the model has none
+  virtual int64_t memory_bytes() const = 0;
+  virtual int64_t packed_bytes_per_token() const = 0;  // weights read for one token at batch 1
+
+  // Rows of several sequences in one pass. `caches[layer]` of each slice is laid out by the caller.
+  struct Batch {
+    std::vector<int32_t> tokens;     // [n_rows]
+    std::vector<int32_t> positions;  // [n_rows]
+    struct Sequence {
+      int64_t first_row = 0, n_rows = 0, n_past = 0;
+      float* keys = nullptr;  // [n_layers][capacity][kv_width]
+      float* values = nullptr;
+      int64_t capacity = 0;
+      bool needs_logits = false;  // of its last row
+    };
+    std::vector<Sequence> sequences;
+  };
+  // logits [n sequences that need them, vocab], in their order.
+  virtual absl::Status Forward(const Batch& batch, const kernels::Stream& stream,
+                               ForwardScratch& scratch, Matrix& logits) const = 0;
+};
+
+}  // namespace walsh::engine

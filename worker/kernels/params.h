@@ -1,0 +1,124 @@
+// One plain struct of pointers and sizes per operation.
+//
+// Row-major. The product convention is y[n_tokens, out] = x[n_tokens, in] · W[out, in]ᵀ. Strides
+// count elements between rows. Pointers are never null unless the comment says so; sizes may be 0.
+#pragma once
+
+#include <cstdint>
+
+namespace walsh::kernels {
+
+struct MatmulParams {
+  int64_t n_tokens = 0;
+  int64_t in = 0;
+  int64_t out = 0;
+  const float* x = nullptr;        // [n_tokens, in]
+  int64_t x_stride = 0;            // ≥ in
+  const float* weights = nullptr;  // [out, in]
+  const float* bias = nullptr;     // [out] or null
+  float* y = nullptr;              // [n_tokens, out]
+  int64_t y_stride = 0;            // ≥ out
+  bool accumulate = false;         // y += instead of y =
+};
+
+// H[d, d] += Xᵀ X, both triangles written; X [n_tokens, d].
+struct GramParams {
+  int64_t n_tokens = 0;
+  int64_t dim = 0;
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  float* h = nullptr;
+};
+
+// C[m, n] −= A[m, k] · B[k, n]: the trailing update of GPTQ.
+struct SubtractProductParams {
+  int64_t m = 0;
+  int64_t n = 0;
+  int64_t k = 0;
+  const float* a = nullptr;
+  int64_t a_stride = 0;
+  const float* b = nullptr;
+  int64_t b_stride = 0;
+  float* c = nullptr;
+  int64_t c_stride = 0;
+};
+
+// y = x / sqrt(mean(x²) + eps) · weight, by row.
+struct RmsNormParams {
+  int64_t n_tokens = 0;
+  int64_t dim = 0;
+  const float* x = nullptr;
+  const float* weight = nullptr;  // [dim], or null for ones
+  float eps = 1e-5f;
+  float* y = nullptr;  // may be x
+};
+
+// Rotary embedding in the half-split layout of HF: pairs (i, i + head_dim/2) of each head.
+struct RopeParams {
+  int64_t n_tokens = 0;
+  int64_t n_heads = 0;
+  int64_t head_dim = 0;
+  const int32_t* positions = nullptr;          // [n_tokens]
+  const float* inverse_frequencies = nullptr;  // [head_dim / 2]
+  float* x = nullptr;                          // [n_tokens, n_heads · head_dim], in place
+  int64_t x_stride = 0;
+};
+
+// Causal grouped-query attention of one sequence: new token i sees keys 0 … n_past + i.
+struct AttentionParams {
+  int64_t n_new = 0;
+  int64_t n_past = 0;
+  int64_t n_heads = 0;
+  int64_t n_kv_heads = 0;
+  int64_t head_dim = 0;
+  float scale = 0;           // 1 / sqrt(head_dim)
+  const float* q = nullptr;  // [n_new, n_heads · head_dim], after RoPE
+  int64_t q_stride = 0;
+  const float* k = nullptr;  // [n_past + n_new, n_kv_heads · head_dim], after RoPE
+  const float* v = nullptr;  // the same
+  int64_t kv_stride = 0;
+  float* y = nullptr;  // [n_new, n_heads · head_dim]
+  int64_t y_stride = 0;
+};
+
+// y = silu(gate) · up, element-wise.
+struct SiluMultiplyParams {
+  int64_t n_tokens = 0;
+  int64_t dim = 0;
+  const float* gate = nullptr;
+  int64_t gate_stride = 0;
+  const float* up = nullptr;
+  int64_t up_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+};
+
+// y += x
+struct AddParams {
+  int64_t n = 0;
+  const float* x = nullptr;
+  float* y = nullptr;
+};
+
+// Each block of `block` columns of each row is multiplied by the orthonormal Hadamard (natural
+// order) or Walsh (sequency order) matrix; both are symmetric, so this is its own inverse. In
+// place.
+struct BlockWalshParams {
+  int64_t rows = 0;
+  int64_t cols = 0;   // a multiple of block
+  int64_t block = 0;  // a power of two
+  bool sequency = true;
+  float* x = nullptr;
+  int64_t x_stride = 0;
+};
+
+// loss[i] = logsumexp(logits[i]) − logits[i][target[i]], in double inside.
+struct CrossEntropyParams {
+  int64_t n_tokens = 0;
+  int64_t vocab = 0;
+  const float* logits = nullptr;     // [n_tokens, vocab]
+  const int32_t* targets = nullptr;  // [n_tokens], each in [0, vocab)
+  double* loss = nullptr;            // [n_tokens]
+};
+
+}  // namespace walsh::kernels
