@@ -17,8 +17,10 @@ namespace walsh {
 // Message, metadata, stream and keepalive limits, SO_REUSEPORT off.
 void ApplyServerLimits(grpc::ServerBuilder& builder);
 
-// An insecure channel with the keepalive and message limits of the pair.
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address);
+// An insecure channel with the keepalive and message limits of the pair. gRPC shares one connection
+// among channels with equal arguments; another `connection` number gives another connection, which
+// more than limits::kConcurrentStreamsMax streams need.
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection = 0);
 
 // The five grpc_server_* metrics for every RPC of a server; call before building the server, once
 // per builder.

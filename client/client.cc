@@ -1,0 +1,376 @@
+#include "client/client.h"
+
+#include <grpcpp/client_context.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/resource_name.h"
+#include "client/stream_watchdog.h"
+#include "common/grpc_status.h"
+#include "common/status_macros.h"
+#include "google/rpc/error_details.pb.h"
+#include "grpc/health/v1/health.grpc.pb.h"
+
+namespace walsh::client {
+namespace {
+
+uint64_t RandomSeed() { return std::random_device{}(); }
+
+bool Pause(Cancellation* cancellation, absl::Duration duration) {
+  if (cancellation != nullptr) return cancellation->Sleep(duration);
+  absl::SleepFor(duration);
+  return true;
+}
+
+// What the service asks for, or zero.
+absl::Duration RetryDelay(const absl::Status& status) {
+  const google::rpc::Status proto = ToProtoStatus(status);
+  for (const auto& detail : proto.details()) {
+    google::rpc::RetryInfo retry;
+    if (detail.UnpackTo(&retry)) {
+      return absl::Seconds(retry.retry_delay().seconds()) +
+             absl::Nanoseconds(retry.retry_delay().nanos());
+    }
+  }
+  return absl::ZeroDuration();
+}
+
+void SetDeadline(grpc::ClientContext& context, absl::Time deadline) {
+  if (deadline != absl::InfiniteFuture()) context.set_deadline(absl::ToChronoTime(deadline));
+}
+
+}  // namespace
+
+bool IsTerminal(v1::QuantizationJob::State state) {
+  return state == v1::QuantizationJob::SUCCEEDED || state == v1::QuantizationJob::FAILED ||
+         state == v1::QuantizationJob::CANCELLED;
+}
+
+std::string NewRequestId() {
+  std::random_device random;
+  std::string id;
+  for (int i = 0; i < 4; ++i) {
+    std::array<char, 9> digits;
+    std::snprintf(digits.data(), digits.size(), "%08x", random());
+    id += digits.data();
+  }
+  return id;
+}
+
+Client::Client(ClientOptions options)
+    : options_(std::move(options)), pool_(options_.address, options_.streams_per_connection) {}
+
+absl::Status Client::ToStatus(const grpc::Status& status) const {
+  absl::Status converted = FromGrpcStatus(status);
+  // gRPC's own words for this name resolvers and subchannels; a service's UNAVAILABLE has details.
+  if (status.error_code() == grpc::StatusCode::UNAVAILABLE && status.error_details().empty() &&
+      status.error_message().rfind("failed to connect", 0) == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("no walsh service answers at ", address(),
+                     " (start one with `walsh up`, or name another with --server)"));
+  }
+  return converted;
+}
+
+absl::Status Client::Retry(const Attempt& attempt, absl::Duration timeout,
+                           Cancellation* cancellation, const std::function<bool()>& may_retry) {
+  const absl::Time deadline =
+      timeout == absl::InfiniteDuration() ? absl::InfiniteFuture() : absl::Now() + timeout;
+  Backoff backoff(options_.backoff, RandomSeed());
+  for (int n_attempts = 1;; ++n_attempts) {
+    grpc::ClientContext context;
+    SetDeadline(context, deadline);
+    grpc::Status result;
+    {
+      ConnectionPool::Lease connection = pool_.Acquire();
+      Cancellation::Call call(cancellation, &context);
+      result = attempt(*connection.operator->(), &context);
+    }
+    absl::Status status = ToStatus(result);
+    if (status.ok() || status.code() != absl::StatusCode::kUnavailable) return status;
+    if (n_attempts >= options_.attempts_max || (may_retry && !may_retry())) return status;
+    const absl::Duration pause = std::max(backoff.Next(), RetryDelay(status));
+    if (absl::Now() + pause >= deadline) return status;
+    if (!Pause(cancellation, pause))
+      return absl::CancelledError("cancelled while waiting to retry");
+  }
+}
+
+template <typename Response, typename Service, typename Request>
+absl::StatusOr<Response> Client::Unary(std::unique_ptr<Service> Connection::*stub,
+                                       grpc::Status (Service::*method)(grpc::ClientContext*,
+                                                                       const Request&, Response*),
+                                       const Request& request, absl::Duration timeout,
+                                       Cancellation* cancellation) {
+  Response response;
+  WALSH_RETURN_IF_ERROR(Retry(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        response.Clear();
+        return ((*(connection.*stub)).*method)(context, request, &response);
+      },
+      timeout, cancellation));
+  return response;
+}
+
+// -- Jobs
+
+using JobStub = v1::QuantizationService::Stub;
+
+absl::StatusOr<v1::QuantizationJob> Client::CreateJob(v1::CreateQuantizationJobRequest request) {
+  if (request.request_id().empty()) request.set_request_id(NewRequestId());
+  return Unary(&Connection::quantization, &JobStub::CreateQuantizationJob, request,
+               options_.timeout);
+}
+
+absl::StatusOr<v1::QuantizationJob> Client::GetJob(const std::string& name) {
+  v1::GetQuantizationJobRequest request;
+  request.set_name(JobName(name));
+  return Unary(&Connection::quantization, &JobStub::GetQuantizationJob, request, options_.timeout);
+}
+
+absl::StatusOr<v1::ListQuantizationJobsResponse> Client::ListJobs(const std::string& filter,
+                                                                  const std::string& order_by,
+                                                                  int n_jobs_max) {
+  v1::ListQuantizationJobsResponse all;
+  v1::ListQuantizationJobsRequest request;
+  request.set_filter(filter);
+  request.set_order_by(order_by);
+  do {
+    request.set_page_size(
+        std::min(limits::kPageSizeMax, n_jobs_max - all.quantization_jobs_size()));
+    WALSH_ASSIGN_OR_RETURN(v1::ListQuantizationJobsResponse page,
+                           Unary(&Connection::quantization, &JobStub::ListQuantizationJobs, request,
+                                 options_.timeout));
+    request.set_page_token(page.next_page_token());
+    all.MergeFrom(page);
+  } while (!request.page_token().empty() && all.quantization_jobs_size() < n_jobs_max);
+  all.set_next_page_token(request.page_token());
+  return all;
+}
+
+absl::StatusOr<v1::QuantizationJob> Client::CancelJob(const std::string& name) {
+  v1::CancelQuantizationJobRequest request;
+  request.set_name(JobName(name));
+  return Unary(&Connection::quantization, &JobStub::CancelQuantizationJob, request,
+               options_.timeout);
+}
+
+absl::Status Client::DeleteJob(const std::string& name) {
+  v1::DeleteQuantizationJobRequest request;
+  request.set_name(JobName(name));
+  return Unary(&Connection::quantization, &JobStub::DeleteQuantizationJob, request,
+               options_.timeout)
+      .status();
+}
+
+absl::StatusOr<v1::ListSupportedArchitecturesResponse> Client::ListSupportedArchitectures() {
+  return Unary(&Connection::quantization, &JobStub::ListSupportedArchitectures,
+               v1::ListSupportedArchitecturesRequest(), options_.timeout);
+}
+
+absl::Status Client::WatchOnce(const std::string& name, const WatchObserver& observer,
+                               Cancellation* cancellation, int64_t* last_sequence, bool* finished) {
+  v1::WatchQuantizationJobRequest request;
+  request.set_name(JobName(name));
+  request.set_after_sequence(*last_sequence);
+  grpc::ClientContext context;
+  ConnectionPool::Lease connection = pool_.Acquire();
+  Cancellation::Call call(cancellation, &context);
+  StreamWatchdog watchdog(&context, options_.watch_silence_max);
+  const auto reader = connection->quantization->WatchQuantizationJob(&context, request);
+  absl::Status gap;
+  v1::QuantizationJobEvent event;
+  while (reader->Read(&event)) {
+    watchdog.Feed();
+    if (!event.heartbeat()) {
+      if (event.sequence() <= *last_sequence) continue;
+      if (event.sequence() != *last_sequence + 1) {
+        gap = absl::DataLossError(absl::StrCat("the events of job '", ResourceId(name),
+                                               "' have a gap: ", event.sequence(), " came after ",
+                                               *last_sequence));
+        context.TryCancel();
+        break;
+      }
+      *last_sequence = event.sequence();
+      *finished = IsTerminal(event.state());
+    }
+    if (observer.on_event) observer.on_event(event);
+  }
+  const absl::Status end = ToStatus(reader->Finish());
+  if (!gap.ok()) return gap;
+  if (watchdog.barked()) {
+    return absl::UnavailableError(
+        absl::StrCat("nothing arrived for ", absl::FormatDuration(options_.watch_silence_max)));
+  }
+  // A server that shuts down cancels its streams: for the watcher that is a lost connection.
+  if (end.code() == absl::StatusCode::kCancelled &&
+      (cancellation == nullptr || !cancellation->cancelled())) {
+    return absl::UnavailableError("the service ended the stream");
+  }
+  return end;
+}
+
+absl::StatusOr<v1::QuantizationJob> Client::WatchJob(const std::string& name,
+                                                     int64_t after_sequence,
+                                                     const WatchObserver& observer,
+                                                     Cancellation* cancellation) {
+  Backoff backoff(options_.backoff, RandomSeed());
+  int64_t last_sequence = after_sequence;
+  absl::Time give_up = absl::Now() + options_.watch_patience;
+  while (true) {
+    const int64_t before = last_sequence;
+    bool finished = false;
+    absl::Status status = WatchOnce(name, observer, cancellation, &last_sequence, &finished);
+    if (finished) return GetJob(name);
+    if (status.ok()) {
+      // Nothing left to replay: the end was before `after_sequence`, or the stream ended early.
+      WALSH_ASSIGN_OR_RETURN(v1::QuantizationJob job, GetJob(name));
+      if (IsTerminal(job.state())) return job;
+      status = absl::UnavailableError("the stream ended before the job did");
+    }
+    if (status.code() != absl::StatusCode::kUnavailable) return status;
+    if (last_sequence != before) {
+      backoff.Reset();
+      give_up = absl::Now() + options_.watch_patience;
+    }
+    const absl::Duration pause = std::max(backoff.Next(), RetryDelay(status));
+    if (absl::Now() + pause > give_up) return status;
+    if (observer.on_disconnect) observer.on_disconnect(status, pause);
+    if (!Pause(cancellation, pause)) return absl::CancelledError("cancelled while reconnecting");
+  }
+}
+
+// -- Models and workers
+
+using ModelStub = v1::ModelService::Stub;
+
+absl::StatusOr<v1::ListModelsResponse> Client::ListModels() {
+  v1::ListModelsResponse all;
+  v1::ListModelsRequest request;
+  request.set_page_size(limits::kPageSizeMax);
+  do {
+    WALSH_ASSIGN_OR_RETURN(
+        v1::ListModelsResponse page,
+        Unary(&Connection::models, &ModelStub::ListModels, request, options_.timeout));
+    request.set_page_token(page.next_page_token());
+    all.MergeFrom(page);
+  } while (!request.page_token().empty());
+  all.clear_next_page_token();
+  return all;
+}
+
+absl::StatusOr<v1::Model> Client::GetModel(const std::string& name) {
+  v1::GetModelRequest request;
+  request.set_name(ModelName(name));
+  return Unary(&Connection::models, &ModelStub::GetModel, request, options_.timeout);
+}
+
+absl::StatusOr<v1::Model> Client::LoadModel(const std::string& name, Cancellation* cancellation) {
+  v1::LoadModelRequest request;
+  request.set_name(ModelName(name));
+  return Unary(&Connection::models, &ModelStub::LoadModel, request, options_.load_timeout,
+               cancellation);
+}
+
+absl::StatusOr<v1::Model> Client::UnloadModel(const std::string& name, Cancellation* cancellation) {
+  v1::UnloadModelRequest request;
+  request.set_name(ModelName(name));
+  return Unary(&Connection::models, &ModelStub::UnloadModel, request, options_.load_timeout,
+               cancellation);
+}
+
+absl::Status Client::DeleteModel(const std::string& name, bool force) {
+  v1::DeleteModelRequest request;
+  request.set_name(ModelName(name));
+  request.set_force(force);
+  return Unary(&Connection::models, &ModelStub::DeleteModel, request, options_.load_timeout)
+      .status();
+}
+
+absl::StatusOr<v1::ListWorkersResponse> Client::ListWorkers() {
+  return Unary(&Connection::models, &ModelStub::ListWorkers, v1::ListWorkersRequest(),
+               options_.timeout);
+}
+
+// -- Generation
+
+using GenerationStub = v1::GenerationService::Stub;
+
+absl::StatusOr<v1::GenerateResponse> Client::Generate(const v1::GenerateRequest& request,
+                                                      Cancellation* cancellation,
+                                                      absl::Duration timeout) {
+  return Unary(&Connection::generation, &GenerationStub::Generate, request, timeout, cancellation);
+}
+
+absl::StatusOr<v1::GenerateResponse> Client::Chat(const v1::ChatRequest& request,
+                                                  Cancellation* cancellation,
+                                                  absl::Duration timeout) {
+  return Unary(&Connection::generation, &GenerationStub::Chat, request, timeout, cancellation);
+}
+
+template <typename Request>
+absl::Status Client::Stream(std::unique_ptr<grpc::ClientReader<v1::GenerateStreamResponse>> (
+                                GenerationStub::*method)(grpc::ClientContext*, const Request&),
+                            const Request& request, const OnStreamEvent& on_event,
+                            Cancellation* cancellation, absl::Duration timeout) {
+  bool started = false;
+  bool finished = false;
+  WALSH_RETURN_IF_ERROR(Retry(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        const auto reader = ((*connection.generation).*method)(context, request);
+        v1::GenerateStreamResponse event;
+        while (reader->Read(&event)) {
+          started = true;
+          finished = event.has_finished();
+          on_event(event);
+        }
+        return reader->Finish();
+      },
+      timeout, cancellation, [&] { return !started; }));
+  if (!finished) return absl::DataLossError("the stream ended without its last message");
+  return absl::OkStatus();
+}
+
+absl::Status Client::GenerateStream(const v1::GenerateRequest& request,
+                                    const OnStreamEvent& on_event, Cancellation* cancellation,
+                                    absl::Duration timeout) {
+  return Stream(&GenerationStub::GenerateStream, request, on_event, cancellation, timeout);
+}
+
+absl::Status Client::ChatStream(const v1::ChatRequest& request, const OnStreamEvent& on_event,
+                                Cancellation* cancellation, absl::Duration timeout) {
+  return Stream(&GenerationStub::ChatStream, request, on_event, cancellation, timeout);
+}
+
+absl::StatusOr<v1::TokenizeResponse> Client::Tokenize(const v1::TokenizeRequest& request) {
+  return Unary(&Connection::generation, &GenerationStub::Tokenize, request, options_.timeout);
+}
+
+absl::StatusOr<v1::DetokenizeResponse> Client::Detokenize(const v1::DetokenizeRequest& request) {
+  return Unary(&Connection::generation, &GenerationStub::Detokenize, request, options_.timeout);
+}
+
+absl::Status Client::CheckHealth(const std::string& service, absl::Duration timeout) {
+  grpc::health::v1::HealthCheckRequest request;
+  request.set_service(service);
+  grpc::health::v1::HealthCheckResponse response;
+  grpc::ClientContext context;
+  SetDeadline(context, absl::Now() + timeout);
+  ConnectionPool::Lease connection = pool_.Acquire();
+  const auto stub = grpc::health::v1::Health::NewStub(connection->channel);
+  WALSH_RETURN_IF_ERROR(ToStatus(stub->Check(&context, request, &response)));
+  if (response.status() != grpc::health::v1::HealthCheckResponse::SERVING) {
+    return absl::UnavailableError(
+        absl::StrCat("'", service, "' is ",
+                     grpc::health::v1::HealthCheckResponse::ServingStatus_Name(response.status())));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace walsh::client

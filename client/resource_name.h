@@ -1,0 +1,16 @@
+// Names of jobs and models as people type them and as the service spells them.
+//
+// People type "demo" or paste "models/demo"; both mean the same thing.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace walsh::client {
+
+std::string JobName(std::string_view id);    // "quantizationJobs/{id}"
+std::string ModelName(std::string_view id);  // "models/{id}"
+// The part after the last "/", which is what people type and tables show.
+std::string ResourceId(std::string_view name);
+
+}  // namespace walsh::client
