@@ -27,6 +27,7 @@ inline constexpr int kStopStringBytesMax = 64;
 inline constexpr int kStopTokensMax = 64;
 inline constexpr int kTopLogprobsMax = 20;
 inline constexpr int kChatMessagesMax = 4096;
+inline constexpr int kChatRoleBytesMax = 64;
 inline constexpr double kTemperatureMax = 2.0;
 inline constexpr double kRepetitionPenaltyMax = 10.0;
 inline constexpr double kPenaltyAbsMax = 2.0;
@@ -50,6 +51,14 @@ inline constexpr int kSequenceLengthMin = 32;
 inline constexpr int kSequenceLengthMax = 32768;
 // Jobs that wait; more are refused at once instead of waiting for ever.
 inline constexpr int kQueuedJobsMax = 10000;
+// Retries of a failure that may pass (with backoff, about 35 minutes in all), before it is final.
+inline constexpr int kJobRetriesMax = 10;
+// Worker processes that died with the job: 3 on two workers or more, or 5 in all, make it POISONED.
+inline constexpr int kJobCrashesOnTwoWorkersMax = 3;
+inline constexpr int kJobCrashesMax = 5;
+inline constexpr int kEvaluationWindowsMax = 8192;
+inline constexpr int kRotationBlockMin = 16;
+inline constexpr int kRotationBlockMax = 1 << 15;
 
 // -- Files
 // ------------------------------------------------------------------------------------------
