@@ -14,13 +14,27 @@
 
 namespace walsh {
 
+// Both sides of one keepalive agreement.
+struct Keepalive {
+  int client_interval_ms = 20'000;
+  int server_interval_ms = 30'000;
+  int timeout_ms = 10'000;  // without an answer to a ping the connection is gone
+  // A client that pings more often collects strikes; one more than the limit ends its connection.
+  int server_min_ping_interval_ms = 10'000;
+  int server_ping_strikes_max = 2;
+};
+inline constexpr Keepalive kKeepalive;
+static_assert(kKeepalive.client_interval_ms >= 2 * kKeepalive.server_min_ping_interval_ms,
+              "clients must stay clear of the server's limit, timers being late or early");
+
 // Message, metadata, stream and keepalive limits, SO_REUSEPORT off.
-void ApplyServerLimits(grpc::ServerBuilder& builder);
+void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive = kKeepalive);
 
 // An insecure channel with the keepalive and message limits of the pair. gRPC shares one connection
 // among channels with equal arguments; another `connection` number gives another connection, which
 // more than limits::kConcurrentStreamsMax streams need.
-std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection = 0);
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection = 0,
+                                           const Keepalive& keepalive = kKeepalive);
 
 // The five grpc_server_* metrics for every RPC of a server; call before building the server, once
 // per builder.

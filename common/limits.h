@@ -8,17 +8,21 @@
 namespace walsh::limits {
 
 // -- Messages and connections (docs/limits.md)
-// ------------------------------------------------------ gRPC's default; larger data never travels
-// in a message.
+// gRPC's default; larger data never travels in a message.
 inline constexpr int kMessageBytesMax = 4 << 20;
 inline constexpr int kMetadataBytesMax = 8 << 10;
 // Messages to clients are cut here, so that they fit the metadata beside rich details.
 inline constexpr int kStatusMessageBytesMax = 1024;
 // More streams than this on one connection need several connections.
 inline constexpr int kConcurrentStreamsMax = 64;
+// google.rpc.Status beside a code: in base64, with the message, it stays under kMetadataBytesMax.
+inline constexpr int kStatusDetailsBytesMax = 3 << 10;
+// What all connections of one server may buffer.
+inline constexpr int64_t kGrpcBuffersBytesMax = 512 << 20;
+inline constexpr int kHandshakeMsMax = 10'000;
+inline constexpr int kConnectionIdleMsMax = 15 * 60 * 1000;
 
 // -- Generation
-// -------------------------------------------------------------------------------------
 inline constexpr int64_t kPromptBytesMax = 1 << 20;
 inline constexpr int kNewTokensMax = 32768;
 inline constexpr int kNewTokensDefault = 256;
@@ -36,7 +40,6 @@ inline constexpr int kStreamChunksMax = 256;
 inline constexpr int kStreamStallSecondsMax = 30;
 
 // -- Jobs
-// -------------------------------------------------------------------------------------------
 inline constexpr int kJobIdBytesMax = 63;
 inline constexpr int kRequestIdBytesMax = 64;
 inline constexpr int kModelNameBytesMax = 64;
@@ -61,7 +64,6 @@ inline constexpr int kRotationBlockMin = 16;
 inline constexpr int kRotationBlockMax = 1 << 15;
 
 // -- Files
-// ------------------------------------------------------------------------------------------
 inline constexpr int64_t kSafetensorsHeaderBytesMax = 32 << 20;
 inline constexpr int kTensorsMax = 65536;
 inline constexpr int kTensorNameBytesMax = 256;
@@ -75,7 +77,6 @@ inline constexpr int64_t kGgufArrayItemsMax = 4 << 20;
 inline constexpr int kGgufKeysMax = 65536;
 
 // -- Models
-// -----------------------------------------------------------------------------------------
 inline constexpr int kVocabMax = 1 << 20;
 inline constexpr int kLayersMax = 1024;
 inline constexpr int kHiddenMax = 1 << 17;
@@ -84,7 +85,6 @@ inline constexpr int kHeadsMax = 4096;
 inline constexpr int kContextMax = 1 << 22;
 
 // -- Chat templates
-// ---------------------------------------------------------------------------------
 inline constexpr int64_t kTemplateBytesMax = 256 << 10;
 inline constexpr int64_t kTemplateOutputBytesMax = 4 << 20;
 inline constexpr int64_t kTemplateStepsMax = 1'000'000;
