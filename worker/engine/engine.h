@@ -11,7 +11,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -43,10 +45,12 @@ struct SamplingOptions {
 };
 
 struct Request {
-  std::string id;
+  std::string id;  // unique among the requests in the engine
   std::vector<int32_t> prompt;
   SamplingOptions sampling;
   absl::Time deadline = absl::InfiniteFuture();
+  // On the monotonic clock, where the call came in before its text became tokens; unset: Submit.
+  std::optional<absl::Duration> arrival;
 };
 
 enum class FinishReason { kStopToken, kLength, kEos, kStopString, kCancelled, kDeadline };
@@ -63,6 +67,7 @@ struct Delta {
   std::vector<TokenLogprob> logprobs;
 };
 
+// How a request ended. Cancelled and timed-out requests carry what they had until then.
 struct Outcome {
   FinishReason reason = FinishReason::kLength;
   std::string matched_stop;
@@ -74,7 +79,8 @@ struct Outcome {
   double decode_seconds = 0;
 };
 
-// Receives one request's events: started once, deltas, then exactly one of finished and failed.
+// Receives one request's events: started once it is admitted, deltas, then exactly one of finished
+// and failed. A request that leaves the queue without a start finishes without one.
 class Sink {
  public:
   virtual ~Sink() = default;
@@ -85,9 +91,10 @@ class Sink {
 };
 
 struct Options {
+  std::string model_name;          // label of the metrics
   int max_sequences = 16;          // that run at once
-  int max_waiting = 64;            // more are refused with RESOURCE_EXHAUSTED
-  int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks
+  int max_waiting = 64;            // that wait beside them; more are refused at once
+  int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks; ≥ max_sequences
   int64_t kv_cache_tokens = 0;     // over all sequences; 0: max_sequences × min(context, 2048)
   int n_threads = 0;               // 0: the machine's
 };
@@ -110,16 +117,18 @@ class Engine {
   virtual ~Engine() = default;
 
   // Accepts a request or refuses it at once: INVALID_ARGUMENT (empty prompt, ids outside the
-  // vocabulary, CONTEXT_LENGTH_EXCEEDED), RESOURCE_EXHAUSTED with a retry delay (queue full),
-  // UNAVAILABLE (draining).
+  // vocabulary, id in use, prompt of context_tokens() or more), RESOURCE_EXHAUSTED (queue full),
+  // UNAVAILABLE (draining). max_tokens is cut to what the context leaves.
   virtual absl::Status Submit(Request request, std::shared_ptr<Sink> sink) = 0;
   // The sequence leaves before the next step; its sink gets OnFinished with kCancelled. Unknown ids
   // are ignored.
   virtual void Cancel(const std::string& id) = 0;
-  // Refuses new requests; returns when the running ones are done or at the deadline, after which
+  // Refuses new requests; returns when the accepted ones are done or at the deadline, after which
   // they fail with UNAVAILABLE.
   virtual void Drain(absl::Duration timeout) = 0;
   virtual Stats stats() const = 0;
+  // Tokens of prompt and output together: the model's context, or the KV cache if that is smaller.
+  virtual int64_t context_tokens() const = 0;
   virtual const LoadedModel& model() const = 0;
 };
 

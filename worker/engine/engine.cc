@@ -1,0 +1,419 @@
+#include "worker/engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <iterator>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <unordered_map>
+
+#include "absl/strings/str_cat.h"
+#include "worker/engine/engine_metrics.h"
+#include "worker/engine/loaded_model.h"
+#include "worker/engine/scheduler.h"
+#include "worker/engine/sequence.h"
+#include "worker/kernels/thread_pool.h"
+
+namespace walsh::engine {
+namespace {
+
+// How often an idle loop turns, so that its heartbeat tells a waiting engine from a stuck one.
+constexpr auto kIdleTurn = std::chrono::milliseconds(500);
+constexpr int64_t kDefaultKvTokensPerSequence = 2048;
+
+// std::mutex throughout: ThreadSanitizer sees it, unlike the distribution's absl::Mutex.
+class BatchingEngine final : public Engine {
+ public:
+  BatchingEngine(std::shared_ptr<LoadedModel> model, const Options& options,
+                 const Scheduler::Limits& limits, Clock* clock)
+      : model_(std::move(model)),
+        clock_(clock),
+        context_tokens_(std::min(model_->config().max_position, limits.kv_tokens / 16 * 16)),
+        pool_(options.n_threads > 0 ? options.n_threads : ThreadPool::HardwareThreads()),
+        metrics_(options.model_name),
+        scheduler_(limits),
+        heartbeat_(clock->Monotonic()),
+        thread_([this] { Loop(); }) {}
+
+  ~BatchingEngine() override {
+    {
+      const std::lock_guard lock(mu_);
+      is_draining_ = true;
+      is_stopping_ = true;
+    }
+    wake_.notify_all();
+    thread_.join();
+  }
+
+  absl::Status Submit(Request request, std::shared_ptr<Sink> sink) override;
+  void Cancel(const std::string& id) override;
+  void Drain(absl::Duration timeout) override;
+  Stats stats() const override;
+  int64_t context_tokens() const override { return context_tokens_; }
+  const LoadedModel& model() const override { return *model_; }
+
+ private:
+  // A sequence's share of a step.
+  struct Active {
+    Sequence* sequence = nullptr;
+    Scheduler::Chunk chunk;
+    bool is_admitted = false;  // in this step
+  };
+  // A sequence that is over, and how: a reason, or a status that is not OK.
+  struct Ending {
+    SequenceId id = 0;
+    FinishReason reason = FinishReason::kLength;
+    absl::Status status;
+  };
+
+  absl::Status CheckRequest(const Request& request) const;
+  void Loop();
+  // One step: who leaves, who runs. The lock is free while the model runs and sinks are called, so
+  // that Submit never waits for either.
+  void Turn(std::unique_lock<std::mutex>& lock);
+  std::vector<Ending> RunStep(std::vector<Active> active);
+  absl::Status RunModel(const std::vector<Active>& active);
+  std::vector<Ending> SampleAll(const std::vector<Active>& active);
+  void DeliverToken(Sequence& sequence, Delta delta);
+  // Takes the sequences out, then tells their sinks.
+  void EndAll(std::unique_lock<std::mutex>& lock, const std::vector<Ending>& endings);
+  void FailAll(std::unique_lock<std::mutex>& lock, const absl::Status& status);
+  Stats StatsLocked() const;
+
+  const std::shared_ptr<LoadedModel> model_;
+  Clock* const clock_;
+  const int64_t context_tokens_;
+  ThreadPool pool_;
+  EngineMetrics metrics_;
+
+  // The engine's thread only.
+  ForwardScratch scratch_;
+  Matrix logits_;
+
+  mutable std::mutex mu_;
+  std::condition_variable wake_;
+  std::condition_variable idle_;
+  // Guarded by mu_. Other threads add sequences; only the engine's thread removes them and uses
+  // those that the scheduler admitted, so pointers to these stay valid without the lock.
+  Scheduler scheduler_;
+  std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::unordered_map<std::string, SequenceId> ids_;
+  SequenceId next_id_ = 1;
+  uint64_t n_steps_ = 0;
+  absl::Duration heartbeat_;
+  bool is_turning_ = false;
+  bool is_draining_ = false;
+  bool is_failing_ = false;  // the drain's time is over
+  bool is_stopping_ = false;
+
+  std::thread thread_;
+};
+
+absl::Status BatchingEngine::CheckRequest(const Request& request) const {
+  if (request.prompt.empty()) return absl::InvalidArgumentError("the prompt has no tokens");
+  if (request.sampling.max_tokens < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_tokens is ", request.sampling.max_tokens, ", at least 1"));
+  }
+  for (size_t i = 0; i < request.prompt.size(); ++i) {
+    if (request.prompt[i] < 0 || request.prompt[i] >= model_->config().vocab) {
+      return absl::InvalidArgumentError(absl::StrCat("prompt token ", i, " is ", request.prompt[i],
+                                                     ", the vocabulary has ids 0 to ",
+                                                     model_->config().vocab - 1));
+    }
+  }
+  const auto n_prompt = static_cast<int64_t>(request.prompt.size());
+  if (n_prompt >= context_tokens_) {
+    return absl::InvalidArgumentError(absl::StrCat("the prompt has ", n_prompt,
+                                                   " tokens, the model's context of ",
+                                                   context_tokens_, " leaves none to generate"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink) {
+  const absl::Duration now = clock_->Monotonic();
+  if (absl::Status status = CheckRequest(request); !status.ok()) {
+    metrics_.CountRejection("invalid");
+    return status;
+  }
+  const auto n_prompt = static_cast<int64_t>(request.prompt.size());
+  const int64_t n_new_max =
+      std::min<int64_t>(request.sampling.max_tokens, context_tokens_ - n_prompt);
+  // A deadline is wall time outside and must not move with the wall clock inside.
+  const absl::Duration deadline = now + (request.deadline - clock_->Now());
+  const absl::Duration arrival = request.arrival.value_or(now);
+  auto sequence =
+      std::make_unique<Sequence>(std::move(request), std::move(sink), *model_, n_new_max, arrival);
+
+  const std::lock_guard lock(mu_);
+  if (is_draining_) {
+    metrics_.CountRejection("draining");
+    return absl::UnavailableError("the model is being unloaded");
+  }
+  const std::string& name = sequence->request().id;
+  if (ids_.contains(name)) {
+    return absl::InvalidArgumentError(absl::StrCat("request id '", name, "' is in use"));
+  }
+  const SequenceId id = next_id_++;
+  const absl::Status added =
+      scheduler_.Add(id, {.n_prompt = n_prompt, .n_new_max = n_new_max, .deadline = deadline});
+  if (!added.ok()) {
+    metrics_.CountRejection("queue_full");
+    return added;
+  }
+  ids_.emplace(name, id);
+  sequences_.emplace(id, std::move(sequence));
+  wake_.notify_one();
+  return absl::OkStatus();
+}
+
+void BatchingEngine::Cancel(const std::string& id) {
+  const std::lock_guard lock(mu_);
+  if (const auto it = ids_.find(id); it != ids_.end()) scheduler_.Cancel(it->second);
+  wake_.notify_one();
+}
+
+void BatchingEngine::Drain(absl::Duration timeout) {
+  const auto is_empty = [this] { return sequences_.empty() && !is_turning_; };
+  std::unique_lock lock(mu_);
+  is_draining_ = true;
+  if (timeout == absl::InfiniteDuration()) {
+    idle_.wait(lock, is_empty);
+    return;
+  }
+  if (idle_.wait_for(lock, absl::ToChronoMicroseconds(timeout), is_empty)) return;
+  is_failing_ = true;
+  wake_.notify_one();
+  idle_.wait(lock, is_empty);
+}
+
+Stats BatchingEngine::stats() const {
+  const std::lock_guard lock(mu_);
+  return StatsLocked();
+}
+
+Stats BatchingEngine::StatsLocked() const {
+  return {.running = scheduler_.n_running(),
+          .waiting = scheduler_.n_waiting(),
+          .kv_tokens_used = scheduler_.kv_tokens_used(),
+          .kv_tokens_total = scheduler_.limits().kv_tokens,
+          .steps = n_steps_,
+          .heartbeat_age_seconds = absl::ToDoubleSeconds(clock_->Monotonic() - heartbeat_)};
+}
+
+void BatchingEngine::Loop() {
+  std::unique_lock lock(mu_);
+  while (!is_stopping_) {
+    heartbeat_ = clock_->Monotonic();
+    if (is_failing_) {
+      FailAll(lock, absl::UnavailableError("the model is being unloaded"));
+      is_failing_ = false;
+    }
+    if (!scheduler_.empty()) {
+      Turn(lock);
+    } else {
+      wake_.wait_for(lock, kIdleTurn);
+    }
+  }
+  FailAll(lock, absl::UnavailableError("the worker is stopping"));
+}
+
+void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
+  is_turning_ = true;
+  const Scheduler::Step step = scheduler_.Next(clock_->Monotonic());
+  std::vector<Ending> departed;
+  for (const Scheduler::Departure& departure : step.departures) {
+    departed.push_back({.id = departure.id,
+                        .reason = departure.reason == Scheduler::Reason::kCancelled
+                                      ? FinishReason::kCancelled
+                                      : FinishReason::kDeadline});
+  }
+  std::vector<Active> active;
+  for (const Scheduler::Chunk& chunk : step.chunks) {
+    active.push_back({.sequence = sequences_.at(chunk.id).get(),
+                      .chunk = chunk,
+                      .is_admitted = chunk.first == 0});
+  }
+  EndAll(lock, departed);
+  if (!active.empty()) {
+    lock.unlock();
+    const std::vector<Ending> endings = RunStep(std::move(active));
+    lock.lock();
+    ++n_steps_;
+    EndAll(lock, endings);
+  }
+  metrics_.SetLoad(StatsLocked());
+  is_turning_ = false;
+  if (sequences_.empty()) idle_.notify_all();
+}
+
+std::vector<BatchingEngine::Ending> BatchingEngine::RunStep(std::vector<Active> active) {
+  std::vector<Ending> endings;
+  const absl::Duration now = clock_->Monotonic();
+  const auto has_no_memory = [&](const Active& item) {
+    if (!item.is_admitted) return false;
+    Sequence& sequence = *item.sequence;
+    sequence.MarkAdmitted(now);
+    absl::StatusOr<KvSlot> slot =
+        KvSlot::Allocate(model_->config().n_layers, model_->config().kv_width(),
+                         KvReservation(sequence.n_prompt() + sequence.n_new_max()));
+    if (!slot.ok()) {
+      endings.push_back({.id = item.chunk.id, .status = slot.status()});
+      return true;
+    }
+    sequence.set_kv(*std::move(slot));
+    metrics_.ObserveAdmission(now - sequence.arrival());
+    metrics_.CountPromptTokens(sequence.n_prompt());
+    sequence.sink().OnStarted(absl::ToDoubleSeconds(now - sequence.arrival()));
+    return false;
+  };
+  std::erase_if(active, has_no_memory);
+  if (active.empty()) return endings;
+
+  const absl::Status status = RunModel(active);
+  if (!status.ok()) {
+    for (const Active& item : active) endings.push_back({.id = item.chunk.id, .status = status});
+    return endings;
+  }
+  std::vector<Ending> sampled = SampleAll(active);
+  std::move(sampled.begin(), sampled.end(), std::back_inserter(endings));
+  return endings;
+}
+
+absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
+  LoadedModel::Batch batch;
+  for (const Active& item : active) {
+    KvSlot& kv = item.sequence->kv();
+    batch.sequences.push_back({.first_row = static_cast<int64_t>(batch.tokens.size()),
+                               .n_rows = item.chunk.n_tokens,
+                               .n_past = item.chunk.first,
+                               .keys = kv.keys(),
+                               .values = kv.values(),
+                               .capacity = kv.capacity(),
+                               .needs_logits = item.chunk.samples});
+    for (int64_t i = 0; i < item.chunk.n_tokens; ++i) {
+      batch.tokens.push_back(item.sequence->TokenAt(item.chunk.first + i));
+      batch.positions.push_back(static_cast<int32_t>(item.chunk.first + i));
+    }
+  }
+  metrics_.ObserveStep(static_cast<int64_t>(batch.tokens.size()));
+  absl::Status status;
+  try {
+    status = model_->Forward(batch, {.pool = &pool_}, scratch_, logits_);
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("no memory for a step of the model");
+  }
+  if (status.ok() || absl::IsResourceExhausted(status)) return status;
+  return absl::InternalError(absl::StrCat("a step of the model failed: ", status.message()));
+}
+
+std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<Active>& active) {
+  std::vector<const Active*> sampling;
+  for (const Active& item : active) {
+    if (item.chunk.samples) sampling.push_back(&item);
+  }
+  const auto n_sampling = static_cast<int64_t>(sampling.size());
+  std::vector<absl::StatusOr<Sequence::Emission>> emissions(sampling.size());
+  pool_.ParallelFor(n_sampling, [&](int64_t i) {
+    const std::span<float> row(logits_.row(i), static_cast<size_t>(logits_.cols()));
+    emissions[i] = sampling[i]->sequence->Sample(row);
+  });
+  std::vector<Ending> endings;
+  for (int64_t i = 0; i < n_sampling; ++i) {
+    if (!emissions[i].ok()) {
+      endings.push_back({.id = sampling[i]->chunk.id, .status = emissions[i].status()});
+      continue;
+    }
+    DeliverToken(*sampling[i]->sequence, std::move(emissions[i]->delta));
+    if (emissions[i]->finish) {
+      endings.push_back({.id = sampling[i]->chunk.id, .reason = *emissions[i]->finish});
+    }
+  }
+  return endings;
+}
+
+void BatchingEngine::DeliverToken(Sequence& sequence, Delta delta) {
+  const absl::Duration now = clock_->Monotonic();
+  if (const auto interval = sequence.MarkToken(now)) {
+    metrics_.ObserveNextToken(*interval);
+  } else {
+    metrics_.ObserveFirstToken(now - sequence.arrival());
+  }
+  sequence.sink().OnDelta(std::move(delta));
+}
+
+void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
+                            const std::vector<Ending>& endings) {
+  if (endings.empty()) return;
+  std::vector<std::unique_ptr<Sequence>> ended;
+  for (const Ending& ending : endings) {
+    scheduler_.Finish(ending.id);
+    auto node = sequences_.extract(ending.id);
+    ids_.erase(node.mapped()->request().id);
+    ended.push_back(std::move(node.mapped()));
+  }
+  lock.unlock();
+  const absl::Duration now = clock_->Monotonic();
+  for (size_t i = 0; i < ended.size(); ++i) {
+    Sequence& sequence = *ended[i];
+    sequence.set_kv(KvSlot());
+    if (!endings[i].status.ok()) {
+      metrics_.CountFailure(endings[i].status.code());
+      sequence.sink().OnFailed(endings[i].status);
+      continue;
+    }
+    // Of a sequence that was stopped from outside, text may still be held back.
+    if (std::string text = sequence.FinishText(); !text.empty()) {
+      sequence.sink().OnDelta({.text = std::move(text)});
+    }
+    const Outcome outcome = sequence.MakeOutcome(endings[i].reason, now);
+    metrics_.ObserveOutcome(outcome, now - sequence.arrival());
+    sequence.sink().OnFinished(outcome);
+  }
+  ended.clear();
+  lock.lock();
+}
+
+void BatchingEngine::FailAll(std::unique_lock<std::mutex>& lock, const absl::Status& status) {
+  std::vector<Ending> endings;
+  for (const auto& [id, sequence] : sequences_) endings.push_back({.id = id, .status = status});
+  is_turning_ = true;
+  EndAll(lock, endings);
+  is_turning_ = false;
+  idle_.notify_all();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<LoadedModel> model,
+                                                       const Options& options, Clock* clock) {
+  const int64_t context = model->config().max_position;
+  Scheduler::Limits limits{.max_sequences = options.max_sequences,
+                           .max_waiting = options.max_waiting,
+                           .max_batch_tokens = options.max_batch_tokens,
+                           .kv_tokens = options.kv_cache_tokens};
+  if (limits.max_sequences < 1 || limits.max_waiting < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("sequences at once are ", limits.max_sequences,
+                                                   " (at least 1), requests that wait ",
+                                                   limits.max_waiting, " (at least 0)"));
+  }
+  if (limits.max_batch_tokens < limits.max_sequences) {
+    return absl::InvalidArgumentError(absl::StrCat("tokens of a step are ", limits.max_batch_tokens,
+                                                   ", at least the ", limits.max_sequences,
+                                                   " sequences at once, so that each advances"));
+  }
+  if (limits.kv_tokens == 0) {
+    limits.kv_tokens =
+        limits.max_sequences * KvReservation(std::min(context, kDefaultKvTokensPerSequence));
+  }
+  if (limits.kv_tokens < KvReservation(2)) {
+    return absl::InvalidArgumentError(absl::StrCat("the KV cache has ", limits.kv_tokens,
+                                                   " tokens, at least ", KvReservation(2)));
+  }
+  return std::make_unique<BatchingEngine>(std::move(model), options, limits, clock);
+}
+
+}  // namespace walsh::engine

@@ -1,0 +1,156 @@
+#include "worker/engine/engine_metrics.h"
+
+namespace walsh::engine {
+namespace {
+
+using metrics::Counter;
+using metrics::Gauge;
+using metrics::Histogram;
+
+auto& RunningFamily() {
+  static auto& family =
+      Gauge("walsh_num_requests_running", "Requests that hold a sequence of the engine.");
+  return family;
+}
+auto& WaitingFamily() {
+  static auto& family = Gauge("walsh_num_requests_waiting", "Accepted requests that wait.");
+  return family;
+}
+auto& KvUsageFamily() {
+  static auto& family =
+      Gauge("walsh_kv_cache_usage_perc", "Reserved share of the KV cache, 0 to 1.");
+  return family;
+}
+auto& HeartbeatFamily() {
+  static auto& family = Gauge("walsh_scheduler_heartbeat_age_seconds",
+                              "Time since the engine's loop last turned; idle turns count.");
+  return family;
+}
+
+}  // namespace
+
+const char* FinishReasonName(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kStopToken:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kEos:
+      return "eos";
+    case FinishReason::kStopString:
+      return "stop_sequence";
+    case FinishReason::kCancelled:
+      return "cancelled";
+    case FinishReason::kDeadline:
+      return "deadline";
+  }
+  return "unknown";
+}
+
+EngineMetrics::EngineMetrics(const std::string& model_name)
+    : labels_{{"model_name", model_name}},
+      running_(RunningFamily().Add(labels_)),
+      waiting_(WaitingFamily().Add(labels_)),
+      kv_usage_(KvUsageFamily().Add(labels_)),
+      heartbeat_age_(HeartbeatFamily().Add(labels_)),
+      prompt_tokens_(Counter("walsh_prompt_tokens_total", "Prompt tokens processed.").Add(labels_)),
+      generation_tokens_(
+          Counter("walsh_generation_tokens_total", "Tokens generated.").Add(labels_)),
+      cancelled_(Counter("walsh_request_cancelled_total",
+                         "Requests that their client cancelled before the end.")
+                     .Add(labels_)),
+      time_to_first_token_(Histogram("walsh_time_to_first_token_seconds",
+                                     "From a request's arrival to its first token.")
+                               .Add(labels_, metrics::TimeToFirstTokenBuckets())),
+      inter_token_latency_(
+          Histogram("walsh_inter_token_latency_seconds", "Between successive tokens of a request.")
+              .Add(labels_, metrics::InterTokenLatencyBuckets())),
+      time_per_output_token_(Histogram("walsh_request_time_per_output_token_seconds",
+                                       "Mean time per token after the first, by request.")
+                                 .Add(labels_, metrics::InterTokenLatencyBuckets())),
+      e2e_latency_(
+          Histogram("walsh_e2e_request_latency_seconds", "From a request's arrival to its end.")
+              .Add(labels_, metrics::RequestLatencyBuckets())),
+      queue_time_(Histogram("walsh_request_queue_time_seconds", "From arrival to admission.")
+                      .Add(labels_, metrics::RequestLatencyBuckets())),
+      prefill_time_(
+          Histogram("walsh_request_prefill_time_seconds", "From admission to the first token.")
+              .Add(labels_, metrics::RequestLatencyBuckets())),
+      decode_time_(
+          Histogram("walsh_request_decode_time_seconds", "From the first to the last token.")
+              .Add(labels_, metrics::RequestLatencyBuckets())),
+      prompt_length_(Histogram("walsh_request_prompt_tokens", "Prompt tokens of a request.")
+                         .Add(labels_, metrics::TokenCountBuckets())),
+      generation_length_(
+          Histogram("walsh_request_generation_tokens", "Tokens generated for a request.")
+              .Add(labels_, metrics::TokenCountBuckets())),
+      iteration_tokens_(Histogram("walsh_iteration_tokens", "Tokens of one step of the engine.")
+                            .Add(labels_, metrics::TokenCountBuckets())) {}
+
+EngineMetrics::~EngineMetrics() {
+  RunningFamily().Remove(&running_);
+  WaitingFamily().Remove(&waiting_);
+  KvUsageFamily().Remove(&kv_usage_);
+  HeartbeatFamily().Remove(&heartbeat_age_);
+}
+
+void EngineMetrics::CountRejection(const std::string& reason) {
+  static auto& family = Counter("walsh_admission_rejections_total",
+                                "Requests refused before they were queued, by reason.");
+  family.Add({{"model_name", labels_.at("model_name")}, {"reason", reason}}).Increment();
+}
+
+void EngineMetrics::ObserveStep(int64_t n_tokens) { iteration_tokens_.Observe(ToDouble(n_tokens)); }
+
+void EngineMetrics::ObserveAdmission(absl::Duration queue) {
+  queue_time_.Observe(absl::ToDoubleSeconds(queue));
+}
+
+void EngineMetrics::ObserveFirstToken(absl::Duration since_arrival) {
+  generation_tokens_.Increment();
+  time_to_first_token_.Observe(absl::ToDoubleSeconds(since_arrival));
+}
+
+void EngineMetrics::ObserveNextToken(absl::Duration interval) {
+  generation_tokens_.Increment();
+  inter_token_latency_.Observe(absl::ToDoubleSeconds(interval));
+}
+
+void EngineMetrics::ObserveOutcome(const Outcome& outcome, absl::Duration since_arrival) {
+  if (outcome.reason == FinishReason::kCancelled) {
+    cancelled_.Increment();
+    return;
+  }
+  static auto& success =
+      Counter("walsh_request_success_total", "Requests that ended, by finished_reason.");
+  success
+      .Add({{"model_name", labels_.at("model_name")},
+            {"finished_reason", FinishReasonName(outcome.reason)}})
+      .Increment();
+  e2e_latency_.Observe(absl::ToDoubleSeconds(since_arrival));
+  prompt_length_.Observe(outcome.prompt_tokens);
+  generation_length_.Observe(outcome.completion_tokens);
+  if (outcome.completion_tokens == 0) return;
+  prefill_time_.Observe(outcome.prefill_seconds);
+  decode_time_.Observe(outcome.decode_seconds);
+  if (outcome.completion_tokens > 1) {
+    time_per_output_token_.Observe(outcome.decode_seconds / (outcome.completion_tokens - 1));
+  }
+}
+
+void EngineMetrics::CountFailure(absl::StatusCode code) {
+  static auto& family = Counter("walsh_request_failure_total", "Requests that failed, by code.");
+  family.Add({{"model_name", labels_.at("model_name")}, {"code", absl::StatusCodeToString(code)}})
+      .Increment();
+}
+
+void EngineMetrics::SetLoad(const Stats& stats) {
+  running_.Set(stats.running);
+  waiting_.Set(stats.waiting);
+  kv_usage_.Set(stats.kv_tokens_total == 0
+                    ? 0
+                    : ToDouble(stats.kv_tokens_used) / ToDouble(stats.kv_tokens_total));
+  heartbeat_age_.Set(stats.heartbeat_age_seconds);
+}
+
+}  // namespace walsh::engine

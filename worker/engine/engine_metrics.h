@@ -1,0 +1,63 @@
+// What a model's engine counts, under the names of docs/metrics.md and the label model_name.
+//
+// Intervals are monotonic: queue from arrival to admission, prefill from admission to the first
+// token, decode from the first to the last token, time to first token from arrival.
+//
+// Threads: safe.
+#pragma once
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "common/metrics.h"
+#include "worker/engine/engine.h"
+
+namespace walsh::engine {
+
+class EngineMetrics {
+ public:
+  explicit EngineMetrics(const std::string& model_name);
+  // Gauges of a model that is gone vanish; counters and histograms stay, as rates need them.
+  ~EngineMetrics();
+  EngineMetrics(const EngineMetrics&) = delete;
+  EngineMetrics& operator=(const EngineMetrics&) = delete;
+
+  // `reason`: "queue_full", "context_length", "draining" or "invalid".
+  void CountRejection(const std::string& reason);
+  void ObserveStep(int64_t n_tokens);
+  void CountPromptTokens(int64_t n_tokens) { prompt_tokens_.Increment(ToDouble(n_tokens)); }
+  void ObserveAdmission(absl::Duration queue);
+  void ObserveFirstToken(absl::Duration since_arrival);
+  void ObserveNextToken(absl::Duration interval);
+  void ObserveOutcome(const Outcome& outcome, absl::Duration since_arrival);
+  void CountFailure(absl::StatusCode code);
+  void SetLoad(const Stats& stats);
+
+ private:
+  static double ToDouble(int64_t n) { return static_cast<double>(n); }
+
+  const prometheus::Labels labels_;
+  prometheus::Gauge& running_;
+  prometheus::Gauge& waiting_;
+  prometheus::Gauge& kv_usage_;
+  prometheus::Gauge& heartbeat_age_;
+  prometheus::Counter& prompt_tokens_;
+  prometheus::Counter& generation_tokens_;
+  prometheus::Counter& cancelled_;
+  prometheus::Histogram& time_to_first_token_;
+  prometheus::Histogram& inter_token_latency_;
+  prometheus::Histogram& time_per_output_token_;
+  prometheus::Histogram& e2e_latency_;
+  prometheus::Histogram& queue_time_;
+  prometheus::Histogram& prefill_time_;
+  prometheus::Histogram& decode_time_;
+  prometheus::Histogram& prompt_length_;
+  prometheus::Histogram& generation_length_;
+  prometheus::Histogram& iteration_tokens_;
+};
+
+// "stop", "length", "eos", "stop_sequence", "cancelled" or "deadline".
+const char* FinishReasonName(FinishReason reason);
+
+}  // namespace walsh::engine

@@ -1,0 +1,173 @@
+#include "worker/engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "worker/engine/counter_rng.h"
+
+namespace walsh::engine {
+namespace {
+
+constexpr float kExcluded = -std::numeric_limits<float>::infinity();
+
+// Position of the largest value, the first of equal ones; NaN anywhere gives −1, since a NaN is
+// never a token's score but a fault upstream.
+int64_t ArgMax(std::span<const float> values) {
+  int64_t best = -1;
+  float max = kExcluded;
+  bool has_nan = false;
+  for (size_t i = 0; i < values.size(); ++i) {
+    has_nan |= std::isnan(values[i]);
+    if (values[i] > max) {
+      max = values[i];
+      best = static_cast<int64_t>(i);
+    }
+  }
+  return has_nan ? -1 : best;
+}
+
+double LogSumExp(std::span<const float> logits, float max_logit) {
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - max_logit);
+  return static_cast<double>(max_logit) + std::log(sum);
+}
+
+// The n largest, most probable first, lowest ids first among equal ones.
+std::vector<std::pair<int32_t, double>> TopLogprobs(std::span<const float> logits, int n,
+                                                    double log_sum_exp) {
+  std::vector<int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  const auto end = ids.begin() + std::min<int64_t>(n, static_cast<int64_t>(ids.size()));
+  std::partial_sort(ids.begin(), end, ids.end(), [logits](int32_t a, int32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  });
+  std::vector<std::pair<int32_t, double>> top;
+  for (auto it = ids.begin(); it != end; ++it) top.emplace_back(*it, logits[*it] - log_sum_exp);
+  return top;
+}
+
+}  // namespace
+
+Sampler::Sampler(const SamplingOptions& options, std::span<const int32_t> prompt,
+                 std::span<const int32_t> eos)
+    : options_(options), ends_(options.stop_tokens) {
+  if (!options.ignore_eos) ends_.insert(ends_.end(), eos.begin(), eos.end());
+  if (wants_penalties()) {
+    for (const int32_t token : prompt) n_output_.try_emplace(token, 0);
+  }
+}
+
+bool Sampler::wants_penalties() const {
+  return options_.repetition_penalty != 1.0 || options_.presence_penalty != 0.0 ||
+         options_.frequency_penalty != 0.0;
+}
+
+absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
+  TokenLogprob result;
+  const int64_t raw_best = ArgMax(logits);
+  if (raw_best < 0 || std::isinf(logits[raw_best])) {
+    return absl::InternalError(
+        absl::StrCat("the model's logits for new token ", n_generated_, " are not finite"));
+  }
+  double log_sum_exp = 0;
+  std::vector<float> raw;
+  if (options_.logprobs) {
+    log_sum_exp = LogSumExp(logits, logits[raw_best]);
+    result.top = TopLogprobs(logits, options_.top_logprobs, log_sum_exp);
+    raw.assign(logits.begin(), logits.end());
+  }
+
+  Penalize(logits);
+  if (n_generated_ < options_.min_tokens) ExcludeEnds(logits);
+  const int64_t best = ArgMax(logits);
+  if (best < 0) {
+    return absl::InternalError(
+        absl::StrCat("no token is left to choose for new token ", n_generated_));
+  }
+  result.token =
+      options_.temperature == 0.0 ? static_cast<int32_t>(best) : Draw(logits, logits[best]);
+  if (options_.logprobs) result.logprob = raw[result.token] - log_sum_exp;
+  if (wants_penalties()) ++n_output_[result.token];
+  ++n_generated_;
+  return result;
+}
+
+void Sampler::Penalize(std::span<float> logits) const {
+  const auto repetition = static_cast<float>(options_.repetition_penalty);
+  for (const auto& [token, n_output] : n_output_) {
+    if (token < 0 || static_cast<size_t>(token) >= logits.size()) continue;
+    float& logit = logits[token];
+    logit = logit > 0 ? logit / repetition : logit * repetition;
+    if (n_output > 0) {
+      logit -=
+          static_cast<float>(options_.presence_penalty + options_.frequency_penalty * n_output);
+    }
+  }
+}
+
+void Sampler::ExcludeEnds(std::span<float> logits) const {
+  for (const int32_t token : ends_) {
+    if (token >= 0 && static_cast<size_t>(token) < logits.size()) logits[token] = kExcluded;
+  }
+}
+
+int32_t Sampler::Draw(std::span<const float> logits, float max_logit) {
+  // min_p as a bound on logits: p / max p = exp((logit − max) / temperature).
+  const auto floor = static_cast<float>(
+      options_.min_p > 0 ? max_logit + options_.temperature * std::log(options_.min_p) : kExcluded);
+  candidates_.clear();
+  for (size_t i = 0; i < logits.size(); ++i) {
+    if (logits[i] == kExcluded || logits[i] < floor) continue;
+    const auto exponent = static_cast<float>((logits[i] - max_logit) / options_.temperature);
+    candidates_.push_back({static_cast<int32_t>(i), logits[i], std::exp(exponent)});
+  }
+  const auto top_k = static_cast<size_t>(options_.top_k);
+  if (options_.top_k > 0 && top_k < candidates_.size()) {
+    std::nth_element(candidates_.begin(), candidates_.begin() + options_.top_k, candidates_.end(),
+                     MoreProbable{});
+    candidates_.resize(top_k);
+    std::sort(candidates_.begin(), candidates_.end(), MoreProbable{});
+  }
+  if (options_.top_p < 1.0) KeepMass(options_.top_p * TotalWeight());
+  const double target =
+      UniformAt(options_.seed, static_cast<uint64_t>(n_generated_)) * TotalWeight();
+  double cumulative = 0;
+  for (const Candidate& candidate : candidates_) {
+    cumulative += candidate.weight;
+    if (cumulative > target) return candidate.token;
+  }
+  // Rounding let the sum end at the target.
+  return std::max_element(candidates_.begin(), candidates_.end(),
+                          [](const auto& a, const auto& b) { return a.weight < b.weight; })
+      ->token;
+}
+
+double Sampler::TotalWeight() const {
+  double total = 0;
+  for (const Candidate& candidate : candidates_) total += candidate.weight;
+  return total;
+}
+
+void Sampler::KeepMass(double mass) {
+  // The nucleus is mostly small: sort a prefix that grows until it holds the mass.
+  double cumulative = 0;
+  size_t n_kept = 0;
+  for (size_t n_sorted = 0; n_sorted < candidates_.size();) {
+    const size_t n_next = std::min(candidates_.size(), std::max<size_t>(64, 8 * n_sorted));
+    std::partial_sort(candidates_.begin() + static_cast<int64_t>(n_sorted),
+                      candidates_.begin() + static_cast<int64_t>(n_next), candidates_.end(),
+                      MoreProbable{});
+    for (n_sorted = n_next; n_kept < n_sorted;) {
+      cumulative += candidates_[n_kept++].weight;
+      if (cumulative >= mass) {
+        candidates_.resize(n_kept);
+        return;
+      }
+    }
+  }
+}
+
+}  // namespace walsh::engine

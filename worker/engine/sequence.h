@@ -1,0 +1,71 @@
+// One request inside the engine: what it asked for, what it has so far, and when what happened.
+//
+// Threads: the engine's thread only, once the scheduler admitted it.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "worker/engine/engine.h"
+#include "worker/engine/kv_cache.h"
+#include "worker/engine/sampler.h"
+#include "worker/tokenizer/text_stream.h"
+
+namespace walsh::engine {
+
+class Sequence {
+ public:
+  // `n_new_max` is max_tokens cut to what the context leaves.
+  Sequence(Request request, std::shared_ptr<Sink> sink, const LoadedModel& model, int64_t n_new_max,
+           absl::Duration arrival);
+
+  const Request& request() const { return request_; }
+  Sink& sink() { return *sink_; }
+  int64_t n_prompt() const { return static_cast<int64_t>(request_.prompt.size()); }
+  int64_t n_new_max() const { return n_new_max_; }
+  int n_generated() const { return sampler_.n_generated(); }
+  // The token at a position of prompt and output.
+  int32_t TokenAt(int64_t position) const;
+
+  KvSlot& kv() { return kv_; }
+  void set_kv(KvSlot kv) { kv_ = std::move(kv); }
+
+  // What one sampled token means. `finish` is set when it is the last.
+  struct Emission {
+    Delta delta;
+    std::optional<FinishReason> finish;
+  };
+  // Samples from a row of logits, which it overwrites. An error concerns this sequence alone.
+  absl::StatusOr<Emission> Sample(std::span<float> logits);
+
+  // Intervals: queue from arrival to admission, prefill from admission to the first token, decode
+  // from the first to the last token; time to first token counts from arrival.
+  void MarkAdmitted(absl::Duration now);
+  // Returns the time since the previous token, or nothing for the first.
+  std::optional<absl::Duration> MarkToken(absl::Duration now);
+  bool is_admitted() const { return admitted_ >= absl::ZeroDuration(); }
+  absl::Duration arrival() const { return arrival_; }
+  // Text still held back at the end; then the figures.
+  std::string FinishText();
+  Outcome MakeOutcome(FinishReason reason, absl::Duration now) const;
+
+ private:
+  std::optional<FinishReason> EndsWith(int32_t token) const;
+
+  Request request_;
+  std::shared_ptr<Sink> sink_;
+  int64_t n_new_max_;
+  std::vector<int32_t> eos_;
+  Sampler sampler_;
+  TextStream text_;
+  std::vector<int32_t> output_;
+  KvSlot kv_;
+  absl::Duration arrival_;
+  absl::Duration admitted_ = -absl::InfiniteDuration();
+  absl::Duration first_token_ = absl::InfiniteDuration();
+  absl::Duration last_token_ = absl::InfiniteDuration();
+};
+
+}  // namespace walsh::engine
