@@ -65,7 +65,7 @@ class BatchingEngine final : public Engine {
   struct Ending {
     SequenceId id = 0;
     FinishReason reason = FinishReason::kLength;
-    absl::Status status;
+    absl::Status status = {};
   };
 
   absl::Status CheckRequest(const Request& request) const;

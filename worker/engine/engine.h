@@ -35,8 +35,8 @@ struct SamplingOptions {
   double presence_penalty = 0.0;
   double frequency_penalty = 0.0;
   uint64_t seed = 0;
-  std::vector<std::string> stop;
-  std::vector<int32_t> stop_tokens;
+  std::vector<std::string> stop = {};
+  std::vector<int32_t> stop_tokens = {};
   bool ignore_eos = false;
   bool logprobs = false;
   int top_logprobs = 0;
@@ -46,11 +46,11 @@ struct SamplingOptions {
 
 struct Request {
   std::string id;  // unique among the requests in the engine
-  std::vector<int32_t> prompt;
-  SamplingOptions sampling;
+  std::vector<int32_t> prompt = {};
+  SamplingOptions sampling = {};
   absl::Time deadline = absl::InfiniteFuture();
   // On the monotonic clock, where the call came in before its text became tokens; unset: Submit.
-  std::optional<absl::Duration> arrival;
+  std::optional<absl::Duration> arrival = {};
 };
 
 enum class FinishReason { kStopToken, kLength, kEos, kStopString, kCancelled, kDeadline };
@@ -62,9 +62,9 @@ struct TokenLogprob {
 };
 
 struct Delta {
-  std::string text;  // whole code points; may be empty
-  std::vector<int32_t> tokens;
-  std::vector<TokenLogprob> logprobs;
+  std::string text = {};  // whole code points; may be empty
+  std::vector<int32_t> tokens = {};
+  std::vector<TokenLogprob> logprobs = {};
 };
 
 // How a request ended. Cancelled and timed-out requests carry what they had until then.
@@ -91,7 +91,7 @@ class Sink {
 };
 
 struct Options {
-  std::string model_name;          // label of the metrics
+  std::string model_name = {};     // label of the metrics
   int max_sequences = 16;          // that run at once
   int max_waiting = 64;            // that wait beside them; more are refused at once
   int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks; ≥ max_sequences
