@@ -2,8 +2,9 @@
 # Third-party headers are SYSTEM, so the warnings concern our code only.
 
 set(WALSH_WARNINGS -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion
-    -Wnon-virtual-dtor -Wold-style-cast -Wimplicit-fallthrough)
+    -Wnon-virtual-dtor -Wold-style-cast -Wimplicit-fallthrough -Wno-missing-field-initializers)
 # -Wno-sign-conversion: indices into std containers would need a cast at every use.
+# -Wno-missing-field-initializers: designated initialisers leave the other members at their defaults.
 
 add_library(walsh_flags INTERFACE)
 target_include_directories(walsh_flags INTERFACE ${CMAKE_SOURCE_DIR})

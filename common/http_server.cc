@@ -2,9 +2,11 @@
 
 #include <civetweb.h>
 
+#include <atomic>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <string_view>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -63,8 +65,9 @@ Response Answer(const HttpServer::Options& options, std::string_view method,
 int Handle(mg_connection* connection, void* options) {
   const mg_request_info* request = mg_get_request_info(connection);
   const std::string_view method = request->request_method;
+  const char* path = request->local_uri;
   const Response response = Answer(*static_cast<const HttpServer::Options*>(options), method,
-                                   request->local_uri == nullptr ? "" : request->local_uri);
+                                   path == nullptr ? "" : path);
   mg_printf(connection,
             "HTTP/1.1 %d %s\r\nContent-Type: %s\r\nContent-Length: %zu\r\n"
             "Cache-Control: no-store\r\nConnection: close\r\n%s\r\n",
@@ -90,7 +93,21 @@ struct HttpServer::Impl {
 HttpServer::HttpServer() : impl_(std::make_unique<Impl>()) {}
 
 HttpServer::~HttpServer() {
-  if (impl_->context != nullptr) mg_stop(impl_->context);
+  if (impl_->context == nullptr) return;
+  // civetweb notices a stop when its two-second poll for connections ends, so a connection ends it.
+  std::atomic<bool> is_stopped{false};
+  std::thread stopper([&] {
+    mg_stop(impl_->context);
+    is_stopped = true;
+  });
+  char error[64];
+  while (!is_stopped) {
+    mg_connection* wake =
+        mg_connect_client(impl_->options.host.c_str(), impl_->port, 0, error, sizeof error);
+    if (wake == nullptr) break;
+    mg_close_connection(wake);
+  }
+  stopper.join();
 }
 
 absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Options& options) {

@@ -82,8 +82,9 @@ enum class Quotes { kKeep, kEscape };
 
 std::string EscapeBounded(std::string_view value, Quotes quotes) {
   std::string out;
+  size_t n_kept = 0;  // whole characters up to here leave room for the mark
   for (size_t pos = 0; pos < value.size();) {
-    const size_t begin = out.size();
+    if (out.size() + kCutMark.size() <= kValueBytesMax) n_kept = out.size();
     const uint32_t c = NextCodePoint(value, &pos);
     if (MustEscape(c)) {
       absl::StrAppendFormat(&out, "\\u%04x", c);
@@ -92,16 +93,9 @@ std::string EscapeBounded(std::string_view value, Quotes quotes) {
       AppendUtf8(c, out);
     }
     if (out.size() > kValueBytesMax) {
-      // Undo whole characters, so that no escape sequence is split.
-      out.resize(begin);
-      out.resize(Utf8Prefix(out, kValueBytesMax - kCutMark.size()).size());
-      if (const size_t slash = out.rfind('\\'); slash != std::string::npos) {
-        const size_t escape_bytes = slash + 1 < out.size() && out[slash + 1] == 'u' ? 6 : 2;
-        const bool is_start = slash == 0 || out[slash - 1] != '\\';
-        if (is_start && slash + escape_bytes > out.size()) out.resize(slash);
-      }
+      out.resize(n_kept);
       out.append(kCutMark);
-      return out;
+      break;
     }
   }
   return out;
