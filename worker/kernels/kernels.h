@@ -7,6 +7,7 @@
 // the same bytes with any number of threads.
 #pragma once
 
+#include <span>
 #include <string>
 
 #include "absl/status/status.h"
@@ -47,6 +48,17 @@ struct Stream {
   }
 WALSH_FOR_EACH_KERNEL(WALSH_DECLARE_KERNEL)
 #undef WALSH_DECLARE_KERNEL
+
+// Several sequences, or several matrices, in one parallel region; each as if it were alone. The
+// matrices of PackedMatmulBatch share their x, x_stride and n_tokens, which are rounded once.
+#define WALSH_DECLARE_BATCH(Op)                                                    \
+  absl::Status Op##Batch(std::span<const Op##Params> items, const Stream& stream); \
+  namespace cpu {                                                                  \
+  absl::Status Op##Batch(std::span<const Op##Params> items, const Stream& stream); \
+  }
+WALSH_DECLARE_BATCH(Attention)
+WALSH_DECLARE_BATCH(PackedMatmul)
+#undef WALSH_DECLARE_BATCH
 
 // What the CPU backend chose on this machine: "AVX-512 VNNI; OpenBLAS core SkylakeX".
 std::string DescribeCpuBackend();

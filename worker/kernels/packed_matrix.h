@@ -1,8 +1,17 @@
 // Quantized weights in the layout that the CPU's integer dot products read, made at load.
 //
 // Weights stay packed in memory (2, 3, 4 or 8 bits) and are multiplied packed: activations are
-// quantized to int8 per token and group of columns, products are summed in int32 per group, zero
-// points enter through the activations' group sums. The layout is private to worker/kernels/cpu.
+// rounded to int8, products are summed in int32, zero points enter through the sums of the rounded
+// activations. The layout is private to worker/kernels/cpu.
+//
+// Rounding of activations, whatever the weights' groups: each token's columns are cut into blocks
+// of kActivationBlock from column 0 (the last may be shorter), and in each block
+//   scale = max |x| / 127,  code = round-to-nearest-even(x · (127 / max |x|)),
+// all in float. A block whose largest magnitude is below 2^-100 is zero; one that holds a value
+// that is not finite makes every output of its token NaN.
+//
+// A row of the result depends on its own token only: alone or in any batch, with any number of
+// threads, it has the same bits.
 #pragma once
 
 #include <cstdint>
@@ -15,10 +24,15 @@
 
 namespace walsh::kernels {
 
+inline constexpr int64_t kActivationBlock = 32;
+
 class PackedMatrix {
  public:
+  // INVALID_ARGUMENT when sizes do not fit together, the group is neither a multiple of 32 nor the
+  // whole row, a code or zero is out of range, or a scale is not exactly a half-precision number.
   static absl::StatusOr<PackedMatrix> Pack(const QuantizedMatrix& matrix);
-  // Rounds a dense matrix to 8 bits, symmetric, per group of 32 columns: for lm_head.
+  // Rounds a dense matrix to 8 bits, symmetric, per group of 32 columns (of the whole row when 32
+  // does not divide it): for lm_head. INVALID_ARGUMENT when a value is not finite.
   static absl::StatusOr<PackedMatrix> PackDense8(const Matrix& matrix);
 
   int64_t rows() const { return rows_; }
