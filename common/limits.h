@@ -68,13 +68,19 @@ inline constexpr int64_t kSafetensorsHeaderBytesMax = 32 << 20;
 inline constexpr int kTensorsMax = 65536;
 inline constexpr int kTensorNameBytesMax = 256;
 inline constexpr int kTensorDimsMax = 8;
+// Each shard of a checkpoint holds one file descriptor.
+inline constexpr int kShardsMax = 1024;
 inline constexpr int64_t kJsonFileBytesMax = 64 << 20;
 inline constexpr int kJsonDepthMax = 32;
 inline constexpr int64_t kConfigFileBytesMax = 4 << 20;
 inline constexpr int64_t kCalibrationFileBytesMax = 512 << 20;
 inline constexpr int64_t kGgufStringBytesMax = 16 << 20;
 inline constexpr int64_t kGgufArrayItemsMax = 4 << 20;
+// Over all arrays of one file: bounds the memory that its metadata takes.
+inline constexpr int64_t kGgufItemsMax = 8 << 20;
 inline constexpr int kGgufKeysMax = 65536;
+inline constexpr int kGgufTensorDimsMax = 4;
+inline constexpr int64_t kGgufAlignmentMax = 1 << 20;
 
 // -- Models
 inline constexpr int kVocabMax = 1 << 20;
@@ -82,6 +88,7 @@ inline constexpr int kLayersMax = 1024;
 inline constexpr int kHiddenMax = 1 << 17;
 inline constexpr int kIntermediateMax = 1 << 19;
 inline constexpr int kHeadsMax = 4096;
+inline constexpr int kHeadDimMax = 1024;
 inline constexpr int kContextMax = 1 << 22;
 
 // -- Chat templates

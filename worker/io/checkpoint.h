@@ -8,12 +8,15 @@
 //
 // Errors:  NOT_FOUND         no such file or directory
 //          INVALID_ARGUMENT  malformed: the message names file, tensor, limit and value
-//          DATA_LOSS         truncated, changed while it was read, or non-finite values (tensor and
-//          index) UNIMPLEMENTED     format, dtype or architecture that walsh does not read
+//          DATA_LOSS         truncated, changed while it was read, or a non-finite value (tensor
+//          and
+//                            index named)
+//          UNIMPLEMENTED     format, dtype or architecture that walsh does not read
 // Threads: const methods are safe from several threads.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -59,6 +62,9 @@ class Checkpoint {
   virtual absl::StatusOr<std::string> Fingerprint(int n_threads) const = 0;
   // Contents of LICENSE or general.license; may be empty.
   virtual std::string license() const = 0;
+  // The small files that an artifact carries along, by name: config.json, generation_config.json,
+  // tokenizer files, LICENSE. Empty for a GGUF file.
+  virtual const std::map<std::string, std::string>& side_files() const = 0;
 };
 
 // HF names of a layer's tensors.

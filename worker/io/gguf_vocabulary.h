@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/statusor.h"
+
 namespace walsh {
 
 struct GgufVocabulary {
@@ -22,5 +24,11 @@ struct GgufVocabulary {
   bool add_eos = false;
   bool add_space_prefix = true;
 };
+
+// The vocabulary of a GGUF file, with or without a model in it.
+//
+// Errors: NOT_FOUND no such file; INVALID_ARGUMENT and DATA_LOSS malformed (the message names file
+//         and key); UNIMPLEMENTED a vocabulary model other than the two above
+absl::StatusOr<GgufVocabulary> ReadGgufVocabulary(const std::string& path);
 
 }  // namespace walsh

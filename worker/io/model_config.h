@@ -8,6 +8,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
 namespace walsh {
@@ -51,6 +52,10 @@ struct ModelConfig {
 //         UNIMPLEMENTED     an architecture or feature that walsh does not support; lists what it
 //         does
 absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json);
+
+// Range and consistency checks, whatever file the configuration came from. INVALID_ARGUMENT names
+// `origin` (a file's name), the field, the limit and the value.
+absl::Status ValidateModelConfig(const ModelConfig& config, const std::string& origin);
 
 // As config.json's "architectures" and GGUF's "general.architecture" name them.
 const std::vector<std::string>& SupportedArchitectures();

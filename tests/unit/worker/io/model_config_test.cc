@@ -1,0 +1,255 @@
+#include "worker/io/model_config.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "tests/testing/status_matchers.h"
+
+namespace walsh {
+namespace {
+
+using nlohmann::json;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using walsh::testing::StatusIs;
+
+json Base() {
+  return {{"architectures", {"LlamaForCausalLM"}},
+          {"hidden_size", 128},
+          {"intermediate_size", 384},
+          {"num_hidden_layers", 2},
+          {"num_attention_heads", 8},
+          {"num_key_value_heads", 4},
+          {"vocab_size", 2048},
+          {"max_position_embeddings", 512},
+          {"rms_norm_eps", 1e-6},
+          {"bos_token_id", 1},
+          {"eos_token_id", 2}};
+}
+
+json With(const char* field, const json& value) {
+  json config = Base();
+  config[field] = value;
+  return config;
+}
+
+json Without(const char* field) {
+  json config = Base();
+  config.erase(field);
+  return config;
+}
+
+TEST(ModelConfigTest, ReadsLlama) {
+  ASSERT_OK_AND_ASSIGN(const ModelConfig config, ParseModelConfig(Base().dump()));
+  EXPECT_EQ(config.architecture, "LlamaForCausalLM");
+  EXPECT_EQ(config.hidden, 128);
+  EXPECT_EQ(config.intermediate, 384);
+  EXPECT_EQ(config.n_layers, 2);
+  EXPECT_EQ(config.n_heads, 8);
+  EXPECT_EQ(config.n_kv_heads, 4);
+  EXPECT_EQ(config.head_dim, 16);
+  EXPECT_EQ(config.q_width(), 128);
+  EXPECT_EQ(config.kv_width(), 64);
+  EXPECT_EQ(config.vocab, 2048);
+  EXPECT_EQ(config.max_position, 512);
+  EXPECT_EQ(config.rms_norm_eps, 1e-6);
+  EXPECT_EQ(config.rope_theta, 10000.0);
+  EXPECT_EQ(config.rope_scaling.kind, RopeScaling::Kind::kNone);
+  EXPECT_FALSE(config.tied_embeddings);
+  EXPECT_EQ(config.bos_token, 1);
+  EXPECT_THAT(config.eos_tokens, ElementsAre(2));
+}
+
+TEST(ModelConfigTest, ReadsOptionalFields) {
+  json config = With("eos_token_id", {5, 7});
+  config["head_dim"] = 32;
+  config["tie_word_embeddings"] = true;
+  config["attention_bias"] = true;
+  config["mlp_bias"] = true;
+  config.erase("bos_token_id");
+  config.erase("num_key_value_heads");
+  ASSERT_OK_AND_ASSIGN(const ModelConfig out, ParseModelConfig(config.dump()));
+  EXPECT_EQ(out.head_dim, 32);
+  EXPECT_EQ(out.q_width(), 256);
+  EXPECT_EQ(out.n_kv_heads, 8);
+  EXPECT_TRUE(out.tied_embeddings);
+  EXPECT_TRUE(out.attention_bias);
+  EXPECT_TRUE(out.mlp_bias);
+  EXPECT_EQ(out.bos_token, -1);
+  EXPECT_THAT(out.eos_tokens, ElementsAre(5, 7));
+}
+
+TEST(ModelConfigTest, TakesTheArchitectureFromModelTypeWhereItIsAllThereIs) {
+  json config = Without("architectures");
+  config["model_type"] = "llama";
+  ASSERT_OK_AND_ASSIGN(const ModelConfig out, ParseModelConfig(config.dump()));
+  EXPECT_EQ(out.architecture, "LlamaForCausalLM");
+}
+
+TEST(ModelConfigTest, ReadsLlama3Scaling) {
+  const json scaling = {{"rope_type", "llama3"},
+                        {"factor", 32.0},
+                        {"low_freq_factor", 1.0},
+                        {"high_freq_factor", 4.0},
+                        {"original_max_position_embeddings", 8192}};
+  json config = With("rope_scaling", scaling);
+  config["rope_theta"] = 500000.0;
+  ASSERT_OK_AND_ASSIGN(const ModelConfig old_spelling, ParseModelConfig(config.dump()));
+  EXPECT_EQ(old_spelling.rope_scaling.kind, RopeScaling::Kind::kLlama3);
+  EXPECT_EQ(old_spelling.rope_scaling.factor, 32.0);
+  EXPECT_EQ(old_spelling.rope_scaling.high_freq_factor, 4.0);
+  EXPECT_EQ(old_spelling.rope_scaling.original_max_position, 8192);
+  EXPECT_EQ(old_spelling.rope_theta, 500000.0);
+
+  // transformers 5: one object with the base inside.
+  json parameters = scaling;
+  parameters["rope_theta"] = 500000.0;
+  ASSERT_OK_AND_ASSIGN(const ModelConfig new_spelling,
+                       ParseModelConfig(With("rope_parameters", parameters).dump()));
+  EXPECT_EQ(new_spelling.rope_scaling.kind, RopeScaling::Kind::kLlama3);
+  EXPECT_EQ(new_spelling.rope_scaling.factor, 32.0);
+  EXPECT_EQ(new_spelling.rope_theta, 500000.0);
+}
+
+TEST(ModelConfigTest, ReadsLinearScalingUnderBothNames) {
+  for (const char* name : {"type", "rope_type"}) {
+    const json config = With("rope_scaling", {{name, "linear"}, {"factor", 2.5}});
+    ASSERT_OK_AND_ASSIGN(const ModelConfig out, ParseModelConfig(config.dump()));
+    EXPECT_EQ(out.rope_scaling.kind, RopeScaling::Kind::kLinear);
+    EXPECT_EQ(out.rope_scaling.factor, 2.5);
+  }
+}
+
+TEST(ModelConfigTest, AcceptsMistralWithoutEffectiveSlidingWindow) {
+  json config = Base();
+  config["architectures"] = {"MistralForCausalLM"};
+  for (const json& window : {json(nullptr), json(512), json(4096)}) {
+    config["sliding_window"] = window;
+    EXPECT_OK(ParseModelConfig(config.dump())) << window;
+  }
+  config.erase("sliding_window");  // 4096 by default, beyond the context of 512
+  EXPECT_OK(ParseModelConfig(config.dump()));
+  // Llama has no such field, whatever a file says.
+  EXPECT_OK(ParseModelConfig(With("sliding_window", 16).dump()));
+}
+
+struct BadConfig {
+  const char* name;
+  std::string text;
+  absl::StatusCode code;
+  const char* message;
+};
+
+class BadModelConfigTest : public ::testing::TestWithParam<BadConfig> {};
+
+TEST_P(BadModelConfigTest, IsRefused) {
+  EXPECT_THAT(ParseModelConfig(GetParam().text),
+              StatusIs(GetParam().code, HasSubstr(GetParam().message)));
+}
+
+std::string Mistral(const json& window, int64_t context) {
+  json config = With("architectures", {"MistralForCausalLM"});
+  config["max_position_embeddings"] = context;
+  if (!window.is_discarded()) config["sliding_window"] = window;
+  return config.dump();
+}
+
+constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
+
+INSTANTIATE_TEST_SUITE_P(
+    Rules, BadModelConfigTest,
+    ::testing::Values(
+        BadConfig{"NotJson", "{", kInvalid, "config.json: invalid JSON at byte"},
+        BadConfig{"NotAnObject", "[]", kInvalid, "top level is not an object"},
+        BadConfig{"Empty", "", kInvalid, "invalid JSON"},
+        BadConfig{"NotUtf8", "{\"a\":\"\xff\"}", kInvalid, "not UTF-8"},
+        BadConfig{"TooLarge", std::string((4 << 20) + 1, ' '), kInvalid, "at most 4194304"},
+        BadConfig{"DuplicateKey", R"({"hidden_size":1,"hidden_size":2})", kInvalid,
+                  "'hidden_size' appears twice"},
+        BadConfig{"TooDeep", "{\"a\":" + std::string(40, '[') + std::string(40, ']') + "}",
+                  kInvalid, "nested deeper than 32"},
+        BadConfig{"NoArchitecture", Without("architectures").dump(), kInvalid,
+                  "'architectures' is missing"},
+        BadConfig{"ArchitectureNotAList", With("architectures", "LlamaForCausalLM").dump(),
+                  kInvalid, "'architectures' is not a list"},
+        BadConfig{"UnknownArchitecture", With("architectures", {"Qwen2ForCausalLM"}).dump(),
+                  kUnimplemented,
+                  "'Qwen2ForCausalLM' is not supported; supported: LlamaForCausalLM, "
+                  "MistralForCausalLM"},
+        BadConfig{"MissingWidth", Without("hidden_size").dump(), kInvalid,
+                  "'hidden_size' is missing"},
+        BadConfig{"WidthIsText", With("hidden_size", "128").dump(), kInvalid,
+                  "'hidden_size' is not an integer but of type string"},
+        BadConfig{"WidthIsFraction", With("hidden_size", 128.5).dump(), kInvalid,
+                  "'hidden_size' is not an integer"},
+        BadConfig{"WidthZero", With("hidden_size", 0).dump(), kInvalid,
+                  "'hidden_size' is 0, must be 1 to 131072"},
+        BadConfig{"WidthNegative", With("hidden_size", -8).dump(), kInvalid,
+                  "'hidden_size' is -8, must be 1"},
+        BadConfig{"WidthTooLarge", With("hidden_size", 131073).dump(), kInvalid,
+                  "'hidden_size' is 131073, must be 1 to 131072"},
+        BadConfig{"WidthBeyondInt64", With("hidden_size", 18446744073709551615u).dump(), kInvalid,
+                  "'hidden_size' is 18446744073709551615, must be 1 to"},
+        BadConfig{"LayersTooMany", With("num_hidden_layers", 1025).dump(), kInvalid,
+                  "must be 1 to 1024"},
+        BadConfig{"VocabularyTooLarge", With("vocab_size", (1 << 20) + 1).dump(), kInvalid,
+                  "'vocab_size' is 1048577"},
+        BadConfig{"ContextTooLong", With("max_position_embeddings", (1 << 22) + 1).dump(), kInvalid,
+                  "'max_position_embeddings' is 4194305"},
+        BadConfig{"HeadsDoNotDivide", With("num_attention_heads", 7).dump(), kInvalid,
+                  "hidden_size 128 is no multiple of num_attention_heads 7"},
+        BadConfig{"KvHeadsDoNotDivide", With("num_key_value_heads", 3).dump(), kInvalid,
+                  "8 attention heads are no multiple of 3 KV heads"},
+        BadConfig{"OddHeadWidth", With("head_dim", 15).dump(), kInvalid, "15 is odd"},
+        BadConfig{"HeadWidthTooLarge", With("head_dim", 2048).dump(), kInvalid,
+                  "'head_dim' is 2048, must be 1 to 1024"},
+        BadConfig{"EpsilonNegative", With("rms_norm_eps", -1.0).dump(), kInvalid,
+                  "RMSNorm epsilon is -1"},
+        BadConfig{"ThetaZero", With("rope_theta", 0.0).dump(), kInvalid, "RoPE base is 0"},
+        BadConfig{"ThetaIsText", With("rope_theta", "10000").dump(), kInvalid,
+                  "'rope_theta' is not a number"},
+        BadConfig{"Activation", With("hidden_act", "gelu").dump(), kUnimplemented,
+                  "hidden_act 'gelu' is not supported; supported: silu"},
+        BadConfig{"RopeKind", With("rope_scaling", {{"type", "yarn"}, {"factor", 4}}).dump(),
+                  kUnimplemented, "RoPE scaling 'yarn' is not supported"},
+        BadConfig{"RopeFactorMissing", With("rope_scaling", {{"type", "linear"}}).dump(), kInvalid,
+                  "'factor' is missing"},
+        BadConfig{"RopeFactorZero",
+                  With("rope_scaling", {{"type", "linear"}, {"factor", 0}}).dump(), kInvalid,
+                  "RoPE scaling factor is 0"},
+        BadConfig{"Llama3Incomplete",
+                  With("rope_scaling", {{"rope_type", "llama3"}, {"factor", 8}}).dump(), kInvalid,
+                  "'low_freq_factor' is missing"},
+        BadConfig{"Llama3FactorsSwapped",
+                  With("rope_scaling", {{"rope_type", "llama3"},
+                                        {"factor", 8},
+                                        {"low_freq_factor", 4},
+                                        {"high_freq_factor", 1},
+                                        {"original_max_position_embeddings", 8192}})
+                      .dump(),
+                  kInvalid, "high_freq_factor is 1, must be above low_freq_factor"},
+        BadConfig{
+            "PartialRotary",
+            With("rope_parameters", {{"rope_type", "default"}, {"partial_rotary_factor", 0.5}})
+                .dump(),
+            kUnimplemented, "partial_rotary_factor 0.5"},
+        BadConfig{"RopeScalingNotAnObject", With("rope_scaling", 2).dump(), kInvalid,
+                  "'rope_scaling' is not an object"},
+        BadConfig{"EosBeyondVocabulary", With("eos_token_id", 2048).dump(), kInvalid,
+                  "'eos_token_id' is 2048, must be 0 to 2047"},
+        BadConfig{"EosIsText", With("eos_token_id", {1, "2"}).dump(), kInvalid,
+                  "'eos_token_id' is not an integer"},
+        BadConfig{"BosBeyondVocabulary", With("bos_token_id", 4000).dump(), kInvalid,
+                  "'bos_token_id' is 4000"},
+        BadConfig{"SlidingWindow", Mistral(128, 512), kUnimplemented,
+                  "sliding_window 128 is below max_position_embeddings 512"},
+        BadConfig{"SlidingWindowByDefault", Mistral(json(json::value_t::discarded), 32768),
+                  kUnimplemented, "sliding_window 4096 is below max_position_embeddings 32768"}),
+    [](const auto& param_info) { return std::string(param_info.param.name); });
+
+}  // namespace
+}  // namespace walsh

@@ -1,0 +1,111 @@
+#include "worker/io/model_root.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <string>
+
+#include "tests/testing/checkpoint_bytes.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
+
+namespace walsh {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using walsh::testing::HasCode;
+using walsh::testing::StatusIs;
+using walsh::testing::TempDir;
+using walsh::testing::WriteFile;
+
+constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+
+class ModelRootsTest : public ::testing::Test {
+ protected:
+  ModelRootsTest() {
+    fs::create_directories(dir_ / "root/model");
+    fs::create_directories(dir_ / "second/other");
+    fs::create_directories(dir_ / "outside/secret");
+    fs::create_directories(dir_ / "root-like");
+    WriteFile(dir_ / "root/model/config.json", "{}");
+    WriteFile(dir_ / "root/text.txt", "text");
+    WriteFile(dir_ / "outside/secret/key", "key");
+  }
+  ModelRoots Roots() { return *ModelRoots::Create({dir_ / "root", dir_ / "second"}); }
+
+  TempDir dir_;
+};
+
+TEST_F(ModelRootsTest, ResolvesBeneathItsRoots) {
+  const ModelRoots roots = Roots();
+  const std::string root = fs::canonical(dir_ / "root");
+  EXPECT_EQ(roots.Resolve("model").value_or("?"), root + "/model");
+  EXPECT_EQ(roots.Resolve("./model/../text.txt").value_or("?"), root + "/text.txt");
+  EXPECT_EQ(roots.Resolve(root + "/model/").value_or("?"), root + "/model");
+  EXPECT_EQ(roots.Resolve("other").value_or("?"),
+            fs::canonical(dir_ / "second").string() + "/other");
+  EXPECT_EQ(roots.Resolve(".").value_or("?"), root);
+}
+
+TEST_F(ModelRootsTest, RefusesWhatLiesOutside) {
+  const ModelRoots roots = Roots();
+  for (const std::string& reference :
+       {std::string("../outside/secret"), std::string("/etc/passwd"), std::string("/"),
+        std::string("model/../../outside/secret/key"), dir_ / "outside/secret", dir_ / "root-like",
+        dir_ / "root/../root-like"}) {
+    EXPECT_THAT(roots.Resolve(reference),
+                StatusIs(kInvalid, HasSubstr("'" + reference + "' lies outside")));
+  }
+  // The answer does not tell whether something exists there.
+  EXPECT_THAT(roots.Resolve("/no/such/file"), HasCode(kInvalid));
+  EXPECT_THAT(roots.Resolve("../outside/nothing"), HasCode(kInvalid));
+}
+
+TEST_F(ModelRootsTest, FollowsLinksAndChecksWhereTheyLead) {
+  const ModelRoots roots = Roots();
+  fs::create_symlink(dir_ / "outside/secret", dir_ / "root/escape");
+  fs::create_symlink(dir_ / "second/other", dir_ / "root/across");
+  fs::create_symlink("/proc/self", dir_ / "root/magic");
+  EXPECT_THAT(roots.Resolve("escape"), HasCode(kInvalid));
+  EXPECT_THAT(roots.Resolve("escape/key"), HasCode(kInvalid));
+  EXPECT_THAT(roots.Resolve("magic/root/etc/passwd"), HasCode(kInvalid));
+  EXPECT_EQ(roots.Resolve("across").value_or("?"),
+            fs::canonical(dir_ / "second").string() + "/other");
+}
+
+TEST_F(ModelRootsTest, RefusesADirectoryWhoseEntriesLeadOut) {
+  const ModelRoots roots = Roots();
+  fs::create_symlink(dir_ / "outside/secret/key", dir_ / "root/model/model.safetensors");
+  EXPECT_THAT(roots.Resolve("model"),
+              StatusIs(kInvalid, HasSubstr("'model/model.safetensors' lies outside")));
+}
+
+TEST_F(ModelRootsTest, NamesOnlyTheReference) {
+  const auto missing = Roots().Resolve("absent/model");
+  EXPECT_THAT(missing, StatusIs(absl::StatusCode::kNotFound,
+                                AllOf(HasSubstr("'absent/model' does not exist"),
+                                      Not(HasSubstr(dir_.path())))));
+}
+
+TEST_F(ModelRootsTest, RefusesOddSpellings) {
+  const ModelRoots roots = Roots();
+  EXPECT_THAT(roots.Resolve(""), StatusIs(kInvalid, HasSubstr("empty")));
+  EXPECT_THAT(roots.Resolve(std::string("model\0x", 7)), HasCode(kInvalid));
+  EXPECT_THAT(roots.Resolve("model\n"), HasCode(kInvalid));
+  EXPECT_THAT(roots.Resolve("\xc0\xae\xc0\xae/outside"), HasCode(kInvalid));
+  EXPECT_THAT(roots.Resolve(std::string(5000, 'a')), StatusIs(kInvalid, HasSubstr("at most 4096")));
+  EXPECT_THAT(roots.Resolve("%2e%2e/outside"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(roots.Resolve("MODEL"), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(ModelRootsTest, NeedsDirectories) {
+  EXPECT_THAT(ModelRoots::Create({dir_ / "absent"}), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(ModelRoots::Create({dir_ / "root/text.txt"}), HasCode(absl::StatusCode::kNotFound));
+}
+
+}  // namespace
+}  // namespace walsh

@@ -1,0 +1,27 @@
+// JSON from strangers: bounded in bytes and depth, valid UTF-8, no key twice in one object.
+//
+// Depth and keys are checked by events, before a document is built.
+//
+// Errors:  INVALID_ARGUMENT, with the name that the caller gives, the limit and the value
+// Threads: safe.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+
+namespace walsh {
+
+struct JsonBounds {
+  int64_t bytes_max = 0;
+  int depth_max = 0;
+};
+
+// `name` is the file's, for messages. The top level must be an object.
+absl::StatusOr<nlohmann::json> ParseBoundedJson(const std::string& name, std::string_view text,
+                                                const JsonBounds& bounds);
+
+}  // namespace walsh

@@ -1,0 +1,44 @@
+// What a GGUF file of architecture "llama" says about its model: shape, vocabulary, tensor names.
+//
+// llama.cpp writes Mistral checkpoints under the same architecture; without a sliding window the
+// two are one model, so both come as LlamaForCausalLM.
+//
+// Errors:  INVALID_ARGUMENT  a key is missing, of the wrong type or out of range (named)
+//          UNIMPLEMENTED     another architecture, vocabulary model or RoPE scaling; experts
+// Threads: safe.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/io/gguf.h"
+#include "worker/io/gguf_vocabulary.h"
+#include "worker/io/model_config.h"
+
+namespace walsh {
+
+// Tied embeddings and biases follow from the tensors that are there. Reads rope_freqs.weight.
+absl::StatusOr<ModelConfig> GgufModelConfig(const RandomAccessFile& file,
+                                            const GgufContents& contents);
+
+absl::StatusOr<GgufVocabulary> GgufVocabularyOf(const RandomAccessFile& file,
+                                                const GgufContents& contents);
+
+// A string's contents, or empty where the key is absent or no string.
+std::string GgufStringOrEmpty(const GgufContents& contents, std::string_view key);
+
+// "blk.3.attn_q.weight" gives "model.layers.3.self_attn.q_proj.weight". A layer's tensor that Llama
+// does not have keeps its suffix ("model.layers.3.attn_q_norm.weight"), so that the check against
+// the configuration refuses it; other unknown names come back as they are.
+std::string HfTensorName(std::string_view gguf_name);
+
+// The llama3 parameters whose formula gives these divisors, by the sets that Meta published;
+// nullopt when none does. `head_dim` and `rope_theta` are the model's.
+std::optional<RopeScaling> Llama3ScalingFromDivisors(const std::vector<float>& divisors,
+                                                     int64_t head_dim, double rope_theta);
+
+}  // namespace walsh
