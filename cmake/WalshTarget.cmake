@@ -49,6 +49,7 @@ endfunction()
 
 # walsh_test(NAME io_test SRCS a_test.cc b_test.cc DEPS walsh::worker_io [LABELS unit] [TIMEOUT 60])
 # One executable and one CTest entry; tests that need real data skip with a reason where it is missing.
+# The target tests_<label> builds all tests of a label.
 function(walsh_test)
   cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS;ENVIRONMENT" ${ARGN})
   if(NOT WALSH_BUILD_TESTS)
@@ -65,6 +66,12 @@ function(walsh_test)
                         GTest::gmock GTest::gtest GTest::gtest_main)
   set_target_properties(${ARG_NAME} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  foreach(label IN LISTS ARG_LABELS)
+    if(NOT TARGET tests_${label})
+      add_custom_target(tests_${label})
+    endif()
+    add_dependencies(tests_${label} ${ARG_NAME})
+  endforeach()
   add_test(NAME ${ARG_NAME} COMMAND ${ARG_NAME})
   set_tests_properties(${ARG_NAME} PROPERTIES
     LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}

@@ -1,7 +1,11 @@
 // What the quantizer of one linear is asked to do.
+//
+// Errors:  INVALID_ARGUMENT  names the option, what is allowed and the value
 #pragma once
 
 #include <cstdint>
+
+#include "absl/status/status.h"
 
 namespace walsh::gptq {
 
@@ -11,12 +15,15 @@ enum class ColumnOrder { kNatural, kGroupAware };
 struct Options {
   Method method = Method::kGptq;
   int bits = 4;  // 2, 3, 4 or 8
-  int64_t group_size =
-      128;  // divides the input width; the width itself: one group per output channel
+  // Divides the input width; the width itself: one group per output channel.
+  int64_t group_size = 128;
   bool symmetric = false;
   ColumnOrder column_order = ColumnOrder::kGroupAware;
   double damp = 0.01;    // share of the mean diagonal of H
   bool mse_clip = true;  // norm 2.4, 80 of 100 steps
 };
+
+// That the options are in range and the group divides `in` columns.
+absl::Status ValidateOptions(const Options& options, int64_t in);
 
 }  // namespace walsh::gptq

@@ -42,7 +42,8 @@ class Checker {
     if (!status_.ok()) return *this;
     for (int64_t i = 0; i < n; ++i) {
       if (values[i] < 0 || values[i] >= end) {
-        Fail(field, "[", i, "] must be in [0, ", end, "), is ", values[i]);
+        Fail(absl::StrCat(absl::string_view(field.data(), field.size()), "[", i, "]"),
+             "must be in [0, ", end, "), is ", values[i]);
         break;
       }
     }

@@ -3,7 +3,9 @@
 // Threads: Apply is safe from several threads on distinct outputs.
 #pragma once
 
+#include <cstddef>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -52,10 +54,23 @@ class PackedLinear : public Linear {
   absl::Status Apply(const float* x, int64_t n_tokens, float* y,
                      const kernels::Stream& stream) const override;
   int64_t size_bytes() const override { return weights_.size_bytes(); }
+  const kernels::PackedMatrix& weights() const { return weights_; }
+  const std::vector<float>& bias() const { return bias_; }
+  kernels::PackedMatmulParams Params(const float* x, int64_t n_tokens, float* y) const;
 
  private:
   kernels::PackedMatrix weights_;
   std::vector<float> bias_;
 };
+
+// Several linears on one input: where all are packed, the input is rounded once and all rows share
+// one parallel region. Results are those of Apply.
+struct LinearOutput {
+  const Linear* linear = nullptr;
+  float* y = nullptr;  // [n_tokens, linear->out()]
+};
+inline constexpr size_t kLinearsTogetherMax = 4;
+absl::Status ApplyTogether(std::span<const LinearOutput> linears, const float* x, int64_t n_tokens,
+                           const kernels::Stream& stream);
 
 }  // namespace walsh

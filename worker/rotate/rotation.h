@@ -1,20 +1,23 @@
-// Orthogonal rotations of the residual stream, and their folding into weights.
+// Orthogonal rotations of the residual stream and of attention heads.
 //
-// Source:  GSR (arXiv 2505.03810); QuaRot (arXiv 2404.00456) for the folding; SpinQuant's offline
-// R2
-//          (arXiv 2405.16406).
-// Symbols: R [n, n] orthogonal; a linear that reads the residual stream becomes W R, one that
-// writes it
-//          Rᵀ W; b is the block of local rotations.
+// R = diag(s) · H, with s optional random signs and H the orthonormal Hadamard or Walsh matrix of
+// the whole width, or a block-diagonal one of equal blocks. It is never written out: a row is
+// multiplied by butterflies, a small dense core where the width has the factor 36, and a
+// permutation.
+//
+// Source:  GSR (arXiv 2505.03810); QuaRot (arXiv 2404.00456); SpinQuant's offline R2
+//          (arXiv 2405.16406)
+// Symbols: R [n, n] orthogonal; b is the block of local rotations
 // Errors:  INVALID_ARGUMENT  no such rotation for this width; the message recommends gsr
+// Threads: const methods are safe from several threads
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "worker/rotate/walsh_matrix.h"
 
 namespace walsh::rotate {
 
@@ -22,6 +25,8 @@ enum class Kind { kNone, kHadamard, kWalsh, kLocalHadamard, kGsr };
 
 absl::StatusOr<Kind> ParseKind(std::string_view name);  // "none", "hadamard", "walsh", …
 std::string_view KindName(Kind kind);
+// Block-diagonal: LOCAL_HADAMARD and GSR.
+bool IsLocal(Kind kind);
 
 // The block of GSR and LOCAL_HADAMARD: the largest power of two ≤ min(group, 128) that divides
 // `width`. `group` −1 (per channel) counts as 128. INVALID_ARGUMENT below 16.
@@ -31,7 +36,7 @@ class Rotation {
  public:
   struct Options {
     Kind kind = Kind::kGsr;
-    int64_t block = 0;  // of local kinds
+    int64_t block = 0;  // of local kinds: a power of two, at least 16, that divides the width
     bool random_signs = false;
     uint64_t seed = 0;
   };
@@ -47,19 +52,16 @@ class Rotation {
   std::vector<double> Dense() const;
 
  private:
+  // block ← block · H_core ⊗ H_{2^k}, unnormalized. `scratch` has the block's size.
+  void MultiplyHadamard(double* block, double* scratch) const;
+
   int64_t width_ = 0;
   Options options_;
-  std::vector<double> signs_;  // [width] or empty
-  std::vector<double> block_;  // [b, b] or [width, width], orthonormal
-  int64_t block_width_ = 0;
+  HadamardOrder order_;             // of one block
+  std::vector<int8_t> core_;        // [core, core], symmetric
+  std::vector<int32_t> row_order_;  // [block] row s of H is this natural row; empty: natural
+  std::vector<double> signs_;       // [width] or empty
+  double normalizer_ = 1;           // 1 / sqrt(block)
 };
-
-// Hadamard matrix (entries ±1) of order n, rows in natural order: 2^k and 2^k·36 (Paley's second
-// construction, q = 17).
-absl::StatusOr<std::vector<int8_t>> HadamardMatrix(int64_t n);
-// The rows of HadamardMatrix(n) sorted stably by sign changes; for n = 2^k row s has s of them.
-absl::StatusOr<std::vector<int8_t>> WalshMatrix(int64_t n);
-// Sign changes along a row.
-int64_t Sequency(std::span<const int8_t> row);
 
 }  // namespace walsh::rotate

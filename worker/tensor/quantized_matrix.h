@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "worker/tensor/matrix.h"
+
 namespace walsh {
 
 struct QuantizedMatrix {
@@ -25,5 +27,18 @@ struct QuantizedMatrix {
 
   int64_t groups() const { return group_size == 0 ? 0 : cols / group_size; }
 };
+
+// [rows, cols], what the integers stand for, exactly.
+inline Matrix Dequantize(const QuantizedMatrix& m) {
+  Matrix dense(m.rows, m.cols);
+  for (int64_t r = 0; r < m.rows; ++r) {
+    for (int64_t c = 0; c < m.cols; ++c) {
+      const auto g = static_cast<size_t>(r * m.groups() + c / m.group_size);
+      const int level = m.codes[static_cast<size_t>(r * m.cols + c)] - m.zeros[g];
+      dense(r, c) = m.scales[g] * static_cast<float>(level);
+    }
+  }
+  return dense;
+}
 
 }  // namespace walsh

@@ -77,34 +77,34 @@ int ReadCode(const uint8_t* block, int bits, int64_t row, int64_t col) {
 
 namespace {
 
-absl::Status Invalid(absl::string_view field, const std::string& what) {
-  return absl::InvalidArgumentError(absl::StrCat("PackedMatrix: ", field, " ", what));
+template <typename... Parts>
+absl::Status Invalid(const Parts&... parts) {
+  return absl::InvalidArgumentError(absl::StrCat("PackedMatrix: ", parts...));
 }
 
 absl::Status CheckShape(const QuantizedMatrix& m) {
   constexpr int64_t kSizeMax = std::numeric_limits<int32_t>::max();
   if (m.bits != 2 && m.bits != 3 && m.bits != 4 && m.bits != 8) {
-    return Invalid("bits", absl::StrCat("must be 2, 3, 4 or 8, is ", m.bits));
+    return Invalid("bits must be 2, 3, 4 or 8, is ", m.bits);
   }
-  if (m.rows < 0 || m.rows > kSizeMax) return Invalid("rows", absl::StrCat("is ", m.rows));
-  if (m.cols < 0 || m.cols > kSizeMax) return Invalid("cols", absl::StrCat("is ", m.cols));
+  if (m.rows < 0 || m.rows > kSizeMax) return Invalid("rows is ", m.rows);
+  if (m.cols < 0 || m.cols > kSizeMax) return Invalid("cols is ", m.cols);
   if (m.group_size < 1 || m.cols % m.group_size != 0) {
-    return Invalid("group_size", absl::StrCat("must divide cols ", m.cols, ", is ", m.group_size));
+    return Invalid("group_size must divide cols ", m.cols, ", is ", m.group_size);
   }
-  if (m.group_size % kActivationBlock != 0 && m.group_size != m.cols) {
-    return Invalid("group_size", absl::StrCat("must be a multiple of ", kActivationBlock,
-                                              " or the whole row, is ", m.group_size));
+  if (m.group_size % kActivationBlock != 0 && m.group_size < m.cols) {
+    return Invalid("group_size must be a multiple of ", kActivationBlock, " or the whole row, is ",
+                   m.group_size);
   }
   if (m.codes.size() != static_cast<size_t>(m.rows * m.cols)) {
-    return Invalid("codes",
-                   absl::StrCat("has ", m.codes.size(), " values for ", m.rows, " x ", m.cols));
+    return Invalid("codes has ", m.codes.size(), " values for ", m.rows, " x ", m.cols);
   }
   const auto n_scales = static_cast<size_t>(m.rows * m.groups());
   if (m.scales.size() != n_scales) {
-    return Invalid("scales", absl::StrCat("has ", m.scales.size(), " values, needs ", n_scales));
+    return Invalid("scales has ", m.scales.size(), " values, needs ", n_scales);
   }
   if (m.zeros.size() != n_scales) {
-    return Invalid("zeros", absl::StrCat("has ", m.zeros.size(), " values, needs ", n_scales));
+    return Invalid("zeros has ", m.zeros.size(), " values, needs ", n_scales);
   }
   return absl::OkStatus();
 }
@@ -113,18 +113,17 @@ absl::Status CheckValues(const QuantizedMatrix& m) {
   const int end = 1 << m.bits;
   for (size_t i = 0; i < m.codes.size(); ++i) {
     if (m.codes[i] >= end) {
-      return Invalid("codes", absl::StrCat("[", i, "] must be below ", end, ", is ", m.codes[i]));
+      return Invalid("codes[", i, "] must be below ", end, ", is ", m.codes[i]);
     }
   }
   for (size_t i = 0; i < m.zeros.size(); ++i) {
     if (m.zeros[i] >= end) {
-      return Invalid("zeros", absl::StrCat("[", i, "] must be below ", end, ", is ", m.zeros[i]));
+      return Invalid("zeros[", i, "] must be below ", end, ", is ", m.zeros[i]);
     }
   }
   for (size_t i = 0; i < m.scales.size(); ++i) {
     if (!std::isfinite(m.scales[i]) || HalfToFloat(FloatToHalf(m.scales[i])) != m.scales[i]) {
-      return Invalid("scales", absl::StrCat("[", i, "] must be a finite half-precision number, is ",
-                                            m.scales[i]));
+      return Invalid("scales[", i, "] must be a finite half-precision number, is ", m.scales[i]);
     }
   }
   return absl::OkStatus();
@@ -206,7 +205,7 @@ absl::StatusOr<PackedMatrix> PackedMatrix::PackDense8(const Matrix& matrix) {
   for (int64_t i = 0; i < matrix.size(); ++i) {
     const float magnitude = std::fabs(matrix.data()[i]);
     if (!std::isfinite(magnitude)) {
-      return Invalid("matrix", absl::StrCat("value ", i, " is not finite"));
+      return Invalid("matrix value ", i, " is not finite");
     }
     highest = std::max(highest, magnitude);
   }

@@ -1,0 +1,121 @@
+#include "server/jobs/job_metrics.h"
+
+#include <string>
+
+#include "absl/time/time.h"
+#include "common/metrics.h"
+#include "common/status_macros.h"
+
+namespace walsh::jobs {
+namespace {
+
+constexpr QuantizationJob::State kStates[] = {
+    QuantizationJob::QUEUED,    QuantizationJob::RUNNING, QuantizationJob::CANCELLING,
+    QuantizationJob::SUCCEEDED, QuantizationJob::FAILED,  QuantizationJob::CANCELLED};
+
+double Seconds(const google::protobuf::Timestamp& from, const google::protobuf::Timestamp& to) {
+  return static_cast<double>(to.seconds() - from.seconds()) + 1e-9 * (to.nanos() - from.nanos());
+}
+
+const metrics::Buckets& RatioBuckets() {
+  static const auto* const buckets =
+      new metrics::Buckets{1.0, 1.01, 1.02, 1.04, 1.08, 1.15, 1.25, 1.5, 2, 4, 10, 100};
+  return *buckets;
+}
+
+}  // namespace
+
+struct JobMetrics::Families {
+  prometheus::Family<prometheus::Gauge>& jobs =
+      metrics::Gauge("walsh_quantization_jobs", "Stored jobs by state.");
+  prometheus::Family<prometheus::Counter>& finished = metrics::Counter(
+      "walsh_quantization_jobs_finished_total", "Jobs that ended, by state and method.");
+  prometheus::Histogram& queue_seconds =
+      metrics::Histogram("walsh_quantization_job_queue_seconds",
+                         "Time from creation, or from the return to the queue, to a worker.")
+          .Add({}, metrics::JobDurationBuckets());
+  prometheus::Histogram& duration_seconds =
+      metrics::Histogram("walsh_quantization_job_duration_seconds",
+                         "Time from the first start of a job to its end.")
+          .Add({}, metrics::JobDurationBuckets());
+  prometheus::Family<prometheus::Histogram>& stage_seconds = metrics::Histogram(
+      "walsh_quantization_stage_seconds", "Time that succeeded jobs spent in each stage.");
+  prometheus::Family<prometheus::Gauge>& layers_done = metrics::Gauge(
+      "walsh_quantization_layers_done", "Finished layers of a running job; gone when it ends.");
+  prometheus::Histogram& perplexity_ratio =
+      metrics::Histogram("walsh_quantization_perplexity_ratio",
+                         "Perplexity after quantization over perplexity before.")
+          .Add({}, RatioBuckets());
+  prometheus::Counter& lease_expirations =
+      metrics::Counter("walsh_worker_lease_expirations_total",
+                       "Leases whose worker stopped its heartbeats.")
+          .Add({});
+
+  prometheus::Gauge& State(QuantizationJob::State state) {
+    return jobs.Add({{"state", std::string(StateName(state))}});
+  }
+  prometheus::Gauge& Layers(const QuantizationJob& job) {
+    return layers_done.Add({{"job", job.name()}});
+  }
+};
+
+JobMetrics::JobMetrics()
+    : families_([]() -> Families& {
+        static auto* const families = new Families;
+        return *families;
+      }()) {}
+
+absl::Status JobMetrics::CountStored(const JobStore& store) {
+  for (const QuantizationJob::State state : kStates) {
+    WALSH_ASSIGN_OR_RETURN(const JobPage page, store.List({.state = state, .page_size = 1}));
+    families_.State(state).Set(static_cast<double>(page.total_size));
+  }
+  return absl::OkStatus();
+}
+
+void JobMetrics::OnCreate(const JobRecord& record) {
+  families_.State(record.job.state()).Increment();
+}
+
+void JobMetrics::OnTransition(const JobRecord& before, const JobRecord& after) {
+  if (IsLeased(after.job.state()) && after.job.progress().layers_total() > 0) {
+    families_.Layers(after.job).Set(after.job.progress().layers_done());
+  }
+  if (before.job.state() == after.job.state()) return;
+  families_.State(before.job.state()).Decrement();
+  families_.State(after.job.state()).Increment();
+  if (after.job.state() == QuantizationJob::RUNNING) {
+    families_.queue_seconds.Observe(Seconds(before.job.update_time(), after.job.update_time()));
+  }
+  if (IsTerminal(after.job.state())) OnFinish(after);
+}
+
+void JobMetrics::OnFinish(const JobRecord& record) {
+  const QuantizationJob& job = record.job;
+  families_.layers_done.Remove(&families_.Layers(job));
+  families_.finished
+      .Add({{"state", std::string(StateName(job.state()))},
+            {"method", v1::QuantizationConfig::Method_Name(job.config().method())}})
+      .Increment();
+  if (job.has_start_time()) {
+    families_.duration_seconds.Observe(Seconds(job.start_time(), job.end_time()));
+  }
+  if (job.state() != QuantizationJob::SUCCEEDED) return;
+  for (const QuantizationJob::StageTime& time : job.result().stage_times()) {
+    if (!QuantizationJob::Stage_IsValid(time.stage())) continue;
+    families_.stage_seconds
+        .Add({{"stage", QuantizationJob::Stage_Name(time.stage())}}, metrics::JobDurationBuckets())
+        .Observe(time.seconds());
+  }
+  const double before = job.result().perplexity_before();
+  const double after = job.result().perplexity_after();
+  if (before > 0 && after > 0) families_.perplexity_ratio.Observe(after / before);
+}
+
+void JobMetrics::OnDelete(const JobRecord& record) {
+  families_.State(record.job.state()).Decrement();
+}
+
+void JobMetrics::OnLeaseExpired() { families_.lease_expirations.Increment(); }
+
+}  // namespace walsh::jobs

@@ -1,0 +1,220 @@
+#include "server/jobs/job_validation.h"
+
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "common/resource_name.h"
+#include "common/sha256.h"
+#include "common/status_macros.h"
+#include "common/utf8.h"
+
+namespace walsh::jobs {
+namespace {
+
+using v1::Calibration;
+using v1::Evaluation;
+using v1::QuantizationConfig;
+using v1::QuantizationJob;
+using v1::Rotation;
+
+constexpr double kDampDefault = 0.01;
+constexpr int kBitsDefault = 4;
+constexpr int kSamplesDefault = 128;
+constexpr int kSequenceLengthDefault = 2048;
+constexpr int kEvaluationWindowsDefault = 20;
+
+bool IsControl(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
+
+absl::Status CheckText(std::string_view field, std::string_view text, int bytes_max) {
+  if (static_cast<int64_t>(text.size()) > bytes_max) {
+    return InvalidField(
+        field, absl::StrCat("has ", text.size(), " bytes, at most ", bytes_max, " are taken"));
+  }
+  if (!IsValidUtf8(text)) return InvalidField(field, "is not valid UTF-8");
+  if (std::any_of(text.begin(), text.end(), IsControl)) {
+    return InvalidField(field, "has a control character");
+  }
+  return absl::OkStatus();
+}
+
+// 0 means the default and is replaced by it.
+absl::Status ResolveInt(std::string_view field, int value, int min, int max, int default_value,
+                        void (*set)(QuantizationConfig*, int), QuantizationConfig* config) {
+  if (value != 0 && (value < min || value > max)) {
+    return InvalidField(field, absl::StrCat("must be 0 (", default_value, ") or from ", min, " to ",
+                                            max, ", is ", value));
+  }
+  set(config, value == 0 ? default_value : value);
+  return absl::OkStatus();
+}
+
+absl::Status CheckOneOf(std::string_view field, int value, std::initializer_list<int> allowed,
+                        std::string_view rule) {
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return absl::OkStatus();
+  return InvalidField(field, absl::StrCat("must be ", std::string(rule), ", is ", value));
+}
+
+absl::Status ResolveRotation(Rotation* rotation) {
+  if (!Rotation::Kind_IsValid(rotation->kind())) {
+    return InvalidField("config.rotation.kind", absl::StrCat(static_cast<int>(rotation->kind()),
+                                                             " is not a kind of rotation"));
+  }
+  if (!Rotation::Signs_IsValid(rotation->signs())) {
+    return InvalidField("config.rotation.signs", absl::StrCat(static_cast<int>(rotation->signs()),
+                                                              " is not a kind of signs"));
+  }
+  if (rotation->kind() == Rotation::KIND_UNSPECIFIED) rotation->set_kind(Rotation::GSR);
+  if (rotation->signs() == Rotation::SIGNS_UNSPECIFIED) rotation->set_signs(Rotation::NO_SIGNS);
+  const int block = rotation->block_size();
+  if (block == 0) return absl::OkStatus();
+  if (rotation->kind() != Rotation::GSR && rotation->kind() != Rotation::LOCAL_HADAMARD) {
+    return InvalidField(
+        "config.rotation.block_size",
+        absl::StrCat("is ", block, ", but only GSR and LOCAL_HADAMARD have blocks"));
+  }
+  if (block < limits::kRotationBlockMin || block > limits::kRotationBlockMax ||
+      !std::has_single_bit(static_cast<unsigned>(block))) {
+    return InvalidField(
+        "config.rotation.block_size",
+        absl::StrCat("must be 0 (auto) or a power of two from ", limits::kRotationBlockMin, " to ",
+                     limits::kRotationBlockMax, ", is ", block));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResolveQuantizer(QuantizationConfig* config) {
+  if (!QuantizationConfig::Method_IsValid(config->method())) {
+    return InvalidField("config.method",
+                        absl::StrCat(static_cast<int>(config->method()), " is not a method"));
+  }
+  if (config->method() == QuantizationConfig::METHOD_UNSPECIFIED) {
+    config->set_method(QuantizationConfig::GPTQ);
+  }
+  WALSH_RETURN_IF_ERROR(CheckOneOf("config.bits", config->bits(), {0, 2, 3, 4, 8}, "2, 3, 4 or 8"));
+  if (config->bits() == 0) config->set_bits(kBitsDefault);
+  WALSH_RETURN_IF_ERROR(CheckOneOf("config.group_size", config->group_size(), {-1, 0, 32, 64, 128},
+                                   "0 (auto), 32, 64, 128 or -1 (per channel)"));
+  if (!QuantizationConfig::ColumnOrder_IsValid(config->column_order())) {
+    return InvalidField(
+        "config.column_order",
+        absl::StrCat(static_cast<int>(config->column_order()), " is not a column order"));
+  }
+  if (config->column_order() == QuantizationConfig::COLUMN_ORDER_UNSPECIFIED) {
+    config->set_column_order(QuantizationConfig::GROUP_AWARE);
+  }
+  const double damp = config->damp_percent();
+  if (!std::isfinite(damp) || damp < 0 || damp > 1) {
+    return InvalidField(
+        "config.damp_percent",
+        absl::StrCat("must be from 0 to 1 (a share of the mean diagonal), is ", damp));
+  }
+  if (damp == 0) config->set_damp_percent(kDampDefault);
+  return absl::OkStatus();
+}
+
+absl::Status ResolveTexts(QuantizationConfig* config) {
+  const Calibration& calibration = config->calibration();
+  const Evaluation& evaluation = config->evaluation();
+  WALSH_RETURN_IF_ERROR(
+      CheckText("config.calibration.uri", calibration.uri(), limits::kPathBytesMax));
+  WALSH_RETURN_IF_ERROR(
+      CheckText("config.evaluation.uri", evaluation.uri(), limits::kPathBytesMax));
+  WALSH_RETURN_IF_ERROR(ResolveInt(
+      "config.calibration.num_samples", calibration.num_samples(), 1,
+      limits::kCalibrationSamplesMax, kSamplesDefault,
+      [](QuantizationConfig* c, int v) { c->mutable_calibration()->set_num_samples(v); }, config));
+  WALSH_RETURN_IF_ERROR(ResolveInt(
+      "config.calibration.sequence_length", calibration.sequence_length(),
+      limits::kSequenceLengthMin, limits::kSequenceLengthMax, kSequenceLengthDefault,
+      [](QuantizationConfig* c, int v) { c->mutable_calibration()->set_sequence_length(v); },
+      config));
+  WALSH_RETURN_IF_ERROR(ResolveInt(
+      "config.evaluation.max_windows", evaluation.max_windows(), 1, limits::kEvaluationWindowsMax,
+      kEvaluationWindowsDefault,
+      [](QuantizationConfig* c, int v) { c->mutable_evaluation()->set_max_windows(v); }, config));
+  return ResolveInt(
+      "config.evaluation.sequence_length", evaluation.sequence_length(), limits::kSequenceLengthMin,
+      limits::kSequenceLengthMax, kSequenceLengthDefault,
+      [](QuantizationConfig* c, int v) { c->mutable_evaluation()->set_sequence_length(v); },
+      config);
+}
+
+absl::Status CheckLabels(const QuantizationJob& job) {
+  if (job.labels_size() > limits::kLabelsMax) {
+    return InvalidField("labels", absl::StrCat("has ", job.labels_size(), " entries, at most ",
+                                               limits::kLabelsMax, " are taken"));
+  }
+  for (const auto& [key, value] : job.labels()) {
+    if (key.empty()) return InvalidField("labels", "has an empty key");
+    WALSH_RETURN_IF_ERROR(CheckText("labels", key, limits::kLabelBytesMax));
+    WALSH_RETURN_IF_ERROR(CheckText("labels", value, limits::kLabelBytesMax));
+  }
+  return absl::OkStatus();
+}
+
+// What a client may set; everything else of a job is output only.
+QuantizationJob InputOf(const QuantizationJob& job) {
+  QuantizationJob input;
+  input.set_display_name(job.display_name());
+  input.set_source_model(job.source_model());
+  input.set_model_name(job.model_name());
+  if (job.has_config()) *input.mutable_config() = job.config();
+  *input.mutable_labels() = job.labels();
+  return input;
+}
+
+}  // namespace
+
+absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRequest& request) {
+  if (!request.has_quantization_job()) return InvalidField("quantization_job", "is missing");
+  const std::string& id = request.quantization_job_id();
+  if (!id.empty() && !IsJobId(id)) {
+    WALSH_RETURN_IF_ERROR(CheckText("quantization_job_id", id, limits::kJobIdBytesMax));
+    return InvalidField("quantization_job_id",
+                        absl::StrCat("'", id, "' is not of the form [a-z][a-z0-9-]{0,62}"));
+  }
+  WALSH_RETURN_IF_ERROR(CheckText("request_id", request.request_id(), limits::kRequestIdBytesMax));
+
+  QuantizationJob job = InputOf(request.quantization_job());
+  WALSH_RETURN_IF_ERROR(
+      CheckText("display_name", job.display_name(), limits::kDisplayNameBytesMax));
+  if (job.source_model().empty()) return InvalidField("source_model", "is missing");
+  WALSH_RETURN_IF_ERROR(CheckText("source_model", job.source_model(), limits::kPathBytesMax));
+  if (!IsModelId(job.model_name())) {
+    return InvalidField(
+        "model_name", absl::StrCat("'", job.model_name().substr(0, 2 * limits::kModelNameBytesMax),
+                                   "' is not of the form [a-z0-9][a-z0-9._-]{0,63}"));
+  }
+  WALSH_RETURN_IF_ERROR(CheckLabels(job));
+  QuantizationConfig* config = job.mutable_config();
+  WALSH_RETURN_IF_ERROR(ResolveQuantizer(config));
+  WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
+  WALSH_RETURN_IF_ERROR(ResolveTexts(config));
+  return job;
+}
+
+std::string BodySha256(const v1::CreateQuantizationJobRequest& request) {
+  v1::CreateQuantizationJobRequest body;
+  *body.mutable_quantization_job() = InputOf(request.quantization_job());
+  body.set_quantization_job_id(request.quantization_job_id());
+  std::string bytes;
+  {
+    google::protobuf::io::StringOutputStream stream(&bytes);
+    google::protobuf::io::CodedOutputStream coded(&stream);
+    // The order of a map's entries is otherwise a matter of chance.
+    coded.SetSerializationDeterministic(true);
+    body.SerializeToCodedStream(&coded);
+  }
+  return Sha256Hex(bytes);
+}
+
+}  // namespace walsh::jobs

@@ -1,0 +1,296 @@
+#include "server/jobs/sqlite_job_store.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "common/grpc_status.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "server/jobs/schema.h"
+
+namespace walsh::jobs {
+namespace {
+
+constexpr absl::Duration kRequestAgeMax = absl::Hours(24 * 7);
+constexpr std::string_view kColumns =
+    "ordinal, fencing_token, completed_token, last_sequence, crashes, crash_workers, retries, "
+    "not_before_us, job";
+
+std::string JobId(const JobRecord& record) {
+  return record.job.name().substr(kJobCollection.size());
+}
+
+int64_t NotBeforeMicros(const JobRecord& record) {
+  return record.not_before == absl::InfinitePast() ? 0 : absl::ToUnixMicros(record.not_before);
+}
+
+// The columns that Insert and Update share, in this order.
+void BindRecord(const JobRecord& record, Statement* statement) {
+  statement->Bind(int64_t{record.job.state()})
+      .Bind(record.job.model_name())
+      .Bind(record.fencing_token)
+      .Bind(record.completed_token)
+      .Bind(record.last_sequence)
+      .Bind(int64_t{record.crashes})
+      .Bind(absl::StrJoin(record.crash_workers, "\n"))
+      .Bind(int64_t{record.retries})
+      .Bind(NotBeforeMicros(record))
+      .BindBlob(record.job.SerializeAsString());
+}
+
+// A row of kColumns.
+absl::StatusOr<JobRecord> ReadRecord(const Statement& row) {
+  JobRecord record;
+  record.fencing_token = row.Int(1);
+  record.completed_token = row.Int(2);
+  record.last_sequence = row.Int(3);
+  record.crashes = static_cast<int>(row.Int(4));
+  const std::string workers = row.Text(5);
+  if (!workers.empty()) record.crash_workers = absl::StrSplit(workers, '\n');
+  record.retries = static_cast<int>(row.Int(6));
+  if (row.Int(7) != 0) record.not_before = absl::FromUnixMicros(row.Int(7));
+  if (!record.job.ParseFromString(row.Blob(8))) {
+    return absl::DataLossError(
+        absl::StrCat("job store: the job with ordinal ", row.Int(0), " is damaged"));
+  }
+  return record;
+}
+
+absl::Status AlreadyExists(std::string_view type, const std::string& name, std::string_view by) {
+  absl::Status status = absl::AlreadyExistsError(
+      absl::StrCat(std::string(type), " '", name, "' is taken by ", std::string(by)));
+  SetErrorInfo(status, "NAME_TAKEN", {{"name", name}});
+  return status;
+}
+
+std::string Where(const JobQuery& query) {
+  std::vector<std::string> terms = {"1"};
+  if (query.state.has_value()) terms.push_back("state = ?");
+  if (query.model_name.has_value()) terms.push_back("model_name = ?");
+  return absl::StrCat(" WHERE ", absl::StrJoin(terms, " AND "));
+}
+
+void BindWhere(const JobQuery& query, Statement* statement) {
+  if (query.state.has_value()) statement->Bind(int64_t{*query.state});
+  if (query.model_name.has_value()) statement->Bind(*query.model_name);
+}
+
+}  // namespace
+
+SqliteJobStore::SqliteJobStore(Connection writer, Connection reader, const Clock* clock)
+    : clock_(clock), writer_(std::move(writer)), reader_(std::move(reader)) {}
+
+absl::StatusOr<std::unique_ptr<SqliteJobStore>> SqliteJobStore::Open(const std::string& path,
+                                                                     const Clock* clock) {
+  WALSH_ASSIGN_OR_RETURN(Connection writer, Connection::Open(path, Connection::Mode::kReadWrite));
+  WALSH_RETURN_IF_ERROR(Migrate(&writer));
+  WALSH_ASSIGN_OR_RETURN(Connection reader, Connection::Open(path, Connection::Mode::kReadOnly));
+  return std::unique_ptr<SqliteJobStore>(
+      new SqliteJobStore(std::move(writer), std::move(reader), clock));
+}
+
+absl::Status SqliteJobStore::Insert(const JobRecord& record, const QuantizationJobEvent& event,
+                                    const RequestKey& key) {
+  const absl::MutexLock lock(&write_mu_);
+  WALSH_ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(&writer_));
+  WALSH_RETURN_IF_ERROR(CheckNamesAreFree(record));
+  WALSH_ASSIGN_OR_RETURN(
+      Statement insert,
+      writer_.Prepare("INSERT INTO jobs (state, model_name, fencing_token, completed_token, "
+                      "last_sequence, crashes, crash_workers, retries, not_before_us, job, id) "
+                      "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"));
+  BindRecord(record, &insert);
+  const std::string id = JobId(record);
+  WALSH_RETURN_IF_ERROR(insert.Bind(id).Run());
+  WALSH_RETURN_IF_ERROR(AppendEvent(id, event));
+  if (!key.request_id.empty()) WALSH_RETURN_IF_ERROR(InsertRequest(id, key));
+  return transaction.Commit();
+}
+
+absl::Status SqliteJobStore::CheckNamesAreFree(const JobRecord& record) {
+  const std::string id = JobId(record);
+  WALSH_ASSIGN_OR_RETURN(Statement by_id, writer_.Prepare("SELECT 1 FROM jobs WHERE id = ?"));
+  WALSH_ASSIGN_OR_RETURN(const bool id_taken, by_id.Bind(id).Step());
+  if (id_taken) return AlreadyExists("job", record.job.name(), "another job");
+  const std::string& model = record.job.model_name();
+  WALSH_ASSIGN_OR_RETURN(Statement published, writer_.Prepare("SELECT 1 FROM models WHERE id = ?"));
+  WALSH_ASSIGN_OR_RETURN(const bool is_published, published.Bind(model).Step());
+  if (is_published) return AlreadyExists("model_name", model, "a published model");
+  WALSH_ASSIGN_OR_RETURN(
+      Statement live,
+      writer_.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
+  WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model).Step());
+  if (is_live) return AlreadyExists("model_name", model, JobName(live.Text(0)));
+  return absl::OkStatus();
+}
+
+absl::Status SqliteJobStore::AppendEvent(const std::string& id, const QuantizationJobEvent& event) {
+  WALSH_ASSIGN_OR_RETURN(Statement insert,
+                         writer_.Prepare("INSERT INTO job_events (job, sequence, event) "
+                                         "VALUES ((SELECT ordinal FROM jobs WHERE id = ?), ?, ?)"));
+  return insert.Bind(id).Bind(event.sequence()).BindBlob(event.SerializeAsString()).Run();
+}
+
+absl::Status SqliteJobStore::InsertRequest(const std::string& job_id, const RequestKey& key) {
+  WALSH_ASSIGN_OR_RETURN(Statement expire,
+                         writer_.Prepare("DELETE FROM requests WHERE create_us < ?"));
+  WALSH_RETURN_IF_ERROR(expire.Bind(absl::ToUnixMicros(clock_->Now() - kRequestAgeMax)).Run());
+  WALSH_ASSIGN_OR_RETURN(
+      Statement insert,
+      writer_.Prepare("INSERT INTO requests (request_id, body_sha256, job_id, create_us) "
+                      "VALUES (?, ?, ?, ?)"));
+  return insert.Bind(key.request_id)
+      .Bind(key.body_sha256)
+      .Bind(job_id)
+      .Bind(absl::ToUnixMicros(clock_->Now()))
+      .Run();
+}
+
+absl::Status SqliteJobStore::Update(const JobRecord& record, const QuantizationJobEvent& event,
+                                    const v1::Model* published) {
+  const absl::MutexLock lock(&write_mu_);
+  WALSH_ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(&writer_));
+  WALSH_ASSIGN_OR_RETURN(
+      Statement update,
+      writer_.Prepare("UPDATE jobs SET state = ?, model_name = ?, fencing_token = ?, "
+                      "completed_token = ?, last_sequence = ?, crashes = ?, crash_workers = ?, "
+                      "retries = ?, not_before_us = ?, job = ? WHERE id = ?"));
+  BindRecord(record, &update);
+  const std::string id = JobId(record);
+  WALSH_RETURN_IF_ERROR(update.Bind(id).Run());
+  WALSH_RETURN_IF_ERROR(AppendEvent(id, event));
+  if (published != nullptr) WALSH_RETURN_IF_ERROR(WriteModel(*published));
+  return transaction.Commit();
+}
+
+absl::Status SqliteJobStore::Delete(const std::string& id) {
+  const absl::MutexLock lock(&write_mu_);
+  WALSH_ASSIGN_OR_RETURN(Statement remove, writer_.Prepare("DELETE FROM jobs WHERE id = ?"));
+  return remove.Bind(id).Run();
+}
+
+absl::StatusOr<JobRecord> SqliteJobStore::Get(const std::string& id) const {
+  const absl::MutexLock lock(&read_mu_);
+  WALSH_ASSIGN_OR_RETURN(
+      Statement select,
+      reader_.Prepare(absl::StrCat("SELECT ", std::string(kColumns), " FROM jobs WHERE id = ?")));
+  WALSH_ASSIGN_OR_RETURN(const bool found, select.Bind(id).Step());
+  if (!found) return NotFound("job", JobName(id));
+  return ReadRecord(select);
+}
+
+absl::StatusOr<std::vector<JobRecord>> SqliteJobStore::Live() const {
+  const absl::MutexLock lock(&read_mu_);
+  WALSH_ASSIGN_OR_RETURN(
+      Statement select,
+      reader_.Prepare(absl::StrCat("SELECT ", std::string(kColumns),
+                                   " FROM jobs WHERE state IN (1, 3, 5) ORDER BY ordinal")));
+  std::vector<JobRecord> live;
+  while (true) {
+    WALSH_ASSIGN_OR_RETURN(const bool has_row, select.Step());
+    if (!has_row) return live;
+    WALSH_ASSIGN_OR_RETURN(live.emplace_back(), ReadRecord(select));
+  }
+}
+
+absl::StatusOr<JobPage> SqliteJobStore::List(const JobQuery& query) const {
+  const absl::MutexLock lock(&read_mu_);
+  JobPage page;
+  const std::string where = Where(query);
+  WALSH_ASSIGN_OR_RETURN(Statement count,
+                         reader_.Prepare(absl::StrCat("SELECT COUNT(*) FROM jobs", where)));
+  BindWhere(query, &count);
+  WALSH_RETURN_IF_ERROR(count.Step().status());
+  page.total_size = count.Int(0);
+
+  std::string sql = absl::StrCat("SELECT ", std::string(kColumns), " FROM jobs", where);
+  if (query.after.has_value())
+    absl::StrAppend(&sql, " AND ordinal ", query.newest_first ? "<" : ">", " ?");
+  absl::StrAppend(&sql, " ORDER BY ordinal ", query.newest_first ? "DESC" : "ASC", " LIMIT ?");
+  WALSH_ASSIGN_OR_RETURN(Statement select, reader_.Prepare(sql));
+  BindWhere(query, &select);
+  if (query.after.has_value()) select.Bind(*query.after);
+  // One more than asked for, to know whether there is a next page.
+  select.Bind(int64_t{query.page_size} + 1);
+  int64_t last_ordinal = 0;
+  while (true) {
+    WALSH_ASSIGN_OR_RETURN(const bool has_row, select.Step());
+    if (!has_row) return page;
+    if (static_cast<int>(page.jobs.size()) == query.page_size) {
+      page.next = last_ordinal;
+      return page;
+    }
+    last_ordinal = select.Int(0);
+    WALSH_ASSIGN_OR_RETURN(page.jobs.emplace_back(), ReadRecord(select));
+  }
+}
+
+absl::StatusOr<std::vector<QuantizationJobEvent>> SqliteJobStore::Events(const std::string& id,
+                                                                         int64_t after,
+                                                                         int n_max) const {
+  const absl::MutexLock lock(&read_mu_);
+  WALSH_ASSIGN_OR_RETURN(
+      Statement select,
+      reader_.Prepare("SELECT event FROM job_events WHERE job = (SELECT ordinal FROM jobs WHERE "
+                      "id = ?) AND sequence > ? ORDER BY sequence LIMIT ?"));
+  select.Bind(id).Bind(after).Bind(int64_t{n_max});
+  std::vector<QuantizationJobEvent> events;
+  while (true) {
+    WALSH_ASSIGN_OR_RETURN(const bool has_row, select.Step());
+    if (!has_row) return events;
+    if (!events.emplace_back().ParseFromString(select.Blob(0))) {
+      return absl::DataLossError(absl::StrCat("job store: an event of ", id, " is damaged"));
+    }
+  }
+}
+
+absl::StatusOr<std::optional<StoredRequest>> SqliteJobStore::FindRequest(
+    const std::string& request_id) const {
+  const absl::MutexLock lock(&read_mu_);
+  WALSH_ASSIGN_OR_RETURN(
+      Statement select,
+      reader_.Prepare(
+          "SELECT body_sha256, job_id FROM requests WHERE request_id = ? AND create_us >= ?"));
+  select.Bind(request_id).Bind(absl::ToUnixMicros(clock_->Now() - kRequestAgeMax));
+  WALSH_ASSIGN_OR_RETURN(const bool found, select.Step());
+  if (!found) return std::nullopt;
+  return StoredRequest{.body_sha256 = select.Text(0), .job_id = select.Text(1)};
+}
+
+absl::Status SqliteJobStore::WriteModel(const v1::Model& model) {
+  WALSH_ASSIGN_OR_RETURN(Statement put,
+                         writer_.Prepare("INSERT INTO models (id, model) VALUES (?, ?) ON CONFLICT "
+                                         "(id) DO UPDATE SET model = excluded.model"));
+  return put.Bind(model.name().substr(kModelCollection.size()))
+      .BindBlob(model.SerializeAsString())
+      .Run();
+}
+
+absl::Status SqliteJobStore::PutModel(const v1::Model& model) {
+  const absl::MutexLock lock(&write_mu_);
+  return WriteModel(model);
+}
+
+absl::Status SqliteJobStore::DeleteModel(const std::string& id) {
+  const absl::MutexLock lock(&write_mu_);
+  WALSH_ASSIGN_OR_RETURN(Statement remove, writer_.Prepare("DELETE FROM models WHERE id = ?"));
+  return remove.Bind(id).Run();
+}
+
+absl::StatusOr<std::vector<v1::Model>> SqliteJobStore::Models() const {
+  const absl::MutexLock lock(&read_mu_);
+  WALSH_ASSIGN_OR_RETURN(Statement select,
+                         reader_.Prepare("SELECT id, model FROM models ORDER BY id"));
+  std::vector<v1::Model> models;
+  while (true) {
+    WALSH_ASSIGN_OR_RETURN(const bool has_row, select.Step());
+    if (!has_row) return models;
+    if (!models.emplace_back().ParseFromString(select.Blob(1))) {
+      return absl::DataLossError(absl::StrCat("job store: model ", select.Text(0), " is damaged"));
+    }
+  }
+}
+
+}  // namespace walsh::jobs

@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""The repository's test of itself: dependency arrows, banned calls, machine paths, large files.
+
+Prints each finding as path:line: what, and what to do instead. The rules themselves are tried first,
+on lines that they must refuse and lines that they must not.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+FILE_BYTES_MAX = 1 << 20
+CODE = (".h", ".cc", ".cu", ".cuh")
+
+# What a folder may include, besides itself and its subfolders. The arrows of docs/architecture.md.
+COMMON = ["common"]
+PROTO = COMMON + ["walsh/v1", "walsh/internal/v1", "google/rpc"]
+TENSOR = COMMON + ["worker/tensor"]
+KERNELS = TENSOR + ["worker/kernels"]
+MODEL_PARTS = KERNELS + ["worker/io", "worker/tokenizer", "worker/model", "worker/rotate", "worker/gptq"]
+UPPER = MODEL_PARTS + ["worker/calibrate", "worker/evaluate", "worker/engine"]
+ARROWS = {
+    "common": PROTO,
+    "server": PROTO,
+    "client": PROTO,
+    "worker/tensor": COMMON,
+    "worker/kernels": TENSOR,
+    "worker/io": TENSOR,
+    "worker/tokenizer": TENSOR + ["worker/io"],
+    "worker/model": MODEL_PARTS,
+    "worker/rotate": MODEL_PARTS,
+    "worker/gptq": MODEL_PARTS,
+    "worker/calibrate": UPPER,
+    "worker/evaluate": UPPER,
+    "worker/engine": UPPER,
+    "worker/pipeline": UPPER + ["worker/pipeline"],
+    "worker/service": PROTO + ["worker"],
+    "worker": PROTO + ["worker"],
+}
+OURS = ("common/", "server/", "worker/", "client/", "tests/", "walsh/", "google/rpc/")
+
+# Messages and gRPC stay at the edges, so that all else is tested without them, under TSan too.
+GRPC_HEADER = re.compile(r"^(grpcpp?/|google/protobuf/|walsh/.*\.pb\.h|google/rpc/.*\.pb\.h|common/grpc_)")
+GRPC_FOLDERS = (
+    "server/", "worker/service/", "worker/main", "client/", "tests/",
+    "common/grpc_", "common/generation_limits", "common/resource_name",
+)
+CUDA_HEADER = re.compile(r"^(cuda|cublas|cusolver|cooperative_groups|nv)")
+CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/tensor/device_buffer", "tests/gpu/")
+
+# pattern, what to do instead, paths where it is allowed
+BANNED = [
+    (r"\bassert\(", "WALSH_CHECK for our bugs, absl::Status for input", ()),
+    (r"\bstd::regex\b", "PCRE2: std::regex recurses on its input", ()),
+    (r"\b(?:std::)?s?rand\(", "a seeded generator", ()),
+    (r"\bato[ifl]\(|\bstd::sto[a-z]+\(", "absl::SimpleAtoi and friends", ("tests/",)),
+    (r"\bstd::c(?:out|err)\b", "common/log.h, or a stream that the caller passes",
+     ("client/", "tests/", "common/command_line.cc", "server/main.cc", "worker/main.cc")),
+    (r"\bsleep_for\(|\busleep\(|\babsl::SleepFor\(", "a Clock, a condition or a deadline",
+     ("tests/testing/", "client/client.cc")),
+    (r"\busing namespace\b(?!.*literals)", "using declarations", ()),
+    (r"\bthrow\b(?! std::bad_alloc)", "absl::Status", ("tests/", "common/command_line.cc")),
+    (r"\b[A-Z]+DO\b(?<=TODO)(?!\(#\d+\))", "finish it, or TODO(#issue)", ()),
+    (r"\b(?:FIXME|XXX)\b", "finish it", ()),
+]
+BANNED = [(re.compile(pattern), instead, allowed) for pattern, instead, allowed in BANNED]
+MACHINE_PATH = re.compile(r"""(?:^|[\s"'`=(:])(/(?:work|root|home)/[\w./-]*)""")
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^">]+)[">]')
+
+
+def folder_of(path):
+    """The longest folder with a rule."""
+    parts = path.split("/")[:-1]
+    while parts and "/".join(parts) not in ARROWS:
+        parts.pop()
+    return "/".join(parts)
+
+
+def check_include(path, header):
+    if CUDA_HEADER.match(header) and not path.startswith(CUDA_FOLDERS):
+        yield f"CUDA header {header}; only in {', '.join(CUDA_FOLDERS)}"
+    if GRPC_HEADER.match(header) and not path.startswith(GRPC_FOLDERS):
+        yield f"gRPC or protobuf header {header}; only in {', '.join(GRPC_FOLDERS)}"
+    folder = folder_of(path)
+    if not folder or not header.startswith(OURS):
+        return
+    allowed = ARROWS[folder] + [folder]
+    if not any(header.startswith(prefix + "/") for prefix in allowed):
+        yield f"{folder} may not include {header}; it may include {', '.join(sorted(allowed))}"
+
+
+def without_comments_and_strings(line):
+    line = re.sub(r'"(?:[^"\\]|\\.)*"', '""', line)
+    return re.sub(r"//.*", "", line)
+
+
+def check_code_line(path, line):
+    include = INCLUDE.match(line)
+    if include:
+        yield from check_include(path, include.group(1))
+        return
+    code = without_comments_and_strings(line)
+    for pattern, instead, allowed in BANNED:
+        # Marks of unfinished work count in comments too.
+        where = line if "DO" in pattern.pattern or "XXX" in pattern.pattern else code
+        found = pattern.search(where)
+        if found and not path.startswith(allowed):
+            yield f"'{found.group(0)}'; instead: {instead}"
+
+
+def check_line(path, line):
+    found = MACHINE_PATH.search(line)
+    if found and path != "tests/tidy/tidy_test.py":
+        yield f"path of one machine: {found.group(1)}"
+    if path.endswith(CODE):
+        yield from check_code_line(path, line)
+
+
+def repository_files(root):
+    command = ["git", "-C", root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    return [path for path in listed.split("\0") if path and os.path.isfile(os.path.join(root, path))]
+
+
+def check_repository(root):
+    for path in repository_files(root):
+        full = os.path.join(root, path)
+        n_bytes = os.path.getsize(full)
+        if n_bytes > FILE_BYTES_MAX:
+            yield f"{path}: {n_bytes} bytes, at most {FILE_BYTES_MAX}: weights and data stay outside"
+            continue
+        with open(full, "rb") as file:
+            data = file.read()
+        if b"\0" in data:
+            continue
+        for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+            for finding in check_line(path, line):
+                yield f"{path}:{number}: {finding}"
+
+
+SELF_TEST = [
+    # path, line, refused?
+    ("worker/tensor/a.cc", '#include "worker/kernels/kernels.h"', True),
+    ("worker/kernels/cpu/a.cc", '#include "worker/tensor/half.h"', False),
+    ("worker/kernels/a.cc", '#include "worker/io/artifact.h"', True),
+    ("worker/io/a.cc", '#include "worker/kernels/kernels.h"', True),
+    ("server/jobs/a.cc", '#include "worker/io/artifact.h"', True),
+    ("client/a.cc", '#include "server/jobs/job.h"', True),
+    ("common/a.cc", '#include "server/jobs/job.h"', True),
+    ("worker/engine/a.cc", "#include <grpcpp/server.h>", True),
+    ("worker/engine/a.cc", '#include "walsh/v1/model.pb.h"', True),
+    ("worker/service/a.cc", '#include "walsh/v1/model.pb.h"', False),
+    ("worker/model/a.cc", "#include <cuda_runtime.h>", True),
+    ("worker/kernels/cuda/a.cu", "#include <cuda_runtime.h>", False),
+    ("common/a.cc", "  assert(x);", True),
+    ("common/a.cc", "  static_assert(x);", False),
+    ("common/a.cc", "  // assert(x) is banned", False),
+    ("common/a.cc", "  int n = std::stoi(text);", True),
+    ("common/a.cc", "  std::cout << n;", True),
+    ("client/a.cc", "  std::cout << n;", False),
+    ("tests/unit/a.cc", "  std::this_thread::sleep_for(x);", True),
+    ("tests/testing/a.cc", "  std::this_thread::sleep_for(x);", False),
+    ("common/a.cc", "  int operand(int);", False),
+    ("common/a.cc", "  int x = rand();", True),
+    ("common/a.cc", "  // TO" + "DO: later", True),
+    ("common/a.cc", "  // TO" + "DO(#12): later", False),
+    ("docs/a.md", "see /work/shared", True),
+    ("docs/a.md", "see https://example.org/work/shared and network/work/x", False),
+    ("docs/a.md", "under `/root/x`", True),
+]
+
+
+def self_test():
+    for path, line, is_refused in SELF_TEST:
+        findings = list(check_line(path, line))
+        if bool(findings) != is_refused:
+            yield f"self-test: {path}: {line!r} was {'accepted' if is_refused else findings}"
+
+
+def main():
+    root = sys.argv[1] if len(sys.argv) > 1 else os.getcwd()
+    findings = list(self_test()) + list(check_repository(root))
+    for finding in findings:
+        print(finding)
+    print(f"{len(findings)} findings")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

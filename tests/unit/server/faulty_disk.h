@@ -1,0 +1,21 @@
+// Makes SQLite's writes and syncs fail, through the table of system calls that its Unix layer uses.
+//
+// One at a time, and for the whole process: tests that use it run alone in their process's moment.
+#pragma once
+
+namespace walsh::testing {
+
+class FaultyDisk {
+ public:
+  FaultyDisk();
+  ~FaultyDisk();
+  FaultyDisk(const FaultyDisk&) = delete;
+  FaultyDisk& operator=(const FaultyDisk&) = delete;
+
+  // From now on writes fail with `error` (ENOSPC, EROFS, EIO); 0 heals.
+  void FailWrites(int error);
+  // The n-th sync from now (1 is the next) fails with EIO, the others succeed.
+  void FailSync(int n);
+};
+
+}  // namespace walsh::testing

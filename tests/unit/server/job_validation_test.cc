@@ -1,0 +1,264 @@
+#include "server/jobs/job_validation.h"
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "common/limits.h"
+#include "tests/testing/status_matchers.h"
+
+namespace walsh::jobs {
+namespace {
+
+using ::testing::HasSubstr;
+using v1::QuantizationConfig;
+using v1::Rotation;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::IsOk;
+using ::walsh::testing::StatusIs;
+
+constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+constexpr int kIntMax = std::numeric_limits<int>::max();  // 2³¹ does not fit the field
+constexpr int kIntMin = std::numeric_limits<int>::min();
+
+v1::CreateQuantizationJobRequest Valid() {
+  v1::CreateQuantizationJobRequest request;
+  request.mutable_quantization_job()->set_source_model("/models/tiny");
+  request.mutable_quantization_job()->set_model_name("tiny-4bit");
+  return request;
+}
+
+TEST(JobValidationTest, DefaultsAreThoseOfTheProtocol) {
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job, ValidateNewJob(Valid()));
+  const QuantizationConfig& config = job.config();
+  EXPECT_EQ(config.method(), QuantizationConfig::GPTQ);
+  EXPECT_EQ(config.bits(), 4);
+  EXPECT_EQ(config.group_size(), 0) << "auto: the worker knows the shapes";
+  EXPECT_EQ(config.column_order(), QuantizationConfig::GROUP_AWARE);
+  EXPECT_EQ(config.damp_percent(), 0.01);
+  EXPECT_EQ(config.rotation().kind(), Rotation::GSR);
+  EXPECT_EQ(config.rotation().signs(), Rotation::NO_SIGNS);
+  EXPECT_EQ(config.rotation().block_size(), 0);
+  EXPECT_EQ(config.calibration().num_samples(), 128);
+  EXPECT_EQ(config.calibration().sequence_length(), 2048);
+  EXPECT_EQ(config.evaluation().max_windows(), 20);
+  EXPECT_EQ(config.evaluation().sequence_length(), 2048);
+}
+
+TEST(JobValidationTest, OutputOnlyFieldsAreDropped) {
+  v1::CreateQuantizationJobRequest request = Valid();
+  v1::QuantizationJob* in = request.mutable_quantization_job();
+  in->set_name("quantizationJobs/forged");
+  in->set_state(v1::QuantizationJob::SUCCEEDED);
+  in->set_attempt(9);
+  in->mutable_result()->set_artifact_uri("x");
+  in->mutable_create_time()->set_seconds(1);
+  const std::string hash = BodySha256(request);
+  EXPECT_EQ(hash, BodySha256(Valid()));
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job, ValidateNewJob(request));
+  EXPECT_EQ(job.name(), "");
+  EXPECT_EQ(job.state(), v1::QuantizationJob::STATE_UNSPECIFIED);
+  EXPECT_EQ(job.attempt(), 0);
+  EXPECT_FALSE(job.has_result());
+  EXPECT_FALSE(job.has_create_time());
+}
+
+struct IntField {
+  std::string name;
+  std::function<void(QuantizationConfig*, int)> set;
+  std::vector<int> good;
+  std::vector<int> bad;
+};
+
+TEST(JobValidationTest, EveryNumberAtItsLimits) {
+  const auto method = [](int v) { return static_cast<QuantizationConfig::Method>(v); };
+  const auto order = [](int v) { return static_cast<QuantizationConfig::ColumnOrder>(v); };
+  const std::vector<IntField> fields = {
+      {"config.method", [&](auto* c, int v) { c->set_method(method(v)); }, {0, 1, 2}, {-1, 3}},
+      {"config.bits",
+       [](auto* c, int v) { c->set_bits(v); },
+       {0, 2, 3, 4, 8},
+       {-1, 1, 5, 6, 7, 9, 16}},
+      {"config.group_size",
+       [](auto* c, int v) { c->set_group_size(v); },
+       {-1, 0, 32, 64, 128},
+       {-2, 1, 31, 33, 63, 65, 127, 129, 256}},
+      {"config.column_order",
+       [&](auto* c, int v) { c->set_column_order(order(v)); },
+       {0, 1, 2},
+       {-1, 3}},
+      {"config.rotation.kind",
+       [](auto* c, int v) { c->mutable_rotation()->set_kind(static_cast<Rotation::Kind>(v)); },
+       {0, 1, 2, 3, 4, 5},
+       {-1, 6}},
+      {"config.rotation.signs",
+       [](auto* c, int v) { c->mutable_rotation()->set_signs(static_cast<Rotation::Signs>(v)); },
+       {0, 1, 2},
+       {-1, 3}},
+      {"config.rotation.block_size",
+       [](auto* c, int v) { c->mutable_rotation()->set_block_size(v); },
+       {0, 16, 32, 128, limits::kRotationBlockMax},
+       {-1, -16, 1, 8, 15, 17, 48, limits::kRotationBlockMax + 1, 2 * limits::kRotationBlockMax}},
+      {"config.calibration.num_samples",
+       [](auto* c, int v) { c->mutable_calibration()->set_num_samples(v); },
+       {0, 1, limits::kCalibrationSamplesMax - 1, limits::kCalibrationSamplesMax},
+       {-1, limits::kCalibrationSamplesMax + 1}},
+      {"config.calibration.sequence_length",
+       [](auto* c, int v) { c->mutable_calibration()->set_sequence_length(v); },
+       {0, limits::kSequenceLengthMin, limits::kSequenceLengthMin + 1, limits::kSequenceLengthMax},
+       {-1, 1, limits::kSequenceLengthMin - 1, limits::kSequenceLengthMax + 1}},
+      {"config.evaluation.max_windows",
+       [](auto* c, int v) { c->mutable_evaluation()->set_max_windows(v); },
+       {0, 1, limits::kEvaluationWindowsMax},
+       {-1, limits::kEvaluationWindowsMax + 1}},
+      {"config.evaluation.sequence_length",
+       [](auto* c, int v) { c->mutable_evaluation()->set_sequence_length(v); },
+       {0, limits::kSequenceLengthMin, limits::kSequenceLengthMax},
+       {-1, limits::kSequenceLengthMin - 1, limits::kSequenceLengthMax + 1}},
+  };
+  for (const IntField& field : fields) {
+    for (const int value : field.good) {
+      v1::CreateQuantizationJobRequest request = Valid();
+      field.set(request.mutable_quantization_job()->mutable_config(), value);
+      EXPECT_OK(ValidateNewJob(request)) << field.name << " = " << value;
+    }
+    std::vector<int> bad = field.bad;
+    bad.insert(bad.end(), {kIntMax, kIntMin});
+    for (const int value : bad) {
+      v1::CreateQuantizationJobRequest request = Valid();
+      field.set(request.mutable_quantization_job()->mutable_config(), value);
+      EXPECT_THAT(ValidateNewJob(request),
+                  StatusIs(kInvalid, ::testing::AllOf(HasSubstr(field.name),
+                                                      HasSubstr(std::to_string(value)))))
+          << field.name << " = " << value;
+    }
+  }
+}
+
+TEST(JobValidationTest, Damping) {
+  const double inf = std::numeric_limits<double>::infinity();
+  for (const double value : {0.0, 1e-9, 0.01, 1.0}) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    request.mutable_quantization_job()->mutable_config()->set_damp_percent(value);
+    EXPECT_OK(ValidateNewJob(request)) << value;
+  }
+  for (const double value : {-1e-9, -1.0, 1.000001, 2147483648.0, std::nan(""), inf, -inf}) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    request.mutable_quantization_job()->mutable_config()->set_damp_percent(value);
+    EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr("damp_percent"))) << value;
+  }
+}
+
+TEST(JobValidationTest, OnlyBlockRotationsHaveBlocks) {
+  for (int kind = 0; kind <= 5; ++kind) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    Rotation* rotation = request.mutable_quantization_job()->mutable_config()->mutable_rotation();
+    rotation->set_kind(static_cast<Rotation::Kind>(kind));
+    rotation->set_block_size(64);
+    const bool has_blocks = kind == 0 || kind == Rotation::GSR || kind == Rotation::LOCAL_HADAMARD;
+    EXPECT_EQ(ValidateNewJob(request).ok(), has_blocks) << kind;
+  }
+}
+
+struct TextField {
+  std::string name;
+  std::function<void(v1::CreateQuantizationJobRequest*, const std::string&)> set;
+  int bytes_max;
+};
+
+TEST(JobValidationTest, EveryText) {
+  const std::vector<TextField> fields = {
+      {"display_name", [](auto* r, auto& v) { r->mutable_quantization_job()->set_display_name(v); },
+       limits::kDisplayNameBytesMax},
+      {"source_model", [](auto* r, auto& v) { r->mutable_quantization_job()->set_source_model(v); },
+       limits::kPathBytesMax},
+      {"config.calibration.uri",
+       [](auto* r, auto& v) {
+         r->mutable_quantization_job()->mutable_config()->mutable_calibration()->set_uri(v);
+       },
+       limits::kPathBytesMax},
+      {"config.evaluation.uri",
+       [](auto* r, auto& v) {
+         r->mutable_quantization_job()->mutable_config()->mutable_evaluation()->set_uri(v);
+       },
+       limits::kPathBytesMax},
+      {"request_id", [](auto* r, auto& v) { r->set_request_id(v); }, limits::kRequestIdBytesMax},
+      {"labels",
+       [](auto* r, auto& v) { (*r->mutable_quantization_job()->mutable_labels())["k"] = v; },
+       limits::kLabelBytesMax},
+      {"labels",
+       [](auto* r, auto& v) { (*r->mutable_quantization_job()->mutable_labels())[v] = "v"; },
+       limits::kLabelBytesMax},
+      {"model_name", [](auto* r, auto& v) { r->mutable_quantization_job()->set_model_name(v); },
+       limits::kModelNameBytesMax},
+      {"quantization_job_id", [](auto* r, auto& v) { r->set_quantization_job_id(v); },
+       limits::kJobIdBytesMax},
+  };
+  for (const TextField& field : fields) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    field.set(&request, std::string(field.bytes_max, 'x'));
+    EXPECT_OK(ValidateNewJob(request)) << field.name;
+    for (const std::string& bad : {std::string(field.bytes_max + 1, 'x'), std::string("\xc3("),
+                                   std::string("a\x1b[0m"), std::string("a\0b", 3)}) {
+      request = Valid();
+      field.set(&request, bad);
+      EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr(field.name))) << field.name;
+    }
+  }
+}
+
+TEST(JobValidationTest, NamesHaveTheirForm) {
+  for (const char* name : {"", "A", "-a", ".a", "a/b", "..", "a..b", "a b", "ä"}) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    request.mutable_quantization_job()->set_model_name(name);
+    EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr("model_name"))) << name;
+  }
+  for (const char* id : {"A", "1a", "-a", "a_b", "a.b", "a/b"}) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    request.set_quantization_job_id(id);
+    EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr("quantization_job_id")))
+        << id;
+  }
+}
+
+TEST(JobValidationTest, MissingParts) {
+  EXPECT_THAT(ValidateNewJob({}), StatusIs(kInvalid, HasSubstr("quantization_job")));
+  v1::CreateQuantizationJobRequest request = Valid();
+  request.mutable_quantization_job()->clear_source_model();
+  EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr("source_model")));
+}
+
+TEST(JobValidationTest, LabelsAreCounted) {
+  v1::CreateQuantizationJobRequest request = Valid();
+  auto* labels = request.mutable_quantization_job()->mutable_labels();
+  for (int i = 0; i < limits::kLabelsMax; ++i) (*labels)["k" + std::to_string(i)] = "v";
+  EXPECT_OK(ValidateNewJob(request));
+  (*labels)["one-more"] = "v";
+  EXPECT_THAT(ValidateNewJob(request), HasCode(kInvalid));
+  labels->clear();
+  (*labels)[""] = "v";
+  EXPECT_THAT(ValidateNewJob(request), HasCode(kInvalid));
+}
+
+TEST(JobValidationTest, BodyHashIgnoresRequestIdAndMapOrderOnly) {
+  v1::CreateQuantizationJobRequest a = Valid();
+  v1::CreateQuantizationJobRequest b = Valid();
+  a.set_request_id("1");
+  b.set_request_id("2");
+  b.set_validate_only(true);
+  for (int i = 0; i < 50; ++i) {
+    (*a.mutable_quantization_job()->mutable_labels())[std::to_string(i)] = "v";
+    (*b.mutable_quantization_job()->mutable_labels())[std::to_string(49 - i)] = "v";
+  }
+  EXPECT_EQ(BodySha256(a), BodySha256(b));
+  b.mutable_quantization_job()->mutable_config()->set_bits(2);
+  EXPECT_NE(BodySha256(a), BodySha256(b));
+  b = a;
+  b.set_quantization_job_id("x");
+  EXPECT_NE(BodySha256(a), BodySha256(b));
+}
+
+}  // namespace
+}  // namespace walsh::jobs

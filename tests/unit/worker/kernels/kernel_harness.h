@@ -1,0 +1,45 @@
+// Runs an operation as reference and on the CPU with 1, 2 and 3 threads.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/tensor_compare.h"
+#include "worker/kernels/kernels.h"
+
+namespace walsh::kernels {
+
+// `run` fills `y` on the given stream; `y` holds `initial` when it starts. Expects the CPU's result
+// to be close to the reference and to have the same bits with any number of threads. Returns it.
+inline std::vector<float> ExpectLikeReference(
+    const std::vector<float>& initial,
+    const std::function<absl::Status(const Stream& stream, float* y)>& run,
+    const testing::CompareLimits& limits = {}) {
+  std::vector<float> expected = initial;
+  EXPECT_OK(run({.backend = Backend::kRef}, expected.data()));
+  std::vector<float> alone = initial;
+  EXPECT_OK(run({.backend = Backend::kCpu}, alone.data()));
+  EXPECT_THAT(testing::CompareTensors(alone, expected, limits), testing::IsClose());
+  for (const int n_threads : {2, 3}) {
+    ThreadPool pool(n_threads);
+    std::vector<float> together = initial;
+    EXPECT_OK(run({.backend = Backend::kCpu, .pool = &pool}, together.data()));
+    EXPECT_EQ(0, std::memcmp(alone.data(), together.data(), alone.size() * sizeof(float)))
+        << "with " << n_threads << " threads";
+  }
+  return alone;
+}
+
+// Twice the widest vector, then primes and the widths of real models.
+inline std::vector<int64_t> TestSizes() {
+  std::vector<int64_t> sizes;
+  for (int64_t n = 0; n <= 32; ++n) sizes.push_back(n);
+  for (const int64_t n : {61, 127, 128, 131, 172, 384, 576, 1009, 1536}) sizes.push_back(n);
+  return sizes;
+}
+
+}  // namespace walsh::kernels

@@ -1,0 +1,44 @@
+// What all linears that read one input share: the Hessian, its column order and its factor.
+//
+// GPTQ needs the upper factor U of the inverse Hessian, (H + λI)⁻¹ = Uᵀ U. It is found without
+// forming the inverse: with J the reversal of rows and columns, J (H + λI) J = L Lᵀ gives
+// U = J L⁻¹ J. A Hessian that is not positive definite is normal, not rare (few samples, duplicate
+// inputs), so damping grows by tens up to 10 %, then the factorization is tried in double, and at
+// last the caller rounds to nearest and says why.
+//
+// Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), section 3.3; group-aware order as in
+//          GPTQModel: groups by their largest, columns inside a group by their own diag(H)
+// Symbols: H [in, in] = Σ x xᵀ over calibration tokens, any scale   λ = damp · mean of the diagonal
+//          over live columns
+// Errors:  INVALID_ARGUMENT  not square, options out of range
+//          DATA_LOSS         a non-finite or negative element; the message names it
+// Memory:  two [in, in] float matrices; while it works two of double when float does not suffice
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/gptq/options.h"
+#include "worker/tensor/matrix.h"
+
+namespace walsh::gptq {
+
+struct HessianFactor {
+  Matrix hessian;              // as given, natural order
+  std::vector<int32_t> order;  // the column that is quantized at each step
+  Matrix upper;                // [in, in] U in that order, zero below; empty with a fallback or RTN
+  // Columns whose input was always zero: their weights become zero.
+  std::vector<uint8_t> is_dead;
+  int64_t dead_columns = 0;
+  double damp = 0;       // share of the mean diagonal that was needed
+  std::string fallback;  // why there is no factor; empty when there is one
+};
+
+// `name` is used in messages. For Method::kRtn nothing is factorized.
+absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,
+                                               std::string_view name);
+
+}  // namespace walsh::gptq

@@ -1,0 +1,249 @@
+#include "worker/gptq/quantize_linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/gptq/tile.h"
+#include "worker/kernels/kernels.h"
+
+namespace walsh::gptq {
+namespace {
+
+constexpr int64_t kBlockColumns = 128;
+
+int64_t Tiles(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+// Blocks never cut a group in two: either a group is whole inside a block, or it starts with one.
+int64_t BlockEnd(int64_t begin, int64_t in, int64_t group) {
+  if (group <= kBlockColumns) return std::min(in, begin + kBlockColumns / group * group);
+  return std::min(begin + kBlockColumns, (begin / group + 1) * group);
+}
+
+// Columns [begin, end) of kTileRows rows of a row-major matrix from `first_row`, to column-major;
+// rows beyond the matrix are zero.
+void LoadTile(const Matrix& m, int64_t first_row, int64_t begin, int64_t end, float* tile) {
+  const int64_t rows = std::min(kTileRows, m.rows() - first_row);
+  if (rows < kTileRows) std::fill_n(tile, (end - begin) * kTileRows, 0.0f);
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = m.row(first_row + r);
+    for (int64_t c = begin; c < end; ++c) tile[(c - begin) * kTileRows + r] = row[c];
+  }
+}
+
+class LinearQuantizer {
+ public:
+  LinearQuantizer(const Matrix& weights, const HessianFactor& factor, const Options& options,
+                  ThreadPool& pool)
+      : factor_(factor), options_(options), pool_(pool), work_(weights.rows(), weights.cols()) {
+    const int64_t rows = weights.rows();
+    const int64_t in = weights.cols();
+    QuantizedMatrix& q = result_.matrix;
+    q.rows = rows;
+    q.cols = in;
+    q.bits = options.bits;
+    q.group_size = options.group_size;
+    q.symmetric = options.symmetric;
+    q.codes.resize(static_cast<size_t>(rows * in));
+    q.scales.resize(static_cast<size_t>(rows * q.groups()));
+    q.zeros.resize(static_cast<size_t>(rows * q.groups()));
+    result_.dequantized = Matrix(rows, in);
+    grids_.resize(static_cast<size_t>(Tiles(rows)));
+    // Columns in the order of the steps.
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < in; ++i) {
+        const int32_t column = factor.order[static_cast<size_t>(i)];
+        work_(r, i) = factor.is_dead[static_cast<size_t>(column)] != 0 ? 0.0f : weights(r, column);
+      }
+    }
+  }
+
+  absl::Status Run() {
+    const int64_t in = work_.cols();
+    Matrix errors(work_.rows(), kBlockColumns);
+    for (int64_t begin = 0; begin < in;) {
+      const int64_t end = BlockEnd(begin, in, options_.group_size);
+      pool_.ParallelFor(Tiles(work_.rows()),
+                        [&](int64_t tile) { QuantizeTile(tile, begin, end, errors); });
+      if (!factor_.upper.empty() && end < in) {
+        kernels::SubtractProductParams update;
+        update.m = work_.rows();
+        update.n = in - end;
+        update.k = end - begin;
+        update.a = errors.data();
+        update.a_stride = errors.cols();
+        update.b = factor_.upper.row(begin) + end;
+        update.b_stride = in;
+        update.c = work_.data() + end;
+        update.c_stride = in;
+        WALSH_RETURN_IF_ERROR(kernels::SubtractProduct(update, {kernels::Backend::kCpu, &pool_}));
+      }
+      begin = end;
+    }
+    result_.clamped_groups = clamped_groups_;
+    return has_invalid_code_ ? absl::DataLossError("a weight overflowed while it was updated")
+                             : absl::OkStatus();
+  }
+
+  QuantizedLinear TakeResult() && { return std::move(result_); }
+
+ private:
+  void QuantizeTile(int64_t tile, int64_t begin, int64_t end, Matrix& errors) {
+    const int64_t first_row = tile * kTileRows;
+    const int64_t width = end - begin;
+    const int64_t group = options_.group_size;
+    Matrix weights(width, kTileRows), codes(width, kTileRows), tile_errors(width, kTileRows);
+    LoadTile(work_, first_row, begin, end, weights.data());
+    TileGrid& grid = grids_[static_cast<size_t>(tile)];
+
+    for (int64_t first = 0; first < width;) {
+      const int64_t last = std::min(width, (begin + first) / group * group + group - begin);
+      if ((begin + first) % group == 0) {
+        ChooseGrid(first_row, begin + first, weights.row(first), last - first, grid);
+      }
+      QuantizeColumnsParams p;
+      p.bits = options_.bits;
+      p.n = width;
+      p.first = first;
+      p.last = last;
+      p.grid = &grid;
+      p.weights = weights.data();
+      p.u = factor_.upper.empty() ? nullptr : factor_.upper.row(begin) + begin;
+      p.u_stride = work_.cols();
+      p.codes = codes.data();
+      p.errors = tile_errors.data();
+      QuantizeColumns(p);
+      StoreCodes(first_row, begin, first, last, codes, grid);
+      first = last;
+    }
+    if (factor_.upper.empty()) return;
+    const int64_t rows = std::min(kTileRows, work_.rows() - first_row);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < width; ++i) errors(first_row + r, i) = tile_errors(i, r);
+    }
+  }
+
+  // `in_block` holds the group's columns, or as many of them as the block does.
+  void ChooseGrid(int64_t first_row, int64_t first_step, const float* in_block, int64_t n,
+                  TileGrid& grid) {
+    const GridOptions options{options_.bits, options_.symmetric, options_.mse_clip};
+    const int64_t group = options_.group_size;
+    if (n == group) {
+      FindGrid(options, in_block, n, grid);
+    } else {
+      // The group starts with the block, so that `work_` is as fresh as the block.
+      Matrix columns(group, kTileRows);
+      LoadTile(work_, first_row, first_step, first_step + group, columns.data());
+      FindGrid(options, columns.data(), group, grid);
+    }
+    const int64_t g = factor_.order[static_cast<size_t>(first_step)] / group;
+    const int64_t rows = std::min(kTileRows, work_.rows() - first_row);
+    QuantizedMatrix& q = result_.matrix;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto index = static_cast<size_t>((first_row + r) * q.groups() + g);
+      q.scales[index] = grid.scales[r];
+      q.zeros[index] = static_cast<uint8_t>(grid.zeros[r]);
+      if (grid.scales[r] == kScaleMax) ++clamped_groups_;
+    }
+  }
+
+  void StoreCodes(int64_t first_row, int64_t begin, int64_t first, int64_t last,
+                  const Matrix& codes, const TileGrid& grid) {
+    const int64_t rows = std::min(kTileRows, work_.rows() - first_row);
+    const auto code_max = static_cast<float>((1 << options_.bits) - 1);
+    QuantizedMatrix& q = result_.matrix;
+    for (int64_t r = 0; r < rows; ++r) {
+      uint8_t* code_row = q.codes.data() + (first_row + r) * q.cols;
+      float* dequantized = result_.dequantized.row(first_row + r);
+      for (int64_t i = first; i < last; ++i) {
+        const float code = codes(i, r);
+        if (!(code >= 0 && code <= code_max)) {  // NaN
+          has_invalid_code_ = true;
+          continue;
+        }
+        const int32_t column = factor_.order[static_cast<size_t>(begin + i)];
+        code_row[column] = static_cast<uint8_t>(code);
+        dequantized[column] = grid.scales[r] * (code - grid.zeros[r]);
+      }
+    }
+  }
+
+  const HessianFactor& factor_;
+  const Options& options_;
+  ThreadPool& pool_;
+  Matrix work_;  // [out, in], columns in the order of the steps, updated
+  std::vector<TileGrid> grids_;
+  QuantizedLinear result_;
+  std::atomic<int64_t> clamped_groups_ = 0;
+  std::atomic<bool> has_invalid_code_ = false;
+};
+
+// tr(M H Mᵀ) for symmetric H.
+absl::StatusOr<double> TraceForm(const Matrix& m, const Matrix& h, ThreadPool& pool) {
+  Matrix product(m.rows(), m.cols());
+  kernels::MatmulParams p;
+  p.n_tokens = m.rows();
+  p.in = m.cols();
+  p.out = h.rows();
+  p.x = m.data();
+  p.x_stride = m.cols();
+  p.weights = h.data();
+  p.y = product.data();
+  p.y_stride = product.cols();
+  WALSH_RETURN_IF_ERROR(kernels::Matmul(p, {kernels::Backend::kCpu, &pool}));
+  double trace = 0;
+  for (int64_t i = 0; i < m.size(); ++i) trace += double{m.data()[i]} * product.data()[i];
+  return trace;
+}
+
+absl::Status CheckWeights(std::string_view name, const Matrix& weights) {
+  for (int64_t i = 0; i < weights.rows(); ++i) {
+    for (int64_t j = 0; j < weights.cols(); ++j) {
+      if (!std::isfinite(weights(i, j))) {
+        return absl::DataLossError(
+            absl::StrCat(std::string(name), ": weight [", i, ", ", j, "] is ", weights(i, j)));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<QuantizedLinear> QuantizeLinear(std::string_view name, const Matrix& weights,
+                                               const HessianFactor& factor, const Options& options,
+                                               ThreadPool& pool) {
+  const std::string label(name);
+  WALSH_RETURN_IF_ERROR(ValidateOptions(options, weights.cols()));
+  if (factor.hessian.rows() != weights.cols()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        label, " has ", weights.cols(), " inputs but its Hessian has ", factor.hessian.rows()));
+  }
+  WALSH_RETURN_IF_ERROR(CheckWeights(name, weights));
+
+  LinearQuantizer quantizer(weights, factor, options, pool);
+  if (absl::Status status = quantizer.Run(); !status.ok()) {
+    return absl::Status(status.code(), absl::StrCat(label, ": ", status.message()));
+  }
+  QuantizedLinear result = std::move(quantizer).TakeResult();
+
+  WALSH_ASSIGN_OR_RETURN(const double output, TraceForm(weights, factor.hessian, pool));
+  Matrix difference = weights.Copy();
+  for (int64_t i = 0; i < difference.size(); ++i) {
+    difference.data()[i] -= result.dequantized.data()[i];
+  }
+  WALSH_ASSIGN_OR_RETURN(const double error, TraceForm(difference, factor.hessian, pool));
+  // Rounding can leave a tiny negative trace where H has no full rank.
+  const double squared_error = std::max(error, 0.0);
+  result.relative_error =
+      squared_error == 0 ? 0 : (output == 0 ? 1 : squared_error / std::abs(output));
+  if (!std::isfinite(result.relative_error)) {
+    return absl::DataLossError(absl::StrCat(label, ": output error is ", result.relative_error));
+  }
+  return result;
+}
+
+}  // namespace walsh::gptq
