@@ -1,0 +1,74 @@
+#include "worker/kernels/cuda/cuda_status.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "absl/strings/cord.h"
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+
+namespace walsh::kernels::cuda {
+namespace {
+
+constexpr char kPoisonedType[] = "walsh/cuda-poisoned";
+
+// The errors that CUDA 13's header documents as leaving the process in an inconsistent state.
+bool LeavesProcessBroken(cudaError_t error) {
+  switch (static_cast<int>(error)) {
+    case 226:  // cudaErrorContained
+    case 700:  // cudaErrorIllegalAddress
+    case 702:  // cudaErrorLaunchTimeout
+    case 710:  // cudaErrorAssert
+    case 714:  // cudaErrorHardwareStackError
+    case 715:  // cudaErrorIllegalInstruction
+    case 716:  // cudaErrorMisalignedAddress
+    case 717:  // cudaErrorInvalidAddressSpace
+    case 718:  // cudaErrorInvalidPc
+    case 719:  // cudaErrorLaunchFailure
+    case 721:  // cudaErrorTensorMemoryLeak
+    case 810:  // cudaErrorMpsClientTerminated
+    case 911:  // cudaErrorExternalDevice
+      return true;
+    default:
+      return false;
+  }
+}
+
+absl::StatusCode CodeOf(cudaError_t error) {
+  switch (error) {
+    case cudaErrorMemoryAllocation:
+      return absl::StatusCode::kResourceExhausted;
+    case cudaErrorInsufficientDriver:  // also when there is no driver
+    case cudaErrorStubLibrary:
+    case cudaErrorNoKernelImageForDevice:
+      return absl::StatusCode::kFailedPrecondition;
+    case cudaErrorNoDevice:
+      return absl::StatusCode::kNotFound;
+    default:
+      return absl::StatusCode::kInternal;
+  }
+}
+
+}  // namespace
+
+absl::Status CudaStatus(cudaError_t error, std::string_view what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  absl::Status status(CodeOf(error), absl::StrCat(std::string(what), ": ", cudaGetErrorName(error),
+                                                  " (", cudaGetErrorString(error), ")"));
+  if (LeavesProcessBroken(error)) status.SetPayload(kPoisonedType, absl::Cord("1"));
+  return status;
+}
+
+bool IsPoisoned(const absl::Status& status) { return status.GetPayload(kPoisonedType).has_value(); }
+
+absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream) {
+  static const bool is_synchronous = [] {
+    const char* value = std::getenv("WALSH_SYNC_LAUNCHES");
+    return value != nullptr && std::string_view(value) == "1";
+  }();
+  WALSH_RETURN_IF_ERROR(CudaStatus(cudaGetLastError(), kernel));
+  if (is_synchronous) return CudaStatus(cudaStreamSynchronize(stream), kernel);
+  return absl::OkStatus();
+}
+
+}  // namespace walsh::kernels::cuda

@@ -1,0 +1,27 @@
+// CUDA's errors as statuses.
+//
+// Errors:  RESOURCE_EXHAUSTED   device memory
+//          FAILED_PRECONDITION  no driver, or one that is too old for this build
+//          NOT_FOUND            no device
+//          INTERNAL             anything else; IsPoisoned tells the errors after which CUDA says
+//                               that the process must be relaunched
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string_view>
+
+#include "absl/status/status.h"
+
+namespace walsh::kernels::cuda {
+
+absl::Status CudaStatus(cudaError_t error, std::string_view what);
+
+// No CUDA call of this process can succeed any more: report, drain and exit.
+bool IsPoisoned(const absl::Status& status);
+
+// What follows every launch. With WALSH_SYNC_LAUNCHES=1 in the environment it also waits, so that
+// an error inside a kernel is reported by that kernel's name.
+absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream);
+
+}  // namespace walsh::kernels::cuda
