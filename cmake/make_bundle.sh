@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# make_bundle.sh BUILD OUT: the binaries of a build folder with every library that they need but
+# glibc's, in a folder that runs wherever glibc is at least as new as here.
+#
+# CUDA's libraries are never inside: cudart is linked statically, and the driver is the machine's.
+set -euo pipefail
+
+build=$1
+out=$2
+readonly bytes_max=$((64 << 20))
+# The C library and its loader belong to the machine.
+readonly glibc='^(ld-linux-x86-64|libc|libm|libmvec|libpthread|libdl|librt|libresolv|libutil|libanl)\.so'
+
+die() {
+  printf 'make_bundle: %s\n' "$*" >&2
+  exit 1
+}
+
+# needed FILE...: the paths of the libraries that the files load, without glibc's.
+needed() {
+  local name arrow path
+  ldd "$@" 2> /dev/null | while read -r name arrow path _; do
+    [[ $arrow == '=>' ]] || continue
+    [[ $name =~ $glibc ]] && continue
+    [[ $path == /* ]] || die "$name is not on this machine"
+    printf '%s\n' "$path"
+  done | sort -u
+}
+
+rm -rf "$out"
+mkdir -p "$out/bin" "$out/lib"
+for program in "$build"/bin/* "$build"/bench/* "$build"/tests/gpu_test; do
+  if [[ -f $program && -x $program ]]; then install -m 755 "$program" "$out/bin/"; fi
+done
+[[ -x $out/bin/gpu_test ]] || die "$build was built without CUDA"
+
+# OpenBLAS is loaded at run time, so ldd does not show it.
+openblas=$(ldconfig -p | awk '$1 == "libopenblas.so.0" {print $NF; exit}')
+[[ -n $openblas ]] || die "libopenblas.so.0 is not installed"
+while read -r library; do
+  case $(basename "$library") in
+    libcuda* | libcublas* | libcusolver* | libnv*) die "$library is CUDA's and may not be inside" ;;
+  esac
+  install -m 644 "$library" "$out/lib/$(basename "$library")"
+done < <({ printf '%s\n' "$openblas"; needed "$out"/bin/* "$openblas"; } | sort -u)
+
+strip --strip-unneeded "$out"/bin/* "$out"/lib/*
+for library in "$out"/lib/*; do patchelf --set-rpath "\$ORIGIN" "$library"; done
+for program in "$out"/bin/*; do patchelf --set-rpath "\$ORIGIN/../lib" "$program"; done
+install -m 755 "$(dirname "${BASH_SOURCE[0]}")/../tests/gpu/run-gpu-tests.sh" "$out/"
+
+# From another place and an empty environment, every library must come from the bundle.
+moved=$(mktemp -d)
+trap 'rm -rf "$moved"' EXIT
+cp -r "$out" "$moved/walsh"
+for file in "$moved"/walsh/bin/* "$moved"/walsh/lib/*; do
+  while read -r name _ path _; do
+    [[ $name =~ $glibc || $name == linux-vdso* || $name == /lib64/* || $name == statically ]] && continue
+    [[ $path == "$moved"/walsh/* ]] || die "$(basename "$file") takes $name from $path"
+  done < <(env -i ldd "$file")
+done
+env -i "$moved/walsh/bin/gpu_test" --gtest_brief=1 > /dev/null || die "gpu_test does not start when moved"
+
+n_bytes=$(du -sb "$out" | cut -f1)
+printf '%s: %d programs, %d libraries, %d MiB\n' "$out" "$(find "$out/bin" -type f | wc -l)" \
+  "$(find "$out/lib" -type f | wc -l)" $((n_bytes >> 20))
+((n_bytes <= bytes_max)) || die "$n_bytes bytes, at most $bytes_max"
