@@ -1,0 +1,177 @@
+// The vocabulary inside a GGUF file.
+//
+// Source:  the GGUF specification (ggml-org/ggml, docs/gguf.md), section "tokenizer"; which pattern a
+//          name in tokenizer.ggml.pre means, whether it ignores merges and adds BOS by default, is
+//          the convention of llama.cpp's converter.
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/limits.h"
+#include "common/status_macros.h"
+#include "common/utf8.h"
+#include "worker/tokenizer/bpe_tokenizer.h"
+#include "worker/tokenizer/sentencepiece_vocabulary.h"
+
+namespace walsh {
+namespace {
+
+enum TokenType : int32_t { kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5 };
+
+struct PreTokenizerConvention {
+  std::string_view name;
+  std::string_view pattern;
+  bool splits_digits = false;  // each digit on its own, before the pattern
+  bool ignores_merges = false;
+  bool adds_bos = false;  // where the file has no tokenizer.ggml.add_bos_token
+};
+
+constexpr std::array kConventions = {
+    PreTokenizerConvention{.name = "gpt-2", .pattern = kGpt2Pattern},
+    PreTokenizerConvention{.name = "smollm", .pattern = kGpt2Pattern, .splits_digits = true},
+    PreTokenizerConvention{.name = "qwen2", .pattern = kQwen2Pattern},
+    PreTokenizerConvention{
+        .name = "llama-bpe", .pattern = kLlama3Pattern, .ignores_merges = true, .adds_bos = true},
+    PreTokenizerConvention{
+        .name = "llama3", .pattern = kLlama3Pattern, .ignores_merges = true, .adds_bos = true},
+};
+
+absl::StatusOr<PreTokenizerConvention> FindConvention(const std::string& pre) {
+  const auto found = std::find_if(kConventions.begin(), kConventions.end(),
+                                  [&](const auto& convention) { return convention.name == pre; });
+  if (found != kConventions.end()) return *found;
+  return absl::UnimplementedError(
+      pre.empty() ? std::string("tokenizer.ggml.pre is missing: there is no telling how this "
+                                "vocabulary cuts text")
+                  : absl::StrCat("tokenizer.ggml.pre '", pre,
+                                 "' is none of gpt-2, smollm, qwen2, llama-bpe, llama3"));
+}
+
+absl::Status CheckSpecialId(std::string_view key, int32_t id, size_t n_tokens) {
+  if (id >= -1 && id < static_cast<int64_t>(n_tokens)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("tokenizer.ggml.", std::string(key), " is ", id,
+                                                 ", the vocabulary has ", n_tokens, " tokens"));
+}
+
+absl::Status CheckTokens(const GgufVocabulary& gguf) {
+  const size_t n = gguf.tokens.size();
+  if (n == 0 || n > static_cast<size_t>(limits::kVocabMax)) {
+    return absl::InvalidArgumentError(absl::StrCat("tokenizer.ggml.tokens has ", n,
+                                                   " tokens, allowed are 1 to ",
+                                                   limits::kVocabMax));
+  }
+  if (gguf.types.size() != n) {
+    return absl::InvalidArgumentError(absl::StrCat("tokenizer.ggml.token_type has ",
+                                                   gguf.types.size(), " items for ", n,
+                                                   " tokens"));
+  }
+  for (size_t id = 0; id < n; ++id) {
+    if (!IsValidUtf8(gguf.tokens[id])) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tokenizer.ggml.tokens: token ", id, " is not valid UTF-8"));
+    }
+  }
+  WALSH_RETURN_IF_ERROR(CheckSpecialId("bos_token_id", gguf.bos, n));
+  WALSH_RETURN_IF_ERROR(CheckSpecialId("eos_token_id", gguf.eos, n));
+  return CheckSpecialId("unknown_token_id", gguf.unknown, n);
+}
+
+// "left right": exactly one space, neither side empty.
+absl::StatusOr<std::vector<std::pair<std::string, std::string>>> SplitMerges(
+    const std::vector<std::string>& merges) {
+  std::vector<std::pair<std::string, std::string>> pairs;
+  pairs.reserve(merges.size());
+  for (size_t i = 0; i < merges.size(); ++i) {
+    const size_t space = merges[i].find(' ');
+    if (space == 0 || space == std::string::npos || space + 1 == merges[i].size() ||
+        merges[i].find(' ', space + 1) != std::string::npos) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tokenizer.ggml.merges: item ", i, ", '", merges[i], "', is not a pair"));
+    }
+    pairs.emplace_back(merges[i].substr(0, space), merges[i].substr(space + 1));
+  }
+  return pairs;
+}
+
+absl::Status AddSpecialIds(const GgufVocabulary& gguf, bool adds_bos, BpeTokenizerParts& parts) {
+  parts.bos = gguf.bos;
+  parts.eos = gguf.eos;
+  // Some files have the type "normal" for them (GPT-2's own).
+  for (const int32_t id : {gguf.bos, gguf.eos, gguf.unknown}) {
+    if (id >= 0) parts.is_special[id] = true;
+  }
+  if (gguf.has_add_bos ? gguf.add_bos : adds_bos) {
+    if (gguf.bos < 0) {
+      return absl::InvalidArgumentError("a BOS is to be added, but there is no "
+                                        "tokenizer.ggml.bos_token_id");
+    }
+    parts.prefix.push_back(gguf.bos);
+  }
+  if (gguf.add_eos) {
+    if (gguf.eos < 0) {
+      return absl::InvalidArgumentError("tokenizer.ggml.add_eos_token is set without "
+                                        "tokenizer.ggml.eos_token_id");
+    }
+    parts.suffix.push_back(gguf.eos);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<BpeTokenizerParts> ReadByteLevel(const GgufVocabulary& gguf) {
+  WALSH_ASSIGN_OR_RETURN(const PreTokenizerConvention convention, FindConvention(gguf.pre));
+  BpeTokenizerParts parts;
+  parts.is_byte_level = true;
+  parts.vocabulary = std::make_unique<Vocabulary>();
+  RankedBpeOptions options{.is_byte_level = true,
+                           .ignores_merges = convention.ignores_merges};
+  for (size_t i = 0; i < gguf.tokens.size(); ++i) {
+    const int32_t id = static_cast<int32_t>(i);
+    const int32_t type = gguf.types[i];
+    WALSH_RETURN_IF_ERROR(parts.vocabulary->Add(gguf.tokens[i], id));
+    const bool is_special = type == kControl || type == kUnknown;
+    const bool is_added = is_special || type == kUserDefined;
+    if (is_added) {
+      WALSH_RETURN_IF_ERROR(parts.raw_added.Add(
+          {.id = id, .content = gguf.tokens[i], .is_special = is_special}));
+    }
+    parts.is_special.push_back(is_special);
+    parts.is_added.push_back(is_added);
+    options.is_model_token.push_back(!is_added && type != kUnused);
+  }
+  WALSH_ASSIGN_OR_RETURN(const auto merges, SplitMerges(gguf.merges));
+  WALSH_ASSIGN_OR_RETURN(parts.model, MakeRankedBpe(parts.vocabulary.get(), merges, options));
+  for (const std::string_view pattern :
+       {convention.splits_digits ? kDigitPattern : std::string_view(), convention.pattern}) {
+    if (pattern.empty()) continue;
+    WALSH_ASSIGN_OR_RETURN(RegexSplitter splitter, RegexSplitter::Create(pattern));
+    parts.pre_tokenizer.splitters.push_back(std::move(splitter));
+  }
+  WALSH_RETURN_IF_ERROR(AddSpecialIds(gguf, convention.adds_bos, parts));
+  return parts;
+}
+
+absl::StatusOr<BpeTokenizerParts> ReadScored(const GgufVocabulary& gguf) {
+  // The types have SentencePiece's numbers.
+  SentencePieceVocabulary pieces{.pieces = gguf.tokens,
+                                 .scores = gguf.scores,
+                                 .types = gguf.types,
+                                 .unknown = gguf.unknown,
+                                 .adds_dummy_prefix = gguf.add_space_prefix};
+  WALSH_ASSIGN_OR_RETURN(BpeTokenizerParts parts, MakeSentencePieceParts(pieces));
+  WALSH_RETURN_IF_ERROR(AddSpecialIds(gguf, /*adds_bos=*/true, parts));
+  return parts;
+}
+
+}  // namespace
+
+absl::StatusOr<BpeTokenizerParts> ReadGgufTokenizer(const GgufVocabulary& gguf) {
+  WALSH_RETURN_IF_ERROR(CheckTokens(gguf));
+  if (gguf.model == "gpt2") return ReadByteLevel(gguf);
+  if (gguf.model == "llama") return ReadScored(gguf);
+  return absl::UnimplementedError(
+      absl::StrCat("tokenizer.ggml.model '", gguf.model, "' is neither gpt2 nor llama"));
+}
+
+}  // namespace walsh
