@@ -21,8 +21,8 @@ uint64_t Edge(int32_t node, char byte) {
 // Unicode's White_Space.
 bool IsSpace(uint32_t c) {
   return (c >= 0x9 && c <= 0xD) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F ||
-         c == 0x205F || c == 0x3000;
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+         c == 0x3000;
 }
 
 // Letters, marks, decimal digits, connectors: Unicode's \w, but for a few symbols that it counts as
@@ -88,8 +88,8 @@ size_t SpaceBytesAtStart(std::string_view text) {
 absl::Status AddedTokens::Add(const AddedToken& token) {
   if (token.content.empty() || token.content.size() > kContentBytesMax) {
     return absl::InvalidArgumentError(absl::StrCat("added token ", token.id, " has ",
-                                                   token.content.size(), " bytes, allowed are 1 to ",
-                                                   kContentBytesMax));
+                                                   token.content.size(),
+                                                   " bytes, allowed are 1 to ", kContentBytesMax));
   }
   bytes_ += token.content.size();
   if (bytes_ > kAddedBytesMax) {

@@ -2,8 +2,8 @@
 // those added to a vocabulary later.
 //
 // Finds the leftmost match, the longest among those that begin there, as HF's AddedVocabulary does,
-// with its options: `single_word` (no letter, digit or underscore next to it), `lstrip` and `rstrip`
-// (takes the white space on that side).
+// with its options: `single_word` (no letter, digit or underscore next to it), `lstrip` and
+// `rstrip` (takes the white space on that side).
 //
 // Errors:  INVALID_ARGUMENT  too many tokens, or too long ones
 // Threads: const methods are safe from several threads.

@@ -30,10 +30,11 @@ struct BpeMerge {
 };
 
 struct BpeCandidate {
-  uint32_t rank;
-  int32_t left;
-  uint32_t size;  // of both symbols; another value later means that the candidate is stale
+  uint64_t order;  // rank, then the index of the left symbol: the lowest is best
+  uint32_t size;   // of both symbols; another value later means that the candidate is stale
   int32_t id;
+
+  int32_t left() const { return static_cast<int32_t>(static_cast<uint32_t>(order)); }
 };
 
 // Reused from word to word, so that a short word allocates nothing.
@@ -55,15 +56,16 @@ void MergeSymbols(BpeScratch& scratch, const FindMerge& find_merge) {
   std::vector<BpeSymbol>& symbols = scratch.symbols;
   std::vector<BpeCandidate>& heap = scratch.heap;
   const auto is_worse = [](const BpeCandidate& a, const BpeCandidate& b) {
-    return a.rank != b.rank ? a.rank > b.rank : a.left > b.left;
+    return a.order > b.order;
   };
   const auto push = [&](int32_t left) {
     const BpeSymbol& a = symbols[left];
     const BpeSymbol& b = symbols[a.next];
     const std::optional<BpeMerge> merge = find_merge(a, b);
     if (!merge) return false;
-    heap.push_back(
-        {.rank = merge->rank, .left = left, .size = a.size + b.size, .id = merge->id});
+    heap.push_back({.order = uint64_t{merge->rank} << 32 | static_cast<uint32_t>(left),
+                    .size = a.size + b.size,
+                    .id = merge->id});
     return true;
   };
 
@@ -74,7 +76,7 @@ void MergeSymbols(BpeScratch& scratch, const FindMerge& find_merge) {
     std::pop_heap(heap.begin(), heap.end(), is_worse);
     const BpeCandidate best = heap.back();
     heap.pop_back();
-    BpeSymbol& left = symbols[best.left];
+    BpeSymbol& left = symbols[best.left()];
     // Symbols only grow, so the extent tells whether both are still those of the candidate.
     if (left.size == 0 || left.next < 0 || left.size + symbols[left.next].size != best.size) {
       continue;
@@ -84,11 +86,11 @@ void MergeSymbols(BpeScratch& scratch, const FindMerge& find_merge) {
     left.size = best.size;
     left.next = right.next;
     right.size = 0;
-    if (left.next >= 0) symbols[left.next].previous = best.left;
+    if (left.next >= 0) symbols[left.next].previous = best.left();
     if (left.previous >= 0 && push(left.previous)) {
       std::push_heap(heap.begin(), heap.end(), is_worse);
     }
-    if (left.next >= 0 && push(best.left)) std::push_heap(heap.begin(), heap.end(), is_worse);
+    if (left.next >= 0 && push(best.left())) std::push_heap(heap.begin(), heap.end(), is_worse);
   }
 }
 

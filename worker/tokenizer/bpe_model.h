@@ -42,7 +42,7 @@ struct RankedBpeOptions {
   // A piece that is a token needs no merges.
   bool ignores_merges = false;
   // False for tokens that were added on top of the model's own: text alone never becomes one.
-  std::vector<bool> is_model_token;  // [vocabulary]
+  std::vector<bool> is_model_token = {};  // [vocabulary]
   int32_t unknown = -1;  // −1: an unknown character disappears, as in HF's implementation
 };
 
@@ -54,8 +54,8 @@ absl::StatusOr<std::unique_ptr<BpeModel>> MakeRankedBpe(
 // Only tokens whose `is_mergeable` is true come out of merges. The highest score merges first; what
 // is no token in the end becomes bytes, or one unknown token for a run.
 struct ScoredBpeOptions {
-  std::vector<float> scores;       // [vocabulary]
-  std::vector<bool> is_mergeable;  // [vocabulary]
+  std::vector<float> scores = {};       // [vocabulary]
+  std::vector<bool> is_mergeable = {};  // [vocabulary]
   bool has_byte_fallback = false;
   int32_t unknown = -1;
 };

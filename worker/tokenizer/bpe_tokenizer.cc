@@ -59,8 +59,7 @@ class BpeTokenizer final : public Tokenizer {
     if (!IsValidUtf8(text)) return absl::InvalidArgumentError("the text is not valid UTF-8");
     Work work;
     if (options.add_special_tokens) work.ids = parts_.prefix;
-    for (const auto& [id, stretch] :
-         parts_.raw_added.Split(text, options.parse_special_tokens)) {
+    for (const auto& [id, stretch] : parts_.raw_added.Split(text, options.parse_special_tokens)) {
       if (id >= 0) {
         work.ids.push_back(id);
         continue;
@@ -115,9 +114,8 @@ class BpeTokenizer final : public Tokenizer {
         work.ids.push_back(id);
         continue;
       }
-      WALSH_RETURN_IF_ERROR(
-          parts_.pre_tokenizer.Split(text, is_first && text.data() == normalized.data(),
-                                     work.buffer, work.pieces));
+      WALSH_RETURN_IF_ERROR(parts_.pre_tokenizer.Split(
+          text, is_first && text.data() == normalized.data(), work.buffer, work.pieces));
       for (const std::string_view piece : work.pieces) {
         parts_.model->Encode(piece, work.scratch, work.ids);
       }

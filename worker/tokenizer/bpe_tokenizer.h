@@ -1,7 +1,7 @@
 // The tokenizer itself: added tokens, normalizer, pre-tokenizer, merges, and the way back.
 //
-// What the sources (tokenizer.json, SentencePiece, GGUF) have in common; each of their readers fills
-// BpeTokenizerParts and is done.
+// What the sources (tokenizer.json, SentencePiece, GGUF) have in common; each of their readers
+// fills BpeTokenizerParts and is done.
 //
 // Threads: const methods are safe from several threads.
 #pragma once

@@ -1,6 +1,7 @@
 // The vocabulary inside a GGUF file.
 //
-// Source:  the GGUF specification (ggml-org/ggml, docs/gguf.md), section "tokenizer"; which pattern a
+// Source:  the GGUF specification (ggml-org/ggml, docs/gguf.md), section "tokenizer"; which pattern
+// a
 //          name in tokenizer.ggml.pre means, whether it ignores merges and adds BOS by default, is
 //          the convention of llama.cpp's converter.
 #include <algorithm>
@@ -58,14 +59,12 @@ absl::Status CheckSpecialId(std::string_view key, int32_t id, size_t n_tokens) {
 absl::Status CheckTokens(const GgufVocabulary& gguf) {
   const size_t n = gguf.tokens.size();
   if (n == 0 || n > static_cast<size_t>(limits::kVocabMax)) {
-    return absl::InvalidArgumentError(absl::StrCat("tokenizer.ggml.tokens has ", n,
-                                                   " tokens, allowed are 1 to ",
-                                                   limits::kVocabMax));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tokenizer.ggml.tokens has ", n, " tokens, allowed are 1 to ", limits::kVocabMax));
   }
   if (gguf.types.size() != n) {
     return absl::InvalidArgumentError(absl::StrCat("tokenizer.ggml.token_type has ",
-                                                   gguf.types.size(), " items for ", n,
-                                                   " tokens"));
+                                                   gguf.types.size(), " items for ", n, " tokens"));
   }
   for (size_t id = 0; id < n; ++id) {
     if (!IsValidUtf8(gguf.tokens[id])) {
@@ -104,15 +103,17 @@ absl::Status AddSpecialIds(const GgufVocabulary& gguf, bool adds_bos, BpeTokeniz
   }
   if (gguf.has_add_bos ? gguf.add_bos : adds_bos) {
     if (gguf.bos < 0) {
-      return absl::InvalidArgumentError("a BOS is to be added, but there is no "
-                                        "tokenizer.ggml.bos_token_id");
+      return absl::InvalidArgumentError(
+          "a BOS is to be added, but there is no "
+          "tokenizer.ggml.bos_token_id");
     }
     parts.prefix.push_back(gguf.bos);
   }
   if (gguf.add_eos) {
     if (gguf.eos < 0) {
-      return absl::InvalidArgumentError("tokenizer.ggml.add_eos_token is set without "
-                                        "tokenizer.ggml.eos_token_id");
+      return absl::InvalidArgumentError(
+          "tokenizer.ggml.add_eos_token is set without "
+          "tokenizer.ggml.eos_token_id");
     }
     parts.suffix.push_back(gguf.eos);
   }
@@ -124,8 +125,7 @@ absl::StatusOr<BpeTokenizerParts> ReadByteLevel(const GgufVocabulary& gguf) {
   BpeTokenizerParts parts;
   parts.is_byte_level = true;
   parts.vocabulary = std::make_unique<Vocabulary>();
-  RankedBpeOptions options{.is_byte_level = true,
-                           .ignores_merges = convention.ignores_merges};
+  RankedBpeOptions options{.is_byte_level = true, .ignores_merges = convention.ignores_merges};
   for (size_t i = 0; i < gguf.tokens.size(); ++i) {
     const int32_t id = static_cast<int32_t>(i);
     const int32_t type = gguf.types[i];
@@ -133,8 +133,8 @@ absl::StatusOr<BpeTokenizerParts> ReadByteLevel(const GgufVocabulary& gguf) {
     const bool is_special = type == kControl || type == kUnknown;
     const bool is_added = is_special || type == kUserDefined;
     if (is_added) {
-      WALSH_RETURN_IF_ERROR(parts.raw_added.Add(
-          {.id = id, .content = gguf.tokens[i], .is_special = is_special}));
+      WALSH_RETURN_IF_ERROR(
+          parts.raw_added.Add({.id = id, .content = gguf.tokens[i], .is_special = is_special}));
     }
     parts.is_special.push_back(is_special);
     parts.is_added.push_back(is_added);

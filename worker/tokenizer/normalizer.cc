@@ -42,8 +42,7 @@ std::string ReplaceAll(std::string_view text, std::string_view pattern, std::str
 
 std::string ToNfc(std::string_view text) {
   if (IsAscii(text)) return std::string(text);
-  constexpr auto kDecompose =
-      static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE);
+  constexpr auto kDecompose = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE);
   constexpr auto kCompose = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
   std::vector<utf8proc_int32_t> code_points;
   code_points.reserve(text.size());
@@ -62,11 +61,10 @@ std::string ToNfc(std::string_view text) {
       ++begin;
       continue;
     }
-    const auto end = std::find_if(begin, code_points.end(),
-                                  [](int32_t c) { return CombiningClass(c) == 0; });
-    std::stable_sort(begin, end, [](int32_t a, int32_t b) {
-      return CombiningClass(a) < CombiningClass(b);
-    });
+    const auto end =
+        std::find_if(begin, code_points.end(), [](int32_t c) { return CombiningClass(c) == 0; });
+    std::stable_sort(begin, end,
+                     [](int32_t a, int32_t b) { return CombiningClass(a) < CombiningClass(b); });
     begin = end;
   }
   const utf8proc_ssize_t n = utf8proc_normalize_utf32(
@@ -97,9 +95,8 @@ absl::StatusOr<std::string> Normalizer::Apply(std::string_view text) const {
         break;
     }
     if (out.size() > bytes_max) {
-      return absl::ResourceExhaustedError(absl::StrCat("the normalizer makes ", out.size(),
-                                                       " bytes of ", text.size(), ", at most ",
-                                                       bytes_max));
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "the normalizer makes ", out.size(), " bytes of ", text.size(), ", at most ", bytes_max));
     }
   }
   return out;

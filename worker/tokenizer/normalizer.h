@@ -1,7 +1,7 @@
 // What happens to text before it is cut: HF's normalizers NFC, Prepend and Replace, in sequence.
 //
-// NFC comes from utf8proc's tables. Runs of combining marks are put in order here, by a stable sort:
-// utf8proc's own loop takes time quadratic in such a run, and a prompt may be nothing else.
+// NFC comes from utf8proc's tables. Runs of combining marks are put in order here, by a stable
+// sort: utf8proc's own loop takes time quadratic in such a run, and a prompt may be nothing else.
 //
 // Errors:  RESOURCE_EXHAUSTED  the text grows beyond what any known tokenizer needs
 // Threads: safe.
@@ -18,8 +18,8 @@ namespace walsh {
 struct NormalizerStep {
   enum class Kind { kNfc, kPrepend, kReplace };
   Kind kind = Kind::kNfc;
-  std::string pattern;  // kReplace: literal, not empty
-  std::string content;  // kPrepend, kReplace
+  std::string pattern = {};  // kReplace: literal, not empty
+  std::string content = {};  // kPrepend, kReplace
 };
 
 struct Normalizer {

@@ -28,9 +28,8 @@ absl::Status PreTokenizer::Split(std::string_view text, bool is_first, std::stri
   }
   if (metaspace) {
     std::string replaced = ReplaceAll(text, " ", kMetaspace);
-    const bool prepends =
-        metaspace->prepend == Metaspace::Prepend::kAlways ||
-        (metaspace->prepend == Metaspace::Prepend::kFirst && is_first);
+    const bool prepends = metaspace->prepend == Metaspace::Prepend::kAlways ||
+                          (metaspace->prepend == Metaspace::Prepend::kFirst && is_first);
     if (prepends && !replaced.starts_with(kMetaspace)) replaced.insert(0, kMetaspace);
     buffer = std::move(replaced);
     text = buffer;

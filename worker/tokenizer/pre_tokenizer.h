@@ -1,8 +1,8 @@
 // Cuts text into the pieces that byte pair encoding works on one by one.
 //
 // Covers what HF's pre-tokenizers Split, Digits, ByteLevel, Metaspace and Sequences of them do in
-// the tokenizers that walsh reads. What they change in the text (a leading space, "▁" for " ") comes
-// first, then the cuts, each inside the pieces of the one before.
+// the tokenizers that walsh reads. What they change in the text (a leading space, "▁" for " ")
+// comes first, then the cuts, each inside the pieces of the one before.
 //
 // Errors:  RESOURCE_EXHAUSTED  a match limit
 // Threads: Split is safe from several threads.

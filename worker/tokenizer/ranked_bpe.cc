@@ -7,6 +7,7 @@
 #include "common/check.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
+#include "worker/tokenizer/bpe_borders.h"
 #include "worker/tokenizer/bpe_model.h"
 #include "worker/tokenizer/byte_alphabet.h"
 
@@ -28,7 +29,12 @@ class RankedBpe final : public BpeModel {
  public:
   RankedBpe(const Vocabulary* vocabulary, const RankedBpeOptions& options)
       : vocabulary_(*vocabulary), options_(options), byte_tokens_(FindByteTokens(*vocabulary)) {
-    if (!options.is_byte_level) return;
+    if (!options.is_byte_level) {
+      for (int32_t id = 0; id < vocabulary_.size(); ++id) {
+        borders_.AddToken(vocabulary_.Spelling(id));
+      }
+      return;
+    }
     for (size_t byte = 0; byte < byte_ids_.size(); ++byte) {
       byte_ids_[byte] = Find(ByteCharacter(static_cast<uint8_t>(byte)));
     }
@@ -65,15 +71,9 @@ class RankedBpe final : public BpeModel {
     scratch.symbols.clear();
     if (options_.is_byte_level) {
       AddBytes(piece, scratch);
+      MergeWord(scratch, ids);
     } else {
-      AddCharacters(piece, scratch);
-    }
-    MergeSymbols(scratch, [this](const BpeSymbol& left, const BpeSymbol& right) {
-      const auto found = merges_.find(Key(left.id, right.id));
-      return found == merges_.end() ? std::nullopt : std::optional<BpeMerge>(found->second);
-    });
-    for (const BpeSymbol& symbol : scratch.symbols) {
-      if (symbol.size > 0) ids.push_back(symbol.id);
+      EncodeCharacters(piece, scratch, ids);
     }
   }
 
@@ -108,20 +108,39 @@ class RankedBpe final : public BpeModel {
     Flush(unknown, scratch);
   }
 
-  void AddCharacters(std::string_view piece, BpeScratch& scratch) const {
+  void EncodeCharacters(std::string_view piece, BpeScratch& scratch,
+                        std::vector<int32_t>& ids) const {
     Unknown unknown;
+    std::optional<uint32_t> previous;  // the character before, if it is a token
     for (size_t end = 0; end < piece.size();) {
       const uint32_t begin = static_cast<uint32_t>(end);
-      NextCodePoint(piece, &end);
+      const uint32_t character = NextCodePoint(piece, &end);
       const uint32_t size = static_cast<uint32_t>(end) - begin;
-      if (const int32_t id = Find(piece.substr(begin, size)); id >= 0) {
+      const int32_t id = Find(piece.substr(begin, size));
+      if (id >= 0) {
         Flush(unknown, scratch);
+        if (previous && borders_.Separates(*previous, character)) MergeWord(scratch, ids);
         scratch.Add(id, begin, size);
-      } else if (!AddFallback(piece, begin, size, scratch)) {
-        AddUnknown(begin, size, unknown, scratch);
+        previous = character;
+      } else {
+        if (!AddFallback(piece, begin, size, scratch)) AddUnknown(begin, size, unknown, scratch);
+        previous.reset();
       }
     }
     Flush(unknown, scratch);
+    MergeWord(scratch, ids);
+  }
+
+  // Merges the symbols gathered so far and appends their ids.
+  void MergeWord(BpeScratch& scratch, std::vector<int32_t>& ids) const {
+    MergeSymbols(scratch, [this](const BpeSymbol& left, const BpeSymbol& right) {
+      const auto found = merges_.find(Key(left.id, right.id));
+      return found == merges_.end() ? std::nullopt : std::optional<BpeMerge>(found->second);
+    });
+    for (const BpeSymbol& symbol : scratch.symbols) {
+      if (symbol.size > 0) ids.push_back(symbol.id);
+    }
+    scratch.symbols.clear();
   }
 
   bool AddFallback(std::string_view piece, uint32_t begin, uint32_t size,
@@ -158,6 +177,7 @@ class RankedBpe final : public BpeModel {
   const std::array<int32_t, 256> byte_tokens_;  // spelt <0x0A>
   std::array<int32_t, 256> byte_ids_{};         // spelt by GPT-2's alphabet
   absl::flat_hash_map<uint64_t, BpeMerge> merges_;
+  BpeBorders borders_;
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
 #include "common/utf8.h"
+#include "worker/tokenizer/bpe_borders.h"
 #include "worker/tokenizer/bpe_model.h"
 
 namespace walsh {
@@ -27,6 +28,7 @@ class ScoredBpe final : public BpeModel {
       if (!options.is_mergeable[id]) continue;
       const std::string_view spelling = vocabulary.Spelling(id);
       pieces_.emplace(spelling, id);
+      borders_.AddToken(spelling);
       piece_bytes_max_ = std::max(piece_bytes_max_, spelling.size());
     }
   }
@@ -36,28 +38,18 @@ class ScoredBpe final : public BpeModel {
   void Encode(std::string_view piece, BpeScratch& scratch,
               std::vector<int32_t>& ids) const override {
     WALSH_CHECK_LE(piece.size(), size_t{std::numeric_limits<int32_t>::max()});
+    bool was_unknown = false;
+    uint32_t previous = 0;
     scratch.symbols.clear();
     for (size_t end = 0; end < piece.size();) {
       const uint32_t begin = static_cast<uint32_t>(end);
-      NextCodePoint(piece, &end);
+      const uint32_t character = NextCodePoint(piece, &end);
+      if (borders_.Separates(previous, character)) MergeWord(piece, scratch, was_unknown, ids);
       const uint32_t size = static_cast<uint32_t>(end) - begin;
       scratch.Add(Find(piece.substr(begin, size)), begin, size);
+      previous = character;
     }
-    MergeSymbols(scratch, [&](const BpeSymbol& left, const BpeSymbol& right) {
-      const int32_t id = Find(piece.substr(left.begin, left.size + right.size));
-      return id < 0 ? std::nullopt
-                    : std::optional<BpeMerge>({.rank = ranks_[id], .id = id});
-    });
-
-    bool was_unknown = false;
-    for (const BpeSymbol& symbol : scratch.symbols) {
-      if (symbol.size == 0) continue;
-      const bool is_unknown =
-          symbol.id < 0 && !AddBytes(piece.substr(symbol.begin, symbol.size), ids);
-      if (symbol.id >= 0) ids.push_back(symbol.id);
-      if (is_unknown && !was_unknown && unknown_ >= 0) ids.push_back(unknown_);
-      was_unknown = is_unknown;
-    }
+    MergeWord(piece, scratch, was_unknown, ids);
   }
 
  private:
@@ -73,6 +65,24 @@ class ScoredBpe final : public BpeModel {
       ranks.push_back(static_cast<uint32_t>(at - sorted.begin()));
     }
     return ranks;
+  }
+
+  // Merges the symbols gathered so far and appends their ids.
+  void MergeWord(std::string_view piece, BpeScratch& scratch, bool& was_unknown,
+                 std::vector<int32_t>& ids) const {
+    MergeSymbols(scratch, [&](const BpeSymbol& left, const BpeSymbol& right) {
+      const int32_t id = Find(piece.substr(left.begin, left.size + right.size));
+      return id < 0 ? std::nullopt : std::optional<BpeMerge>({.rank = ranks_[id], .id = id});
+    });
+    for (const BpeSymbol& symbol : scratch.symbols) {
+      if (symbol.size == 0) continue;
+      const bool is_unknown =
+          symbol.id < 0 && !AddBytes(piece.substr(symbol.begin, symbol.size), ids);
+      if (symbol.id >= 0) ids.push_back(symbol.id);
+      if (is_unknown && !was_unknown && unknown_ >= 0) ids.push_back(unknown_);
+      was_unknown = is_unknown;
+    }
+    scratch.symbols.clear();
   }
 
   int32_t Find(std::string_view text) const {
@@ -94,6 +104,7 @@ class ScoredBpe final : public BpeModel {
   const std::array<int32_t, 256> byte_tokens_;
   const std::vector<uint32_t> ranks_;
   StringViewMap pieces_;  // keys live in the vocabulary
+  BpeBorders borders_;
   size_t piece_bytes_max_ = 0;
 };
 
@@ -113,8 +124,8 @@ absl::StatusOr<std::unique_ptr<BpeModel>> MakeScoredBpe(const Vocabulary* vocabu
   }
   auto model = std::make_unique<ScoredBpe>(*vocabulary, options);
   if (model->piece_bytes_max() > kPieceBytesMax) {
-    return absl::InvalidArgumentError(absl::StrCat("a piece has ", model->piece_bytes_max(),
-                                                   " bytes, at most ", kPieceBytesMax));
+    return absl::InvalidArgumentError(
+        absl::StrCat("a piece has ", model->piece_bytes_max(), " bytes, at most ", kPieceBytesMax));
   }
   return model;
 }

@@ -10,15 +10,15 @@
 namespace walsh {
 namespace {
 
-absl::Status AddPiece(const SentencePieceVocabulary& source, size_t index,
-                      BpeTokenizerParts& parts, ScoredBpeOptions& options) {
+absl::Status AddPiece(const SentencePieceVocabulary& source, size_t index, BpeTokenizerParts& parts,
+                      ScoredBpeOptions& options) {
   const int32_t id = static_cast<int32_t>(index);
   const std::string& piece = source.pieces[index];
   const int32_t type_number = source.types[index];
   if (type_number < static_cast<int32_t>(PieceType::kNormal) ||
       type_number > static_cast<int32_t>(PieceType::kByte)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("piece ", id, " ('", piece, "') has type ", type_number, ", known are 1 to 6"));
+    return absl::InvalidArgumentError(absl::StrCat("piece ", id, " ('", piece, "') has type ",
+                                                   type_number, ", known are 1 to 6"));
   }
   const PieceType type = static_cast<PieceType>(type_number);
   WALSH_RETURN_IF_ERROR(parts.vocabulary->Add(piece, id));
@@ -57,9 +57,8 @@ absl::StatusOr<BpeTokenizerParts> MakeSentencePieceParts(const SentencePieceVoca
     parts.normalizer.steps.push_back(
         {.kind = NormalizerStep::Kind::kPrepend, .content = std::string(kMetaspace)});
   }
-  parts.normalizer.steps.push_back({.kind = NormalizerStep::Kind::kReplace,
-                                    .pattern = " ",
-                                    .content = std::string(kMetaspace)});
+  parts.normalizer.steps.push_back(
+      {.kind = NormalizerStep::Kind::kReplace, .pattern = " ", .content = std::string(kMetaspace)});
   parts.has_byte_fallback = options.has_byte_fallback;
   parts.strips_leading_space = source.adds_dummy_prefix;
   return parts;

@@ -70,7 +70,8 @@ absl::Status CheckModel(const json& model) {
   for (const char* name : {"continuing_subword_prefix", "end_of_word_suffix"}) {
     WALSH_ASSIGN_OR_RETURN(const std::string value, StringField(model, name, ""));
     if (!value.empty()) {
-      return absl::UnimplementedError(absl::StrCat("tokenizer.json: model.", name, " '", value, "'"));
+      return absl::UnimplementedError(
+          absl::StrCat("tokenizer.json: model.", name, " '", value, "'"));
     }
   }
   const json* dropout = Find(model, "dropout");
@@ -88,7 +89,7 @@ absl::Status ReadVocabulary(const json& model, Vocabulary& vocabulary) {
       return Malformed("model.vocab", absl::StrCat("the id of '", spelling, "' is no integer"));
     }
     if (const absl::Status status = vocabulary.Add(spelling, id.get<int64_t>()); !status.ok()) {
-      return Malformed("model.vocab", status.message());
+      return Malformed("model.vocab", std::string(status.message()));
     }
   }
   return absl::OkStatus();
@@ -105,9 +106,8 @@ absl::StatusOr<AddedTokenEntry> ReadAddedToken(const json& item) {
   WALSH_ASSIGN_OR_RETURN(entry.token.content, StringField(item, "content", std::nullopt));
   const json* id = Find(item, "id");
   if (id == nullptr || !id->is_number_integer() || *id < 0 || *id >= limits::kVocabMax) {
-    return Malformed("added_tokens",
-                     absl::StrCat("'", entry.token.content, "' has no id below ",
-                                  limits::kVocabMax));
+    return Malformed("added_tokens", absl::StrCat("'", entry.token.content, "' has no id below ",
+                                                  limits::kVocabMax));
   }
   entry.token.id = id->get<int32_t>();
   WALSH_ASSIGN_OR_RETURN(entry.token.is_special, BoolField(item, "special", false));
@@ -132,7 +132,7 @@ absl::Status ReadAddedTokens(const json& root, BpeTokenizerParts& parts) {
     const AddedToken& token = entry.token;
     if (parts.vocabulary->Spelling(token.id) != token.content) {
       if (const auto status = parts.vocabulary->Add(token.content, token.id); !status.ok()) {
-        return Malformed("added_tokens", status.message());
+        return Malformed("added_tokens", std::string(status.message()));
       }
     }
   }
@@ -149,7 +149,7 @@ absl::Status ReadAddedTokens(const json& root, BpeTokenizerParts& parts) {
     }
     AddedTokens& set = entry.is_normalized ? parts.normalized_added : parts.raw_added;
     if (const auto status = set.Add(token); !status.ok()) {
-      return Malformed("added_tokens", status.message());
+      return Malformed("added_tokens", std::string(status.message()));
     }
   }
   return absl::OkStatus();
@@ -189,7 +189,7 @@ absl::Status ReadModel(const json& root, BpeTokenizerParts& parts) {
   WALSH_ASSIGN_OR_RETURN(const MergeList merges, ReadMerges(*model));
   absl::StatusOr<std::unique_ptr<BpeModel>> bpe =
       MakeRankedBpe(parts.vocabulary.get(), merges, options);
-  if (!bpe.ok()) return Malformed("model.merges", bpe.status().message());
+  if (!bpe.ok()) return Malformed("model.merges", std::string(bpe.status().message()));
   parts.model = *std::move(bpe);
   return absl::OkStatus();
 }
@@ -197,10 +197,9 @@ absl::Status ReadModel(const json& root, BpeTokenizerParts& parts) {
 }  // namespace
 
 absl::StatusOr<BpeTokenizerParts> ReadTokenizerJson(const TokenizerSource& source) {
-  WALSH_ASSIGN_OR_RETURN(const json root,
-                         ParseBoundedJson("tokenizer.json", source.tokenizer_json,
-                                          {.bytes_max = limits::kJsonFileBytesMax,
-                                           .depth_max = limits::kJsonDepthMax}));
+  WALSH_ASSIGN_OR_RETURN(const json root, ParseBoundedJson("tokenizer.json", source.tokenizer_json,
+                                                           {.bytes_max = limits::kJsonFileBytesMax,
+                                                            .depth_max = limits::kJsonDepthMax}));
   BpeTokenizerParts parts;
   WALSH_RETURN_IF_ERROR(ReadNormalizer(root, parts));
   WALSH_RETURN_IF_ERROR(ReadPreTokenizer(root, parts));

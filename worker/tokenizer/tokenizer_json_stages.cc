@@ -123,8 +123,7 @@ absl::Status ReadSplit(const json& stage, PreTokenizer& pre_tokenizer) {
   if (!pattern.is_regex) return Unknown("pre_tokenizer Split at the string", pattern.text);
   // Every character of a text is in some match of the known patterns, so that to remove what is
   // between the matches removes nothing.
-  const bool keeps_all =
-      (behavior == "Isolated" && !inverts) || (behavior == "Removed" && inverts);
+  const bool keeps_all = (behavior == "Isolated" && !inverts) || (behavior == "Removed" && inverts);
   if (!keeps_all) {
     return Unknown("pre_tokenizer Split with behavior",
                    absl::StrCat(behavior, inverts ? ", inverted" : ""));
@@ -264,8 +263,8 @@ absl::Status ReadTemplate(const json& stage, BpeTokenizerParts& parts) {
     const json* special = item.is_object() ? Find(item, "SpecialToken") : nullptr;
     const json* sequence = item.is_object() ? Find(item, "Sequence") : nullptr;
     if (special != nullptr) {
-      WALSH_RETURN_IF_ERROR(ReadSpecialPiece(*special, stage, *parts.vocabulary,
-                                             seen_text ? parts.suffix : before));
+      WALSH_RETURN_IF_ERROR(
+          ReadSpecialPiece(*special, stage, *parts.vocabulary, seen_text ? parts.suffix : before));
     } else if (sequence != nullptr && !seen_text) {
       seen_text = true;
     } else {

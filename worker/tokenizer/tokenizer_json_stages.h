@@ -1,4 +1,5 @@
-// The stages of tokenizer.json around the model: normalizer, pre-tokenizer, post-processor, decoder.
+// The stages of tokenizer.json around the model: normalizer, pre-tokenizer, post-processor,
+// decoder.
 //
 // Errors:  INVALID_ARGUMENT  a malformed stage; the message names it
 //          UNIMPLEMENTED     a stage, or an option of one, that walsh does not have

@@ -18,8 +18,8 @@ absl::Status Vocabulary::Add(std::string_view spelling, int64_t id) {
                      std::string(spelling), "' have one id, ", id));
   }
   if (const int32_t other = Find(spelling); other >= 0) {
-    return absl::InvalidArgumentError(absl::StrCat("token '", std::string(spelling),
-                                                   "' has two ids, ", other, " and ", id));
+    return absl::InvalidArgumentError(
+        absl::StrCat("token '", std::string(spelling), "' has two ids, ", other, " and ", id));
   }
   if (id >= size()) spellings_.resize(static_cast<size_t>(id) + 1);
   const std::string_view stored = storage_.emplace_back(spelling);

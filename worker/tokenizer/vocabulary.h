@@ -2,8 +2,8 @@
 //
 // Ids may have holes (HF files with added tokens beyond the model's do), never two spellings.
 //
-// Errors:  INVALID_ARGUMENT  empty or repeated spelling, repeated id, id at or above limits::kVocabMax
-// Threads: const methods are safe from several threads.
+// Errors:  INVALID_ARGUMENT  empty or repeated spelling, repeated id, id at or above
+// limits::kVocabMax Threads: const methods are safe from several threads.
 #pragma once
 
 #include <cstddef>

@@ -1,0 +1,167 @@
+// Ids against the reference implementations (tests/golden/tokenizer/make_tokenizer_golden.py) and
+// against llama.cpp's vectors.
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
+#include "tests/unit/worker/tokenizer/tokenizer_fixtures.h"
+#include "worker/io/checkpoint.h"
+
+namespace walsh {
+namespace {
+
+using ::walsh::testing::Golden;
+using ::walsh::testing::Ids;
+using ::walsh::testing::LoadGguf;
+using ::walsh::testing::LoadSentencePiece;
+using ::walsh::testing::LoadTokenizerJson;
+using ::walsh::testing::ReadFileOrDie;
+
+void ExpectGolden(const Tokenizer& tokenizer, const std::string& name) {
+  const nlohmann::json golden = Golden(name);
+  const std::vector<std::string> texts = Golden("texts");
+  ASSERT_EQ(texts.size(), golden["ids"].size());
+  for (size_t i = 0; i < texts.size(); ++i) {
+    const std::vector<int32_t> expected = golden["ids"][i];
+    EXPECT_EQ(Ids(tokenizer, texts[i]), expected) << name << ", text " << i << ": " << texts[i];
+    const std::string key = std::to_string(i);
+    const std::vector<int32_t> plain =
+        golden["plain"].contains(key) ? golden["plain"][key].get<std::vector<int32_t>>() : expected;
+    EXPECT_EQ(Ids(tokenizer, texts[i], {.parse_special_tokens = false}), plain)
+        << name << ", plain text " << i << ": " << texts[i];
+  }
+}
+
+// Cases separated by a marker line, one line of ids each; without BOS. The last case is empty, and
+// so has no line.
+void ExpectVectors(const Tokenizer& tokenizer, const std::string& stem) {
+  const std::string marker = "\n__ggml_vocab_test__\n";
+  std::string inputs = ReadFileOrDie(stem + ".inp");
+  std::istringstream outputs(ReadFileOrDie(stem + ".out"));
+  int n_cases = 0;
+  for (size_t begin = 0, end = 0; end != std::string::npos; begin = end + marker.size()) {
+    end = inputs.find(marker, begin);
+    const std::string text = inputs.substr(begin, end - begin);
+    std::string line;
+    std::getline(outputs, line);
+    std::istringstream words(line);
+    const std::vector<int32_t> expected{std::istream_iterator<int32_t>(words), {}};
+    EXPECT_EQ(Ids(tokenizer, text, {.add_special_tokens = false}), expected) << text;
+    ++n_cases;
+  }
+  EXPECT_EQ(n_cases, 47);
+}
+
+TEST(TokenizerGoldenTest, TinyStories) {
+  WALSH_REQUIRE_DATA(folder, "models/TinyStories-656K");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadTokenizerJson(folder));
+  ExpectGolden(*tokenizer, "tinystories");
+}
+
+TEST(TokenizerGoldenTest, Llama3) {
+  WALSH_REQUIRE_DATA(folder, "tokenizers/llama3");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadTokenizerJson(folder));
+  ExpectGolden(*tokenizer, "llama3");
+}
+
+TEST(TokenizerGoldenTest, Qwen3) {
+  WALSH_REQUIRE_DATA(folder, "tokenizers/qwen3");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadTokenizerJson(folder));
+  ExpectGolden(*tokenizer, "qwen3");
+}
+
+TEST(TokenizerGoldenTest, SmolLm2FromGguf) {
+  WALSH_REQUIRE_SMOLLM2(path);
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadGguf(path));
+  ExpectGolden(*tokenizer, "smollm");
+}
+
+// The reference has no special tokens inside text, so neither have these.
+void ExpectLlama2Golden(const Tokenizer& tokenizer) {
+  const std::vector<std::string> texts = Golden("texts");
+  const std::vector<std::vector<int32_t>> expected = Golden("llama2")["ids"];
+  for (size_t i = 0; i < texts.size(); ++i) {
+    EXPECT_EQ(Ids(tokenizer, texts[i], {.parse_special_tokens = false}), expected[i]) << texts[i];
+  }
+}
+
+TEST(TokenizerGoldenTest, Llama2FromSentencePiece) {
+  WALSH_REQUIRE_DATA(path, "tokenizers/llama2/tokenizer.model");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadSentencePiece(path));
+  ExpectLlama2Golden(*tokenizer);
+}
+
+TEST(TokenizerGoldenTest, Llama2FromGguf) {
+  WALSH_REQUIRE_DATA(path, "tokenizer-vectors/ggml-vocab-llama-spm.gguf");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadGguf(path));
+  ExpectLlama2Golden(*tokenizer);
+}
+
+TEST(TokenizerGoldenTest, VectorsOfLlamaBpe) {
+  WALSH_REQUIRE_DATA(folder, "tokenizers/llama3");
+  WALSH_REQUIRE_DATA(vectors, "tokenizer-vectors");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadTokenizerJson(folder));
+  ExpectVectors(*tokenizer, vectors + "/ggml-vocab-llama-bpe.gguf");
+}
+
+TEST(TokenizerGoldenTest, VectorsOfGpt2FromGguf) {
+  WALSH_REQUIRE_DATA(vectors, "tokenizer-vectors");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadGguf(vectors + "/ggml-vocab-gpt-2.gguf"));
+  ExpectVectors(*tokenizer, vectors + "/ggml-vocab-gpt-2.gguf");
+}
+
+TEST(TokenizerGoldenTest, VectorsOfGpt2FromItsOwnFiles) {
+  WALSH_REQUIRE_DATA(folder, "tokenizers/gpt2");
+  WALSH_REQUIRE_DATA(vectors, "tokenizer-vectors");
+  TokenizerSource source;
+  GgufVocabulary& gguf = source.gguf.emplace();
+  gguf.model = "gpt2";
+  gguf.pre = "gpt-2";
+  const auto ids = nlohmann::json::parse(ReadFileOrDie(folder + "/vocab.json"));
+  gguf.tokens.resize(ids.size());
+  gguf.types.assign(ids.size(), 1);
+  for (const auto& [token, id] : ids.items()) gguf.tokens.at(id.get<size_t>()) = token;
+  std::ifstream merges(folder + "/merges.txt");
+  for (std::string line; std::getline(merges, line);) {
+    if (!line.empty() && !line.starts_with("#version")) gguf.merges.push_back(line);
+  }
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+  ExpectVectors(*tokenizer, vectors + "/ggml-vocab-gpt-2.gguf");
+}
+
+TEST(TokenizerGoldenTest, TinyStoriesReferenceIds) {
+  WALSH_REQUIRE_DATA(folder, "models/TinyStories-656K");
+  WALSH_REQUIRE_DATA(corpus, "corpora/tinystories-train-1000.json");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadTokenizerJson(folder));
+  const auto reference = nlohmann::json::parse(ReadFileOrDie(folder + "/reference.json"));
+  EXPECT_EQ(Ids(*tokenizer, "Once upon a time"),
+            reference["prompt_ids"].get<std::vector<int32_t>>());
+
+  // The reference collapses blank lines and appends EOS.
+  std::string story = nlohmann::json::parse(ReadFileOrDie(corpus))[0];
+  for (size_t at = 0; (at = story.find("\n\n", at)) != std::string::npos;) story.erase(at, 1);
+  std::vector<int32_t> ids = Ids(*tokenizer, story);
+  ids.push_back(tokenizer->eos());
+  EXPECT_EQ(ids, reference["first_doc_ids"].get<std::vector<int32_t>>());
+  EXPECT_EQ(tokenizer->bos(), 1);
+  EXPECT_EQ(tokenizer->eos(), 2);
+}
+
+TEST(TokenizerGoldenTest, Llama2RoundTripsWikiText) {
+  WALSH_REQUIRE_DATA(path, "tokenizers/llama2/tokenizer.model");
+  WALSH_REQUIRE_DATA(corpus, "corpora/wiki.test.raw");
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadSentencePiece(path));
+  const std::string text = ReadFileOrDie(corpus);
+  const std::vector<int32_t> ids = Ids(*tokenizer, text);
+  EXPECT_EQ(ids.front(), tokenizer->bos());
+  EXPECT_EQ(tokenizer->Decode(ids, /*skip_special=*/true), text);
+}
+
+}  // namespace
+}  // namespace walsh
