@@ -5,8 +5,10 @@
 // SentencePiece .model or a GGUF vocabulary. Encoding takes time linear in the bytes (up to a
 // logarithm).
 //
-// Errors:  INVALID_ARGUMENT  malformed source; the message names the field
-//          UNIMPLEMENTED     a pre-tokenizer, normalizer or model that walsh does not know, by name
+// Errors:  INVALID_ARGUMENT    malformed source, with the field; text to encode that is not UTF-8
+//          UNIMPLEMENTED       a pre-tokenizer, normalizer or model that walsh does not know, by
+//                              name
+//          RESOURCE_EXHAUSTED  text that a hostile source's rules make too long
 // Threads: const methods are safe from several threads.
 #pragma once
 

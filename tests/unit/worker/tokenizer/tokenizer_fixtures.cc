@@ -1,12 +1,12 @@
 #include "tests/unit/worker/tokenizer/tokenizer_fixtures.h"
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "tests/testing/golden.h"
 #include "tests/testing/status_matchers.h"
 #include "worker/io/checkpoint.h"
 #include "worker/io/gguf_vocabulary.h"
@@ -20,10 +20,7 @@ std::string ReadFileOrDie(const std::string& path) {
 }
 
 nlohmann::json Golden(const std::string& name) {
-  const char* source = std::getenv("WALSH_SOURCE_DIR");
-  WALSH_CHECK(source != nullptr);
-  return nlohmann::json::parse(
-      ReadFileOrDie(std::string(source) + "/tests/golden/tokenizer/" + name + ".json"));
+  return nlohmann::json::parse(GoldenFile("tokenizer/" + name + ".json"));
 }
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTokenizerJson(const std::string& folder) {
