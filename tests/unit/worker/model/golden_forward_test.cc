@@ -10,6 +10,7 @@
 #include "tests/testing/test_data.h"
 #include "tests/unit/worker/model/dense_model.h"
 #include "tests/unit/worker/model/llama2c.h"
+#include "worker/tokenizer/tokenizer.h"
 
 namespace walsh {
 namespace {
@@ -107,6 +108,53 @@ TEST_F(Stories260KTest, LossOfEachStory) {
     n_tokens += static_cast<double>(ids.size() - 1);
   }
   EXPECT_NEAR(sum / n_tokens, reference_["mean_nll"].get<double>(), 1e-6);
+}
+
+class TinyStories656KTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    WALSH_REQUIRE_DATA(dir, "models/TinyStories-656K");
+    ASSERT_OK_AND_ASSIGN(checkpoint_, Checkpoint::Open(dir));
+    ASSERT_OK_AND_ASSIGN(model_, DenseModel::Load(*checkpoint_));
+    reference_ = ReadJson(dir + "/reference.json");
+  }
+  std::unique_ptr<Checkpoint> checkpoint_;
+  DenseModel model_;
+  nlohmann::json reference_;
+  ThreadPool pool_{2};
+};
+
+TEST_F(TinyStories656KTest, TopLogits) {
+  for (const kernels::Stream& stream : Streams(&pool_)) ExpectTopLogits(model_, reference_, stream);
+}
+
+TEST_F(TinyStories656KTest, GreedyIds) {
+  for (const kernels::Stream& stream : Streams(&pool_)) ExpectGreedyIds(model_, reference_, stream);
+}
+
+// Stories with characters outside the vocabulary were encoded otherwise by the reference.
+TEST_F(TinyStories656KTest, LossOfEachStory) {
+  WALSH_REQUIRE_DATA(corpus, "corpora/tinystories-train-1000.json");
+  constexpr int32_t kUnknown = 0;
+  constexpr int32_t kEos = 2;
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(checkpoint_->tokenizer()));
+  const nlohmann::json& expected = reference_["per_doc_nll_sum_and_tokens"];
+  const std::vector<std::string> stories = Stories(corpus, expected.size());
+  int n_compared = 0;
+  for (size_t i = 0; i < stories.size(); ++i) {
+    ASSERT_OK_AND_ASSIGN(std::vector<int32_t> ids, tokenizer->Encode(stories[i], {}));
+    if (std::find(ids.begin(), ids.end(), kUnknown) != ids.end()) continue;
+    ids.push_back(kEos);
+    if (i == 0) {
+      EXPECT_EQ(ids, reference_["first_doc_ids"].get<std::vector<int32_t>>());
+    }
+    ASSERT_EQ(ids.size() - 1, expected[i][1].get<size_t>()) << "story " << i;
+    ASSERT_OK_AND_ASSIGN(const double loss,
+                         testing::NegativeLogLikelihood(model_, {.pool = &pool_}, ids));
+    EXPECT_NEAR(loss, expected[i][0].get<double>(), 1e-3) << "story " << i;
+    ++n_compared;
+  }
+  EXPECT_GE(n_compared, 88);
 }
 
 }  // namespace
