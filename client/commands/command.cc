@@ -1,0 +1,54 @@
+#include "client/commands/command.h"
+
+#include <array>
+#include <cstdio>
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "client/address.h"
+#include "client/terminal/error_text.h"
+#include "common/command_line.h"
+#include "common/utf8.h"
+
+namespace walsh::client {
+
+ClientOptions MakeClientOptions(const GlobalFlags& flags) {
+  ClientOptions options;
+  options.address = ResolveAddress(flags.server, flags.data_dir);
+  options.timeout = absl::Seconds(flags.timeout_seconds);
+  return options;
+}
+
+int Fail(const absl::Status& status) {
+  std::fflush(stdout);
+  std::fputs(ErrorText(status).c_str(), stderr);
+  return kExitFailed;
+}
+
+std::string AbsolutePath(const std::string& path) {
+  std::error_code error;
+  const std::filesystem::path absolute = std::filesystem::absolute(path, error);
+  return error ? path : absolute.lexically_normal().string();
+}
+
+absl::Status CheckUtf8(const std::string& text, const std::string& what) {
+  if (IsValidUtf8(text)) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("the ", what, " is not UTF-8"));
+}
+
+absl::StatusOr<std::string> TextOrStdin(const std::string& text, const std::string& what) {
+  std::string result = text;
+  if (text == "-") {
+    result.clear();
+    std::array<char, 65536> buffer;
+    for (size_t n; (n = std::fread(buffer.data(), 1, buffer.size(), stdin)) > 0;) {
+      result.append(buffer.data(), n);
+    }
+  }
+  if (absl::Status status = CheckUtf8(result, what); !status.ok()) return status;
+  return result;
+}
+
+void PrintOut(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
+
+}  // namespace walsh::client

@@ -1,0 +1,10 @@
+// walsh models list|get|load|unload|delete
+#pragma once
+
+#include "client/commands/command.h"
+
+namespace walsh::client {
+
+void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen);
+
+}  // namespace walsh::client

@@ -1,0 +1,198 @@
+#include "client/commands/quantize.h"
+
+#include <cstdio>
+#include <utility>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "client/address.h"
+#include "client/commands/follow_job.h"
+#include "client/resource_name.h"
+#include "client/terminal/job_report.h"
+#include "client/terminal/json_text.h"
+#include "common/command_line.h"
+#include "common/status_macros.h"
+
+namespace walsh::client {
+namespace {
+
+using Config = v1::QuantizationConfig;
+
+const std::map<std::string, Config::Method> kMethods = {{"rtn", Config::RTN},
+                                                        {"gptq", Config::GPTQ}};
+const std::map<std::string, v1::Rotation::Kind> kRotations = {
+    {"none", v1::Rotation::NONE},
+    {"hadamard", v1::Rotation::HADAMARD},
+    {"walsh", v1::Rotation::WALSH},
+    {"local-hadamard", v1::Rotation::LOCAL_HADAMARD},
+    {"gsr", v1::Rotation::GSR}};
+const std::map<std::string, v1::Rotation::Signs> kSigns = {{"none", v1::Rotation::NO_SIGNS},
+                                                           {"seeded", v1::Rotation::SEEDED}};
+const std::map<std::string, Config::ColumnOrder> kColumnOrders = {
+    {"natural", Config::NATURAL}, {"group-aware", Config::GROUP_AWARE}};
+
+template <typename Value>
+std::vector<std::string> Names(const std::map<std::string, Value>& values) {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : values) names.push_back(name);
+  return names;
+}
+
+absl::StatusOr<int> ParseGroupSize(const std::string& text) {
+  if (text == "auto") return 0;
+  if (text == "channel") return -1;
+  int group_size = 0;
+  if (!absl::SimpleAtoi(text, &group_size) || group_size <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--group-size ", text, " is not auto, channel or a number"));
+  }
+  return group_size;
+}
+
+// Under `walsh up` (one worker, on this machine) the person who quantizes is the one who chats
+// next; in a fleet loading is a decision about other people's memory.
+absl::StatusOr<bool> ShouldLoad(Client& client, const QuantizeFlags& flags) {
+  if (flags.load.has_value()) return *flags.load;
+  if (flags.validate_only || !IsLoopback(client.address())) return false;
+  WALSH_ASSIGN_OR_RETURN(const v1::ListWorkersResponse response, client.ListWorkers());
+  int n_online = 0;
+  for (const auto& worker : response.workers()) n_online += worker.state() == v1::Worker::ONLINE;
+  return n_online == 1;
+}
+
+int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
+  Interrupts interrupts;
+  Client client(MakeClientOptions(global));
+  const auto load = ShouldLoad(client, flags);
+  if (!load.ok()) return Fail(load.status());
+  const auto request = MakeQuantizeRequest(flags, *load);
+  if (!request.ok()) return Fail(request.status());
+  const auto job = client.CreateJob(*request);
+  if (!job.ok()) return Fail(job.status());
+  if (flags.validate_only || flags.detach) {
+    if (global.json()) {
+      PrintOut(JsonText(*job));
+    } else if (flags.validate_only) {
+      PrintOut(absl::StrCat("valid: ", RecipeText(*job), "\n"));
+    } else {
+      PrintOut(ResourceId(job->name()) + "\n");
+    }
+    return kExitOk;
+  }
+  std::fprintf(stderr, "job %s accepted\n", ResourceId(job->name()).c_str());
+  return FollowJob(client, interrupts, {.name = job->name(), .json = global.json()});
+}
+
+void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
+  command.add_option("--bits", flags.bits, "Bits of a weight: 2, 3, 4 or 8")->capture_default_str();
+  command
+      .add_option("--group-size", flags.group_size,
+                  "Input columns that share a scale: auto, 32, 64, 128 or channel")
+      ->check([](const std::string& text) {
+        return std::string(ParseGroupSize(text).status().message());
+      })
+      ->capture_default_str();
+  command.add_flag("--symmetric", flags.symmetric, "No zero points");
+  command.add_option("--method", flags.method, "How weights are rounded")
+      ->check(CLI::IsMember(Names(kMethods)))
+      ->capture_default_str();
+  command.add_option("--rotation", flags.rotation, "Rotation of the residual stream")
+      ->check(CLI::IsMember(Names(kRotations)))
+      ->capture_default_str();
+  command.add_option("--rotation-block", flags.rotation_block,
+                     "Width of a block of gsr and local-hadamard; 0 takes it from the group");
+  command.add_option("--rotation-signs", flags.rotation_signs, "Random signs before the rotation")
+      ->check(CLI::IsMember(Names(kSigns)))
+      ->capture_default_str();
+  command.add_option("--column-order", flags.column_order, "Order in which GPTQ takes the columns")
+      ->check(CLI::IsMember(Names(kColumnOrders)))
+      ->capture_default_str();
+  command.add_option("--damp", flags.damp,
+                     "Share of the mean Hessian diagonal added to it; 0 means 0.01");
+  command.add_flag("--no-mse-clip", flags.no_mse_clip,
+                   "Do not search the clip that minimises the weights' error");
+  command.add_option("--seed", flags.seed, "Seed of everything random")->capture_default_str();
+}
+
+void AddDataFlags(CLI::App& command, QuantizeFlags& flags) {
+  command
+      .add_option("--calibration", flags.calibration,
+                  "Text, .jsonl or .json file, or self: text that the model writes")
+      ->capture_default_str();
+  command.add_option("--num-samples", flags.num_samples, "Calibration windows; 0 means 128");
+  command.add_option("--seq-len", flags.seq_len, "Tokens of a window; 0 means 2048");
+  command.add_option("--eval-text", flags.eval_text,
+                     "Text for the perplexity before and after; else part of the calibration");
+  command.add_option("--eval-windows", flags.eval_windows, "Windows of it; 0 means 20");
+  command.add_flag("--no-eval", flags.no_eval, "Measure no perplexity");
+}
+
+void AddJobFlags(CLI::App& command, QuantizeFlags& flags) {
+  command.add_flag("--load,!--no-load", flags.load,
+                   "Load the model when it is done; default: when one worker runs on this machine");
+  command.add_flag("--detach", flags.detach, "Print the job's id and do not wait");
+  command.add_flag("--validate-only", flags.validate_only, "Check everything, start nothing");
+  command.add_option("--request-id", flags.request_id,
+                     "Idempotency key: the same key and flags give the same job");
+}
+
+}  // namespace
+
+absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
+                                                                     bool auto_load) {
+  v1::CreateQuantizationJobRequest request;
+  request.set_request_id(flags.request_id);
+  request.set_validate_only(flags.validate_only);
+  v1::QuantizationJob& job = *request.mutable_quantization_job();
+  job.set_source_model(AbsolutePath(flags.model));
+  job.set_model_name(flags.name);
+  Config& config = *job.mutable_config();
+  config.set_method(kMethods.at(flags.method));
+  config.set_bits(flags.bits);
+  WALSH_ASSIGN_OR_RETURN(const int group_size, ParseGroupSize(flags.group_size));
+  config.set_group_size(group_size);
+  config.set_symmetric(flags.symmetric);
+  config.set_column_order(kColumnOrders.at(flags.column_order));
+  config.set_damp_percent(flags.damp);
+  config.mutable_rotation()->set_kind(kRotations.at(flags.rotation));
+  config.mutable_rotation()->set_block_size(flags.rotation_block);
+  config.mutable_rotation()->set_signs(kSigns.at(flags.rotation_signs));
+  if (flags.calibration != "self") {
+    config.mutable_calibration()->set_uri(AbsolutePath(flags.calibration));
+  }
+  config.mutable_calibration()->set_num_samples(flags.num_samples);
+  config.mutable_calibration()->set_sequence_length(flags.seq_len);
+  if (!flags.eval_text.empty()) config.mutable_evaluation()->set_uri(AbsolutePath(flags.eval_text));
+  config.mutable_evaluation()->set_max_windows(flags.eval_windows);
+  config.mutable_evaluation()->set_disable(flags.no_eval);
+  config.set_disable_mse_clip(flags.no_mse_clip);
+  config.set_seed(flags.seed);
+  config.set_auto_load(auto_load);
+  for (const auto& [what, text] :
+       {std::pair("model path", job.source_model()), std::pair("name", job.model_name()),
+        std::pair("calibration path", config.calibration().uri()),
+        std::pair("evaluation path", config.evaluation().uri()),
+        std::pair("request id", request.request_id())}) {
+    WALSH_RETURN_IF_ERROR(CheckUtf8(text, what));
+  }
+  return request;
+}
+
+void AddQuantizeCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
+  auto flags = std::make_shared<QuantizeFlags>();
+  CLI::App& command = *app.add_subcommand("quantize", "Quantize a model and follow the job");
+  command
+      .add_option(
+          "MODEL", flags->model,
+          "Folder with config.json and safetensors, or a .gguf file, on the worker's machine")
+      ->required();
+  command.add_option("--name", flags->name, "Name of the new model")->required();
+  AddRecipeFlags(command, *flags);
+  AddDataFlags(command, *flags);
+  AddJobFlags(command, *flags);
+  command.callback([flags, &global, &chosen] {
+    chosen = [flags, &global] { return RunQuantize(*flags, global); };
+  });
+}
+
+}  // namespace walsh::client

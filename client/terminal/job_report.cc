@@ -1,0 +1,226 @@
+#include "client/terminal/job_report.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_replace.h"
+#include "client/resource_name.h"
+#include "client/terminal/quantities.h"
+#include "client/terminal/safe_text.h"
+#include "client/terminal/table.h"
+
+namespace walsh::client {
+namespace {
+
+using Job = v1::QuantizationJob;
+constexpr int kWorstLinearsMax = 5;
+
+void AppendFact(std::string& text, const char* label, const std::string& value) {
+  absl::StrAppendFormat(&text, "  %-14s %s\n", label, SafeText(value));
+}
+
+std::string GroupText(int group_size) {
+  if (group_size == 0) return "group auto";
+  if (group_size < 0) return "one group a channel";
+  return absl::StrCat("group ", group_size);
+}
+
+absl::Duration RunTime(const Job& job) {
+  const auto to_time = [](const google::protobuf::Timestamp& t) {
+    return absl::FromUnixSeconds(t.seconds()) + absl::Nanoseconds(t.nanos());
+  };
+  return to_time(job.end_time()) - to_time(job.start_time());
+}
+
+std::string RotationText(const v1::Rotation& rotation, int block_size) {
+  const auto kind =
+      rotation.kind() == v1::Rotation::KIND_UNSPECIFIED ? v1::Rotation::GSR : rotation.kind();
+  if (kind == v1::Rotation::NONE) return "no rotation";
+  std::string name = v1::Rotation::Kind_Name(kind);
+  if (kind != v1::Rotation::GSR)
+    name = absl::AsciiStrToLower(absl::StrReplaceAll(name, {{"_", "-"}}));
+  std::string text = absl::StrCat(name, " rotation");
+  if (block_size > 0) absl::StrAppend(&text, " in blocks of ", block_size);
+  if (rotation.signs() == v1::Rotation::SEEDED) text += " with seeded signs";
+  return text;
+}
+
+// "x1.035" of perplexities; each is 0 when it was not measured.
+std::string PerplexityText(const Job::Result& result) {
+  if (result.perplexity_before() <= 0 || result.perplexity_after() <= 0) return "not evaluated";
+  return absl::StrFormat("%s before, %s after (x%.3f), on %s tokens",
+                         SignificantText(result.perplexity_before(), 5),
+                         SignificantText(result.perplexity_after(), 5),
+                         result.perplexity_after() / result.perplexity_before(),
+                         CountText(result.evaluation_tokens()));
+}
+
+std::string LinearBytesText(const Job::Result& result) {
+  std::string text =
+      absl::StrCat("linears ", BytesText(result.linear_bytes_before()), " as 16-bit floats, ",
+                   BytesText(result.linear_bytes_after()), " after");
+  if (result.linear_bytes_after() > 0) {
+    absl::StrAppendFormat(&text, " (%.1f times smaller)",
+                          static_cast<double>(result.linear_bytes_before()) /
+                              static_cast<double>(result.linear_bytes_after()));
+  }
+  return text;
+}
+
+std::string FileBytesText(const Job::Result& result) {
+  std::string text = absl::StrCat("source ", BytesText(result.source_size_bytes()));
+  if (!result.source_format().empty()) absl::StrAppend(&text, " (", result.source_format(), ")");
+  absl::StrAppend(&text, ", artifact ", BytesText(result.size_bytes()));
+  return text;
+}
+
+std::string CalibrationText(const Job& job) {
+  const auto& report = job.result().calibration();
+  std::string text = absl::StrCat(CountText(report.tokens()), " tokens in ",
+                                  CountText(report.windows()), " windows");
+  absl::StrAppend(&text,
+                  job.config().calibration().uri().empty()
+                      ? " of the model's own text"
+                      : absl::StrCat("; samples: ", CountText(report.samples_kept()), " kept, ",
+                                     CountText(report.samples_dropped()), " dropped, ",
+                                     CountText(report.samples_short()), " short"));
+  return text;
+}
+
+std::string StageTable(const Job::Result& result) {
+  Table table({{"stage"}, {"seconds", Align::kRight}});
+  double total = 0;
+  for (const auto& time : result.stage_times()) {
+    table.AddRow({Job::Stage_Name(time.stage()), absl::StrFormat("%.2f", time.seconds())});
+    total += time.seconds();
+  }
+  table.AddRow({"all stages", absl::StrFormat("%.2f", total)});
+  return table.Text(2);
+}
+
+std::string WorstLinearsTable(const Job::Result& result) {
+  std::vector<const Job::LinearResult*> linears;
+  for (const auto& linear : result.per_layer()) linears.push_back(&linear);
+  std::stable_sort(linears.begin(), linears.end(), [](const auto* a, const auto* b) {
+    return a->relative_error() > b->relative_error();
+  });
+  if (linears.size() > kWorstLinearsMax) linears.resize(kWorstLinearsMax);
+  Table table({{"worst linears"},
+               {"bits", Align::kRight},
+               {"relative error", Align::kRight},
+               {"damping", Align::kRight},
+               {"dead columns", Align::kRight},
+               {"rounded because"}});
+  for (const auto* linear : linears) {
+    table.AddRow({linear->name(), absl::StrCat(linear->bits()),
+                  SignificantText(linear->relative_error(), 3),
+                  absl::StrFormat("%g %%", 100.0 * linear->damp_percent()),
+                  absl::StrCat(linear->dead_columns()), linear->fallback()});
+  }
+  return table.Text(2);
+}
+
+std::string ResultText(const Job& job) {
+  const Job::Result& result = job.result();
+  std::string text;
+  AppendFact(text, "bits", RecipeText(job));
+  AppendFact(
+      text, "",
+      absl::StrFormat("%.3f bits a weight, scales and zeros included", result.bits_per_weight()));
+  AppendFact(text, "size", LinearBytesText(result));
+  AppendFact(text, "", FileBytesText(result));
+  AppendFact(text, "perplexity", PerplexityText(result));
+  AppendFact(text, "rotation gate",
+             absl::StrCat(SignificantText(result.rotation_gate(), 2),
+                          " of the largest logit, before anything was quantized"));
+  AppendFact(text, "calibration", CalibrationText(job));
+  if (result.peak_memory_bytes() > 0) {
+    AppendFact(text, "memory", BytesText(result.peak_memory_bytes()) + " at most");
+  }
+  if (result.stage_times_size() > 0) text += "\n" + StageTable(result);
+  if (result.per_layer_size() > 0) text += "\n" + WorstLinearsTable(result);
+  if (result.warnings_size() > 0) text += "\n  warnings\n";
+  for (const std::string& warning : result.warnings()) {
+    absl::StrAppend(&text, "  - ", SafeText(warning), "\n");
+  }
+  return text;
+}
+
+std::string ErrorFact(const Job& job) {
+  std::string text =
+      absl::StrCat(absl::StatusCodeToString(static_cast<absl::StatusCode>(job.error().code())),
+                   ": ", job.error().message());
+  if (!job.error_reason().empty()) absl::StrAppend(&text, " (", job.error_reason(), ")");
+  return text;
+}
+
+}  // namespace
+
+std::string RecipeText(const Job& job) {
+  const v1::QuantizationConfig& config = job.config();
+  const bool resolved = job.has_result() && job.result().group_size() != 0;
+  const int bits = config.bits() == 0 ? 4 : config.bits();
+  const char* method = config.method() == v1::QuantizationConfig::RTN ? "RTN" : "GPTQ";
+  return absl::StrCat(bits, ", ",
+                      GroupText(resolved ? job.result().group_size() : config.group_size()), ", ",
+                      method, config.symmetric() ? " symmetric, " : ", ",
+                      RotationText(config.rotation(), resolved ? job.result().rotation_block_size()
+                                                               : config.rotation().block_size()));
+}
+
+std::string JobReport(const Job& job) {
+  std::string text = absl::StrCat("job ", ResourceId(job.name()), ": ",
+                                  Job::State_Name(job.state()), ", model '", job.model_name(), "'");
+  if (job.has_start_time() && job.has_end_time()) {
+    absl::StrAppend(&text, ", ran ", ClockText(RunTime(job)));
+  }
+  text = SafeText(text) + "\n";
+  AppendFact(text, "source", job.source_model());
+  if (!job.display_name().empty()) AppendFact(text, "title", job.display_name());
+  if (job.attempt() > 0) {
+    AppendFact(
+        text, "attempt",
+        absl::StrCat(job.attempt(), job.worker().empty() ? "" : " on ", ResourceId(job.worker())));
+  }
+  AppendFact(text, "created", TimeText(job.create_time()));
+  if (job.state() == Job::RUNNING) {
+    std::string progress = absl::StrFormat("%s, %.0f %%", Job::Stage_Name(job.stage()),
+                                           100.0 * job.progress().fraction());
+    if (job.progress().layers_total() > 0) {
+      absl::StrAppend(&progress, ", ", job.progress().layers_done(), " of ",
+                      job.progress().layers_total(), " layers");
+    }
+    AppendFact(text, "progress", progress);
+  }
+  if (job.error().code() != 0) AppendFact(text, "error", ErrorFact(job));
+  if (job.has_result()) {
+    text += ResultText(job);
+  } else {
+    AppendFact(text, "bits", RecipeText(job));
+  }
+  return text;
+}
+
+std::string JobTable(const std::vector<Job>& jobs) {
+  Table table({{"JOB"},
+               {"STATE"},
+               {"STAGE"},
+               {"DONE", Align::kRight},
+               {"MODEL"},
+               {"BITS", Align::kRight},
+               {"CREATED"},
+               {"ERROR"}});
+  for (const Job& job : jobs) {
+    table.AddRow({ResourceId(job.name()), Job::State_Name(job.state()),
+                  job.state() == Job::RUNNING ? Job::Stage_Name(job.stage()) : "",
+                  absl::StrFormat("%.0f %%", 100.0 * job.progress().fraction()), job.model_name(),
+                  absl::StrCat(job.config().bits() == 0 ? 4 : job.config().bits()),
+                  TimeText(job.create_time()), job.error().code() == 0 ? "" : ErrorFact(job)});
+  }
+  return table.Text();
+}
+
+}  // namespace walsh::client
