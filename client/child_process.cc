@@ -142,12 +142,16 @@ void Drain(Fd& fd, std::string& text) {
 }  // namespace
 
 absl::StatusOr<ChildProcess> ChildProcess::Spawn(const SpawnOptions& options) {
-  Fd null(open("/dev/null", O_RDONLY | O_CLOEXEC));
+  const std::string input = options.stdin_path.empty() ? "/dev/null" : options.stdin_path;
+  Fd in(open(input.c_str(), O_RDONLY | O_CLOEXEC));
+  if (in.get() < 0) {
+    return absl::InternalError(absl::StrCat("cannot read ", input, ": ", std::strerror(errno)));
+  }
   Fd out;
   Fd err;
   if (absl::Status status = OpenForAppend(options.stdout_path, out); !status.ok()) return status;
   if (absl::Status status = OpenForAppend(options.stderr_path, err); !status.ok()) return status;
-  const auto pid = Fork(options, null.get(), out.get(), err.get());
+  const auto pid = Fork(options, in.get(), out.get(), err.get());
   if (!pid.ok()) return pid.status();
   return ChildProcess(*pid);
 }

@@ -20,7 +20,9 @@ namespace walsh::client {
 struct SpawnOptions {
   std::vector<std::string> argv;                   // argv[0] is the path of the binary
   std::map<std::string, std::string> environment;  // set or replaced in the child
-  // Files that the child's standard output and error are appended to; empty: those of this process.
+  // Files (or terminals) for the child's standard streams. Output is appended; empty: no input, the
+  // output and error of this process. RunCommand() has its own.
+  std::string stdin_path;
   std::string stdout_path;
   std::string stderr_path;
   // Ctrl-C on the terminal reaches the parent only, which decides what to do.

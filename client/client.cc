@@ -130,7 +130,7 @@ absl::StatusOr<v1::QuantizationJob> Client::CreateJob(v1::CreateQuantizationJobR
 
 absl::StatusOr<v1::QuantizationJob> Client::GetJob(const std::string& name) {
   v1::GetQuantizationJobRequest request;
-  request.set_name(JobName(name));
+  request.set_name(FullJobName(name));
   return Unary(&Connection::quantization, &JobStub::GetQuantizationJob, request, options_.timeout);
 }
 
@@ -156,14 +156,14 @@ absl::StatusOr<v1::ListQuantizationJobsResponse> Client::ListJobs(const std::str
 
 absl::StatusOr<v1::QuantizationJob> Client::CancelJob(const std::string& name) {
   v1::CancelQuantizationJobRequest request;
-  request.set_name(JobName(name));
+  request.set_name(FullJobName(name));
   return Unary(&Connection::quantization, &JobStub::CancelQuantizationJob, request,
                options_.timeout);
 }
 
 absl::Status Client::DeleteJob(const std::string& name) {
   v1::DeleteQuantizationJobRequest request;
-  request.set_name(JobName(name));
+  request.set_name(FullJobName(name));
   return Unary(&Connection::quantization, &JobStub::DeleteQuantizationJob, request,
                options_.timeout)
       .status();
@@ -177,7 +177,7 @@ absl::StatusOr<v1::ListSupportedArchitecturesResponse> Client::ListSupportedArch
 absl::Status Client::WatchOnce(const std::string& name, const WatchObserver& observer,
                                Cancellation* cancellation, int64_t* last_sequence, bool* finished) {
   v1::WatchQuantizationJobRequest request;
-  request.set_name(JobName(name));
+  request.set_name(FullJobName(name));
   request.set_after_sequence(*last_sequence);
   grpc::ClientContext context;
   ConnectionPool::Lease connection = pool_.Acquire();
@@ -267,27 +267,27 @@ absl::StatusOr<v1::ListModelsResponse> Client::ListModels() {
 
 absl::StatusOr<v1::Model> Client::GetModel(const std::string& name) {
   v1::GetModelRequest request;
-  request.set_name(ModelName(name));
+  request.set_name(FullModelName(name));
   return Unary(&Connection::models, &ModelStub::GetModel, request, options_.timeout);
 }
 
 absl::StatusOr<v1::Model> Client::LoadModel(const std::string& name, Cancellation* cancellation) {
   v1::LoadModelRequest request;
-  request.set_name(ModelName(name));
+  request.set_name(FullModelName(name));
   return Unary(&Connection::models, &ModelStub::LoadModel, request, options_.load_timeout,
                cancellation);
 }
 
 absl::StatusOr<v1::Model> Client::UnloadModel(const std::string& name, Cancellation* cancellation) {
   v1::UnloadModelRequest request;
-  request.set_name(ModelName(name));
+  request.set_name(FullModelName(name));
   return Unary(&Connection::models, &ModelStub::UnloadModel, request, options_.load_timeout,
                cancellation);
 }
 
 absl::Status Client::DeleteModel(const std::string& name, bool force) {
   v1::DeleteModelRequest request;
-  request.set_name(ModelName(name));
+  request.set_name(FullModelName(name));
   request.set_force(force);
   return Unary(&Connection::models, &ModelStub::DeleteModel, request, options_.load_timeout)
       .status();

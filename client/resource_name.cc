@@ -1,18 +1,20 @@
 #include "client/resource_name.h"
 
+#include "common/resource_name.h"
+
 namespace walsh::client {
 namespace {
 
-std::string WithPrefix(std::string_view prefix, std::string_view id) {
-  if (id.substr(0, prefix.size()) == prefix) return std::string(id);
-  return std::string(prefix) + std::string(id);
+std::string WithCollection(std::string_view collection, std::string_view id) {
+  if (id.substr(0, collection.size()) == collection) return std::string(id);
+  return std::string(collection) + std::string(id);
 }
 
 }  // namespace
 
-std::string JobName(std::string_view id) { return WithPrefix("quantizationJobs/", id); }
+std::string FullJobName(std::string_view id) { return WithCollection(kJobCollection, id); }
 
-std::string ModelName(std::string_view id) { return WithPrefix("models/", id); }
+std::string FullModelName(std::string_view id) { return WithCollection(kModelCollection, id); }
 
 std::string ResourceId(std::string_view name) {
   const size_t slash = name.rfind('/');

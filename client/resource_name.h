@@ -1,6 +1,7 @@
 // Names of jobs and models as people type them and as the service spells them.
 //
-// People type "demo" or paste "models/demo"; both mean the same thing.
+// People type "demo" or paste "models/demo"; both mean the same. Whether an id is valid is the
+// service's to say.
 #pragma once
 
 #include <string>
@@ -8,8 +9,8 @@
 
 namespace walsh::client {
 
-std::string JobName(std::string_view id);    // "quantizationJobs/{id}"
-std::string ModelName(std::string_view id);  // "models/{id}"
+std::string FullJobName(std::string_view id);    // "quantizationJobs/{id}"
+std::string FullModelName(std::string_view id);  // "models/{id}"
 // The part after the last "/", which is what people type and tables show.
 std::string ResourceId(std::string_view name);
 

@@ -44,7 +44,7 @@ absl::StatusOr<int> ParseGroupSize(const std::string& text) {
   int group_size = 0;
   if (!absl::SimpleAtoi(text, &group_size) || group_size <= 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("--group-size ", text, " is not auto, channel or a number"));
+        absl::StrCat("'", text, "' is not auto, channel or a number"));
   }
   return group_size;
 }
@@ -128,8 +128,9 @@ void AddDataFlags(CLI::App& command, QuantizeFlags& flags) {
 }
 
 void AddJobFlags(CLI::App& command, QuantizeFlags& flags) {
-  command.add_flag("--load,!--no-load", flags.load,
-                   "Load the model when it is done; default: when one worker runs on this machine");
+  command.add_flag_function(
+      "--load,!--no-load", [&flags](int64_t count) { flags.load = count > 0; },
+      "Load the model when it is done; default: when one worker runs on this machine");
   command.add_flag("--detach", flags.detach, "Print the job's id and do not wait");
   command.add_flag("--validate-only", flags.validate_only, "Check everything, start nothing");
   command.add_option("--request-id", flags.request_id,

@@ -39,7 +39,7 @@ std::string LayerText(const v1::QuantizationJobEvent& event) {
 }
 
 std::string PercentText(const v1::QuantizationJobEvent& event) {
-  return absl::StrFormat("%3.0f %%", 100.0 * std::clamp(event.progress().fraction(), 0.0, 1.0));
+  return absl::StrFormat("%.0f %%", 100.0 * std::clamp(event.progress().fraction(), 0.0, 1.0));
 }
 
 std::string EtaText(const v1::QuantizationJobEvent& event) {
@@ -60,7 +60,8 @@ std::string Bar(double fraction, int width) {
 std::string ProgressLine(const v1::QuantizationJobEvent& event, int width) {
   std::string left = absl::StrFormat("%-11s", Activity(event));
   if (const std::string layer = LayerText(event); !layer.empty()) left += " " + layer;
-  std::string right = PercentText(event);
+  // Padded, so that the bar keeps its place.
+  std::string right = absl::StrFormat("%5s", PercentText(event));
   if (const std::string eta = EtaText(event); !eta.empty()) right += "  " + eta;
   const int room = width - static_cast<int>(left.size() + right.size()) - 2;
   std::string line = left + " ";
@@ -88,8 +89,7 @@ void ProgressPrinter::OnEvent(const v1::QuantizationJobEvent& event) {
     if (about == last_plain_) return;
     last_plain_ = about;
     std::string line =
-        absl::StrCat(Activity(event), layer.empty() ? "" : " ", layer, ", ",
-                     PercentText(event).substr(PercentText(event)[0] == ' ' ? 1 : 0));
+        absl::StrCat(Activity(event), layer.empty() ? "" : " ", layer, ", ", PercentText(event));
     if (const std::string eta = EtaText(event); !eta.empty()) line += ", " + eta;
     PrintLine(line);
   }

@@ -21,12 +21,14 @@ std::string BytesText(int64_t n_bytes) {
 }
 
 std::string CountText(int64_t count) {
-  std::string digits = std::to_string(count);
-  const int sign = count < 0 ? 1 : 0;
-  for (int i = static_cast<int>(digits.size()) - 3; i > sign; i -= 3) {
-    digits.insert(static_cast<size_t>(i), ",");
+  const std::string digits = std::to_string(count);
+  const size_t sign = count < 0 ? 1 : 0;
+  std::string text;
+  for (size_t i = 0; i < digits.size(); ++i) {
+    if (i > sign && (digits.size() - i) % 3 == 0) text += ',';
+    text += digits[i];
   }
-  return digits;
+  return text;
 }
 
 std::string ClockText(absl::Duration duration) {
@@ -46,7 +48,10 @@ std::string SecondsText(double seconds) {
 
 std::string SignificantText(double value, int n) {
   if (value == 0.0 || !std::isfinite(value)) return absl::StrFormat("%g", value);
-  const int magnitude = static_cast<int>(std::floor(std::log10(std::fabs(value))));
+  // Rounding may carry into another digit: 0.9996 has the magnitude of 1.00.
+  const double unit = std::pow(10.0, std::floor(std::log10(std::fabs(value))) - (n - 1));
+  const double rounded = std::round(value / unit) * unit;
+  const int magnitude = static_cast<int>(std::floor(std::log10(std::fabs(rounded) * (1 + 1e-12))));
   if (magnitude < -4 || magnitude > 8) return absl::StrFormat("%.*e", n - 1, value);
   return absl::StrFormat("%.*f", std::max(0, n - 1 - magnitude), value);
 }

@@ -1,0 +1,96 @@
+#include "client/commands/up.h"
+
+#include <cstdio>
+#include <filesystem>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "client/address.h"
+#include "client/supervisor.h"
+#include "common/command_line.h"
+
+namespace walsh::client {
+namespace {
+
+struct UpFlags {
+  std::string device = "auto";
+  std::vector<std::string> model_roots;
+  int port = 50051;
+  int n_threads = 0;
+  bool log_to_stderr = false;
+};
+
+std::string EndpointOr(const Endpoints& endpoints, const std::string& key) {
+  const auto found = endpoints.find(key);
+  return found == endpoints.end() ? "-" : found->second;
+}
+
+// Where everything is and what to type next.
+std::string Banner(const Supervisor& supervisor, const SupervisorOptions& options) {
+  const std::string address = EndpointOr(supervisor.coordinator(), "grpc");
+  // Commands find a service on the default data folder or port by themselves.
+  std::string walsh = "walsh";
+  if (options.data_dir != DefaultDataDir() && address != kDefaultAddress) {
+    absl::StrAppend(&walsh, " --server ", address);
+  }
+  const std::string logs = options.log_to_stderr ? "standard error"
+                                                 : absl::StrCat(supervisor.LogPath("coordinator"),
+                                                                ", ", supervisor.LogPath("worker"));
+  return absl::StrCat(
+      "walsh is up\n", "  gRPC     ", address, "\n", "  health   http://",
+      EndpointOr(supervisor.coordinator(), "http"), "/readyz\n", "  metrics  http://",
+      EndpointOr(supervisor.coordinator(), "metrics"), "/metrics, http://",
+      EndpointOr(supervisor.worker(), "metrics"), "/metrics\n", "  data     ", options.data_dir,
+      "\n", "  models   are read from ", absl::StrJoin(options.model_roots, ", "), "\n",
+      "  logs     ", logs, "\n\n", "In another terminal:\n", "  ", walsh,
+      " quantize MODEL --name NAME    MODEL is a folder with safetensors or a .gguf file\n", "  ",
+      walsh, " chat NAME\n", "Ctrl-C stops the service; jobs go on when it is started again.\n");
+}
+
+int RunUp(const UpFlags& flags, const GlobalFlags& global) {
+  SupervisorOptions options;
+  options.coordinator_binary = SiblingBinary("walsh-coordinator");
+  options.worker_binary = SiblingBinary("walsh-worker");
+  options.data_dir = AbsolutePath(global.data_dir);
+  options.device = flags.device;
+  for (const std::string& root : flags.model_roots) {
+    options.model_roots.push_back(AbsolutePath(root));
+  }
+  if (options.model_roots.empty()) options.model_roots = {AbsolutePath("."), options.data_dir};
+  options.port = flags.port;
+  options.n_threads = flags.n_threads;
+  options.log_to_stderr = flags.log_to_stderr;
+  Supervisor supervisor(options);
+  if (absl::Status status = supervisor.Start(); !status.ok()) return Fail(status);
+  PrintOut(Banner(supervisor, options));
+  std::fflush(stdout);
+  const absl::Status status = supervisor.Run();
+  return status.ok() ? kExitOk : Fail(status);
+}
+
+}  // namespace
+
+void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
+  auto flags = std::make_shared<UpFlags>();
+  CLI::App& command = *app.add_subcommand("up", "Run a coordinator and a worker on this machine");
+  command.add_option("--device", flags->device, "Where models run")
+      ->check(CLI::IsMember({"auto", "cpu"}))
+      ->capture_default_str();
+  command.add_option("--model-root", flags->model_roots,
+                     "Folder that models and texts may be read from; may be repeated; default: the "
+                     "current folder and the data folder");
+  command
+      .add_option("--port", flags->port,
+                  "Public gRPC port; any other than 50051 takes free ports for the rest, 0 for "
+                  "all")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
+  command.add_option("--threads", flags->n_threads, "Threads of the worker; default: all cores")
+      ->check(CLI::PositiveNumber);
+  command.add_flag("--log-to-stderr", flags->log_to_stderr,
+                   "The daemons' logs on standard error instead of in the data folder");
+  command.callback(
+      [flags, &global, &chosen] { chosen = [flags, &global] { return RunUp(*flags, global); }; });
+}
+
+}  // namespace walsh::client

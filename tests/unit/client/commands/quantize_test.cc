@@ -1,0 +1,115 @@
+#include "client/commands/quantize.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+
+#include "tests/testing/status_matchers.h"
+
+namespace walsh::client {
+namespace {
+
+using ::walsh::testing::HasCode;
+
+QuantizeFlags MinimalFlags() {
+  QuantizeFlags flags;
+  flags.model = "/models/tiny";
+  flags.name = "tiny-4bit";
+  return flags;
+}
+
+TEST(MakeQuantizeRequestTest, DefaultsAreTheDesigns) {
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(MinimalFlags(), true));
+  const v1::QuantizationJob& job = request.quantization_job();
+  EXPECT_EQ(job.source_model(), "/models/tiny");
+  EXPECT_EQ(job.model_name(), "tiny-4bit");
+  EXPECT_EQ(job.config().bits(), 4);
+  EXPECT_EQ(job.config().group_size(), 0);
+  EXPECT_FALSE(job.config().symmetric());
+  EXPECT_EQ(job.config().method(), v1::QuantizationConfig::GPTQ);
+  EXPECT_EQ(job.config().rotation().kind(), v1::Rotation::GSR);
+  EXPECT_EQ(job.config().rotation().signs(), v1::Rotation::NO_SIGNS);
+  EXPECT_EQ(job.config().column_order(), v1::QuantizationConfig::GROUP_AWARE);
+  EXPECT_EQ(job.config().calibration().uri(), "");
+  EXPECT_EQ(job.config().evaluation().uri(), "");
+  EXPECT_FALSE(job.config().evaluation().disable());
+  EXPECT_FALSE(job.config().disable_mse_clip());
+  EXPECT_EQ(job.config().seed(), 0u);
+  EXPECT_TRUE(job.config().auto_load());
+  EXPECT_FALSE(request.validate_only());
+}
+
+TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.bits = 2;
+  flags.group_size = "channel";
+  flags.symmetric = true;
+  flags.method = "rtn";
+  flags.rotation = "local-hadamard";
+  flags.rotation_block = 32;
+  flags.rotation_signs = "seeded";
+  flags.seed = 18446744073709551615u;
+  flags.calibration = "/texts/calibration.jsonl";
+  flags.num_samples = 16;
+  flags.seq_len = 256;
+  flags.column_order = "natural";
+  flags.damp = 0.05;
+  flags.no_mse_clip = true;
+  flags.eval_text = "/texts/eval.txt";
+  flags.eval_windows = 3;
+  flags.no_eval = true;
+  flags.validate_only = true;
+  flags.request_id = "r";
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  const v1::QuantizationConfig& config = request.quantization_job().config();
+  EXPECT_EQ(config.bits(), 2);
+  EXPECT_EQ(config.group_size(), -1);
+  EXPECT_TRUE(config.symmetric());
+  EXPECT_EQ(config.method(), v1::QuantizationConfig::RTN);
+  EXPECT_EQ(config.rotation().kind(), v1::Rotation::LOCAL_HADAMARD);
+  EXPECT_EQ(config.rotation().block_size(), 32);
+  EXPECT_EQ(config.rotation().signs(), v1::Rotation::SEEDED);
+  EXPECT_EQ(config.seed(), 18446744073709551615u);
+  EXPECT_EQ(config.calibration().uri(), "/texts/calibration.jsonl");
+  EXPECT_EQ(config.calibration().num_samples(), 16);
+  EXPECT_EQ(config.calibration().sequence_length(), 256);
+  EXPECT_EQ(config.column_order(), v1::QuantizationConfig::NATURAL);
+  EXPECT_EQ(config.damp_percent(), 0.05);
+  EXPECT_TRUE(config.disable_mse_clip());
+  EXPECT_EQ(config.evaluation().uri(), "/texts/eval.txt");
+  EXPECT_EQ(config.evaluation().max_windows(), 3);
+  EXPECT_TRUE(config.evaluation().disable());
+  EXPECT_FALSE(config.auto_load());
+  EXPECT_TRUE(request.validate_only());
+  EXPECT_EQ(request.request_id(), "r");
+}
+
+TEST(MakeQuantizeRequestTest, RelativePathsAreTheCallers) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.model = "./sub/../tiny";
+  flags.calibration = "c.txt";
+  flags.eval_text = "e.txt";
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  const std::string here = std::filesystem::current_path().string();
+  EXPECT_EQ(request.quantization_job().source_model(), here + "/tiny");
+  EXPECT_EQ(request.quantization_job().config().calibration().uri(), here + "/c.txt");
+  EXPECT_EQ(request.quantization_job().config().evaluation().uri(), here + "/e.txt");
+}
+
+TEST(MakeQuantizeRequestTest, RefusesAGroupSizeThatIsNoNumberAndTextThatIsNotUtf8) {
+  for (const char* group_size : {"", "big", "0", "-64", "64x"}) {
+    QuantizeFlags flags = MinimalFlags();
+    flags.group_size = group_size;
+    EXPECT_THAT(MakeQuantizeRequest(flags, false), HasCode(absl::StatusCode::kInvalidArgument))
+        << group_size;
+  }
+  QuantizeFlags flags = MinimalFlags();
+  flags.name = "\xff";
+  EXPECT_THAT(MakeQuantizeRequest(flags, false), HasCode(absl::StatusCode::kInvalidArgument));
+}
+
+}  // namespace
+}  // namespace walsh::client
