@@ -4,9 +4,11 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstdlib>
@@ -23,7 +25,6 @@ namespace walsh::client {
 namespace {
 
 constexpr int kExecFailed = 127;
-constexpr absl::Duration kPollInterval = absl::Milliseconds(5);
 
 // Everything that the child needs, made before the fork: after it only async-signal-safe calls are
 // allowed, because other threads of the parent may have held locks.
@@ -186,8 +187,17 @@ std::optional<int> ChildProcess::Poll() {
 }
 
 std::optional<int> ChildProcess::Wait(absl::Duration timeout) {
+  if (Poll().has_value() || pid_ <= 0) return status_;
   const absl::Time deadline = absl::Now() + timeout;
-  while (!Poll().has_value() && absl::Now() < deadline) absl::SleepFor(kPollInterval);
+  Fd process(static_cast<int>(syscall(SYS_pidfd_open, pid_, 0)));
+  pollfd ended = {process.get(), POLLIN, 0};
+  while (!Poll().has_value()) {
+    const absl::Duration left = deadline - absl::Now();
+    if (left <= absl::ZeroDuration()) break;
+    // Kernels before 5.3 have no descriptors of processes: ask again now and then.
+    const absl::Duration wait = process.get() < 0 ? std::min(left, absl::Milliseconds(5)) : left;
+    poll(&ended, 1, static_cast<int>(absl::ToInt64Milliseconds(wait)) + 1);
+  }
   return status_;
 }
 

@@ -13,14 +13,16 @@
 #include "common/command_line.h"
 #include "common/endpoints.h"
 
-int main(int argc, char** argv) {
-  using namespace walsh::client;
+namespace walsh::client {
+namespace {
+
+int Run(int argc, const char* const* argv) {
   CLI::App app("walsh: quantizes language models and serves them", "walsh");
   app.require_subcommand(1);
   // --server and --output may stand after the verb.
   app.fallthrough();
   GlobalFlags global;
-  global.data_dir = walsh::DefaultDataDir();
+  global.data_dir = DefaultDataDir();
   app.add_option("--server", global.server,
                  "Address of the service; default: the one that runs on the data folder, else "
                  "127.0.0.1:50051");
@@ -44,6 +46,11 @@ int main(int argc, char** argv) {
   AddWorkersCommand(app, global, chosen);
   AddDoctorCommand(app, global, chosen);
   AddVersionCommand(app, global, chosen);
-  if (const auto exit_code = walsh::ParseCommandLine(app, argc, argv)) return *exit_code;
+  if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
   return chosen();
 }
+
+}  // namespace
+}  // namespace walsh::client
+
+int main(int argc, char** argv) { return walsh::client::Run(argc, argv); }

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -50,7 +51,7 @@ v1::CreateQuantizationJobRequest CreateRequest() {
 // Sequences seen by a watcher, and how often it was told of a broken stream.
 struct Seen {
   std::vector<int64_t> sequences;
-  int n_disconnects = 0;
+  std::atomic<int> n_disconnects{0};
 
   WatchObserver Observer() {
     return {[this](const v1::QuantizationJobEvent& e) { sequences.push_back(e.sequence()); },
@@ -154,7 +155,9 @@ TEST(ClientTest, ReachesAServiceThatStartsWhileItTries) {
   Client client(options);
   server.Stop();
   std::thread starter([&] {
-    absl::SleepFor(absl::Milliseconds(300));
+    // Time for attempts that find nobody.
+    const absl::Time start_at = absl::Now() + absl::Milliseconds(300);
+    WaitUntil([&] { return absl::Now() > start_at; });
     server.Start();
   });
   EXPECT_OK(client.ListWorkers());
@@ -264,14 +267,14 @@ TEST(WatchJobTest, SurvivesARestartedService) {
     server.Stop();
     AddRunningEvents(server, 3);
     server.AddEvent(kJob, Event(v1::QuantizationJob::SUCCEEDED));
-    absl::SleepFor(absl::Milliseconds(100));
+    WaitUntil([&] { return seen.n_disconnects >= 2; });
     server.Start();
   });
   const auto job = client.WatchJob(kJob, 0, seen.Observer());
   operator_thread.join();
   ASSERT_OK(job);
   EXPECT_EQ(seen.sequences, OneTo(7));
-  EXPECT_GE(seen.n_disconnects, 1);
+  EXPECT_GE(seen.n_disconnects, 2);
 }
 
 TEST(WatchJobTest, ReportsALostEvent) {

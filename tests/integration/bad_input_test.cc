@@ -1,0 +1,273 @@
+// Goal:   bad input ends with the right code and a message that names the thing, at the client's
+//         end of the real service.
+// Method: damaged tiny models and wrong flags through the `walsh` command; its exit code and the
+// line
+//         that a person reads.
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <unistd.h>
+
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+#include "common/publish.h"
+#include "tests/testing/service_fixture.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/tiny_model.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::HasSubstr;
+using ::walsh::testing::Damage;
+using ::walsh::testing::ServiceFixture;
+using ::walsh::testing::TempDir;
+using ::walsh::testing::TinyModel;
+
+void WriteText(const std::string& path, const std::string& text) {
+  std::ofstream(path, std::ios::binary) << text;
+}
+
+// A few thousand tokens of plain text.
+std::string SomeText() {
+  std::string text;
+  for (int i = 0; i < 400; ++i) {
+    absl::StrAppend(&text, "Sentence number ", i, " says that ", i * i, " is a square. ");
+  }
+  return text;
+}
+
+class BadInputTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    root_ = new TempDir;
+    TinyModel({}).WriteHf(*root_ / "good");
+    WriteText(*root_ / "text.txt", SomeText());
+    testing::ServiceOptions options;
+    options.model_roots = {root_->path()};
+    service_ = new ServiceFixture(options);
+    ASSERT_OK(service_->Start());
+  }
+
+  static void TearDownTestSuite() {
+    delete service_;
+    delete root_;
+  }
+
+  // Quantizes and expects the error line.
+  static void ExpectError(const std::string& model, const std::vector<std::string>& flags,
+                          const std::string& code, const std::string& text) {
+    std::vector<std::string> arguments = {"quantize",
+                                          *root_ / model,
+                                          "--name",
+                                          "m",
+                                          "--num-samples",
+                                          "4",
+                                          "--seq-len",
+                                          "64",
+                                          "--no-eval",
+                                          "--calibration",
+                                          *root_ / "text.txt",
+                                          "--no-load"};
+    arguments.insert(arguments.end(), flags.begin(), flags.end());
+    ASSERT_OK_AND_ASSIGN(const client::Output output, service_->RunWalsh(arguments));
+    EXPECT_EQ(output.exit_code, 1) << output.out;
+    EXPECT_THAT(output.err, HasSubstr(absl::StrCat("error: ", code, ": ")));
+    EXPECT_THAT(output.err, HasSubstr(text));
+    // Nothing of a failed job is left to be served.
+    ASSERT_OK_AND_ASSIGN(const v1::ListModelsResponse models, service_->client().ListModels());
+    EXPECT_EQ(models.models_size(), 0);
+  }
+
+  static void ExpectDamageError(Damage damage, const std::string& code, const std::string& text) {
+    const std::string name = absl::StrCat("damaged-", static_cast<int>(damage));
+    TinyModel({}).WriteHf(*root_ / name, damage);
+    ExpectError(name, {}, code, text);
+  }
+
+  static TempDir* root_;
+  static ServiceFixture* service_;
+};
+
+TempDir* BadInputTest::root_ = nullptr;
+ServiceFixture* BadInputTest::service_ = nullptr;
+
+TEST_F(BadInputTest, NoSuchFile) { ExpectError("nothing-here", {}, "NOT_FOUND", "nothing-here"); }
+
+TEST_F(BadInputTest, OutsideTheModelRoots) {
+  ExpectError("../../../etc", {}, "PERMISSION_DENIED", "model root");
+}
+
+TEST_F(BadInputTest, TruncatedSafetensors) {
+  ExpectDamageError(Damage::kTruncated, "DATA_LOSS", "model.safetensors");
+}
+
+TEST_F(BadInputTest, OverlappingTensors) {
+  ExpectDamageError(Damage::kOverlap, "DATA_LOSS", "overlap");
+}
+
+TEST_F(BadInputTest, GappedTensors) { ExpectDamageError(Damage::kGap, "DATA_LOSS", "gap"); }
+
+TEST_F(BadInputTest, HeaderOf2To63Bytes) {
+  ExpectDamageError(Damage::kHugeHeader, "DATA_LOSS", "9223372036854775808");
+}
+
+TEST_F(BadInputTest, WrongDtype) {
+  ExpectDamageError(Damage::kWrongDtype, "INVALID_ARGUMENT", testing::kDamagedTensor);
+}
+
+TEST_F(BadInputTest, MissingTensor) {
+  ExpectDamageError(Damage::kMissingTensor, "INVALID_ARGUMENT", testing::kDamagedTensor);
+}
+
+TEST_F(BadInputTest, WrongShape) {
+  ExpectDamageError(Damage::kWrongShape, "INVALID_ARGUMENT", testing::kDamagedTensor);
+}
+
+TEST_F(BadInputTest, UnknownArchitecture) {
+  ExpectDamageError(Damage::kUnknownArchitecture, "INVALID_ARGUMENT", "GPT2LMHeadModel");
+}
+
+TEST_F(BadInputTest, NanInTheWeights) {
+  ExpectDamageError(Damage::kNan, "DATA_LOSS", testing::kDamagedTensor);
+}
+
+TEST_F(BadInputTest, GroupThatDoesNotDivide) {
+  // Inputs of the tiny model are 64 and 128 wide.
+  ExpectError("good", {"--group-size", "128"}, "INVALID_ARGUMENT", "128");
+}
+
+TEST_F(BadInputTest, GroupThatIsNoneOfTheOffered) {
+  ExpectError("good", {"--group-size", "48"}, "INVALID_ARGUMENT", "48");
+}
+
+TEST_F(BadInputTest, FiveBits) { ExpectError("good", {"--bits", "5"}, "INVALID_ARGUMENT", "bits"); }
+
+TEST_F(BadInputTest, RotationBlockThatIsNoPowerOfTwo) {
+  ExpectError("good", {"--rotation-block", "24"}, "INVALID_ARGUMENT", "24");
+}
+
+TEST_F(BadInputTest, BadNames) {
+  ExpectError("good", {"--name", "../up"}, "INVALID_ARGUMENT", "model_name");
+}
+
+TEST_F(BadInputTest, EmptyCalibration) {
+  WriteText(*root_ / "empty.txt", "");
+  ExpectError("good", {"--calibration", *root_ / "empty.txt"}, "INVALID_ARGUMENT", "calibration");
+}
+
+TEST_F(BadInputTest, MissingCalibration) {
+  ExpectError("good", {"--calibration", *root_ / "nowhere.txt"}, "NOT_FOUND", "nowhere.txt");
+}
+
+TEST_F(BadInputTest, CalibrationThatIsNoJson) {
+  WriteText(*root_ / "broken.jsonl", "{\"text\": \"fine\"}\n{broken\n");
+  ExpectError("good", {"--calibration", *root_ / "broken.jsonl"}, "INVALID_ARGUMENT", "2");
+}
+
+TEST_F(BadInputTest, ValidateOnlyFindsTheSameAndStartsNothing) {
+  ExpectError("good", {"--group-size", "128", "--validate-only"}, "INVALID_ARGUMENT", "128");
+  ASSERT_OK_AND_ASSIGN(const client::Output valid,
+                       service_->RunWalsh({"quantize", *root_ / "good", "--name", "m",
+                                           "--validate-only", "--num-samples", "4", "--seq-len",
+                                           "64", "--calibration", *root_ / "text.txt"}));
+  EXPECT_EQ(valid.exit_code, 0) << valid.err;
+  EXPECT_THAT(valid.out, HasSubstr("valid: "));
+  ASSERT_OK_AND_ASSIGN(const v1::ListQuantizationJobsResponse jobs,
+                       service_->client().ListJobs("model_name=m AND state=QUEUED", "", 10));
+  EXPECT_EQ(jobs.quantization_jobs_size(), 0);
+}
+
+TEST_F(BadInputTest, UnknownModelAndJob) {
+  for (const std::vector<std::string>& arguments :
+       std::vector<std::vector<std::string>>{{"generate", "nobody", "x"},
+                                             {"chat", "nobody", "--message", "x"},
+                                             {"tokenize", "nobody", "x"},
+                                             {"models", "get", "nobody"},
+                                             {"models", "load", "nobody"},
+                                             {"models", "delete", "nobody"},
+                                             {"jobs", "get", "nobody"},
+                                             {"jobs", "cancel", "nobody"},
+                                             {"jobs", "watch", "nobody"},
+                                             {"jobs", "delete", "nobody"}}) {
+    ASSERT_OK_AND_ASSIGN(const client::Output output, service_->RunWalsh(arguments));
+    EXPECT_EQ(output.exit_code, 1) << arguments[0] << " " << arguments[1];
+    EXPECT_THAT(output.err, HasSubstr("error: NOT_FOUND: "));
+    EXPECT_THAT(output.err, HasSubstr("nobody"));
+  }
+}
+
+// A folder in memory with a size limit, or read-only; only root may make one.
+class SmallFileSystem {
+ public:
+  SmallFileSystem() {
+    mounted_ = mount("tmpfs", dir_.path().c_str(), "tmpfs", 0, "size=128k") == 0;
+  }
+  ~SmallFileSystem() {
+    if (mounted_) umount2(dir_.path().c_str(), MNT_DETACH);
+  }
+  bool mounted() const { return mounted_; }
+  bool MakeReadOnly() {
+    return mount("tmpfs", dir_.path().c_str(), "tmpfs", MS_REMOUNT | MS_RDONLY, "size=128k") == 0;
+  }
+  const std::string& path() const { return dir_.path(); }
+
+ private:
+  TempDir dir_;
+  bool mounted_ = false;
+};
+
+class FullDiskTest : public ::testing::Test {
+ protected:
+  // A job whose worker keeps its artifacts in `folder`.
+  static absl::StatusOr<v1::QuantizationJob> RunJob(const SmallFileSystem& folder,
+                                                    bool read_only_after_start,
+                                                    SmallFileSystem* remount) {
+    const TempDir root;
+    TinyModel({}).WriteHf(root / "good");
+    WriteText(root / "text.txt", SomeText());
+    testing::ServiceOptions options;
+    options.model_roots = {root.path()};
+    options.worker_data_dir = folder.path();
+    ServiceFixture service(options);
+    if (absl::Status status = service.Start(); !status.ok()) return status;
+    if (read_only_after_start && !remount->MakeReadOnly()) {
+      return absl::InternalError("cannot remount");
+    }
+    v1::CreateQuantizationJobRequest request;
+    v1::QuantizationJob& job = *request.mutable_quantization_job();
+    job.set_source_model(root / "good");
+    job.set_model_name("m");
+    job.mutable_config()->mutable_calibration()->set_uri(root / "text.txt");
+    job.mutable_config()->mutable_calibration()->set_num_samples(4);
+    job.mutable_config()->mutable_calibration()->set_sequence_length(64);
+    job.mutable_config()->mutable_evaluation()->set_disable(true);
+    auto created = service.client().CreateJob(request);
+    if (!created.ok()) return created;
+    return service.client().WatchJob(created->name(), 0, {});
+  }
+
+  // The error, whether the job was refused or failed.
+  static absl::StatusCode CodeOf(const absl::StatusOr<v1::QuantizationJob>& job) {
+    return job.ok() ? static_cast<absl::StatusCode>(job->error().code()) : job.status().code();
+  }
+};
+
+TEST_F(FullDiskTest, AFullDataFolderIsResourceExhausted) {
+  SmallFileSystem folder;
+  if (!folder.mounted()) GTEST_SKIP() << "mounting a tmpfs needs root";
+  const auto job = RunJob(folder, false, nullptr);
+  EXPECT_EQ(CodeOf(job), absl::StatusCode::kResourceExhausted)
+      << (job.ok() ? job->DebugString() : job.status().ToString());
+}
+
+TEST_F(FullDiskTest, AReadOnlyDataFolderIsPermissionDenied) {
+  SmallFileSystem folder;
+  if (!folder.mounted()) GTEST_SKIP() << "mounting a tmpfs needs root";
+  const auto job = RunJob(folder, true, &folder);
+  EXPECT_EQ(CodeOf(job), absl::StatusCode::kPermissionDenied)
+      << (job.ok() ? job->DebugString() : job.status().ToString());
+}
+
+}  // namespace
+}  // namespace walsh

@@ -1,0 +1,199 @@
+// Goal:   an accepted job survives the death of any process, and a watcher sees all of it once.
+// Method: kill -9 of the worker and of the coordinator at several moments of real jobs.
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <atomic>
+#include <thread>
+
+#include "tests/testing/service_fixture.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/wait_until.h"
+
+namespace walsh {
+namespace {
+
+using ::walsh::testing::ServiceFixture;
+using Job = v1::QuantizationJob;
+
+// Long enough to be killed in the middle, short enough for a test.
+absl::StatusOr<Job> CreateSlowJob(ServiceFixture& service, const std::string& name) {
+  const std::string data = testing::TestDataDir();
+  v1::CreateQuantizationJobRequest request;
+  Job& job = *request.mutable_quantization_job();
+  job.set_source_model(data + "/models/TinyStories-656K");
+  job.set_model_name(name);
+  v1::QuantizationConfig& config = *job.mutable_config();
+  config.set_bits(2);
+  config.mutable_calibration()->set_uri(data + "/corpora/tinystories-train-1000.json");
+  config.mutable_calibration()->set_num_samples(256);
+  config.mutable_calibration()->set_sequence_length(256);
+  config.mutable_evaluation()->set_disable(true);
+  return service.client().CreateJob(request);
+}
+
+testing::ServiceOptions Options() {
+  testing::ServiceOptions options;
+  options.model_roots = {testing::TestDataDir()};
+  return options;
+}
+
+// Watches a job on a thread and checks, event by event, that nothing is missing or repeated.
+class Watcher {
+ public:
+  Watcher(client::Client* client, const std::string& name)
+      : thread_([this, client, name] {
+          client::WatchObserver observer;
+          observer.on_event = [this](const v1::QuantizationJobEvent& event) {
+            if (event.heartbeat()) return;
+            EXPECT_EQ(event.sequence(), last_sequence_ + 1);
+            last_sequence_ = event.sequence();
+            stage_ = event.stage();
+            attempt_ = event.attempt();
+          };
+          observer.on_disconnect = [this](const absl::Status&, absl::Duration) {
+            ++n_disconnects_;
+          };
+          job_ = client->WatchJob(name, 0, observer);
+        }) {}
+  ~Watcher() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+  bool WaitForStage(Job::Stage stage) {
+    return testing::WaitUntil([&] { return stage_ >= stage; }, absl::Minutes(2));
+  }
+  absl::StatusOr<Job> Join() {
+    thread_.join();
+    return job_;
+  }
+  int n_disconnects() const { return n_disconnects_; }
+
+ private:
+  std::atomic<int64_t> last_sequence_{0};
+  std::atomic<int> stage_{0};
+  std::atomic<int> attempt_{0};
+  std::atomic<int> n_disconnects_{0};
+  absl::StatusOr<Job> job_;
+  std::thread thread_;
+};
+
+class DurabilityTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (testing::TestData("models/TinyStories-656K").empty()) {
+      GTEST_SKIP() << "no TinyStories-656K (set WALSH_TEST_DATA)";
+    }
+  }
+};
+
+TEST_F(DurabilityTest, AJobSurvivesAKilledWorker) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  Watcher watcher(&service.client(), created.name());
+  ASSERT_TRUE(watcher.WaitForStage(Job::CALIBRATING));
+  service.KillWorker();
+  ASSERT_OK(service.StartWorker());
+  ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
+  EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+  EXPECT_EQ(finished.attempt(), 2);
+  EXPECT_EQ(watcher.n_disconnects(), 0);
+  EXPECT_OK(service.client().LoadModel("m"));
+}
+
+TEST_F(DurabilityTest, AJobSurvivesAKilledCoordinatorAndItsWatchHasNoGap) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  // The fixture makes a new client with each coordinator; this one lives through it.
+  client::ClientOptions options;
+  options.address = service.endpoint("coordinator", "grpc");
+  client::Client client(options);
+  Watcher watcher(&client, created.name());
+  ASSERT_TRUE(watcher.WaitForStage(Job::CALIBRATING));
+  service.KillCoordinator();
+  ASSERT_OK(service.StartCoordinator());
+  ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
+  EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+  EXPECT_GE(watcher.n_disconnects(), 1);
+  EXPECT_OK(service.client().LoadModel("m"));
+}
+
+TEST_F(DurabilityTest, AJobSurvivesBothAtOnce) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  client::ClientOptions options;
+  options.address = service.endpoint("coordinator", "grpc");
+  client::Client client(options);
+  Watcher watcher(&client, created.name());
+  ASSERT_TRUE(watcher.WaitForStage(Job::LOADING));
+  service.KillCoordinator();
+  service.KillWorker();
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
+  EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+}
+
+TEST_F(DurabilityTest, AnAcceptedJobIsOnDiskBeforeItsAnswer) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  service.KillCoordinator();
+  ASSERT_OK(service.StartCoordinator());
+  ASSERT_OK_AND_ASSIGN(const Job found, service.client().GetJob(created.name()));
+  EXPECT_EQ(found.model_name(), "m");
+  ASSERT_OK_AND_ASSIGN(const Job finished, service.client().WatchJob(created.name(), 0, {}));
+  EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+}
+
+TEST_F(DurabilityTest, AWorkerThatIsStoppedReturnsItsJobWithoutACrash) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  Watcher watcher(&service.client(), created.name());
+  ASSERT_TRUE(watcher.WaitForStage(Job::CALIBRATING));
+  ASSERT_OK(service.StopWorker());
+  ASSERT_OK(service.StartWorker());
+  ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
+  EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+}
+
+TEST_F(DurabilityTest, ACancelledJobEndsAndLeavesNoModel) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  Watcher watcher(&service.client(), created.name());
+  ASSERT_TRUE(watcher.WaitForStage(Job::CALIBRATING));
+  ASSERT_OK(service.client().CancelJob(created.name()));
+  ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
+  EXPECT_EQ(finished.state(), Job::CANCELLED) << finished.DebugString();
+  ASSERT_OK_AND_ASSIGN(const v1::ListModelsResponse models, service.client().ListModels());
+  EXPECT_EQ(models.models_size(), 0);
+  EXPECT_OK(service.client().DeleteJob(created.name()));
+}
+
+TEST_F(DurabilityTest, AStreamWhoseWorkerDiesEndsWithAnError) {
+  ServiceFixture service(Options());
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  ASSERT_OK(service.client().WatchJob(created.name(), 0, {}));
+  ASSERT_OK(service.client().LoadModel("m"));
+  v1::GenerateRequest request;
+  request.set_model("m");
+  request.set_prompt("Once upon a time");
+  request.mutable_sampling()->set_max_tokens(400);
+  request.mutable_sampling()->set_ignore_eos(true);
+  bool killed = false;
+  const absl::Status status =
+      service.client().GenerateStream(request, [&](const v1::GenerateStreamResponse& event) {
+        if (!event.has_delta() || killed) return;
+        service.KillWorker();
+        killed = true;
+      });
+  EXPECT_THAT(status, testing::HasCode(absl::StatusCode::kUnavailable));
+}
+
+}  // namespace
+}  // namespace walsh

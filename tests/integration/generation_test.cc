@@ -1,0 +1,392 @@
+// Goal:   a user's first hour on a small real model: quantize it through gRPC, see the figures,
+// load
+//         it, stream text from it, talk about its tokens, cancel a stream.
+// Method: TinyStories-656K at 2 bits with GSR and GPTQ, calibrated on real stories; the real
+// daemons
+//         and the client library. One job serves all tests of the suite.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <thread>
+
+#include "absl/strings/match.h"
+#include "common/grpc_status.h"
+#include "common/utf8.h"
+#include "tests/testing/service_fixture.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/wait_until.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::HasSubstr;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::ServiceFixture;
+using ::walsh::testing::StatusIs;
+using ::walsh::testing::WaitUntil;
+using Job = v1::QuantizationJob;
+
+constexpr char kModel[] = "tinystories-2bit";
+
+class GenerationTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    const std::string data = testing::TestDataDir();
+    if (testing::TestData("models/TinyStories-656K").empty() ||
+        testing::TestData("corpora/tinystories-train-1000.json").empty()) {
+      return;
+    }
+    testing::ServiceOptions options;
+    options.model_roots = {data};
+    service_ = new ServiceFixture(options);
+    ASSERT_OK(service_->Start());
+    v1::CreateQuantizationJobRequest request;
+    Job& job = *request.mutable_quantization_job();
+    job.set_source_model(data + "/models/TinyStories-656K");
+    job.set_model_name(kModel);
+    v1::QuantizationConfig& config = *job.mutable_config();
+    config.set_bits(2);
+    config.set_method(v1::QuantizationConfig::GPTQ);
+    config.mutable_rotation()->set_kind(v1::Rotation::GSR);
+    config.mutable_calibration()->set_uri(data + "/corpora/tinystories-train-1000.json");
+    config.mutable_calibration()->set_num_samples(16);
+    config.mutable_calibration()->set_sequence_length(256);
+    config.mutable_evaluation()->set_uri(data + "/corpora/tinystories-train-1000.json");
+    config.mutable_evaluation()->set_max_windows(4);
+    config.mutable_evaluation()->set_sequence_length(256);
+    config.set_auto_load(true);
+    ASSERT_OK_AND_ASSIGN(const Job created, service_->client().CreateJob(request));
+    client::WatchObserver observer;
+    observer.on_event = [](const v1::QuantizationJobEvent& event) { events_->push_back(event); };
+    ASSERT_OK_AND_ASSIGN(const Job finished,
+                         service_->client().WatchJob(created.name(), 0, observer));
+    *job_ = finished;
+    ASSERT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+  }
+
+  static void TearDownTestSuite() {
+    delete service_;
+    service_ = nullptr;
+  }
+
+  void SetUp() override {
+    if (service_ == nullptr) GTEST_SKIP() << "no TinyStories-656K (set WALSH_TEST_DATA)";
+    ASSERT_EQ(job_->state(), Job::SUCCEEDED);
+  }
+
+  static client::Client& client() { return service_->client(); }
+
+  static v1::GenerateRequest Prompt(const std::string& prompt, int max_tokens) {
+    v1::GenerateRequest request;
+    request.set_model(kModel);
+    request.set_prompt(prompt);
+    request.mutable_sampling()->set_max_tokens(max_tokens);
+    request.mutable_sampling()->set_temperature(0);
+    return request;
+  }
+
+  // Requests that the worker runs now, as the coordinator tells it.
+  static int Running() {
+    const auto workers = client().ListWorkers();
+    int n = 0;
+    if (!workers.ok()) return -1;
+    for (const auto& worker : workers->workers()) n += worker.requests_running();
+    return n;
+  }
+
+  static ServiceFixture* service_;
+  static std::vector<v1::QuantizationJobEvent>* const events_;
+  static Job* const job_;
+};
+
+ServiceFixture* GenerationTest::service_ = nullptr;
+std::vector<v1::QuantizationJobEvent>* const GenerationTest::events_ =
+    new std::vector<v1::QuantizationJobEvent>;
+Job* const GenerationTest::job_ = new Job;
+
+TEST_F(GenerationTest, EventsHaveNoGapAndCoverEveryStageAndLayer) {
+  ASSERT_FALSE(events_->empty());
+  int64_t expected = 1;
+  std::set<Job::Stage> stages;
+  std::set<int> layers;
+  double fraction = 0;
+  for (const auto& event : *events_) {
+    if (event.heartbeat()) continue;
+    EXPECT_EQ(event.sequence(), expected++);
+    if (event.stage() != Job::STAGE_UNSPECIFIED) stages.insert(event.stage());
+    if (event.stage() == Job::QUANTIZING) layers.insert(event.layer());
+    EXPECT_GE(event.progress().fraction(), fraction - 1e-9) << event.ShortDebugString();
+    fraction = event.progress().fraction();
+  }
+  EXPECT_EQ(events_->back().state(), Job::SUCCEEDED);
+  for (const Job::Stage stage : {Job::LOADING, Job::ROTATING, Job::CALIBRATING, Job::QUANTIZING,
+                                 Job::EVALUATING, Job::PUBLISHING}) {
+    EXPECT_TRUE(stages.count(stage) != 0) << Job::Stage_Name(stage);
+  }
+  EXPECT_EQ(layers, (std::set<int>{0, 1}));
+}
+
+TEST_F(GenerationTest, AWatchThatStartsLateReplaysTheRest) {
+  const int64_t last = events_->back().sequence();
+  std::vector<int64_t> sequences;
+  client::WatchObserver observer;
+  observer.on_event = [&](const v1::QuantizationJobEvent& event) {
+    sequences.push_back(event.sequence());
+  };
+  ASSERT_OK(client().WatchJob(job_->name(), last - 2, observer));
+  EXPECT_EQ(sequences, (std::vector<int64_t>{last - 1, last}));
+}
+
+TEST_F(GenerationTest, TheReportHasFiguresThatMakeSense) {
+  const Job::Result& result = job_->result();
+  EXPECT_EQ(job_->attempt(), 1);
+  EXPECT_EQ(result.group_size(), 128);
+  EXPECT_EQ(result.rotation_block_size(), 128);
+  EXPECT_GT(result.bits_per_weight(), 2.0);
+  EXPECT_LT(result.bits_per_weight(), 2.5);
+  EXPECT_GT(result.linear_bytes_before(), 6 * result.linear_bytes_after());
+  EXPECT_GT(result.size_bytes(), 0);
+  EXPECT_GT(result.perplexity_before(), 1.0);
+  EXPECT_GT(result.perplexity_after(), result.perplexity_before());
+  EXPECT_LT(result.perplexity_after(), 100 * result.perplexity_before());
+  EXPECT_GT(result.rotation_gate(), 0.0);
+  EXPECT_LE(result.rotation_gate(), 1e-4);
+  EXPECT_EQ(result.per_layer_size(), 2 * 7);
+  EXPECT_EQ(result.calibration().windows(), 16);
+  EXPECT_EQ(result.calibration().tokens(), 16 * 256);
+  EXPECT_EQ(result.calibration().fingerprint().size(), 64u);
+  EXPECT_EQ(result.sha256().size(), 64u);
+  EXPECT_GT(result.stage_times_size(), 4);
+}
+
+TEST_F(GenerationTest, TheModelIsLoadedAndListed) {
+  ASSERT_OK_AND_ASSIGN(const v1::Model model, client().GetModel(kModel));
+  EXPECT_EQ(model.name(), std::string("models/") + kModel);
+  EXPECT_EQ(model.state(), v1::Model::READY);
+  EXPECT_EQ(model.bits(), 2);
+  EXPECT_EQ(model.quantization_job(), job_->name());
+  EXPECT_GT(model.memory_bytes(), 0);
+  EXPECT_EQ(model.sha256(), job_->result().sha256());
+  ASSERT_OK_AND_ASSIGN(const v1::ListModelsResponse models, client().ListModels());
+  EXPECT_EQ(models.models_size(), 1);
+}
+
+TEST_F(GenerationTest, StreamedTextIsTheWholeAnswersText) {
+  const v1::GenerateRequest request = Prompt("Once upon a time", 40);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse whole, client().Generate(request));
+  EXPECT_GT(whole.usage().completion_tokens(), 0);
+  EXPECT_LE(whole.usage().completion_tokens(), 40);
+  EXPECT_EQ(whole.usage().total_tokens(),
+            whole.usage().prompt_tokens() + whole.usage().completion_tokens());
+  EXPECT_FALSE(whole.text().empty());
+
+  std::string text;
+  std::vector<std::string> order;
+  v1::GenerateStreamResponse::Finished finished;
+  ASSERT_OK(client().GenerateStream(request, [&](const v1::GenerateStreamResponse& event) {
+    if (event.has_started()) order.push_back("started");
+    if (event.has_delta()) {
+      EXPECT_TRUE(IsValidUtf8(event.delta().text()));
+      text += event.delta().text();
+      if (order.back() != "delta") order.push_back("delta");
+    }
+    if (event.has_finished()) {
+      order.push_back("finished");
+      finished = event.finished();
+    }
+  }));
+  EXPECT_EQ(order, (std::vector<std::string>{"started", "delta", "finished"}));
+  EXPECT_EQ(text, whole.text());
+  EXPECT_EQ(finished.usage().completion_tokens(), whole.usage().completion_tokens());
+  EXPECT_EQ(finished.finish_reason(), whole.finish_reason());
+  EXPECT_GT(finished.timings().tokens_per_second(), 0.0);
+}
+
+TEST_F(GenerationTest, OneSeedGivesOneText) {
+  v1::GenerateRequest request = Prompt("Once upon a time", 30);
+  request.mutable_sampling()->set_temperature(1.0);
+  request.mutable_sampling()->set_seed(7);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse first, client().Generate(request));
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse second, client().Generate(request));
+  EXPECT_EQ(first.text(), second.text());
+  EXPECT_EQ(first.seed(), 7u);
+  request.mutable_sampling()->set_seed(8);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse other, client().Generate(request));
+  EXPECT_NE(first.text(), other.text());
+}
+
+TEST_F(GenerationTest, StopStringsEndTheTextAndAreNotInIt) {
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse free,
+                       client().Generate(Prompt("Once upon a time", 40)));
+  const std::string stop = free.text().substr(free.text().size() / 2, 3);
+  v1::GenerateRequest request = Prompt("Once upon a time", 40);
+  request.mutable_sampling()->add_stop(stop);
+  std::string text;
+  v1::GenerateStreamResponse::Finished finished;
+  ASSERT_OK(client().GenerateStream(request, [&](const v1::GenerateStreamResponse& event) {
+    text += event.delta().text();
+    if (event.has_finished()) finished = event.finished();
+  }));
+  EXPECT_EQ(text, free.text().substr(0, free.text().find(stop)));
+  EXPECT_EQ(finished.finish_reason(), v1::STOP_SEQUENCE);
+  EXPECT_EQ(finished.stop_sequence(), stop);
+}
+
+TEST_F(GenerationTest, TokenizeAndDetokenizeAreInverse) {
+  v1::TokenizeRequest tokenize;
+  tokenize.set_model(kModel);
+  tokenize.set_text("Once upon a time there was a little dog.");
+  ASSERT_OK_AND_ASSIGN(const v1::TokenizeResponse tokens, client().Tokenize(tokenize));
+  EXPECT_GT(tokens.token_ids_size(), 4);
+  EXPECT_GT(tokens.max_model_len(), 0);
+  v1::DetokenizeRequest detokenize;
+  detokenize.set_model(kModel);
+  *detokenize.mutable_token_ids() = tokens.token_ids();
+  ASSERT_OK_AND_ASSIGN(const v1::DetokenizeResponse text, client().Detokenize(detokenize));
+  EXPECT_EQ(text.text(), tokenize.text());
+
+  // The ids are a prompt too, and give the same answer as the text.
+  v1::GenerateRequest by_ids = Prompt("", 10);
+  *by_ids.mutable_token_ids()->mutable_ids() = tokens.token_ids();
+  v1::GenerateRequest by_text = Prompt(tokenize.text(), 10);
+  by_text.set_skip_bos(true);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse from_ids, client().Generate(by_ids));
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse from_text, client().Generate(by_text));
+  EXPECT_EQ(from_ids.text(), from_text.text());
+}
+
+TEST_F(GenerationTest, AModelWithoutAChatTemplateSaysSo) {
+  v1::ChatRequest request;
+  request.set_model(kModel);
+  auto* message = request.add_messages();
+  message->set_role("user");
+  message->set_content("Hello");
+  EXPECT_THAT(client().Chat(request),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("chat template")));
+}
+
+TEST_F(GenerationTest, SeveralStreamsAtOnceDoNotMix) {
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse alone,
+                       client().Generate(Prompt("Once upon a time", 30)));
+  constexpr int kStreams = 6;
+  std::vector<std::string> texts(kStreams);
+  std::vector<absl::Status> statuses(kStreams);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kStreams; ++i) {
+    threads.emplace_back([&, i] {
+      const auto collect = [&, i](const v1::GenerateStreamResponse& event) {
+        texts[i] += event.delta().text();
+      };
+      statuses[i] = client().GenerateStream(
+          Prompt(i % 2 == 0 ? "Once upon a time" : "The big red ball", 30), collect);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < kStreams; ++i) {
+    EXPECT_OK(statuses[i]);
+    EXPECT_EQ(texts[i], i % 2 == 0 ? alone.text() : texts[1]) << i;
+  }
+  EXPECT_NE(texts[0], texts[1]);
+}
+
+TEST_F(GenerationTest, ACancelledStreamFreesItsSlot) {
+  ASSERT_TRUE(WaitUntil([] { return Running() == 0; }));
+  const std::string metrics = service_->endpoint("worker", "metrics");
+  // The engine's own count, without the heartbeat's delay.
+  const auto running = [&] {
+    const std::string text = service_->HttpGet(metrics, "/metrics").value_or("");
+    const std::string name = "\nwalsh_num_requests_running{";
+    const size_t begin = text.find(name);
+    return begin == std::string::npos ? std::string("absent")
+                                      : text.substr(text.find(' ', begin) + 1, 2);
+  };
+  // Enough work that it can't end by itself while the test looks.
+  v1::GenerateRequest request = Prompt("Once upon a time", 400);
+  request.mutable_sampling()->set_ignore_eos(true);
+  client::Cancellation cancellation;
+  int n_deltas = 0;
+  const absl::Status status = client().GenerateStream(
+      request,
+      [&](const v1::GenerateStreamResponse& event) {
+        if (event.has_delta() && ++n_deltas == 3) cancellation.Cancel();
+      },
+      &cancellation);
+  EXPECT_THAT(status, HasCode(absl::StatusCode::kCancelled));
+  EXPECT_TRUE(WaitUntil([&] { return running() == "0\n"; }, absl::Seconds(2))) << running();
+  EXPECT_TRUE(WaitUntil([] { return Running() == 0; }));
+  const std::string text = service_->HttpGet(metrics, "/metrics").value_or("");
+  EXPECT_THAT(text, HasSubstr("walsh_request_cancelled_total"));
+}
+
+TEST_F(GenerationTest, ADeadlineEndsAStream) {
+  v1::GenerateRequest request = Prompt("Once upon a time", 400);
+  request.mutable_sampling()->set_ignore_eos(true);
+  // So short that no machine writes 400 tokens in it.
+  EXPECT_THAT(
+      client().GenerateStream(
+          request, [](const v1::GenerateStreamResponse&) {}, nullptr, absl::Milliseconds(15)),
+      HasCode(absl::StatusCode::kDeadlineExceeded));
+  EXPECT_TRUE(WaitUntil([] { return Running() == 0; }));
+}
+
+TEST_F(GenerationTest, BadRequestsAreNamed) {
+  EXPECT_THAT(client().Generate([] {
+    v1::GenerateRequest request = Prompt("x", 5);
+    request.set_model("nobody");
+    return request;
+  }()),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("nobody")));
+
+  std::string long_prompt;
+  for (int i = 0; i < 20000; ++i) long_prompt += "once ";
+  const absl::Status too_long = client().Generate(Prompt(long_prompt, 5)).status();
+  EXPECT_THAT(too_long, HasCode(absl::StatusCode::kInvalidArgument));
+  EXPECT_EQ(ErrorReason(too_long), "CONTEXT_LENGTH_EXCEEDED");
+
+  v1::GenerateRequest hot = Prompt("x", 5);
+  hot.mutable_sampling()->set_temperature(7);
+  EXPECT_THAT(client().Generate(hot),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("temperature")));
+}
+
+TEST_F(GenerationTest, UnloadingAndLoadingAgainKeepsTheAnswers) {
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse before,
+                       client().Generate(Prompt("Once upon a time", 20)));
+  ASSERT_OK_AND_ASSIGN(const v1::Model unloaded, client().UnloadModel(kModel));
+  EXPECT_EQ(unloaded.state(), v1::Model::UNLOADED);
+  const absl::Status refused = client().Generate(Prompt("Once", 5)).status();
+  EXPECT_THAT(refused, ::testing::AnyOf(HasCode(absl::StatusCode::kFailedPrecondition),
+                                        HasCode(absl::StatusCode::kUnavailable),
+                                        HasCode(absl::StatusCode::kNotFound)));
+  ASSERT_OK(client().UnloadModel(kModel));  // again is OK
+  ASSERT_OK_AND_ASSIGN(const v1::Model loaded, client().LoadModel(kModel));
+  EXPECT_EQ(loaded.state(), v1::Model::READY);
+  ASSERT_OK(client().LoadModel(kModel));
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse after,
+                       client().Generate(Prompt("Once upon a time", 20)));
+  EXPECT_EQ(before.text(), after.text());
+}
+
+TEST_F(GenerationTest, TheCommandStreamsChatsAndReports) {
+  ASSERT_OK_AND_ASSIGN(const client::Output generated,
+                       service_->RunWalsh({"generate", kModel, "Once upon a time", "--max-tokens",
+                                           "20", "--temperature", "0", "--stats"}));
+  EXPECT_EQ(generated.exit_code, 0) << generated.err;
+  EXPECT_FALSE(generated.out.empty());
+  EXPECT_THAT(generated.err, HasSubstr("tokens/s"));
+  ASSERT_OK_AND_ASSIGN(const client::Output shown,
+                       service_->RunWalsh({"jobs", "get", job_->name()}));
+  EXPECT_THAT(shown.out, HasSubstr("SUCCEEDED"));
+  EXPECT_THAT(shown.out, HasSubstr("worst linears"));
+  ASSERT_OK_AND_ASSIGN(const client::Output workers,
+                       service_->RunWalsh({"workers", "list", "--output", "json"}));
+  EXPECT_THAT(workers.out, HasSubstr("\"ONLINE\""));
+}
+
+TEST_F(GenerationTest, ALoadedModelIsDeletedOnlyByForce) {
+  EXPECT_THAT(client().DeleteModel(kModel, false), HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_OK(client().GetModel(kModel));
+}
+
+}  // namespace
+}  // namespace walsh

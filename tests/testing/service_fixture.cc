@@ -1,0 +1,215 @@
+#include "tests/testing/service_fixture.h"
+
+#include <arpa/inet.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "common/publish.h"
+#include "common/status_macros.h"
+#include "tests/testing/wait_until.h"
+
+namespace walsh::testing {
+namespace {
+
+// Generous: test machines are busy.
+constexpr absl::Duration kReadyTimeout = absl::Seconds(60);
+constexpr absl::Duration kStopTimeout = absl::Seconds(60);
+
+void Append(std::vector<std::string>& all, const std::vector<std::string>& more) {
+  all.insert(all.end(), more.begin(), more.end());
+}
+
+}  // namespace
+
+std::string BinaryPath(const std::string& name) {
+  const char* bin_dir = std::getenv("WALSH_BIN_DIR");
+  return absl::StrCat(bin_dir == nullptr ? "." : bin_dir, "/", name);
+}
+
+ServiceFixture::ServiceFixture(ServiceOptions options)
+    : options_(std::move(options)),
+      worker_data_dir_(options_.worker_data_dir.empty() ? data_dir_.path()
+                                                        : options_.worker_data_dir) {}
+
+ServiceFixture::~ServiceFixture() {
+  client_.reset();
+  children_.clear();
+  if (!::testing::Test::HasFailure()) return;
+  for (const char* daemon : {"coordinator", "worker"}) {
+    const std::string log =
+        ReadFile(data_dir_ / (std::string(daemon) + ".log"), 64 << 20).value_or("");
+    std::fprintf(stderr, "--- the end of %s.log\n%s---\n", daemon,
+                 log.substr(log.size() - std::min<size_t>(log.size(), 8000)).c_str());
+  }
+}
+
+std::string ServiceFixture::endpoint(const std::string& daemon, const std::string& key) const {
+  const auto endpoints = endpoints_.find(daemon);
+  if (endpoints == endpoints_.end()) return "";
+  const auto found = endpoints->second.find(key);
+  return found == endpoints->second.end() ? "" : found->second;
+}
+
+std::string ServiceFixture::PortFlag(const std::string& daemon, const std::string& key) const {
+  const std::string known = endpoint(daemon, key);
+  return known.empty() ? "0" : known.substr(known.rfind(':') + 1);
+}
+
+absl::Status ServiceFixture::StartDaemon(const std::string& daemon,
+                                         const std::vector<std::string>& flags) {
+  const std::string& data_dir = daemon == "worker" ? worker_data_dir_ : data_dir_.path();
+  RemoveEndpoints(data_dir, daemon);
+  client::SpawnOptions spawn;
+  spawn.argv = {BinaryPath("walsh-" + daemon), "--data-dir", data_dir, "--host", "127.0.0.1"};
+  Append(spawn.argv, flags);
+  spawn.stdout_path = data_dir_ / (daemon + ".log");
+  spawn.stderr_path = spawn.stdout_path;
+  WALSH_ASSIGN_OR_RETURN(client::ChildProcess child, client::ChildProcess::Spawn(spawn));
+  children_[daemon] = std::make_unique<client::ChildProcess>(std::move(child));
+  absl::StatusOr<Endpoints> endpoints;
+  const bool is_up = WaitUntil(
+      [&] {
+        endpoints = ReadEndpoints(data_dir, daemon);
+        return endpoints.ok() || children_[daemon]->Poll().has_value();
+      },
+      kReadyTimeout);
+  if (!endpoints.ok()) {
+    return absl::UnavailableError(
+        absl::StrCat("walsh-", daemon, is_up ? " ended while starting: " : " did not start: ",
+                     ReadFile(spawn.stdout_path, 1 << 20).value_or("")));
+  }
+  endpoints_.emplace(daemon, *endpoints);
+  return absl::OkStatus();
+}
+
+absl::Status ServiceFixture::StartCoordinator() {
+  std::vector<std::string> flags = {"--grpc-port", PortFlag("coordinator", "grpc"),
+                                    "--internal-port", PortFlag("coordinator", "internal"),
+                                    "--http-port", PortFlag("coordinator", "http"),
+                                    "--metrics-port", PortFlag("coordinator", "metrics"),
+                                    // A dead worker is noticed while a test waits for it.
+                                    "--job-lease-seconds", "3", "--heartbeat-seconds", "1"};
+  Append(flags, options_.coordinator_flags);
+  WALSH_RETURN_IF_ERROR(StartDaemon("coordinator", flags));
+  client::ClientOptions options;
+  options.address = endpoint("coordinator", "grpc");
+  client_ = std::make_unique<client::Client>(options);
+  absl::Status status;
+  WaitUntil(
+      [&] {
+        status = client_->CheckHealth("", absl::Seconds(5));
+        return status.ok();
+      },
+      kReadyTimeout);
+  return status;
+}
+
+absl::Status ServiceFixture::StartWorker() {
+  std::vector<std::string> flags = {"--coordinator",  endpoint("coordinator", "internal"),
+                                    "--grpc-port",    PortFlag("worker", "grpc"),
+                                    "--metrics-port", PortFlag("worker", "metrics"),
+                                    "--threads",      absl::StrCat(options_.n_threads),
+                                    "--device",       "cpu"};
+  for (const std::string& root : options_.model_roots) Append(flags, {"--model-root", root});
+  Append(flags, options_.worker_flags);
+  WALSH_RETURN_IF_ERROR(StartDaemon("worker", flags));
+  absl::Status status = absl::UnavailableError("no worker has registered");
+  WaitUntil(
+      [&] {
+        const auto workers = client_->ListWorkers();
+        if (!workers.ok()) {
+          status = workers.status();
+          return false;
+        }
+        for (const auto& worker : workers->workers()) {
+          if (worker.state() == v1::Worker::ONLINE) status = absl::OkStatus();
+        }
+        return status.ok();
+      },
+      kReadyTimeout);
+  return status;
+}
+
+absl::Status ServiceFixture::Start() {
+  WALSH_RETURN_IF_ERROR(StartCoordinator());
+  return StartWorker();
+}
+
+void ServiceFixture::KillDaemon(const std::string& daemon) {
+  const auto child = children_.find(daemon);
+  if (child == children_.end()) return;
+  child->second->Signal(SIGKILL);
+  child->second->Wait(kStopTimeout);
+  children_.erase(child);
+}
+
+absl::Status ServiceFixture::StopDaemon(const std::string& daemon) {
+  const auto child = children_.find(daemon);
+  if (child == children_.end()) return absl::OkStatus();
+  child->second->Signal(SIGTERM);
+  const auto ended = child->second->Wait(kStopTimeout);
+  children_.erase(child);
+  if (ended.has_value() && *ended == 0) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat(
+      "walsh-", daemon, ": ", ended.has_value() ? client::WaitStatusText(*ended) : "did not end"));
+}
+
+void ServiceFixture::KillCoordinator() { KillDaemon("coordinator"); }
+void ServiceFixture::KillWorker() { KillDaemon("worker"); }
+absl::Status ServiceFixture::StopCoordinator() { return StopDaemon("coordinator"); }
+absl::Status ServiceFixture::StopWorker() { return StopDaemon("worker"); }
+void ServiceFixture::SignalWorker(int signal) { children_.at("worker")->Signal(signal); }
+
+absl::StatusOr<std::string> ServiceFixture::HttpGet(const std::string& endpoint,
+                                                    const std::string& path) const {
+  int port = 0;
+  if (!absl::SimpleAtoi(endpoint.substr(endpoint.rfind(':') + 1), &port)) {
+    return absl::InvalidArgumentError(absl::StrCat("no port in '", endpoint, "'"));
+  }
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+    close(fd);
+    return absl::UnavailableError(absl::StrCat("nobody listens at ", endpoint));
+  }
+  const std::string request =
+      absl::StrCat("GET ", path, " HTTP/1.0\r\nHost: ", endpoint, "\r\n\r\n");
+  std::string answer;
+  if (write(fd, request.data(), request.size()) == static_cast<ssize_t>(request.size())) {
+    std::array<char, 65536> buffer;
+    for (ssize_t n; (n = read(fd, buffer.data(), buffer.size())) > 0;) {
+      answer.append(buffer.data(), static_cast<size_t>(n));
+    }
+  }
+  close(fd);
+  const size_t body = answer.find("\r\n\r\n");
+  if (answer.substr(0, answer.find('\r')).find(" 200") == std::string::npos ||
+      body == std::string::npos) {
+    return absl::UnavailableError(absl::StrCat(path, ": ", answer.substr(0, 200)));
+  }
+  return answer.substr(body + 4);
+}
+
+absl::StatusOr<client::Output> ServiceFixture::RunWalsh(std::vector<std::string> arguments,
+                                                        const std::string& input,
+                                                        absl::Duration timeout) const {
+  client::SpawnOptions spawn;
+  spawn.argv = {BinaryPath("walsh"), "--server", endpoint("coordinator", "grpc")};
+  Append(spawn.argv, arguments);
+  return client::RunCommand(spawn, input, timeout);
+}
+
+}  // namespace walsh::testing
