@@ -1,6 +1,7 @@
 #include "worker/calibrate/samples.h"
 
 #include <algorithm>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "common/status_macros.h"
 #include "common/utf8.h"
 #include "worker/io/bounded_json.h"
+#include "worker/tokenizer/chat_template.h"
 
 namespace walsh::calibrate {
 namespace {
@@ -45,8 +47,8 @@ absl::Status CheckUtf8(std::string_view text) {
 
 class SampleReader {
  public:
-  SampleReader(const Tokenizer& tokenizer, const ChatTemplate* chat_template)
-      : chat_template_(chat_template) {
+  SampleReader(const Tokenizer& tokenizer, std::string_view chat_template)
+      : template_source_(chat_template) {
     if (tokenizer.bos() >= 0) bos_ = tokenizer.TokenBytes(tokenizer.bos(), false);
     if (tokenizer.eos() >= 0) eos_ = tokenizer.TokenBytes(tokenizer.eos(), false);
   }
@@ -91,9 +93,12 @@ class SampleReader {
   }
 
   absl::Status AddChat(const json& messages, const std::string& where) {
-    if (chat_template_ == nullptr) {
+    if (template_source_.empty()) {
       return absl::UnimplementedError(
           absl::StrCat(where, ": \"messages\" need a chat template, and this model has none"));
+    }
+    if (chat_template_ == nullptr) {
+      WALSH_ASSIGN_OR_RETURN(chat_template_, ChatTemplate::Parse(template_source_));
     }
     ChatTemplate::Variables variables;
     variables.add_generation_prompt = false;
@@ -118,7 +123,8 @@ class SampleReader {
     return absl::OkStatus();
   }
 
-  const ChatTemplate* chat_template_;
+  const std::string_view template_source_;
+  std::unique_ptr<ChatTemplate> chat_template_;
   std::string bos_, eos_;
   SampleSet set_;
 };
@@ -156,7 +162,7 @@ absl::Status ReadArray(const std::string& text, SampleReader& reader) {
 }  // namespace
 
 absl::StatusOr<SampleSet> ReadSamples(const std::string& path, const Tokenizer& tokenizer,
-                                      const ChatTemplate* chat_template) {
+                                      std::string_view chat_template) {
   WALSH_ASSIGN_OR_RETURN(std::string text, ReadFile(path, limits::kCalibrationFileBytesMax));
   WALSH_RETURN_IF_ERROR(CheckUtf8(text));
   SampleReader reader(tokenizer, chat_template);

@@ -11,14 +11,15 @@
 //          INVALID_ARGUMENT  too large, not UTF-8 (byte offset), malformed (line or element), or no
 //                            sample with any text
 //          UNIMPLEMENTED     messages for a model without a chat template
+//          and those of worker/tokenizer/chat_template.h
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "worker/tokenizer/chat_template.h"
 #include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::calibrate {
@@ -34,8 +35,8 @@ struct SampleSet {
   int64_t dropped = 0;  // without any text but white space
 };
 
-// `chat_template` may be null.
+// `chat_template` is the model's own, in Jinja; parsed only where a sample needs it. May be empty.
 absl::StatusOr<SampleSet> ReadSamples(const std::string& path, const Tokenizer& tokenizer,
-                                      const ChatTemplate* chat_template);
+                                      std::string_view chat_template);
 
 }  // namespace walsh::calibrate

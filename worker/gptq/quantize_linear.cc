@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -36,9 +37,13 @@ void LoadTile(const Matrix& m, int64_t first_row, int64_t begin, int64_t end, fl
 
 class LinearQuantizer {
  public:
-  LinearQuantizer(const Matrix& weights, const HessianFactor& factor, const Options& options,
-                  ThreadPool& pool)
-      : factor_(factor), options_(options), pool_(pool), work_(weights.rows(), weights.cols()) {
+  LinearQuantizer(std::string name, const Matrix& weights, const HessianFactor& factor,
+                  const Options& options, ThreadPool& pool)
+      : name_(std::move(name)),
+        factor_(factor),
+        options_(options),
+        pool_(pool),
+        work_(weights.rows(), weights.cols()) {
     const int64_t rows = weights.rows();
     const int64_t in = weights.cols();
     QuantizedMatrix& q = result_.matrix;
@@ -61,10 +66,11 @@ class LinearQuantizer {
     }
   }
 
-  absl::Status Run() {
+  absl::Status Run(const KeepGoing& keep_going) {
     const int64_t in = work_.cols();
     Matrix errors(work_.rows(), kBlockColumns);
     for (int64_t begin = 0; begin < in;) {
+      if (keep_going) WALSH_RETURN_IF_ERROR(keep_going());
       const int64_t end = BlockEnd(begin, in, options_.group_size);
       pool_.ParallelFor(Tiles(work_.rows()),
                         [&](int64_t tile) { QuantizeTile(tile, begin, end, errors); });
@@ -84,8 +90,8 @@ class LinearQuantizer {
       begin = end;
     }
     result_.clamped_groups = clamped_groups_;
-    return has_invalid_code_ ? absl::DataLossError("a weight overflowed while it was updated")
-                             : absl::OkStatus();
+    if (!has_invalid_code_) return absl::OkStatus();
+    return absl::DataLossError(absl::StrCat(name_, ": a weight overflowed while it was updated"));
   }
 
   QuantizedLinear TakeResult() && { return std::move(result_); }
@@ -171,6 +177,7 @@ class LinearQuantizer {
     }
   }
 
+  const std::string name_;
   const HessianFactor& factor_;
   const Options& options_;
   ThreadPool& pool_;
@@ -215,7 +222,7 @@ absl::Status CheckWeights(std::string_view name, const Matrix& weights) {
 
 absl::StatusOr<QuantizedLinear> QuantizeLinear(std::string_view name, const Matrix& weights,
                                                const HessianFactor& factor, const Options& options,
-                                               ThreadPool& pool) {
+                                               ThreadPool& pool, const KeepGoing& keep_going) {
   const std::string label(name);
   WALSH_RETURN_IF_ERROR(ValidateOptions(options, weights.cols()));
   if (factor.hessian.rows() != weights.cols()) {
@@ -224,10 +231,8 @@ absl::StatusOr<QuantizedLinear> QuantizeLinear(std::string_view name, const Matr
   }
   WALSH_RETURN_IF_ERROR(CheckWeights(name, weights));
 
-  LinearQuantizer quantizer(weights, factor, options, pool);
-  if (absl::Status status = quantizer.Run(); !status.ok()) {
-    return absl::Status(status.code(), absl::StrCat(label, ": ", status.message()));
-  }
+  LinearQuantizer quantizer(label, weights, factor, options, pool);
+  WALSH_RETURN_IF_ERROR(quantizer.Run(keep_going));
   QuantizedLinear result = std::move(quantizer).TakeResult();
 
   WALSH_ASSIGN_OR_RETURN(const double output, TraceForm(weights, factor.hessian, pool));

@@ -11,13 +11,16 @@
 // Symbols: W [out, in] weights, rows independent   H [in, in], U from worker/gptq/hessian.h
 // Errors:  INVALID_ARGUMENT  shapes do not fit, group does not divide `in`
 //          DATA_LOSS         a non-finite weight or result; the message names linear and index
+//          and what `keep_going` returns
 // Threads: rows are cut into fixed tiles over `pool`; results do not depend on its size
 // Memory:  three times W in floats
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string_view>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/gptq/hessian.h"
 #include "worker/gptq/options.h"
@@ -37,8 +40,12 @@ struct QuantizedLinear {
   int64_t clamped_groups = 0;
 };
 
+// Asked between blocks of columns; a status that is not OK becomes the result.
+using KeepGoing = std::function<absl::Status()>;
+
+// `keep_going` may be empty.
 absl::StatusOr<QuantizedLinear> QuantizeLinear(std::string_view name, const Matrix& weights,
                                                const HessianFactor& factor, const Options& options,
-                                               ThreadPool& pool);
+                                               ThreadPool& pool, const KeepGoing& keep_going = {});
 
 }  // namespace walsh::gptq

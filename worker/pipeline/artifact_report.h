@@ -1,0 +1,37 @@
+// What an artifact says about itself: config.json's "quantization_config" and walsh.json.
+//
+// Everything in them follows from the source, the options and the code: no times, durations, paths
+// or machine names, so that two runs of one job give the same bytes. docs/artifact-format.md lists
+// the fields.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "absl/status/status.h"
+#include "worker/io/checkpoint.h"
+#include "worker/pipeline/job_texts.h"
+#include "worker/pipeline/plan.h"
+#include "worker/pipeline/quantize_job.h"
+
+namespace walsh::pipeline {
+
+// Read by other programs: GPTQ, format gptq_v2, weight-only.
+nlohmann::json QuantizationConfig(const JobSpec& spec, const ResolvedJob& job);
+
+struct ReportInputs {
+  const JobSpec& spec;
+  const ResolvedJob& job;
+  const Checkpoint& checkpoint;
+  const JobTexts& texts;
+  std::string source_sha256;
+};
+// walsh.json before evaluation.
+nlohmann::json ArtifactReport(const ReportInputs& inputs, const JobReport& report);
+
+// The member "quality" of walsh.json.
+nlohmann::json QualityReport(const JobTexts& texts, const JobReport& report);
+// Replaces it in a finished directory.
+absl::Status ReplaceQuality(const std::string& directory, const nlohmann::json& quality);
+
+}  // namespace walsh::pipeline

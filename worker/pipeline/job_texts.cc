@@ -1,0 +1,127 @@
+#include "worker/pipeline/job_texts.h"
+
+#include <algorithm>
+#include <memory>
+#include <span>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/limits.h"
+#include "common/status_macros.h"
+#include "worker/calibrate/samples.h"
+#include "worker/engine/loaded_model.h"
+
+namespace walsh::pipeline {
+namespace {
+
+using calibrate::CutWindows;
+using calibrate::TokenStream;
+
+// Evaluation windows that are cut from the calibration text, in tokens.
+int64_t HeldOutTokens(const JobSpec& spec, const ResolvedJob& job) {
+  if (!spec.evaluate || !spec.evaluation_path.empty()) return 0;
+  return spec.n_evaluation_windows * job.evaluation_length;
+}
+
+int64_t CalibrationTokens(const JobSpec& spec, const ResolvedJob& job) {
+  return spec.n_calibration_windows * job.sequence_length;
+}
+
+absl::StatusOr<TokenStream> ReadText(const std::string& path, const Checkpoint& checkpoint,
+                                     const Tokenizer& tokenizer, int64_t window_length,
+                                     int64_t tokens_wanted) {
+  WALSH_ASSIGN_OR_RETURN(
+      const calibrate::SampleSet samples,
+      calibrate::ReadSamples(path, tokenizer, checkpoint.tokenizer().chat_template));
+  return calibrate::EncodeSamples(samples, tokenizer, checkpoint.config().vocab, window_length,
+                                  tokens_wanted);
+}
+
+absl::StatusOr<TokenStream> WriteOwnText(const JobSpec& spec, const ResolvedJob& job,
+                                         const Checkpoint& checkpoint, ThreadPool& pool,
+                                         const calibrate::TokenProgress& progress) {
+  WALSH_ASSIGN_OR_RETURN(const std::shared_ptr<engine::LoadedModel> model,
+                         engine::LoadedModel::LoadDense(checkpoint));
+  TokenStream stream;
+  WALSH_ASSIGN_OR_RETURN(stream.ids, calibrate::GenerateText(*model, SelfTextTokens(spec, job),
+                                                             spec.seed, pool, progress));
+  return stream;
+}
+
+void CutEvaluation(const JobSpec& spec, const ResolvedJob& job, std::span<const int32_t> ids,
+                   JobTexts& texts) {
+  // A text shorter than a window is still worth one shorter window.
+  const int64_t length = std::min(job.evaluation_length, static_cast<int64_t>(ids.size()));
+  if (length < limits::kSequenceLengthMin) {
+    texts.warnings.push_back(absl::StrCat("not evaluated: ", ids.size(),
+                                          " tokens are left for evaluation, at least ",
+                                          limits::kSequenceLengthMin, " are needed"));
+    return;
+  }
+  texts.evaluation = CutWindows(ids, length, spec.n_evaluation_windows);
+  if (texts.evaluation.count() < spec.n_evaluation_windows || length < job.evaluation_length) {
+    texts.warnings.push_back(absl::StrCat(
+        "evaluated on ", texts.evaluation.count(), " windows of ", length, " tokens instead of ",
+        spec.n_evaluation_windows, " of ", job.evaluation_length, ": the text is too short"));
+  }
+}
+
+}  // namespace
+
+int64_t SelfTextTokens(const JobSpec& spec, const ResolvedJob& job) {
+  const int64_t calibration = CalibrationTokens(spec, job);
+  // Generating costs as much as calibrating: an eighth more has to do for evaluation.
+  return calibration +
+         std::min(HeldOutTokens(spec, job), std::max(calibration / 8, job.sequence_length));
+}
+
+absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& job,
+                                      const Checkpoint& checkpoint, const Tokenizer& tokenizer,
+                                      ThreadPool& pool,
+                                      const calibrate::TokenProgress& self_progress) {
+  JobTexts texts;
+  // First what may be refused, then what takes long.
+  TokenStream evaluation;
+  if (spec.evaluate && !spec.evaluation_path.empty()) {
+    WALSH_ASSIGN_OR_RETURN(
+        evaluation, ReadText(spec.evaluation_path, checkpoint, tokenizer, job.evaluation_length,
+                             spec.n_evaluation_windows * job.evaluation_length));
+  }
+  TokenStream stream;
+  if (spec.calibration_path.empty()) {
+    WALSH_ASSIGN_OR_RETURN(stream, WriteOwnText(spec, job, checkpoint, pool, self_progress));
+  } else {
+    WALSH_ASSIGN_OR_RETURN(
+        stream, ReadText(spec.calibration_path, checkpoint, tokenizer, job.sequence_length,
+                         CalibrationTokens(spec, job) + HeldOutTokens(spec, job)));
+  }
+  texts.kept = stream.kept;
+  texts.dropped = stream.dropped;
+  texts.n_short = stream.n_short;
+
+  const auto n_tokens = static_cast<int64_t>(stream.ids.size());
+  const int64_t wanted = CalibrationTokens(spec, job);
+  int64_t held_out = std::min(HeldOutTokens(spec, job), std::max(n_tokens - wanted, n_tokens / 5));
+  const std::span<const int32_t> ids(stream.ids);
+  texts.calibration = CutWindows(ids.first(static_cast<size_t>(n_tokens - held_out)),
+                                 job.sequence_length, spec.n_calibration_windows);
+  if (texts.calibration.count() == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the calibration text has ", n_tokens, " tokens (", held_out,
+                     " held out for evaluation), fewer than one window of ", job.sequence_length));
+  }
+  if (texts.calibration.count() < spec.n_calibration_windows) {
+    texts.warnings.push_back(absl::StrCat(
+        "calibrated on ", texts.calibration.count(), " windows of ", job.sequence_length,
+        " tokens instead of ", spec.n_calibration_windows, ": the text has ", n_tokens, " tokens"));
+  }
+  if (!spec.evaluate) return texts;
+  if (spec.evaluation_path.empty()) {
+    CutEvaluation(spec, job, ids.last(static_cast<size_t>(held_out)), texts);
+  } else {
+    CutEvaluation(spec, job, evaluation.ids, texts);
+  }
+  return texts;
+}
+
+}  // namespace walsh::pipeline

@@ -1,0 +1,48 @@
+// A job's options against its checkpoint: everything that can be told or refused before any work.
+//
+// Errors:  INVALID_ARGUMENT  an option that is out of range or does not fit the model's shape; the
+//                            message names the option, the limit and the value
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/gptq/options.h"
+#include "worker/io/checkpoint.h"
+#include "worker/pipeline/quantize_job.h"
+#include "worker/rotate/rotation.h"
+
+namespace walsh::pipeline {
+
+// One quantized linear of every layer.
+struct LinearShape {
+  std::string_view suffix;  // "mlp.down_proj"
+  int64_t in = 0;
+  int64_t out = 0;
+};
+// In the order in which they are quantized: q, k, v, o, gate, up, down.
+std::vector<LinearShape> LinearShapes(const ModelConfig& config);
+
+struct ResolvedJob {
+  gptq::Options quantizer;      // but for the group: OptionsFor() has it
+  int64_t group_size = 0;       // 32, 64 or 128; −1 per channel
+  int64_t rotation_block = 0;   // 0 for none and global rotations
+  rotate::Rotation r1, r2;      // of the residual stream and of a head
+  int64_t sequence_length = 0;  // reduced to the model's context
+  int64_t evaluation_length = 0;
+  int64_t memory_bytes = 0;
+  int64_t disk_bytes = 0;
+  std::vector<std::string> warnings;
+
+  gptq::Options OptionsFor(int64_t in) const;
+};
+
+absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint);
+
+// Floating-point operations of one token's way through the layers.
+double LayerFlopsPerToken(const ModelConfig& config);
+
+}  // namespace walsh::pipeline

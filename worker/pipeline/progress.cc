@@ -1,0 +1,78 @@
+#include "worker/pipeline/progress.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace walsh::pipeline {
+namespace {
+
+using std::chrono::steady_clock;
+
+constexpr double kReportIntervalSeconds = 0.5;
+// Before that an estimate would say more about start-up than about the job.
+constexpr double kEtaMinSeconds = 1.0;
+constexpr double kEtaMinFraction = 0.005;
+
+double Seconds(steady_clock::duration d) { return std::chrono::duration<double>(d).count(); }
+
+}  // namespace
+
+Progress::Progress(const Observer& observer)
+    : observer_(observer),
+      start_(steady_clock::now()),
+      stage_start_(start_),
+      last_report_(start_) {}
+
+void Progress::ChargeStage() {
+  const Time now = steady_clock::now();
+  seconds_[static_cast<int>(charged_)] += Seconds(now - stage_start_);
+  stage_start_ = now;
+}
+
+void Progress::Charge(Stage stage) {
+  ChargeStage();
+  charged_ = stage;
+}
+
+absl::Status Progress::Enter(Stage stage, int64_t layer, std::string message) {
+  Charge(stage);
+  current_.stage = stage;
+  current_.layer = layer;
+  current_.message = std::move(message);
+  return Report(work_done_);
+}
+
+absl::Status Progress::Advance(double work) {
+  work_done_ += work;
+  return Within(0);
+}
+
+absl::Status Progress::Within(double work) {
+  if (Seconds(steady_clock::now() - last_report_) < kReportIntervalSeconds) {
+    return absl::OkStatus();
+  }
+  return Report(work_done_ + work);
+}
+
+absl::Status Progress::Report(double work_done) {
+  last_report_ = steady_clock::now();
+  if (!observer_) return absl::OkStatus();
+  if (work_total_ > 0) {
+    // Never back, even where a step turns out smaller than planned.
+    current_.fraction = std::max(current_.fraction, std::min(1.0, work_done / work_total_));
+    const double elapsed = Seconds(last_report_ - start_);
+    if (elapsed >= kEtaMinSeconds && current_.fraction >= kEtaMinFraction) {
+      current_.eta_seconds = elapsed / current_.fraction * (1 - current_.fraction);
+    }
+  }
+  absl::Status status = observer_(current_);
+  current_.linears.clear();
+  return status;
+}
+
+void Progress::FinishTimes(double* stage_seconds) {
+  ChargeStage();
+  std::copy(std::begin(seconds_), std::end(seconds_), stage_seconds);
+}
+
+}  // namespace walsh::pipeline

@@ -1,0 +1,59 @@
+// How far a job is, where its time goes, and whether it should go on.
+//
+// Work is counted in floating-point operations of matrix products or what takes as long, planned
+// before the job starts. The fraction is work done over work planned, the ETA the rest at the rate
+// so far. The observer hears of every change of stage or layer at once and otherwise at most twice
+// a second.
+//
+// Threads: used by the job's thread.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "worker/pipeline/quantize_job.h"
+
+namespace walsh::pipeline {
+
+class Progress {
+ public:
+  // `observer` may be empty.
+  explicit Progress(const Observer& observer);
+
+  void SetLayers(int64_t layers_total) { current_.layers_total = layers_total; }
+  void Plan(double work_total) { work_total_ = work_total; }
+
+  // Tells the observer of a new stage or layer. Time from here on is charged to `stage`.
+  absl::Status Enter(Stage stage, int64_t layer, std::string message = "");
+  // Time from here on is charged to another stage than the one that is shown.
+  void Charge(Stage stage);
+  // `work` more is done.
+  absl::Status Advance(double work);
+  // Work done so far within a step that Advance() will count as a whole afterwards.
+  absl::Status Within(double work);
+  void LayerDone() { ++current_.layers_done; }
+  void LinearDone(const LinearReport& linear) { current_.linears.push_back(linear); }
+
+  // Charges the running stage and writes the seconds of all, [kStages].
+  void FinishTimes(double* stage_seconds);
+
+ private:
+  using Time = std::chrono::steady_clock::time_point;
+
+  void ChargeStage();
+  absl::Status Report(double work_done);
+
+  const Observer& observer_;
+  const Time start_;
+  Time stage_start_;
+  Time last_report_;
+  double work_total_ = 0;
+  double work_done_ = 0;
+  double seconds_[kStages] = {};
+  Stage charged_ = Stage::kValidating;
+  JobProgress current_;
+};
+
+}  // namespace walsh::pipeline

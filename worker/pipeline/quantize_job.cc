@@ -1,0 +1,265 @@
+#include "worker/pipeline/quantize_job.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/publish.h"
+#include "common/status_macros.h"
+#include "worker/evaluate/perplexity.h"
+#include "worker/pipeline/artifact_report.h"
+#include "worker/pipeline/job_texts.h"
+#include "worker/pipeline/layer_quantizer.h"
+#include "worker/pipeline/plan.h"
+#include "worker/pipeline/progress.h"
+#include "worker/pipeline/rotated_source.h"
+#include "worker/pipeline/rotation_gate.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::pipeline {
+namespace {
+
+// In operations of a matrix product: reading, dequantizing and rotating a weight; hashing a byte;
+// generating a token, which is bound by memory.
+constexpr double kWorkPerWeightRead = 150;
+constexpr double kWorkPerByteHashed = 30;
+constexpr double kGenerationPenalty = 3;
+
+// Largest resident size of the process so far; 0 where /proc does not tell.
+int64_t PeakMemoryBytes() {
+  std::ifstream status("/proc/self/status");
+  std::string key;
+  while (status >> key) {
+    int64_t kib = 0;
+    if (key == "VmHWM:" && status >> kib) return kib * 1024;
+    status.ignore(4096, '\n');
+  }
+  return 0;
+}
+
+// Removes the output directory unless the job succeeded.
+class OutputGuard {
+ public:
+  explicit OutputGuard(std::string directory) : directory_(std::move(directory)) {}
+  ~OutputGuard() {
+    if (is_armed_) (void)RemoveTree(directory_);
+  }
+  OutputGuard(const OutputGuard&) = delete;
+  OutputGuard& operator=(const OutputGuard&) = delete;
+  void Arm() { is_armed_ = true; }
+  void Keep() { is_armed_ = false; }
+
+ private:
+  const std::string directory_;
+  bool is_armed_ = false;
+};
+
+class Job {
+ public:
+  Job(const JobSpec& spec, ThreadPool& pool, const Observer& observer)
+      : spec_(spec), pool_(pool), progress_(observer), output_(spec.output_directory) {}
+
+  absl::StatusOr<JobReport> Run() {
+    WALSH_RETURN_IF_ERROR(Validate());
+    WALSH_RETURN_IF_ERROR(Load());
+    RotatedSource rotated(*checkpoint_, job_.r1, job_.r2, pool_);
+    WALSH_RETURN_IF_ERROR(CheckEquivalence(rotated));
+    if (spec_.calibration_path.empty()) {
+      WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, -1, "writing calibration text"));
+      WALSH_RETURN_IF_ERROR(ReadTexts());
+    }
+    WALSH_RETURN_IF_ERROR(Quantize(rotated));
+    WALSH_RETURN_IF_ERROR(Evaluate());
+    progress_.FinishTimes(report_.stage_seconds);
+    report_.peak_memory_bytes = PeakMemoryBytes();
+    output_.Keep();
+    return std::move(report_);
+  }
+
+ private:
+  absl::Status Validate() {
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kValidating, -1));
+    std::error_code error;
+    if (std::filesystem::exists(spec_.output_directory, error)) {
+      return absl::AlreadyExistsError("the output directory of the job exists already");
+    }
+    WALSH_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(spec_.source_path));
+    WALSH_ASSIGN_OR_RETURN(job_, Resolve(spec_, *checkpoint_));
+    WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(checkpoint_->tokenizer()));
+    WALSH_RETURN_IF_ERROR(CheckDisk());
+    report_.source_size_bytes = checkpoint_->size_bytes();
+    report_.source_format = checkpoint_->format();
+    report_.group_size = job_.group_size;
+    report_.rotation_block = job_.rotation_block;
+    report_.warnings = job_.warnings;
+    CountStorage();
+    progress_.SetLayers(checkpoint_->config().n_layers);
+    PlanWork(spec_.n_calibration_windows * job_.sequence_length,
+             spec_.evaluate ? spec_.n_evaluation_windows * job_.evaluation_length : 0);
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckDisk() {
+    const std::filesystem::path parent =
+        std::filesystem::absolute(spec_.output_directory).parent_path();
+    WALSH_ASSIGN_OR_RETURN(const int64_t free, FreeBytes(parent.string()));
+    if (free >= job_.disk_bytes) return absl::OkStatus();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the model needs ", job_.disk_bytes, " bytes of disk, ", free, " are free"));
+  }
+
+  void CountStorage() {
+    const ModelConfig& config = checkpoint_->config();
+    int64_t weights = 0, bits = 0;
+    for (const LinearShape& shape : LinearShapes(config)) {
+      const int64_t groups = shape.in / job_.OptionsFor(shape.in).group_size;
+      weights += shape.in * shape.out * config.n_layers;
+      bits += (shape.in * shape.out * job_.quantizer.bits +
+               shape.out * groups * (16 + job_.quantizer.bits)) *
+              config.n_layers;
+    }
+    report_.linear_bytes_before = 2 * weights;
+    report_.linear_bytes_after = bits / 8;
+    report_.bits_per_weight = static_cast<double>(bits) / static_cast<double>(weights);
+  }
+
+  // The forward passes of evaluation, once before and once after.
+  double EvaluationWork(int64_t n_tokens) const {
+    const ModelConfig& config = checkpoint_->config();
+    const double layers = LayerFlopsPerToken(config) * static_cast<double>(config.n_layers);
+    const double head = 2.0 * static_cast<double>(config.vocab * config.hidden);
+    return static_cast<double>(n_tokens) * (layers + head);
+  }
+  double ReadWork() const {
+    const ModelConfig& config = checkpoint_->config();
+    return kWorkPerWeightRead *
+           (LayerFlopsPerToken(config) / 2 * static_cast<double>(config.n_layers) +
+            2.0 * static_cast<double>(config.vocab * config.hidden));
+  }
+  double HashWork() const {
+    return kWorkPerByteHashed * static_cast<double>(checkpoint_->size_bytes());
+  }
+  double SelfTextWork() const {
+    return kGenerationPenalty * EvaluationWork(SelfTextTokens(spec_, job_));
+  }
+
+  void PlanWork(int64_t calibration_tokens, int64_t evaluation_tokens) {
+    double work = HashWork() + QuantizationWork(checkpoint_->config(), calibration_tokens) +
+                  2 * EvaluationWork(evaluation_tokens) + ReadWork();
+    if (spec_.calibration_path.empty()) work += SelfTextWork();
+    if (spec_.rotation != rotate::Kind::kNone) work += ReadWork();
+    progress_.Plan(work);
+  }
+
+  absl::Status Load() {
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kLoading, -1));
+    WALSH_ASSIGN_OR_RETURN(source_sha256_, checkpoint_->Fingerprint(pool_.n_threads()));
+    WALSH_RETURN_IF_ERROR(progress_.Advance(HashWork()));
+    return spec_.calibration_path.empty() ? absl::OkStatus() : ReadTexts();
+  }
+
+  absl::Status ReadTexts() {
+    const double work_per_token = SelfTextWork() / static_cast<double>(SelfTextTokens(spec_, job_));
+    WALSH_ASSIGN_OR_RETURN(
+        texts_, PrepareTexts(spec_, job_, *checkpoint_, *tokenizer_, pool_, [&](int64_t n) {
+          return progress_.Within(work_per_token * static_cast<double>(n));
+        }));
+    const calibrate::TokenWindows& windows = texts_.calibration;
+    report_.samples_kept = texts_.kept;
+    report_.samples_dropped = texts_.dropped;
+    report_.samples_short = texts_.n_short;
+    report_.calibration_windows = windows.count();
+    report_.calibration_tokens = windows.count() * windows.length;
+    report_.calibration_fingerprint = calibrate::Fingerprint(windows);
+    report_.warnings.insert(report_.warnings.end(), texts_.warnings.begin(), texts_.warnings.end());
+    // Texts may be shorter than asked for.
+    PlanWork(report_.calibration_tokens, texts_.evaluation.count() * texts_.evaluation.length);
+    return progress_.Advance(spec_.calibration_path.empty() ? SelfTextWork() : 0);
+  }
+
+  absl::Status CheckEquivalence(RotatedSource& rotated) {
+    if (spec_.rotation == rotate::Kind::kNone) return absl::OkStatus();
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1));
+    const ModelConfig& config = checkpoint_->config();
+    WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows, GateWindows(config, *tokenizer_));
+    const double work_per_layer = ReadWork() / static_cast<double>(config.n_layers);
+    WALSH_ASSIGN_OR_RETURN(report_.rotation_gate,
+                           CheckRotation(*checkpoint_, rotated, windows, pool_,
+                                         [&] { return progress_.Advance(work_per_layer); }));
+    return absl::OkStatus();
+  }
+
+  absl::Status Quantize(RotatedSource& rotated) {
+    output_.Arm();
+    WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactWriter> writer,
+                           ArtifactWriter::Create(spec_.output_directory, *checkpoint_));
+    LayerQuantizer quantizer(job_, rotated, texts_.calibration, *writer, pool_, progress_);
+    WALSH_RETURN_IF_ERROR(quantizer.Run(report_));
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
+    WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
+    const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
+    WALSH_ASSIGN_OR_RETURN(report_.artifact, writer->Finish(QuantizationConfig(spec_, job_),
+                                                            ArtifactReport(inputs, report_)));
+    return absl::OkStatus();
+  }
+
+  // Reads the artifact back, so that what is evaluated is what was stored.
+  absl::Status Evaluate() {
+    if (texts_.evaluation.count() == 0) return absl::OkStatus();
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "original"));
+    const double work = EvaluationWork(texts_.evaluation.count() * texts_.evaluation.length);
+    const auto show = [&](double fraction) { return progress_.Within(fraction * work); };
+
+    evaluate::CheckpointSource original(*checkpoint_);
+    WALSH_ASSIGN_OR_RETURN(evaluate::WindowLosses before,
+                           evaluate::EvaluateWindows(original, texts_.evaluation, pool_, show));
+    WALSH_RETURN_IF_ERROR(progress_.Advance(work));
+
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "quantized"));
+    WALSH_ASSIGN_OR_RETURN(
+        const std::unique_ptr<ArtifactReader> artifact,
+        ArtifactReader::Open(spec_.output_directory, /*verify=*/true, pool_.n_threads()));
+    evaluate::ArtifactSource quantized(*artifact);
+    WALSH_ASSIGN_OR_RETURN(evaluate::WindowLosses after,
+                           evaluate::EvaluateWindows(quantized, texts_.evaluation, pool_, show));
+    WALSH_RETURN_IF_ERROR(progress_.Advance(work));
+
+    report_.perplexity_before = before.Perplexity();
+    report_.perplexity_after = after.Perplexity();
+    report_.evaluation_tokens = before.n_tokens;
+    report_.window_losses_before = std::move(before.losses);
+    report_.window_losses_after = std::move(after.losses);
+    WALSH_RETURN_IF_ERROR(ReplaceQuality(spec_.output_directory, QualityReport(texts_, report_)));
+    WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));
+    return absl::OkStatus();
+  }
+
+  const JobSpec& spec_;
+  ThreadPool& pool_;
+  Progress progress_;
+  OutputGuard output_;
+  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  ResolvedJob job_;
+  std::string source_sha256_;
+  JobTexts texts_;
+  JobReport report_;
+};
+
+}  // namespace
+
+const char* StageName(Stage stage) {
+  constexpr const char* kNames[kStages] = {"VALIDATING", "LOADING", "ROTATING",   "CALIBRATING",
+                                           "QUANTIZING", "PACKING", "EVALUATING", "PUBLISHING"};
+  return kNames[static_cast<int>(stage)];
+}
+
+absl::StatusOr<JobReport> RunJob(const JobSpec& spec, ThreadPool& pool, const Observer& observer) {
+  return Job(spec, pool, observer).Run();
+}
+
+}  // namespace walsh::pipeline

@@ -1,0 +1,44 @@
+// A checkpoint with its norms folded and its rotations applied, one layer at a time.
+//
+// Without rotation the weights are the checkpoint's own and the norms stay where they are.
+//
+// Source:  worker/rotate/fold.h
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "worker/evaluate/layer_source.h"
+#include "worker/kernels/thread_pool.h"
+#include "worker/rotate/rotation.h"
+
+namespace walsh::pipeline {
+
+class RotatedSource : public evaluate::LayerSource {
+ public:
+  // All outlive the source. `r1` has the width of the residual stream, `r2` that of a head.
+  RotatedSource(const Checkpoint& checkpoint, const rotate::Rotation& r1,
+                const rotate::Rotation& r2, ThreadPool& pool)
+      : original_(checkpoint), r1_(r1), r2_(r2), pool_(pool) {}
+
+  const ModelConfig& config() const override { return original_.config(); }
+  absl::StatusOr<Matrix> Embedding() override;
+  absl::StatusOr<DecoderLayer> Layer(int64_t index) override;
+  absl::StatusOr<std::vector<float>> FinalNorm() override;
+  absl::StatusOr<Matrix> Head() override;
+
+  // The same, for a caller that has the original layer already.
+  void RotateLayer(DecoderLayer& layer);
+
+ private:
+  evaluate::CheckpointSource original_;
+  const rotate::Rotation& r1_;
+  const rotate::Rotation& r2_;
+  ThreadPool& pool_;
+};
+
+// A linear of a layer that was loaded as floats.
+DenseLinear& Dense(const std::unique_ptr<Linear>& linear);
+
+}  // namespace walsh::pipeline

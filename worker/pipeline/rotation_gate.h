@@ -1,0 +1,33 @@
+// Proof that the rotated model is the same function, before anything is quantized.
+//
+// Runs a few short windows through the original and the folded, rotated weights side by side in
+// floats and compares all logits. Both models stream layer by layer: a layer is loaded once, used
+// as it is, then rotated and used again. Rounding gives 1e-6, a fault 0.1 and more
+// (docs/quality.md), so 1e-4 tells them apart.
+//
+// Errors:  FAILED_PRECONDITION  the logits differ by more; the message has figure and limit
+//          DATA_LOSS            non-finite logits
+//          and what the checkpoint or `progress` returns
+#pragma once
+
+#include <functional>
+
+#include "absl/status/statusor.h"
+#include "worker/calibrate/token_windows.h"
+#include "worker/pipeline/rotated_source.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::pipeline {
+
+inline constexpr double kRotationGateMax = 1e-4;
+
+// Four windows of at most 32 tokens: two of a fixed text, two of ids from all over the vocabulary.
+absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
+                                                    const Tokenizer& tokenizer);
+
+// max |Δ logit| / max |logit|. `progress` is called after each layer.
+absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource& rotated,
+                                     const calibrate::TokenWindows& windows, ThreadPool& pool,
+                                     const std::function<absl::Status()>& progress);
+
+}  // namespace walsh::pipeline
