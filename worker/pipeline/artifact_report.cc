@@ -1,20 +1,18 @@
 #include "worker/pipeline/artifact_report.h"
 
 #include <string>
+#include <utility>
 
-#include "common/limits.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
 #include "common/version.h"
-#include "worker/io/bounded_json.h"
+#include "worker/io/artifact_manifest.h"
 
 namespace walsh::pipeline {
 namespace {
 
 using nlohmann::json;
-
-constexpr char kReportFile[] = "walsh.json";
 
 const char* MethodName(gptq::Method method) {
   return method == gptq::Method::kRtn ? "rtn" : "gptq";
@@ -66,7 +64,6 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
   const ResolvedJob& job = inputs.job;
   const calibrate::TokenWindows& windows = inputs.texts.calibration;
   return {
-      {"format_version", 1},
       {"walsh_version", std::string(Version())},
       {"job", spec.job_name},
       {"model", spec.model_name},
@@ -121,13 +118,11 @@ json QualityReport(const JobTexts& texts, const JobReport& report) {
 }
 
 absl::Status ReplaceQuality(const std::string& directory, const json& quality) {
-  const std::string path = directory + "/" + kReportFile;
-  WALSH_ASSIGN_OR_RETURN(const std::string text, ReadFile(path, limits::kJsonFileBytesMax));
-  WALSH_ASSIGN_OR_RETURN(
-      json report,
-      ParseBoundedJson(kReportFile, text, {limits::kJsonFileBytesMax, limits::kJsonDepthMax}));
-  report["quality"] = quality;
-  return PublishFile(path, report.dump(2) + "\n");
+  WALSH_ASSIGN_OR_RETURN(Manifest manifest, ReadManifest(directory));
+  manifest.report["quality"] = quality;
+  WALSH_ASSIGN_OR_RETURN(const std::string text,
+                         ManifestText(std::move(manifest.report), manifest.files));
+  return PublishFile(directory + "/" + kManifestFile, text);
 }
 
 }  // namespace walsh::pipeline

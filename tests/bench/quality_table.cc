@@ -1,0 +1,216 @@
+// The quality table of docs/quality.md: perplexity and layer error by rotation and bits.
+//
+//   quality_table MODEL --calibration FILE --evaluation FILE --bits 4,2
+//       --rotations none,hadamard,walsh,local-hadamard,gsr --threads 16
+//
+// Runs the whole pipeline in this process for each combination and evaluates the artifact that it
+// wrote. All see the same windows, so differences are paired: Δ is the mean over windows of the
+// difference of their losses in nats per token, ± its standard error. Prints Markdown.
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "common/command_line.h"
+#include "common/status_macros.h"
+#include "worker/calibrate/samples.h"
+#include "worker/evaluate/perplexity.h"
+#include "worker/pipeline/quantize_job.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::bench {
+namespace {
+
+struct Flags {
+  std::string model, calibration, evaluation, work_directory;
+  std::vector<int> bits = {4, 2};
+  std::vector<std::string> rotations = {"none", "hadamard", "walsh", "local-hadamard", "gsr"};
+  std::string method = "gptq";
+  int64_t group = 0;
+  int64_t windows = 128, length = 2048, evaluation_windows = 20, evaluation_length = 2048;
+  bool symmetric = false, natural_order = false, no_clip = false, signs = false;
+  uint64_t seed = 0;
+  int threads = ThreadPool::HardwareThreads();
+};
+
+struct Row {
+  int bits = 0;
+  std::string rotation;
+  std::vector<double> losses;
+  double error = 0;  // geometric mean of the linears' relative errors
+  double seconds = 0;
+  pipeline::JobReport report;
+};
+
+struct Paired {
+  double mean = 0, standard_error = 0;
+};
+
+Paired Difference(const std::vector<double>& a, const std::vector<double>& b) {
+  const auto n = static_cast<double>(a.size());
+  Paired d;
+  for (size_t i = 0; i < a.size(); ++i) d.mean += (a[i] - b[i]) / n;
+  double squares = 0;
+  for (size_t i = 0; i < a.size(); ++i) squares += std::pow(a[i] - b[i] - d.mean, 2);
+  d.standard_error = n > 1 ? std::sqrt(squares / (n - 1) / n) : 0;
+  return d;
+}
+
+double Perplexity(const std::vector<double>& losses) {
+  return evaluate::WindowLosses{losses, 0}.Perplexity();
+}
+
+absl::StatusOr<calibrate::TokenWindows> EvaluationWindows(const Flags& flags,
+                                                          const Checkpoint& checkpoint) {
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer,
+                         Tokenizer::Create(checkpoint.tokenizer()));
+  WALSH_ASSIGN_OR_RETURN(
+      const calibrate::SampleSet samples,
+      calibrate::ReadSamples(flags.evaluation, *tokenizer, checkpoint.tokenizer().chat_template));
+  WALSH_ASSIGN_OR_RETURN(
+      const calibrate::TokenStream stream,
+      calibrate::EncodeSamples(samples, *tokenizer, checkpoint.config().vocab,
+                               flags.evaluation_length,
+                               flags.evaluation_windows * flags.evaluation_length));
+  return calibrate::CutWindows(stream.ids, flags.evaluation_length, flags.evaluation_windows);
+}
+
+absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rotation,
+                           const calibrate::TokenWindows& windows, ThreadPool& pool) {
+  pipeline::JobSpec spec;
+  spec.job_name = "quality";
+  spec.model_name = "quality";
+  spec.source_path = flags.model;
+  spec.calibration_path = flags.calibration;
+  spec.n_calibration_windows = flags.windows;
+  spec.sequence_length = flags.length;
+  spec.quantizer.bits = bits;
+  spec.quantizer.group_size = flags.group;
+  spec.quantizer.symmetric = flags.symmetric;
+  spec.quantizer.mse_clip = !flags.no_clip;
+  spec.quantizer.method = flags.method == "rtn" ? gptq::Method::kRtn : gptq::Method::kGptq;
+  spec.quantizer.column_order =
+      flags.natural_order ? gptq::ColumnOrder::kNatural : gptq::ColumnOrder::kGroupAware;
+  WALSH_ASSIGN_OR_RETURN(spec.rotation, rotate::ParseKind(rotation));
+  spec.rotation_signs = flags.signs && spec.rotation != rotate::Kind::kNone;
+  spec.seed = flags.seed;
+  spec.evaluate = false;
+  spec.output_directory =
+      absl::StrCat(flags.work_directory, "/walsh-quality-", bits, "-", rotation);
+
+  Row row;
+  row.bits = bits;
+  row.rotation = rotation;
+  const auto start = std::chrono::steady_clock::now();
+  WALSH_ASSIGN_OR_RETURN(row.report, pipeline::RunJob(spec, pool, {}));
+  row.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  for (const pipeline::LinearReport& linear : row.report.linears) {
+    row.error += std::log(linear.relative_error) / static_cast<double>(row.report.linears.size());
+  }
+  row.error = std::exp(row.error);
+
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> artifact,
+                         ArtifactReader::Open(spec.output_directory, false, pool.n_threads()));
+  evaluate::ArtifactSource source(*artifact);
+  WALSH_ASSIGN_OR_RETURN(
+      evaluate::WindowLosses losses,
+      evaluate::EvaluateWindows(source, windows, pool, [](double) { return absl::OkStatus(); }));
+  row.losses = std::move(losses.losses);
+  std::filesystem::remove_all(spec.output_directory);
+  std::fprintf(stderr, "%d bits, %s: perplexity %.4f, E %.5f, %.1f s\n", bits, rotation.c_str(),
+               Perplexity(row.losses), row.error, row.seconds);
+  return row;
+}
+
+void Print(const std::vector<Row>& rows, const std::vector<double>& baseline) {
+  std::printf(
+      "| bits | rotation | bits a weight | perplexity | Δ to the original, nat | Δ to none, "
+      "nat | E, geometric mean | seconds |\n|---|---|---|---|---|---|---|---|\n");
+  std::printf("| 16 | – | 16 | %.3f | – | – | – | – |\n", Perplexity(baseline));
+  for (const Row& row : rows) {
+    const Paired to_baseline = Difference(row.losses, baseline);
+    std::string to_none = "–";
+    for (const Row& other : rows) {
+      if (other.bits != row.bits || other.rotation != "none" || row.rotation == "none") continue;
+      const Paired d = Difference(row.losses, other.losses);
+      to_none = absl::StrFormat("%+.4f ± %.4f", d.mean, d.standard_error);
+    }
+    std::printf("| %d | %s | %.3f | %.3f | %+.4f ± %.4f | %s | %.5f | %.0f |\n", row.bits,
+                row.rotation.c_str(), row.report.bits_per_weight, Perplexity(row.losses),
+                to_baseline.mean, to_baseline.standard_error, to_none.c_str(), row.error,
+                row.seconds);
+  }
+}
+
+absl::Status Run(const Flags& flags) {
+  ThreadPool pool(flags.threads);
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
+                         Checkpoint::Open(flags.model));
+  WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows,
+                         EvaluationWindows(flags, *checkpoint));
+  evaluate::CheckpointSource original(*checkpoint);
+  WALSH_ASSIGN_OR_RETURN(
+      const evaluate::WindowLosses baseline,
+      evaluate::EvaluateWindows(original, windows, pool, [](double) { return absl::OkStatus(); }));
+  std::fprintf(stderr, "original: perplexity %.4f on %ld windows of %ld tokens\n",
+               baseline.Perplexity(), static_cast<long>(windows.count()),
+               static_cast<long>(windows.length));
+  std::vector<Row> rows;
+  for (int bits : flags.bits) {
+    for (const std::string& rotation : flags.rotations) {
+      WALSH_ASSIGN_OR_RETURN(Row row, RunOne(flags, bits, rotation, windows, pool));
+      rows.push_back(std::move(row));
+    }
+  }
+  const pipeline::JobReport& report = rows.front().report;
+  std::printf(
+      "Source %s; %s, group %ld; calibrated on %ld windows of %ld tokens, fingerprint "
+      "%.12s; evaluated on %ld windows of %ld tokens; kernels %s; %d threads.\n\n",
+      report.source_format.c_str(), flags.method.c_str(), static_cast<long>(report.group_size),
+      static_cast<long>(report.calibration_windows),
+      static_cast<long>(report.calibration_tokens / report.calibration_windows),
+      report.calibration_fingerprint.c_str(), static_cast<long>(windows.count()),
+      static_cast<long>(windows.length), kernels::DescribeCpuBackend().c_str(), flags.threads);
+  Print(rows, baseline.losses);
+  return absl::OkStatus();
+}
+
+int Main(int argc, char** argv) {
+  Flags flags;
+  flags.work_directory = std::filesystem::temp_directory_path().string();
+  CLI::App app("Perplexity and layer error by rotation and bits, as a Markdown table");
+  app.add_option("model", flags.model, "HF directory or .gguf file")->required();
+  app.add_option("--calibration", flags.calibration, "Calibration text")->required();
+  app.add_option("--evaluation", flags.evaluation, "Evaluation text")->required();
+  app.add_option("--bits", flags.bits)->delimiter(',');
+  app.add_option("--rotations", flags.rotations)->delimiter(',');
+  app.add_option("--method", flags.method, "gptq or rtn");
+  app.add_option("--group", flags.group, "0: auto; -1: per channel");
+  app.add_option("--windows", flags.windows, "Calibration windows");
+  app.add_option("--length", flags.length, "Tokens of a calibration window");
+  app.add_option("--eval-windows", flags.evaluation_windows);
+  app.add_option("--eval-length", flags.evaluation_length);
+  app.add_flag("--symmetric", flags.symmetric);
+  app.add_flag("--natural-order", flags.natural_order);
+  app.add_flag("--no-clip", flags.no_clip);
+  app.add_flag("--signs", flags.signs, "Seeded random signs");
+  app.add_option("--seed", flags.seed);
+  app.add_option("--threads", flags.threads);
+  app.add_option("--work-dir", flags.work_directory, "Where artifacts are written for a while");
+  if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
+  if (const absl::Status status = Run(flags); !status.ok()) {
+    std::fprintf(stderr, "%s\n", status.ToString().c_str());
+    return kExitFailed;
+  }
+  return kExitOk;
+}
+
+}  // namespace
+}  // namespace walsh::bench
+
+int main(int argc, char** argv) { return walsh::bench::Main(argc, argv); }

@@ -1,0 +1,108 @@
+// The thresholds of the rotation and quantization experiments on TinyStories-656K.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <string>
+
+#include "tests/unit/worker/pipeline/job_fixture.h"
+
+namespace walsh::pipeline {
+namespace {
+
+constexpr rotate::Kind kRotations[] = {rotate::Kind::kHadamard, rotate::Kind::kWalsh,
+                                       rotate::Kind::kLocalHadamard, rotate::Kind::kGsr};
+
+double Mean(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+}
+
+class TinyStoriesTest : public testing::JobTest {
+ protected:
+  // Calibration on 100 stories, evaluation on 100 others, of those that the vocabulary covers.
+  void SetUp() override {
+    WALSH_REQUIRE_DATA(model, "models/TinyStories-656K");
+    WALSH_REQUIRE_DATA(corpus, "corpora/tinystories-train-1000.json");
+    std::ifstream file(corpus);
+    const auto stories = nlohmann::json::parse(file);
+    nlohmann::json calibration = nlohmann::json::array(), evaluation = calibration;
+    for (const auto& story : stories) {
+      const auto& text = story.get_ref<const std::string&>();
+      const bool is_ascii = std::all_of(text.begin(), text.end(), [](char c) { return c >= 0; });
+      if (!is_ascii) continue;
+      if (calibration.size() < 100) {
+        calibration.push_back(text);
+      } else if (evaluation.size() < 100) {
+        evaluation.push_back(text);
+      }
+    }
+    std::ofstream(directory_ / "calibration.json") << calibration.dump();
+    std::ofstream(directory_ / "evaluation.json") << evaluation.dump();
+    spec_.job_name = "jobs/1";
+    spec_.model_name = "stories";
+    spec_.source_path = model;
+    spec_.calibration_path = directory_ / "calibration.json";
+    spec_.evaluation_path = directory_ / "evaluation.json";
+    spec_.quantizer.group_size = 32;
+    spec_.n_calibration_windows = 64;
+    spec_.sequence_length = 256;
+    spec_.n_evaluation_windows = 64;
+    spec_.evaluation_length = 256;
+  }
+
+  JobReport RunBits(int bits, gptq::Method method, rotate::Kind rotation = rotate::Kind::kGsr) {
+    spec_.quantizer.bits = bits;
+    spec_.quantizer.method = method;
+    spec_.rotation = rotation;
+    spec_.output_directory = directory_ / ("out" + std::to_string(n_runs_++));
+    auto report = Run(spec_);
+    EXPECT_OK(report);
+    return *std::move(report);
+  }
+
+  JobSpec spec_;
+  int n_runs_ = 0;
+};
+
+TEST_F(TinyStoriesTest, EveryRotationLeavesTheLogitsUnchanged) {
+  spec_.evaluate = false;
+  for (rotate::Kind rotation : kRotations) {
+    for (bool signs : {false, true}) {
+      spec_.rotation_signs = signs;
+      const JobReport report = RunBits(4, gptq::Method::kRtn, rotation);
+      EXPECT_GT(report.rotation_gate, 0);
+      EXPECT_LE(report.rotation_gate, 1e-5) << rotate::KindName(rotation);
+    }
+  }
+}
+
+TEST_F(TinyStoriesTest, LossesAreInTheOrderOfTheExperiments) {
+  const double gptq_margin[] = {0.9, 0.2, 0.05}, rtn_margin[] = {0.4, 0.05, 0};
+  double last_error = 1;
+  for (int bits : {2, 3, 4}) {
+    const JobReport gptq = RunBits(bits, gptq::Method::kGptq);
+    const JobReport rtn = RunBits(bits, gptq::Method::kRtn);
+    testing::ExpectErrorsBelow(gptq, rtn, 0.95, 0.80);
+    const double before = Mean(gptq.window_losses_before);
+    EXPECT_EQ(before, Mean(rtn.window_losses_before));
+    const double loss = Mean(gptq.window_losses_after) - before;
+    EXPECT_GT(loss, -0.01);
+    EXPECT_LE(loss, gptq_margin[bits - 2]) << bits;
+    EXPECT_GE(Mean(rtn.window_losses_after) - Mean(gptq.window_losses_after), rtn_margin[bits - 2])
+        << bits;
+    double error = 0;
+    for (const LinearReport& linear : gptq.linears) {
+      error += std::log(linear.relative_error) / static_cast<double>(gptq.linears.size());
+    }
+    // E falls 3 to 6 times a bit.
+    EXPECT_LT(std::exp(error), last_error / 2.5);
+    last_error = std::exp(error);
+    EXPECT_NEAR(std::exp(before), 22.3, 6) << "the model's perplexity on stories";
+  }
+}
+
+}  // namespace
+}  // namespace walsh::pipeline
