@@ -21,7 +21,7 @@ namespace walsh::pipeline {
 
 inline constexpr double kRotationGateMax = 1e-4;
 
-// Four windows of at most 32 tokens: two of a fixed text, two of ids from all over the vocabulary.
+// Four windows of at most 32 tokens of a fixed text.
 absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
                                                     const Tokenizer& tokenizer);
 
