@@ -157,7 +157,7 @@ void ProductRows(const float* a, int64_t a_stride, const float* b, int64_t b_str
   for (; c + 2 <= n_cols; c += 2) {
     ProductTile<kRows>(one, a, a_stride, b + c, b_stride, n, out + c, out_stride);
   }
-  for (; c < n_cols; ++c) {
+  if (c < n_cols) {  // one column is left
     for (int r = 0; r < kRows; ++r) {
       auto sum = hn::Zero(one);
       for (int64_t i = 0; i < n; ++i) {
