@@ -70,6 +70,8 @@ inline constexpr int kTensorNameBytesMax = 256;
 inline constexpr int kTensorDimsMax = 8;
 // Each shard of a checkpoint holds one file descriptor.
 inline constexpr int kShardsMax = 1024;
+// A shard has about 2 GB; a single tensor may need more.
+inline constexpr int64_t kArtifactFileBytesMax = int64_t{1} << 40;
 inline constexpr int64_t kJsonFileBytesMax = 64 << 20;
 inline constexpr int kJsonDepthMax = 32;
 inline constexpr int64_t kConfigFileBytesMax = 4 << 20;

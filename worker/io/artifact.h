@@ -1,18 +1,20 @@
 // A quantized model on disk: a HF directory that other tools read, plus walsh.json.
 //
-//   config.json              of the source, with tie_word_embeddings false and quantization_config
-//   in
-//                            the gptq_v2 convention
+//   config.json        of the source, with tie_word_embeddings false and quantization_config in the
+//                      gptq_v2 convention
 //   model-0000N-of-0000M.safetensors, model.safetensors.index.json
-//       <linear>.qweight [in/32·bits, out] int32, .qzeros [groups, out/32·bits] int32, .scales
-//       [groups, out] F16, .g_idx [in] int32; embeddings, head and norms BF16
-//   tokenizer files          of the source; for a GGUF source written from its vocabulary
-//   walsh.json               source, options, rotation, calibration fingerprint, figures, and
-//   SHA-256 of
-//                            every other file in 64 MiB chunks
+//                      <linear>.qweight [in/32·bits, out] I32, .qzeros [groups, out/32·bits] I32,
+//                      .scales [groups, out] F16, .g_idx [in] I32; embeddings, head, norms, biases
+//                      BF16
+//   tokenizer files    of the source; for a GGUF source written from its vocabulary
+//   walsh.json         source, options, rotation, calibration fingerprint, figures, and SHA-256 of
+//   every
+//                      other file in 64 MiB chunks
 //
-// Layout and fields: docs/artifact-format.md. A writer's directory is temporary until the caller
-// publishes it (common/publish.h); a reader refuses a directory whose files differ from walsh.json.
+// Layout and fields: docs/artifact-format.md. Nothing in an artifact tells time, place or job: two
+// runs with the same input, options and seed give the same bytes. A writer's directory is temporary
+// until the caller publishes it (common/publish.h); a reader refuses a directory whose files differ
+// from walsh.json.
 //
 // Errors:  as worker/io/checkpoint.h; DATA_LOSS names the file whose digest differs
 // Threads: a reader's const methods are safe from several threads; a writer is used by one.
@@ -39,32 +41,43 @@ struct ArtifactInfo {
   std::string method;    // "gptq" or "rtn"
   std::string rotation;  // "gsr", "none", …
   int64_t rotation_block = 0;
-  std::string job;
-  double perplexity_before = 0;
+  std::string job;  // not in the artifact: filled from the records of whoever published it
+  double perplexity_before = 0;  // 0: not evaluated
   double perplexity_after = 0;
-  int64_t size_bytes = 0;
-  std::string sha256;  // of walsh.json
-  int64_t create_time_unix = 0;
+  int64_t size_bytes = 0;        // of all files
+  std::string sha256;            // of walsh.json, and through it of everything
+  int64_t create_time_unix = 0;  // modification time of walsh.json
 };
+
+// A shard is closed before it would grow beyond this; one larger tensor has a shard of its own.
+inline constexpr int64_t kShardBytesMax = 2'000'000'000;
 
 class ArtifactWriter {
  public:
   // Creates `directory`, which must not exist. `source` gives the configuration and tokenizer
-  // files.
-  static absl::StatusOr<std::unique_ptr<ArtifactWriter>> Create(const std::string& directory,
-                                                                const Checkpoint& source);
+  // files; it is read now and not kept.
+  static absl::StatusOr<std::unique_ptr<ArtifactWriter>> Create(
+      const std::string& directory, const Checkpoint& source,
+      int64_t shard_bytes_max = kShardBytesMax);
   virtual ~ArtifactWriter() = default;
-  // `name` without suffix: "model.layers.0.mlp.down_proj".
+  // `name` without suffix: "model.layers.0.mlp.down_proj". Both widths must be multiples of 32.
   virtual absl::Status WriteQuantized(std::string_view name, const QuantizedMatrix& matrix) = 0;
-  // Stored as BF16; 1-D when `matrix` has one row and `one_dimensional`.
+  // `name` in full: "model.norm.weight". Stored as BF16; 1-D when `matrix` has one row and
+  // `one_dimensional`.
   virtual absl::Status WriteDense(std::string_view name, const Matrix& matrix,
                                   bool one_dimensional) = 0;
-  // Writes the remaining files, `report` as walsh.json (its "files" member is filled here), and
-  // syncs.
+  // Writes the remaining files, `report` as walsh.json (its members "files", "format_version" and
+  // "digest" are set here), and syncs. FAILED_PRECONDITION when a tensor of the model was not
+  // written.
   virtual absl::StatusOr<ArtifactInfo> Finish(const nlohmann::json& quantization_config,
                                               nlohmann::json report) = 0;
   virtual int64_t bytes_written() const = 0;
 };
+
+// Replaces one member of a finished artifact's walsh.json, such as "quality", which is known only
+// after the artifact was evaluated. walsh.json carries its own digest: nothing else may edit it.
+absl::Status ReplaceReportMember(const std::string& directory, std::string_view member,
+                                 const nlohmann::json& value);
 
 class ArtifactReader {
  public:
@@ -77,8 +90,10 @@ class ArtifactReader {
   virtual const ModelConfig& config() const = 0;
   virtual const TokenizerSource& tokenizer() const = 0;
   virtual const ArtifactInfo& info() const = 0;
+  // `name` without suffix, as in WriteQuantized.
   virtual bool IsQuantized(std::string_view name) const = 0;
   virtual absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const = 0;
+  // `name` in full, as in WriteDense; one-dimensional tensors come as one row.
   virtual absl::StatusOr<Matrix> ReadDense(std::string_view name) const = 0;
 };
 

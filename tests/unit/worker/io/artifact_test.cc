@@ -1,0 +1,563 @@
+#include "worker/io/artifact.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+
+#include "common/sha256.h"
+#include "tests/testing/checkpoint_bytes.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
+#include "tests/testing/tiny_model.h"
+#include "worker/io/expected_tensors.h"
+#include "worker/tensor/half.h"
+
+namespace walsh {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAre;
+using walsh::testing::HasCode;
+using walsh::testing::StatusIs;
+using walsh::testing::TempDir;
+using walsh::testing::TinyModel;
+using walsh::testing::TinyModelOptions;
+using walsh::testing::WriteFile;
+
+constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+constexpr auto kDataLoss = absl::StatusCode::kDataLoss;
+constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
+
+// Round-to-nearest, good enough to have something to store.
+QuantizedMatrix Quantize(const Matrix& w, int bits, int64_t group_size) {
+  QuantizedMatrix q;
+  q.rows = w.rows();
+  q.cols = w.cols();
+  q.bits = bits;
+  q.group_size = group_size < 0 ? w.cols() : group_size;
+  const float top = static_cast<float>((1 << bits) - 1);
+  for (int64_t r = 0; r < q.rows; ++r) {
+    for (int64_t g = 0; g < q.groups(); ++g) {
+      const float* v = w.row(r) + g * q.group_size;
+      const auto [low, high] = std::minmax_element(v, v + q.group_size);
+      const float scale = HalfToFloat(FloatToHalf((*high - *low) / top));
+      const float zero = std::clamp(std::round(-*low / scale), 0.0f, top);
+      q.scales.push_back(scale);
+      q.zeros.push_back(static_cast<uint8_t>(zero));
+      for (int64_t i = 0; i < q.group_size; ++i) {
+        const float code = std::round(v[i] / scale) + zero;
+        q.codes.push_back(static_cast<uint8_t>(std::clamp(code, 0.0f, top)));
+      }
+    }
+  }
+  return q;
+}
+
+json QuantizationConfig(int bits, int64_t group_size) {
+  return {{"quant_method", "gptq"}, {"checkpoint_format", "gptq_v2"},
+          {"bits", bits},           {"group_size", group_size},
+          {"sym", false},           {"desc_act", false},
+          {"lm_head", false}};
+}
+
+json Report(int bits, int64_t group_size) {
+  return {{"quantization",
+           {{"bits", bits}, {"group_size", group_size}, {"symmetric", false}, {"method", "gptq"}}},
+          {"rotation", {{"kind", "gsr"}, {"block", 32}}}};
+}
+
+struct Options {
+  int bits = 4;
+  int64_t group_size = 32;
+  int64_t shard_bytes_max = kShardBytesMax;
+};
+
+bool IsLinear(const ExpectedTensor& tensor) {
+  return !tensor.is_one_dimensional && tensor.name.find("layers.") != std::string::npos;
+}
+
+// All tensors of `source`, linears of the layers quantized.
+absl::Status WriteTensors(const Checkpoint& source, const Options& options,
+                          ArtifactWriter& writer) {
+  ModelConfig config = source.config();
+  config.tied_embeddings = false;
+  for (const ExpectedTensor& tensor : ExpectedTensors(config)) {
+    auto matrix = source.Read(tensor.name);
+    if (!matrix.ok()) return matrix.status();
+    const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
+    const absl::Status status =
+        IsLinear(tensor)
+            ? writer.WriteQuantized(linear, Quantize(*matrix, options.bits, options.group_size))
+            : writer.WriteDense(tensor.name, *matrix, tensor.is_one_dimensional);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ArtifactInfo> WriteArtifact(const Checkpoint& source, const std::string& directory,
+                                           const Options& options) {
+  auto writer = ArtifactWriter::Create(directory, source, options.shard_bytes_max);
+  if (!writer.ok()) return writer.status();
+  if (const auto status = WriteTensors(source, options, **writer); !status.ok()) return status;
+  return (*writer)->Finish(QuantizationConfig(options.bits, options.group_size),
+                           Report(options.bits, options.group_size));
+}
+
+std::string ReadAll(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+}
+
+std::map<std::string, std::string> Contents(const std::string& directory) {
+  std::map<std::string, std::string> files;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    files[entry.path().filename()] = ReadAll(entry.path());
+  }
+  return files;
+}
+
+// A tiny model as HF directory and as GGUF, opened.
+class ArtifactTest : public ::testing::Test {
+ protected:
+  std::unique_ptr<Checkpoint> Source(const TinyModelOptions& options = {}, bool as_gguf = false) {
+    const TinyModel model(options);
+    const std::string path = dir_ / (as_gguf ? "source.gguf" : "source");
+    if (as_gguf) {
+      model.WriteGguf(path);
+    } else {
+      model.WriteHf(path);
+    }
+    auto checkpoint = Checkpoint::Open(path);
+    EXPECT_OK(checkpoint);
+    return *std::move(checkpoint);
+  }
+  std::string artifact() const { return dir_ / "artifact"; }
+
+  TempDir dir_;
+};
+
+class ArtifactRoundTripTest : public ArtifactTest,
+                              public ::testing::WithParamInterface<std::tuple<int, int64_t>> {};
+
+TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
+  const auto& [bits, group_size] = GetParam();
+  const auto source = Source({.has_attention_bias = true});
+  ASSERT_OK_AND_ASSIGN(
+      const ArtifactInfo info,
+      WriteArtifact(*source, artifact(), {.bits = bits, .group_size = group_size}));
+  EXPECT_EQ(info.bits, bits);
+  EXPECT_EQ(info.group_size, group_size);
+  EXPECT_EQ(info.rotation, "gsr");
+  EXPECT_EQ(info.method, "gptq");
+  EXPECT_EQ(info.sha256, Sha256Hex(ReadAll(artifact() + "/walsh.json")));
+  EXPECT_GT(info.create_time_unix, 1'700'000'000);
+  int64_t bytes = 0;
+  for (const auto& [name, contents] : Contents(artifact())) {
+    bytes += static_cast<int64_t>(contents.size());
+  }
+  EXPECT_EQ(info.size_bytes, bytes);
+
+  ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 2));
+  EXPECT_EQ(reader->config().hidden, 64);
+  EXPECT_FALSE(reader->config().tied_embeddings);
+  EXPECT_EQ(reader->tokenizer().tokenizer_json, source->tokenizer().tokenizer_json);
+  EXPECT_EQ(reader->tokenizer().chat_template, source->tokenizer().chat_template);
+  for (const ExpectedTensor& tensor : ExpectedTensors(source->config())) {
+    ASSERT_OK_AND_ASSIGN(const Matrix original, source->Read(tensor.name));
+    const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
+    if (IsLinear(tensor)) {
+      EXPECT_TRUE(reader->IsQuantized(linear));
+      const QuantizedMatrix expected = Quantize(original, bits, group_size);
+      ASSERT_OK_AND_ASSIGN(const QuantizedMatrix q, reader->ReadQuantized(linear));
+      EXPECT_EQ(q.codes, expected.codes) << linear;
+      EXPECT_EQ(q.scales, expected.scales) << linear;
+      EXPECT_EQ(q.zeros, expected.zeros) << linear;
+      EXPECT_EQ(q.group_size, expected.group_size) << linear;
+      EXPECT_THAT(reader->ReadDense(tensor.name), HasCode(absl::StatusCode::kNotFound));
+    } else {
+      EXPECT_FALSE(reader->IsQuantized(tensor.name));
+      ASSERT_OK_AND_ASSIGN(const Matrix dense, reader->ReadDense(tensor.name));
+      ASSERT_EQ(dense.rows(), original.rows());
+      ASSERT_EQ(dense.cols(), original.cols());
+      for (int64_t i = 0; i < dense.size(); ++i) {
+        ASSERT_EQ(dense.data()[i], Bf16ToFloat(FloatToBf16(original.data()[i]))) << tensor.name;
+      }
+      EXPECT_THAT(reader->ReadQuantized(tensor.name),
+                  HasCode(absl::StatusCode::kNotFound));
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Widths, ArtifactRoundTripTest,
+                         ::testing::Combine(::testing::Values(2, 3, 4, 8),
+                                            ::testing::Values(int64_t{32}, int64_t{64},
+                                                              int64_t{-1})));
+
+TEST_F(ArtifactTest, TheSameInputGivesTheSameBytes) {
+  const auto source = Source();
+  ASSERT_OK(WriteArtifact(*source, dir_ / "first", {.shard_bytes_max = 50000}));
+  ASSERT_OK(WriteArtifact(*source, dir_ / "second", {.shard_bytes_max = 50000}));
+  EXPECT_EQ(Contents(dir_ / "first"), Contents(dir_ / "second"));
+}
+
+TEST_F(ArtifactTest, SplitsIntoShards) {
+  const auto source = Source();
+  ASSERT_OK(WriteArtifact(*source, artifact(), {.shard_bytes_max = 50000}));
+  const json index = json::parse(ReadAll(artifact() + "/model.safetensors.index.json"));
+  std::map<std::string, int> shards;
+  for (const auto& [tensor, shard] : index["weight_map"].items()) ++shards[shard];
+  // The embedding and the head take 40,960 bytes each, the two layers together about as much.
+  EXPECT_GE(shards.size(), 3u);
+  int64_t data_bytes = 0;
+  for (const auto& [shard, n] : shards) {
+    EXPECT_EQ(shard.find("model-0000"), 0u);
+    EXPECT_EQ(shard.substr(15), "0000" + std::to_string(shards.size()) + ".safetensors");
+    const std::string contents = ReadAll(artifact() + "/" + shard);
+    uint64_t header = 0;
+    std::memcpy(&header, contents.data(), 8);
+    EXPECT_EQ(header % 8, 0u);
+    data_bytes += static_cast<int64_t>(contents.size() - 8 - header);
+  }
+  EXPECT_EQ(index["metadata"]["total_size"], data_bytes);
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+}
+
+TEST_F(ArtifactTest, ConfigKeepsWhatItDoesNotKnow) {
+  const auto source = Source({.is_tied = true, .config_overrides = R"({"my_field": [1, 2]})"});
+  ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  const json config = json::parse(ReadAll(artifact() + "/config.json"));
+  EXPECT_EQ(config["my_field"], json::array({1, 2}));
+  EXPECT_EQ(config["tie_word_embeddings"], false);
+  EXPECT_EQ(config["torch_dtype"], "bfloat16");
+  EXPECT_EQ(config["quantization_config"], QuantizationConfig(4, 32));
+  EXPECT_FALSE(config.contains("dtype"));
+}
+
+TEST_F(ArtifactTest, WritesConfigAndTokenizerForGguf) {
+  const auto source = Source({.is_tied = true}, /*as_gguf=*/true);
+  ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
+  const ModelConfig& a = source->config();
+  const ModelConfig& b = reader->config();
+  EXPECT_EQ(b.architecture, a.architecture);
+  EXPECT_EQ(b.hidden, a.hidden);
+  EXPECT_EQ(b.head_dim, a.head_dim);
+  EXPECT_EQ(b.n_kv_heads, a.n_kv_heads);
+  EXPECT_EQ(b.max_position, a.max_position);
+  EXPECT_EQ(b.rope_theta, a.rope_theta);
+  EXPECT_EQ(b.rms_norm_eps, a.rms_norm_eps);
+  EXPECT_EQ(b.bos_token, a.bos_token);
+  EXPECT_EQ(b.eos_tokens, a.eos_tokens);
+  const json tokenizer = json::parse(reader->tokenizer().tokenizer_json);
+  EXPECT_EQ(tokenizer["model"]["vocab"].size(), 320u);
+  EXPECT_FALSE(reader->tokenizer().gguf.has_value());
+}
+
+TEST_F(ArtifactTest, NeedsEveryTensorOnce) {
+  const auto source = Source();
+  ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
+  EXPECT_THAT(writer->Finish(QuantizationConfig(4, 32), Report(4, 32)),
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       HasSubstr("'model.embed_tokens.weight' was not written")));
+  const Matrix norm(1, 64);
+  ASSERT_OK(writer->WriteDense("model.norm.weight", norm, true));
+  EXPECT_THAT(writer->WriteDense("model.norm.weight", norm, true),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("was written already")));
+}
+
+TEST_F(ArtifactTest, RefusesToWriteWhatIsNotFinite) {
+  const auto source = Source();
+  ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
+  Matrix norm(1, 64);
+  norm(0, 5) = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_THAT(writer->WriteDense("model.norm.weight", norm, true),
+              StatusIs(kDataLoss, HasSubstr("tensor 'model.norm.weight' is nan at element 5")));
+  Matrix large(1, 64);
+  large(0, 7) = std::numeric_limits<float>::max();  // rounds to infinity in BF16
+  EXPECT_THAT(writer->WriteDense("model.layers.0.input_layernorm.weight", large, true),
+              StatusIs(kDataLoss, HasSubstr("at element 7, must be finite in BF16")));
+  QuantizedMatrix bad = Quantize(*source->Read("model.layers.0.mlp.up_proj.weight"), 4, 32);
+  bad.codes[0] = 16;
+  EXPECT_THAT(writer->WriteQuantized("model.layers.0.mlp.up_proj", bad),
+              StatusIs(kInvalid, HasSubstr("linear 'model.layers.0.mlp.up_proj': a code is 16")));
+}
+
+TEST_F(ArtifactTest, NeedsAFreshDirectory) {
+  const auto source = Source();
+  fs::create_directories(artifact());
+  EXPECT_THAT(ArtifactWriter::Create(artifact(), *source),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("'artifact' exists already")));
+}
+
+TEST_F(ArtifactTest, ReplacesAMemberOfTheReport) {
+  const auto source = Source();
+  ASSERT_OK_AND_ASSIGN(const ArtifactInfo before, WriteArtifact(*source, artifact(), {}));
+  EXPECT_EQ(before.perplexity_after, 0.0);
+  ASSERT_OK(ReplaceReportMember(artifact(), "quality",
+                                {{"perplexity_before", 10.5}, {"perplexity_after", 11.25}}));
+  ASSERT_OK_AND_ASSIGN(const ArtifactInfo after, ArtifactReader::ReadInfo(artifact()));
+  EXPECT_EQ(after.perplexity_before, 10.5);
+  EXPECT_EQ(after.perplexity_after, 11.25);
+  EXPECT_NE(after.sha256, before.sha256);
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+}
+
+// Every byte of an artifact is covered: whichever changes, nothing loads.
+TEST_F(ArtifactTest, NoFlippedByteLoads) {
+  const auto source = Source({.hidden = 32, .intermediate = 32, .n_heads = 1, .n_kv_heads = 1, .head_dim = 32});
+  ASSERT_OK(WriteArtifact(*source, artifact(), {.shard_bytes_max = 20000}));
+  ASSERT_OK(ArtifactReader::Open(artifact(), true, 1));
+  std::vector<std::string> paths;
+  for (const auto& entry : fs::directory_iterator(artifact())) paths.push_back(entry.path());
+  std::sort(paths.begin(), paths.end());
+  std::mt19937_64 random(20250503);
+  for (int i = 0; i < 1000; ++i) {
+    // Files in turn, so that the small ones get their share.
+    const std::string& path = paths[static_cast<size_t>(i) % paths.size()];
+    const std::string good = ReadAll(path);
+    std::string bad = good;
+    const size_t at = random() % bad.size();
+    bad[at] = static_cast<char>(bad[at] ^ static_cast<char>(1 + random() % 255));
+    WriteFile(path, bad);
+    const auto reader = ArtifactReader::Open(artifact(), true, 1);
+    ASSERT_FALSE(reader.ok()) << path << " byte " << at;
+    WriteFile(path, good);
+  }
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+}
+
+TEST_F(ArtifactTest, NoTruncatedFileLoads) {
+  const auto source = Source();
+  ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  for (const auto& [name, contents] : Contents(artifact())) {
+    const std::string path = artifact() + "/" + name;
+    for (const size_t n : {size_t{0}, contents.size() / 2, contents.size() - 1}) {
+      WriteFile(path, contents.substr(0, n));
+      EXPECT_FALSE(ArtifactReader::Open(artifact(), false, 1).ok()) << name << " " << n;
+    }
+    fs::remove(path);
+    EXPECT_FALSE(ArtifactReader::Open(artifact(), false, 1).ok()) << name;
+    WriteFile(path, contents);
+  }
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+}
+
+// Damage that is covered by fresh digests: what remains is the structure's own rules.
+class ForgedArtifactTest : public ArtifactTest {
+ protected:
+  void SetUp() override {
+    const auto source = Source();
+    ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  }
+  // Rewrites one file and walsh.json to match.
+  void Forge(const std::string& name, const std::string& contents) {
+    WriteFile(artifact() + "/" + name, contents);
+    json manifest = json::parse(ReadAll(artifact() + "/walsh.json"));
+    json chunks = json::array();
+    if (!contents.empty()) chunks.push_back(Sha256Hex(contents));
+    manifest["files"][name] = {{"size_bytes", contents.size()}, {"sha256", chunks}};
+    ForgeManifest(manifest);
+  }
+  void ForgeManifest(json manifest) {
+    manifest.erase("digest");
+    manifest["digest"] = Sha256Hex(manifest.dump(2) + "\n");
+    WriteFile(artifact() + "/walsh.json", manifest.dump(2) + "\n");
+  }
+  json ReadJson(const std::string& name) { return json::parse(ReadAll(artifact() + "/" + name)); }
+  void ExpectRefused(absl::StatusCode code, const char* message) {
+    EXPECT_THAT(ArtifactReader::Open(artifact(), true, 1), StatusIs(code, HasSubstr(message)));
+  }
+};
+
+TEST_F(ForgedArtifactTest, RefusesOtherQuantizationFormats) {
+  const json good = ReadJson("config.json");
+  const auto forge = [&](const char* field, const json& value) {
+    json bad = good;
+    bad["quantization_config"][field] = value;
+    Forge("config.json", bad.dump());
+  };
+  forge("quant_method", "awq");
+  ExpectRefused(kUnimplemented, "'quant_method' is \"awq\", only \"gptq\"");
+  forge("checkpoint_format", "gptq");
+  ExpectRefused(kUnimplemented, "'checkpoint_format' is \"gptq\", only \"gptq_v2\"");
+  forge("desc_act", true);
+  ExpectRefused(kUnimplemented, "'desc_act' is true");
+  forge("lm_head", true);
+  ExpectRefused(kUnimplemented, "'lm_head' is true");
+  forge("online_transforms", {"R4"});
+  ExpectRefused(kUnimplemented, "online transforms are not supported: [\"R4\"]");
+  json none = good;
+  none.erase("quantization_config");
+  Forge("config.json", none.dump());
+  ExpectRefused(kInvalid, "'quantization_config' is missing");
+  json tied = good;
+  tied["tie_word_embeddings"] = true;
+  Forge("config.json", tied.dump());
+  ExpectRefused(kInvalid, "embeddings are not tied");
+  Forge("config.json", good.dump());
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+}
+
+// Changes one tensor's entry in the header of the only shard, keeping its length.
+TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
+  const std::string shard = "model-00001-of-00001.safetensors";
+  const std::string good = ReadAll(artifact() + "/" + shard);
+  uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, good.data(), 8);
+  const json header = json::parse(good.substr(8, header_bytes));
+  const std::string linear = "model.layers.0.mlp.up_proj";
+  const auto forge = [&](const std::string& tensor, const char* member, const json& value) {
+    json bad = header;
+    bad[tensor][member] = value;
+    std::string text = bad.dump();
+    text.resize(header_bytes, ' ');
+    Forge(shard, good.substr(0, 8) + text + good.substr(8 + header_bytes));
+  };
+  forge(linear + ".qweight", "dtype", "U32");
+  ExpectRefused(kInvalid,
+                "tensor 'model.layers.0.mlp.up_proj.qweight' is U32 [8, 128], expected "
+                "I32 [8, 128]");
+  forge(linear + ".qweight", "shape", {16, 64});
+  ExpectRefused(kInvalid, "tensor 'model.layers.0.mlp.up_proj.qweight' is I32 [16, 64]");
+  forge(linear + ".qweight", "shape", {1024, 1});
+  ExpectRefused(kInvalid, "which no width of 64 inputs gives");
+  forge(linear + ".qzeros", "shape", {32, 1});
+  ExpectRefused(kInvalid, "tensor 'model.layers.0.mlp.up_proj.qzeros'");
+  forge(linear + ".scales", "shape", {256, 1});
+  ExpectRefused(kInvalid, "256 groups do not divide 64 inputs");
+  forge(linear + ".scales", "shape", {4, 64});
+  ExpectRefused(kInvalid, "expected I32 [4, 16]");
+  forge(linear + ".scales", "dtype", "BF16");
+  ExpectRefused(kInvalid, "is BF16 [2, 128], expected F16 [2, 128]");
+  forge(linear + ".g_idx", "shape", {32, 2});
+  ExpectRefused(kInvalid, "tensor 'model.layers.0.mlp.up_proj.g_idx'");
+  forge("model.norm.weight", "dtype", "F16");
+  ExpectRefused(kInvalid, "tensor 'model.norm.weight' is F16 [64], expected BF16 [64]");
+  forge("model.embed_tokens.weight", "shape", {160, 128});
+  ExpectRefused(kInvalid, "tensor 'model.embed_tokens.weight' is BF16 [160, 128]");
+
+  // Values: columns out of order, a scale that is not finite.
+  const auto data_of = [&](const std::string& tensor) {
+    return 8 + header_bytes + header[tensor]["data_offsets"][0].get<size_t>();
+  };
+  std::string order = good;
+  order[data_of(linear + ".g_idx")] = '\1';
+  Forge(shard, order);
+  {
+    ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
+    EXPECT_THAT(reader->ReadQuantized(linear),
+                StatusIs(kUnimplemented, HasSubstr(".g_idx' is 1 at [0], expected 0")));
+  }
+  std::string infinite = good;
+  infinite[data_of(linear + ".scales")] = '\0';
+  infinite[data_of(linear + ".scales") + 1] = '\x7c';
+  Forge(shard, infinite);
+  ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
+  EXPECT_THAT(reader->ReadQuantized(linear),
+              StatusIs(kDataLoss, HasSubstr("linear 'model.layers.0.mlp.up_proj': the scale at "
+                                            "[0, 0] is inf")));
+}
+
+TEST_F(ForgedArtifactTest, RefusesBadManifests) {
+  const json good = ReadJson("walsh.json");
+  const auto expect = [&](const json& manifest, absl::StatusCode code, const char* message) {
+    ForgeManifest(manifest);
+    ExpectRefused(code, message);
+    EXPECT_EQ(ArtifactReader::Open(artifact(), false, 1).status().code(), code);
+  };
+  json bad = good;
+  bad["format_version"] = 2;
+  expect(bad, kUnimplemented, "format version 2, this walsh reads 1");
+  bad = good;
+  bad.erase("format_version");
+  expect(bad, kInvalid, "'format_version' is missing");
+  bad = good;
+  bad.erase("files");
+  expect(bad, kInvalid, "'files' is missing");
+  bad = good;
+  bad["files"]["../config.json"] = bad["files"]["config.json"];
+  expect(bad, kInvalid, "no plain file name: '../config.json'");
+  bad = good;
+  bad["files"]["walsh.json"] = bad["files"]["config.json"];
+  expect(bad, kInvalid, "no plain file name: 'walsh.json'");
+  bad = good;
+  bad["files"]["absent.json"] = bad["files"]["config.json"];
+  expect(bad, kDataLoss, "lists absent.json, which is missing");
+  bad = good;
+  bad["files"].erase("config.json");
+  expect(bad, kInvalid, "does not list config.json");
+  bad = good;
+  bad["files"].erase("model-00001-of-00001.safetensors");
+  expect(bad, kInvalid, "lists 0 weight files, model.safetensors.index.json 1");
+  bad = good;
+  bad["files"]["config.json"]["size_bytes"] = uint64_t{1} << 62;
+  expect(bad, kInvalid, "bytes, at most 1099511627776");
+  bad = good;
+  bad["files"]["config.json"]["size_bytes"] = -1;
+  expect(bad, kInvalid, "file 'config.json' has no size_bytes");
+  bad = good;
+  bad["files"]["config.json"]["sha256"] = json::array();
+  expect(bad, kInvalid, "has 0 digests");
+  bad = good;
+  bad["files"]["config.json"]["sha256"][0] = "ABC";
+  expect(bad, kInvalid, "has a malformed digest");
+  bad = good;
+  bad["quantization"]["bits"] = 5;
+  expect(bad, kInvalid, "'quantization.bits' must be 2, 3, 4 or 8");
+  bad = good;
+  bad["quantization"]["group_size"] = 0;
+  expect(bad, kInvalid, "'quantization.group_size' must be");
+
+  WriteFile(artifact() + "/walsh.json", good.dump(2));  // one newline short of the one spelling
+  ExpectRefused(kDataLoss, "not in canonical form");
+  bad = good;
+  bad["seed"] = 99;  // under the old digest
+  WriteFile(artifact() + "/walsh.json", bad.dump(2) + "\n");
+  ExpectRefused(kDataLoss, "differ from its own digest");
+  bad.erase("digest");
+  WriteFile(artifact() + "/walsh.json", bad.dump(2) + "\n");
+  ExpectRefused(kInvalid, "'digest' is missing");
+  fs::remove(artifact() + "/walsh.json");
+  ExpectRefused(absl::StatusCode::kNotFound, "'artifact' is no artifact: it has no walsh.json");
+}
+
+TEST_F(ForgedArtifactTest, RefusesShardsThatTheIndexDoesNotDescribe) {
+  json index = ReadJson("model.safetensors.index.json");
+  index["weight_map"].erase("model.norm.weight");
+  Forge("model.safetensors.index.json", index.dump());
+  ExpectRefused(kInvalid, "tensor 'model.norm.weight' is not listed in");
+}
+
+TEST_F(ForgedArtifactTest, NoticesAShardThatChangesAfterOpening) {
+  ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
+  ASSERT_OK(reader->ReadQuantized("model.layers.0.mlp.up_proj"));
+  const std::string shard = artifact() + "/model-00001-of-00001.safetensors";
+  fs::resize_file(shard, fs::file_size(shard) - 1);
+  EXPECT_THAT(reader->ReadQuantized("model.layers.0.mlp.up_proj"), HasCode(kDataLoss));
+}
+
+// The files that readers of other projects look for, and no others.
+TEST_F(ArtifactTest, HoldsExactlyItsFiles) {
+  const auto source = Source();
+  ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(artifact())) {
+    names.push_back(entry.path().filename());
+  }
+  EXPECT_THAT(names, UnorderedElementsAre("config.json", "model-00001-of-00001.safetensors",
+                                          "model.safetensors.index.json", "tokenizer.json",
+                                          "tokenizer_config.json", "walsh.json"));
+}
+
+}  // namespace
+}  // namespace walsh

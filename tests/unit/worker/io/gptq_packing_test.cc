@@ -1,0 +1,134 @@
+#include "worker/io/gptq_packing.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <limits>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "tests/testing/golden.h"
+#include "tests/testing/status_matchers.h"
+#include "worker/tensor/half.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::HasSubstr;
+using walsh::testing::StatusIs;
+
+template <typename T>
+std::vector<T> Take(std::string_view& bytes, int64_t n) {
+  std::vector<T> out(static_cast<size_t>(n));
+  std::memcpy(out.data(), bytes.data(), out.size() * sizeof(T));
+  bytes.remove_prefix(out.size() * sizeof(T));
+  return out;
+}
+
+// Tensors packed by numpy, bit by bit; equal to the last bit, both ways.
+TEST(GptqPackingTest, PacksAsNumpyDoes) {
+  const std::string golden = testing::GoldenFile("io/gptq_packing.bin");
+  ASSERT_FALSE(golden.empty());
+  std::string_view bytes = golden;
+  std::vector<int> widths;
+  while (!bytes.empty()) {
+    const std::vector<uint32_t> head = Take<uint32_t>(bytes, 4);
+    QuantizedMatrix m;
+    m.bits = static_cast<int>(head[0]);
+    m.rows = head[1];
+    m.cols = head[2];
+    m.group_size = head[3];
+    m.codes = Take<uint8_t>(bytes, m.rows * m.cols);
+    m.zeros = Take<uint8_t>(bytes, m.rows * m.groups());
+    for (const uint16_t scale : Take<uint16_t>(bytes, m.rows * m.groups())) {
+      m.scales.push_back(HalfToFloat(scale));
+    }
+    const GptqShape shape = {
+        .rows = m.rows, .cols = m.cols, .bits = m.bits, .group_size = m.group_size};
+    const auto qweight = Take<uint32_t>(bytes, shape.weight_words() * m.rows);
+    const auto qzeros = Take<uint32_t>(bytes, m.groups() * shape.zero_words());
+    const auto scales = Take<uint16_t>(bytes, m.groups() * m.rows);
+    const auto g_idx = Take<int32_t>(bytes, m.cols);
+
+    ASSERT_OK_AND_ASSIGN(const GptqTensors packed, PackGptq(m));
+    EXPECT_EQ(packed.qweight, qweight) << m.bits;
+    EXPECT_EQ(packed.qzeros, qzeros) << m.bits;
+    EXPECT_EQ(packed.scales, scales) << m.bits;
+    EXPECT_EQ(packed.g_idx, g_idx) << m.bits;
+
+    ASSERT_OK_AND_ASSIGN(const QuantizedMatrix unpacked, UnpackGptq(packed, shape));
+    EXPECT_EQ(unpacked.codes, m.codes) << m.bits;
+    EXPECT_EQ(unpacked.zeros, m.zeros) << m.bits;
+    EXPECT_EQ(unpacked.scales, m.scales) << m.bits;
+    widths.push_back(m.bits);
+  }
+  EXPECT_EQ(widths, (std::vector<int>{2, 3, 4, 8}));
+}
+
+QuantizedMatrix Small(int bits, int64_t group_size) {
+  QuantizedMatrix m;
+  m.rows = 32;
+  m.cols = 64;
+  m.bits = bits;
+  m.group_size = group_size;
+  m.codes.assign(32 * 64, 1);
+  m.scales.assign(static_cast<size_t>(32 * m.groups()), 0.5f);
+  m.zeros.assign(static_cast<size_t>(32 * m.groups()), 1);
+  return m;
+}
+
+TEST(GptqPackingTest, StoresTheZeroItself) {
+  QuantizedMatrix m = Small(4, 64);
+  m.zeros.assign(32, 0);
+  ASSERT_OK_AND_ASSIGN(const GptqTensors zero, PackGptq(m));
+  EXPECT_EQ(zero.qzeros, std::vector<uint32_t>(4, 0u));  // version 1 would hold 0xffffffff
+  m.zeros.assign(32, 8);
+  ASSERT_OK_AND_ASSIGN(const GptqTensors eight, PackGptq(m));
+  EXPECT_EQ(eight.qzeros, std::vector<uint32_t>(4, 0x88888888u));
+}
+
+TEST(GptqPackingTest, RefusesWhatDoesNotPack) {
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  const auto expect = [](QuantizedMatrix m, const char* message) {
+    EXPECT_THAT(PackGptq(m), StatusIs(kInvalid, HasSubstr(message)));
+  };
+  QuantizedMatrix m = Small(4, 64);
+  m.bits = 5;
+  expect(m, "5 bits, must be 2, 3, 4 or 8");
+  m = Small(4, 64);
+  m.rows = 31;
+  expect(m, "a matrix of 31 outputs and 64 inputs: both must be multiples of 32");
+  m = Small(4, 64);
+  m.cols = 172;
+  expect(m, "172 inputs");
+  m = Small(4, 64);
+  m.group_size = 48;
+  expect(m, "groups of 48 do not divide 64 inputs");
+  m = Small(4, 64);
+  m.codes.pop_back();
+  expect(m, "2047 codes");
+  m = Small(2, 64);
+  m.codes[7] = 4;
+  expect(m, "a code is 4, must be below 4");
+  m = Small(3, 64);
+  m.zeros[7] = 8;
+  expect(m, "a zero is 8, must be below 8");
+  m = Small(4, 32);
+  m.scales[3] = 0.1f;  // between two halves
+  expect(m, "the scale of output 1, group 1 is 0.1, not a finite value of half precision");
+  m.scales[3] = std::numeric_limits<float>::infinity();
+  expect(m, "is inf");
+}
+
+TEST(GptqPackingTest, RefusesScalesThatAreNotFinite) {
+  const QuantizedMatrix m = Small(4, 32);
+  ASSERT_OK_AND_ASSIGN(GptqTensors packed, PackGptq(m));
+  packed.scales[33] = 0x7e00;
+  EXPECT_THAT(UnpackGptq(packed, {.rows = 32, .cols = 64, .bits = 4, .group_size = 32}),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("the scale at [1, 1] is nan")));
+}
+
+}  // namespace
+}  // namespace walsh

@@ -1,0 +1,104 @@
+#include "worker/io/artifact_config.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/limits.h"
+#include "common/status_macros.h"
+#include "worker/io/bounded_json.h"
+
+namespace walsh {
+namespace {
+
+using nlohmann::json;
+
+json RopeScalingJson(const RopeScaling& scaling) {
+  switch (scaling.kind) {
+    case RopeScaling::Kind::kNone:
+      return nullptr;
+    case RopeScaling::Kind::kLinear:
+      return {{"rope_type", "linear"}, {"type", "linear"}, {"factor", scaling.factor}};
+    case RopeScaling::Kind::kLlama3:
+      return {{"rope_type", "llama3"},
+              {"factor", scaling.factor},
+              {"low_freq_factor", scaling.low_freq_factor},
+              {"high_freq_factor", scaling.high_freq_factor},
+              {"original_max_position_embeddings", scaling.original_max_position}};
+  }
+  return nullptr;
+}
+
+json ConfigFromModel(const ModelConfig& c) {
+  json config = {{"architectures", json::array({c.architecture})},
+                 {"model_type", "llama"},
+                 {"hidden_size", c.hidden},
+                 {"intermediate_size", c.intermediate},
+                 {"num_hidden_layers", c.n_layers},
+                 {"num_attention_heads", c.n_heads},
+                 {"num_key_value_heads", c.n_kv_heads},
+                 {"head_dim", c.head_dim},
+                 {"vocab_size", c.vocab},
+                 {"max_position_embeddings", c.max_position},
+                 {"hidden_act", "silu"},
+                 {"rms_norm_eps", c.rms_norm_eps},
+                 {"rope_theta", c.rope_theta},
+                 {"rope_scaling", RopeScalingJson(c.rope_scaling)},
+                 {"attention_bias", c.attention_bias},
+                 {"mlp_bias", c.mlp_bias},
+                 {"use_cache", true}};
+  config["bos_token_id"] = c.bos_token < 0 ? json() : json(c.bos_token);
+  if (c.eos_tokens.size() == 1) {
+    config["eos_token_id"] = c.eos_tokens.front();
+  } else {
+    config["eos_token_id"] = c.eos_tokens.empty() ? json() : json(c.eos_tokens);
+  }
+  return config;
+}
+
+absl::Status Unsupported(const std::string& message) {
+  return absl::UnimplementedError(absl::StrCat("config.json: quantization_config: ", message));
+}
+
+}  // namespace
+
+absl::StatusOr<json> ArtifactConfig(const Checkpoint& source) {
+  json config;
+  const auto it = source.side_files().find("config.json");
+  if (it == source.side_files().end()) {
+    config = ConfigFromModel(source.config());
+  } else {
+    WALSH_ASSIGN_OR_RETURN(config, ParseBoundedJson("config.json", it->second,
+                                                    {.bytes_max = limits::kConfigFileBytesMax,
+                                                     .depth_max = limits::kJsonDepthMax}));
+  }
+  config["tie_word_embeddings"] = false;
+  // transformers 5 calls it dtype.
+  config[config.contains("dtype") ? "dtype" : "torch_dtype"] = "bfloat16";
+  return config;
+}
+
+absl::Status CheckQuantizationConfig(const json& config) {
+  const auto it = config.find("quantization_config");
+  if (it == config.end() || !it->is_object()) {
+    return absl::InvalidArgumentError("config.json: field 'quantization_config' is missing");
+  }
+  const json& q = *it;
+  const auto require = [&](const char* field, const json& expected) -> absl::Status {
+    const auto value = q.find(field);
+    if (value != q.end() && *value == expected) return absl::OkStatus();
+    return Unsupported(absl::StrCat("'", field, "' is ",
+                                    value == q.end() ? "missing" : value->dump().substr(0, 64),
+                                    ", only ", expected.dump(), " is supported"));
+  };
+  WALSH_RETURN_IF_ERROR(require("quant_method", "gptq"));
+  WALSH_RETURN_IF_ERROR(require("checkpoint_format", "gptq_v2"));
+  WALSH_RETURN_IF_ERROR(require("desc_act", false));
+  WALSH_RETURN_IF_ERROR(require("lm_head", false));
+  // An artifact that needs transforms at run time must not be served without them.
+  const auto online = q.find("online_transforms");
+  if (online == q.end() || online->is_null() || online->empty()) return absl::OkStatus();
+  return Unsupported(
+      absl::StrCat("online transforms are not supported: ", online->dump().substr(0, 256)));
+}
+
+}  // namespace walsh

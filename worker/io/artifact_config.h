@@ -1,0 +1,21 @@
+// config.json of an artifact.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/io/checkpoint.h"
+
+namespace walsh {
+
+// The source's config.json, or one written from the configuration of a GGUF file, with embeddings
+// untied and the weights' type bfloat16. quantization_config is still to be set.
+absl::StatusOr<nlohmann::json> ArtifactConfig(const Checkpoint& source);
+
+// Whether walsh reads what `quantization_config` describes: GPTQ in the gptq_v2 convention, columns
+// in order, head not quantized, no transforms at run time. UNIMPLEMENTED names what it does not.
+absl::Status CheckQuantizationConfig(const nlohmann::json& config);
+
+}  // namespace walsh

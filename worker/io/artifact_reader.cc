@@ -1,0 +1,341 @@
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/limits.h"
+#include "common/sha256.h"
+#include "common/status_macros.h"
+#include "worker/io/artifact.h"
+#include "worker/io/artifact_config.h"
+#include "worker/io/artifact_manifest.h"
+#include "worker/io/bounded_json.h"
+#include "worker/io/expected_tensors.h"
+#include "worker/io/gptq_packing.h"
+#include "worker/io/hf_directory.h"
+#include "worker/io/random_access_file.h"
+#include "worker/io/safetensors.h"
+#include "worker/io/stored_tensor.h"
+
+namespace walsh {
+namespace {
+
+using nlohmann::json;
+
+struct LocatedEntry {
+  size_t file_index = 0;
+  SafetensorsEntry entry;
+};
+using Entries = std::map<std::string, LocatedEntry, std::less<>>;
+
+std::string Describe(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) absl::StrAppend(&text, i == 0 ? "" : ", ", shape[i]);
+  return text + "]";
+}
+
+absl::StatusOr<const LocatedEntry*> Require(const Entries& entries, const std::string& name) {
+  const auto it = entries.find(name);
+  if (it != entries.end()) return &it->second;
+  return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' is missing"));
+}
+
+absl::Status RequireForm(const LocatedEntry& located, const char* dtype,
+                         const std::vector<int64_t>& shape) {
+  const SafetensorsEntry& entry = located.entry;
+  if (entry.dtype == dtype && entry.shape == shape) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("tensor '", entry.name, "' is ", entry.dtype, " ",
+                                                 Describe(entry.shape), ", expected ", dtype, " ",
+                                                 Describe(shape)));
+}
+
+// A quantized linear's four tensors, whose shapes tell bits and groups.
+struct QuantizedLinear {
+  GptqShape shape;
+  const LocatedEntry* qweight = nullptr;
+  const LocatedEntry* qzeros = nullptr;
+  const LocatedEntry* scales = nullptr;
+  const LocatedEntry* g_idx = nullptr;
+};
+
+absl::StatusOr<QuantizedLinear> FindQuantized(const Entries& entries, const std::string& name,
+                                              int64_t rows, int64_t cols, bool symmetric) {
+  QuantizedLinear linear;
+  linear.shape = {.rows = rows, .cols = cols, .symmetric = symmetric};
+  WALSH_ASSIGN_OR_RETURN(linear.qweight, Require(entries, name + ".qweight"));
+  WALSH_ASSIGN_OR_RETURN(linear.qzeros, Require(entries, name + ".qzeros"));
+  WALSH_ASSIGN_OR_RETURN(linear.scales, Require(entries, name + ".scales"));
+  WALSH_ASSIGN_OR_RETURN(linear.g_idx, Require(entries, name + ".g_idx"));
+  const std::vector<int64_t>& weight_shape = linear.qweight->entry.shape;
+  const std::vector<int64_t>& scale_shape = linear.scales->entry.shape;
+  const int64_t words = weight_shape.empty() ? 0 : weight_shape[0];
+  const int64_t groups = scale_shape.empty() ? 0 : scale_shape[0];
+  // Widths are at most 2^19, so the products fit easily; the shapes are then compared exactly.
+  if (cols % 32 != 0 || words < 1 || words > cols || words % (cols / 32) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor '", name, ".qweight' has shape ",
+                                                   Describe(weight_shape), ", which no width of ",
+                                                   cols, " inputs gives"));
+  }
+  if (groups < 1 || cols % groups != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor '", name, ".scales' has shape ",
+                                                   Describe(scale_shape), ": ", groups,
+                                                   " groups do not divide ", cols, " inputs"));
+  }
+  linear.shape.bits = static_cast<int>(words / (cols / 32));
+  linear.shape.group_size = cols / groups;
+  if (const absl::Status status = ValidateGptqShape(linear.shape); !status.ok()) {
+    return absl::Status(status.code(),
+                        absl::StrCat("linear '", name, "': ", std::string(status.message())));
+  }
+  WALSH_RETURN_IF_ERROR(RequireForm(*linear.qweight, "I32", {linear.shape.weight_words(), rows}));
+  WALSH_RETURN_IF_ERROR(RequireForm(*linear.qzeros, "I32", {groups, linear.shape.zero_words()}));
+  WALSH_RETURN_IF_ERROR(RequireForm(*linear.scales, "F16", {groups, rows}));
+  WALSH_RETURN_IF_ERROR(RequireForm(*linear.g_idx, "I32", {cols}));
+  return linear;
+}
+
+std::string LinearName(const std::string& weight) {
+  const std::string suffix = ".weight";
+  return weight.substr(0, weight.size() - suffix.size());
+}
+
+class Reader final : public ArtifactReader {
+ public:
+  static absl::StatusOr<std::unique_ptr<ArtifactReader>> Open(const std::string& directory,
+                                                              bool verify, int n_threads) {
+    auto reader = std::make_unique<Reader>();
+    WALSH_ASSIGN_OR_RETURN(reader->manifest_, ReadManifest(directory));
+    WALSH_ASSIGN_OR_RETURN(const SideFiles files, reader->ReadListedSideFiles(directory));
+    WALSH_RETURN_IF_ERROR(reader->ReadConfig(files));
+    WALSH_ASSIGN_OR_RETURN(reader->tokenizer_, TokenizerSourceOf(files));
+    WALSH_RETURN_IF_ERROR(reader->OpenShards(directory));
+    if (verify) WALSH_RETURN_IF_ERROR(reader->VerifyShards(directory, n_threads));
+    WALSH_RETURN_IF_ERROR(reader->CheckTensors());
+    return reader;
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const TokenizerSource& tokenizer() const override { return tokenizer_; }
+  const ArtifactInfo& info() const override { return manifest_.info; }
+
+  bool IsQuantized(std::string_view name) const override {
+    return linears_.find(name) != linears_.end();
+  }
+
+  absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const override {
+    const auto it = linears_.find(name);
+    if (it == linears_.end()) {
+      return absl::NotFoundError(
+          absl::StrCat("the artifact has no quantized linear '", std::string(name), "'"));
+    }
+    const QuantizedLinear& linear = it->second;
+    GptqTensors tensors;
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qweight, tensors.qweight));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qzeros, tensors.qzeros));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.scales, tensors.scales));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.g_idx, tensors.g_idx));
+    WALSH_RETURN_IF_ERROR(CheckGroupIndex(it->first, linear.shape, tensors.g_idx));
+    absl::StatusOr<QuantizedMatrix> matrix = UnpackGptq(tensors, linear.shape);
+    if (matrix.ok()) return matrix;
+    return absl::Status(
+        matrix.status().code(),
+        absl::StrCat("linear '", std::string(name), "': ", std::string(matrix.status().message())));
+  }
+
+  absl::StatusOr<Matrix> ReadDense(std::string_view name) const override {
+    const auto it = dense_.find(name);
+    if (it == dense_.end()) {
+      return absl::NotFoundError(
+          absl::StrCat("the artifact has no dense tensor '", std::string(name), "'"));
+    }
+    return ReadStoredRows(*files_[it->second.file_index], it->second.tensor, 0,
+                          it->second.tensor.rows);
+  }
+
+ private:
+  struct DenseTensor {
+    size_t file_index = 0;
+    StoredTensor tensor;
+  };
+
+  static absl::Status Differs(const std::string& name, const char* how) {
+    return absl::DataLossError(absl::StrCat(name, ": differs from what ", kManifestFile,
+                                            " records (", how, "); the artifact is damaged"));
+  }
+
+  // The small files that walsh.json lists, each compared with its digest: they are in memory
+  // anyway.
+  absl::StatusOr<SideFiles> ReadListedSideFiles(const std::string& directory) const {
+    WALSH_ASSIGN_OR_RETURN(SideFiles present, ReadSideFiles(directory));
+    WALSH_ASSIGN_OR_RETURN(
+        present[kWeightsIndexFile],
+        ReadSmallFile(absl::StrCat(directory, "/", kWeightsIndexFile), limits::kJsonFileBytesMax));
+    SideFiles listed;
+    for (const auto& [name, file] : manifest_.files) {
+      if (IsShard(name)) continue;
+      const auto it = present.find(name);
+      if (it == present.end()) {
+        return absl::DataLossError(
+            absl::StrCat(kManifestFile, " lists ", name, ", which is missing"));
+      }
+      WALSH_RETURN_IF_ERROR(CheckContents(name, it->second, file));
+      listed[name] = std::move(it->second);
+    }
+    for (const char* name : {"config.json", kWeightsIndexFile}) {
+      if (!listed.contains(name)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(kManifestFile, ": member 'files' does not list ", name));
+      }
+    }
+    return listed;
+  }
+
+  static bool IsShard(const std::string& name) {
+    constexpr std::string_view kSuffix = ".safetensors";
+    return name.size() > kSuffix.size() &&
+           std::string_view(name).substr(name.size() - kSuffix.size()) == kSuffix;
+  }
+
+  static absl::Status CheckContents(const std::string& name, std::string_view contents,
+                                    const ManifestFile& file) {
+    if (static_cast<int64_t>(contents.size()) != file.size_bytes) return Differs(name, "size");
+    for (size_t chunk = 0; chunk < file.sha256.size(); ++chunk) {
+      constexpr auto kChunkBytes = static_cast<size_t>(kHashChunkBytes);
+      if (Sha256Hex(contents.substr(chunk * kChunkBytes, kChunkBytes)) != file.sha256[chunk]) {
+        return Differs(name, "SHA-256");
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadConfig(const SideFiles& files) {
+    WALSH_ASSIGN_OR_RETURN(config_, ConfigOf(files));
+    if (config_.tied_embeddings) {
+      return absl::InvalidArgumentError("config.json: an artifact's embeddings are not tied");
+    }
+    WALSH_ASSIGN_OR_RETURN(const json document,
+                           ParseBoundedJson("config.json", files.at("config.json"),
+                                            {.bytes_max = limits::kConfigFileBytesMax,
+                                             .depth_max = limits::kJsonDepthMax}));
+    WALSH_ASSIGN_OR_RETURN(weight_map_, ParseWeightMap(files.at(kWeightsIndexFile)));
+    return CheckQuantizationConfig(document);
+  }
+
+  absl::Status OpenShards(const std::string& directory) {
+    WALSH_ASSIGN_OR_RETURN(shards_, ShardsOf(weight_map_));
+    const auto n_listed = std::count_if(manifest_.files.begin(), manifest_.files.end(),
+                                        [](const auto& file) { return IsShard(file.first); });
+    if (n_listed != static_cast<int64_t>(shards_.size())) {
+      return absl::InvalidArgumentError(absl::StrCat(kManifestFile, " lists ", n_listed,
+                                                     " weight files, ", kWeightsIndexFile, " ",
+                                                     shards_.size()));
+    }
+    for (const std::string& shard : shards_) {
+      const auto listed = manifest_.files.find(shard);
+      if (listed == manifest_.files.end()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(kManifestFile, ": member 'files' does not list ", shard));
+      }
+      WALSH_ASSIGN_OR_RETURN(auto file, OpenRandomAccessFile(absl::StrCat(directory, "/", shard)));
+      if (file->size() != listed->second.size_bytes) return Differs(shard, "size");
+      WALSH_ASSIGN_OR_RETURN(std::vector<SafetensorsEntry> entries, ParseSafetensors(*file));
+      for (SafetensorsEntry& entry : entries) {
+        const auto mapped = weight_map_.find(entry.name);
+        if (mapped == weight_map_.end() || mapped->second != shard) {
+          return absl::InvalidArgumentError(absl::StrCat(kWeightsIndexFile, ": tensor '",
+                                                         entry.name, "' is not listed in ", shard));
+        }
+        const std::string name = entry.name;
+        entries_[name] = {.file_index = files_.size(), .entry = std::move(entry)};
+      }
+      files_.push_back(std::move(file));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status VerifyShards(const std::string& directory, int n_threads) const {
+    for (size_t i = 0; i < shards_.size(); ++i) {
+      WALSH_ASSIGN_OR_RETURN(const std::vector<std::string> chunks,
+                             Sha256FileChunks(absl::StrCat(directory, "/", shards_[i]), n_threads));
+      if (chunks != manifest_.files.at(shards_[i]).sha256) return Differs(shards_[i], "SHA-256");
+      WALSH_RETURN_IF_ERROR(files_[i]->CheckUnchanged());
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckTensors() {
+    for (const ExpectedTensor& tensor : ExpectedTensors(config_)) {
+      if (!tensor.is_one_dimensional &&
+          entries_.find(LinearName(tensor.name) + ".qweight") != entries_.end()) {
+        WALSH_ASSIGN_OR_RETURN(linears_[LinearName(tensor.name)],
+                               FindQuantized(entries_, LinearName(tensor.name), tensor.rows,
+                                             tensor.cols, manifest_.info.symmetric));
+        continue;
+      }
+      WALSH_ASSIGN_OR_RETURN(const LocatedEntry* located, Require(entries_, tensor.name));
+      const std::vector<int64_t> shape = tensor.is_one_dimensional
+                                             ? std::vector<int64_t>{tensor.cols}
+                                             : std::vector<int64_t>{tensor.rows, tensor.cols};
+      WALSH_RETURN_IF_ERROR(RequireForm(*located, "BF16", shape));
+      dense_[tensor.name] = {.file_index = located->file_index,
+                             .tensor = {.name = tensor.name,
+                                        .type = StorageType::kBf16,
+                                        .offset = located->entry.offset,
+                                        .rows = tensor.rows,
+                                        .cols = tensor.cols,
+                                        .is_one_dimensional = tensor.is_one_dimensional}};
+    }
+    return absl::OkStatus();
+  }
+
+  template <typename T>
+  absl::Status ReadInto(const LocatedEntry& located, std::vector<T>& out) const {
+    out.resize(static_cast<size_t>(located.entry.size_bytes) / sizeof(T));
+    const RandomAccessFile& file = *files_[located.file_index];
+    WALSH_RETURN_IF_ERROR(
+        file.ReadAt(located.entry.offset, std::as_writable_bytes(std::span(out))));
+    return file.CheckUnchanged();
+  }
+
+  static absl::Status CheckGroupIndex(const std::string& name, const GptqShape& shape,
+                                      const std::vector<int32_t>& g_idx) {
+    for (size_t i = 0; i < g_idx.size(); ++i) {
+      const int64_t expected = static_cast<int64_t>(i) / shape.group_size;
+      if (g_idx[i] == expected) continue;
+      return absl::UnimplementedError(absl::StrCat("tensor '", name, ".g_idx' is ", g_idx[i],
+                                                   " at [", i, "], expected ", expected,
+                                                   ": columns out of order are not supported"));
+    }
+    return absl::OkStatus();
+  }
+
+  Manifest manifest_;
+  ModelConfig config_;
+  TokenizerSource tokenizer_;
+  WeightMap weight_map_;
+  std::vector<std::string> shards_;
+  std::vector<std::unique_ptr<RandomAccessFile>> files_;  // of the shards
+  Entries entries_;
+  std::map<std::string, QuantizedLinear, std::less<>> linears_;
+  std::map<std::string, DenseTensor, std::less<>> dense_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ArtifactReader>> ArtifactReader::Open(const std::string& directory,
+                                                                     bool verify, int n_threads) {
+  return Reader::Open(directory, verify, n_threads);
+}
+
+absl::StatusOr<ArtifactInfo> ArtifactReader::ReadInfo(const std::string& directory) {
+  WALSH_ASSIGN_OR_RETURN(const Manifest manifest, ReadManifest(directory));
+  return manifest.info;
+}
+
+}  // namespace walsh

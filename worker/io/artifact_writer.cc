@@ -1,0 +1,278 @@
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <span>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "common/limits.h"
+#include "common/publish.h"
+#include "common/status_macros.h"
+#include "worker/io/artifact.h"
+#include "worker/io/artifact_config.h"
+#include "worker/io/artifact_manifest.h"
+#include "worker/io/expected_tensors.h"
+#include "worker/io/gptq_packing.h"
+#include "worker/io/hf_directory.h"
+#include "worker/io/random_access_file.h"
+#include "worker/io/safetensors_writer.h"
+#include "worker/io/tokenizer_json_writer.h"
+#include "worker/tensor/half.h"
+
+namespace walsh {
+namespace {
+
+using nlohmann::json;
+
+constexpr char kConfigFile[] = "config.json";
+// The digests of the files follow the writing: one thread, so that a job's pool stays its own.
+constexpr int kHashThreads = 2;
+
+std::string TemporaryShardName(size_t index) { return absl::StrCat("shard-", index, ".partial"); }
+
+std::string ShardName(size_t index, size_t n_shards) {
+  char name[64];
+  std::snprintf(name, sizeof(name), "model-%05zu-of-%05zu.safetensors", index + 1, n_shards);
+  return name;
+}
+
+std::string WithoutSuffix(const std::string& name, const std::string& suffix) {
+  const bool has_suffix = name.size() > suffix.size() &&
+                          name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+  return has_suffix ? name.substr(0, name.size() - suffix.size()) : name;
+}
+
+// Large floats round to infinity in BF16.
+absl::Status CheckFiniteInBf16(const std::string& tensor, const Matrix& matrix) {
+  for (int64_t i = 0; i < matrix.size(); ++i) {
+    const float value = matrix.data()[i];
+    if (std::isfinite(Bf16ToFloat(FloatToBf16(value)))) continue;
+    return absl::DataLossError(absl::StrCat("tensor '", tensor, "' is ", value, " at element ", i,
+                                            ", must be finite in BF16"));
+  }
+  return absl::OkStatus();
+}
+
+class Writer final : public ArtifactWriter {
+ public:
+  Writer(std::string directory, ModelConfig model, json config, SideFiles side_files,
+         int64_t shard_bytes_max)
+      : directory_(std::move(directory)),
+        model_(std::move(model)),
+        config_(std::move(config)),
+        side_files_(std::move(side_files)),
+        shard_bytes_max_(shard_bytes_max) {
+    // The head is written on its own, whether or not the source ties it.
+    model_.tied_embeddings = false;
+    for (const ExpectedTensor& tensor : ExpectedTensors(model_)) {
+      // A linear becomes four tensors, with about so much in the header for each.
+      constexpr int64_t kEntryBytes = 200;
+      header_bytes_ += 4 * (static_cast<int64_t>(tensor.name.size()) + kEntryBytes);
+    }
+  }
+
+  absl::Status WriteQuantized(std::string_view name, const QuantizedMatrix& matrix) override {
+    const std::string linear(name);
+    const absl::StatusOr<GptqTensors> packed = PackGptq(matrix);
+    if (!packed.ok()) return Named(linear, packed.status());
+    const GptqShape shape = {.rows = matrix.rows,
+                             .cols = matrix.cols,
+                             .bits = matrix.bits,
+                             .group_size = matrix.group_size};
+    WALSH_RETURN_IF_ERROR(
+        Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(packed->g_idx))));
+    WALSH_RETURN_IF_ERROR(Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
+                                std::as_bytes(std::span(packed->qweight))));
+    WALSH_RETURN_IF_ERROR(Write(linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()},
+                                std::as_bytes(std::span(packed->qzeros))));
+    WALSH_RETURN_IF_ERROR(Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
+                                std::as_bytes(std::span(packed->scales))));
+    quantized_.insert(linear);
+    return absl::OkStatus();
+  }
+
+  absl::Status WriteDense(std::string_view name, const Matrix& matrix,
+                          bool one_dimensional) override {
+    const std::string tensor(name);
+    const bool is_vector = one_dimensional && matrix.rows() == 1;
+    const std::vector<int64_t> shape = is_vector
+                                           ? std::vector<int64_t>{matrix.cols()}
+                                           : std::vector<int64_t>{matrix.rows(), matrix.cols()};
+    WALSH_RETURN_IF_ERROR(CheckFiniteInBf16(tensor, matrix));
+    WALSH_RETURN_IF_ERROR(
+        Begin(tensor, "BF16", shape, matrix.size() * static_cast<int64_t>(sizeof(uint16_t))));
+    constexpr int64_t kPiece = 1 << 20;  // elements
+    std::vector<uint16_t> piece;
+    for (int64_t first = 0; first < matrix.size(); first += kPiece) {
+      const int64_t n = std::min(kPiece, matrix.size() - first);
+      piece.resize(static_cast<size_t>(n));
+      std::transform(matrix.data() + first, matrix.data() + first + n, piece.begin(), FloatToBf16);
+      WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(piece))));
+    }
+    dense_.insert(tensor);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report) override {
+    WALSH_RETURN_IF_ERROR(failure_);
+    WALSH_RETURN_IF_ERROR(CheckComplete());
+    WALSH_RETURN_IF_ERROR(CloseShard());
+    WALSH_RETURN_IF_ERROR(NameShards());
+    config_["quantization_config"] = quantization_config;
+    side_files_[kConfigFile] = config_.dump(2) + "\n";
+    for (const auto& [name, text] : side_files_) WALSH_RETURN_IF_ERROR(WriteSmall(name, text));
+    WALSH_ASSIGN_OR_RETURN(const auto digests, DigestFiles(directory_, files_, kHashThreads));
+    WALSH_ASSIGN_OR_RETURN(const std::string manifest, ManifestText(std::move(report), digests));
+    WALSH_RETURN_IF_ERROR(WriteSmall(kManifestFile, manifest));
+    return ArtifactReader::ReadInfo(directory_);
+  }
+
+  int64_t bytes_written() const override { return bytes_written_; }
+
+ private:
+  static absl::Status Named(const std::string& name, const absl::Status& status) {
+    return absl::Status(status.code(),
+                        absl::StrCat("linear '", name, "': ", std::string(status.message())));
+  }
+
+  absl::Status Write(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
+                     std::span<const std::byte> bytes) {
+    WALSH_RETURN_IF_ERROR(Begin(name, dtype, shape, static_cast<int64_t>(bytes.size())));
+    return Append(bytes);
+  }
+
+  absl::Status Begin(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
+                     int64_t n_bytes) {
+    WALSH_RETURN_IF_ERROR(failure_);
+    if (!written_.insert(name).second) {
+      return absl::FailedPreconditionError(absl::StrCat("tensor '", name, "' was written already"));
+    }
+    const bool is_full = shard_ != nullptr && (shard_->data_bytes() + n_bytes > shard_bytes_max_ ||
+                                               !shard_->HasRoom(name, shape));
+    if (is_full) WALSH_RETURN_IF_ERROR(CloseShard());
+    if (shard_ == nullptr) {
+      WALSH_ASSIGN_OR_RETURN(
+          shard_,
+          SafetensorsWriter::Create(
+              absl::StrCat(directory_, "/", TemporaryShardName(shards_.size())), header_bytes_));
+    }
+    shard_->Begin(name, dtype, shape);
+    return absl::OkStatus();
+  }
+
+  absl::Status Append(std::span<const std::byte> bytes) {
+    bytes_written_ += static_cast<int64_t>(bytes.size());
+    failure_ = shard_->Append(bytes);
+    return failure_;
+  }
+
+  absl::Status CloseShard() {
+    if (shard_ == nullptr) return absl::OkStatus();
+    WALSH_RETURN_IF_ERROR(shard_->Finish());
+    shards_.push_back(shard_->tensors());
+    data_bytes_ += shard_->data_bytes();
+    shard_.reset();
+    return absl::OkStatus();
+  }
+
+  // How many shards there are is in their names, so they get them last.
+  absl::Status NameShards() {
+    json weight_map = json::object();
+    for (size_t i = 0; i < shards_.size(); ++i) {
+      const std::string name = ShardName(i, shards_.size());
+      const std::string from = absl::StrCat(directory_, "/", TemporaryShardName(i));
+      if (rename(from.c_str(), absl::StrCat(directory_, "/", name).c_str()) != 0) {
+        return ErrnoStatus(errno, absl::StrCat("naming ", name));
+      }
+      files_.push_back(name);
+      for (const std::string& tensor : shards_[i]) weight_map[tensor] = name;
+    }
+    const json index = {{"metadata", {{"total_size", data_bytes_}}}, {"weight_map", weight_map}};
+    return WriteSmall(kWeightsIndexFile, index.dump(2) + "\n");
+  }
+
+  absl::Status WriteSmall(const std::string& name, const std::string& text) {
+    WALSH_RETURN_IF_ERROR(PublishFile(absl::StrCat(directory_, "/", name), text));
+    bytes_written_ += static_cast<int64_t>(text.size());
+    files_.push_back(name);
+    return absl::OkStatus();
+  }
+
+  absl::Status CheckComplete() const {
+    for (const ExpectedTensor& tensor : ExpectedTensors(model_)) {
+      if (dense_.contains(tensor.name)) continue;
+      if (quantized_.contains(WithoutSuffix(tensor.name, ".weight"))) continue;
+      return absl::FailedPreconditionError(
+          absl::StrCat("tensor '", tensor.name, "' was not written"));
+    }
+    return absl::OkStatus();
+  }
+
+  const std::string directory_;
+  ModelConfig model_;
+  json config_;
+  SideFiles side_files_;
+  const int64_t shard_bytes_max_;
+  int64_t header_bytes_ = 256;
+
+  std::unique_ptr<SafetensorsWriter> shard_;
+  std::vector<std::vector<std::string>> shards_;  // the tensors of each
+  std::vector<std::string> files_;                // that walsh.json lists
+  std::set<std::string> written_;
+  std::set<std::string> quantized_;
+  std::set<std::string> dense_;
+  absl::Status failure_;  // of the disk: a tensor is then there in part, and nothing can follow
+  int64_t data_bytes_ = 0;
+  int64_t bytes_written_ = 0;
+};
+
+// The source's own files, or tokenizer files made from a GGUF vocabulary.
+absl::StatusOr<SideFiles> SideFilesOf(const Checkpoint& source) {
+  SideFiles files = source.side_files();
+  if (!source.tokenizer().gguf.has_value()) return files;
+  WALSH_ASSIGN_OR_RETURN(
+      TokenizerFiles tokenizer,
+      MakeTokenizerFiles(*source.tokenizer().gguf, source.tokenizer().chat_template,
+                         source.config().max_position));
+  files["tokenizer.json"] = std::move(tokenizer.tokenizer_json);
+  files["tokenizer_config.json"] = std::move(tokenizer.tokenizer_config_json);
+  return files;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ArtifactWriter>> ArtifactWriter::Create(const std::string& directory,
+                                                                       const Checkpoint& source,
+                                                                       int64_t shard_bytes_max) {
+  WALSH_ASSIGN_OR_RETURN(json config, ArtifactConfig(source));
+  WALSH_ASSIGN_OR_RETURN(SideFiles side_files, SideFilesOf(source));
+  if (mkdir(directory.c_str(), 0755) != 0) {
+    if (errno == EEXIST) {
+      return absl::AlreadyExistsError(
+          absl::StrCat("the directory '", BaseName(directory), "' exists already"));
+    }
+    return ErrnoStatus(errno, "creating the artifact's directory");
+  }
+  return std::make_unique<Writer>(directory, source.config(), std::move(config),
+                                  std::move(side_files), shard_bytes_max);
+}
+
+absl::Status ReplaceReportMember(const std::string& directory, std::string_view member,
+                                 const json& value) {
+  WALSH_ASSIGN_OR_RETURN(Manifest manifest, ReadManifest(directory));
+  manifest.report[std::string(member)] = value;
+  WALSH_ASSIGN_OR_RETURN(const std::string text,
+                         ManifestText(std::move(manifest.report), manifest.files));
+  return PublishFile(absl::StrCat(directory, "/", kManifestFile), text);
+}
+
+}  // namespace walsh

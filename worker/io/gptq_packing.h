@@ -1,0 +1,54 @@
+// Quantized weights as GPTQ checkpoints store them (format gptq_v2).
+//
+//   qweight [in/32·bits, out] u32   32 consecutive inputs of one output are `bits` words down a
+//   column qzeros  [groups, out/32·bits] u32   the zeros of 32 consecutive outputs are `bits` words
+//   of a row scales  [groups, out] half     g_idx [in] i32 = input / group_size
+//
+// In those words the values follow each other as a stream of bits, the first in the lowest ones; at
+// 3 bits a value may straddle two words. Version 2 of the format stores a zero as it is, version 1
+// less one.
+//
+// Source:  AutoGPTQ's and GPTQModel's pack(); golden against numpy (tests/golden/io)
+// Errors:  INVALID_ARGUMENT  sizes that do not pack (the limit and value named), a code or zero
+// beyond
+//                            its bits, a scale that half precision does not hold
+//          DATA_LOSS         (unpacking) a scale that is not finite
+// Threads: safe.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/tensor/quantized_matrix.h"
+
+namespace walsh {
+
+struct GptqTensors {
+  std::vector<uint32_t> qweight;
+  std::vector<uint32_t> qzeros;
+  std::vector<uint16_t> scales;  // IEEE half
+  std::vector<int32_t> g_idx;
+};
+
+struct GptqShape {
+  int64_t rows = 0;  // out; a multiple of 32
+  int64_t cols = 0;  // in; a multiple of 32
+  int bits = 0;      // 2, 3, 4 or 8
+  int64_t group_size = 0;
+  bool symmetric = false;
+
+  int64_t groups() const { return cols / group_size; }
+  int64_t weight_words() const { return cols / 32 * bits; }  // rows of qweight
+  int64_t zero_words() const { return rows / 32 * bits; }    // columns of qzeros
+};
+
+// Whether such a matrix can be stored at all.
+absl::Status ValidateGptqShape(const GptqShape& shape);
+
+absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix);
+// `tensors` have the sizes that `shape` implies.
+absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const GptqShape& shape);
+
+}  // namespace walsh
