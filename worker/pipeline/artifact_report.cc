@@ -1,13 +1,10 @@
 #include "worker/pipeline/artifact_report.h"
 
 #include <string>
-#include <utility>
 
-#include "common/publish.h"
-#include "common/status_macros.h"
 #include "common/utf8.h"
 #include "common/version.h"
-#include "worker/io/artifact_manifest.h"
+#include "worker/io/artifact.h"
 
 namespace walsh::pipeline {
 namespace {
@@ -65,8 +62,6 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
   const calibrate::TokenWindows& windows = inputs.texts.calibration;
   return {
       {"walsh_version", std::string(Version())},
-      {"job", spec.job_name},
-      {"model", spec.model_name},
       {"source",
        {{"format", inputs.checkpoint.format()},
         {"architecture", inputs.checkpoint.config().architecture},
@@ -118,11 +113,7 @@ json QualityReport(const JobTexts& texts, const JobReport& report) {
 }
 
 absl::Status ReplaceQuality(const std::string& directory, const json& quality) {
-  WALSH_ASSIGN_OR_RETURN(Manifest manifest, ReadManifest(directory));
-  manifest.report["quality"] = quality;
-  WALSH_ASSIGN_OR_RETURN(const std::string text,
-                         ManifestText(std::move(manifest.report), manifest.files));
-  return PublishFile(directory + "/" + kManifestFile, text);
+  return ReplaceReportMember(directory, "quality", quality);
 }
 
 }  // namespace walsh::pipeline

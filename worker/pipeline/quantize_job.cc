@@ -204,6 +204,7 @@ class Job {
     const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
     WALSH_ASSIGN_OR_RETURN(report_.artifact, writer->Finish(QuantizationConfig(spec_, job_),
                                                             ArtifactReport(inputs, report_)));
+    report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }
 
@@ -235,6 +236,7 @@ class Job {
     report_.window_losses_after = std::move(after.losses);
     WALSH_RETURN_IF_ERROR(ReplaceQuality(spec_.output_directory, QualityReport(texts_, report_)));
     WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));
+    report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }
 
