@@ -1,0 +1,66 @@
+#include "worker/kernels/cuda/context.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/error.h"
+
+namespace walsh::cuda {
+absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
+  const std::string text = absl::StrCat(std::string(what), ": ", cublasGetStatusString(status));
+  if (status == CUBLAS_STATUS_ALLOC_FAILED) return absl::ResourceExhaustedError(text);
+  return absl::InternalError(text);
+}
+
+absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what) {
+  if (status == CUSOLVER_STATUS_SUCCESS) return absl::OkStatus();
+  const std::string text =
+      absl::StrCat(std::string(what), ": cuSOLVER status ", static_cast<int>(status));
+  if (status == CUSOLVER_STATUS_ALLOC_FAILED) return absl::ResourceExhaustedError(text);
+  return absl::InternalError(text);
+}
+
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
+  int n_devices = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDeviceCount(&n_devices));
+  if (device < 0 || device >= n_devices) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("no CUDA device ", device, ": this machine has ", n_devices));
+  }
+  std::unique_ptr<Context> context(new Context());
+  context->device_ = device;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaSetDevice(device));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDeviceProperties(&context->properties_, device));
+  cudaMemPool_t pool = nullptr;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaDeviceGetDefaultMemPool(&pool, device));
+  uint64_t keep_all = UINT64_MAX;
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->stream_, cudaStreamNonBlocking));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->side_, cudaStreamNonBlocking));
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->blas_));
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->blas_, context->stream_));
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->side_blas_));
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->side_blas_, context->side_));
+  WALSH_CUSOLVER_RETURN_IF_ERROR(cusolverDnCreate(&context->side_solver_));
+  WALSH_CUSOLVER_RETURN_IF_ERROR(cusolverDnSetStream(context->side_solver_, context->side_));
+  return context;
+}
+
+Context::~Context() {
+  if (side_solver_ != nullptr) cusolverDnDestroy(side_solver_);
+  if (side_blas_ != nullptr) cublasDestroy(side_blas_);
+  if (blas_ != nullptr) cublasDestroy(blas_);
+  if (side_ != nullptr) cudaStreamDestroy(side_);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+absl::Status Context::Synchronize() {
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(side_));
+  return absl::OkStatus();
+}
+
+}  // namespace walsh::cuda

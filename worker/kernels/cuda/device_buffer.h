@@ -1,0 +1,72 @@
+// Device memory that frees itself, from the stream-ordered pool of CUDA.
+//
+// The pool keeps what is freed, so that a layer's buffers cost nothing after the first layer.
+// Memory is not cleared.
+//
+// Errors:  RESOURCE_EXHAUSTED with bytes needed and free
+// Threads: a buffer is used by one thread at a time; allocation is safe from several
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <utility>
+
+#include "absl/status/statusor.h"
+
+namespace walsh::cuda {
+
+// Bytes of all DeviceBuffers of the process, and the most there were since ResetPeak.
+struct MemoryUse {
+  int64_t bytes_now = 0;
+  int64_t bytes_peak = 0;
+};
+MemoryUse DeviceMemoryUse();
+void ResetDeviceMemoryPeak();
+// Makes the n-th allocation from now fail as if memory were out, for tests; 0 turns it off.
+void FailAllocationForTest(int64_t nth);
+
+// Allocates from the pool in the order of `stream`; frees in that order too.
+absl::StatusOr<void*> AllocateDevice(int64_t n_bytes, cudaStream_t stream);
+void FreeDevice(void* pointer, int64_t n_bytes, cudaStream_t stream);
+
+template <typename T>
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  static absl::StatusOr<DeviceBuffer> Allocate(int64_t n, cudaStream_t stream) {
+    absl::StatusOr<void*> pointer = AllocateDevice(n * static_cast<int64_t>(sizeof(T)), stream);
+    if (!pointer.ok()) return pointer.status();
+    return DeviceBuffer(static_cast<T*>(*pointer), n, stream);
+  }
+  ~DeviceBuffer() { Reset(); }
+  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    if (this != &other) {
+      Reset();
+      data_ = std::exchange(other.data_, nullptr);
+      size_ = std::exchange(other.size_, 0);
+      stream_ = other.stream_;
+    }
+    return *this;
+  }
+
+  void Reset() {
+    if (data_ != nullptr) FreeDevice(data_, size_ * static_cast<int64_t>(sizeof(T)), stream_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
+  int64_t size() const { return size_; }
+  int64_t size_bytes() const { return size_ * static_cast<int64_t>(sizeof(T)); }
+
+ private:
+  DeviceBuffer(T* data, int64_t size, cudaStream_t stream)
+      : data_(data), size_(size), stream_(stream) {}
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace walsh::cuda

@@ -1,0 +1,88 @@
+// Upper factor of the inverse Hessian without forming the inverse.
+//
+// Bound: arithmetic: n³/3 for the Cholesky and n³/3 for the triangular inverse, in fp32.
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/device_buffer.h"
+#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/gptq.h"
+
+namespace walsh::cuda {
+namespace {
+
+constexpr int kTile = 32;
+
+// out = reverse(H[perm, perm] + diag): element (i, j) of `out` comes from positions n−1−i, n−1−j.
+__global__ void GatherReversed(const float* h, const int32_t* perm, const float* diagonal_add,
+                               int64_t n, float* out) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
+  const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile;
+  if (j >= n) return;
+  const int64_t column = perm[n - 1 - j];
+  for (int k = threadIdx.y; k < kTile; k += blockDim.y) {
+    const int64_t i = i0 + k;
+    if (i >= n) return;
+    const int64_t row = perm[n - 1 - i];
+    float value = h[row * n + column];
+    if (i == j) value += diagonal_add[row];
+    out[i * n + j] = value;
+  }
+}
+
+// Reverses the memory of an n² matrix: with L⁻¹ of the reversed problem this is U, row-major.
+__global__ void ReverseInPlace(float* data, int64_t n_elements) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n_elements / 2) return;
+  const float a = data[i];
+  data[i] = data[n_elements - 1 - i];
+  data[n_elements - 1 - i] = a;
+}
+
+absl::Status Verdict(const DeviceBuffer<int>& info, cudaStream_t stream) {
+  int value = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaMemcpyAsync(&value, info.data(), sizeof(value), cudaMemcpyDeviceToHost, stream));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+  if (value == 0) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      absl::StrCat("not positive definite at position ", value, " from the last column"));
+}
+
+}  // namespace
+
+absl::Status FactorHessian(Context& context, const FactorHessianParams& params) {
+  const int64_t n = params.dim;
+  if (n == 0) return absl::OkStatus();
+  const cudaStream_t stream = context.side();
+  const cusolverDnHandle_t solver = context.side_solver();
+  const auto tiles = static_cast<unsigned>((n + kTile - 1) / kTile);
+  GatherReversed<<<dim3(tiles, tiles), dim3(kTile, 8), 0, stream>>>(
+      params.h, params.perm, params.diagonal_add, n, params.u);
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("GatherReversed", stream);
+
+  // cuSOLVER is column-major: its upper triangle is our lower one.
+  constexpr cublasFillMode_t kOurLower = CUBLAS_FILL_MODE_UPPER;
+  size_t device_bytes = 0;
+  size_t host_bytes = 0;
+  WALSH_CUSOLVER_RETURN_IF_ERROR(cusolverDnXpotrf_bufferSize(solver, nullptr, kOurLower, n,
+                                                             CUDA_R_32F, params.u, n, CUDA_R_32F,
+                                                             &device_bytes, &host_bytes));
+  WALSH_ASSIGN_OR_RETURN(
+      auto work, DeviceBuffer<unsigned char>::Allocate(static_cast<int64_t>(device_bytes), stream));
+  WALSH_ASSIGN_OR_RETURN(auto info, DeviceBuffer<int>::Allocate(1, stream));
+  std::vector<unsigned char> host_work(host_bytes);
+
+  WALSH_CUSOLVER_RETURN_IF_ERROR(
+      cusolverDnXpotrf(solver, nullptr, kOurLower, n, CUDA_R_32F, params.u, n, CUDA_R_32F,
+                       work.data(), device_bytes, host_work.data(), host_bytes, info.data()));
+  WALSH_RETURN_IF_ERROR(Verdict(info, stream));
+  WALSH_RETURN_IF_ERROR(InvertLower(context.side_blas(), stream, n, params.u));
+  const int64_t half = n * n / 2;
+  ReverseInPlace<<<static_cast<unsigned>((half + 255) / 256 + 1), 256, 0, stream>>>(params.u,
+                                                                                    n * n);
+  return LaunchStatus("ReverseInPlace", stream);
+}
+
+}  // namespace walsh::cuda

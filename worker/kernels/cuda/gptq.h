@@ -1,0 +1,87 @@
+// GPTQ of one linear on the device, from weights and Hessian to packed tensors.
+//
+// Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), algorithm 1.
+// Symbols: W [rows, cols] weights (out × in); H [cols, cols] = XᵀX; U upper triangular with
+//          H⁻¹ = UᵀU; columns are processed in the order `perm`.
+//
+// No inverse is formed: with P the reversal, P H P = L Lᵀ gives U = P L⁻¹ P (one Cholesky and one
+// triangular inverse; potri costs six times potrf). The rows of W are independent, so one kernel
+// takes a block of 128 columns through all its sequential steps on chip, a warp per row, the clip
+// search included; a GEMM then updates the trailing columns.
+//
+// Shapes:  row-major; cols a multiple of 32; groups never cross a 128-column block unless they are
+// a
+//          multiple of 128 or the whole row
+// Errors:  INVALID_ARGUMENT, RESOURCE_EXHAUSTED; FAILED_PRECONDITION when H is not positive
+// definite
+//          with the damping given
+// Memory:  FactorHessian cols² / 4 floats; QuantizeColumns rows × (cols + 128) floats
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "worker/kernels/cuda/context.h"
+
+namespace walsh::cuda {
+
+inline constexpr int kGptqBlock = 128;
+
+// Ladder, dead columns and order are decided by the caller from the diagonal.
+struct FactorHessianParams {
+  int64_t dim = 0;
+  const float* h = nullptr;             // [dim, dim], symmetric
+  const int32_t* perm = nullptr;        // [dim]: position → column
+  const float* diagonal_add = nullptr;  // [dim] by column: damping, and 1 for dead columns
+  float* u = nullptr;                   // [dim, dim], zero below the diagonal
+};
+// Runs on the context's side stream and synchronizes it to read the factorization's verdict.
+absl::Status FactorHessian(Context& context, const FactorHessianParams& params);
+
+// Inverse of the lower triangular `l` [n, n] in place; what stands above the diagonal becomes zero.
+// Work goes to `stream`, to which `blas` is bound.
+absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, float* l);
+
+struct QuantizeColumnsParams {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const float* w = nullptr;       // [rows, cols], natural order
+  const float* u = nullptr;       // [cols, cols] of FactorHessian; null: round to nearest
+  const int32_t* perm = nullptr;  // [cols]
+  const uint8_t* dead = nullptr;  // [cols] by column: 1 sets the column's weights to 0; or null
+  int bits = 4;
+  int64_t group_size = 128;  // 32, 64, a multiple of 128 or cols
+  bool symmetric = false;
+  bool mse_clip = true;
+  // Outputs, natural order.
+  uint8_t* codes = nullptr;  // [rows, cols]
+  float* scales = nullptr;   // [rows, cols / group_size], exact in half precision
+  uint8_t* zeros = nullptr;  // [rows, cols / group_size]
+  // [rows]: Σ ((w − q) / U_jj)² = the row's share of tr(ΔW (H + damping) ΔWᵀ).
+  float* loss = nullptr;
+};
+absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& params);
+
+// Integers and grids to the artifact's gptq_v2 tensors (docs/artifact-format.md) and, for the
+// forward pass, to bf16. Any output may be null.
+struct PackParams {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int bits = 4;
+  int64_t group_size = 128;
+  const uint8_t* codes = nullptr;
+  const float* scales = nullptr;
+  const uint8_t* zeros = nullptr;
+  uint32_t* qweight = nullptr;           // [cols / 32 · bits, rows]
+  uint32_t* qzeros = nullptr;            // [groups, rows / 32 · bits]
+  __half* half_scales = nullptr;         // [groups, rows]
+  __nv_bfloat16* dequantized = nullptr;  // [rows, cols]
+  cudaStream_t stream = nullptr;
+};
+absl::Status Pack(const PackParams& params);
+
+}  // namespace walsh::cuda

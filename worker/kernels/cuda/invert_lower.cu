@@ -1,0 +1,133 @@
+// Inverse of a lower triangular matrix, in place, by doubling.
+//
+// Diagonal blocks of 64 are inverted on chip, all at once; then each level joins pairs of inverted
+// blocks:
+//     | A  0 |⁻¹    |  A⁻¹          0  |
+//     | B  C |    = | −C⁻¹ B A⁻¹   C⁻¹ |
+// with two batched products a level. cuSOLVER's trtri takes 11 ms for n = 4096 on an H200, where
+// this is bound by the products: 2/3·n³ flop, twice the least possible, at the fp32 rate.
+#include <algorithm>
+
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/device_buffer.h"
+#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/gptq.h"
+
+namespace walsh::cuda {
+namespace {
+
+constexpr int kBlock = 64;
+
+// One CTA a diagonal block, a thread a column of the inverse; the strict upper part becomes zero.
+__global__ void __launch_bounds__(kBlock) InvertDiagonalBlocks(int64_t n, float* l) {
+  __shared__ float block[kBlock][kBlock + 1];
+  __shared__ float inverse[kBlock][kBlock + 1];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock;
+  const int size = static_cast<int>(min(static_cast<int64_t>(kBlock), n - first));
+  const int column = static_cast<int>(threadIdx.x);
+  for (int i = 0; i < size; ++i) {
+    if (column < size) block[i][column] = l[(first + i) * n + first + column];
+  }
+  __syncthreads();
+  if (column < size) {
+    for (int i = 0; i < size; ++i) {
+      float sum = i == column ? 1.0f : 0.0f;
+      for (int k = column; k < i; ++k) sum = fmaf(-block[i][k], inverse[k][column], sum);
+      inverse[i][column] = i < column ? 0.0f : sum / block[i][i];
+    }
+    for (int i = 0; i < size; ++i) l[(first + i) * n + first + column] = inverse[i][column];
+  }
+}
+
+__global__ void ZeroAboveDiagonalBlocks(int64_t n, float* l) {
+  const int64_t row = blockIdx.y;
+  const int64_t begin = (row / kBlock + 1) * kBlock;
+  const int64_t column = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column < n) l[row * n + column] = 0.0f;
+}
+
+// C[m, n] = alpha · A[m, k] · B[k, n], row-major, `batch` of them.
+struct Product {
+  int64_t m, n, k;
+  float alpha;
+  const float* a;
+  int64_t a_ld, a_stride;
+  const float* b;
+  int64_t b_ld, b_stride;
+  float* c;
+  int64_t c_ld, c_stride;
+  int64_t batch;
+};
+absl::Status Multiply(cublasHandle_t blas, const Product& p) {
+  const float zero = 0.0f;
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasSgemmStridedBatched(
+      blas, CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(p.n), static_cast<int>(p.m),
+      static_cast<int>(p.k), &p.alpha, p.b, static_cast<int>(p.b_ld), p.b_stride, p.a,
+      static_cast<int>(p.a_ld), p.a_stride, &zero, p.c, static_cast<int>(p.c_ld), p.c_stride,
+      static_cast<int>(p.batch)));
+  return absl::OkStatus();
+}
+
+// Joins `batch` pairs, the first at offset `first`; A is [s, s], C [r, r].
+absl::Status JoinPairs(cublasHandle_t blas, int64_t n, int64_t first, int64_t s, int64_t r,
+                       int64_t batch, float* l, float* scratch) {
+  const int64_t step = 2 * s * (n + 1);
+  float* a = l + first * (n + 1);
+  float* b = a + s * n;
+  float* c = a + s * (n + 1);
+  WALSH_RETURN_IF_ERROR(Multiply(blas, {.m = r,
+                                        .n = s,
+                                        .k = r,
+                                        .alpha = 1.0f,
+                                        .a = c,
+                                        .a_ld = n,
+                                        .a_stride = step,
+                                        .b = b,
+                                        .b_ld = n,
+                                        .b_stride = step,
+                                        .c = scratch,
+                                        .c_ld = s,
+                                        .c_stride = r * s,
+                                        .batch = batch}));
+  return Multiply(blas, {.m = r,
+                         .n = s,
+                         .k = s,
+                         .alpha = -1.0f,
+                         .a = scratch,
+                         .a_ld = s,
+                         .a_stride = r * s,
+                         .b = a,
+                         .b_ld = n,
+                         .b_stride = step,
+                         .c = b,
+                         .c_ld = n,
+                         .c_stride = step,
+                         .batch = batch});
+}
+
+}  // namespace
+
+absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, float* l) {
+  if (n == 0) return absl::OkStatus();
+  ZeroAboveDiagonalBlocks<<<dim3(static_cast<unsigned>((n + 255) / 256), static_cast<unsigned>(n)),
+                            256, 0, stream>>>(n, l);
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ZeroAboveDiagonalBlocks", stream);
+  InvertDiagonalBlocks<<<static_cast<unsigned>((n + kBlock - 1) / kBlock), kBlock, 0, stream>>>(n,
+                                                                                                l);
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("InvertDiagonalBlocks", stream);
+  // The last level has the largest products: at most n/2 × n/2 rounded up to blocks.
+  WALSH_ASSIGN_OR_RETURN(
+      auto scratch, DeviceBuffer<float>::Allocate((n / 2 + kBlock) * (n / 2 + kBlock), stream));
+  for (int64_t s = kBlock; s < n; s *= 2) {
+    const int64_t full_pairs = n / (2 * s);
+    if (full_pairs > 0) {
+      WALSH_RETURN_IF_ERROR(JoinPairs(blas, n, 0, s, s, full_pairs, l, scratch.data()));
+    }
+    const int64_t first = full_pairs * 2 * s;
+    const int64_t rest = n - first - s;
+    if (rest > 0) WALSH_RETURN_IF_ERROR(JoinPairs(blas, n, first, s, rest, 1, l, scratch.data()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace walsh::cuda
