@@ -19,7 +19,7 @@
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/layer_quantizer.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 void CheckOk(const absl::Status& status) {
@@ -224,6 +224,6 @@ int Main(int argc, char** argv) {
 }
 
 }  // namespace
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda
 
-int main(int argc, char** argv) { return walsh::cuda::Main(argc, argv); }
+int main(int argc, char** argv) { return walsh::kernels::cuda::Main(argc, argv); }

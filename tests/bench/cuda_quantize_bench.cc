@@ -17,7 +17,7 @@
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 struct Timing {
@@ -257,6 +257,6 @@ int Main() {
 }
 
 }  // namespace
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda
 
-int main() { return walsh::cuda::Main(); }
+int main() { return walsh::kernels::cuda::Main(); }

@@ -8,7 +8,7 @@
 #include "worker/kernels/cuda/forward.h"
 #include "worker/tensor/half.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr double kBf16Limit = 1e-5;  // NMSE of bf16 results accumulated in fp32
@@ -286,4 +286,4 @@ TEST_F(ForwardGpuTest, CrossEntropyAndKl) {
 }
 
 }  // namespace
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

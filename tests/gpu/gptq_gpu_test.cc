@@ -6,7 +6,7 @@
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/tensor/half.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 struct Problem {
@@ -383,4 +383,4 @@ TEST_F(GptqFixture, FailedAllocationLeavesNothingBehind) {
 }
 
 }  // namespace
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

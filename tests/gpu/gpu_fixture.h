@@ -15,7 +15,7 @@
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/device_buffer.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 class GpuTest : public ::testing::Test {
  protected:
@@ -82,4 +82,4 @@ double NormalizedSquaredError(const std::vector<A>& a, const std::vector<B>& b) 
   return norm == 0.0 ? error : error / norm;
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

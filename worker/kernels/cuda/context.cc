@@ -4,9 +4,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
   const std::string text = absl::StrCat(std::string(what), ": ", cublasGetStatusString(status));
@@ -63,4 +63,4 @@ absl::Status Context::Synchronize() {
   return absl::OkStatus();
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -1,7 +1,7 @@
 // One device with its streams and library handles.
 //
-// Errors:  FAILED_PRECONDITION no such device, or one whose compute capability this build has no
-// code for Threads: used by one thread at a time
+// Errors:  FAILED_PRECONDITION  no such device, or one that this build has no code for
+// Threads: used by one thread at a time
 #pragma once
 
 #include <cublas_v2.h>
@@ -14,7 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 class Context {
  public:
@@ -49,9 +49,9 @@ class Context {
 absl::Status CublasStatus(cublasStatus_t status, std::string_view what);
 absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what);
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda
 
 #define WALSH_CUBLAS_RETURN_IF_ERROR(call) \
-  WALSH_RETURN_IF_ERROR(::walsh::cuda::CublasStatus((call), #call))
+  WALSH_RETURN_IF_ERROR(::walsh::kernels::cuda::CublasStatus((call), #call))
 #define WALSH_CUSOLVER_RETURN_IF_ERROR(call) \
-  WALSH_RETURN_IF_ERROR(::walsh::cuda::CusolverStatus((call), #call))
+  WALSH_RETURN_IF_ERROR(::walsh::kernels::cuda::CusolverStatus((call), #call))

@@ -53,10 +53,20 @@ absl::StatusCode CodeOf(cudaError_t error) {
 
 absl::Status CudaStatus(cudaError_t error, std::string_view what) {
   if (error == cudaSuccess) return absl::OkStatus();
+  cudaGetLastError();  // what is not sticky must not be reported by the next call
   absl::Status status(CodeOf(error), absl::StrCat(std::string(what), ": ", cudaGetErrorName(error),
                                                   " (", cudaGetErrorString(error), ")"));
   if (LeavesProcessBroken(error)) status.SetPayload(kPoisonedType, absl::Cord("1"));
   return status;
+}
+
+absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed) {
+  size_t free = 0;
+  size_t total = 0;
+  if (cudaMemGetInfo(&free, &total) != cudaSuccess) cudaGetLastError();
+  return absl::ResourceExhaustedError(
+      absl::StrCat(std::string(what), ": out of device memory: ", bytes_needed, " bytes needed, ",
+                   free, " of ", total, " free"));
 }
 
 bool IsPoisoned(const absl::Status& status) { return status.GetPayload(kPoisonedType).has_value(); }

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <string_view>
 
 #include "absl/status/status.h"
@@ -16,6 +17,8 @@
 namespace walsh::kernels::cuda {
 
 absl::Status CudaStatus(cudaError_t error, std::string_view what);
+// RESOURCE_EXHAUSTED with what was needed and what is free.
+absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed);
 
 // No CUDA call of this process can succeed any more: report, drain and exit.
 bool IsPoisoned(const absl::Status& status);
@@ -25,3 +28,18 @@ bool IsPoisoned(const absl::Status& status);
 absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream);
 
 }  // namespace walsh::kernels::cuda
+
+#define WALSH_CUDA_RETURN_IF_ERROR(call)                                   \
+  do {                                                                     \
+    const cudaError_t walsh_cuda_error_ = (call);                          \
+    if (walsh_cuda_error_ != cudaSuccess) {                                \
+      return ::walsh::kernels::cuda::CudaStatus(walsh_cuda_error_, #call); \
+    }                                                                      \
+  } while (false)
+#define WALSH_CUDA_RETURN_IF_LAUNCH_FAILED(kernel, stream)                                   \
+  do {                                                                                       \
+    if (::absl::Status walsh_launch_ = ::walsh::kernels::cuda::LaunchStatus(kernel, stream); \
+        !walsh_launch_.ok()) {                                                               \
+      return walsh_launch_;                                                                  \
+    }                                                                                        \
+  } while (false)

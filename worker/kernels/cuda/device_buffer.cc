@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 std::atomic<int64_t> bytes_now{0};
@@ -48,4 +48,4 @@ void FreeDevice(void* pointer, int64_t n_bytes, cudaStream_t stream) {
   bytes_now.fetch_sub(n_bytes);
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

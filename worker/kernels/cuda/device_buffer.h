@@ -14,7 +14,7 @@
 
 #include "absl/status/statusor.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 // Bytes of all DeviceBuffers of the process, and the most there were since ResetPeak.
 struct MemoryUse {
@@ -69,4 +69,4 @@ class DeviceBuffer {
   cudaStream_t stream_ = nullptr;
 };
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -4,11 +4,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/reduce.cuh"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -266,4 +266,4 @@ template absl::Status Embed<float>(Context&, int64_t, int64_t, const int32_t*, c
 template absl::Status Convert<float, bf16>(Context&, int64_t, const float*, bf16*);
 template absl::Status Convert<bf16, float>(Context&, int64_t, const bf16*, float*);
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

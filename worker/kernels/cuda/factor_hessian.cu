@@ -5,11 +5,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/kernels/cuda/error.h"
 #include "worker/kernels/cuda/gptq.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kTile = 32;
@@ -85,4 +85,4 @@ absl::Status FactorHessian(Context& context, const FactorHessianParams& params) 
   return LaunchStatus("ReverseInPlace", stream);
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -15,7 +15,7 @@
 #include "absl/status/status.h"
 #include "worker/kernels/cuda/context.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 using bf16 = __nv_bfloat16;
 
@@ -106,4 +106,4 @@ absl::Status KlDivergence(Context& context, int64_t n_tokens, int64_t vocab, con
 template <typename From, typename To>
 absl::Status Convert(Context& context, int64_t n, const From* from, To* to);
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -8,10 +8,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 // Columns of a block of the Hessian: wide enough for full tensor-core rate, narrow enough that the
@@ -68,4 +68,4 @@ absl::Status AccumulateGram(Context& context, const GramParams& p) {
   return absl::OkStatus();
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

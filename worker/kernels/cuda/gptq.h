@@ -27,7 +27,7 @@
 #include "absl/status/status.h"
 #include "worker/kernels/cuda/context.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 inline constexpr int kGptqBlock = 128;
 
@@ -84,4 +84,4 @@ struct PackParams {
 };
 absl::Status Pack(const PackParams& params);
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

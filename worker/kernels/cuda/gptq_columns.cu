@@ -7,12 +7,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/kernels/cuda/error.h"
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/kernels/cuda/group_grid.cuh"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kRowsPerCta = 16;
@@ -281,4 +281,4 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
   return absl::OkStatus();
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

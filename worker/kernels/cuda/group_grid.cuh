@@ -12,7 +12,7 @@
 
 #include "worker/kernels/cuda/reduce.cuh"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 inline constexpr int kClipSteps = 80;
 inline constexpr float kClipGrid = 100.0f;
@@ -109,4 +109,4 @@ __device__ GroupGrid WarpGroupGrid(const float* values, float max_code, bool sym
   });
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -9,11 +9,11 @@
 #include <algorithm>
 
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/kernels/cuda/error.h"
 #include "worker/kernels/cuda/gptq.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kBlock = 64;
@@ -130,4 +130,4 @@ absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, fl
   return absl::OkStatus();
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

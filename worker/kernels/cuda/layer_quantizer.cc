@@ -7,12 +7,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/kernels/cuda/row_forms.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 // Events around a piece of work, read once the layer is done so that nothing waits in between.
@@ -461,4 +461,4 @@ absl::StatusOr<std::unique_ptr<LayerQuantizer>> LayerQuantizer::Create(
   return quantizer;
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

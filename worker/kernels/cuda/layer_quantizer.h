@@ -29,7 +29,7 @@
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/device_buffer.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 struct LayerShape {
   int64_t hidden = 0;
@@ -120,4 +120,4 @@ class LayerQuantizer {
   static int64_t MemoryNeeded(const LayerShape& shape, const LayerQuantizerOptions& options);
 };
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

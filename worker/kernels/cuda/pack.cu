@@ -3,10 +3,10 @@
 // Bound: device memory; each code is read once per output.
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/gptq.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 // 32 values of `bits` bits are `bits` words, a little-endian stream of bits: word m holds bits
@@ -135,4 +135,4 @@ absl::Status Pack(const PackParams& p) {
   return absl::OkStatus();
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 inline constexpr int kWarpSize = 32;
 
@@ -50,4 +50,4 @@ __device__ __forceinline__ T BlockReduce(T x, T* scratch, Op op = Op()) {
   return result;
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -1,10 +1,10 @@
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/kernels/cuda/error.h"
 #include "worker/kernels/cuda/reduce.cuh"
 #include "worker/kernels/cuda/row_forms.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -70,4 +70,4 @@ absl::StatusOr<RowForms> ComputeRowForms(Context& context, const RowFormsParams&
   return forms;
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

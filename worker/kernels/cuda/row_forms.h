@@ -11,7 +11,7 @@
 #include "absl/status/statusor.h"
 #include "worker/kernels/cuda/context.h"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 
 struct RowFormsParams {
   int64_t rows = 0;
@@ -30,4 +30,4 @@ struct RowForms {
 // Synchronizes the context's stream.
 absl::StatusOr<RowForms> ComputeRowForms(Context& context, const RowFormsParams& params);
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda

@@ -9,11 +9,11 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "worker/kernels/cuda/error.h"
+#include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/reduce.cuh"
 
-namespace walsh::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kQueries = 64;  // of a CTA
@@ -292,4 +292,4 @@ absl::Status WindowAttention(Context& context, const WindowAttentionParams<float
   return LaunchStatus("WindowAttention (fp32)", context.stream());
 }
 
-}  // namespace walsh::cuda
+}  // namespace walsh::kernels::cuda
