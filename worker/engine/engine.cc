@@ -86,7 +86,7 @@ class BatchingEngine final : public Engine {
   Clock* const clock_;
   const int64_t context_tokens_;
   ThreadPool pool_;
-  EngineMetrics metrics_;
+  mutable EngineMetrics metrics_;
 
   // The engine's thread only.
   ForwardScratch scratch_;
@@ -192,7 +192,9 @@ void BatchingEngine::Drain(absl::Duration timeout) {
 
 Stats BatchingEngine::stats() const {
   const std::lock_guard lock(mu_);
-  return StatsLocked();
+  const Stats stats = StatsLocked();
+  metrics_.SetLoad(stats);
+  return stats;
 }
 
 Stats BatchingEngine::StatsLocked() const {

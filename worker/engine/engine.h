@@ -126,6 +126,7 @@ class Engine {
   // Refuses new requests; returns when the accepted ones are done or at the deadline, after which
   // they fail with UNAVAILABLE.
   virtual void Drain(absl::Duration timeout) = 0;
+  // Also brings the gauges up to date: a loop that is stuck cannot do so itself.
   virtual Stats stats() const = 0;
   // Tokens of prompt and output together: the model's context, or the KV cache if that is smaller.
   virtual int64_t context_tokens() const = 0;

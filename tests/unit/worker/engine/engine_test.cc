@@ -1,0 +1,502 @@
+#include "worker/engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <limits>
+#include <mutex>
+#include <random>
+#include <thread>
+
+#include "tests/testing/fake_model.h"
+#include "tests/testing/status_matchers.h"
+
+namespace walsh::engine {
+namespace {
+
+using ::testing::ElementsAreArray;
+using ::testing::HasSubstr;
+using walsh::testing::ByteTokens;
+using walsh::testing::FakeModel;
+using walsh::testing::kFakeEos;
+using walsh::testing::StatusIs;
+
+// Records one request's events and checks their order.
+class RecordingSink final : public Sink {
+ public:
+  void OnStarted(double) override {
+    const std::lock_guard lock(mu_);
+    EXPECT_FALSE(is_started_ || is_over_);
+    is_started_ = true;
+  }
+  void OnDelta(Delta delta) override {
+    const std::lock_guard lock(mu_);
+    EXPECT_TRUE(is_started_);
+    EXPECT_FALSE(is_over_);
+    text_ += delta.text;
+    tokens_.insert(tokens_.end(), delta.tokens.begin(), delta.tokens.end());
+    logprobs_.insert(logprobs_.end(), delta.logprobs.begin(), delta.logprobs.end());
+    changed_.notify_all();
+  }
+  void OnFinished(const Outcome& outcome) override { End(absl::OkStatus(), outcome); }
+  void OnFailed(const absl::Status& status) override { End(status, {}); }
+
+  void WaitForEnd() {
+    std::unique_lock lock(mu_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60), [this] { return is_over_; }));
+  }
+  void WaitForTokens(size_t n) {
+    std::unique_lock lock(mu_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60),
+                                  [&] { return tokens_.size() >= n || is_over_; }));
+  }
+  // After the end only.
+  const std::string& text() const { return text_; }
+  const std::vector<int32_t>& tokens() const { return tokens_; }
+  const std::vector<TokenLogprob>& logprobs() const { return logprobs_; }
+  const Outcome& outcome() const { return outcome_; }
+  const absl::Status& status() const { return status_; }
+  bool is_over() {
+    const std::lock_guard lock(mu_);
+    return is_over_;
+  }
+
+ private:
+  void End(const absl::Status& status, const Outcome& outcome) {
+    const std::lock_guard lock(mu_);
+    EXPECT_FALSE(is_over_) << "ended twice";
+    is_over_ = true;
+    status_ = status;
+    outcome_ = outcome;
+    changed_.notify_all();
+  }
+
+  std::mutex mu_;
+  std::condition_variable changed_;
+  bool is_started_ = false;
+  bool is_over_ = false;
+  std::string text_;
+  std::vector<int32_t> tokens_;
+  std::vector<TokenLogprob> logprobs_;
+  Outcome outcome_;
+  absl::Status status_;
+};
+
+Options SmallOptions() {
+  return {.model_name = "fake",
+          .max_sequences = 4,
+          .max_waiting = 8,
+          .max_batch_tokens = 16,
+          .n_threads = 2};
+}
+
+std::unique_ptr<Engine> MakeEngine(FakeModel::Behaviour behaviour = {},
+                                   const Options& options = SmallOptions()) {
+  auto engine = Engine::Create(FakeModel::Create(std::move(behaviour)), options, Clock::Real());
+  EXPECT_OK(engine);
+  return *std::move(engine);
+}
+
+std::shared_ptr<RecordingSink> Submit(Engine& engine, Request request) {
+  auto sink = std::make_shared<RecordingSink>();
+  EXPECT_OK(engine.Submit(std::move(request), sink));
+  return sink;
+}
+
+std::shared_ptr<RecordingSink> Generate(Engine& engine, Request request) {
+  auto sink = Submit(engine, std::move(request));
+  sink->WaitForEnd();
+  return sink;
+}
+
+// A gate that holds the model's steps until opened.
+class Gate {
+ public:
+  std::function<absl::Status(const LoadedModel::Batch&)> Hook() {
+    return [this](const LoadedModel::Batch&) {
+      std::unique_lock lock(mu_);
+      ++n_waiting_;
+      changed_.notify_all();
+      changed_.wait(lock, [this] { return n_permits_ > 0; });
+      --n_permits_;
+      return absl::OkStatus();
+    };
+  }
+  // Waits until the model stands at the gate for the n-th time.
+  void AwaitArrival(int n) {
+    std::unique_lock lock(mu_);
+    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60), [&] { return n_waiting_ >= n; }));
+  }
+  void Permit(int n_steps) {
+    const std::lock_guard lock(mu_);
+    n_permits_ += n_steps;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mu_;
+  std::condition_variable changed_;
+  int n_waiting_ = 0;
+  int n_permits_ = 0;
+};
+
+TEST(EngineTest, GreedyOutputIsTheModels) {
+  const auto engine = MakeEngine();
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  const auto sink = Generate(*engine, {.id = "a",
+                                       .prompt = ByteTokens("a prompt longer than one chunk of it"),
+                                       .sampling = {.max_tokens = 20, .temperature = 0}});
+  EXPECT_OK(sink->status());
+  EXPECT_EQ(sink->tokens(), model.Greedy(ByteTokens("a prompt longer than one chunk of it"), 20));
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kLength);
+  EXPECT_EQ(sink->outcome().prompt_tokens, 36);
+  EXPECT_EQ(sink->outcome().completion_tokens, 20);
+  EXPECT_EQ(sink->text().size(), 20u);
+}
+
+TEST(EngineTest, OutputAloneEqualsOutputAmongOthers) {
+  std::mt19937 rng(1);
+  std::vector<Request> requests;
+  for (int i = 0; i < 12; ++i) {
+    Request request;
+    request.id = std::to_string(i);
+    for (int n = std::uniform_int_distribution<int>(1, 60)(rng); n > 0; --n) {
+      request.prompt.push_back(std::uniform_int_distribution<int>(0, 255)(rng));
+    }
+    request.sampling.max_tokens = std::uniform_int_distribution<int>(1, 40)(rng);
+    request.sampling.seed = static_cast<uint64_t>(i);
+    if (i % 2 == 0) {
+      request.sampling.temperature = 0;
+    } else {
+      request.sampling.temperature = 1.0;
+      request.sampling.top_p = 0.95;
+      request.sampling.repetition_penalty = 1.2;
+    }
+    requests.push_back(request);
+  }
+  Options options = SmallOptions();
+  options.max_waiting = 12;
+  const auto engine = MakeEngine({}, options);
+  std::vector<std::shared_ptr<RecordingSink>> together;
+  for (const Request& request : requests) together.push_back(Submit(*engine, request));
+  for (const auto& sink : together) sink->WaitForEnd();
+  const auto alone = MakeEngine({}, options);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const auto sink = Generate(*alone, requests[i]);
+    EXPECT_EQ(sink->tokens(), together[i]->tokens()) << "request " << i;
+    EXPECT_EQ(sink->text(), together[i]->text());
+  }
+}
+
+TEST(EngineTest, EndOfSequenceStopsAndIsNotShown) {
+  const auto script = [](std::span<const int32_t> history) {
+    return history.size() < 6 ? 'x' : kFakeEos;
+  };
+  const auto engine = MakeEngine({.next = script});
+  const SamplingOptions greedy{.max_tokens = 9, .temperature = 0};
+  auto sink = Generate(*engine, {.id = "a", .prompt = ByteTokens("abcd"), .sampling = greedy});
+  EXPECT_EQ(sink->text(), "xx");
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kEos);
+  EXPECT_EQ(sink->outcome().completion_tokens, 3);
+
+  SamplingOptions ignoring = greedy;
+  ignoring.ignore_eos = true;
+  sink = Generate(*engine, {.id = "b", .prompt = ByteTokens("abcd"), .sampling = ignoring});
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kLength);
+  EXPECT_EQ(sink->outcome().completion_tokens, 9);
+
+  SamplingOptions at_least = greedy;
+  at_least.min_tokens = 5;
+  sink = Generate(*engine, {.id = "c", .prompt = ByteTokens("abcd"), .sampling = at_least});
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kEos);
+  EXPECT_EQ(sink->outcome().completion_tokens, 6);
+}
+
+TEST(EngineTest, StopTokenAndStopString) {
+  const auto alphabet = [](std::span<const int32_t> history) { return history.back() + 1; };
+  const auto engine = MakeEngine({.next = alphabet});
+  SamplingOptions sampling{.max_tokens = 20, .temperature = 0, .stop_tokens = {'f'}};
+  auto sink = Generate(*engine, {.id = "a", .prompt = ByteTokens("a"), .sampling = sampling});
+  EXPECT_EQ(sink->text(), "bcde");
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kStopToken);
+
+  sampling.stop_tokens.clear();
+  sampling.stop = {"zz", "fgh"};
+  sink = Generate(*engine, {.id = "b", .prompt = ByteTokens("a"), .sampling = sampling});
+  EXPECT_EQ(sink->text(), "bcde");
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kStopString);
+  EXPECT_EQ(sink->outcome().matched_stop, "fgh");
+
+  sampling.include_stop = true;
+  sink = Generate(*engine, {.id = "c", .prompt = ByteTokens("a"), .sampling = sampling});
+  EXPECT_EQ(sink->text(), "bcdefgh");
+}
+
+TEST(EngineTest, HeldBackTextIsReleasedAtTheEnd) {
+  const auto alphabet = [](std::span<const int32_t> history) { return history.back() + 1; };
+  const auto engine = MakeEngine({.next = alphabet});
+  const auto sink =
+      Generate(*engine, {.id = "a",
+                         .prompt = ByteTokens("a"),
+                         .sampling = {.max_tokens = 4, .temperature = 0, .stop = {"defgh"}}});
+  EXPECT_EQ(sink->text(), "bcde");  // "de" could have become the stop string
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kLength);
+}
+
+TEST(EngineTest, LogprobsComeWithEveryToken) {
+  const auto engine = MakeEngine();
+  const auto sink = Generate(
+      *engine,
+      {.id = "a",
+       .prompt = ByteTokens("a"),
+       .sampling = {.max_tokens = 5, .temperature = 0, .logprobs = true, .top_logprobs = 3}});
+  ASSERT_EQ(sink->logprobs().size(), 5u);
+  for (size_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(sink->logprobs()[i].token, sink->tokens()[i]);
+    ASSERT_EQ(sink->logprobs()[i].top.size(), 3u);
+    EXPECT_EQ(sink->logprobs()[i].top[0].first, sink->tokens()[i]);
+    EXPECT_EQ(sink->logprobs()[i].top[0].second, sink->logprobs()[i].logprob);
+  }
+}
+
+TEST(EngineTest, ContextEndsTheOutput) {
+  const auto engine = MakeEngine({.max_position = 32});
+  EXPECT_EQ(engine->context_tokens(), 32);
+  const auto sink = Generate(*engine, {.id = "a",
+                                       .prompt = ByteTokens(std::string(30, 'p')),
+                                       .sampling = {.max_tokens = 100, .temperature = 0}});
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kLength);
+  EXPECT_EQ(sink->outcome().completion_tokens, 2);
+}
+
+TEST(EngineTest, BadRequestsAreRefused) {
+  const auto engine = MakeEngine({.max_position = 32});
+  const auto refused = [&](std::vector<int32_t> prompt, int max_tokens = 1) {
+    return engine->Submit(
+        {.id = "r", .prompt = std::move(prompt), .sampling = {.max_tokens = max_tokens}},
+        std::make_shared<RecordingSink>());
+  };
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  EXPECT_THAT(refused({}), StatusIs(invalid, HasSubstr("no tokens")));
+  EXPECT_THAT(refused({1}, 0), StatusIs(invalid, HasSubstr("max_tokens is 0")));
+  EXPECT_THAT(refused({1, -1}), StatusIs(invalid, HasSubstr("prompt token 1 is -1")));
+  EXPECT_THAT(refused({258}), StatusIs(invalid, HasSubstr("ids 0 to 257")));
+  EXPECT_THAT(refused(std::vector<int32_t>(32, 1)),
+              StatusIs(invalid, HasSubstr("32 tokens, the model's context of 32")));
+  EXPECT_EQ(engine->stats().running + engine->stats().waiting, 0);
+}
+
+TEST(EngineTest, BadOptionsAreRefused) {
+  const auto create = [](Options options) {
+    return Engine::Create(FakeModel::Create({}), options, Clock::Real()).status();
+  };
+  Options options = SmallOptions();
+  options.max_sequences = 0;
+  EXPECT_THAT(create(options), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("at once")));
+  options = SmallOptions();
+  options.max_batch_tokens = 3;
+  EXPECT_THAT(create(options), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("are 3")));
+  options = SmallOptions();
+  options.kv_cache_tokens = 8;
+  EXPECT_THAT(create(options), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("8 tokens")));
+}
+
+TEST(EngineTest, FullQueueRefusesWhileOthersRun) {
+  Gate gate;
+  Options options = SmallOptions();
+  options.max_sequences = 1;
+  options.max_waiting = 2;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()}, options);
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 3; ++i) {
+    sinks.push_back(Submit(
+        *engine,
+        {.id = std::to_string(i), .prompt = {1}, .sampling = {.max_tokens = 2, .temperature = 0}}));
+  }
+  gate.AwaitArrival(1);
+  EXPECT_THAT(engine->Submit({.id = "x", .prompt = {1}}, std::make_shared<RecordingSink>()),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("the queue is full")));
+  EXPECT_THAT(engine->Submit({.id = "1", .prompt = {1}}, std::make_shared<RecordingSink>()),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("'1' is in use")));
+  gate.Permit(100);
+  for (const auto& sink : sinks) {
+    sink->WaitForEnd();
+    EXPECT_OK(sink->status());
+  }
+}
+
+TEST(EngineTest, CancelFreesTheSequenceWithinOneStep) {
+  for (int n_steps = 1; n_steps <= 20; ++n_steps) {
+    Gate gate;
+    const auto engine = MakeEngine({.before_forward = gate.Hook()});
+    const SamplingOptions sampling{.max_tokens = 100, .temperature = 0};
+    const auto sink = Submit(*engine, {.id = "a", .prompt = {1, 2, 3}, .sampling = sampling});
+    for (int step = 1; step < n_steps; ++step) {
+      gate.AwaitArrival(step);
+      gate.Permit(1);
+    }
+    gate.AwaitArrival(n_steps);
+    engine->Cancel("a");
+    gate.Permit(1);  // the step under way; another would wait at the gate for ever
+    sink->WaitForEnd();
+    EXPECT_EQ(sink->outcome().reason, FinishReason::kCancelled);
+    EXPECT_EQ(sink->tokens().size(), static_cast<size_t>(n_steps));
+    EXPECT_EQ(engine->stats().running, 0);
+    EXPECT_EQ(engine->stats().kv_tokens_used, 0);
+  }
+}
+
+TEST(EngineTest, StepErrorFailsItsRequestsAndNotTheEngine) {
+  std::atomic<bool> is_broken = true;
+  const auto engine = MakeEngine({.before_forward = [&](const LoadedModel::Batch&) {
+    return is_broken ? absl::DataLossError("bad weights") : absl::OkStatus();
+  }});
+  auto sink = Generate(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 3}});
+  EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kInternal, HasSubstr("bad weights")));
+  is_broken = false;
+  sink = Generate(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 3}});
+  EXPECT_OK(sink->status());
+  EXPECT_EQ(engine->stats().kv_tokens_used, 0);
+}
+
+TEST(EngineTest, NanConcernsItsSequenceAlone) {
+  const auto engine =
+      MakeEngine({.edit = [](std::span<const int32_t> history, std::span<float> logits) {
+        if (history.front() == 'n' && history.size() == 5) {
+          logits[7] = std::numeric_limits<float>::quiet_NaN();
+        }
+      }});
+  const SamplingOptions sampling{.max_tokens = 10, .temperature = 0};
+  const auto bad = Submit(*engine, {.id = "a", .prompt = ByteTokens("nan"), .sampling = sampling});
+  const auto good = Submit(*engine, {.id = "b", .prompt = ByteTokens("abc"), .sampling = sampling});
+  bad->WaitForEnd();
+  good->WaitForEnd();
+  EXPECT_THAT(bad->status(), StatusIs(absl::StatusCode::kInternal, HasSubstr("not finite")));
+  EXPECT_EQ(bad->tokens().size(), 2u);
+  EXPECT_OK(good->status());
+}
+
+TEST(EngineTest, DeadlineEndsWaitingAndRunning) {
+  Gate gate;
+  Options options = SmallOptions();
+  options.max_sequences = 1;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()}, options);
+  Request request{.id = "running", .prompt = {1}, .sampling = {.max_tokens = 100}};
+  request.deadline = absl::Now() + absl::Milliseconds(200);
+  const auto running = Submit(*engine, request);
+  request.id = "waiting";
+  const auto waiting = Submit(*engine, request);
+  gate.AwaitArrival(1);
+  while (absl::Now() < request.deadline) std::this_thread::yield();
+  gate.Permit(1);  // one step that began before the deadline; none after
+  running->WaitForEnd();
+  waiting->WaitForEnd();
+  EXPECT_EQ(running->outcome().reason, FinishReason::kDeadline);
+  EXPECT_EQ(running->outcome().completion_tokens, 1);
+  EXPECT_EQ(waiting->outcome().reason, FinishReason::kDeadline);
+  EXPECT_EQ(waiting->outcome().completion_tokens, 0);
+  EXPECT_EQ(static_cast<const FakeModel&>(engine->model()).n_forwards(), 1);
+}
+
+TEST(EngineTest, DrainFinishesWhatWasAccepted) {
+  const auto engine = MakeEngine();
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 8; ++i) {
+    sinks.push_back(Submit(
+        *engine, {.id = std::to_string(i), .prompt = {1, 2}, .sampling = {.max_tokens = 30}}));
+  }
+  engine->Drain(absl::Seconds(60));
+  for (const auto& sink : sinks) {
+    EXPECT_TRUE(sink->is_over());
+    EXPECT_OK(sink->status());
+  }
+  EXPECT_THAT(engine->Submit({.id = "x", .prompt = {1}}, std::make_shared<RecordingSink>()),
+              walsh::testing::HasCode(absl::StatusCode::kUnavailable));
+}
+
+TEST(EngineTest, DrainFailsWhatDoesNotFinishInTime) {
+  Gate gate;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()});
+  const auto sink = Submit(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 250}});
+  gate.AwaitArrival(1);
+  std::thread drain([&] { engine->Drain(absl::Milliseconds(1)); });
+  // At least a millisecond for each step: the drain's time is over long before the request's end.
+  while (!sink->is_over()) {
+    gate.Permit(1);
+    absl::SleepFor(absl::Milliseconds(1));
+  }
+  drain.join();
+  EXPECT_THAT(sink->status(), walsh::testing::HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(engine->stats().running, 0);
+}
+
+TEST(EngineTest, DestructionAnswersEveryRequest) {
+  Gate gate;
+  auto engine = MakeEngine({.before_forward = gate.Hook()});
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 8; ++i) {
+    sinks.push_back(Submit(
+        *engine, {.id = std::to_string(i), .prompt = {1, 2}, .sampling = {.max_tokens = 30}}));
+  }
+  gate.AwaitArrival(1);
+  gate.Permit(1);
+  std::thread destroy([&] { engine.reset(); });
+  gate.Permit(1000);
+  destroy.join();
+  for (const auto& sink : sinks) EXPECT_TRUE(sink->is_over());
+}
+
+// Several threads submit and cancel at random: every request is answered exactly once, with the
+// output that it would have alone, and nothing stays behind. Meant for ThreadSanitizer.
+TEST(EngineTest, ConcurrentSubmittersAndCancellers) {
+  Options options = SmallOptions();
+  options.max_waiting = 1000;
+  const auto engine = MakeEngine({}, options);
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] {
+      std::mt19937 rng(static_cast<unsigned>(t));
+      for (int i = 0; i < 40; ++i) {
+        const std::string id = std::to_string(t) + "/" + std::to_string(i);
+        std::vector<int32_t> prompt;
+        for (int n = std::uniform_int_distribution<int>(1, 40)(rng); n > 0; --n) {
+          prompt.push_back(std::uniform_int_distribution<int>(0, 255)(rng));
+        }
+        const int n_tokens = std::uniform_int_distribution<int>(1, 30)(rng);
+        Request request{
+            .id = id, .prompt = prompt, .sampling = {.max_tokens = n_tokens, .temperature = 0}};
+        if (i % 7 == 0) request.deadline = absl::Now() + absl::Microseconds(300);
+        const auto sink = Submit(*engine, request);
+        if (i % 3 == 0) {
+          sink->WaitForTokens(static_cast<size_t>(n_tokens / 2));
+          engine->Cancel(id);
+          engine->Cancel("unknown");
+        }
+        engine->stats();
+        sink->WaitForEnd();
+        ASSERT_OK(sink->status());
+        const std::vector<int32_t> expected = model.Greedy(prompt, n_tokens);
+        const size_t n_seen = sink->tokens().size();
+        ASSERT_LE(n_seen, expected.size());
+        ASSERT_TRUE(std::equal(sink->tokens().begin(), sink->tokens().end(), expected.begin()));
+        if (sink->outcome().reason == FinishReason::kLength) {
+          ASSERT_EQ(n_seen, expected.size());
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  const Stats stats = engine->stats();
+  EXPECT_EQ(stats.running + stats.waiting, 0);
+  EXPECT_EQ(stats.kv_tokens_used, 0);
+}
+
+TEST(EngineTest, IdleEngineKeepsItsHeart) {
+  const auto engine = MakeEngine();
+  EXPECT_LT(engine->stats().heartbeat_age_seconds, 10.0);
+}
+
+}  // namespace
+}  // namespace walsh::engine

@@ -1,0 +1,183 @@
+#include "worker/service/agent.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+
+#include "common/grpc_server.h"
+#include "common/resource_name.h"
+#include "tests/testing/fake_coordinator.h"
+#include "tests/testing/status_matchers.h"
+
+namespace walsh::service {
+namespace {
+
+using walsh::testing::FakeCoordinator;
+using walsh::testing::HasCode;
+using Record = FakeCoordinator::Record;
+
+v1::QuantizationJob Job(const std::string& id) {
+  v1::QuantizationJob job;
+  job.set_name(JobName(id));
+  job.set_model_name("m");
+  return job;
+}
+
+class AgentTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    stub_ = internal::v1::WorkerService::NewStub(MakeChannel(coordinator_.address()));
+    agent_ = std::make_unique<Agent>(
+        Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
+        Agent::Hooks{.load =
+                         [] {
+                           Agent::Load load{.requests_running = 2, .requests_waiting = 3};
+                           load.models.emplace_back().set_name("models/m");
+                           return load;
+                         },
+                     .run_job = [this](const internal::v1::Lease&,
+                                       HeldLease& held) { RunUntilStopped(held); }},
+        Clock::Real());
+  }
+
+  // A job that works for ever unless something stops it.
+  void RunUntilStopped(HeldLease& held) {
+    ++n_runs_;
+    while (held.Check().ok()) held.Pause(absl::Milliseconds(5));
+    const std::lock_guard lock(mu_);
+    last_stop_ = held.Check();
+    ++n_stops_;
+  }
+
+  void WaitForStops(int n) {
+    const absl::Time deadline = absl::Now() + absl::Seconds(60);
+    while (n_stops_ < n) {
+      ASSERT_LT(absl::Now(), deadline);
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+  }
+  absl::Status last_stop() {
+    const std::lock_guard lock(mu_);
+    return last_stop_;
+  }
+
+  FakeCoordinator coordinator_{
+      {.heartbeat_interval = absl::Milliseconds(10), .lease_duration = absl::Seconds(2)}};
+  std::unique_ptr<internal::v1::WorkerService::Stub> stub_;
+  std::atomic<int> n_runs_ = 0;
+  std::atomic<int> n_stops_ = 0;
+  std::mutex mu_;
+  absl::Status last_stop_;
+  std::unique_ptr<Agent> agent_;
+};
+
+TEST_F(AgentTest, RegistersAndSendsHeartbeats) {
+  agent_->Start();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.heartbeats.size() >= 3; }));
+  const Record record = coordinator_.record();
+  ASSERT_EQ(record.registrations.size(), 1u);
+  EXPECT_EQ(record.registrations[0].worker_id(), "w-1");
+  EXPECT_EQ(record.registrations[0].address(), "127.0.0.1:7");
+  ASSERT_EQ(record.registrations[0].models_size(), 1);
+  EXPECT_GT(record.registrations[0].memory_bytes_total(), 0);
+  EXPECT_EQ(record.heartbeats[0].requests_running(), 2);
+  EXPECT_EQ(record.heartbeats[0].requests_waiting(), 3);
+  EXPECT_EQ(record.heartbeats[0].job_name(), "");
+  EXPECT_FALSE(record.heartbeats[0].draining());
+  EXPECT_TRUE(agent_->is_registered());
+}
+
+TEST_F(AgentTest, RegistersAgainWhenForgotten) {
+  agent_->Start();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return !r.heartbeats.empty(); }));
+  coordinator_.ForgetWorkers();
+  EXPECT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.registrations.size() == 2; }));
+}
+
+TEST_F(AgentTest, SurvivesARestartOfTheCoordinator) {
+  agent_->Start();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return !r.heartbeats.empty(); }));
+  coordinator_.Stop();
+  coordinator_.Restart();
+  EXPECT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.registrations.size() == 2; }));
+}
+
+TEST_F(AgentTest, HeartbeatsKeepALeaseAliveBeyondItsDuration) {
+  agent_->Start();
+  const int64_t token = coordinator_.Offer(Job("j"));
+  // 2 s of lease, of which the worker uses 1.5 s at most without a heartbeat.
+  ASSERT_TRUE(coordinator_.WaitFor([&](const Record& r) {
+    return r.heartbeats.size() >= 250 && r.heartbeats.back().fencing_token() == token;
+  }));
+  EXPECT_EQ(n_runs_, 1);
+  EXPECT_EQ(n_stops_, 0);
+  EXPECT_EQ(coordinator_.record().heartbeats.back().job_name(), "quantizationJobs/j");
+}
+
+TEST_F(AgentTest, LeaseRunsOutWithoutACoordinator) {
+  agent_->Start();
+  coordinator_.Offer(Job("j"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) {
+    return !r.heartbeats.empty() && !r.heartbeats.back().job_name().empty();
+  }));
+  const absl::Time stopped = absl::Now();
+  coordinator_.Stop();
+  WaitForStops(1);
+  EXPECT_THAT(last_stop(), HasCode(absl::StatusCode::kAborted));
+  EXPECT_LT(absl::Now() - stopped, absl::Seconds(2)) << "after the coordinator may lease it again";
+}
+
+TEST_F(AgentTest, CancellationComesWithTheHeartbeat) {
+  agent_->Start();
+  coordinator_.Offer(Job("j"));
+  ASSERT_TRUE(coordinator_.WaitFor([&](const Record&) { return n_runs_ == 1; }));
+  coordinator_.CancelJob();
+  WaitForStops(1);
+  EXPECT_THAT(last_stop(), HasCode(absl::StatusCode::kCancelled));
+}
+
+TEST_F(AgentTest, LostLeaseStopsTheJobAndTheNextOneRuns) {
+  agent_->Start();
+  coordinator_.Offer(Job("j"));
+  ASSERT_TRUE(coordinator_.WaitFor([&](const Record&) { return n_runs_ == 1; }));
+  coordinator_.LoseLease();
+  WaitForStops(1);
+  EXPECT_THAT(last_stop(), HasCode(absl::StatusCode::kAborted));
+  coordinator_.Offer(Job("k"));
+  EXPECT_TRUE(coordinator_.WaitFor([&](const Record&) { return n_runs_ == 2; }));
+}
+
+TEST_F(AgentTest, StopHandsTheLeaseBackAndSaysGoodbye) {
+  agent_->Start();
+  coordinator_.Offer(Job("j"));
+  ASSERT_TRUE(coordinator_.WaitFor([&](const Record&) { return n_runs_ == 1; }));
+  agent_->Stop();
+  EXPECT_EQ(n_stops_, 1);
+  EXPECT_THAT(last_stop(), HasCode(absl::StatusCode::kUnavailable));
+  const Record record = coordinator_.record();
+  ASSERT_EQ(record.goodbyes.size(), 1u);
+  EXPECT_EQ(record.goodbyes[0].worker_id(), "w-1");
+}
+
+TEST_F(AgentTest, DrainingWorkerTakesNoLease) {
+  agent_->Start();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return !r.heartbeats.empty(); }));
+  agent_->Drain();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.heartbeats.back().draining(); }));
+  coordinator_.Offer(Job("j"));
+  const size_t n_heartbeats = coordinator_.record().heartbeats.size();
+  ASSERT_TRUE(coordinator_.WaitFor(
+      [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 10; }));
+  EXPECT_EQ(n_runs_, 0);
+}
+
+TEST_F(AgentTest, StopsAtOnceWithoutACoordinator) {
+  coordinator_.Stop();
+  agent_->Start();
+  const absl::Time start = absl::Now();
+  agent_->Stop();
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+}
+
+}  // namespace
+}  // namespace walsh::service

@@ -1,0 +1,473 @@
+// GenerationService over loopback, in one process, with a fake model behind a real engine.
+#include "worker/service/generation_service.h"
+
+#include <grpcpp/client_context.h>
+#include <grpcpp/create_channel.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <thread>
+
+#include "common/grpc_server.h"
+#include "common/grpc_status.h"
+#include "common/utf8.h"
+#include "google/rpc/error_details.pb.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/unit/worker/service/store_fixture.h"
+
+namespace walsh::service {
+namespace {
+
+using ::testing::HasSubstr;
+using v1::GenerateStreamResponse;
+using walsh::testing::FakeModel;
+using walsh::testing::HasCode;
+using walsh::testing::kFakeEos;
+using walsh::testing::StatusIs;
+using Stub = v1::GenerationService::Stub;
+
+constexpr absl::Duration kStallLimit = absl::Milliseconds(400);
+
+class GenerationServiceTest : public StoreFixture {
+ protected:
+  void SetUp() override { behaviour_.chat_template = "fake"; }
+
+  void TearDown() override {
+    stub_.reset();
+    if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now());
+    server_.reset();
+    service_.reset();
+  }
+
+  // A worker that serves model "m".
+  void Serve() {
+    AddArtifact("m");
+    OpenStore();
+    ASSERT_OK(store_->Load("m"));
+    service_ = std::make_unique<GenerationService>(store_.get(), Clock::Real(), kStallLimit);
+    grpc::ServerBuilder builder;
+    ApplyServerLimits(builder);
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(service_.get());
+    server_ = builder.BuildAndStart();
+    ASSERT_NE(server_, nullptr);
+    address_ = "127.0.0.1:" + std::to_string(port);
+    stub_ = v1::GenerationService::NewStub(MakeChannel(address_));
+  }
+
+  static v1::GenerateRequest Request(const std::string& prompt, int max_tokens) {
+    v1::GenerateRequest request;
+    request.set_model("models/m");
+    request.set_prompt(prompt);
+    request.mutable_sampling()->set_max_tokens(max_tokens);
+    request.mutable_sampling()->set_temperature(0);
+    return request;
+  }
+
+  absl::StatusOr<v1::GenerateResponse> Generate(const v1::GenerateRequest& request) {
+    grpc::ClientContext context;
+    v1::GenerateResponse response;
+    const absl::Status status = FromGrpcStatus(stub_->Generate(&context, request, &response));
+    if (!status.ok()) return status;
+    return response;
+  }
+
+  struct Streamed {
+    std::vector<GenerateStreamResponse> messages;
+    std::string text;
+    std::vector<int32_t> tokens;
+    absl::Status status;
+  };
+  Streamed Stream(const v1::GenerateRequest& request) {
+    grpc::ClientContext context;
+    const auto reader = stub_->GenerateStream(&context, request);
+    Streamed streamed;
+    GenerateStreamResponse message;
+    while (reader->Read(&message)) {
+      streamed.text += message.delta().text();
+      streamed.tokens.insert(streamed.tokens.end(), message.delta().token_ids().begin(),
+                             message.delta().token_ids().end());
+      streamed.messages.push_back(message);
+    }
+    streamed.status = FromGrpcStatus(reader->Finish());
+    return streamed;
+  }
+
+  engine::Stats Stats() { return store_->TotalStats(); }
+  void WaitUntilIdle() {
+    const absl::Time deadline = absl::Now() + absl::Seconds(60);
+    while (Stats().running + Stats().waiting > 0) {
+      ASSERT_LT(absl::Now(), deadline) << "requests stay in the engine";
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    EXPECT_EQ(Stats().kv_tokens_used, 0);
+  }
+
+  std::string address_;
+  std::unique_ptr<GenerationService> service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<Stub> stub_;
+};
+
+TEST_F(GenerationServiceTest, UnaryAnswersWithTextUsageAndTimings) {
+  Serve();
+  v1::GenerateRequest request = Request("hello", 12);
+  request.set_request_id("mine");
+  grpc::ClientContext context;
+  v1::GenerateResponse response;
+  ASSERT_OK(FromGrpcStatus(stub_->Generate(&context, request, &response)));
+  EXPECT_EQ(response.request_id(), "mine");
+  EXPECT_EQ(response.model(), "models/m");
+  EXPECT_EQ(response.finish_reason(), v1::LENGTH);
+  EXPECT_EQ(response.usage().prompt_tokens(), 6);  // with BOS
+  EXPECT_EQ(response.usage().completion_tokens(), 12);
+  EXPECT_EQ(response.usage().total_tokens(), 18);
+  EXPECT_EQ(response.token_ids_size(), 12);
+  EXPECT_EQ(response.text().size(), 12u);
+  EXPECT_GT(response.timings().time_to_first_token_seconds(), 0);
+  const auto header = context.GetServerInitialMetadata().find("x-request-id");
+  ASSERT_NE(header, context.GetServerInitialMetadata().end());
+  EXPECT_EQ(std::string(header->second.data(), header->second.size()), "mine");
+}
+
+TEST_F(GenerationServiceTest, RequestIdComesFromTheHeader) {
+  Serve();
+  grpc::ClientContext context;
+  context.AddMetadata("x-request-id", "from-header");
+  v1::GenerateResponse response;
+  ASSERT_OK(FromGrpcStatus(stub_->Generate(&context, Request("a", 1), &response)));
+  EXPECT_EQ(response.request_id(), "from-header");
+}
+
+TEST_F(GenerationServiceTest, RequestIdThatIsNoHeaderIsNotEchoed) {
+  Serve();
+  v1::GenerateRequest request = Request("a", 1);
+  request.set_request_id("naïve\nid");
+  grpc::ClientContext context;
+  v1::GenerateResponse response;
+  ASSERT_OK(FromGrpcStatus(stub_->Generate(&context, request, &response)));
+  EXPECT_EQ(context.GetServerInitialMetadata().count("x-request-id"), 0u);
+  EXPECT_EQ(response.request_id(), "naïve\nid");
+}
+
+TEST_F(GenerationServiceTest, StreamEqualsUnary) {
+  Serve();
+  const v1::GenerateRequest request = Request("hello", 50);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse unary, Generate(request));
+  const Streamed streamed = Stream(request);
+  ASSERT_OK(streamed.status);
+  ASSERT_GE(streamed.messages.size(), 3u);
+  EXPECT_TRUE(streamed.messages.front().has_started());
+  EXPECT_EQ(streamed.messages.front().started().prompt_tokens(), 6);
+  EXPECT_TRUE(streamed.messages.back().has_finished());
+  EXPECT_EQ(streamed.messages.back().finished().usage().completion_tokens(), 50);
+  EXPECT_EQ(streamed.text, unary.text());
+  EXPECT_EQ(streamed.tokens,
+            std::vector<int32_t>(unary.token_ids().begin(), unary.token_ids().end()));
+}
+
+TEST_F(GenerationServiceTest, DrawnSeedIsReportedAndRepeats) {
+  Serve();
+  v1::GenerateRequest request = Request("hello", 30);
+  request.mutable_sampling()->set_temperature(1.5);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse first, Generate(request));
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse other, Generate(request));
+  EXPECT_NE(first.seed(), other.seed());
+  EXPECT_NE(first.text(), other.text());
+  request.mutable_sampling()->set_seed(first.seed());
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse again, Generate(request));
+  EXPECT_EQ(again.text(), first.text());
+}
+
+TEST_F(GenerationServiceTest, LogprobsCarryTokenBytes) {
+  Serve();
+  v1::GenerateRequest request = Request("hello", 3);
+  request.mutable_sampling()->set_logprobs(true);
+  request.mutable_sampling()->set_top_logprobs(2);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse response, Generate(request));
+  ASSERT_EQ(response.logprobs_size(), 3);
+  EXPECT_EQ(response.logprobs(0).token(), response.text().substr(0, 1));
+  EXPECT_EQ(response.logprobs(0).top_size(), 2);
+}
+
+// A model that speaks in three-byte characters, one byte a token.
+TEST_F(GenerationServiceTest, EveryChunkIsWholeCharacters) {
+  const std::string euro = "€";
+  behaviour_.next = [euro](std::span<const int32_t> history) {
+    return static_cast<int32_t>(static_cast<unsigned char>(euro[(history.size() - 2) % 3]));
+  };
+  Serve();
+  const Streamed streamed = Stream(Request("x", 8));
+  ASSERT_OK(streamed.status);
+  for (const auto& message : streamed.messages) EXPECT_TRUE(IsValidUtf8(message.delta().text()));
+  EXPECT_EQ(streamed.text, "€€\xEF\xBF\xBD");  // the third is cut after two bytes
+}
+
+TEST_F(GenerationServiceTest, StopStringNeverShows) {
+  behaviour_.next = [](std::span<const int32_t> history) { return history.back() + 1; };
+  Serve();
+  v1::GenerateRequest request = Request("a", 20);
+  request.mutable_sampling()->add_stop("ghi");
+  const Streamed streamed = Stream(request);
+  ASSERT_OK(streamed.status);
+  EXPECT_EQ(streamed.text, "bcdef");
+  EXPECT_EQ(streamed.messages.back().finished().finish_reason(), v1::STOP_SEQUENCE);
+  EXPECT_EQ(streamed.messages.back().finished().stop_sequence(), "ghi");
+}
+
+TEST_F(GenerationServiceTest, ChatGoesThroughTheTemplate) {
+  Serve();
+  v1::ChatRequest chat;
+  chat.set_model("m");
+  v1::ChatMessage& message = *chat.add_messages();
+  message.set_role("user");
+  message.set_content("hi");
+  chat.mutable_sampling()->set_max_tokens(5);
+  chat.mutable_sampling()->set_temperature(0);
+  grpc::ClientContext context;
+  v1::GenerateResponse response;
+  ASSERT_OK(FromGrpcStatus(stub_->Chat(&context, chat, &response)));
+  v1::GenerateRequest plain = Request("user: hi\nassistant: ", 5);
+  plain.set_skip_bos(true);
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse expected, Generate(plain));
+  EXPECT_EQ(response.text(), expected.text());
+}
+
+TEST_F(GenerationServiceTest, ChatWithoutATemplateIsUnimplemented) {
+  behaviour_.chat_template.clear();
+  Serve();
+  v1::ChatRequest chat;
+  chat.set_model("m");
+  chat.add_messages()->set_role("user");
+  grpc::ClientContext context;
+  v1::GenerateResponse response;
+  EXPECT_THAT(FromGrpcStatus(stub_->Chat(&context, chat, &response)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("no chat template")));
+}
+
+TEST_F(GenerationServiceTest, TokenizeAndBack) {
+  Serve();
+  v1::TokenizeRequest request;
+  request.set_model("m");
+  request.set_text("héllo");
+  request.set_add_special_tokens(true);
+  grpc::ClientContext context;
+  v1::TokenizeResponse response;
+  ASSERT_OK(FromGrpcStatus(stub_->Tokenize(&context, request, &response)));
+  EXPECT_EQ(response.token_ids_size(), 7);
+  EXPECT_EQ(response.max_model_len(), 256);
+  v1::DetokenizeRequest back;
+  back.set_model("m");
+  *back.mutable_token_ids() = response.token_ids();
+  back.set_skip_special_tokens(true);
+  grpc::ClientContext second;
+  v1::DetokenizeResponse text;
+  ASSERT_OK(FromGrpcStatus(stub_->Detokenize(&second, back, &text)));
+  EXPECT_EQ(text.text(), "héllo");
+  back.add_token_ids(258);
+  grpc::ClientContext third;
+  EXPECT_THAT(FromGrpcStatus(stub_->Detokenize(&third, back, &text)),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("258")));
+}
+
+TEST_F(GenerationServiceTest, ErrorsNameTheirReason) {
+  Serve();
+  AddArtifact("other");
+  v1::GenerateRequest request = Request("x", 1);
+  request.set_model("models/none");
+  EXPECT_THAT(Generate(request).status(),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("models/none")));
+  request.set_model("No Such Name");
+  EXPECT_THAT(Generate(request).status(), HasCode(absl::StatusCode::kInvalidArgument));
+  request = Request("x", 1);
+  request.mutable_sampling()->set_temperature(3);
+  EXPECT_THAT(Generate(request).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("temperature")));
+
+  const absl::Status too_long = Generate(Request(std::string(300, 'x'), 1)).status();
+  EXPECT_THAT(too_long, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("301")));
+  EXPECT_THAT(too_long, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("256")));
+  EXPECT_EQ(ErrorReason(too_long), "CONTEXT_LENGTH_EXCEEDED");
+
+  ASSERT_OK(store_->Unload("m"));
+  const absl::Status unloaded = Generate(Request("x", 1)).status();
+  EXPECT_THAT(unloaded, HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(ErrorReason(unloaded), "MODEL_NOT_LOADED");
+}
+
+// Holds every step of the model until released, so that a queue can be filled.
+class Brake {
+ public:
+  std::function<absl::Status(const engine::LoadedModel::Batch&)> Hook() {
+    return [this](const engine::LoadedModel::Batch&) {
+      while (is_on_) absl::SleepFor(absl::Milliseconds(1));
+      return absl::OkStatus();
+    };
+  }
+  void Release() { is_on_ = false; }
+
+ private:
+  std::atomic<bool> is_on_ = true;
+};
+
+TEST_F(GenerationServiceTest, FullQueueAnswersAtOnceWithARetryDelay) {
+  Brake brake;
+  behaviour_.before_forward = brake.Hook();
+  engine_options_.max_sequences = 1;
+  engine_options_.max_waiting = 1;
+  Serve();
+  std::vector<std::thread> accepted;
+  for (int i = 0; i < 2; ++i) {
+    accepted.emplace_back([this] { EXPECT_OK(Generate(Request("x", 2))); });
+  }
+  while (Stats().running + Stats().waiting < 2) absl::SleepFor(absl::Milliseconds(1));
+  const absl::Time start = absl::Now();
+  grpc::ClientContext context;
+  v1::GenerateResponse response;
+  const absl::Status status = FromGrpcStatus(stub_->Generate(&context, Request("x", 2), &response));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(1));
+  EXPECT_THAT(status, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("queue is full")));
+  const google::rpc::Status details = ToProtoStatus(status);
+  ASSERT_EQ(details.details_size(), 1);
+  EXPECT_TRUE(details.details(0).Is<google::rpc::RetryInfo>());
+  brake.Release();
+  for (std::thread& thread : accepted) thread.join();
+}
+
+TEST_F(GenerationServiceTest, CancelledStreamLeavesTheEngine) {
+  behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
+    absl::SleepFor(absl::Milliseconds(2));
+    return absl::OkStatus();
+  };
+  Serve();
+  for (int n_read = 0; n_read < 12; n_read += 3) {
+    grpc::ClientContext context;
+    const auto reader = stub_->GenerateStream(&context, Request("x", 250));
+    GenerateStreamResponse message;
+    for (int i = 0; i <= n_read; ++i) ASSERT_TRUE(reader->Read(&message));
+    context.TryCancel();
+    EXPECT_THAT(FromGrpcStatus(reader->Finish()), HasCode(absl::StatusCode::kCancelled));
+    WaitUntilIdle();
+  }
+  // Unary calls as well.
+  grpc::ClientContext context;
+  std::thread canceller([&] {
+    while (Stats().running == 0) absl::SleepFor(absl::Milliseconds(1));
+    context.TryCancel();
+  });
+  v1::GenerateResponse response;
+  EXPECT_THAT(FromGrpcStatus(stub_->Generate(&context, Request("x", 250), &response)),
+              HasCode(absl::StatusCode::kCancelled));
+  canceller.join();
+  WaitUntilIdle();
+}
+
+TEST_F(GenerationServiceTest, DeadlineReturnsWhatThereIs) {
+  behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
+    absl::SleepFor(absl::Milliseconds(10));
+    return absl::OkStatus();
+  };
+  Serve();
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(1500));
+  v1::GenerateResponse response;
+  ASSERT_OK(FromGrpcStatus(stub_->Generate(&context, Request("x", 250), &response)));
+  EXPECT_EQ(response.finish_reason(), v1::DEADLINE);
+  EXPECT_GT(response.usage().completion_tokens(), 0);
+  EXPECT_EQ(response.usage().completion_tokens(), response.token_ids_size());
+}
+
+TEST_F(GenerationServiceTest, DeadlineBeforeTheFirstTokenIsAnError) {
+  Brake brake;
+  behaviour_.before_forward = brake.Hook();
+  Serve();
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(100));
+  v1::GenerateResponse response;
+  EXPECT_THAT(FromGrpcStatus(stub_->Generate(&context, Request("x", 20), &response)),
+              HasCode(absl::StatusCode::kDeadlineExceeded));
+  brake.Release();
+  WaitUntilIdle();
+}
+
+TEST_F(GenerationServiceTest, StepErrorEndsTheStreamWithItsStatus) {
+  std::atomic<int> n_steps = 0;
+  behaviour_.before_forward = [&](const engine::LoadedModel::Batch&) {
+    return ++n_steps == 5 ? absl::DataLossError("bad weights") : absl::OkStatus();
+  };
+  Serve();
+  const Streamed streamed = Stream(Request("x", 20));
+  EXPECT_THAT(streamed.status, StatusIs(absl::StatusCode::kInternal, HasSubstr("bad weights")));
+  EXPECT_EQ(streamed.tokens.size(), 4u);
+  EXPECT_FALSE(streamed.messages.back().has_finished());
+  EXPECT_OK(Stream(Request("x", 3)).status);
+}
+
+TEST_F(GenerationServiceTest, StalledReaderLosesItsStreamAndOthersGoOn) {
+  behaviour_.max_position = 8192;
+  Serve();
+  grpc::ChannelArguments arguments;
+  // As little as possible is read ahead of the application.
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 1024);
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  const auto slow_stub = v1::GenerationService::NewStub(
+      grpc::CreateCustomChannel(address_, grpc::InsecureChannelCredentials(), arguments));
+  v1::GenerateRequest request = Request("x", 4000);
+  request.mutable_sampling()->set_logprobs(true);
+  request.mutable_sampling()->set_top_logprobs(20);
+  grpc::ClientContext context;
+  const auto reader = slow_stub->GenerateStream(&context, request);
+  GenerateStreamResponse message;
+  ASSERT_TRUE(reader->Read(&message));
+  WaitUntilIdle();
+  EXPECT_OK(Stream(Request("y", 20)).status);
+  while (reader->Read(&message)) {
+    absl::SleepFor(kStallLimit * 2);
+  }
+  EXPECT_THAT(FromGrpcStatus(reader->Finish()),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("reader")));
+}
+
+TEST_F(GenerationServiceTest, UnloadWaitsForRunningRequests) {
+  Brake brake;
+  behaviour_.before_forward = brake.Hook();
+  Serve();
+  std::thread running([this] { EXPECT_OK(Generate(Request("x", 5))); });
+  while (Stats().running == 0) absl::SleepFor(absl::Milliseconds(1));
+  std::thread unload([this] { EXPECT_OK(store_->Unload("m")); });
+  while (store_->Get("m")->state() != v1::Model::DRAINING) absl::SleepFor(absl::Milliseconds(1));
+  const absl::Status status = Generate(Request("y", 1)).status();
+  EXPECT_THAT(status, HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(ErrorReason(status), "MODEL_UNLOADING");
+  brake.Release();
+  running.join();
+  unload.join();
+  EXPECT_EQ(store_->Get("m")->state(), v1::Model::UNLOADED);
+}
+
+TEST_F(GenerationServiceTest, ManyClientsAtOnceGetTheirOwnAnswers) {
+  engine_options_.max_waiting = 100;
+  Serve();
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 8; ++i) {
+    clients.emplace_back([this, i] {
+      for (int n = 0; n < 10; ++n) {
+        const v1::GenerateRequest request =
+            Request("client " + std::to_string(i) + "/" + std::to_string(n), 20);
+        const auto unary = Generate(request);
+        ASSERT_OK(unary);
+        const Streamed streamed = Stream(request);
+        ASSERT_OK(streamed.status);
+        ASSERT_EQ(streamed.text, unary->text());
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  WaitUntilIdle();
+}
+
+}  // namespace
+}  // namespace walsh::service

@@ -1,0 +1,374 @@
+// A whole worker's job path against a fake coordinator: agent, runner and store are real, only the
+// quantization itself is a script.
+#include "worker/service/job_runner.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <filesystem>
+
+#include "common/grpc_server.h"
+#include "common/grpc_status.h"
+#include "common/resource_name.h"
+#include "tests/testing/fake_coordinator.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/unit/worker/service/store_fixture.h"
+#include "worker/service/agent.h"
+
+namespace walsh::service {
+namespace {
+
+namespace fs = std::filesystem;
+using pipeline::JobProgress;
+using pipeline::JobReport;
+using pipeline::JobSpec;
+using ::testing::HasSubstr;
+using walsh::testing::FakeCoordinator;
+using Record = FakeCoordinator::Record;
+using Complete = internal::v1::CompleteJobRequest;
+
+v1::QuantizationJob Job(const std::string& id, const std::string& model) {
+  v1::QuantizationJob job;
+  job.set_name(JobName(id));
+  job.set_model_name(model);
+  job.set_source_model("source");
+  return job;
+}
+
+class JobRunnerTest : public StoreFixture {
+ protected:
+  void SetUp() override { OpenStore(); }
+
+  void StartWorker() {
+    stub_ = internal::v1::WorkerService::NewStub(MakeChannel(coordinator_.address()));
+    runner_ = std::make_unique<JobRunner>(
+        JobRunner::Options{
+            .worker_id = "w-1",
+            .results_directory = dir_ / "results",
+            .n_threads = 1,
+            .resolve = [](std::string_view path) { return "/roots/" + std::string(path); },
+            .quantize =
+                [this](const JobSpec& spec, ThreadPool&, const pipeline::Observer& observer) {
+                  ++n_runs_;
+                  return quantize_(spec, observer);
+                }},
+        stub_.get(), store_.get(), Clock::Real());
+    agent_ = std::make_unique<Agent>(
+        Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
+        Agent::Hooks{.load = [this] { return Agent::Load{.models = store_->List()}; },
+                     .run_job = [this](const internal::v1::Lease& lease,
+                                       HeldLease& held) { runner_->Run(lease, held); }},
+        Clock::Real());
+    agent_->Start();
+  }
+
+  void TearDown() override { agent_.reset(); }
+
+  // Waits for the n-th outcome.
+  Complete AwaitOutcome(size_t n = 1) {
+    EXPECT_TRUE(coordinator_.WaitFor([n](const Record& r) { return r.completions.size() >= n; }));
+    const Record record = coordinator_.record();
+    return record.completions.size() >= n ? record.completions[n - 1] : Complete();
+  }
+
+  int64_t NumTemporaries() const {
+    int64_t n = 0;
+    for (const auto& entry : fs::directory_iterator(root_)) {
+      n += entry.path().filename().string().starts_with(".tmp-") ? 1 : 0;
+    }
+    return n;
+  }
+
+  // Two layers, then an artifact.
+  static absl::StatusOr<JobReport> QuantizeTwoLayers(const JobSpec& spec,
+                                                     const pipeline::Observer& observer) {
+    for (int64_t layer = 0; layer < 2; ++layer) {
+      JobProgress progress{.stage = pipeline::Stage::kQuantizing,
+                           .layer = layer,
+                           .layers_done = layer,
+                           .layers_total = 2,
+                           .fraction = 0.5 * static_cast<double>(layer)};
+      progress.linears.push_back({.name = "layers." + std::to_string(layer) + ".mlp.up_proj",
+                                  .layer = layer,
+                                  .bits = 4,
+                                  .relative_error = 0.01});
+      if (absl::Status status = observer(progress); !status.ok()) return status;
+    }
+    WriteFakeArtifact(spec.output_directory);
+    JobReport report;
+    report.artifact.size_bytes = 1000;
+    report.artifact.sha256 = "abc";
+    report.perplexity_after = 12.5;
+    return report;
+  }
+
+  FakeCoordinator coordinator_{
+      {.heartbeat_interval = absl::Milliseconds(10), .lease_duration = absl::Seconds(30)}};
+  std::function<absl::StatusOr<JobReport>(const JobSpec&, const pipeline::Observer&)> quantize_ =
+      QuantizeTwoLayers;
+  std::atomic<int> n_runs_ = 0;
+  std::unique_ptr<internal::v1::WorkerService::Stub> stub_;
+  std::unique_ptr<JobRunner> runner_;
+  std::unique_ptr<Agent> agent_;
+};
+
+TEST_F(JobRunnerTest, JobIsReportedPublishedAndCompleted) {
+  StartWorker();
+  const int64_t token = coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  EXPECT_EQ(outcome.job_name(), "quantizationJobs/j");
+  EXPECT_EQ(outcome.fencing_token(), token);
+  ASSERT_TRUE(outcome.has_result());
+  EXPECT_EQ(outcome.result().artifact_uri(), "models/m");
+  EXPECT_EQ(outcome.result().perplexity_after(), 12.5);
+  EXPECT_EQ(outcome.model().name(), "models/m");
+  EXPECT_EQ(outcome.model().quantization_job(), "quantizationJobs/j");
+  EXPECT_EQ(outcome.model().state(), v1::Model::UNLOADED);
+
+  const Record record = coordinator_.record();
+  ASSERT_EQ(record.reports.size(), 3u);
+  EXPECT_EQ(record.reports[0].event().stage(), v1::QuantizationJob::QUANTIZING);
+  EXPECT_EQ(record.reports[1].event().layer(), 1);
+  EXPECT_EQ(record.reports[1].event().linears(0).name(), "layers.1.mlp.up_proj");
+  EXPECT_EQ(record.reports[2].event().stage(), v1::QuantizationJob::PUBLISHING);
+  for (const auto& report : record.reports) EXPECT_EQ(report.fencing_token(), token);
+  EXPECT_TRUE(fs::exists(root_ + "/m/walsh.json"));
+  EXPECT_EQ(NumTemporaries(), 0);
+}
+
+TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
+  v1::QuantizationJob job = Job("j", "m");
+  v1::QuantizationConfig& config = *job.mutable_config();
+  config.set_method(v1::QuantizationConfig::RTN);
+  config.set_bits(2);
+  config.set_group_size(-1);
+  config.set_symmetric(true);
+  config.set_seed(7);
+  config.set_disable_mse_clip(true);
+  config.mutable_rotation()->set_kind(v1::Rotation::LOCAL_HADAMARD);
+  config.mutable_rotation()->set_signs(v1::Rotation::SEEDED);
+  config.mutable_calibration()->set_uri("text.jsonl");
+  config.mutable_calibration()->set_num_samples(4);
+  config.mutable_evaluation()->set_disable(true);
+  JobSpec seen;
+  quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
+    seen = spec;
+    return QuantizeTwoLayers(spec, observer);
+  };
+  StartWorker();
+  coordinator_.Offer(job);
+  AwaitOutcome();
+  EXPECT_EQ(seen.job_name, "quantizationJobs/j");
+  EXPECT_EQ(seen.source_path, "/roots/source");
+  EXPECT_EQ(seen.quantizer.method, gptq::Method::kRtn);
+  EXPECT_EQ(seen.quantizer.bits, 2);
+  EXPECT_EQ(seen.quantizer.group_size, -1);
+  EXPECT_TRUE(seen.quantizer.symmetric);
+  EXPECT_FALSE(seen.quantizer.mse_clip);
+  EXPECT_EQ(seen.quantizer.damp, 0.01);
+  EXPECT_EQ(seen.rotation, rotate::Kind::kLocalHadamard);
+  EXPECT_TRUE(seen.rotation_signs);
+  EXPECT_EQ(seen.calibration_path, "/roots/text.jsonl");
+  EXPECT_EQ(seen.n_calibration_windows, 4);
+  EXPECT_EQ(seen.sequence_length, 2048);
+  EXPECT_FALSE(seen.evaluate);
+  EXPECT_EQ(seen.seed, 7u);
+}
+
+TEST_F(JobRunnerTest, BadOptionFailsTheJobWithItsField) {
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->set_bits(5);
+  StartWorker();
+  coordinator_.Offer(job);
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kInvalidArgument));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("config.bits"));
+  EXPECT_EQ(n_runs_, 0);
+}
+
+TEST_F(JobRunnerTest, FailureIsTheJobsErrorAndLeavesNothing) {
+  quantize_ = [](const JobSpec& spec, const pipeline::Observer&) -> absl::StatusOr<JobReport> {
+    WriteFakeArtifact(spec.output_directory);
+    return absl::DataLossError("layer 3, tensor 'x', index 7 is NaN");
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kDataLoss));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("index 7"));
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+  EXPECT_EQ(NumTemporaries(), 0);
+}
+
+// Works until its observer says otherwise.
+absl::StatusOr<JobReport> QuantizeForEver(const JobSpec& spec, const pipeline::Observer& observer) {
+  WriteFakeArtifact(spec.output_directory);
+  for (int64_t layer = 0;; ++layer) {
+    const absl::Status status =
+        observer({.stage = pipeline::Stage::kQuantizing, .layer = layer, .layers_done = layer});
+    if (!status.ok()) return status;
+    absl::SleepFor(absl::Milliseconds(2));
+  }
+}
+
+TEST_F(JobRunnerTest, CancelledJobSaysSo) {
+  quantize_ = QuantizeForEver;
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() >= 2; }));
+  coordinator_.CancelJob();
+  EXPECT_TRUE(AwaitOutcome().has_cancelled());
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+  EXPECT_EQ(NumTemporaries(), 0);
+}
+
+TEST_F(JobRunnerTest, CancellationThatComesWithTheLastReportIsObeyed) {
+  coordinator_.set_on_report([](const internal::v1::ReportProgressRequest& request) {
+    return request.event().stage() == v1::QuantizationJob::PUBLISHING
+               ? absl::FailedPreconditionError("the job is CANCELLING")
+               : absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_cancelled());
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+}
+
+TEST_F(JobRunnerTest, LostLeaseStopsTheJobWithoutAWord) {
+  quantize_ = QuantizeForEver;
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() >= 2; }));
+  coordinator_.LoseLease();
+  // The next job runs, so the first one is over.
+  ASSERT_TRUE(
+      coordinator_.WaitFor([](const Record& r) { return r.heartbeats.back().job_name().empty(); }));
+  EXPECT_TRUE(coordinator_.record().completions.empty());
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+  EXPECT_EQ(NumTemporaries(), 0);
+}
+
+TEST_F(JobRunnerTest, StaleTokenPublishesNothing) {
+  coordinator_.set_on_report([](const internal::v1::ReportProgressRequest& request) {
+    return request.event().stage() == v1::QuantizationJob::PUBLISHING
+               ? absl::AbortedError("token 2 is current")
+               : absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() >= 3; }));
+  const size_t n_heartbeats = coordinator_.record().heartbeats.size();
+  ASSERT_TRUE(coordinator_.WaitFor(
+      [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 3; }));
+  EXPECT_TRUE(coordinator_.record().completions.empty());
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+}
+
+TEST_F(JobRunnerTest, JobGoesOnWhileTheCoordinatorIsAway) {
+  std::atomic<int> n_refused = 0;
+  coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest& request) {
+    if (request.event().layer() == 0) {
+      ++n_refused;
+      return absl::UnavailableError("restarting");
+    }
+    return absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  EXPECT_EQ(n_refused, 1);
+  // What the refused report carried comes with the next one.
+  EXPECT_EQ(coordinator_.record().reports[1].event().linears_size(), 2);
+}
+
+TEST_F(JobRunnerTest, PublishingWaitsForTheCoordinator) {
+  std::atomic<int> n_tries = 0;
+  coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest& request) {
+    if (request.event().stage() != v1::QuantizationJob::PUBLISHING) return absl::OkStatus();
+    return ++n_tries < 3 ? absl::UnavailableError("restarting") : absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  EXPECT_EQ(n_tries, 3);
+}
+
+TEST_F(JobRunnerTest, OutcomeIsRepeatedUntilItIsTaken) {
+  std::atomic<int> n_tries = 0;
+  coordinator_.set_on_complete([&](const Complete&) {
+    return ++n_tries < 3 ? absl::UnavailableError("restarting") : absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome(3).has_result());
+  EXPECT_EQ(n_runs_, 1);
+}
+
+TEST_F(JobRunnerTest, PublishedBeforeACrashIsCompletedWithItsReport) {
+  // The outcome is never taken, as if the worker died on the way.
+  coordinator_.set_on_complete([](const Complete&) { return absl::AbortedError("gone"); });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  AwaitOutcome();
+  agent_.reset();
+  OpenStore();  // the next process on this data folder
+  coordinator_.set_on_complete({});
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome(2);
+  ASSERT_TRUE(outcome.has_result());
+  EXPECT_EQ(outcome.result().perplexity_after(), 12.5);
+  EXPECT_EQ(outcome.fencing_token(), 2);
+  EXPECT_EQ(n_runs_, 1);
+}
+
+TEST_F(JobRunnerTest, NameTakenByAnotherJobFails) {
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  AwaitOutcome();
+  coordinator_.Offer(Job("k", "m"));
+  const Complete outcome = AwaitOutcome(2);
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kAlreadyExists));
+  EXPECT_EQ(outcome.error_reason(), "MODEL_EXISTS");
+  EXPECT_EQ(n_runs_, 1);
+}
+
+TEST_F(JobRunnerTest, StoppingWorkerHandsTheJobBack) {
+  quantize_ = QuantizeForEver;
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() >= 2; }));
+  agent_->Stop();
+  EXPECT_TRUE(AwaitOutcome().has_returned());
+  EXPECT_EQ(coordinator_.record().goodbyes.size(), 1u);
+}
+
+TEST_F(JobRunnerTest, AutoLoadServesBeforeItCompletes) {
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->set_auto_load(true);
+  StartWorker();
+  coordinator_.Offer(job);
+  EXPECT_EQ(AwaitOutcome().model().state(), v1::Model::READY);
+  EXPECT_OK(store_->FindEngine("m"));
+}
+
+TEST_F(JobRunnerTest, AutoLoadThatFailsIsAWarning) {
+  loader_ = [](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    return absl::ResourceExhaustedError("no memory");
+  };
+  OpenStore();
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->set_auto_load(true);
+  StartWorker();
+  coordinator_.Offer(job);
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_result());
+  ASSERT_EQ(outcome.result().warnings_size(), 1);
+  EXPECT_THAT(outcome.result().warnings(0), HasSubstr("no memory"));
+}
+
+}  // namespace
+}  // namespace walsh::service

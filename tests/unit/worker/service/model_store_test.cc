@@ -1,0 +1,148 @@
+#include "worker/service/model_store.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "common/grpc_status.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/unit/worker/service/store_fixture.h"
+
+namespace walsh::service {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using v1::Model;
+using walsh::testing::HasCode;
+using walsh::testing::StatusIs;
+
+class ModelStoreTest : public StoreFixture {
+ protected:
+  void Publish(const std::string& id) {
+    const std::string directory = store_->TemporaryDirectory("j", 3);
+    WriteFakeArtifact(directory);
+    ASSERT_OK(store_->Publish(directory, id, "quantizationJobs/j"));
+  }
+};
+
+TEST_F(ModelStoreTest, ListsArtifactsAndLeavesTheRestAlone) {
+  AddArtifact("good");
+  fs::create_directories(root_ + "/not-an-artifact");
+  fs::create_directories(root_ + "/Bad Name");
+  fs::create_directories(root_ + "/broken");
+  std::ofstream(root_ + "/broken/walsh.json") << "{";
+  std::ofstream(root_ + "/readme.txt") << "x";
+  fs::create_directories(root_ + "/.tmp-job-3");
+  fs::create_directories(root_ + "/.deleted-x-1");
+  fs::create_directories(root_ + "/.unknown");
+  OpenStore();
+  const std::vector<Model> models = store_->List();
+  ASSERT_EQ(models.size(), 1u);
+  EXPECT_EQ(models[0].name(), "models/good");
+  EXPECT_EQ(models[0].state(), Model::UNLOADED);
+  EXPECT_EQ(models[0].bits(), 4);
+  EXPECT_EQ(models[0].rotation(), "gsr");
+  EXPECT_EQ(models[0].architecture(), "LlamaForCausalLM");
+  EXPECT_EQ(models[0].max_model_len(), 256);
+  EXPECT_EQ(models[0].sha256().size(), 64u);
+  EXPECT_FALSE(fs::exists(root_ + "/.tmp-job-3"));
+  EXPECT_FALSE(fs::exists(root_ + "/.deleted-x-1"));
+  for (const char* kept :
+       {"/not-an-artifact", "/Bad Name", "/broken", "/readme.txt", "/.unknown"}) {
+    EXPECT_TRUE(fs::exists(root_ + kept)) << kept;
+  }
+}
+
+TEST_F(ModelStoreTest, PublishedModelSurvivesARestartWithItsJob) {
+  OpenStore();
+  Publish("m");
+  EXPECT_EQ(store_->Get("m")->quantization_job(), "quantizationJobs/j");
+  OpenStore();
+  EXPECT_EQ(store_->Get("m")->quantization_job(), "quantizationJobs/j");
+}
+
+TEST_F(ModelStoreTest, PublishDoesNotReplace) {
+  AddArtifact("m");
+  OpenStore();
+  const std::string directory = store_->TemporaryDirectory("k", 1);
+  WriteFakeArtifact(directory);
+  EXPECT_THAT(store_->Publish(directory, "m", "quantizationJobs/k"),
+              HasCode(absl::StatusCode::kAlreadyExists));
+  EXPECT_EQ(store_->Get("m")->quantization_job(), "");
+}
+
+TEST_F(ModelStoreTest, LoadServesAndUnloadStops) {
+  AddArtifact("m");
+  OpenStore();
+  std::vector<Model::State> states;
+  store_->set_listener([&](const Model& model) { states.push_back(model.state()); });
+  EXPECT_THAT(store_->FindEngine("m"), HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(ErrorReason(store_->FindEngine("m").status()), "MODEL_NOT_LOADED");
+  ASSERT_OK_AND_ASSIGN(const Model loaded, store_->Load("m"));
+  EXPECT_EQ(loaded.state(), Model::READY);
+  EXPECT_EQ(loaded.worker(), "workers/w-1");
+  EXPECT_OK(store_->FindEngine("m"));
+  EXPECT_OK(store_->Load("m"));
+  EXPECT_THAT(store_->Delete("m"), HasCode(absl::StatusCode::kFailedPrecondition));
+  ASSERT_OK_AND_ASSIGN(const Model unloaded, store_->Unload("m"));
+  EXPECT_EQ(unloaded.state(), Model::UNLOADED);
+  EXPECT_EQ(unloaded.worker(), "");
+  EXPECT_OK(store_->Unload("m"));
+  EXPECT_THAT(states, ElementsAre(Model::LOADING, Model::READY, Model::DRAINING, Model::UNLOADING,
+                                  Model::UNLOADED));
+  EXPECT_OK(store_->Delete("m"));
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+  EXPECT_THAT(store_->Load("m"), StatusIs(absl::StatusCode::kNotFound, HasSubstr("models/m")));
+}
+
+TEST_F(ModelStoreTest, FailedLoadIsToldAndCanBeRepeated) {
+  AddArtifact("m");
+  bool is_broken = true;
+  loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    if (is_broken) return absl::DataLossError("file 'x' differs from its digest");
+    return testing::FakeModel::Create({});
+  };
+  OpenStore();
+  EXPECT_THAT(store_->Load("m"), HasCode(absl::StatusCode::kDataLoss));
+  EXPECT_EQ(store_->Get("m")->state(), Model::LOAD_FAILED);
+  EXPECT_THAT(store_->Get("m")->error().message(), HasSubstr("digest"));
+  is_broken = false;
+  ASSERT_OK_AND_ASSIGN(const Model model, store_->Load("m"));
+  EXPECT_FALSE(model.has_error());
+}
+
+int64_t ResidentBytes() {
+  std::ifstream file("/proc/self/statm");
+  int64_t size = 0;
+  int64_t resident = 0;
+  file >> size >> resident;
+  return resident * 4096;
+}
+
+// Each model is 64 MiB in 64 KiB pieces, which malloc does not give back by itself: fifty that
+// leaked would be three gigabytes.
+TEST_F(ModelStoreTest, FiftyLoadsAndFiftyFailuresLeaveNoMemoryBehind) {
+  AddArtifact("m");
+  int n_loads = 0;
+  loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    auto model = testing::FakeModel::Create({.memory_bytes = 64 << 20});
+    if (++n_loads % 2 == 0) return absl::DataLossError("the last tensor is damaged");
+    return model;
+  };
+  OpenStore();
+  const auto cycle = [this] {
+    EXPECT_OK(store_->Load("m"));
+    EXPECT_OK(store_->Unload("m"));
+    EXPECT_FALSE(store_->Load("m").ok());
+  };
+  cycle();
+  const int64_t baseline = ResidentBytes();
+  for (int i = 0; i < 50; ++i) cycle();
+  EXPECT_LT(ResidentBytes() - baseline, 16 << 20);
+}
+
+}  // namespace
+}  // namespace walsh::service

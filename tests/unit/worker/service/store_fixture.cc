@@ -1,0 +1,34 @@
+#include "tests/unit/worker/service/store_fixture.h"
+
+#include "common/publish.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/tiny_model.h"
+#include "worker/io/artifact_manifest.h"
+
+namespace walsh::service {
+
+void WriteFakeArtifact(const std::string& directory) {
+  ASSERT_OK(MakeDirectories(directory));
+  ASSERT_OK(PublishFile(directory + "/config.json", testing::TinyModel({}).ConfigJson()));
+  ASSERT_OK_AND_ASSIGN(
+      const std::string manifest,
+      ManifestText({{"quantization", {{"bits", 4}, {"group_size", 64}, {"method", "gptq"}}},
+                    {"rotation", {{"kind", "gsr"}, {"block", 64}}},
+                    {"quality", {{"perplexity_before", 10.0}, {"perplexity_after", 11.0}}}},
+                   {}));
+  ASSERT_OK(PublishFile(directory + "/walsh.json", manifest));
+}
+
+void StoreFixture::OpenStore() {
+  store_.reset();
+  auto store = ModelStore::Open({.root = root_,
+                                 .worker_id = "w-1",
+                                 .engine = engine_options_,
+                                 .drain_timeout = absl::Seconds(5),
+                                 .loader = loader_},
+                                Clock::Real());
+  ASSERT_OK(store);
+  store_ = *std::move(store);
+}
+
+}  // namespace walsh::service

@@ -1,0 +1,37 @@
+// A model store on a temporary folder, whose artifacts are real enough to be listed and whose
+// models are fakes.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "tests/testing/fake_model.h"
+#include "tests/testing/test_data.h"
+#include "worker/service/model_store.h"
+
+namespace walsh::service {
+
+// config.json and walsh.json of an artifact without weights.
+void WriteFakeArtifact(const std::string& directory);
+
+class StoreFixture : public ::testing::Test {
+ protected:
+  // Opens the store anew, as a new process would.
+  void OpenStore();
+  void AddArtifact(const std::string& id) { WriteFakeArtifact(root_ + "/" + id); }
+
+  testing::TempDir dir_;
+  const std::string root_ = dir_ / "models";
+  engine::Options engine_options_{.max_sequences = 4, .max_waiting = 4, .n_threads = 1};
+  testing::FakeModel::Behaviour behaviour_;
+  ModelStore::Loader loader_ =
+      [this](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    return testing::FakeModel::Create(behaviour_);
+  };
+  std::unique_ptr<ModelStore> store_;
+};
+
+}  // namespace walsh::service

@@ -1,0 +1,291 @@
+#include "worker/engine/loaded_model.h"
+
+#include <algorithm>
+#include <string_view>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/status_macros.h"
+#include "worker/kernels/packed_matrix.h"
+#include "worker/model/linear.h"
+#include "worker/tensor/half.h"
+
+namespace walsh::engine {
+namespace {
+
+// Token embeddings as stored: 16 bits each, and widened by row when they are looked up.
+class EmbeddingTable {
+ public:
+  EmbeddingTable() = default;
+  explicit EmbeddingTable(const Matrix& rows) : width_(rows.cols()) {
+    values_.resize(static_cast<size_t>(rows.size()));
+    std::transform(rows.data(), rows.data() + rows.size(), values_.begin(), FloatToBf16);
+  }
+  void Lookup(int32_t token, float* row) const {
+    const uint16_t* values = values_.data() + token * width_;
+    std::transform(values, values + width_, row, Bf16ToFloat);
+  }
+  int64_t size_bytes() const { return static_cast<int64_t>(values_.size() * sizeof(uint16_t)); }
+
+ private:
+  int64_t width_ = 0;
+  std::vector<uint16_t> values_;
+};
+
+struct Weights {
+  ModelConfig config;
+  ArtifactInfo info;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<ChatTemplate> chat_template;
+  EmbeddingTable embedding;
+  // LoadDense keeps its embeddings exactly; empty otherwise.
+  Matrix dense_embedding;
+  std::vector<DecoderLayer> layers;
+  std::vector<float> final_norm;
+  std::unique_ptr<Linear> head;
+};
+
+// In the order of a forward pass.
+std::vector<const Linear*> Linears(const DecoderLayer& layer) {
+  return {layer.q_proj.get(),    layer.k_proj.get(),  layer.v_proj.get(),   layer.o_proj.get(),
+          layer.gate_proj.get(), layer.up_proj.get(), layer.down_proj.get()};
+}
+
+class TransformerModel final : public LoadedModel {
+ public:
+  explicit TransformerModel(Weights weights)
+      : weights_(std::move(weights)),
+        inverse_frequencies_(RopeInverseFrequencies(weights_.config)) {}
+
+  const ModelConfig& config() const override { return weights_.config; }
+  const ArtifactInfo& info() const override { return weights_.info; }
+  const Tokenizer& tokenizer() const override { return *weights_.tokenizer; }
+  const ChatTemplate* chat_template() const override { return weights_.chat_template.get(); }
+  int64_t packed_bytes_per_token() const override {
+    int64_t bytes = weights_.head->size_bytes();
+    for (const DecoderLayer& layer : weights_.layers) {
+      for (const Linear* linear : Linears(layer)) bytes += linear->size_bytes();
+    }
+    return bytes;
+  }
+  int64_t memory_bytes() const override {
+    return packed_bytes_per_token() + weights_.embedding.size_bytes() +
+           weights_.dense_embedding.size() * 4;
+  }
+  absl::Status Forward(const Batch& batch, const kernels::Stream& stream, ForwardScratch& scratch,
+                       Matrix& logits) const override;
+
+ private:
+  absl::Status CheckBatch(const Batch& batch) const;
+  void LookUp(int32_t token, float* row) const;
+  absl::Status Head(const Batch& batch, const Matrix& hidden, const kernels::Stream& stream,
+                    Matrix& logits) const;
+
+  const Weights weights_;
+  const std::vector<float> inverse_frequencies_;
+};
+
+absl::Status TransformerModel::CheckBatch(const Batch& batch) const {
+  if (batch.tokens.size() != batch.positions.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(batch.tokens.size(), " tokens with ", batch.positions.size(), " positions"));
+  }
+  for (const int32_t token : batch.tokens) {
+    if (token < 0 || token >= config().vocab) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("token ", token, " is outside the vocabulary of ", config().vocab));
+    }
+  }
+  for (const Batch::Sequence& sequence : batch.sequences) {
+    if (sequence.n_past + sequence.n_rows > sequence.capacity) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("a sequence of ", sequence.n_past + sequence.n_rows,
+                       " tokens does not fit its KV cache of ", sequence.capacity));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void TransformerModel::LookUp(int32_t token, float* row) const {
+  if (weights_.dense_embedding.empty()) {
+    weights_.embedding.Lookup(token, row);
+  } else {
+    std::copy_n(weights_.dense_embedding.row(token), config().hidden, row);
+  }
+}
+
+absl::Status TransformerModel::Forward(const Batch& batch, const kernels::Stream& stream,
+                                       ForwardScratch& scratch, Matrix& logits) const {
+  WALSH_RETURN_IF_ERROR(CheckBatch(batch));
+  const auto n_rows = static_cast<int64_t>(batch.tokens.size());
+  const int64_t kv_width = config().kv_width();
+  scratch.Reserve(config(), n_rows);
+  Matrix hidden(n_rows, config().hidden);
+  for (int64_t i = 0; i < n_rows; ++i) LookUp(batch.tokens[i], hidden.row(i));
+
+  ForwardContext context;
+  context.config = &config();
+  context.inverse_frequencies = inverse_frequencies_;
+  context.stream = stream;
+  std::vector<SequenceSlice> slices(batch.sequences.size());
+  for (size_t l = 0; l < weights_.layers.size(); ++l) {
+    for (size_t s = 0; s < slices.size(); ++s) {
+      const Batch::Sequence& sequence = batch.sequences[s];
+      const int64_t layer_offset = static_cast<int64_t>(l) * sequence.capacity * kv_width;
+      slices[s] = {.first_row = sequence.first_row,
+                   .n_rows = sequence.n_rows,
+                   .n_past = sequence.n_past,
+                   .keys = sequence.keys + layer_offset,
+                   .values = sequence.values + layer_offset};
+    }
+    WALSH_RETURN_IF_ERROR(ForwardLayer(context, weights_.layers[l], batch.positions, slices, n_rows,
+                                       hidden.data(), scratch));
+  }
+  return Head(batch, hidden, stream, logits);
+}
+
+absl::Status TransformerModel::Head(const Batch& batch, const Matrix& hidden,
+                                    const kernels::Stream& stream, Matrix& logits) const {
+  std::vector<int64_t> rows;
+  for (const Batch::Sequence& sequence : batch.sequences) {
+    if (sequence.needs_logits) rows.push_back(sequence.first_row + sequence.n_rows - 1);
+  }
+  const auto n_rows = static_cast<int64_t>(rows.size());
+  if (n_rows == 0) return absl::OkStatus();
+  Matrix last(n_rows, config().hidden);
+  for (int64_t i = 0; i < n_rows; ++i) {
+    std::copy_n(hidden.row(rows[i]), config().hidden, last.row(i));
+  }
+  WALSH_RETURN_IF_ERROR(kernels::RmsNorm(
+      {.n_tokens = n_rows,
+       .dim = config().hidden,
+       .x = last.data(),
+       .weight = weights_.final_norm.empty() ? nullptr : weights_.final_norm.data(),
+       .eps = static_cast<float>(config().rms_norm_eps),
+       .y = last.data()},
+      stream));
+  if (logits.rows() < n_rows) logits = Matrix(n_rows, config().vocab);
+  return weights_.head->Apply(last.data(), n_rows, logits.data(), stream);
+}
+
+// -- Loading ------------------------------------------------------------------------------------
+
+absl::StatusOr<std::unique_ptr<ChatTemplate>> ParseChatTemplate(const std::string& source) {
+  if (source.empty()) return nullptr;
+  absl::StatusOr<std::unique_ptr<ChatTemplate>> parsed = ChatTemplate::Parse(source);
+  if (absl::IsUnimplemented(parsed.status())) {
+    // The model still generates from plain prompts.
+    WALSH_LOG(Warning, "the model's chat template is not supported", {"error", parsed.status()});
+    return nullptr;
+  }
+  return parsed;
+}
+
+absl::Status LoadText(const TokenizerSource& source, Weights& weights) {
+  WALSH_ASSIGN_OR_RETURN(weights.tokenizer, Tokenizer::Create(source));
+  WALSH_ASSIGN_OR_RETURN(weights.chat_template, ParseChatTemplate(source.chat_template));
+  return absl::OkStatus();
+}
+
+std::vector<float> ToVector(const Matrix& matrix) {
+  return {matrix.data(), matrix.data() + matrix.size()};
+}
+
+class ArtifactLoader {
+ public:
+  explicit ArtifactLoader(const ArtifactReader* reader) : reader_(reader) {}
+
+  absl::StatusOr<std::unique_ptr<Linear>> LoadLinear(const std::string& name, bool has_bias) const {
+    std::vector<float> bias;
+    if (has_bias) {
+      WALSH_ASSIGN_OR_RETURN(const Matrix row, reader_->ReadDense(name + ".bias"));
+      bias = ToVector(row);
+    }
+    if (!reader_->IsQuantized(name)) {
+      WALSH_ASSIGN_OR_RETURN(Matrix weights, reader_->ReadDense(name + ".weight"));
+      return std::make_unique<DenseLinear>(std::move(weights), std::move(bias));
+    }
+    WALSH_ASSIGN_OR_RETURN(const QuantizedMatrix matrix, reader_->ReadQuantized(name));
+    WALSH_ASSIGN_OR_RETURN(kernels::PackedMatrix packed, kernels::PackedMatrix::Pack(matrix));
+    return std::make_unique<PackedLinear>(std::move(packed), std::move(bias));
+  }
+
+  absl::StatusOr<std::vector<float>> LoadNorm(const std::string& name) const {
+    WALSH_ASSIGN_OR_RETURN(const Matrix row, reader_->ReadDense(name));
+    return ToVector(row);
+  }
+
+  absl::StatusOr<DecoderLayer> LoadLayer(int64_t index) const {
+    const ModelConfig& config = reader_->config();
+    const auto linear = [&](std::string_view name, bool has_bias) {
+      return LoadLinear(LayerTensor(index, name), has_bias);
+    };
+    DecoderLayer layer;
+    WALSH_ASSIGN_OR_RETURN(layer.q_proj, linear("self_attn.q_proj", config.attention_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.k_proj, linear("self_attn.k_proj", config.attention_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.v_proj, linear("self_attn.v_proj", config.attention_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.o_proj, linear("self_attn.o_proj", config.attention_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.gate_proj, linear("mlp.gate_proj", config.mlp_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.up_proj, linear("mlp.up_proj", config.mlp_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.down_proj, linear("mlp.down_proj", config.mlp_bias));
+    WALSH_ASSIGN_OR_RETURN(layer.input_norm,
+                           LoadNorm(LayerTensor(index, "input_layernorm.weight")));
+    WALSH_ASSIGN_OR_RETURN(layer.post_attention_norm,
+                           LoadNorm(LayerTensor(index, "post_attention_layernorm.weight")));
+    return layer;
+  }
+
+  absl::StatusOr<std::unique_ptr<Linear>> LoadHead(bool head_8bit) const {
+    WALSH_ASSIGN_OR_RETURN(Matrix weights, reader_->ReadDense(kLmHeadTensor));
+    if (!head_8bit) return std::make_unique<DenseLinear>(std::move(weights));
+    WALSH_ASSIGN_OR_RETURN(kernels::PackedMatrix packed,
+                           kernels::PackedMatrix::PackDense8(weights));
+    return std::make_unique<PackedLinear>(std::move(packed));
+  }
+
+ private:
+  const ArtifactReader* reader_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadArtifact(const std::string& directory,
+                                                                       const Options& options) {
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> reader,
+                         ArtifactReader::Open(directory, options.verify, options.n_threads));
+  Weights weights;
+  weights.config = reader->config();
+  weights.info = reader->info();
+  WALSH_RETURN_IF_ERROR(LoadText(reader->tokenizer(), weights));
+  const ArtifactLoader loader(reader.get());
+  {
+    WALSH_ASSIGN_OR_RETURN(const Matrix embedding, reader->ReadDense(kEmbeddingTensor));
+    weights.embedding = EmbeddingTable(embedding);
+  }
+  for (int64_t l = 0; l < weights.config.n_layers; ++l) {
+    WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, loader.LoadLayer(l));
+    weights.layers.push_back(std::move(layer));
+  }
+  WALSH_ASSIGN_OR_RETURN(weights.final_norm, loader.LoadNorm(std::string(kFinalNormTensor)));
+  WALSH_ASSIGN_OR_RETURN(weights.head, loader.LoadHead(options.head_8bit));
+  return std::make_shared<TransformerModel>(std::move(weights));
+}
+
+absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadDense(const Checkpoint& checkpoint) {
+  Weights weights;
+  weights.config = checkpoint.config();
+  WALSH_RETURN_IF_ERROR(LoadText(checkpoint.tokenizer(), weights));
+  WALSH_ASSIGN_OR_RETURN(weights.dense_embedding, checkpoint.Read(kEmbeddingTensor));
+  for (int64_t l = 0; l < weights.config.n_layers; ++l) {
+    WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, LoadDenseLayer(checkpoint, l));
+    weights.layers.push_back(std::move(layer));
+  }
+  WALSH_ASSIGN_OR_RETURN(const Matrix norm, checkpoint.Read(kFinalNormTensor));
+  weights.final_norm = ToVector(norm);
+  WALSH_ASSIGN_OR_RETURN(Matrix head, checkpoint.Read(kLmHeadTensor));
+  weights.head = std::make_unique<DenseLinear>(std::move(head));
+  return std::make_shared<TransformerModel>(std::move(weights));
+}
+
+}  // namespace walsh::engine

@@ -1,0 +1,340 @@
+#include "worker/service/daemon.h"
+
+#include <fcntl.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/server.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <iostream>
+#include <random>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "common/endpoints.h"
+#include "common/grpc_server.h"
+#include "common/http_server.h"
+#include "common/log.h"
+#include "common/metrics.h"
+#include "common/publish.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "worker/io/model_root.h"
+#include "worker/pipeline/quantize_job.h"
+#include "worker/service/agent.h"
+#include "worker/service/describe.h"
+#include "worker/service/generation_service.h"
+#include "worker/service/job_runner.h"
+#include "worker/service/model_host_service.h"
+#include "worker/service/model_store.h"
+
+namespace walsh::service {
+namespace {
+
+constexpr char kDaemonName[] = "worker";
+// A step of the engine that takes longer than this is taken for hung.
+constexpr absl::Duration kHungAfter = absl::Seconds(60);
+// After the requests' time: for calls to send their last words.
+constexpr absl::Duration kServerGrace = absl::Seconds(2);
+
+// One worker per data folder, for as long as this object lives; the system releases the lock of a
+// process that dies.
+class DataFolderLock {
+ public:
+  static absl::StatusOr<DataFolderLock> Take(const std::string& data_dir) {
+    WALSH_RETURN_IF_ERROR(MakeDirectories(data_dir + "/run"));
+    const int fd =
+        open((data_dir + "/run/worker.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (fd < 0) return ErrnoStatus(errno, "open the data folder's lock");
+    DataFolderLock lock(fd);
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+      return absl::FailedPreconditionError(
+          "another worker uses this data folder (run/worker.lock)");
+    }
+    return lock;
+  }
+  DataFolderLock(DataFolderLock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  DataFolderLock& operator=(DataFolderLock&&) = delete;
+  ~DataFolderLock() {
+    if (fd_ >= 0) close(fd_);
+  }
+
+ private:
+  explicit DataFolderLock(int fd) : fd_(fd) {}
+  int fd_;
+};
+
+// Out of descriptors, gRPC 1.51's acceptor stops for good.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 65536);
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+std::string NewWorkerId() {
+  std::random_device device;
+  return absl::StrFormat("w-%08x", device());
+}
+
+class WorkerDaemon final : public Daemon {
+ public:
+  WorkerDaemon(const WorkerOptions& options, DataFolderLock lock, ModelRoots roots)
+      : options_(options),
+        worker_id_(NewWorkerId()),
+        lock_(std::move(lock)),
+        roots_(std::move(roots)),
+        resolve_([this](std::string_view path) { return roots_.Resolve(path); }) {}
+
+  ~WorkerDaemon() override { Stop(); }
+
+  absl::Status Start();
+  void Stop() override;
+
+ private:
+  absl::Status OpenStore();
+  absl::Status StartServer();
+  absl::Status StartHttp();
+  absl::Status Announce();
+  void MakeAgent();
+  void LoadModels();
+  void OnModelChanged(const v1::Model& model);
+  absl::Status CheckLive() const;
+  absl::Status CheckReady() const;
+  Agent::Load MakeLoad() const;
+  std::string AdvertisedAddress() const;
+
+  const WorkerOptions options_;
+  const std::string worker_id_;
+  const DataFolderLock lock_;
+  const ModelRoots roots_;
+  const PathResolver resolve_;
+  Clock* const clock_ = Clock::Real();
+
+  std::unique_ptr<ModelStore> models_;
+  std::unique_ptr<GenerationService> generation_;
+  std::unique_ptr<ModelHostService> model_host_;
+  std::unique_ptr<grpc::Server> server_;
+  int grpc_port_ = 0;
+  std::unique_ptr<HttpServer> http_;
+  std::unique_ptr<internal::v1::WorkerService::Stub> coordinator_;
+  std::unique_ptr<JobRunner> runner_;
+  std::unique_ptr<Agent> agent_;
+  std::thread loader_;
+  std::atomic<bool> is_stopping_ = false;
+};
+
+absl::Status WorkerDaemon::Start() {
+  RaiseDescriptorLimit();
+  metrics::RegisterBuildInfo();
+  WALSH_RETURN_IF_ERROR(OpenStore());
+  WALSH_RETURN_IF_ERROR(StartServer());
+  MakeAgent();
+  models_->set_listener([this](const v1::Model& model) { OnModelChanged(model); });
+  WALSH_RETURN_IF_ERROR(StartHttp());
+  WALSH_RETURN_IF_ERROR(Announce());
+  agent_->Start();
+  loader_ = std::thread([this] { LoadModels(); });
+  return absl::OkStatus();
+}
+
+absl::Status WorkerDaemon::OpenStore() {
+  ModelStore::Options options;
+  options.root = options_.data_dir + "/models";
+  options.worker_id = worker_id_;
+  options.engine.max_sequences = options_.max_num_seqs;
+  options.engine.max_waiting = options_.max_num_queued_reqs;
+  options.engine.max_batch_tokens = options_.max_num_batched_tokens;
+  options.engine.kv_cache_tokens = options_.kv_cache_tokens;
+  options.engine.n_threads = options_.threads;
+  options.drain_timeout = absl::Seconds(options_.shutdown_timeout_seconds);
+  const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();
+  options.loader = [n_threads](const std::string& directory) {
+    return engine::LoadedModel::LoadArtifact(directory, {.n_threads = n_threads});
+  };
+  WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));
+  return absl::OkStatus();
+}
+
+absl::Status WorkerDaemon::StartServer() {
+  generation_ = std::make_unique<GenerationService>(models_.get(), clock_);
+  model_host_ = std::make_unique<ModelHostService>(
+      ModelHostService::Options{
+          .data_dir = options_.data_dir, .resolve = resolve_, .plan = pipeline::PlanJob},
+      models_.get());
+  grpc::EnableDefaultHealthCheckService(true);
+  const bool is_loopback = options_.host == "127.0.0.1" || options_.host == "localhost";
+  if (is_loopback) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  ApplyServerLimits(builder);
+  AddServerMetrics(builder);
+  builder.AddListeningPort(absl::StrCat(options_.host, ":", options_.grpc_port),
+                           grpc::InsecureServerCredentials(), &grpc_port_);
+  builder.RegisterService(generation_.get());
+  builder.RegisterService(model_host_.get());
+  server_ = builder.BuildAndStart();
+  if (server_ == nullptr || grpc_port_ == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen on ", options_.host, ":", options_.grpc_port, " for gRPC"));
+  }
+  grpc::HealthCheckServiceInterface& health = *server_->GetHealthCheckService();
+  health.SetServingStatus(v1::GenerationService::service_full_name(), true);
+  health.SetServingStatus(internal::v1::ModelHostService::service_full_name(), true);
+  return absl::OkStatus();
+}
+
+absl::Status WorkerDaemon::StartHttp() {
+  WALSH_ASSIGN_OR_RETURN(http_, HttpServer::Start({.host = options_.host,
+                                                   .port = options_.metrics_port,
+                                                   .live = [this] { return CheckLive(); },
+                                                   .ready = [this] { return CheckReady(); }}));
+  return absl::OkStatus();
+}
+
+absl::Status WorkerDaemon::Announce() {
+  const Endpoints endpoints = {{"grpc", absl::StrCat(options_.host, ":", grpc_port_)},
+                               {"metrics", absl::StrCat(options_.host, ":", http_->port())}};
+  for (const auto& [name, address] : endpoints) {
+    std::cout << name << " " << address << "\n";
+  }
+  std::cout.flush();
+  return WriteEndpoints(options_.data_dir, kDaemonName, endpoints);
+}
+
+void WorkerDaemon::MakeAgent() {
+  coordinator_ = internal::v1::WorkerService::NewStub(MakeChannel(options_.coordinator));
+  runner_ = std::make_unique<JobRunner>(
+      JobRunner::Options{.worker_id = worker_id_,
+                         .results_directory = options_.data_dir + "/results",
+                         .n_threads = options_.threads,
+                         .resolve = resolve_,
+                         .quantize = pipeline::RunJob},
+      coordinator_.get(), models_.get(), clock_);
+  const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();
+  agent_ = std::make_unique<Agent>(
+      Agent::Identity{.worker_id = worker_id_,
+                      .address = AdvertisedAddress(),
+                      .device = DescribeDevice(n_threads)},
+      coordinator_.get(),
+      Agent::Hooks{.load = [this] { return MakeLoad(); },
+                   .run_job = [this](const internal::v1::Lease& lease,
+                                     HeldLease& held) { runner_->Run(lease, held); }},
+      clock_);
+}
+
+void WorkerDaemon::LoadModels() {
+  for (const std::string& name : options_.load_models) {
+    if (is_stopping_) return;
+    // A model that cannot be loaded is reported in its state, and the worker goes on.
+    if (const auto id = ParseModelName("--load-model", name); id.ok()) {
+      const auto model = models_->Load(*id);
+      if (absl::IsNotFound(model.status())) {
+        WALSH_LOG(Error, "no such model to load at start", {"model", name});
+      }
+    }
+  }
+}
+
+void WorkerDaemon::OnModelChanged(const v1::Model& model) {
+  const std::string id = model.name().substr(kModelCollection.size());
+  server_->GetHealthCheckService()->SetServingStatus(
+      "model/" + id, model.state() == v1::Model::READY && !is_stopping_);
+  agent_->Poke();
+}
+
+absl::Status WorkerDaemon::CheckLive() const {
+  const double age = models_->TotalStats().heartbeat_age_seconds;
+  if (absl::Seconds(age) < kHungAfter) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrFormat("an engine has not turned for %.0f s", age));
+}
+
+absl::Status WorkerDaemon::CheckReady() const {
+  WALSH_RETURN_IF_ERROR(CheckLive());
+  if (is_stopping_) return absl::UnavailableError("the worker is stopping");
+  if (!agent_->is_registered()) return absl::UnavailableError("not registered with a coordinator");
+  return absl::OkStatus();
+}
+
+Agent::Load WorkerDaemon::MakeLoad() const {
+  const engine::Stats stats = models_->TotalStats();
+  return {.models = models_->List(),
+          .requests_running = stats.running,
+          .requests_waiting = stats.waiting};
+}
+
+std::string WorkerDaemon::AdvertisedAddress() const {
+  const std::string& host =
+      options_.advertise_host.empty() ? options_.host : options_.advertise_host;
+  return absl::StrCat(host, ":", grpc_port_);
+}
+
+void WorkerDaemon::Stop() {
+  if (is_stopping_.exchange(true)) return;
+  WALSH_LOG(Info, "stopping");
+  if (server_ != nullptr) server_->GetHealthCheckService()->SetServingStatus(false);
+  // The job goes back while requests finish.
+  std::thread goodbye;
+  if (agent_ != nullptr) {
+    agent_->Drain();
+    goodbye = std::thread([this] { agent_->Stop(); });
+  }
+  if (models_ != nullptr) {
+    models_->DrainAll(absl::Seconds(options_.shutdown_timeout_seconds));
+  }
+  if (goodbye.joinable()) goodbye.join();
+  if (loader_.joinable()) loader_.join();
+  if (server_ != nullptr) server_->Shutdown(absl::ToChronoTime(absl::Now() + kServerGrace));
+  http_.reset();  // its probes look at all of the above
+  RemoveEndpoints(options_.data_dir, kDaemonName);
+  WALSH_LOG(Info, "stopped");
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& options) {
+  WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
+  WALSH_ASSIGN_OR_RETURN(DataFolderLock lock, DataFolderLock::Take(options.data_dir));
+  const std::vector<std::string> roots = options.model_roots.empty()
+                                             ? std::vector<std::string>{options.data_dir}
+                                             : options.model_roots;
+  WALSH_ASSIGN_OR_RETURN(ModelRoots model_roots, ModelRoots::Create(roots));
+  auto daemon = std::make_unique<WorkerDaemon>(options, std::move(lock), std::move(model_roots));
+  WALSH_RETURN_IF_ERROR(daemon->Start());
+  return daemon;
+}
+
+int RunUntilSignal(const WorkerOptions& options) {
+  // Blocked before any thread starts, so that only this one takes them.
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+
+  absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
+  if (!daemon.ok()) {
+    WALSH_LOG(Error, "the worker cannot start", {"error", daemon.status()});
+    return 1;
+  }
+  int received = 0;
+  sigwait(&signals, &received);
+  std::thread([&signals] {
+    int second = 0;
+    sigwait(&signals, &second);
+    WALSH_LOG(Warning, "second signal: leaving at once");
+    _exit(1);
+  }).detach();
+  (*daemon)->Stop();
+  daemon->reset();
+  return 0;
+}
+
+}  // namespace walsh::service

@@ -1,0 +1,241 @@
+#include "worker/service/job_conversion.h"
+
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "worker/service/proto_time.h"
+
+namespace walsh::service {
+namespace {
+
+using v1::QuantizationConfig;
+using v1::QuantizationJob;
+using v1::Rotation;
+
+constexpr int kDefaultBits = 4;
+constexpr double kDefaultDamp = 0.01;
+constexpr int64_t kDefaultCalibrationWindows = 128;
+constexpr int64_t kDefaultEvaluationWindows = 20;
+constexpr int64_t kDefaultSequenceLength = 2048;
+
+absl::Status OutOfRange(std::string_view field, double value, std::string_view rule) {
+  return InvalidField(field, absl::StrCat(value, ", must be ", std::string(rule)));
+}
+
+absl::StatusOr<gptq::Options> ToQuantizer(const QuantizationConfig& config) {
+  gptq::Options options;
+  switch (config.method()) {
+    case QuantizationConfig::METHOD_UNSPECIFIED:
+    case QuantizationConfig::GPTQ:
+      options.method = gptq::Method::kGptq;
+      break;
+    case QuantizationConfig::RTN:
+      options.method = gptq::Method::kRtn;
+      break;
+    default:
+      return OutOfRange("config.method", config.method(), "RTN or GPTQ");
+  }
+  options.bits = config.bits() == 0 ? kDefaultBits : config.bits();
+  if (options.bits != 2 && options.bits != 3 && options.bits != 4 && options.bits != 8) {
+    return OutOfRange("config.bits", options.bits, "2, 3, 4 or 8");
+  }
+  options.group_size = config.group_size();
+  const int64_t group = options.group_size;
+  if (group != 0 && group != -1 && group != 32 && group != 64 && group != 128) {
+    return OutOfRange("config.group_size", static_cast<double>(group),
+                      "32, 64, 128, -1 (per channel) or 0 (automatic)");
+  }
+  options.symmetric = config.symmetric();
+  options.column_order = config.column_order() == QuantizationConfig::NATURAL
+                             ? gptq::ColumnOrder::kNatural
+                             : gptq::ColumnOrder::kGroupAware;
+  options.damp = config.damp_percent() == 0 ? kDefaultDamp : config.damp_percent();
+  if (!(options.damp > 0 && options.damp <= 1)) {
+    return OutOfRange("config.damp_percent", config.damp_percent(),
+                      "a share above 0 and at most 1");
+  }
+  options.mse_clip = !config.disable_mse_clip();
+  return options;
+}
+
+absl::StatusOr<rotate::Kind> ToRotationKind(Rotation::Kind kind) {
+  switch (kind) {
+    case Rotation::NONE:
+      return rotate::Kind::kNone;
+    case Rotation::HADAMARD:
+      return rotate::Kind::kHadamard;
+    case Rotation::WALSH:
+      return rotate::Kind::kWalsh;
+    case Rotation::LOCAL_HADAMARD:
+      return rotate::Kind::kLocalHadamard;
+    case Rotation::KIND_UNSPECIFIED:
+    case Rotation::GSR:
+      return rotate::Kind::kGsr;
+    default:
+      return OutOfRange("config.rotation.kind", kind,
+                        "NONE, HADAMARD, WALSH, LOCAL_HADAMARD or GSR");
+  }
+}
+
+// `value` or, when it is 0, `default_value`; within [low, high].
+absl::StatusOr<int64_t> Count(std::string_view field, int64_t value, int64_t default_value,
+                              int64_t low, int64_t high) {
+  if (value == 0) return default_value;
+  if (value < low || value > high) {
+    return OutOfRange(field, static_cast<double>(value), absl::StrCat(low, " to ", high));
+  }
+  return value;
+}
+
+}  // namespace
+
+absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
+                                            const PathResolver& resolve) {
+  const QuantizationConfig& config = job.config();
+  pipeline::JobSpec spec;
+  spec.job_name = job.name();
+  spec.model_name = job.model_name();
+  if (!IsModelId(spec.model_name)) {
+    return InvalidField(
+        "model_name",
+        absl::StrCat("'", spec.model_name, "' is not of the form [a-z0-9][a-z0-9._-]{0,63}"));
+  }
+  WALSH_ASSIGN_OR_RETURN(spec.quantizer, ToQuantizer(config));
+  WALSH_ASSIGN_OR_RETURN(spec.rotation, ToRotationKind(config.rotation().kind()));
+  spec.rotation_block = config.rotation().block_size();
+  spec.rotation_signs = config.rotation().signs() == Rotation::SEEDED;
+  spec.seed = config.seed();
+  const v1::Calibration& calibration = config.calibration();
+  WALSH_ASSIGN_OR_RETURN(spec.n_calibration_windows,
+                         Count("config.calibration.num_samples", calibration.num_samples(),
+                               kDefaultCalibrationWindows, 1, limits::kCalibrationSamplesMax));
+  WALSH_ASSIGN_OR_RETURN(
+      spec.sequence_length,
+      Count("config.calibration.sequence_length", calibration.sequence_length(),
+            kDefaultSequenceLength, limits::kSequenceLengthMin, limits::kSequenceLengthMax));
+  const v1::Evaluation& evaluation = config.evaluation();
+  spec.evaluate = !evaluation.disable();
+  WALSH_ASSIGN_OR_RETURN(spec.n_evaluation_windows,
+                         Count("config.evaluation.max_windows", evaluation.max_windows(),
+                               kDefaultEvaluationWindows, 1, limits::kCalibrationSamplesMax));
+  WALSH_ASSIGN_OR_RETURN(
+      spec.evaluation_length,
+      Count("config.evaluation.sequence_length", evaluation.sequence_length(),
+            kDefaultSequenceLength, limits::kSequenceLengthMin, limits::kSequenceLengthMax));
+
+  WALSH_ASSIGN_OR_RETURN(spec.source_path, resolve(job.source_model()));
+  if (!calibration.uri().empty()) {
+    WALSH_ASSIGN_OR_RETURN(spec.calibration_path, resolve(calibration.uri()));
+  }
+  if (!evaluation.uri().empty()) {
+    WALSH_ASSIGN_OR_RETURN(spec.evaluation_path, resolve(evaluation.uri()));
+  }
+  return spec;
+}
+
+QuantizationJob::Stage ToProto(pipeline::Stage stage) {
+  switch (stage) {
+    case pipeline::Stage::kValidating:
+      return QuantizationJob::VALIDATING;
+    case pipeline::Stage::kLoading:
+      return QuantizationJob::LOADING;
+    case pipeline::Stage::kRotating:
+      return QuantizationJob::ROTATING;
+    case pipeline::Stage::kCalibrating:
+      return QuantizationJob::CALIBRATING;
+    case pipeline::Stage::kQuantizing:
+      return QuantizationJob::QUANTIZING;
+    case pipeline::Stage::kPacking:
+      return QuantizationJob::PACKING;
+    case pipeline::Stage::kEvaluating:
+      return QuantizationJob::EVALUATING;
+    case pipeline::Stage::kPublishing:
+      return QuantizationJob::PUBLISHING;
+  }
+  return QuantizationJob::STAGE_UNSPECIFIED;
+}
+
+QuantizationJob::LinearResult ToProto(const pipeline::LinearReport& linear) {
+  QuantizationJob::LinearResult proto;
+  proto.set_name(linear.name);
+  proto.set_layer(static_cast<int32_t>(linear.layer));
+  proto.set_bits(linear.bits);
+  proto.set_relative_error(linear.relative_error);
+  proto.set_damp_percent(linear.damp);
+  proto.set_dead_columns(static_cast<int32_t>(linear.dead_columns));
+  proto.set_fallback(linear.fallback);
+  return proto;
+}
+
+v1::QuantizationJobEvent ToEvent(const pipeline::JobProgress& progress) {
+  v1::QuantizationJobEvent event;
+  event.set_state(QuantizationJob::RUNNING);
+  event.set_stage(ToProto(progress.stage));
+  event.set_layer(static_cast<int32_t>(progress.layer));
+  event.set_message(progress.message);
+  QuantizationJob::Progress& proto = *event.mutable_progress();
+  proto.set_layers_done(static_cast<int32_t>(progress.layers_done));
+  proto.set_layers_total(static_cast<int32_t>(progress.layers_total));
+  proto.set_fraction(progress.fraction);
+  if (progress.eta_seconds >= 0)
+    *proto.mutable_eta() = ToProto(absl::Seconds(progress.eta_seconds));
+  for (const pipeline::LinearReport& linear : progress.linears) {
+    *event.add_linears() = ToProto(linear);
+  }
+  return event;
+}
+
+QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::string& model_id) {
+  QuantizationJob::Result result;
+  result.set_artifact_uri(ModelName(model_id));
+  result.set_sha256(report.artifact.sha256);
+  result.set_size_bytes(report.artifact.size_bytes);
+  result.set_source_size_bytes(report.source_size_bytes);
+  result.set_source_format(report.source_format);
+  result.set_linear_bytes_before(report.linear_bytes_before);
+  result.set_linear_bytes_after(report.linear_bytes_after);
+  result.set_bits_per_weight(report.bits_per_weight);
+  result.set_perplexity_before(report.perplexity_before);
+  result.set_perplexity_after(report.perplexity_after);
+  result.set_evaluation_tokens(report.evaluation_tokens);
+  result.set_rotation_gate(report.rotation_gate);
+  for (int stage = 0; stage < pipeline::kStages; ++stage) {
+    if (report.stage_seconds[stage] <= 0) continue;
+    QuantizationJob::StageTime& time = *result.add_stage_times();
+    time.set_stage(ToProto(static_cast<pipeline::Stage>(stage)));
+    time.set_seconds(report.stage_seconds[stage]);
+  }
+  for (const pipeline::LinearReport& linear : report.linears) {
+    *result.add_per_layer() = ToProto(linear);
+  }
+  QuantizationJob::CalibrationReport& calibration = *result.mutable_calibration();
+  calibration.set_samples_kept(report.samples_kept);
+  calibration.set_samples_dropped(report.samples_dropped);
+  calibration.set_samples_short(report.samples_short);
+  calibration.set_windows(report.calibration_windows);
+  calibration.set_tokens(report.calibration_tokens);
+  calibration.set_fingerprint(report.calibration_fingerprint);
+  result.set_group_size(static_cast<int32_t>(report.group_size));
+  result.set_rotation_block_size(static_cast<int32_t>(report.rotation_block));
+  result.set_peak_memory_bytes(report.peak_memory_bytes);
+  for (const std::string& warning : report.warnings) result.add_warnings(warning);
+  return result;
+}
+
+internal::v1::ValidateJobResponse ToResponse(const pipeline::JobPlan& plan) {
+  internal::v1::ValidateJobResponse response;
+  response.set_architecture(plan.architecture);
+  response.set_layers(static_cast<int32_t>(plan.layers));
+  response.set_group_size(static_cast<int32_t>(plan.group_size));
+  response.set_rotation_block_size(static_cast<int32_t>(plan.rotation_block));
+  response.set_memory_bytes_needed(plan.memory_bytes_needed);
+  response.set_disk_bytes_needed(plan.disk_bytes_needed);
+  for (const std::string& warning : plan.warnings) response.add_warnings(warning);
+  return response;
+}
+
+}  // namespace walsh::service

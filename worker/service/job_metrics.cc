@@ -1,0 +1,81 @@
+#include "worker/service/job_metrics.h"
+
+#include "common/metrics.h"
+
+namespace walsh::service {
+namespace {
+
+using metrics::Counter;
+using metrics::Histogram;
+
+// Relative errors of a linear's output: from what 8 bits leave to total loss.
+const metrics::Buckets& ErrorBuckets() {
+  static const auto* const buckets =
+      new metrics::Buckets{1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0};
+  return *buckets;
+}
+
+void ObserveLinear(const pipeline::LinearReport& linear) {
+  static auto& error =
+      Histogram("walsh_quantization_layer_error",
+                "tr(dW H dWt) / tr(W H Wt) of each quantized linear over the calibration inputs.")
+          .Add({}, ErrorBuckets());
+  static auto& fallbacks = Counter("walsh_quantization_fallbacks_total",
+                                   "Linears that were rounded to nearest instead, by reason.");
+  error.Observe(linear.relative_error);
+  // The only reason there is; the report tells the details of each.
+  if (!linear.fallback.empty()) fallbacks.Add({{"reason", "factorization"}}).Increment();
+}
+
+}  // namespace
+
+void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Duration now) {
+  static auto& layer_seconds =
+      Histogram("walsh_quantization_layer_seconds", "From one finished layer to the next.")
+          .Add({}, metrics::JobDurationBuckets());
+  for (const pipeline::LinearReport& linear : progress.linears) ObserveLinear(linear);
+  if (progress.layers_done > layers_done_) {
+    layer_seconds.Observe(absl::ToDoubleSeconds(now - layer_start_));
+    layers_done_ = progress.layers_done;
+    layer_start_ = now;
+  } else if (layer_start_ == absl::InfiniteDuration() && progress.layer >= 0) {
+    layer_start_ = now;
+  }
+}
+
+void ObserveJobReport(const pipeline::JobReport& report, double damp_asked) {
+  static auto& stage_seconds =
+      Histogram("walsh_quantization_stage_seconds", "Time of a job in each stage.");
+  static auto& calibration_tokens =
+      Counter("walsh_quantization_calibration_tokens_total", "Tokens that calibration ran on.")
+          .Add({});
+  static auto& damp_retries =
+      Counter("walsh_quantization_damp_retries_total",
+              "Linears whose Hessian needed more than the damping asked for.")
+          .Add({});
+  for (int stage = 0; stage < pipeline::kStages; ++stage) {
+    stage_seconds
+        .Add({{"stage", pipeline::StageName(static_cast<pipeline::Stage>(stage))}},
+             metrics::JobDurationBuckets())
+        .Observe(report.stage_seconds[stage]);
+  }
+  calibration_tokens.Increment(static_cast<double>(report.calibration_tokens));
+  for (const pipeline::LinearReport& linear : report.linears) {
+    if (linear.damp > damp_asked) damp_retries.Increment();
+  }
+}
+
+void CountArtifactWritten(int64_t bytes) {
+  static auto& written = Counter("walsh_artifact_bytes_total", "Bytes of artifacts, by operation.")
+                             .Add({{"op", "write"}});
+  written.Increment(static_cast<double>(bytes));
+}
+
+void CountArtifactError() {
+  static auto& errors =
+      Counter("walsh_artifact_errors_total", "Operations on artifacts that failed.")
+          .Add({{"op", "write"}});
+  errors.Increment();
+}
+
+}  // namespace walsh::service

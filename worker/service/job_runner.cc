@@ -1,0 +1,261 @@
+#include "worker/service/job_runner.h"
+
+#include <grpcpp/client_context.h>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/log.h"
+#include "common/publish.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "worker/kernels/thread_pool.h"
+#include "worker/service/job_metrics.h"
+
+namespace walsh::service {
+namespace {
+
+constexpr absl::Duration kCallTimeout = absl::Seconds(5);
+constexpr absl::Duration kRetryDelay = absl::Milliseconds(500);
+// Reports between changes of stage and layer are thinned to this.
+constexpr absl::Duration kReportInterval = absl::Seconds(1);
+// How often a hand-back is tried: the coordinator would learn it from the lease's end anyway.
+constexpr int kHandBackTries = 3;
+constexpr int kJobNice = 10;
+constexpr int64_t kResultBytesMax = 4 << 20;
+
+std::string JobId(const std::string& job_name) {
+  return job_name.starts_with(kJobCollection) ? job_name.substr(kJobCollection.size()) : job_name;
+}
+
+void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
+  context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(timeout));
+}
+
+}  // namespace
+
+// Passes the pipeline's progress on, and the coordinator's and the lease's verdict back.
+class JobRunner::ProgressReporter {
+ public:
+  ProgressReporter(JobRunner* runner, HeldLease* held) : runner_(runner), held_(held) {}
+
+  absl::Status operator()(const pipeline::JobProgress& progress) {
+    WALSH_RETURN_IF_ERROR(held_->Check());
+    metrics_.Observe(progress, runner_->clock_->Monotonic());
+    unsent_.insert(unsent_.end(), progress.linears.begin(), progress.linears.end());
+    const absl::Duration now = runner_->clock_->Monotonic();
+    const bool is_change = progress.stage != stage_ || progress.layer != layer_;
+    if (!is_change && now - reported_ < kReportInterval) return absl::OkStatus();
+    stage_ = progress.stage;
+    layer_ = progress.layer;
+    reported_ = now;
+    pipeline::JobProgress report = progress;
+    report.linears = unsent_;
+    const absl::Status status = runner_->Report(ToEvent(report), *held_);
+    if (status.ok()) {
+      unsent_.clear();
+    } else {
+      // Without the coordinator the job goes on for as long as the lease lasts; what it finished
+      // meanwhile goes out with a later report.
+      WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()}, {"error", status});
+    }
+    return held_->Check();
+  }
+
+ private:
+  JobRunner* const runner_;
+  HeldLease* const held_;
+  JobProgressMetrics metrics_;
+  pipeline::Stage stage_ = pipeline::Stage::kValidating;
+  int64_t layer_ = -2;
+  absl::Duration reported_ = -absl::InfiniteDuration();
+  std::vector<pipeline::LinearReport> unsent_;
+};
+
+JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
+                     ModelStore* models, Clock* clock)
+    : options_(std::move(options)), coordinator_(coordinator), models_(models), clock_(clock) {}
+
+void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
+  // Of the calling thread alone, and of the threads that it starts.
+  setpriority(PRIO_PROCESS, 0, kJobNice);
+  absl::StatusOr<Outcome> outcome = FindEarlier(lease);
+  if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held);
+  if (outcome.ok()) LoadIfWanted(lease, *outcome);
+  Complete(outcome, held);
+}
+
+absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease) {
+  const std::string& id = lease.job().model_name();
+  WALSH_ASSIGN_OR_RETURN(v1::Model model, models_->Get(id));
+  if (model.quantization_job() != lease.job_name()) {
+    absl::Status status = absl::AlreadyExistsError(
+        absl::StrCat(ModelName(id), " exists already, made by ",
+                     model.quantization_job().empty() ? "no job" : model.quantization_job()));
+    SetErrorInfo(status, "MODEL_EXISTS");
+    return status;
+  }
+  WALSH_LOG(Info, "the job was published before; completing it", {"job", lease.job_name()});
+  Outcome outcome;
+  const absl::StatusOr<std::string> kept = ReadFile(ResultPath(lease.job_name()), kResultBytesMax);
+  if (!kept.ok() || !outcome.result.ParseFromString(*kept)) {
+    outcome.result.set_artifact_uri(model.name());
+    outcome.result.set_sha256(model.sha256());
+    outcome.result.set_size_bytes(model.size_bytes());
+    outcome.result.set_perplexity_before(model.perplexity_before());
+    outcome.result.set_perplexity_after(model.perplexity_after());
+    outcome.result.set_group_size(model.group_size());
+    outcome.result.add_warnings(
+        "the report was lost in a crash; figures are those of the artifact");
+  }
+  outcome.model = std::move(model);
+  return outcome;
+}
+
+absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1::Lease& lease,
+                                                             HeldLease& held) {
+  const std::string directory =
+      models_->TemporaryDirectory(JobId(held.job_name()), held.fencing_token());
+  const auto remove_directory = [](const std::string* path) {
+    RemoveTree(*path).IgnoreError();  // what stays is removed at the next start
+  };
+  const std::unique_ptr<const std::string, decltype(remove_directory)> removed_at_end(
+      &directory, remove_directory);
+
+  WALSH_ASSIGN_OR_RETURN(const pipeline::JobReport report,
+                         QuantizeInto(directory, lease.job(), held));
+  Outcome outcome{.result = ToResult(report, lease.job().model_name()), .model = {}};
+  WALSH_RETURN_IF_ERROR(MakeDirectories(options_.results_directory));
+  WALSH_RETURN_IF_ERROR(
+      PublishFile(ResultPath(held.job_name()), outcome.result.SerializeAsString()));
+  WALSH_RETURN_IF_ERROR(ReportPublishing(held));
+  WALSH_RETURN_IF_ERROR(held.Check());
+  absl::StatusOr<v1::Model> model =
+      models_->Publish(directory, lease.job().model_name(), held.job_name());
+  if (!model.ok()) {
+    CountArtifactError();
+    return model.status();
+  }
+  outcome.model = *std::move(model);
+  CountArtifactWritten(report.artifact.size_bytes);
+  WALSH_LOG(Info, "model published", {"job", held.job_name()}, {"model", outcome.model.name()},
+            {"bytes", report.artifact.size_bytes});
+  return outcome;
+}
+
+absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& directory,
+                                                            const v1::QuantizationJob& job,
+                                                            HeldLease& held) {
+  WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
+  spec.output_directory = directory;
+  spec.job_name = held.job_name();
+  ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
+  ProgressReporter reporter(this, &held);
+  try {
+    absl::StatusOr<pipeline::JobReport> report = options_.quantize(spec, pool, std::ref(reporter));
+    if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
+    return report;
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("no memory left for the job");
+  }
+}
+
+absl::Status JobRunner::ReportPublishing(HeldLease& held) {
+  v1::QuantizationJobEvent event;
+  event.set_state(v1::QuantizationJob::RUNNING);
+  event.set_stage(v1::QuantizationJob::PUBLISHING);
+  event.set_layer(-1);
+  event.mutable_progress()->set_fraction(1.0);
+  while (true) {
+    WALSH_RETURN_IF_ERROR(held.Check());
+    const absl::Status status = Report(event, held);
+    if (status.ok()) return status;
+    // So the coordinator answers when the job is being cancelled.
+    if (absl::IsFailedPrecondition(status)) held.Cancel();
+    WALSH_RETURN_IF_ERROR(held.Check());
+    WALSH_LOG(Warning, "publishing waits for the coordinator", {"job", held.job_name()},
+              {"error", status});
+    held.Pause(kRetryDelay);
+  }
+}
+
+void JobRunner::LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome) {
+  if (!lease.job().config().auto_load()) return;
+  absl::StatusOr<v1::Model> loaded = models_->Load(lease.job().model_name());
+  if (loaded.ok()) {
+    outcome.model = *std::move(loaded);
+  } else {
+    outcome.result.add_warnings(
+        absl::StrCat("the model was published but not loaded: ", loaded.status().message()));
+  }
+}
+
+void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held) {
+  internal::v1::CompleteJobRequest request;
+  request.set_worker_id(options_.worker_id);
+  request.set_job_name(held.job_name());
+  request.set_fencing_token(held.fencing_token());
+  const absl::Status stop = held.Check();
+  if (outcome.ok()) {
+    *request.mutable_result() = outcome->result;
+    *request.mutable_model() = outcome->model;
+  } else if (absl::IsAborted(stop)) {
+    WALSH_LOG(Warning, "job stopped without an outcome", {"job", held.job_name()}, {"error", stop});
+    return;
+  } else if (absl::IsCancelled(stop)) {
+    request.mutable_cancelled();
+  } else if (absl::IsUnavailable(stop)) {
+    request.mutable_returned();
+  } else {
+    *request.mutable_error() = ToProtoStatus(outcome.status());
+    request.set_error_reason(ErrorReason(outcome.status()));
+    WALSH_LOG(Error, "job failed", {"job", held.job_name()}, {"error", outcome.status()});
+  }
+
+  for (int attempt = 1; !held.is_lost(); ++attempt) {
+    grpc::ClientContext context;
+    SetTimeout(context, kCallTimeout);
+    google::protobuf::Empty response;
+    const absl::Status status =
+        FromGrpcStatus(coordinator_->CompleteJob(&context, request, &response));
+    if (status.ok()) {
+      RemoveTree(ResultPath(held.job_name())).IgnoreError();
+      WALSH_LOG(Info, "job completed", {"job", held.job_name()});
+      return;
+    }
+    WALSH_LOG(Warning, "the outcome was not taken", {"job", held.job_name()}, {"error", status});
+    if (absl::IsAborted(status) || absl::IsInvalidArgument(status) ||
+        absl::IsFailedPrecondition(status)) {
+      return;
+    }
+    if (request.has_returned() && attempt >= kHandBackTries) return;
+    held.Pause(kRetryDelay);
+  }
+}
+
+absl::Status JobRunner::Report(const v1::QuantizationJobEvent& event, HeldLease& held) {
+  internal::v1::ReportProgressRequest request;
+  request.set_worker_id(options_.worker_id);
+  request.set_job_name(held.job_name());
+  request.set_fencing_token(held.fencing_token());
+  *request.mutable_event() = event;
+  grpc::ClientContext context;
+  SetTimeout(context, kCallTimeout);
+  google::protobuf::Empty response;
+  const absl::Status status =
+      FromGrpcStatus(coordinator_->ReportProgress(&context, request, &response));
+  if (absl::IsAborted(status)) held.Lose(std::string(status.message()));
+  return status;
+}
+
+std::string JobRunner::ResultPath(const std::string& job_name) const {
+  return absl::StrCat(options_.results_directory, "/", JobId(job_name), ".result");
+}
+
+}  // namespace walsh::service

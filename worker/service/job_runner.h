@@ -1,0 +1,70 @@
+// Runs a leased job from its first report to its last: quantize, publish, complete.
+//
+// What decides between workers is the fencing token. The artifact is moved to its name only after
+// the coordinator accepted the report of stage PUBLISHING with this token, and the result is kept
+// on disk until the coordinator has it, so a worker that dies in between loses nothing: whoever
+// gets the job next on this data folder finds the published model, made by the same job, and
+// completes with its result.
+//
+// Threads: Run is called from one thread, which it makes nicer than the engine's, so that traffic
+//          keeps its latency beside a job.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "common/clock.h"
+#include "walsh/internal/v1/worker.grpc.pb.h"
+#include "worker/pipeline/quantize_job.h"
+#include "worker/service/held_lease.h"
+#include "worker/service/job_conversion.h"
+#include "worker/service/model_store.h"
+
+namespace walsh::service {
+
+class JobRunner {
+ public:
+  using Quantize = std::function<absl::StatusOr<pipeline::JobReport>(
+      const pipeline::JobSpec&, ThreadPool&, const pipeline::Observer&)>;
+  struct Options {
+    std::string worker_id;
+    std::string results_directory;  // where results wait for the coordinator
+    int n_threads = 0;              // 0: the machine's
+    PathResolver resolve;
+    Quantize quantize;  // pipeline::RunJob
+  };
+  JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
+            ModelStore* models, Clock* clock);
+
+  void Run(const internal::v1::Lease& lease, HeldLease& held);
+
+ private:
+  struct Outcome {
+    v1::QuantizationJob::Result result;
+    v1::Model model;
+  };
+  class ProgressReporter;
+
+  absl::StatusOr<Outcome> RunToPublished(const internal::v1::Lease& lease, HeldLease& held);
+  // The outcome of an earlier holder of the same job, when it published.
+  absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
+  absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
+                                                   const v1::QuantizationJob& job, HeldLease& held);
+  // Returns once the coordinator accepted, or why it never will.
+  absl::Status ReportPublishing(HeldLease& held);
+  void LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome);
+  void Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held);
+
+  absl::Status Report(const v1::QuantizationJobEvent& event, HeldLease& held);
+  std::string ResultPath(const std::string& job_name) const;
+
+  const Options options_;
+  internal::v1::WorkerService::StubInterface* const coordinator_;
+  ModelStore* const models_;
+  Clock* const clock_;
+};
+
+}  // namespace walsh::service

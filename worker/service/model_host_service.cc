@@ -1,0 +1,91 @@
+#include "worker/service/model_host_service.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/publish.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "worker/service/host_memory.h"
+
+namespace walsh::service {
+namespace {
+
+// The handler's answer from a value or an error.
+template <typename T>
+grpc::Status Answer(absl::StatusOr<T> result, T* response) {
+  if (!result.ok()) return ToGrpcStatus(result.status());
+  *response = *std::move(result);
+  return grpc::Status::OK;
+}
+
+absl::Status CheckMemory(int64_t needed, const HostMemory& memory) {
+  if (memory.total_bytes == 0 || needed <= memory.total_bytes) return absl::OkStatus();
+  absl::Status status = absl::FailedPreconditionError(absl::StrCat(
+      "the job needs ", needed, " bytes of memory, the worker has ", memory.total_bytes));
+  SetErrorInfo(status, "INSUFFICIENT_MEMORY",
+               {{"needed", absl::StrCat(needed)}, {"total", absl::StrCat(memory.total_bytes)}});
+  return status;
+}
+
+absl::Status CheckDisk(int64_t needed, const std::string& data_dir) {
+  const absl::StatusOr<int64_t> free = FreeBytes(data_dir);
+  if (!free.ok() || needed <= *free) return free.status();
+  absl::Status status = absl::ResourceExhaustedError(
+      absl::StrCat("the artifact needs ", needed, " bytes of disk, ", *free, " are free"));
+  SetErrorInfo(status, "INSUFFICIENT_DISK",
+               {{"needed", absl::StrCat(needed)}, {"free", absl::StrCat(*free)}});
+  return status;
+}
+
+}  // namespace
+
+ModelHostService::ModelHostService(Options options, ModelStore* models)
+    : options_(std::move(options)), models_(models) {}
+
+absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
+    const v1::QuantizationJob& job) const {
+  WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
+  WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
+  const HostMemory memory = ReadHostMemory();
+  WALSH_RETURN_IF_ERROR(CheckMemory(plan.memory_bytes_needed, memory));
+  WALSH_RETURN_IF_ERROR(CheckDisk(plan.disk_bytes_needed, options_.data_dir));
+  internal::v1::ValidateJobResponse response = ToResponse(plan);
+  response.set_memory_bytes_free(memory.free_bytes);
+  if (plan.memory_bytes_needed > memory.free_bytes) {
+    response.add_warnings(absl::StrCat("the job needs ", plan.memory_bytes_needed,
+                                       " bytes of memory, of which ", memory.free_bytes,
+                                       " are free now"));
+  }
+  return response;
+}
+
+grpc::Status ModelHostService::ValidateJob(grpc::ServerContext*,
+                                           const internal::v1::ValidateJobRequest* request,
+                                           internal::v1::ValidateJobResponse* response) {
+  return Answer(Validate(request->job()), response);
+}
+
+grpc::Status ModelHostService::LoadModel(grpc::ServerContext*,
+                                         const internal::v1::HostModelRequest* request,
+                                         v1::Model* response) {
+  const absl::StatusOr<std::string> id = ParseModelName("model", request->model());
+  return Answer(id.ok() ? models_->Load(*id) : id.status(), response);
+}
+
+grpc::Status ModelHostService::UnloadModel(grpc::ServerContext*,
+                                           const internal::v1::HostModelRequest* request,
+                                           v1::Model* response) {
+  const absl::StatusOr<std::string> id = ParseModelName("model", request->model());
+  return Answer(id.ok() ? models_->Unload(*id) : id.status(), response);
+}
+
+grpc::Status ModelHostService::DeleteModel(grpc::ServerContext*,
+                                           const internal::v1::HostModelRequest* request,
+                                           google::protobuf::Empty*) {
+  const absl::StatusOr<std::string> id = ParseModelName("model", request->model());
+  return ToGrpcStatus(id.ok() ? models_->Delete(*id) : id.status());
+}
+
+}  // namespace walsh::service

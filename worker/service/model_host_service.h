@@ -1,0 +1,52 @@
+// walsh.internal.v1.ModelHostService: what the coordinator asks of a worker beside generation.
+//
+// Blocking handlers on gRPC's synchronous API: a load takes as long as it takes, and must not hold
+// one of the threads that streams need.
+//
+// Errors:  as ModelStore and pipeline::PlanJob give them; for a job also FAILED_PRECONDITION with
+//          reason INSUFFICIENT_MEMORY and RESOURCE_EXHAUSTED with reason INSUFFICIENT_DISK
+// Threads: gRPC's
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "walsh/internal/v1/worker.grpc.pb.h"
+#include "worker/pipeline/quantize_job.h"
+#include "worker/service/job_conversion.h"
+#include "worker/service/model_store.h"
+
+namespace walsh::service {
+
+class ModelHostService final : public internal::v1::ModelHostService::Service {
+ public:
+  using Plan = std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)>;
+  struct Options {
+    std::string data_dir;
+    PathResolver resolve;
+    Plan plan;  // pipeline::PlanJob
+  };
+  ModelHostService(Options options, ModelStore* models);
+
+  grpc::Status ValidateJob(grpc::ServerContext* context,
+                           const internal::v1::ValidateJobRequest* request,
+                           internal::v1::ValidateJobResponse* response) override;
+  grpc::Status LoadModel(grpc::ServerContext* context,
+                         const internal::v1::HostModelRequest* request,
+                         v1::Model* response) override;
+  grpc::Status UnloadModel(grpc::ServerContext* context,
+                           const internal::v1::HostModelRequest* request,
+                           v1::Model* response) override;
+  grpc::Status DeleteModel(grpc::ServerContext* context,
+                           const internal::v1::HostModelRequest* request,
+                           google::protobuf::Empty* response) override;
+
+ private:
+  absl::StatusOr<internal::v1::ValidateJobResponse> Validate(const v1::QuantizationJob& job) const;
+
+  const Options options_;
+  ModelStore* const models_;
+};
+
+}  // namespace walsh::service

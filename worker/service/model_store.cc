@@ -1,0 +1,320 @@
+#include "worker/service/model_store.h"
+
+#include <malloc.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "common/log.h"
+#include "common/publish.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "worker/io/artifact.h"
+#include "worker/io/model_config.h"
+#include "worker/service/model_metrics.h"
+#include "worker/service/proto_time.h"
+
+namespace walsh::service {
+namespace {
+
+namespace fs = std::filesystem;
+using v1::Model;
+
+constexpr std::string_view kBuildPrefix = ".tmp-";
+constexpr std::string_view kDeletedPrefix = ".deleted-";
+constexpr char kOrigins[] = "/.origins";
+
+absl::Status UnknownModel(const std::string& id) { return NotFound("model", ModelName(id)); }
+
+// What glibc keeps of freed weights goes back to the system, so that unloading frees memory for
+// others.
+void ReturnFreedMemory() { malloc_trim(0); }
+
+}  // namespace
+
+ModelStore::ModelStore(Options options, Clock* clock)
+    : options_(std::move(options)), clock_(clock) {}
+
+absl::StatusOr<std::unique_ptr<ModelStore>> ModelStore::Open(Options options, Clock* clock) {
+  WALSH_RETURN_IF_ERROR(MakeDirectories(options.root + kOrigins));
+  auto store = std::unique_ptr<ModelStore>(new ModelStore(std::move(options), clock));
+  store->RemoveTemporaries();
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(store->options_.root, error)) {
+    const std::string id = entry.path().filename().string();
+    if (!entry.is_directory() || !IsModelId(id) || !fs::exists(entry.path() / "walsh.json")) {
+      continue;
+    }
+    absl::StatusOr<Model> model = store->ReadArtifact(id);
+    if (!model.ok()) {
+      WALSH_LOG(Warning, "an artifact cannot be read and is left alone", {"model", id},
+                {"error", model.status()});
+      continue;
+    }
+    store->entries_[id].model = *std::move(model);
+  }
+  if (error) return ErrnoStatus(error.value(), "list the models");
+  return store;
+}
+
+// Their jobs died with the process that ran them: a data folder belongs to one worker at a time.
+void ModelStore::RemoveTemporaries() {
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(options_.root, error)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(kBuildPrefix) && !name.starts_with(kDeletedPrefix)) continue;
+    if (const absl::Status status = RemoveTree(entry.path().string()); !status.ok()) {
+      WALSH_LOG(Warning, "a temporary folder stays", {"name", name}, {"error", status});
+    }
+  }
+}
+
+std::string ModelStore::Directory(const std::string& id) const {
+  return absl::StrCat(options_.root, "/", id);
+}
+
+std::string ModelStore::OriginPath(const std::string& id) const {
+  return absl::StrCat(options_.root, kOrigins, "/", id);
+}
+
+absl::StatusOr<Model> ModelStore::ReadArtifact(const std::string& id) const {
+  WALSH_ASSIGN_OR_RETURN(const ArtifactInfo info, ArtifactReader::ReadInfo(Directory(id)));
+  WALSH_ASSIGN_OR_RETURN(const std::string config_json,
+                         ReadFile(Directory(id) + "/config.json", limits::kConfigFileBytesMax));
+  WALSH_ASSIGN_OR_RETURN(const ModelConfig config, ParseModelConfig(config_json));
+  Model model;
+  model.set_name(ModelName(id));
+  model.set_state(Model::UNLOADED);
+  model.set_bits(info.bits);
+  model.set_group_size(static_cast<int32_t>(info.group_size));
+  model.set_rotation(info.rotation);
+  model.set_method(info.method);
+  model.set_architecture(config.architecture);
+  model.set_size_bytes(info.size_bytes);
+  model.set_max_model_len(static_cast<int32_t>(config.max_position));
+  model.set_perplexity_before(info.perplexity_before);
+  model.set_perplexity_after(info.perplexity_after);
+  model.set_quantization_job(ReadFile(OriginPath(id), limits::kPathBytesMax).value_or(info.job));
+  *model.mutable_create_time() = TimestampFromUnix(info.create_time_unix);
+  model.set_sha256(info.sha256);
+  return model;
+}
+
+std::vector<Model> ModelStore::List() const {
+  const std::lock_guard lock(mu_);
+  std::vector<Model> models;
+  for (const auto& [id, entry] : entries_) models.push_back(entry.model);
+  return models;
+}
+
+absl::StatusOr<Model> ModelStore::Get(const std::string& id) const {
+  const std::lock_guard lock(mu_);
+  const auto it = entries_.find(id);
+  if (it == entries_.end()) return UnknownModel(id);
+  return it->second.model;
+}
+
+Model ModelStore::Update(const std::string& id, const std::function<void(Entry&)>& change) {
+  Model model;
+  Listener listener;
+  {
+    const std::lock_guard lock(mu_);
+    Entry& entry = entries_[id];
+    change(entry);
+    model = entry.model;
+    listener = listener_;
+  }
+  if (listener) listener(model);
+  return model;
+}
+
+absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
+  const std::lock_guard loading(load_mu_);
+  WALSH_ASSIGN_OR_RETURN(const Model before, Get(id));
+  if (before.state() == Model::READY) return before;
+  Update(id, [](Entry& entry) {
+    entry.model.set_state(Model::LOADING);
+    entry.model.clear_error();
+  });
+  const absl::Duration start = clock_->Monotonic();
+  absl::StatusOr<std::shared_ptr<engine::Engine>> engine = StartEngine(id);
+  const absl::Duration elapsed = clock_->Monotonic() - start;
+  if (!engine.ok()) {
+    ReturnFreedMemory();
+    CountModelLoadFailure(id, engine.status().code());
+    WALSH_LOG(Error, "a model cannot be loaded", {"model", id}, {"error", engine.status()});
+    Update(id, [&](Entry& entry) {
+      entry.model.set_state(Model::LOAD_FAILED);
+      *entry.model.mutable_error() = ToProtoStatus(engine.status());
+    });
+    return engine.status();
+  }
+  const int64_t memory_bytes = (*engine)->model().memory_bytes();
+  ObserveModelLoad(id, elapsed, memory_bytes);
+  WALSH_LOG(Info, "model loaded", {"model", id}, {"seconds", absl::ToDoubleSeconds(elapsed)},
+            {"memory_bytes", memory_bytes});
+  return Update(id, [&](Entry& entry) {
+    entry.model.set_state(Model::READY);
+    entry.model.set_worker(WorkerName(options_.worker_id));
+    entry.model.set_memory_bytes(memory_bytes);
+    entry.model.set_max_model_len(static_cast<int32_t>((*engine)->context_tokens()));
+    entry.engine = *std::move(engine);
+  });
+}
+
+absl::StatusOr<std::shared_ptr<engine::Engine>> ModelStore::StartEngine(
+    const std::string& id) const {
+  try {
+    WALSH_ASSIGN_OR_RETURN(std::shared_ptr<engine::LoadedModel> model,
+                           options_.loader(Directory(id)));
+    engine::Options options = options_.engine;
+    options.model_name = id;
+    WALSH_ASSIGN_OR_RETURN(std::unique_ptr<engine::Engine> engine,
+                           engine::Engine::Create(std::move(model), options, clock_));
+    return std::shared_ptr<engine::Engine>(std::move(engine));
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError(absl::StrCat("no memory to load ", ModelName(id)));
+  }
+}
+
+absl::StatusOr<Model> ModelStore::Unload(const std::string& id) {
+  const std::lock_guard loading(load_mu_);
+  WALSH_ASSIGN_OR_RETURN(const Model before, Get(id));
+  if (before.state() != Model::READY) return before;
+  std::shared_ptr<engine::Engine> engine;
+  Update(id, [&](Entry& entry) {
+    entry.model.set_state(Model::DRAINING);
+    engine = entry.engine;
+  });
+  engine->Drain(options_.drain_timeout);
+  Update(id, [](Entry& entry) {
+    entry.model.set_state(Model::UNLOADING);
+    entry.engine = nullptr;
+  });
+  // Calls that looked the engine up a moment ago hold it until they were refused.
+  engine.reset();
+  ReturnFreedMemory();
+  ForgetModelMemory(id);
+  WALSH_LOG(Info, "model unloaded", {"model", id});
+  return Update(id, [](Entry& entry) {
+    entry.model.set_state(Model::UNLOADED);
+    entry.model.clear_worker();
+    entry.model.clear_memory_bytes();
+  });
+}
+
+absl::Status ModelStore::Delete(const std::string& id) {
+  const std::lock_guard loading(load_mu_);
+  WALSH_ASSIGN_OR_RETURN(const Model model, Get(id));
+  if (model.state() == Model::READY) {
+    absl::Status status =
+        absl::FailedPreconditionError(absl::StrCat(ModelName(id), " is loaded; unload it first"));
+    SetErrorInfo(status, "MODEL_LOADED");
+    return status;
+  }
+  const std::string doomed = absl::StrCat(options_.root, "/", std::string(kDeletedPrefix), id, "-",
+                                          absl::ToInt64Nanoseconds(clock_->Monotonic()));
+  std::error_code error;
+  fs::rename(Directory(id), doomed, error);
+  if (error) return ErrnoStatus(error.value(), absl::StrCat("delete ", ModelName(id)));
+  Listener listener;
+  {
+    const std::lock_guard lock(mu_);
+    entries_.erase(id);
+    listener = listener_;
+  }
+  WALSH_LOG(Info, "model deleted", {"model", id});
+  if (listener) listener(model);
+  RemoveTree(OriginPath(id)).IgnoreError();  // without its artifact it means nothing
+  return RemoveTree(doomed);
+}
+
+void ModelStore::DrainAll(absl::Duration timeout) {
+  const absl::Duration deadline = clock_->Monotonic() + timeout;
+  for (const auto& [id, engine] : Engines()) {
+    Update(id, [](Entry& entry) { entry.model.set_state(Model::DRAINING); });
+  }
+  for (const auto& [id, engine] : Engines()) {
+    engine->Drain(std::max(deadline - clock_->Monotonic(), absl::ZeroDuration()));
+  }
+}
+
+absl::StatusOr<std::shared_ptr<engine::Engine>> ModelStore::FindEngine(
+    const std::string& id) const {
+  const std::lock_guard lock(mu_);
+  const auto it = entries_.find(id);
+  if (it == entries_.end()) return UnknownModel(id);
+  const auto unavailable = [&](std::string_view what, std::string_view reason) {
+    absl::Status status = absl::UnavailableError(
+        absl::StrCat(ModelName(id), " is being ", absl::string_view(what.data(), what.size())));
+    SetErrorInfo(status, reason);
+    SetRetryDelay(status, absl::Seconds(1));
+    return status;
+  };
+  switch (it->second.model.state()) {
+    case Model::READY:
+      return it->second.engine;
+    case Model::LOADING:
+      return unavailable("loaded", "MODEL_LOADING");
+    case Model::DRAINING:
+    case Model::UNLOADING:
+      return unavailable("unloaded", "MODEL_UNLOADING");
+    default: {
+      absl::Status status =
+          absl::FailedPreconditionError(absl::StrCat(ModelName(id), " is not loaded"));
+      SetErrorInfo(status, "MODEL_NOT_LOADED");
+      return status;
+    }
+  }
+}
+
+std::vector<std::pair<std::string, std::shared_ptr<engine::Engine>>> ModelStore::Engines() const {
+  const std::lock_guard lock(mu_);
+  std::vector<std::pair<std::string, std::shared_ptr<engine::Engine>>> engines;
+  for (const auto& [id, entry] : entries_) {
+    if (entry.engine != nullptr) engines.emplace_back(id, entry.engine);
+  }
+  return engines;
+}
+
+engine::Stats ModelStore::TotalStats() const {
+  engine::Stats total;
+  for (const auto& [id, engine] : Engines()) {
+    const engine::Stats stats = engine->stats();
+    total.running += stats.running;
+    total.waiting += stats.waiting;
+    total.kv_tokens_used += stats.kv_tokens_used;
+    total.kv_tokens_total += stats.kv_tokens_total;
+    total.steps += stats.steps;
+    total.heartbeat_age_seconds =
+        std::max(total.heartbeat_age_seconds, stats.heartbeat_age_seconds);
+  }
+  return total;
+}
+
+std::string ModelStore::TemporaryDirectory(std::string_view job_id, int64_t fencing_token) const {
+  return absl::StrCat(options_.root, "/", std::string(kBuildPrefix), std::string(job_id), "-",
+                      fencing_token);
+}
+
+absl::StatusOr<Model> ModelStore::Publish(const std::string& from, const std::string& id,
+                                          const std::string& job_name) {
+  if (fs::exists(Directory(id))) {
+    return absl::AlreadyExistsError(absl::StrCat(ModelName(id), " exists already"));
+  }
+  WALSH_RETURN_IF_ERROR(PublishFile(OriginPath(id), job_name));
+  WALSH_RETURN_IF_ERROR(PublishDirectory(from, Directory(id)));
+  WALSH_ASSIGN_OR_RETURN(Model model, ReadArtifact(id));
+  return Update(id, [&](Entry& entry) { entry.model = std::move(model); });
+}
+
+void ModelStore::set_listener(Listener listener) {
+  const std::lock_guard lock(mu_);
+  listener_ = std::move(listener);
+}
+
+}  // namespace walsh::service

@@ -1,0 +1,102 @@
+// The models of this worker: artifacts on its disk, and the engines of those that are loaded.
+//
+// Each artifact is a directory <root>/<id> with a walsh.json. A directory appears by one rename
+// (Publish) and disappears by one (Delete), so no reader ever sees half of one. Names that begin
+// with a dot are temporary and this store's own; anything else that is not an artifact is left
+// alone.
+//
+// States: UNLOADED → LOADING → READY → DRAINING → UNLOADING → UNLOADED; a failed load gives
+//         LOAD_FAILED with the reason and leaves nothing in memory. Loads and unloads run one at a
+//         time, so that two never need the memory of both.
+// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), those of reading artifacts
+// Threads: safe. Load and Unload block; the rest does not wait for them.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "common/clock.h"
+#include "walsh/v1/model.pb.h"
+#include "worker/engine/engine.h"
+#include "worker/engine/loaded_model.h"
+
+namespace walsh::service {
+
+class ModelStore {
+ public:
+  // Reads an artifact's directory into memory.
+  using Loader = std::function<absl::StatusOr<std::shared_ptr<engine::LoadedModel>>(
+      const std::string& directory)>;
+  struct Options {
+    std::string root;
+    std::string worker_id;
+    engine::Options engine;
+    absl::Duration drain_timeout = absl::Seconds(30);
+    Loader loader;
+  };
+
+  // Creates the root, removes temporaries that a dead process left, and lists the artifacts.
+  static absl::StatusOr<std::unique_ptr<ModelStore>> Open(Options options, Clock* clock);
+
+  std::vector<v1::Model> List() const;
+  absl::StatusOr<v1::Model> Get(const std::string& id) const;
+  // Returns when the model serves, or with the reason why it cannot. OK when it already does.
+  absl::StatusOr<v1::Model> Load(const std::string& id);
+  // Running requests finish first, within the drain timeout. OK when it is not loaded.
+  absl::StatusOr<v1::Model> Unload(const std::string& id);
+  absl::Status Delete(const std::string& id);
+  // Refuses new requests of all models and waits for the running ones.
+  void DrainAll(absl::Duration timeout);
+
+  // The engine of a loaded model: NOT_FOUND for an unknown one, UNAVAILABLE with reason
+  // MODEL_LOADING or MODEL_UNLOADING, FAILED_PRECONDITION with reason MODEL_NOT_LOADED.
+  absl::StatusOr<std::shared_ptr<engine::Engine>> FindEngine(const std::string& id) const;
+  // Sums over all loaded models; the heartbeat is the oldest one.
+  engine::Stats TotalStats() const;
+
+  // Where a job builds its artifact; unique by job and token.
+  std::string TemporaryDirectory(std::string_view job_id, int64_t fencing_token) const;
+  // Moves a finished artifact to its name and remembers the job that made it. ALREADY_EXISTS when
+  // there is one.
+  absl::StatusOr<v1::Model> Publish(const std::string& from, const std::string& id,
+                                    const std::string& job_name);
+
+  // Called after every change of a model's state, from the thread that changed it.
+  using Listener = std::function<void(const v1::Model&)>;
+  void set_listener(Listener listener);
+
+ private:
+  struct Entry {
+    v1::Model model;
+    std::shared_ptr<engine::Engine> engine;
+  };
+
+  ModelStore(Options options, Clock* clock);
+  std::string Directory(const std::string& id) const;
+  // The job's name is kept beside the artifact, whose own bytes depend on its inputs alone.
+  std::string OriginPath(const std::string& id) const;
+  void RemoveTemporaries();
+  absl::StatusOr<v1::Model> ReadArtifact(const std::string& id) const;
+  absl::StatusOr<std::shared_ptr<engine::Engine>> StartEngine(const std::string& id) const;
+  // Changes a model and tells the listener; the new state.
+  v1::Model Update(const std::string& id, const std::function<void(Entry&)>& change);
+  std::vector<std::pair<std::string, std::shared_ptr<engine::Engine>>> Engines() const;
+
+  const Options options_;
+  Clock* const clock_;
+  std::mutex load_mu_;  // held through a load, an unload or a delete
+  mutable std::mutex mu_;
+  Listener listener_;
+  std::map<std::string, Entry> entries_;
+};
+
+}  // namespace walsh::service

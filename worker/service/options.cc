@@ -1,0 +1,93 @@
+#include "worker/service/options.h"
+
+#include "absl/strings/str_cat.h"
+#include "common/endpoints.h"
+#include "common/limits.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+
+namespace walsh::service {
+namespace {
+
+constexpr int kPortMax = 65535;
+constexpr int kThreadsMax = 1024;
+constexpr int kSequencesMax = 1024;
+constexpr int kBatchTokensMax = 65536;
+constexpr int kQueueMax = 100'000;
+
+}  // namespace
+
+void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
+  options.data_dir = DefaultDataDir();
+  app.add_option("--coordinator", options.coordinator,
+                 "HOST:PORT of the coordinator's workers port")
+      ->capture_default_str();
+  app.add_option("--host", options.host, "Address to listen on")->capture_default_str();
+  app.add_option("--advertise-host", options.advertise_host,
+                 "Address where the coordinator reaches this worker; --host by default");
+  app.add_option("--grpc-port", options.grpc_port, "0 takes a free one")
+      ->capture_default_str()
+      ->check(CLI::Range(0, kPortMax));
+  app.add_option("--metrics-port", options.metrics_port, "0 takes a free one")
+      ->capture_default_str()
+      ->check(CLI::Range(0, kPortMax));
+  app.add_option("--data-dir", options.data_dir, "Folder of the models")->capture_default_str();
+  app.add_option("--model-root", options.model_roots,
+                 "Folder that source models and texts may be read from; repeatable");
+  app.add_option("--device", options.device, "auto, cpu or cuda:N")->capture_default_str();
+  app.add_option("--threads", options.threads, "CPU threads of jobs and of each engine; 0: all")
+      ->capture_default_str()
+      ->check(CLI::Range(0, kThreadsMax));
+  app.add_option("--max-num-seqs", options.max_num_seqs, "Sequences of a model that run at once")
+      ->capture_default_str()
+      ->check(CLI::Range(1, kSequencesMax));
+  app.add_option("--max-num-batched-tokens", options.max_num_batched_tokens,
+                 "Tokens of one step; at least --max-num-seqs")
+      ->capture_default_str()
+      ->check(CLI::Range(1, kBatchTokensMax));
+  app.add_option("--max-num-queued-reqs", options.max_num_queued_reqs,
+                 "Requests of a model that wait; more are refused")
+      ->capture_default_str()
+      ->check(CLI::Range(0, kQueueMax));
+  app.add_option("--kv-cache-tokens", options.kv_cache_tokens,
+                 "Tokens of a model's KV cache; 0: 2048 for each sequence")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kSequencesMax));
+  app.add_option("--load-model", options.load_models, "Model to load at start; repeatable");
+  app.add_option("--shutdown-timeout", options.shutdown_timeout_seconds,
+                 "Seconds that running requests have after SIGTERM")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 86400.0));
+  app.add_option("--log-format", options.log_format, "text or json")->capture_default_str();
+  app.add_option("--log-level", options.log_level, "debug, info, warning or error")
+      ->capture_default_str();
+  app.add_flag("--describe", options.describe,
+               "Print what this machine can run, as JSON, and exit");
+}
+
+absl::Status CheckWorkerOptions(const WorkerOptions& options) {
+  log::Format format = log::Format::kText;
+  log::Level level = log::Level::kInfo;
+  WALSH_RETURN_IF_ERROR(log::ParseFormat(options.log_format, &format));
+  WALSH_RETURN_IF_ERROR(log::ParseLevel(options.log_level, &level));
+  log::Configure("worker", format, level);
+  if (options.device.starts_with("cuda")) {
+    return absl::UnimplementedError(
+        absl::StrCat("--device ", options.device, ": this build has no CUDA quantization yet"));
+  }
+  if (options.device != "auto" && options.device != "cpu") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--device '", options.device, "' is not auto, cpu or cuda:N"));
+  }
+  if (options.max_num_batched_tokens < options.max_num_seqs) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,
+                     " is below --max-num-seqs ", options.max_num_seqs));
+  }
+  for (const std::string& model : options.load_models) {
+    WALSH_RETURN_IF_ERROR(ParseModelName("--load-model", model).status());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace walsh::service

@@ -1,0 +1,38 @@
+// The flags of walsh-worker.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "common/log.h"
+
+namespace walsh::service {
+
+struct WorkerOptions {
+  std::string coordinator = "127.0.0.1:50052";  // its internal port
+  std::string host = "127.0.0.1";
+  std::string advertise_host;  // empty: host
+  int grpc_port = 50053;
+  int metrics_port = 8003;
+  std::string data_dir;
+  std::vector<std::string> model_roots;
+  std::string device = "auto";
+  int threads = 0;
+  int max_num_seqs = 16;
+  int max_num_batched_tokens = 512;
+  int max_num_queued_reqs = 64;
+  int64_t kv_cache_tokens = 0;
+  std::vector<std::string> load_models;
+  double shutdown_timeout_seconds = 30;
+  std::string log_format = "text";
+  std::string log_level = "info";
+  bool describe = false;
+};
+
+void AddWorkerFlags(CLI::App& app, WorkerOptions& options);
+// What the parser cannot judge; also configures the log.
+absl::Status CheckWorkerOptions(const WorkerOptions& options);
+
+}  // namespace walsh::service
