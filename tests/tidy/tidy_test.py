@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The repository's test of itself: dependency arrows, banned calls, machine paths, large files.
+"""The repository's test of itself: dependency arrows, banned calls, machine paths, large files,
+and pages of docs/ that list what the code has.
 
 Prints each finding as path:line: what, and what to do instead. The rules themselves are tried first,
 on lines that they must refuse and lines that they must not.
@@ -139,6 +140,40 @@ def check_repository(root):
                 yield f"{path}:{number}: {finding}"
 
 
+def read(root, path):
+    with open(os.path.join(root, path), encoding="utf-8") as file:
+        return file.read()
+
+
+def check_limits_page(root):
+    """common/limits.h and docs/limits.md name the same constants with the same values."""
+    constant = re.compile(r"constexpr \w+ (k\w+) = ([-\d.'<*\s]+);")
+    row = re.compile(r"^\| `(k\w+)` \| ([\d.,]+) \|", re.M)
+    # Digits, shifts and products only, by the pattern above.
+    in_code = {name: float(eval(value.replace("'", "")))
+               for name, value in constant.findall(read(root, "common/limits.h"))}
+    in_page = {name: float(value.replace(",", ""))
+               for name, value in row.findall(read(root, "docs/limits.md"))}
+    for name in sorted(in_code.keys() | in_page.keys()):
+        if in_code.get(name) != in_page.get(name):
+            yield (f"docs/limits.md: {name} is {in_page.get(name)}, "
+                   f"in common/limits.h {in_code.get(name)}")
+
+
+def check_metrics_page(root):
+    """Every metric that the code registers stands in docs/metrics.md, and no other."""
+    registered = re.compile(r"\b(?:Counter|Gauge|Histogram)\(\s*\"((?:walsh|grpc_server)_\w+)\"")
+    in_code = set()
+    for path in repository_files(root):
+        if path.endswith(".cc") and not path.startswith("tests/"):
+            in_code.update(registered.findall(read(root, path)))
+    in_page = set(re.findall(r"^\| `(\w+)` \|", read(root, "docs/metrics.md"), re.M))
+    for name in sorted(in_code - in_page):
+        yield f"docs/metrics.md: {name} is missing"
+    for name in sorted(in_page - in_code):
+        yield f"docs/metrics.md: {name} is not in the code"
+
+
 SELF_TEST = [
     # path, line, refused?
     ("worker/tensor/a.cc", '#include "worker/kernels/kernels.h"', True),
@@ -180,7 +215,8 @@ def self_test():
 
 def main():
     root = sys.argv[1] if len(sys.argv) > 1 else os.getcwd()
-    findings = list(self_test()) + list(check_repository(root))
+    findings = [*self_test(), *check_repository(root), *check_limits_page(root),
+                *check_metrics_page(root)]
     for finding in findings:
         print(finding)
     print(f"{len(findings)} findings")
