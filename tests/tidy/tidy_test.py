@@ -44,11 +44,11 @@ OURS = ("common/", "server/", "worker/", "client/", "tests/", "walsh/", "google/
 # Messages and gRPC stay at the edges, so that all else is tested without them, under TSan too.
 GRPC_HEADER = re.compile(r"^(grpcpp?/|google/protobuf/|walsh/.*\.pb\.h|google/rpc/.*\.pb\.h|common/grpc_)")
 GRPC_FOLDERS = (
-    "server/", "worker/service/", "worker/main", "client/", "tests/",
+    "server/", "worker/service/", "client/", "tests/",
     "common/grpc_", "common/generation_limits", "common/resource_name",
 )
 CUDA_HEADER = re.compile(r"^(cuda|cublas|cusolver|cooperative_groups|nv)")
-CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/tensor/device_buffer", "tests/gpu/")
+CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/tensor/device_buffer", "tests/gpu/", "tests/bench/cuda_")
 
 # pattern, what to do instead, paths where it is allowed
 BANNED = [
@@ -57,8 +57,9 @@ BANNED = [
     (r"\b(?:std::)?s?rand\(", "a seeded generator", ()),
     (r"\bato[ifl]\(|\bstd::sto[a-z]+\(", "absl::SimpleAtoi and friends", ("tests/",)),
     (r"\bstd::c(?:out|err)\b", "common/log.h, or a stream that the caller passes",
-     ("client/", "tests/", "common/command_line.cc", "server/main.cc", "worker/main.cc")),
-    (r"\bsleep_for\(|\busleep\(|\babsl::SleepFor\(", "a Clock, a condition or a deadline",
+     ("client/", "tests/", "common/command_line.cc", "server/main.cc", "server/coordinator_flags.cc",
+      "server/server.cc", "worker/service/main.cc", "worker/service/daemon.cc")),
+    (r"\bsleep_for\(|\busleep\(|\babsl::SleepFor\(", "a Clock, a condition, or tests/testing/wait.h",
      ("tests/testing/", "client/client.cc")),
     (r"\busing namespace\b(?!.*literals)", "using declarations", ()),
     (r"\bthrow\b(?! std::bad_alloc)", "absl::Status", ("tests/", "common/command_line.cc")),

@@ -11,6 +11,7 @@
 
 #include "tests/testing/fake_model.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/wait.h"
 
 namespace walsh::engine {
 namespace {
@@ -424,7 +425,7 @@ TEST(EngineTest, DrainFailsWhatDoesNotFinishInTime) {
   // At least a millisecond for each step: the drain's time is over long before the request's end.
   while (!sink->is_over()) {
     gate.Permit(1);
-    absl::SleepFor(absl::Milliseconds(1));
+    walsh::testing::Pause(absl::Milliseconds(1));
   }
   drain.join();
   EXPECT_THAT(sink->status(), walsh::testing::HasCode(absl::StatusCode::kUnavailable));

@@ -192,8 +192,7 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
       for (int64_t i = 0; i < dense.size(); ++i) {
         ASSERT_EQ(dense.data()[i], Bf16ToFloat(FloatToBf16(original.data()[i]))) << tensor.name;
       }
-      EXPECT_THAT(reader->ReadQuantized(tensor.name),
-                  HasCode(absl::StatusCode::kNotFound));
+      EXPECT_THAT(reader->ReadQuantized(tensor.name), HasCode(absl::StatusCode::kNotFound));
     }
   }
 }
@@ -314,7 +313,8 @@ TEST_F(ArtifactTest, ReplacesAMemberOfTheReport) {
 
 // Every byte of an artifact is covered: whichever changes, nothing loads.
 TEST_F(ArtifactTest, NoFlippedByteLoads) {
-  const auto source = Source({.hidden = 32, .intermediate = 32, .n_heads = 1, .n_kv_heads = 1, .head_dim = 32});
+  const auto source =
+      Source({.hidden = 32, .intermediate = 32, .n_heads = 1, .n_kv_heads = 1, .head_dim = 32});
   ASSERT_OK(WriteArtifact(*source, artifact(), {.shard_bytes_max = 20000}));
   ASSERT_OK(ArtifactReader::Open(artifact(), true, 1));
   std::vector<std::string> paths;

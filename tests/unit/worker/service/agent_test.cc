@@ -8,6 +8,7 @@
 #include "common/resource_name.h"
 #include "tests/testing/fake_coordinator.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/wait.h"
 
 namespace walsh::service {
 namespace {
@@ -50,11 +51,7 @@ class AgentTest : public ::testing::Test {
   }
 
   void WaitForStops(int n) {
-    const absl::Time deadline = absl::Now() + absl::Seconds(60);
-    while (n_stops_ < n) {
-      ASSERT_LT(absl::Now(), deadline);
-      absl::SleepFor(absl::Milliseconds(1));
-    }
+    ASSERT_TRUE(walsh::testing::WaitUntil([&] { return n_stops_ >= n; }));
   }
   absl::Status last_stop() {
     const std::lock_guard lock(mu_);

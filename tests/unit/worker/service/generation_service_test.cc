@@ -15,6 +15,7 @@
 #include "common/utf8.h"
 #include "google/rpc/error_details.pb.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
 
 namespace walsh::service {
@@ -25,7 +26,9 @@ using v1::GenerateStreamResponse;
 using walsh::testing::FakeModel;
 using walsh::testing::HasCode;
 using walsh::testing::kFakeEos;
+using walsh::testing::Pause;
 using walsh::testing::StatusIs;
+using walsh::testing::WaitUntil;
 using Stub = v1::GenerationService::Stub;
 
 constexpr absl::Duration kStallLimit = absl::Milliseconds(400);
@@ -98,11 +101,8 @@ class GenerationServiceTest : public StoreFixture {
 
   engine::Stats Stats() { return store_->TotalStats(); }
   void WaitUntilIdle() {
-    const absl::Time deadline = absl::Now() + absl::Seconds(60);
-    while (Stats().running + Stats().waiting > 0) {
-      ASSERT_LT(absl::Now(), deadline) << "requests stay in the engine";
-      absl::SleepFor(absl::Milliseconds(1));
-    }
+    EXPECT_TRUE(WaitUntil([this] { return Stats().running + Stats().waiting == 0; }))
+        << "requests stay in the engine";
     EXPECT_EQ(Stats().kv_tokens_used, 0);
   }
 
@@ -303,7 +303,7 @@ class Brake {
  public:
   std::function<absl::Status(const engine::LoadedModel::Batch&)> Hook() {
     return [this](const engine::LoadedModel::Batch&) {
-      while (is_on_) absl::SleepFor(absl::Milliseconds(1));
+      while (is_on_) Pause(absl::Milliseconds(1));
       return absl::OkStatus();
     };
   }
@@ -323,7 +323,7 @@ TEST_F(GenerationServiceTest, FullQueueAnswersAtOnceWithARetryDelay) {
   for (int i = 0; i < 2; ++i) {
     accepted.emplace_back([this] { EXPECT_OK(Generate(Request("x", 2))); });
   }
-  while (Stats().running + Stats().waiting < 2) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_TRUE(WaitUntil([this] { return Stats().running + Stats().waiting == 2; }));
   const absl::Time start = absl::Now();
   grpc::ClientContext context;
   v1::GenerateResponse response;
@@ -339,7 +339,7 @@ TEST_F(GenerationServiceTest, FullQueueAnswersAtOnceWithARetryDelay) {
 
 TEST_F(GenerationServiceTest, CancelledStreamLeavesTheEngine) {
   behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
-    absl::SleepFor(absl::Milliseconds(2));
+    Pause(absl::Milliseconds(2));
     return absl::OkStatus();
   };
   Serve();
@@ -355,7 +355,7 @@ TEST_F(GenerationServiceTest, CancelledStreamLeavesTheEngine) {
   // Unary calls as well.
   grpc::ClientContext context;
   std::thread canceller([&] {
-    while (Stats().running == 0) absl::SleepFor(absl::Milliseconds(1));
+    EXPECT_TRUE(WaitUntil([this] { return Stats().running > 0; }));
     context.TryCancel();
   });
   v1::GenerateResponse response;
@@ -367,7 +367,7 @@ TEST_F(GenerationServiceTest, CancelledStreamLeavesTheEngine) {
 
 TEST_F(GenerationServiceTest, DeadlineReturnsWhatThereIs) {
   behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
-    absl::SleepFor(absl::Milliseconds(10));
+    Pause(absl::Milliseconds(10));
     return absl::OkStatus();
   };
   Serve();
@@ -425,7 +425,7 @@ TEST_F(GenerationServiceTest, StalledReaderLosesItsStreamAndOthersGoOn) {
   WaitUntilIdle();
   EXPECT_OK(Stream(Request("y", 20)).status);
   while (reader->Read(&message)) {
-    absl::SleepFor(kStallLimit * 2);
+    Pause(kStallLimit * 2);
   }
   EXPECT_THAT(FromGrpcStatus(reader->Finish()),
               StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("reader")));
@@ -436,9 +436,9 @@ TEST_F(GenerationServiceTest, UnloadWaitsForRunningRequests) {
   behaviour_.before_forward = brake.Hook();
   Serve();
   std::thread running([this] { EXPECT_OK(Generate(Request("x", 5))); });
-  while (Stats().running == 0) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_TRUE(WaitUntil([this] { return Stats().running > 0; }));
   std::thread unload([this] { EXPECT_OK(store_->Unload("m")); });
-  while (store_->Get("m")->state() != v1::Model::DRAINING) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_TRUE(WaitUntil([this] { return store_->Get("m")->state() == v1::Model::DRAINING; }));
   const absl::Status status = Generate(Request("y", 1)).status();
   EXPECT_THAT(status, HasCode(absl::StatusCode::kUnavailable));
   EXPECT_EQ(ErrorReason(status), "MODEL_UNLOADING");

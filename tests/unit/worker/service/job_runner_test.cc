@@ -12,6 +12,7 @@
 #include "common/resource_name.h"
 #include "tests/testing/fake_coordinator.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
 #include "worker/service/agent.h"
 
@@ -209,7 +210,7 @@ absl::StatusOr<JobReport> QuantizeForEver(const JobSpec& spec, const pipeline::O
     const absl::Status status =
         observer({.stage = pipeline::Stage::kQuantizing, .layer = layer, .layers_done = layer});
     if (!status.ok()) return status;
-    absl::SleepFor(absl::Milliseconds(2));
+    walsh::testing::Pause(absl::Milliseconds(2));
   }
 }
 
