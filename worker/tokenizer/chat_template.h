@@ -1,7 +1,9 @@
-// A model's own chat template, run by a bounded interpreter of a subset of Jinja.
+// A model's own chat template, run by a bounded interpreter of a subset of Jinja (jinja/).
 //
-// Output, steps and nesting are limited (common/limits.h), there is no access to anything but the
-// variables given, and whatever the subset lacks is an error that names it, never a guess.
+// Behaves as Hugging Face's apply_chat_template: trim_blocks and lstrip_blocks are on, tojson is
+// plain JSON, `tools` and `documents` are none. Output, steps and nesting are limited
+// (common/limits.h), there is no access to anything but the variables given, and whatever the
+// subset lacks is an error that names it, never a guess.
 //
 // Errors:  INVALID_ARGUMENT    syntax error with line; raise_exception(...) of the template
 //          UNIMPLEMENTED       a statement, filter, test or function outside the subset
@@ -10,11 +12,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace walsh {
 
@@ -29,10 +33,12 @@ class ChatTemplate {
   virtual ~ChatTemplate() = default;
 
   struct Variables {
-    std::vector<ChatMessage> messages;
+    std::vector<ChatMessage> messages = {};
     bool add_generation_prompt = true;
-    std::string bos_token;
-    std::string eos_token;
+    std::string bos_token = {};
+    std::string eos_token = {};
+    // What strftime_now shows, in UTC. Without it, the system's clock.
+    std::optional<absl::Time> now = std::nullopt;
   };
   virtual absl::StatusOr<std::string> Render(const Variables& variables) const = 0;
 };
