@@ -41,6 +41,7 @@ inline constexpr int kStreamStallSecondsMax = 30;
 
 // -- Jobs
 inline constexpr int kJobIdBytesMax = 63;
+inline constexpr int kWorkerIdBytesMax = 128;
 inline constexpr int kRequestIdBytesMax = 64;
 inline constexpr int kModelNameBytesMax = 64;
 inline constexpr int kDisplayNameBytesMax = 256;

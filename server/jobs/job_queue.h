@@ -58,6 +58,10 @@ class JobQueue {
                                          const RequestKey& key);
   // The job that this request created before; ALREADY_EXISTS when it asked for something else.
   absl::StatusOr<std::optional<QuantizationJob>> FindSubmitted(const RequestKey& key) const;
+  // ALREADY_EXISTS when Submit would refuse these names.
+  absl::Status CheckNamesAreFree(const std::string& id, const std::string& model_name) const {
+    return store_->CheckNamesAreFree(id, model_name);
+  }
   absl::StatusOr<QuantizationJob> Get(const std::string& id) const;
   absl::StatusOr<JobPage> List(const JobQuery& query) const;
   absl::StatusOr<QuantizationJob> Cancel(const std::string& id);

@@ -45,6 +45,9 @@ class JobStore {
   // job or a published model, is taken.
   virtual absl::Status Insert(const JobRecord& record, const QuantizationJobEvent& event,
                               const RequestKey& key) = 0;
+  // Whether Insert would take these names: ALREADY_EXISTS. An empty id is always free.
+  virtual absl::Status CheckNamesAreFree(const std::string& id,
+                                         const std::string& model_name) const = 0;
   // Replaces a job and appends an event; `published` is the model that the job made, or null.
   virtual absl::Status Update(const JobRecord& record, const QuantizationJobEvent& event,
                               const v1::Model* published) = 0;

@@ -6,6 +6,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "common/grpc_status.h"
+#include "common/limits.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "server/jobs/schema.h"
@@ -14,6 +15,8 @@ namespace walsh::jobs {
 namespace {
 
 constexpr absl::Duration kRequestAgeMax = absl::Hours(24 * 7);
+// A page of large jobs ends early, so that it fits a message.
+constexpr int64_t kPageBytesMax = limits::kMessageBytesMax / 4;
 constexpr std::string_view kColumns =
     "ordinal, fencing_token, completed_token, last_sequence, crashes, crash_workers, retries, "
     "not_before_us, job";
@@ -65,6 +68,23 @@ absl::Status AlreadyExists(std::string_view type, const std::string& name, std::
   return status;
 }
 
+absl::Status CheckNames(const Connection& connection, const std::string& id,
+                        const std::string& model_name) {
+  WALSH_ASSIGN_OR_RETURN(Statement by_id, connection.Prepare("SELECT 1 FROM jobs WHERE id = ?"));
+  WALSH_ASSIGN_OR_RETURN(const bool id_taken, by_id.Bind(id).Step());
+  if (id_taken) return AlreadyExists("job", JobName(id), "another job");
+  WALSH_ASSIGN_OR_RETURN(Statement published,
+                         connection.Prepare("SELECT 1 FROM models WHERE id = ?"));
+  WALSH_ASSIGN_OR_RETURN(const bool is_published, published.Bind(model_name).Step());
+  if (is_published) return AlreadyExists("model_name", model_name, "a published model");
+  WALSH_ASSIGN_OR_RETURN(
+      Statement live,
+      connection.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
+  WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model_name).Step());
+  if (is_live) return AlreadyExists("model_name", model_name, JobName(live.Text(0)));
+  return absl::OkStatus();
+}
+
 std::string Where(const JobQuery& query) {
   std::vector<std::string> terms = {"1"};
   if (query.state.has_value()) terms.push_back("state = ?");
@@ -95,35 +115,24 @@ absl::Status SqliteJobStore::Insert(const JobRecord& record, const QuantizationJ
                                     const RequestKey& key) {
   const absl::MutexLock lock(&write_mu_);
   WALSH_ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(&writer_));
-  WALSH_RETURN_IF_ERROR(CheckNamesAreFree(record));
+  const std::string id = JobId(record);
+  WALSH_RETURN_IF_ERROR(CheckNames(writer_, id, record.job.model_name()));
   WALSH_ASSIGN_OR_RETURN(
       Statement insert,
       writer_.Prepare("INSERT INTO jobs (state, model_name, fencing_token, completed_token, "
                       "last_sequence, crashes, crash_workers, retries, not_before_us, job, id) "
                       "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"));
   BindRecord(record, &insert);
-  const std::string id = JobId(record);
   WALSH_RETURN_IF_ERROR(insert.Bind(id).Run());
   WALSH_RETURN_IF_ERROR(AppendEvent(id, event));
   if (!key.request_id.empty()) WALSH_RETURN_IF_ERROR(InsertRequest(id, key));
   return transaction.Commit();
 }
 
-absl::Status SqliteJobStore::CheckNamesAreFree(const JobRecord& record) {
-  const std::string id = JobId(record);
-  WALSH_ASSIGN_OR_RETURN(Statement by_id, writer_.Prepare("SELECT 1 FROM jobs WHERE id = ?"));
-  WALSH_ASSIGN_OR_RETURN(const bool id_taken, by_id.Bind(id).Step());
-  if (id_taken) return AlreadyExists("job", record.job.name(), "another job");
-  const std::string& model = record.job.model_name();
-  WALSH_ASSIGN_OR_RETURN(Statement published, writer_.Prepare("SELECT 1 FROM models WHERE id = ?"));
-  WALSH_ASSIGN_OR_RETURN(const bool is_published, published.Bind(model).Step());
-  if (is_published) return AlreadyExists("model_name", model, "a published model");
-  WALSH_ASSIGN_OR_RETURN(
-      Statement live,
-      writer_.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
-  WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model).Step());
-  if (is_live) return AlreadyExists("model_name", model, JobName(live.Text(0)));
-  return absl::OkStatus();
+absl::Status SqliteJobStore::CheckNamesAreFree(const std::string& id,
+                                               const std::string& model_name) const {
+  const absl::MutexLock lock(&read_mu_);
+  return CheckNames(reader_, id, model_name);
 }
 
 absl::Status SqliteJobStore::AppendEvent(const std::string& id, const QuantizationJobEvent& event) {
@@ -215,15 +224,18 @@ absl::StatusOr<JobPage> SqliteJobStore::List(const JobQuery& query) const {
   // One more than asked for, to know whether there is a next page.
   select.Bind(int64_t{query.page_size} + 1);
   int64_t last_ordinal = 0;
+  int64_t n_bytes = 0;
   while (true) {
     WALSH_ASSIGN_OR_RETURN(const bool has_row, select.Step());
     if (!has_row) return page;
-    if (static_cast<int>(page.jobs.size()) == query.page_size) {
+    const bool is_full = static_cast<int>(page.jobs.size()) == query.page_size;
+    if (is_full || n_bytes >= kPageBytesMax) {
       page.next = last_ordinal;
       return page;
     }
     last_ordinal = select.Int(0);
     WALSH_ASSIGN_OR_RETURN(page.jobs.emplace_back(), ReadRecord(select));
+    n_bytes += static_cast<int64_t>(page.jobs.back().job.ByteSizeLong());
   }
 }
 

@@ -22,6 +22,8 @@ class SqliteJobStore : public JobStore {
 
   absl::Status Insert(const JobRecord& record, const QuantizationJobEvent& event,
                       const RequestKey& key) override;
+  absl::Status CheckNamesAreFree(const std::string& id,
+                                 const std::string& model_name) const override;
   absl::Status Update(const JobRecord& record, const QuantizationJobEvent& event,
                       const v1::Model* published) override;
   absl::Status Delete(const std::string& id) override;
@@ -39,7 +41,6 @@ class SqliteJobStore : public JobStore {
  private:
   SqliteJobStore(Connection writer, Connection reader, const Clock* clock);
 
-  absl::Status CheckNamesAreFree(const JobRecord& record) ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   absl::Status AppendEvent(const std::string& id, const QuantizationJobEvent& event)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   absl::Status InsertRequest(const std::string& job_id, const RequestKey& key)

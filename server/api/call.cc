@@ -1,0 +1,78 @@
+#include "server/api/call.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/random/random.h"
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "common/log.h"
+
+namespace walsh::api {
+namespace {
+
+constexpr char kRequestIdKey[] = "x-request-id";
+
+bool IsRequestId(const std::string& id) {
+  return !id.empty() && id.size() <= limits::kRequestIdBytesMax &&
+         std::all_of(id.begin(), id.end(), [](char c) { return c > 0x20 && c < 0x7f; });
+}
+
+std::string DrawRequestId() {
+  thread_local absl::BitGen random;
+  return absl::StrCat("req-", absl::Hex(absl::Uniform<uint64_t>(random), absl::kZeroPad16));
+}
+
+absl::Status Overloaded() {
+  absl::Status status = absl::ResourceExhaustedError("too many calls wait for the coordinator");
+  SetErrorInfo(status, "OVERLOADED");
+  SetRetryDelay(status, absl::Seconds(1));
+  return status;
+}
+
+}  // namespace
+
+std::string EchoRequestId(grpc::CallbackServerContext* context) {
+  std::string id;
+  const auto it = context->client_metadata().find(kRequestIdKey);
+  if (it != context->client_metadata().end()) id.assign(it->second.data(), it->second.size());
+  if (!IsRequestId(id)) id = DrawRequestId();
+  context->AddInitialMetadata(kRequestIdKey, id);
+  return id;
+}
+
+void LogEnd(const char* method, const std::string& request_id, const absl::Status& status) {
+  const bool is_ours = absl::IsInternal(status) || absl::IsDataLoss(status);
+  if (is_ours) {
+    WALSH_LOG(Error, "call failed", {"method", method}, {"request_id", request_id},
+              {"status", status});
+  } else {
+    WALSH_LOG(Debug, "call ended", {"method", method}, {"request_id", request_id},
+              {"status", status});
+  }
+}
+
+Call::Call(grpc::CallbackServerContext* context, const char* method)
+    : method_(method), reactor_(context->DefaultReactor()), request_id_(EchoRequestId(context)) {}
+
+void Call::Finish(const absl::Status& status) const {
+  LogEnd(method_, request_id_, status);
+  reactor_->Finish(ToGrpcStatus(status));
+}
+
+grpc::ServerUnaryReactor* Call::FinishNow(const absl::Status& status) const {
+  Finish(status);
+  return reactor_;
+}
+
+grpc::ServerUnaryReactor* Call::Run(Executor* executor, std::function<absl::Status()> body) const {
+  return RunAsync(executor, [call = *this, body = std::move(body)] { call.Finish(body()); });
+}
+
+grpc::ServerUnaryReactor* Call::RunAsync(Executor* executor, std::function<void()> body) const {
+  if (!executor->Post(std::move(body))) return FinishNow(Overloaded());
+  return reactor_;
+}
+
+}  // namespace walsh::api

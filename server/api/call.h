@@ -1,0 +1,44 @@
+// What every handler does around its work: the request id, the executor, the status, the log.
+#pragma once
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "server/executor.h"
+
+namespace walsh::api {
+
+// One unary call. Created first in a handler; echoes x-request-id.
+class Call {
+ public:
+  // `method` is a literal, for logs.
+  Call(grpc::CallbackServerContext* context, const char* method);
+
+  // The client's x-request-id when it is fit to print, else one drawn here.
+  const std::string& request_id() const { return request_id_; }
+  grpc::ServerUnaryReactor* reactor() const { return reactor_; }
+
+  // Exactly once, from any thread.
+  void Finish(const absl::Status& status) const;
+  // Runs `body` on the executor and finishes with its status; RESOURCE_EXHAUSTED when too much
+  // waits.
+  grpc::ServerUnaryReactor* Run(Executor* executor, std::function<absl::Status()> body) const;
+  // Runs `body` on the executor; it finishes the call, now or later.
+  grpc::ServerUnaryReactor* RunAsync(Executor* executor, std::function<void()> body) const;
+  grpc::ServerUnaryReactor* FinishNow(const absl::Status& status) const;
+
+ private:
+  const char* method_;
+  grpc::ServerUnaryReactor* reactor_;
+  std::string request_id_;
+};
+
+// Adds x-request-id to the answer's initial metadata and returns it.
+std::string EchoRequestId(grpc::CallbackServerContext* context);
+void LogEnd(const char* method, const std::string& request_id, const absl::Status& status);
+
+}  // namespace walsh::api

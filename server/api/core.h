@@ -1,0 +1,35 @@
+// What the handlers work on; owned by the server, which outlives every call.
+#pragma once
+
+#include <atomic>
+
+#include "absl/time/time.h"
+#include "common/clock.h"
+#include "server/executor.h"
+#include "server/fleet/model_catalog.h"
+#include "server/fleet/stream_proxy.h"
+#include "server/fleet/worker_client.h"
+#include "server/fleet/worker_registry.h"
+#include "server/jobs/job_queue.h"
+
+namespace walsh::api {
+
+struct Core {
+  Executor* executor;
+  const Clock* clock;
+  jobs::JobQueue* queue;
+  fleet::WorkerRegistry* registry;
+  fleet::ModelCatalog* catalog;
+  fleet::WorkerClients* clients;
+
+  absl::Duration lease_duration = absl::Seconds(30);
+  absl::Duration heartbeat_interval = absl::Seconds(10);
+  // A watcher hears something at least this often.
+  absl::Duration watch_heartbeat = absl::Seconds(10);
+  fleet::StreamLimits stream_limits;
+
+  // Set once, when the server begins to stop: no new work, waiting calls end.
+  std::atomic<bool> is_stopping{false};
+};
+
+}  // namespace walsh::api

@@ -1,0 +1,17 @@
+// CreateQuantizationJob: field checks here, the rest on a worker when one is connected, then the
+// store.
+#pragma once
+
+#include "server/api/call.h"
+#include "server/api/core.h"
+#include "walsh/v1/quantization.pb.h"
+
+namespace walsh::api {
+
+// On the executor. Finishes the call, now or when the worker has answered; `request` and `response`
+// live until then. Without a connected worker a job is queued unchecked, and validate_only is
+// UNAVAILABLE; so it is when the worker is lost or too busy to answer in time.
+void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
+               v1::QuantizationJob* response);
+
+}  // namespace walsh::api

@@ -1,0 +1,163 @@
+#include "server/api/generation_service.h"
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "common/generation_limits.h"
+#include "common/grpc_status.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "server/fleet/forwarding.h"
+#include "server/fleet/placement.h"
+#include "server/fleet/unary_proxy.h"
+
+namespace walsh::api {
+namespace {
+
+using fleet::WorkerAddress;
+using v1::GenerateStreamResponse;
+
+// A stream that ends before it began.
+class FailedStream : public fleet::StreamReactor {
+ public:
+  explicit FailedStream(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+  void OnDone() override { delete this; }
+};
+
+absl::StatusOr<WorkerAddress> Route(const Core& core, const std::string& model) {
+  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", model));
+  if (core.is_stopping) return absl::UnavailableError("the coordinator stops");
+  if (!core.catalog->Knows(id)) return NotFound("model", id);
+  return fleet::ChooseForGeneration(id, core.registry->Replicas(id));
+}
+
+// Those requests that carry an id for logs get the call's when they have none.
+template <typename Request>
+void SetRequestId(const std::string& id, Request* request) {
+  if constexpr (requires { request->request_id(); }) {
+    if (request->request_id().empty()) request->set_request_id(id);
+  }
+}
+
+// A call on its way to a worker: counted there from now on, and alive until it ends.
+template <typename Request>
+struct Forwarded {
+  Request request;
+  std::shared_ptr<fleet::WorkerClient> client;
+};
+
+// Checks, routes, counts; what the four kinds of calls have in common.
+template <typename Request>
+absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(Core* core, const Request& request,
+                                                            const std::string& request_id,
+                                                            std::function<void()>* done) {
+  WALSH_RETURN_IF_ERROR(ValidateRequest(request));
+  WALSH_ASSIGN_OR_RETURN(const WorkerAddress worker, Route(*core, request.model()));
+  auto call = std::make_shared<Forwarded<Request>>();
+  call->request = request;
+  call->client = core->clients->Get(worker);
+  SetRequestId(request_id, &call->request);
+  core->registry->BeginRequest(worker.worker_id);
+  *done = [core, id = worker.worker_id] { core->registry->EndRequest(id); };
+  return call;
+}
+
+// `method` is a unary method of the worker's stub.
+template <typename Request, typename Response, typename Method>
+grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Core* core,
+                                       const char* name, absl::Duration timeout_default,
+                                       const Request* request, Response* response, Method method) {
+  std::string request_id = EchoRequestId(context);
+  std::function<void()> done;
+  auto forwarded = Forward(core, *request, request_id, &done);
+  if (!forwarded.ok()) {
+    LogEnd(name, request_id, forwarded.status());
+    grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+    reactor->Finish(ToGrpcStatus(forwarded.status()));
+    return reactor;
+  }
+  const auto start = [call = *forwarded, response, method](
+                         grpc::ClientContext* client_context,
+                         std::function<void(grpc::Status)> finished) {
+    (call->client->generation().async()->*method)(
+        client_context, &call->request, response,
+        [call, finished = std::move(finished)](const grpc::Status& status) { finished(status); });
+  };
+  return fleet::UnaryProxy::Run(fleet::WorkerTimeout(context->deadline(), timeout_default), start,
+                                std::move(done));
+}
+
+template <typename Request, typename Method>
+fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* core,
+                                    const char* name, const Request* request, Method method) {
+  const std::string request_id = EchoRequestId(context);
+  std::function<void()> done;
+  auto forwarded = Forward(core, *request, request_id, &done);
+  if (!forwarded.ok()) {
+    LogEnd(name, request_id, forwarded.status());
+    return new FailedStream(forwarded.status());
+  }
+  const auto start = [call = *forwarded, method](grpc::ClientContext* client_context,
+                                                 fleet::StreamReader* reader) {
+    (call->client->generation().async()->*method)(client_context, &call->request, reader);
+  };
+  // `call` must outlive the worker's call, of which `done` is the end.
+  return fleet::ProxyStream(
+      context, fleet::WorkerTimeout(context->deadline(), fleet::kGenerateTimeoutDefault),
+      core->stream_limits, core->executor, start,
+      [call = *forwarded, done = std::move(done)] { done(); });
+}
+
+// The class and the method of this name are told apart by the keyword.
+using Async = class v1::GenerationService::Stub::async;
+// The one of the stub's overloads that takes a callback.
+template <typename Request, typename Response>
+using UnaryMethod = void (Async::*)(grpc::ClientContext*, const Request*, Response*,
+                                    std::function<void(grpc::Status)>);
+
+}  // namespace
+
+grpc::ServerUnaryReactor* GenerationServiceImpl::Generate(grpc::CallbackServerContext* context,
+                                                          const v1::GenerateRequest* request,
+                                                          v1::GenerateResponse* response) {
+  constexpr UnaryMethod<v1::GenerateRequest, v1::GenerateResponse> kMethod = &Async::Generate;
+  return ForwardUnary(context, core_, "Generate", fleet::kGenerateTimeoutDefault, request, response,
+                      kMethod);
+}
+
+grpc::ServerWriteReactor<GenerateStreamResponse>* GenerationServiceImpl::GenerateStream(
+    grpc::CallbackServerContext* context, const v1::GenerateRequest* request) {
+  return ForwardStream(context, core_, "GenerateStream", request, &Async::GenerateStream);
+}
+
+grpc::ServerUnaryReactor* GenerationServiceImpl::Chat(grpc::CallbackServerContext* context,
+                                                      const v1::ChatRequest* request,
+                                                      v1::GenerateResponse* response) {
+  constexpr UnaryMethod<v1::ChatRequest, v1::GenerateResponse> kMethod = &Async::Chat;
+  return ForwardUnary(context, core_, "Chat", fleet::kGenerateTimeoutDefault, request, response,
+                      kMethod);
+}
+
+grpc::ServerWriteReactor<GenerateStreamResponse>* GenerationServiceImpl::ChatStream(
+    grpc::CallbackServerContext* context, const v1::ChatRequest* request) {
+  return ForwardStream(context, core_, "ChatStream", request, &Async::ChatStream);
+}
+
+grpc::ServerUnaryReactor* GenerationServiceImpl::Tokenize(grpc::CallbackServerContext* context,
+                                                          const v1::TokenizeRequest* request,
+                                                          v1::TokenizeResponse* response) {
+  constexpr UnaryMethod<v1::TokenizeRequest, v1::TokenizeResponse> kMethod = &Async::Tokenize;
+  return ForwardUnary(context, core_, "Tokenize", fleet::kUnaryTimeoutDefault, request, response,
+                      kMethod);
+}
+
+grpc::ServerUnaryReactor* GenerationServiceImpl::Detokenize(grpc::CallbackServerContext* context,
+                                                            const v1::DetokenizeRequest* request,
+                                                            v1::DetokenizeResponse* response) {
+  constexpr UnaryMethod<v1::DetokenizeRequest, v1::DetokenizeResponse> kMethod = &Async::Detokenize;
+  return ForwardUnary(context, core_, "Detokenize", fleet::kUnaryTimeoutDefault, request, response,
+                      kMethod);
+}
+
+}  // namespace walsh::api

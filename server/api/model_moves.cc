@@ -1,0 +1,131 @@
+#include "server/api/model_moves.h"
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/log.h"
+#include "common/resource_name.h"
+#include "server/fleet/placement.h"
+
+namespace walsh::api {
+namespace {
+
+using fleet::Replica;
+using fleet::WorkerAddress;
+
+// Goes on with `next` on the executor; a full executor is an error like any other.
+void Continue(Core* core, const Done& done, std::function<void()> next) {
+  if (!core->executor->Post(std::move(next))) {
+    done(absl::ResourceExhaustedError("too many calls wait for the coordinator"));
+  }
+}
+
+absl::Status NotHere(const std::string& id) {
+  absl::Status status =
+      absl::UnavailableError(absl::StrCat("no connected worker has model '", id, "'"));
+  SetErrorInfo(status, "NO_WORKER");
+  SetRetryDelay(status, absl::Seconds(5));
+  return status;
+}
+
+// What is done to one replica: starts a call to its worker.
+using Step = std::function<void(const WorkerAddress&, Done)>;
+
+// One replica after the other, up to the first error.
+void ForEach(Core* core, std::shared_ptr<std::vector<Replica>> replicas, size_t index,
+             const Step& step, const Done& done) {
+  if (index == replicas->size()) return done(absl::OkStatus());
+  step((*replicas)[index].worker, [=](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    Continue(core, done, [=] { ForEach(core, replicas, index + 1, step, done); });
+  });
+}
+
+void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
+                    absl::Duration timeout, const Done& done) {
+  std::erase_if(replicas, [](const Replica& r) { return !fleet::IsLoaded(r.model.state()); });
+  const Step unload = [=](const WorkerAddress& worker, const Done& unloaded) {
+    core->registry->SetModelState(worker.worker_id, id, v1::Model::DRAINING);
+    core->clients->Get(worker)->UnloadModel(ModelName(id), timeout,
+                                            [=](const absl::StatusOr<v1::Model>& model) {
+                                              if (model.ok())
+                                                core->registry->SetModel(worker.worker_id, *model);
+                                              unloaded(model.status());
+                                            });
+  };
+  ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, unload, done);
+}
+
+void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
+                    absl::Duration timeout, const Done& done) {
+  const Step remove = [=](const WorkerAddress& worker, const Done& removed) {
+    core->clients->Get(worker)->DeleteModel(
+        ModelName(id), timeout, [=](const absl::StatusOr<google::protobuf::Empty>& answer) {
+          // Workers may share a store: the first has deleted it for all.
+          const bool is_gone = answer.ok() || absl::IsNotFound(answer.status());
+          if (is_gone) core->registry->RemoveModel(worker.worker_id, id);
+          removed(is_gone ? absl::OkStatus() : answer.status());
+        });
+  };
+  ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, remove,
+          [=](const absl::Status& status) {
+            if (!status.ok()) return done(status);
+            Continue(core, done, [=] { done(core->catalog->Forget(id)); });
+          });
+}
+
+}  // namespace
+
+void LoadModel(Core* core, const std::string& id, absl::Duration timeout, Done done) {
+  if (!core->catalog->Knows(id)) return done(NotFound("model", id));
+  const std::vector<Replica> replicas = core->registry->Replicas(id);
+  const Replica* chosen = fleet::ChooseForLoad(replicas);
+  if (chosen == nullptr) return done(NotHere(id));
+  if (chosen->model.state() == v1::Model::READY) return done(absl::OkStatus());
+  const WorkerAddress worker = chosen->worker;
+  const v1::Model::State before = chosen->model.state();
+  core->registry->SetModelState(worker.worker_id, id, v1::Model::LOADING);
+  core->clients->Get(worker)->LoadModel(
+      ModelName(id), timeout, [=](const absl::StatusOr<v1::Model>& model) {
+        if (model.ok()) {
+          core->registry->SetModel(worker.worker_id, *model);
+        } else {
+          core->registry->SetModelState(worker.worker_id, id, before);
+        }
+        Continue(core, done, [=, status = model.status()] { done(status); });
+      });
+}
+
+void UnloadModel(Core* core, const std::string& id, absl::Duration timeout, Done done) {
+  if (!core->catalog->Knows(id)) return done(NotFound("model", id));
+  UnloadReplicas(core, id, core->registry->Replicas(id), timeout, done);
+}
+
+void DeleteModel(Core* core, const std::string& id, bool force, absl::Duration timeout, Done done) {
+  if (!core->catalog->Knows(id)) return done(NotFound("model", id));
+  const std::vector<Replica> replicas = core->registry->Replicas(id);
+  if (replicas.empty() && !force) {
+    absl::Status status = absl::FailedPreconditionError(
+        absl::StrCat("no connected worker has model '", id,
+                     "'; force removes its record, and the artifact stays where it is"));
+    SetErrorInfo(status, "NO_WORKER");
+    return done(status);
+  }
+  for (const Replica& replica : replicas) {
+    if (force || !fleet::IsLoaded(replica.model.state())) continue;
+    absl::Status status = absl::FailedPreconditionError(
+        absl::StrCat("model '", id, "' is ", v1::Model::State_Name(replica.model.state()),
+                     ": unload it first, or use force"));
+    SetErrorInfo(status, "MODEL_LOADED");
+    return done(status);
+  }
+  UnloadReplicas(core, id, replicas, timeout, [=](const absl::Status& status) {
+    if (!status.ok()) return done(status);
+    Continue(core, done, [=] { DeleteReplicas(core, id, replicas, timeout, done); });
+  });
+}
+
+}  // namespace walsh::api

@@ -1,0 +1,103 @@
+#include "server/api/quantization_service.h"
+
+#include <string>
+#include <utility>
+
+#include "common/grpc_status.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "server/api/create_job.h"
+#include "server/api/watch_stream.h"
+#include "server/jobs/job_query.h"
+
+namespace walsh::api {
+namespace {
+
+// Of what our workers read, as config.json and GGUF name them.
+constexpr const char* kArchitectures[] = {"LlamaForCausalLM", "MistralForCausalLM", "llama"};
+
+// A stream that ends before it began.
+class FailedWatch : public grpc::ServerWriteReactor<v1::QuantizationJobEvent> {
+ public:
+  explicit FailedWatch(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
+  void OnDone() override { delete this; }
+};
+
+}  // namespace
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
+    grpc::CallbackServerContext* context, const v1::CreateQuantizationJobRequest* request,
+    v1::QuantizationJob* response) {
+  const Call call(context, "CreateQuantizationJob");
+  return call.RunAsync(core_->executor, [core = core_, call, request, response] {
+    CreateJob(core, call, request, response);
+  });
+}
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::GetQuantizationJob(
+    grpc::CallbackServerContext* context, const v1::GetQuantizationJobRequest* request,
+    v1::QuantizationJob* response) {
+  const Call call(context, "GetQuantizationJob");
+  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
+    WALSH_ASSIGN_OR_RETURN(*response, core->queue->Get(id));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::ListQuantizationJobs(
+    grpc::CallbackServerContext* context, const v1::ListQuantizationJobsRequest* request,
+    v1::ListQuantizationJobsResponse* response) {
+  const Call call(context, "ListQuantizationJobs");
+  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const jobs::JobQuery query, jobs::ParseQuery(*request));
+    WALSH_ASSIGN_OR_RETURN(jobs::JobPage page, core->queue->List(query));
+    for (jobs::JobRecord& record : page.jobs) {
+      // The report of every linear is for GetQuantizationJob: a page of them would not fit a
+      // message.
+      if (record.job.has_result()) record.job.mutable_result()->clear_per_layer();
+      *response->add_quantization_jobs() = std::move(record.job);
+    }
+    response->set_total_size(page.total_size);
+    if (page.next.has_value()) response->set_next_page_token(jobs::PageToken(query, *page.next));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerWriteReactor<v1::QuantizationJobEvent>* QuantizationServiceImpl::WatchQuantizationJob(
+    grpc::CallbackServerContext* context, const v1::WatchQuantizationJobRequest* request) {
+  const absl::StatusOr<std::string> id = ParseJobName("name", request->name());
+  if (!id.ok()) return new FailedWatch(id.status());
+  return WatchJob(context, core_, *id, request->after_sequence());
+}
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::CancelQuantizationJob(
+    grpc::CallbackServerContext* context, const v1::CancelQuantizationJobRequest* request,
+    v1::QuantizationJob* response) {
+  const Call call(context, "CancelQuantizationJob");
+  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
+    WALSH_ASSIGN_OR_RETURN(*response, core->queue->Cancel(id));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::DeleteQuantizationJob(
+    grpc::CallbackServerContext* context, const v1::DeleteQuantizationJobRequest* request,
+    google::protobuf::Empty*) {
+  const Call call(context, "DeleteQuantizationJob");
+  return call.Run(core_->executor, [core = core_, request]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
+    return core->queue->Delete(id);
+  });
+}
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::ListSupportedArchitectures(
+    grpc::CallbackServerContext* context, const v1::ListSupportedArchitecturesRequest*,
+    v1::ListSupportedArchitecturesResponse* response) {
+  const Call call(context, "ListSupportedArchitectures");
+  for (const char* architecture : kArchitectures) response->add_architectures(architecture);
+  return call.FinishNow(absl::OkStatus());
+}
+
+}  // namespace walsh::api

@@ -1,0 +1,82 @@
+#include "server/coordinator_flags.h"
+
+#include <iostream>
+
+#include "common/command_line.h"
+#include "common/endpoints.h"
+
+namespace walsh {
+namespace {
+
+bool IsLoopback(const std::string& host) {
+  return host == "localhost" || host == "::1" || host == "[::1]" || host.starts_with("127.");
+}
+
+}  // namespace
+
+std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlags* flags) {
+  ServerOptions& server = flags->server;
+  server.data_dir = DefaultDataDir();
+  double lease_seconds = absl::ToDoubleSeconds(server.lease_duration);
+  double heartbeat_seconds = absl::ToDoubleSeconds(server.heartbeat_interval);
+  double shutdown_seconds = absl::ToDoubleSeconds(flags->shutdown_timeout);
+  std::optional<bool> enable_reflection;
+  std::string log_format = "text";
+  std::string log_level = "info";
+
+  CLI::App app(
+      "walsh-coordinator: accepts quantization jobs, leases them to workers, routes "
+      "generation.",
+      "walsh-coordinator");
+  app.add_option("--host", server.host, "Address to listen on")->capture_default_str();
+  app.add_option("--grpc-port", server.grpc_port, "Public gRPC port; 0 takes a free one")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
+  app.add_option("--internal-port", server.internal_port, "gRPC port for workers")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
+  app.add_option("--http-port", server.http_port, "HTTP port: health and metrics")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
+  app.add_option("--metrics-port", server.metrics_port, "HTTP port for metrics only")
+      ->check(CLI::Range(0, 65535))
+      ->capture_default_str();
+  app.add_option("--data-dir", server.data_dir, "Folder of the job store")->capture_default_str();
+  app.add_option("--job-lease-seconds", lease_seconds, "A worker silent for so long loses its job")
+      ->check(CLI::Range(0.1, 3600.0))
+      ->capture_default_str();
+  app.add_option("--heartbeat-seconds", heartbeat_seconds, "Between two heartbeats of a worker")
+      ->check(CLI::Range(0.01, 1200.0))
+      ->capture_default_str();
+  app.add_option("--max-queued-jobs", server.queued_jobs_max, "More are refused")
+      ->check(CLI::Range(1, limits::kQueuedJobsMax))
+      ->capture_default_str();
+  app.add_option("--enable-reflection", enable_reflection,
+                 "gRPC reflection; by default when --host is a loopback address");
+  app.add_option("--shutdown-timeout", shutdown_seconds,
+                 "Seconds that running calls have to finish after SIGTERM")
+      ->check(CLI::Range(0.0, 3600.0))
+      ->capture_default_str();
+  app.add_option("--log-format", log_format, "text or json")->capture_default_str();
+  app.add_option("--log-level", log_level, "debug, info, warning or error")->capture_default_str();
+  if (const std::optional<int> exit_code = ParseCommandLine(app, argc, argv)) return exit_code;
+
+  absl::Status parsed = log::ParseFormat(log_format, &flags->log_format);
+  parsed.Update(log::ParseLevel(log_level, &flags->log_level));
+  if (3 * heartbeat_seconds > lease_seconds) {
+    // Two lost heartbeats must not cost a job.
+    parsed.Update(absl::InvalidArgumentError(
+        "--job-lease-seconds must be at least three times --heartbeat-seconds"));
+  }
+  if (!parsed.ok()) {
+    std::cerr << "walsh-coordinator: " << parsed.message() << "\n";
+    return kExitUsage;
+  }
+  server.lease_duration = absl::Seconds(lease_seconds);
+  server.heartbeat_interval = absl::Seconds(heartbeat_seconds);
+  server.enable_reflection = enable_reflection.value_or(IsLoopback(server.host));
+  flags->shutdown_timeout = absl::Seconds(shutdown_seconds);
+  return std::nullopt;
+}
+
+}  // namespace walsh

@@ -1,0 +1,26 @@
+// How long a forwarded call may take.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+
+#include "absl/time/time.h"
+
+namespace walsh::fleet {
+
+inline constexpr absl::Duration kGenerateTimeoutDefault = absl::Minutes(10);
+inline constexpr absl::Duration kGenerateTimeoutMax = absl::Hours(1);
+inline constexpr absl::Duration kUnaryTimeoutDefault = absl::Seconds(10);
+inline constexpr absl::Duration kLoadTimeoutDefault = absl::Minutes(10);
+inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);
+
+// The worker's share of a client's deadline: 5 % less, so that its answer still arrives in time. A
+// client without a deadline gets `timeout_default`; nobody gets more than an hour.
+inline absl::Duration WorkerTimeout(std::chrono::system_clock::time_point deadline,
+                                    absl::Duration timeout_default) {
+  if (deadline == std::chrono::system_clock::time_point::max()) return timeout_default;
+  const absl::Duration left = absl::FromChrono(deadline) - absl::Now();
+  return std::min(left, kGenerateTimeoutMax) * 0.95;
+}
+
+}  // namespace walsh::fleet

@@ -1,0 +1,195 @@
+#include "server/fleet/stream_proxy.h"
+
+#include <deque>
+#include <optional>
+#include <utility>
+
+#include "absl/synchronization/mutex.h"
+#include "common/clock.h"
+#include "common/grpc_status.h"
+
+namespace walsh::fleet {
+namespace {
+
+// How long a client that stalled may take to fetch the status that tells it so.
+constexpr absl::Duration kStalledGrace = absl::Seconds(30);
+
+class StreamProxy : public StreamReactor, public std::enable_shared_from_this<StreamProxy> {
+ public:
+  StreamProxy(grpc::CallbackServerContext* context, const StreamLimits& limits, Executor* executor,
+              std::function<void()> done)
+      : server_context_(context), limits_(limits), executor_(executor), done_(std::move(done)) {}
+
+  void Start(absl::Duration timeout, const StartStream& start) {
+    server_side_ = shared_from_this();
+    worker_side_ = shared_from_this();
+    client_context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    start(&client_context_, &reader_);
+    // Reads are started from the server's reactions too, which the worker's call must outlive.
+    reader_.AddHold();
+    {
+      const absl::MutexLock lock(&mu_);
+      StartRead();
+    }
+    reader_.StartCall();
+    WatchForStall();
+  }
+
+  // -- Reactions of the client's call
+
+  void OnWriteDone(bool ok) override {
+    const absl::MutexLock lock(&mu_);
+    is_writing_ = false;
+    buffer_.pop_front();
+    if (!ok) return GiveUp(absl::CancelledError("the client has gone"));
+    Advance();
+  }
+
+  void OnCancel() override {
+    const absl::MutexLock lock(&mu_);
+    GiveUp(absl::CancelledError("the client has gone"));
+  }
+
+  void OnDone() override {
+    std::shared_ptr<StreamProxy> self;  // goes after the lock
+    const absl::MutexLock lock(&mu_);
+    is_server_done_ = true;
+    self = std::move(server_side_);
+  }
+
+ private:
+  class Reader : public StreamReader {
+   public:
+    explicit Reader(StreamProxy* proxy) : proxy_(proxy) {}
+    void OnReadDone(bool ok) override { proxy_->OnWorkerRead(ok); }
+    void OnDone(const grpc::Status& status) override { proxy_->OnWorkerDone(status); }
+
+   private:
+    StreamProxy* const proxy_;
+  };
+
+  void OnWorkerRead(bool ok) {
+    const absl::MutexLock lock(&mu_);
+    is_reading_ = false;
+    if (!ok || is_finished_) return RemoveHold();
+    buffer_.push_back(std::move(incoming_));
+    incoming_.Clear();
+    Advance();
+  }
+
+  void OnWorkerDone(const grpc::Status& status) {
+    done_();
+    std::shared_ptr<StreamProxy> self;  // goes after the lock
+    const absl::MutexLock lock(&mu_);
+    worker_status_ = FromWorker(status);
+    Advance();
+    self = std::move(worker_side_);
+  }
+
+  // Writes, reads or ends, whatever can be done now.
+  void Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (is_finished_) return;
+    if (!is_writing_ && !buffer_.empty()) {
+      is_writing_ = true;
+      write_start_ = Clock::Real()->Monotonic();
+      StartWrite(&buffer_.front());
+    }
+    if (worker_status_.has_value()) {
+      if (buffer_.empty()) FinishOnce(*worker_status_);
+      return;
+    }
+    const bool has_room = static_cast<int>(buffer_.size()) < limits_.chunks_max;
+    if (!is_reading_ && is_held_ && has_room) StartRead();
+  }
+
+  void StartRead() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    is_reading_ = true;
+    reader_.StartRead(&incoming_);
+  }
+
+  void GiveUp(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    client_context_.TryCancel();
+    FinishOnce(status);
+    if (!is_reading_) RemoveHold();
+  }
+
+  void FinishOnce(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (is_finished_) return;
+    is_finished_ = true;
+    // The message that is being written belongs to gRPC until OnWriteDone.
+    buffer_.erase(buffer_.begin() + (is_writing_ ? 1 : 0), buffer_.end());
+    Finish(ToGrpcStatus(status));
+  }
+
+  void RemoveHold() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    if (std::exchange(is_held_, false)) reader_.RemoveHold();
+  }
+
+  void WatchForStall() {
+    const std::weak_ptr<StreamProxy> weak = weak_from_this();
+    executor_->PostAfter(limits_.stall_max / 8, [weak] {
+      if (const std::shared_ptr<StreamProxy> self = weak.lock()) self->CheckStall();
+    });
+  }
+
+  void CheckStall() {
+    {
+      const absl::MutexLock lock(&mu_);
+      if (is_finished_) return;
+      const absl::Duration stalled = Clock::Real()->Monotonic() - write_start_;
+      if (is_writing_ && stalled >= limits_.stall_max) {
+        absl::Status slow = absl::ResourceExhaustedError("the client reads too slowly");
+        SetErrorInfo(slow, "SLOW_READER");
+        GiveUp(slow);
+        CancelLater();
+        return;
+      }
+    }
+    WatchForStall();
+  }
+
+  // The status waits behind the message that the client does not read. A client that does not come
+  // back for it at all must not hold the stream for ever.
+  void CancelLater() {
+    const std::weak_ptr<StreamProxy> weak = weak_from_this();
+    executor_->PostAfter(kStalledGrace, [weak] {
+      const std::shared_ptr<StreamProxy> self = weak.lock();
+      if (self == nullptr) return;
+      const absl::MutexLock lock(&self->mu_);
+      if (!self->is_server_done_) self->server_context_->TryCancel();
+    });
+  }
+
+  grpc::CallbackServerContext* const server_context_;
+  const StreamLimits limits_;
+  Executor* const executor_;
+  const std::function<void()> done_;
+  grpc::ClientContext client_context_;
+  Reader reader_{this};
+
+  absl::Mutex mu_;
+  // Each side keeps the object alive until gRPC has called its OnDone.
+  std::shared_ptr<StreamProxy> server_side_ ABSL_GUARDED_BY(mu_);
+  std::shared_ptr<StreamProxy> worker_side_ ABSL_GUARDED_BY(mu_);
+  std::deque<v1::GenerateStreamResponse> buffer_ ABSL_GUARDED_BY(mu_);
+  v1::GenerateStreamResponse incoming_;  // of the read in flight
+  bool is_reading_ ABSL_GUARDED_BY(mu_) = false;
+  bool is_writing_ ABSL_GUARDED_BY(mu_) = false;
+  bool is_held_ ABSL_GUARDED_BY(mu_) = true;
+  bool is_finished_ ABSL_GUARDED_BY(mu_) = false;
+  bool is_server_done_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Duration write_start_ ABSL_GUARDED_BY(mu_);
+  std::optional<absl::Status> worker_status_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace
+
+StreamReactor* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
+                           const StreamLimits& limits, Executor* executor, const StartStream& start,
+                           std::function<void()> done) {
+  auto proxy = std::make_shared<StreamProxy>(context, limits, executor, std::move(done));
+  proxy->Start(timeout, start);
+  return proxy.get();
+}
+
+}  // namespace walsh::fleet

@@ -1,0 +1,45 @@
+// Carries one generated stream from a worker to a client.
+//
+// Between them is a buffer of at most kStreamChunksMax messages. When it is full nothing more is
+// read from the worker, whose own writes then wait: a slow client slows its own stream down and
+// nothing else. A client that takes nothing for `stall_max` is given up. One write is in flight at
+// a time and no thread is held.
+//
+// The stream ends exactly once: with the worker's status after everything the worker sent;
+// CANCELLED when the client has gone (the worker's call is cancelled with it); RESOURCE_EXHAUSTED
+// (ErrorInfo SLOW_READER) after a stall; UNAVAILABLE (WORKER_LOST) when the worker's connection
+// broke.
+#pragma once
+
+#include <grpcpp/server_context.h>
+#include <grpcpp/support/server_callback.h>
+
+#include <functional>
+#include <memory>
+
+#include "absl/time/time.h"
+#include "common/limits.h"
+#include "server/executor.h"
+#include "server/fleet/worker_client.h"
+#include "walsh/v1/generation.pb.h"
+
+namespace walsh::fleet {
+
+struct StreamLimits {
+  int chunks_max = limits::kStreamChunksMax;
+  absl::Duration stall_max = absl::Seconds(limits::kStreamStallSecondsMax);
+};
+
+using StreamReactor = grpc::ServerWriteReactor<v1::GenerateStreamResponse>;
+using StreamReader = grpc::ClientReadReactor<v1::GenerateStreamResponse>;
+
+// Starts the worker's call: GenerateStream or ChatStream with its request.
+using StartStream = std::function<void(grpc::ClientContext*, StreamReader*)>;
+
+// Returns the reactor of the client's call, which gRPC owns from there. `done` runs once, when the
+// worker's call has ended.
+StreamReactor* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
+                           const StreamLimits& limits, Executor* executor, const StartStream& start,
+                           std::function<void()> done);
+
+}  // namespace walsh::fleet

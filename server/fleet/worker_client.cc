@@ -1,0 +1,103 @@
+#include "server/fleet/worker_client.h"
+
+#include <grpcpp/client_context.h>
+
+#include <utility>
+
+#include "common/grpc_server.h"
+#include "common/grpc_status.h"
+
+namespace walsh::fleet {
+namespace {
+
+// Everything that a unary call needs until it is done.
+template <typename Request, typename Response>
+struct UnaryCall {
+  grpc::ClientContext context;
+  Request request;
+  Response response;
+  WorkerClient::Callback<Response> done;
+};
+
+template <typename Response, typename Method, typename Request>
+void Start(Method method, Request request, absl::Duration timeout,
+           WorkerClient::Callback<Response> done) {
+  auto* call = new UnaryCall<Request, Response>;
+  call->request = std::move(request);
+  call->done = std::move(done);
+  call->context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+  method(&call->context, &call->request, &call->response, [call](const grpc::Status& status) {
+    const std::unique_ptr<UnaryCall<Request, Response>> owner(call);
+    if (status.ok()) {
+      owner->done(std::move(owner->response));
+    } else {
+      owner->done(FromWorker(status));
+    }
+  });
+}
+
+internal_v1::HostModelRequest HostRequest(const std::string& model) {
+  internal_v1::HostModelRequest request;
+  request.set_model(model);
+  return request;
+}
+
+}  // namespace
+
+absl::Status FromWorker(const grpc::Status& status) {
+  absl::Status converted = FromGrpcStatus(status);
+  // Our workers send UNAVAILABLE with a reason only, and never UNKNOWN: these are the connection's.
+  const bool is_connection = status.error_details().empty() &&
+                             (absl::IsUnavailable(converted) || absl::IsUnknown(converted));
+  if (!is_connection) return converted;
+  converted = absl::UnavailableError("the worker was lost while it answered; try again");
+  SetErrorInfo(converted, "WORKER_LOST");
+  SetRetryDelay(converted, absl::Seconds(1));
+  return converted;
+}
+
+WorkerClient::WorkerClient(const std::string& address)
+    : channel_(MakeChannel(address)),
+      host_(internal_v1::ModelHostService::NewStub(channel_)),
+      generation_(v1::GenerationService::NewStub(channel_)) {}
+
+void WorkerClient::ValidateJob(const internal_v1::ValidateJobRequest& request,
+                               absl::Duration timeout,
+                               Callback<internal_v1::ValidateJobResponse> done) {
+  const auto method = [this](auto&&... args) { host_->async()->ValidateJob(args...); };
+  Start<internal_v1::ValidateJobResponse>(method, request, timeout, std::move(done));
+}
+
+void WorkerClient::LoadModel(const std::string& model, absl::Duration timeout,
+                             Callback<v1::Model> done) {
+  const auto method = [this](auto&&... args) { host_->async()->LoadModel(args...); };
+  Start<v1::Model>(method, HostRequest(model), timeout, std::move(done));
+}
+
+void WorkerClient::UnloadModel(const std::string& model, absl::Duration timeout,
+                               Callback<v1::Model> done) {
+  const auto method = [this](auto&&... args) { host_->async()->UnloadModel(args...); };
+  Start<v1::Model>(method, HostRequest(model), timeout, std::move(done));
+}
+
+void WorkerClient::DeleteModel(const std::string& model, absl::Duration timeout,
+                               Callback<google::protobuf::Empty> done) {
+  const auto method = [this](auto&&... args) { host_->async()->DeleteModel(args...); };
+  Start<google::protobuf::Empty>(method, HostRequest(model), timeout, std::move(done));
+}
+
+std::shared_ptr<WorkerClient> WorkerClients::Get(const WorkerAddress& worker) {
+  const absl::MutexLock lock(&mu_);
+  Entry& entry = clients_[worker.worker_id];
+  if (entry.client == nullptr || entry.address != worker.address) {
+    entry = {.address = worker.address, .client = std::make_shared<WorkerClient>(worker.address)};
+  }
+  return entry.client;
+}
+
+void WorkerClients::Forget(const std::string& worker_id) {
+  const absl::MutexLock lock(&mu_);
+  clients_.erase(worker_id);
+}
+
+}  // namespace walsh::fleet

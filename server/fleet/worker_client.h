@@ -1,0 +1,69 @@
+// Calls from the coordinator to a worker, none of which holds a thread.
+//
+// Errors:  those of the worker, as it sent them; UNAVAILABLE (ErrorInfo WORKER_LOST) when the
+//          connection failed, without the address that gRPC's own message would show.
+// Threads: safe. Callbacks run on gRPC's threads, exactly once, and must not block.
+#pragma once
+
+#include <grpcpp/channel.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "server/fleet/placement.h"
+#include "walsh/internal/v1/worker.grpc.pb.h"
+#include "walsh/v1/generation.grpc.pb.h"
+
+namespace walsh::fleet {
+
+namespace internal_v1 = walsh::internal::v1;
+
+// What a call to a worker ended with, fit for a client.
+absl::Status FromWorker(const grpc::Status& status);
+
+class WorkerClient {
+ public:
+  explicit WorkerClient(const std::string& address);
+
+  template <typename T>
+  using Callback = std::function<void(absl::StatusOr<T>)>;
+
+  void ValidateJob(const internal_v1::ValidateJobRequest& request, absl::Duration timeout,
+                   Callback<internal_v1::ValidateJobResponse> done);
+  // `model` is "models/{id}".
+  void LoadModel(const std::string& model, absl::Duration timeout, Callback<v1::Model> done);
+  void UnloadModel(const std::string& model, absl::Duration timeout, Callback<v1::Model> done);
+  void DeleteModel(const std::string& model, absl::Duration timeout,
+                   Callback<google::protobuf::Empty> done);
+
+  v1::GenerationService::Stub& generation() { return *generation_; }
+
+ private:
+  const std::shared_ptr<grpc::Channel> channel_;
+  const std::unique_ptr<internal_v1::ModelHostService::Stub> host_;
+  const std::unique_ptr<v1::GenerationService::Stub> generation_;
+};
+
+// One client, with its connection, for each address that is in use.
+class WorkerClients {
+ public:
+  std::shared_ptr<WorkerClient> Get(const WorkerAddress& worker);
+  // Calls that run keep their client.
+  void Forget(const std::string& worker_id);
+
+ private:
+  struct Entry {
+    std::string address;
+    std::shared_ptr<WorkerClient> client;
+  };
+  absl::Mutex mu_;
+  std::map<std::string, Entry> clients_ ABSL_GUARDED_BY(mu_);  // by worker id
+};
+
+}  // namespace walsh::fleet

@@ -1,0 +1,239 @@
+#include "server/fleet/worker_registry.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "common/log.h"
+#include "common/resource_name.h"
+#include "common/utf8.h"
+
+namespace walsh::fleet {
+namespace {
+
+// Ids appear in names, logs and messages.
+bool IsWorkerId(const std::string& id) {
+  return !id.empty() && id.size() <= limits::kWorkerIdBytesMax &&
+         std::all_of(id.begin(), id.end(), [](unsigned char c) {
+           return std::isalnum(c) != 0 || c == '-' || c == '_' || c == '.';
+         });
+}
+
+absl::Status Unknown(const std::string& worker_id) {
+  absl::Status status = absl::NotFoundError(
+      absl::StrCat("worker '", ReplaceInvalidUtf8(worker_id.substr(0, limits::kWorkerIdBytesMax)),
+                   "' is not registered here: register again"));
+  SetErrorInfo(status, "WORKER_UNKNOWN");
+  return status;
+}
+
+}  // namespace
+
+void WorkerRegistry::See(Entry* entry) {
+  entry->last_seen = clock_->Monotonic();
+  const int64_t nanos = absl::ToUnixNanos(clock_->Now());
+  entry->worker.mutable_last_heartbeat()->set_seconds(nanos / 1'000'000'000);
+  entry->worker.mutable_last_heartbeat()->set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
+  if (entry->worker.state() == v1::Worker::OFFLINE) {
+    WALSH_LOG(Info, "worker is back", {"worker", entry->worker.name()});
+    entry->worker.set_state(v1::Worker::ONLINE);
+  }
+}
+
+void WorkerRegistry::SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
+                               Entry* entry) {
+  entry->models.clear();
+  for (const v1::Model& model : models) {
+    const absl::StatusOr<std::string> id = ParseModelName("models", model.name());
+    if (id.ok()) entry->models[*id] = model;
+  }
+}
+
+absl::StatusOr<std::vector<std::string>> WorkerRegistry::Register(
+    const internal_v1::RegisterRequest& request) {
+  if (!IsWorkerId(request.worker_id())) {
+    return InvalidField("worker_id", absl::StrCat("must be 1 to ", limits::kWorkerIdBytesMax,
+                                                  " letters, digits, '-', '_' or '.'"));
+  }
+  if (request.address().empty()) return InvalidField("address", "is missing");
+  const absl::MutexLock lock(&mu_);
+  std::vector<std::string> replaced;
+  for (auto it = workers_.begin(); it != workers_.end();) {
+    const bool is_replaced =
+        it->second.address == request.address() && it->first != request.worker_id();
+    if (is_replaced) replaced.push_back(it->first);
+    it = is_replaced ? workers_.erase(it) : std::next(it);
+  }
+  Entry& entry = workers_[request.worker_id()];
+  entry.address = request.address();
+  entry.worker.set_name(WorkerName(request.worker_id()));
+  entry.worker.set_state(v1::Worker::ONLINE);
+  entry.worker.set_version(ReplaceInvalidUtf8(request.version()));
+  entry.worker.set_device(ReplaceInvalidUtf8(request.device()));
+  entry.worker.set_memory_bytes_total(request.memory_bytes_total());
+  SetModels(request.models(), &entry);
+  See(&entry);
+  return replaced;
+}
+
+absl::Status WorkerRegistry::Heartbeat(const internal_v1::HeartbeatRequest& request) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(request.worker_id());
+  if (it == workers_.end()) return Unknown(request.worker_id());
+  Entry& entry = it->second;
+  See(&entry);
+  entry.worker.set_state(request.draining() ? v1::Worker::DRAINING : v1::Worker::ONLINE);
+  entry.worker.set_running_job(request.job_name());
+  entry.worker.set_requests_running(std::max(0, request.requests_running()));
+  entry.worker.set_requests_waiting(std::max(0, request.requests_waiting()));
+  entry.worker.set_memory_bytes_free(request.memory_bytes_free());
+  SetModels(request.models(), &entry);
+  return absl::OkStatus();
+}
+
+absl::Status WorkerRegistry::Touch(const std::string& worker_id) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it == workers_.end()) return Unknown(worker_id);
+  See(&it->second);
+  return absl::OkStatus();
+}
+
+void WorkerRegistry::Deregister(const std::string& worker_id) {
+  const absl::MutexLock lock(&mu_);
+  workers_.erase(worker_id);
+}
+
+std::vector<std::string> WorkerRegistry::Tick() {
+  const absl::Duration now = clock_->Monotonic();
+  const absl::MutexLock lock(&mu_);
+  std::vector<std::string> went_offline;
+  for (auto it = workers_.begin(); it != workers_.end();) {
+    const absl::Duration silence = now - it->second.last_seen;
+    v1::Worker& worker = it->second.worker;
+    if (silence >= options_.offline_after && worker.state() != v1::Worker::OFFLINE) {
+      WALSH_LOG(Warning, "worker is offline", {"worker", worker.name()},
+                {"silent_seconds", absl::ToDoubleSeconds(silence)});
+      worker.set_state(v1::Worker::OFFLINE);
+      worker.clear_running_job();
+      worker.clear_requests_running();
+      worker.clear_requests_waiting();
+      went_offline.push_back(it->first);
+    }
+    it = silence >= options_.forget_after ? workers_.erase(it) : std::next(it);
+  }
+  return went_offline;
+}
+
+std::vector<v1::Worker> WorkerRegistry::List() const {
+  const absl::MutexLock lock(&mu_);
+  std::vector<v1::Worker> workers;
+  for (const auto& [id, entry] : workers_) {
+    v1::Worker& worker = workers.emplace_back(entry.worker);
+    if (worker.state() == v1::Worker::OFFLINE) continue;
+    for (const auto& [model_id, model] : entry.models) {
+      if (IsLoaded(model.state())) worker.add_models(ModelName(model_id));
+    }
+  }
+  return workers;
+}
+
+// The larger of what the worker said and what we know: its figure is up to a heartbeat old, and it
+// may have other clients.
+int WorkerRegistry::Load(const Entry& entry) {
+  return std::max(entry.worker.requests_running() + entry.worker.requests_waiting(),
+                  entry.requests_sent);
+}
+
+Replica WorkerRegistry::ToReplica(const std::string& worker_id, const Entry& entry,
+                                  const v1::Model& model) {
+  Replica replica = {.worker = {.worker_id = worker_id, .address = entry.address},
+                     .model = model,
+                     .load = Load(entry)};
+  // A draining worker finishes what it has and takes nothing new.
+  if (entry.worker.state() == v1::Worker::DRAINING && model.state() == v1::Model::READY) {
+    replica.model.set_state(v1::Model::DRAINING);
+  }
+  return replica;
+}
+
+std::vector<Replica> WorkerRegistry::Replicas(const std::string& model_id) const {
+  const absl::MutexLock lock(&mu_);
+  std::vector<Replica> replicas;
+  for (const auto& [id, entry] : workers_) {
+    if (entry.worker.state() == v1::Worker::OFFLINE) continue;
+    const auto it = entry.models.find(model_id);
+    if (it != entry.models.end()) replicas.push_back(ToReplica(id, entry, it->second));
+  }
+  return replicas;
+}
+
+std::map<std::string, std::vector<Replica>> WorkerRegistry::AllReplicas() const {
+  const absl::MutexLock lock(&mu_);
+  std::map<std::string, std::vector<Replica>> replicas;
+  for (const auto& [id, entry] : workers_) {
+    if (entry.worker.state() == v1::Worker::OFFLINE) continue;
+    for (const auto& [model_id, model] : entry.models) {
+      replicas[model_id].push_back(ToReplica(id, entry, model));
+    }
+  }
+  return replicas;
+}
+
+std::optional<WorkerAddress> WorkerRegistry::AnyOnline() const {
+  const absl::MutexLock lock(&mu_);
+  const Entry* best = nullptr;
+  std::string best_id;
+  for (const auto& [id, entry] : workers_) {
+    if (entry.worker.state() != v1::Worker::ONLINE) continue;
+    if (best != nullptr && Load(*best) <= Load(entry)) continue;
+    best = &entry;
+    best_id = id;
+  }
+  if (best == nullptr) return std::nullopt;
+  return WorkerAddress{.worker_id = best_id, .address = best->address};
+}
+
+bool WorkerRegistry::IsDraining(const std::string& worker_id) const {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  return it != workers_.end() && it->second.worker.state() == v1::Worker::DRAINING;
+}
+
+void WorkerRegistry::SetModel(const std::string& worker_id, const v1::Model& model) {
+  const absl::StatusOr<std::string> id = ParseModelName("model", model.name());
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (id.ok() && it != workers_.end()) it->second.models[*id] = model;
+}
+
+void WorkerRegistry::SetModelState(const std::string& worker_id, const std::string& model_id,
+                                   v1::Model::State state) {
+  const absl::MutexLock lock(&mu_);
+  const auto worker = workers_.find(worker_id);
+  if (worker == workers_.end()) return;
+  const auto model = worker->second.models.find(model_id);
+  if (model != worker->second.models.end()) model->second.set_state(state);
+}
+
+void WorkerRegistry::RemoveModel(const std::string& worker_id, const std::string& model_id) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it != workers_.end()) it->second.models.erase(model_id);
+}
+
+void WorkerRegistry::SetRunningJob(const std::string& worker_id, const std::string& job_name) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it != workers_.end()) it->second.worker.set_running_job(job_name);
+}
+
+void WorkerRegistry::AddRequests(const std::string& worker_id, int n) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it == workers_.end()) return;
+  it->second.requests_sent = std::max(0, it->second.requests_sent + n);
+}
+
+}  // namespace walsh::fleet

@@ -1,0 +1,87 @@
+// The workers that are there: what they told at registration and with their last heartbeat.
+//
+// In memory only; after a restart of the coordinator each worker's next call answers NOT_FOUND and
+// it registers again. A worker that is silent for the lease time is OFFLINE: it stays listed for a
+// while, and its models serve no more.
+//
+// Errors:  INVALID_ARGUMENT a bad registration; NOT_FOUND (ErrorInfo WORKER_UNKNOWN) register
+// again. Threads: safe; nothing blocks.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "common/clock.h"
+#include "server/fleet/placement.h"
+#include "walsh/internal/v1/worker.pb.h"
+#include "walsh/v1/model.pb.h"
+
+namespace walsh::fleet {
+
+namespace internal_v1 = walsh::internal::v1;
+
+class WorkerRegistry {
+ public:
+  struct Options {
+    absl::Duration offline_after = absl::Seconds(30);
+    absl::Duration forget_after = absl::Hours(1);
+  };
+  WorkerRegistry(const Clock* clock, const Options& options) : clock_(clock), options_(options) {}
+
+  // The ids of workers that had the same address: processes that are no more.
+  absl::StatusOr<std::vector<std::string>> Register(const internal_v1::RegisterRequest& request);
+  absl::Status Heartbeat(const internal_v1::HeartbeatRequest& request);
+  // Any other call of a registered worker: a sign of life.
+  absl::Status Touch(const std::string& worker_id);
+  void Deregister(const std::string& worker_id);
+  // Turns silent workers OFFLINE and forgets old ones. The ids that just went offline.
+  std::vector<std::string> Tick();
+
+  std::vector<v1::Worker> List() const;
+  // The workers that are there and have the model's artifact.
+  std::vector<Replica> Replicas(const std::string& model_id) const;
+  // All of them, by model id.
+  std::map<std::string, std::vector<Replica>> AllReplicas() const;
+  // The least busy worker that is ONLINE.
+  std::optional<WorkerAddress> AnyOnline() const;
+  bool IsDraining(const std::string& worker_id) const;
+
+  // What a call to the worker brought about, ahead of its next heartbeat.
+  void SetModel(const std::string& worker_id, const v1::Model& model);
+  void SetModelState(const std::string& worker_id, const std::string& model_id,
+                     v1::Model::State state);
+  void RemoveModel(const std::string& worker_id, const std::string& model_id);
+  void SetRunningJob(const std::string& worker_id, const std::string& job_name);
+  // Requests that this coordinator has sent to the worker and that are not answered.
+  void BeginRequest(const std::string& worker_id) { AddRequests(worker_id, 1); }
+  void EndRequest(const std::string& worker_id) { AddRequests(worker_id, -1); }
+
+ private:
+  struct Entry {
+    v1::Worker worker;
+    std::string address;
+    absl::Duration last_seen;  // monotonic
+    int requests_sent = 0;
+    std::map<std::string, v1::Model> models;  // by id
+  };
+
+  void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void AddRequests(const std::string& worker_id, int n);
+  static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models, Entry* entry);
+  static int Load(const Entry& entry);
+  static Replica ToReplica(const std::string& worker_id, const Entry& entry,
+                           const v1::Model& model);
+
+  const Clock* const clock_;
+  const Options options_;
+  mutable absl::Mutex mu_;
+  std::map<std::string, Entry> workers_ ABSL_GUARDED_BY(mu_);  // by id
+};
+
+}  // namespace walsh::fleet

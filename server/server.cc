@@ -1,0 +1,255 @@
+#include "server/server.h"
+
+#include <fcntl.h>
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/security/server_credentials.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <map>
+#include <set>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/clock.h"
+#include "common/grpc_server.h"
+#include "common/http_server.h"
+#include "common/log.h"
+#include "common/metrics.h"
+#include "common/publish.h"
+#include "common/status_macros.h"
+#include "server/api/core.h"
+#include "server/api/generation_service.h"
+#include "server/api/model_service.h"
+#include "server/api/quantization_service.h"
+#include "server/api/worker_service.h"
+#include "server/executor.h"
+#include "server/fleet/fleet_metrics.h"
+#include "server/jobs/sqlite_job_store.h"
+
+namespace walsh {
+namespace {
+
+constexpr absl::Duration kTickInterval = absl::Milliseconds(250);
+
+// Held while the process lives; the system gives it back however the process ends.
+class FolderLock {
+ public:
+  ~FolderLock() {
+    if (fd_ >= 0) close(fd_);
+  }
+  absl::Status Take(const std::string& path) {
+    fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd_ < 0) return ErrnoStatus(errno, "opening the lock of the data folder");
+    if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+      return absl::FailedPreconditionError("another coordinator uses this data folder");
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  int fd_ = -1;
+};
+
+std::string Address(const std::string& host, int port) { return absl::StrCat(host, ":", port); }
+
+}  // namespace
+
+struct Server::Impl {
+  explicit Impl(const ServerOptions& server_options)
+      : options(server_options),
+        executor(Executor::Options()),
+        registry(Clock::Real(), {.offline_after = options.lease_duration}) {}
+
+  absl::Status Open();
+  absl::Status Listen();
+  absl::Status ListenHttp();
+  absl::StatusOr<std::unique_ptr<grpc::Server>> StartGrpc(
+      const std::string& name, int port, const std::vector<grpc::Service*>& services,
+      bool is_public);
+  void SetServing(bool is_serving);
+  void Tick();
+  void UpdateModelHealth();
+  void Stop(absl::Duration timeout);
+
+  const ServerOptions options;
+  Endpoints endpoints;
+  FolderLock lock;
+  Executor executor;
+  std::unique_ptr<jobs::SqliteJobStore> store;
+  jobs::JobMetrics job_metrics;
+  std::unique_ptr<jobs::JobQueue> queue;
+  fleet::WorkerRegistry registry;
+  std::unique_ptr<fleet::ModelCatalog> catalog;
+  fleet::WorkerClients clients;
+  std::unique_ptr<api::Core> core;
+  std::unique_ptr<api::QuantizationServiceImpl> quantization;
+  std::unique_ptr<api::ModelServiceImpl> models;
+  std::unique_ptr<api::GenerationServiceImpl> generation;
+  std::unique_ptr<api::WorkerServiceImpl> workers;
+  std::unique_ptr<grpc::Server> public_server;
+  std::unique_ptr<grpc::Server> internal_server;
+  std::unique_ptr<HttpServer> http;
+  std::unique_ptr<HttpServer> metrics_http;
+  std::set<std::string> ready_models;  // touched by Tick only
+  bool is_stopped = false;
+};
+
+absl::Status Server::Impl::Open() {
+  WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
+  WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock"));
+  WALSH_ASSIGN_OR_RETURN(
+      store, jobs::SqliteJobStore::Open(options.data_dir + "/coordinator.db", Clock::Real()));
+  WALSH_ASSIGN_OR_RETURN(queue, jobs::JobQueue::Open(store.get(), Clock::Real(),
+                                                     {.lease_duration = options.lease_duration,
+                                                      .queued_jobs_max = options.queued_jobs_max},
+                                                     &job_metrics));
+  WALSH_ASSIGN_OR_RETURN(catalog, fleet::ModelCatalog::Open(store.get(), &registry, Clock::Real()));
+  core = std::make_unique<api::Core>();
+  core->executor = &executor;
+  core->clock = Clock::Real();
+  core->queue = queue.get();
+  core->registry = &registry;
+  core->catalog = catalog.get();
+  core->clients = &clients;
+  core->lease_duration = options.lease_duration;
+  core->heartbeat_interval = options.heartbeat_interval;
+  core->watch_heartbeat = options.watch_heartbeat;
+  core->stream_limits.stall_max = options.stream_stall_max;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
+    const std::string& name, int port, const std::vector<grpc::Service*>& services,
+    bool is_public) {
+  grpc::ServerBuilder builder;
+  ApplyServerLimits(builder);
+  AddServerMetrics(builder);
+  int bound_port = 0;
+  builder.AddListeningPort(Address(options.host, port), grpc::InsecureServerCredentials(),
+                           &bound_port);
+  for (grpc::Service* service : services) builder.RegisterService(service);
+  std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
+  if (server == nullptr || bound_port == 0) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot listen on ", Address(options.host, port), " (", name, " gRPC port)"));
+  }
+  endpoints[name] = Address(options.host, bound_port);
+  WALSH_LOG(Info, "listening", {"port", name}, {"address", endpoints[name]},
+            {"reflection", is_public && options.enable_reflection});
+  return server;
+}
+
+absl::Status Server::Impl::Listen() {
+  grpc::EnableDefaultHealthCheckService(true);
+  if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  quantization = std::make_unique<api::QuantizationServiceImpl>(core.get());
+  models = std::make_unique<api::ModelServiceImpl>(core.get());
+  generation = std::make_unique<api::GenerationServiceImpl>(core.get());
+  workers = std::make_unique<api::WorkerServiceImpl>(core.get());
+  // Workers first: a client that finds the public port finds them, too.
+  WALSH_ASSIGN_OR_RETURN(internal_server, StartGrpc("internal", options.internal_port,
+                                                    {workers.get()}, /*is_public=*/false));
+  WALSH_ASSIGN_OR_RETURN(
+      public_server,
+      StartGrpc("grpc", options.grpc_port, {quantization.get(), models.get(), generation.get()},
+                /*is_public=*/true));
+  WALSH_RETURN_IF_ERROR(ListenHttp());
+  SetServing(true);
+  Tick();
+  return absl::OkStatus();
+}
+
+absl::Status Server::Impl::ListenHttp() {
+  const auto live = [] { return absl::OkStatus(); };
+  const auto ready = [this] {
+    return core->is_stopping ? absl::UnavailableError("stopping") : absl::OkStatus();
+  };
+  HttpServer::Options http_options = {
+      .host = options.host, .port = options.http_port, .live = live, .ready = ready};
+  WALSH_ASSIGN_OR_RETURN(http, HttpServer::Start(http_options));
+  http_options.port = options.metrics_port;
+  WALSH_ASSIGN_OR_RETURN(metrics_http, HttpServer::Start(http_options));
+  endpoints["http"] = Address(options.host, http->port());
+  endpoints["metrics"] = Address(options.host, metrics_http->port());
+  return absl::OkStatus();
+}
+
+void Server::Impl::SetServing(bool is_serving) {
+  for (grpc::Server* server : {public_server.get(), internal_server.get()}) {
+    if (server != nullptr) server->GetHealthCheckService()->SetServingStatus(is_serving);
+  }
+  if (!is_serving) return;
+  for (const char* service :
+       {v1::QuantizationService::service_full_name(), v1::ModelService::service_full_name(),
+        v1::GenerationService::service_full_name()}) {
+    public_server->GetHealthCheckService()->SetServingStatus(service, true);
+  }
+}
+
+void Server::Impl::Tick() {
+  if (core->is_stopping) return;
+  if (absl::Status ticked = queue->Tick(); !ticked.ok()) {
+    WALSH_LOG(Error, "job store failed", {"status", ticked});
+  }
+  for (const std::string& id : registry.Tick()) clients.Forget(id);
+  UpdateModelHealth();
+  executor.PostAfter(kTickInterval, [this] { Tick(); });
+}
+
+void Server::Impl::UpdateModelHealth() {
+  const std::map<std::string, v1::Model::State> states = catalog->States();
+  fleet::SetFleetMetrics(registry.List(), states);
+  std::set<std::string> ready;
+  for (const auto& [id, state] : states) {
+    if (state == v1::Model::READY) ready.insert(id);
+  }
+  grpc::HealthCheckServiceInterface* health = public_server->GetHealthCheckService();
+  for (const std::string& id : ready) {
+    if (!ready_models.contains(id)) health->SetServingStatus("model/" + id, true);
+  }
+  for (const std::string& id : ready_models) {
+    if (!ready.contains(id)) health->SetServingStatus("model/" + id, false);
+  }
+  ready_models = std::move(ready);
+}
+
+void Server::Impl::Stop(absl::Duration timeout) {
+  if (std::exchange(is_stopped, true)) return;
+  if (core != nullptr) core->is_stopping = true;
+  SetServing(false);
+  if (queue != nullptr) {
+    // Watchers and waiting workers look at is_stopping now.
+    queue->event_subscriptions().NotifyAll();
+    queue->work_subscriptions().NotifyAll();
+  }
+  const auto deadline = absl::ToChronoTime(absl::Now() + timeout);
+  if (public_server != nullptr) public_server->Shutdown(deadline);
+  // Last, so that workers can end what they have begun.
+  if (internal_server != nullptr) internal_server->Shutdown(deadline);
+  // Tasks of ended calls; none of them touches gRPC any more.
+  executor.Stop();
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& options) {
+  std::unique_ptr<Server> server(new Server);
+  server->impl_ = std::make_unique<Impl>(options);
+  WALSH_RETURN_IF_ERROR(server->impl_->Open());
+  WALSH_RETURN_IF_ERROR(server->impl_->Listen());
+  return server;
+}
+
+Server::Server() = default;
+
+Server::~Server() {
+  if (impl_ != nullptr) impl_->Stop(absl::ZeroDuration());
+}
+
+const Endpoints& Server::endpoints() const { return impl_->endpoints; }
+
+void Server::Stop(absl::Duration timeout) { impl_->Stop(timeout); }
+
+}  // namespace walsh
