@@ -63,7 +63,11 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
 
   absl::Status parsed = log::ParseFormat(log_format, &flags->log_format);
   parsed.Update(log::ParseLevel(log_level, &flags->log_level));
-  if (3 * heartbeat_seconds > lease_seconds) {
+  // Written so that NaN, which CLI's ranges let through, fails.
+  if (!(shutdown_seconds >= 0)) {
+    parsed.Update(absl::InvalidArgumentError("--shutdown-timeout must be a number"));
+  }
+  if (!(3 * heartbeat_seconds <= lease_seconds)) {
     // Two lost heartbeats must not cost a job.
     parsed.Update(absl::InvalidArgumentError(
         "--job-lease-seconds must be at least three times --heartbeat-seconds"));

@@ -230,6 +230,7 @@ void Server::Impl::Stop(absl::Duration timeout) {
   if (public_server != nullptr) public_server->Shutdown(deadline);
   // Last, so that workers can end what they have begun.
   if (internal_server != nullptr) internal_server->Shutdown(deadline);
+  if (core != nullptr) core->streams.WaitForNone();
   // Tasks of ended calls; none of them touches gRPC any more.
   executor.Stop();
 }

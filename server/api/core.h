@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
 #include "server/executor.h"
@@ -13,6 +14,29 @@
 #include "server/jobs/job_queue.h"
 
 namespace walsh::api {
+
+// Counts the streams from workers: they may end a moment after the client's stream that they fed,
+// and touch the core then.
+class StreamCounter {
+ public:
+  void Begin() {
+    const absl::MutexLock lock(&mu_);
+    ++n_;
+  }
+  void End() {
+    const absl::MutexLock lock(&mu_);
+    --n_;
+  }
+  void WaitForNone() const {
+    const absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(
+        +[](const int* n) { return *n == 0; }, &n_));
+  }
+
+ private:
+  mutable absl::Mutex mu_;
+  int n_ ABSL_GUARDED_BY(mu_) = 0;
+};
 
 struct Core {
   Executor* executor;
@@ -27,6 +51,7 @@ struct Core {
   // A watcher hears something at least this often.
   absl::Duration watch_heartbeat = absl::Seconds(10);
   fleet::StreamLimits stream_limits;
+  StreamCounter streams;
 
   // Set once, when the server begins to stop: no new work, waiting calls end.
   std::atomic<bool> is_stopping{false};

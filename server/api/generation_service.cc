@@ -102,11 +102,15 @@ fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* 
                                                  fleet::StreamReader* reader) {
     (call->client->generation().async()->*method)(client_context, &call->request, reader);
   };
+  core->streams.Begin();
   // `call` must outlive the worker's call, of which `done` is the end.
   return fleet::ProxyStream(
       context, fleet::WorkerTimeout(context->deadline(), fleet::kGenerateTimeoutDefault),
       core->stream_limits, core->executor, start,
-      [call = *forwarded, done = std::move(done)] { done(); });
+      [core, call = *forwarded, done = std::move(done)] {
+        done();
+        core->streams.End();
+      });
 }
 
 // The class and the method of this name are told apart by the keyword.

@@ -1,0 +1,501 @@
+// Generation and models over the wire: a real coordinator between a client and scripted workers.
+
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "grpc/health/v1/health.grpc.pb.h"
+#include "tests/integration/coordinator_fixture.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+using v1::GenerateStreamResponse;
+using v1::Model;
+using ::walsh::testing::FakeWorker;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::IsOk;
+using ::walsh::testing::StatusIs;
+
+class CoordinatorGenerationTest : public CoordinatorFixture {
+ protected:
+  static v1::GenerateRequest Prompt(const std::string& model) {
+    v1::GenerateRequest request;
+    request.set_model(model);
+    request.set_prompt("Once");
+    return request;
+  }
+  static GenerateStreamResponse Delta(const std::string& text) {
+    GenerateStreamResponse response;
+    response.mutable_delta()->set_text(text);
+    return response;
+  }
+  absl::StatusOr<v1::GenerateResponse> Generate(const v1::GenerateRequest& request,
+                                                absl::Duration timeout = absl::Seconds(20)) {
+    return Send<v1::GenerateResponse>(generation_.get(), &GenerationStub::Generate, request,
+                                      timeout);
+  }
+  absl::StatusOr<Model> GetModel(const std::string& name) {
+    v1::GetModelRequest request;
+    request.set_name(name);
+    return Send<Model>(models_.get(), &ModelStub::GetModel, request);
+  }
+  absl::StatusOr<Model> Load(const std::string& name) {
+    v1::LoadModelRequest request;
+    request.set_name(name);
+    return Send<Model>(models_.get(), &ModelStub::LoadModel, request);
+  }
+  absl::StatusOr<Model> Unload(const std::string& name) {
+    v1::UnloadModelRequest request;
+    request.set_name(name);
+    return Send<Model>(models_.get(), &ModelStub::UnloadModel, request);
+  }
+  absl::Status Delete(const std::string& name, bool force) {
+    v1::DeleteModelRequest request;
+    request.set_name(name);
+    request.set_force(force);
+    return Send<google::protobuf::Empty>(models_.get(), &ModelStub::DeleteModel, request).status();
+  }
+  // The text of all deltas, and the status.
+  absl::Status ReadAll(const v1::GenerateRequest& request, std::string* text) {
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
+    const auto reader = generation_->GenerateStream(&context, request);
+    GenerateStreamResponse response;
+    while (reader->Read(&response)) *text += response.delta().text();
+    return FromGrpcStatus(reader->Finish());
+  }
+};
+
+TEST_F(CoordinatorGenerationTest, StreamArrivesWholeAndInOrder) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_stream = [](auto*, const auto&, auto* writer) {
+    for (int i = 0; i < 2000; ++i) writer->Write(Delta(std::to_string(i) + " "));
+    return grpc::Status::OK;
+  };
+  std::string text;
+  EXPECT_OK(ReadAll(Prompt("models/m"), &text));
+  std::string expected;
+  for (int i = 0; i < 2000; ++i) expected += std::to_string(i) + " ";
+  EXPECT_EQ(text, expected);
+}
+
+TEST_F(CoordinatorGenerationTest, UnaryCallsArePassedOn) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::string request_id;
+  worker->on_generate = [&](auto*, const auto& request, auto* response) {
+    request_id = request.request_id();
+    response->set_text("upon a time");
+    return grpc::Status::OK;
+  };
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse response, Generate(Prompt("m")));
+  EXPECT_EQ(response.text(), "upon a time");
+  EXPECT_NE(request_id, "") << "drawn by the coordinator";
+
+  v1::TokenizeRequest tokenize;
+  tokenize.set_model("m");
+  tokenize.set_text("ab");
+  ASSERT_OK_AND_ASSIGN(
+      const auto tokens,
+      Send<v1::TokenizeResponse>(generation_.get(), &GenerationStub::Tokenize, tokenize));
+  EXPECT_EQ(tokens.token_ids_size(), 2);
+  v1::DetokenizeRequest detokenize;
+  detokenize.set_model("m");
+  *detokenize.mutable_token_ids() = tokens.token_ids();
+  ASSERT_OK_AND_ASSIGN(
+      const auto back,
+      Send<v1::DetokenizeResponse>(generation_.get(), &GenerationStub::Detokenize, detokenize));
+  EXPECT_EQ(back.text(), "ab");
+}
+
+TEST_F(CoordinatorGenerationTest, BadRequestsDoNotReachAWorker) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_generate = [](auto*, const auto&, auto*) -> grpc::Status {
+    ADD_FAILURE() << "must not be called";
+    return grpc::Status::OK;
+  };
+  v1::GenerateRequest request = Prompt("m");
+  request.mutable_sampling()->set_temperature(3);
+  EXPECT_THAT(Generate(request),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("temperature")));
+  std::string text;
+  EXPECT_THAT(ReadAll(request, &text), HasCode(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(CoordinatorGenerationTest, EveryWayToHaveNoModel) {
+  EXPECT_THAT(Generate(Prompt("m")), HasCode(absl::StatusCode::kNotFound));
+  auto worker = NewWorkerWithModel("w1", "m");
+  worker->SetModel("models/m", Model::LOADING);
+  ASSERT_OK(worker->Heartbeat());
+  EXPECT_EQ(ErrorReason(Generate(Prompt("m")).status()), "MODEL_LOADING");
+  EXPECT_THAT(Generate(Prompt("m")), HasCode(absl::StatusCode::kUnavailable));
+  worker->SetModel("models/m", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  EXPECT_THAT(Generate(Prompt("m")), HasCode(absl::StatusCode::kFailedPrecondition));
+  worker->SetModel("models/m", Model::READY);
+  worker->set_draining(true);
+  ASSERT_OK(worker->Heartbeat());
+  EXPECT_THAT(Generate(Prompt("m")), HasCode(absl::StatusCode::kUnavailable));
+  ASSERT_OK(worker->Deregister());
+  EXPECT_EQ(ErrorReason(Generate(Prompt("m")).status()), "NO_WORKER");
+  std::string text;
+  EXPECT_THAT(ReadAll(Prompt("m"), &text), HasCode(absl::StatusCode::kUnavailable));
+}
+
+TEST_F(CoordinatorGenerationTest, SilentWorkerIsOfflineAndItsModelsAreNotReady) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  EXPECT_EQ(GetModel("m")->state(), Model::READY);
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("m")->state() == Model::UNLOADED; }));
+  ASSERT_OK_AND_ASSIGN(const auto workers,
+                       Send<v1::ListWorkersResponse>(models_.get(), &ModelStub::ListWorkers,
+                                                     v1::ListWorkersRequest()));
+  ASSERT_EQ(workers.workers_size(), 1);
+  EXPECT_EQ(workers.workers(0).state(), v1::Worker::OFFLINE);
+  ASSERT_OK(worker->Heartbeat());
+  EXPECT_EQ(GetModel("m")->state(), Model::READY);
+}
+
+TEST_F(CoordinatorGenerationTest, LeastBusyWorkerIsAsked) {
+  const auto busy = NewWorkerWithModel("w1", "m");
+  const auto idle = NewWorkerWithModel("w2", "m");
+  busy->set_load(3, 2);
+  ASSERT_OK(busy->Heartbeat());
+  std::atomic<int> n_idle{0};
+  idle->on_generate = [&](auto*, const auto&, auto*) {
+    ++n_idle;
+    return grpc::Status::OK;
+  };
+  for (int i = 0; i < 3; ++i) ASSERT_OK(Generate(Prompt("m")));
+  EXPECT_EQ(n_idle, 3);
+  idle->set_load(4, 2);
+  ASSERT_OK(idle->Heartbeat());
+  EXPECT_THAT(Generate(Prompt("m")), HasCode(absl::StatusCode::kUnimplemented)) << "w1 now";
+}
+
+// -- Cancellation, deadlines, slow readers, dead workers
+
+TEST_F(CoordinatorGenerationTest, CancelReachesTheWorker) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<bool> saw_cancel{false};
+  worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
+    while (!context->IsCancelled()) {
+      writer->Write(Delta("x"));
+      absl::SleepFor(absl::Milliseconds(5));
+    }
+    saw_cancel = true;
+    return grpc::Status::CANCELLED;
+  };
+  grpc::ClientContext context;
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  context.TryCancel();
+  EXPECT_TRUE(WaitUntil([&] { return saw_cancel.load(); }, absl::Seconds(5)));
+  while (reader->Read(&response)) {
+  }
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(CoordinatorGenerationTest, CancelOfAUnaryCallReachesTheWorker) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<bool> is_running{false};
+  std::atomic<bool> saw_cancel{false};
+  worker->on_generate = [&](grpc::ServerContext* context, const auto&, auto*) {
+    is_running = true;
+    saw_cancel = WaitUntil([&] { return context->IsCancelled(); });
+    return grpc::Status::CANCELLED;
+  };
+  grpc::ClientContext context;
+  std::thread canceller([&] {
+    WaitUntil([&] { return is_running.load(); });
+    context.TryCancel();
+  });
+  v1::GenerateResponse response;
+  EXPECT_EQ(generation_->Generate(&context, Prompt("m"), &response).error_code(),
+            grpc::StatusCode::CANCELLED);
+  canceller.join();
+  EXPECT_TRUE(WaitUntil([&] { return saw_cancel.load(); }));
+}
+
+TEST_F(CoordinatorGenerationTest, WorkerGetsTheDeadlineLessFivePercent) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<double> seconds{0};
+  worker->on_generate = [&](grpc::ServerContext* context, const auto&, auto*) {
+    seconds = absl::ToDoubleSeconds(absl::FromChrono(context->deadline()) - absl::Now());
+    return grpc::Status::OK;
+  };
+  ASSERT_OK(Generate(Prompt("m"), absl::Seconds(100)));
+  EXPECT_NEAR(seconds, 95, 2);
+  ASSERT_OK(Generate(Prompt("m"), absl::Hours(100)));
+  EXPECT_NEAR(seconds, 3600 * 0.95, 15) << "gRPC sends three digits";
+  grpc::ClientContext without_deadline;
+  v1::GenerateResponse response;
+  ASSERT_TRUE(generation_->Generate(&without_deadline, Prompt("m"), &response).ok());
+  EXPECT_NEAR(seconds, 600, 2);
+}
+
+TEST_F(CoordinatorGenerationTest, PassedDeadlineStopsTheWorker) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<bool> stopped{false};
+  worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto*) {
+    stopped = WaitUntil([&] { return context->IsCancelled(); });
+    return grpc::Status::CANCELLED;
+  };
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Milliseconds(400)));
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  EXPECT_FALSE(reader->Read(&response));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_TRUE(WaitUntil([&] { return stopped.load(); }));
+}
+
+TEST_F(CoordinatorGenerationTest, DeadWorkerIsUnavailableOnceAndNamesNoHost) {
+  auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<int> n_written{0};
+  worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
+    for (; n_written < 5; ++n_written) writer->Write(Delta("x"));
+    WaitUntil([&] { return context->IsCancelled(); });
+    return grpc::Status::CANCELLED;
+  };
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  std::string text;
+  for (int i = 0; i < 5; ++i) {
+    ASSERT_TRUE(reader->Read(&response));
+    text += response.delta().text();
+  }
+  std::thread killer([&] { worker->Vanish(); });
+  while (reader->Read(&response)) text += response.delta().text();
+  killer.join();
+  const absl::Status status = FromGrpcStatus(reader->Finish());
+  EXPECT_EQ(text, "xxxxx");
+  EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, Not(HasSubstr("127.0.0.1"))));
+  // And before it was asked at all.
+  EXPECT_THAT(Generate(Prompt("m")),
+              StatusIs(absl::StatusCode::kUnavailable, Not(HasSubstr("127.0.0.1"))));
+}
+
+class SlowReaderTest : public CoordinatorGenerationTest {
+ protected:
+  SlowReaderTest() { options_.stream_stall_max = absl::Seconds(1); }
+};
+
+// A reader that stops reading slows its worker down, holds a bounded number of messages, is told
+// so, and does not disturb another stream.
+TEST_F(SlowReaderTest, StalledReaderIsGivenUp) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<int> n_written{0};
+  std::atomic<bool> stopped{false};
+  worker->on_stream = [&](grpc::ServerContext* context, const auto& request, auto* writer) {
+    if (request.prompt() == "fast") {
+      for (int i = 0; i < 100; ++i) writer->Write(Delta("y"));
+      return grpc::Status::OK;
+    }
+    const std::string large(60'000, 'x');
+    while (!context->IsCancelled() && writer->Write(Delta(large))) ++n_written;
+    stopped = true;
+    return grpc::Status::CANCELLED;
+  };
+  grpc::ClientContext context;
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  v1::GenerateRequest fast = Prompt("m");
+  fast.set_prompt("fast");
+  std::string text;
+  EXPECT_OK(ReadAll(fast, &text));
+  EXPECT_EQ(text.size(), 100u);
+  EXPECT_TRUE(WaitUntil([&] { return stopped.load(); })) << "the worker is freed";
+  const int n_held = n_written;
+  EXPECT_LT(n_held, 256 + 400) << "the buffer and what the transport takes";
+  while (reader->Read(&response)) {
+  }
+  const absl::Status status = FromGrpcStatus(reader->Finish());
+  EXPECT_THAT(status, HasCode(absl::StatusCode::kResourceExhausted));
+  EXPECT_EQ(ErrorReason(status), "SLOW_READER");
+}
+
+TEST_F(SlowReaderTest, ReaderThatPausesLessGetsEverything) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_stream = [&](auto*, const auto&, auto* writer) {
+    const std::string large(60'000, 'x');
+    for (int i = 0; i < 300; ++i) writer->Write(Delta(large));
+    return grpc::Status::OK;
+  };
+  grpc::ClientContext context;
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  int n = 0;
+  while (reader->Read(&response)) {
+    if (n++ % 100 == 0) absl::SleepFor(absl::Milliseconds(300));
+  }
+  EXPECT_EQ(n, 300);
+  EXPECT_TRUE(reader->Finish().ok());
+}
+
+TEST_F(CoordinatorGenerationTest, StopCancelsStreamsAfterItsTimeout) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
+    writer->Write(Delta("x"));
+    WaitUntil([&] { return context->IsCancelled(); });
+    return grpc::Status::CANCELLED;
+  };
+  grpc::ClientContext context;
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  const absl::Time start = absl::Now();
+  Stop(absl::Milliseconds(500));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+  EXPECT_FALSE(reader->Read(&response));
+  EXPECT_FALSE(reader->Finish().ok());
+}
+
+TEST_F(CoordinatorGenerationTest, StopLetsRunningStreamsFinish) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<bool> may_end{false};
+  worker->on_stream = [&](auto*, const auto&, auto* writer) {
+    writer->Write(Delta("begin "));
+    WaitUntil([&] { return may_end.load(); });
+    writer->Write(Delta("end"));
+    return grpc::Status::OK;
+  };
+  grpc::ClientContext context;
+  const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+  GenerateStreamResponse response;
+  ASSERT_TRUE(reader->Read(&response));
+  std::thread stopping([&] { server_->Stop(absl::Seconds(20)); });
+  absl::SleepFor(absl::Milliseconds(200));
+  may_end = true;
+  ASSERT_TRUE(reader->Read(&response));
+  EXPECT_EQ(response.delta().text(), "end");
+  EXPECT_FALSE(reader->Read(&response));
+  EXPECT_TRUE(reader->Finish().ok());
+  stopping.join();
+}
+
+// -- Models
+
+TEST_F(CoordinatorGenerationTest, LoadUnloadDelete) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->SetModel("models/m", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  ASSERT_OK_AND_ASSIGN(Model model, Load("models/m"));
+  EXPECT_EQ(model.state(), Model::READY);
+  EXPECT_EQ(model.worker(), "workers/w1");
+  EXPECT_OK(Load("m")) << "loading a loaded model";
+  EXPECT_THAT(Delete("m", /*force=*/false), HasCode(absl::StatusCode::kFailedPrecondition));
+  ASSERT_OK_AND_ASSIGN(model, Unload("m"));
+  EXPECT_EQ(model.state(), Model::UNLOADED);
+  EXPECT_OK(Unload("m")) << "unloading an unloaded model";
+  EXPECT_OK(Delete("m", /*force=*/false));
+  EXPECT_FALSE(worker->ModelState("models/m").has_value());
+  EXPECT_THAT(GetModel("m"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(Load("m"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(Delete("m", true), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(CoordinatorGenerationTest, ForcedDeleteUnloadsFirstAndLateHeartbeatsDoNotBringItBack) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  EXPECT_OK(Delete("m", /*force=*/true));
+  worker->SetModel("models/m", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  EXPECT_THAT(GetModel("m"), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(CoordinatorGenerationTest, FailedLoadKeepsItsReason) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->SetModel("models/m", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  worker->on_load = [](const std::string&) {
+    absl::Status damaged = absl::DataLossError("model.safetensors: SHA-256 differs");
+    SetErrorInfo(damaged, "ARTIFACT_DAMAGED");
+    return ToGrpcStatus(damaged);
+  };
+  const absl::Status status = Load("m").status();
+  EXPECT_THAT(status, StatusIs(absl::StatusCode::kDataLoss, HasSubstr("SHA-256")));
+  EXPECT_EQ(ErrorReason(status), "ARTIFACT_DAMAGED");
+}
+
+TEST_F(CoordinatorGenerationTest, ModelsSurviveTheirWorkerAndARestart) {
+  auto worker = NewWorkerWithModel("w1", "m");
+  ASSERT_OK(worker->Deregister());
+  Restart();
+  EXPECT_EQ(GetModel("m")->state(), Model::UNLOADED);
+  EXPECT_THAT(Load("m"), HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_THAT(Delete("m", /*force=*/false), HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_OK(Delete("m", /*force=*/true));
+}
+
+TEST_F(CoordinatorGenerationTest, ListModelsPages) {
+  const auto worker = NewWorkerWithModel("w1", "a");
+  for (const char* name : {"models/b", "models/c", "models/d", "models/e"}) {
+    worker->SetModel(name, Model::UNLOADED);
+  }
+  ASSERT_OK(worker->Heartbeat());
+  v1::ListModelsRequest request;
+  request.set_page_size(2);
+  std::vector<std::string> names;
+  do {
+    ASSERT_OK_AND_ASSIGN(const auto page, Send<v1::ListModelsResponse>(
+                                              models_.get(), &ModelStub::ListModels, request));
+    for (const Model& model : page.models()) names.push_back(model.name());
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  EXPECT_EQ(names,
+            (std::vector<std::string>{"models/a", "models/b", "models/c", "models/d", "models/e"}));
+}
+
+// -- Health, request ids, reflection
+
+TEST_F(CoordinatorGenerationTest, HealthPerServiceAndModel) {
+  const auto health = grpc::health::v1::Health::NewStub(channel_);
+  const auto check = [&](const std::string& service) {
+    grpc::health::v1::HealthCheckRequest request;
+    request.set_service(service);
+    grpc::ClientContext context;
+    grpc::health::v1::HealthCheckResponse response;
+    const grpc::Status status = health->Check(&context, request, &response);
+    return status.ok() ? static_cast<int>(response.status()) : -1;
+  };
+  for (const char* service : {"", "walsh.v1.QuantizationService", "walsh.v1.ModelService",
+                              "walsh.v1.GenerationService"}) {
+    EXPECT_EQ(check(service), 1) << service;
+  }
+  EXPECT_EQ(check("model/m"), -1) << "unknown";
+  const auto worker = NewWorkerWithModel("w1", "m");
+  EXPECT_TRUE(WaitUntil([&] { return check("model/m") == 1; }));
+  worker->SetModel("models/m", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  EXPECT_TRUE(WaitUntil([&] { return check("model/m") == 2; }));
+}
+
+TEST_F(CoordinatorGenerationTest, RequestIdIsEchoed) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_generate = [](auto*, const auto& request, auto* response) {
+    response->set_request_id(request.request_id());
+    return grpc::Status::OK;
+  };
+  for (const std::string& sent : {std::string("my-request-1"), std::string()}) {
+    grpc::ClientContext context;
+    if (!sent.empty()) context.AddMetadata("x-request-id", sent);
+    v1::GenerateResponse response;
+    ASSERT_TRUE(generation_->Generate(&context, Prompt("m"), &response).ok());
+    const auto it = context.GetServerInitialMetadata().find("x-request-id");
+    ASSERT_NE(it, context.GetServerInitialMetadata().end());
+    const std::string echoed(it->second.data(), it->second.size());
+    if (!sent.empty()) {
+      EXPECT_EQ(echoed, sent);
+    }
+    EXPECT_EQ(response.request_id(), echoed);
+  }
+}
+
+}  // namespace
+}  // namespace walsh

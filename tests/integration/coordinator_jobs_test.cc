@@ -1,0 +1,437 @@
+// Jobs over the wire: a real coordinator, a scripted worker, the public API.
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/integration/coordinator_fixture.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::HasSubstr;
+using v1::QuantizationJob;
+using v1::QuantizationJobEvent;
+using ::walsh::testing::FakeWorker;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::IsOk;
+using ::walsh::testing::StatusIs;
+
+class CoordinatorJobsTest : public CoordinatorFixture {
+ protected:
+  // Reads a watch to its end.
+  grpc::Status Watch(const std::string& id, int64_t after,
+                     std::vector<QuantizationJobEvent>* events) {
+    grpc::ClientContext context;
+    context.set_wait_for_ready(true);
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(30)));
+    v1::WatchQuantizationJobRequest request;
+    request.set_name("quantizationJobs/" + id);
+    request.set_after_sequence(after);
+    const auto reader = jobs_->WatchQuantizationJob(&context, request);
+    QuantizationJobEvent event;
+    while (reader->Read(&event)) {
+      if (!event.heartbeat()) events->push_back(event);
+    }
+    return reader->Finish();
+  }
+  bool IsInState(const std::string& id, QuantizationJob::State state) {
+    const absl::StatusOr<QuantizationJob> job = Get(id);
+    return job.ok() && job->state() == state;
+  }
+};
+
+TEST_F(CoordinatorJobsTest, SubmitLeaseProgressComplete) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK_AND_ASSIGN(QuantizationJob job, Create(NewJob("a")));
+  EXPECT_EQ(job.name(), "quantizationJobs/a");
+  EXPECT_EQ(job.state(), QuantizationJob::QUEUED);
+  EXPECT_EQ(job.config().bits(), 4);
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  EXPECT_EQ(lease.job_name(), "quantizationJobs/a");
+  EXPECT_EQ(lease.job().source_model(), "/models/tiny");
+  EXPECT_EQ(lease.duration().seconds(), 2);
+  ASSERT_OK(worker->Report(lease, QuantizationJob::LOADING, 0.1));
+  ASSERT_OK_AND_ASSIGN(job, Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::RUNNING);
+  EXPECT_EQ(job.stage(), QuantizationJob::LOADING);
+  EXPECT_EQ(job.worker(), "workers/w1");
+  EXPECT_EQ(job.attempt(), 1);
+  ASSERT_OK(worker->Report(lease, QuantizationJob::PUBLISHING, 0.99));
+  ASSERT_OK(worker->Succeed(lease));
+  ASSERT_OK(worker->Succeed(lease)) << "a repeated completion is OK";
+  ASSERT_OK_AND_ASSIGN(job, Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::SUCCEEDED);
+  EXPECT_EQ(job.result().perplexity_after(), 11);
+
+  v1::GetModelRequest request;
+  request.set_name("models/a-model");
+  ASSERT_OK_AND_ASSIGN(const v1::Model model,
+                       Send<v1::Model>(models_.get(), &ModelStub::GetModel, request));
+  EXPECT_EQ(model.state(), v1::Model::UNLOADED);
+  EXPECT_EQ(model.quantization_job(), "quantizationJobs/a");
+}
+
+TEST_F(CoordinatorJobsTest, WaitingWorkerGetsAJobAtOnce) {
+  const auto worker = NewWorker("w1");
+  std::thread waiting([&] { EXPECT_EQ(worker->MustAcquire().job_name(), "quantizationJobs/a"); });
+  ASSERT_OK(Create(NewJob("a")));
+  waiting.join();
+}
+
+TEST_F(CoordinatorJobsTest, LongPollEndsWithoutALease) {
+  const auto worker = NewWorker("w1");
+  const absl::Time start = absl::Now();
+  ASSERT_OK_AND_ASSIGN(const auto lease, worker->Acquire(absl::Milliseconds(300)));
+  EXPECT_FALSE(lease.has_value());
+  EXPECT_GE(absl::Now() - start, absl::Milliseconds(290));
+}
+
+TEST_F(CoordinatorJobsTest, ExpiredLeaseIsRequeuedWithAHigherToken) {
+  const auto first = NewWorker("w1");
+  const auto second = NewWorker("w2");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lost = first->MustAcquire();
+  // w1 falls silent.
+  const FakeWorker::Lease lease = second->MustAcquire();
+  EXPECT_EQ(lease.job_name(), "quantizationJobs/a");
+  EXPECT_GT(lease.fencing_token(), lost.fencing_token());
+  EXPECT_THAT(first->Report(lost, QuantizationJob::PUBLISHING, 0.9),
+              HasCode(absl::StatusCode::kAborted));
+  EXPECT_THAT(first->Succeed(lost), HasCode(absl::StatusCode::kAborted));
+  ASSERT_OK_AND_ASSIGN(const auto answer, first->Heartbeat(lost));
+  EXPECT_FALSE(answer.lease_valid());
+  ASSERT_OK(second->Succeed(lease));
+  EXPECT_EQ(Get("a")->attempt(), 2);
+}
+
+TEST_F(CoordinatorJobsTest, HeartbeatsKeepTheLease) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  const absl::Time end = absl::Now() + options_.lease_duration * 2;
+  while (absl::Now() < end) {
+    ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
+    ASSERT_TRUE(answer.lease_valid());
+    absl::SleepFor(absl::Milliseconds(200));
+  }
+  EXPECT_EQ(Get("a")->attempt(), 1);
+}
+
+TEST_F(CoordinatorJobsTest, GoodbyeReturnsTheJobAtOnce) {
+  const auto first = NewWorker("w1");
+  const auto second = NewWorker("w2");
+  ASSERT_OK(Create(NewJob("a")));
+  first->MustAcquire();
+  const absl::Time start = absl::Now();
+  ASSERT_OK(first->Deregister());
+  EXPECT_EQ(second->MustAcquire().job_name(), "quantizationJobs/a");
+  EXPECT_LT(absl::Now() - start, options_.lease_duration);
+  EXPECT_THAT(first->Heartbeat(), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(CoordinatorJobsTest, CancelReachesTheWorker) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  ASSERT_OK_AND_ASSIGN(QuantizationJob job, Cancel("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::CANCELLING);
+  ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
+  EXPECT_TRUE(answer.lease_valid());
+  EXPECT_TRUE(answer.cancel_job());
+  EXPECT_THAT(worker->Report(lease, QuantizationJob::PUBLISHING, 0.9),
+              HasCode(absl::StatusCode::kFailedPrecondition));
+  ASSERT_OK(worker->AcknowledgeCancel(lease));
+  ASSERT_OK_AND_ASSIGN(job, Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::CANCELLED);
+}
+
+TEST_F(CoordinatorJobsTest, FailureIsReportedWithItsReason) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  ASSERT_OK(worker->Fail(worker->MustAcquire(), absl::StatusCode::kDataLoss, "BAD_CHECKPOINT"));
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::FAILED);
+  EXPECT_EQ(job.error().code(), static_cast<int>(absl::StatusCode::kDataLoss));
+  EXPECT_EQ(job.error_reason(), "BAD_CHECKPOINT");
+}
+
+// -- Creation
+
+TEST_F(CoordinatorJobsTest, WorkersVerdictIsPassedOn) {
+  const auto worker = NewWorker("w1");
+  worker->on_validate = [](const auto& request, auto*) {
+    return ToGrpcStatus(NotFound("source_model", request.job().source_model()));
+  };
+  EXPECT_THAT(Create(NewJob("a")), StatusIs(absl::StatusCode::kNotFound, HasSubstr("tiny")));
+  EXPECT_THAT(Get("a"), HasCode(absl::StatusCode::kNotFound)) << "nothing was stored";
+  worker->on_validate = [](const auto&, auto*) {
+    return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "architecture 'Mamba'");
+  };
+  EXPECT_THAT(Create(NewJob("a")), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("Mamba")));
+}
+
+TEST_F(CoordinatorJobsTest, ValidateOnlyStoresNothingAndShowsWhatAutoMeans) {
+  v1::CreateQuantizationJobRequest request = NewJob("a");
+  request.set_validate_only(true);
+  EXPECT_THAT(Create(request), HasCode(absl::StatusCode::kUnavailable)) << "nobody can look";
+  const auto worker = NewWorker("w1");
+  worker->on_validate = [](const auto&, auto* response) {
+    response->set_group_size(64);
+    response->set_rotation_block_size(64);
+    return grpc::Status::OK;
+  };
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Create(request));
+  EXPECT_EQ(job.name(), "");
+  EXPECT_EQ(job.config().group_size(), 64);
+  EXPECT_EQ(job.config().rotation().block_size(), 64);
+  EXPECT_THAT(Get("a"), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(CoordinatorJobsTest, JobIsQueuedWhenTheWorkerIsLostDuringTheCheck) {
+  const auto worker = NewWorker("w1");
+  worker->Vanish();  // still registered, its address refuses
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Create(NewJob("a")));
+  EXPECT_EQ(job.state(), QuantizationJob::QUEUED);
+}
+
+TEST_F(CoordinatorJobsTest, BadFieldsAndTakenNames) {
+  v1::CreateQuantizationJobRequest request = NewJob("a");
+  request.mutable_quantization_job()->mutable_config()->set_bits(5);
+  EXPECT_THAT(Create(request),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("config.bits")));
+  ASSERT_OK(Create(NewJob("a")));
+  EXPECT_THAT(Create(NewJob("a")), HasCode(absl::StatusCode::kAlreadyExists));
+  request = NewJob("b");
+  request.mutable_quantization_job()->set_model_name("a-model");
+  EXPECT_THAT(Create(request), HasCode(absl::StatusCode::kAlreadyExists));
+  EXPECT_THAT(Get("B!"), HasCode(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(CoordinatorJobsTest, RepeatedRequestIsOneJobAcrossARestart) {
+  v1::CreateQuantizationJobRequest request = NewJob("");
+  request.mutable_quantization_job()->set_model_name("m");
+  request.set_request_id("r-1");
+  constexpr int kThreads = 20;
+  std::vector<std::string> names(kThreads);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < kThreads; ++i) {
+    threads.emplace_back([&, i] {
+      const auto job = Create(request);
+      names[i] = job.ok() ? job->name() : job.status().ToString();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  Restart();
+  names.push_back(Create(request)->name());
+  for (const std::string& name : names) EXPECT_EQ(name, names[0]);
+  request.mutable_quantization_job()->set_display_name("another body");
+  EXPECT_THAT(Create(request), HasCode(absl::StatusCode::kAlreadyExists));
+}
+
+TEST_F(CoordinatorJobsTest, ListPagesThroughAll) {
+  for (int i = 0; i < 7; ++i) ASSERT_OK(Create(NewJob("j" + std::to_string(i))));
+  v1::ListQuantizationJobsRequest request;
+  request.set_page_size(3);
+  request.set_filter("state=QUEUED");
+  std::vector<std::string> names;
+  do {
+    ASSERT_OK_AND_ASSIGN(const auto page,
+                         Send<v1::ListQuantizationJobsResponse>(
+                             jobs_.get(), &JobStub::ListQuantizationJobs, request));
+    EXPECT_EQ(page.total_size(), 7);
+    for (const auto& job : page.quantization_jobs()) names.push_back(job.name());
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  EXPECT_EQ(names.size(), 7u);
+  EXPECT_EQ(names.front(), "quantizationJobs/j6");
+  request.set_page_token("garbage");
+  EXPECT_THAT(
+      Send<v1::ListQuantizationJobsResponse>(jobs_.get(), &JobStub::ListQuantizationJobs, request),
+      HasCode(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(CoordinatorJobsTest, DeleteOnlyWhatIsOver) {
+  ASSERT_OK(Create(NewJob("a")));
+  v1::DeleteQuantizationJobRequest request;
+  request.set_name("quantizationJobs/a");
+  const auto remove = [&] {
+    return Send<google::protobuf::Empty>(jobs_.get(), &JobStub::DeleteQuantizationJob, request);
+  };
+  EXPECT_THAT(remove(), HasCode(absl::StatusCode::kFailedPrecondition));
+  ASSERT_OK(Cancel("a"));
+  EXPECT_OK(remove());
+  EXPECT_THAT(Get("a"), HasCode(absl::StatusCode::kNotFound));
+}
+
+// -- Restart
+
+TEST_F(CoordinatorJobsTest, WorkerRegistersAgainAndGoesOnAfterARestart) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  Restart();
+  // The channel needs a moment to find the new process.
+  ASSERT_TRUE(WaitUntil([&] { return absl::IsNotFound(worker->Heartbeat(lease).status()); }));
+  EXPECT_THAT(worker->Report(lease, QuantizationJob::LOADING, 0.5),
+              HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK(worker->Register());
+  ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
+  EXPECT_TRUE(answer.lease_valid());
+  ASSERT_OK(worker->Report(lease, QuantizationJob::LOADING, 0.5));
+  ASSERT_OK(worker->Succeed(lease));
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::SUCCEEDED);
+  EXPECT_EQ(job.attempt(), 1);
+}
+
+// -- Watch
+
+TEST_F(CoordinatorJobsTest, WatchReplaysThenFollowsAndEnds) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  std::vector<QuantizationJobEvent> events;
+  std::thread watcher([&] { EXPECT_TRUE(Watch("a", 0, &events).ok()); });
+  for (int i = 0; i < 20; ++i) {
+    ASSERT_OK(
+        worker->Report(lease, QuantizationJob::QUANTIZING, i / 20.0, "layer " + std::to_string(i)));
+  }
+  ASSERT_OK(worker->Succeed(lease));
+  watcher.join();
+  ASSERT_EQ(events.size(), 23u);
+  for (size_t i = 0; i < events.size(); ++i) EXPECT_EQ(events[i].sequence(), int64_t(i) + 1);
+  EXPECT_EQ(events.back().state(), QuantizationJob::SUCCEEDED);
+
+  std::vector<QuantizationJobEvent> rest;
+  EXPECT_TRUE(Watch("a", 20, &rest).ok());
+  EXPECT_EQ(rest.size(), 3u);
+  rest.clear();
+  EXPECT_TRUE(Watch("a", 23, &rest).ok()) << "nothing more, and OK";
+  EXPECT_TRUE(rest.empty());
+  EXPECT_EQ(Watch("a", 24, &rest).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(Watch("missing", 0, &rest).error_code(), grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(Watch("?", 0, &rest).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+}
+
+TEST_F(CoordinatorJobsTest, WatchIsGaplessAcrossRestarts) {
+  auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  std::vector<QuantizationJobEvent> events;
+  std::thread watcher([&] {
+    // What the client library does: come back with the last sequence until the job is over.
+    while (true) {
+      const int64_t after = events.empty() ? 0 : events.back().sequence();
+      if (Watch("a", after, &events).ok()) break;
+    }
+  });
+  for (int i = 0; i < 30; ++i) {
+    if (i % 10 == 5) {
+      Stop();
+      // The stubs stay: a client does not know of the restart.
+      absl::StatusOr<std::unique_ptr<Server>> server = Server::Start(options_);
+      ASSERT_OK(server);
+      server_ = *std::move(server);
+      ASSERT_TRUE(WaitUntil([&] { return worker->Register().ok(); }));
+    }
+    ASSERT_OK(
+        worker->Report(lease, QuantizationJob::QUANTIZING, i / 30.0, "layer " + std::to_string(i)));
+  }
+  ASSERT_OK(worker->Succeed(lease));
+  watcher.join();
+  ASSERT_EQ(events.size(), 33u);
+  for (size_t i = 0; i < events.size(); ++i) EXPECT_EQ(events[i].sequence(), int64_t(i) + 1);
+}
+
+class WatchHeartbeatTest : public CoordinatorJobsTest {
+ protected:
+  WatchHeartbeatTest() { options_.watch_heartbeat = absl::Milliseconds(200); }
+};
+
+TEST_F(WatchHeartbeatTest, QuietWatchIsKeptAlive) {
+  ASSERT_OK(Create(NewJob("a")));
+  grpc::ClientContext context;
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("a");
+  const auto reader = jobs_->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  ASSERT_TRUE(reader->Read(&event));
+  EXPECT_FALSE(event.heartbeat());
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(reader->Read(&event));
+    EXPECT_TRUE(event.heartbeat());
+    EXPECT_EQ(event.sequence(), 1) << "repeats the last one";
+    EXPECT_EQ(event.state(), QuantizationJob::QUEUED);
+  }
+  context.TryCancel();
+  while (reader->Read(&event)) {
+  }
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+}
+
+TEST_F(CoordinatorJobsTest, HundredWatchersOfOneJob) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  constexpr int kWatchers = 100;
+  std::vector<std::vector<QuantizationJobEvent>> events(kWatchers);
+  std::vector<std::thread> watchers;
+  for (int i = 0; i < kWatchers; ++i) {
+    watchers.emplace_back([&, i] {
+      // More streams than one connection carries.
+      const auto channel = MakeChannel(server_->endpoints().at("grpc"), i / 50 + 1);
+      const auto stub = v1::QuantizationService::NewStub(channel);
+      grpc::ClientContext context;
+      v1::WatchQuantizationJobRequest request;
+      request.set_name("a");
+      const auto reader = stub->WatchQuantizationJob(&context, request);
+      QuantizationJobEvent event;
+      while (reader->Read(&event)) events[i].push_back(event);
+      EXPECT_TRUE(reader->Finish().ok());
+    });
+  }
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  for (int i = 0; i < 10; ++i) {
+    ASSERT_OK(worker->Report(lease, QuantizationJob::QUANTIZING, i / 10.0, std::to_string(i)));
+  }
+  ASSERT_OK(worker->Succeed(lease));
+  for (std::thread& watcher : watchers) watcher.join();
+  for (const auto& seen : events) EXPECT_EQ(seen.size(), 13u);
+}
+
+// -- Stopping
+
+TEST_F(CoordinatorJobsTest, StopEndsWatchesAndWaitingWorkersAtOnce) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  ASSERT_OK(Cancel("a"));
+  ASSERT_OK(Create(NewJob("b")));
+  worker->MustAcquire();
+  const auto idle = NewWorker("w2");
+  std::vector<QuantizationJobEvent> events;
+  grpc::Status watched;
+  std::thread watcher([&] { watched = Watch("b", 0, &events); });
+  std::thread waiting([&] { EXPECT_FALSE(idle->Acquire(absl::Seconds(30))->has_value()); });
+  absl::SleepFor(absl::Milliseconds(300));
+  const absl::Time start = absl::Now();
+  server_->Stop(absl::Seconds(20));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+  watcher.join();
+  waiting.join();
+  EXPECT_EQ(watched.error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST_F(CoordinatorJobsTest, DataFolderIsUsedByOneCoordinator) {
+  ServerOptions second = options_;
+  second.grpc_port = second.internal_port = second.http_port = second.metrics_port = 0;
+  EXPECT_THAT(Server::Start(second).status(), HasCode(absl::StatusCode::kFailedPrecondition));
+}
+
+TEST_F(CoordinatorJobsTest, TakenPortIsAnError) {
+  ServerOptions second = options_;
+  second.data_dir = dir_ / "other";
+  EXPECT_THAT(Server::Start(second).status(), HasCode(absl::StatusCode::kUnavailable));
+}
+
+}  // namespace
+}  // namespace walsh

@@ -1,0 +1,217 @@
+#include "server/fleet/worker_registry.h"
+
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "tests/testing/status_matchers.h"
+
+namespace walsh::fleet {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+using v1::Model;
+using v1::Worker;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::IsOk;
+
+class WorkerRegistryTest : public ::testing::Test {
+ protected:
+  static internal_v1::RegisterRequest Registration(const std::string& id,
+                                                   const std::string& address,
+                                                   Model::State state = Model::READY) {
+    internal_v1::RegisterRequest request;
+    request.set_worker_id(id);
+    request.set_address(address);
+    Model* model = request.add_models();
+    model->set_name("models/m");
+    model->set_state(state);
+    return request;
+  }
+  absl::Status Beat(const std::string& id, Model::State state = Model::READY, int running = 0,
+                    bool draining = false) {
+    internal_v1::HeartbeatRequest request;
+    request.set_worker_id(id);
+    request.set_requests_running(running);
+    request.set_draining(draining);
+    Model* model = request.add_models();
+    model->set_name("models/m");
+    model->set_state(state);
+    return registry_.Heartbeat(request);
+  }
+  Worker::State StateOf(const std::string& id) {
+    for (const Worker& worker : registry_.List()) {
+      if (worker.name() == "workers/" + id) return worker.state();
+    }
+    return Worker::STATE_UNSPECIFIED;
+  }
+
+  ManualClock clock_;
+  WorkerRegistry registry_{&clock_, {}};
+};
+
+TEST_F(WorkerRegistryTest, UnknownWorkersMustRegister) {
+  const absl::Status unknown = Beat("w1");
+  EXPECT_THAT(unknown, HasCode(absl::StatusCode::kNotFound));
+  EXPECT_EQ(ErrorReason(unknown), "WORKER_UNKNOWN");
+  EXPECT_THAT(registry_.Touch("w1"), HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  EXPECT_OK(Beat("w1"));
+}
+
+TEST_F(WorkerRegistryTest, BadRegistrations) {
+  for (const std::string& id :
+       {std::string(), std::string("a/b"), std::string("a b"), std::string("\xff"),
+        std::string(limits::kWorkerIdBytesMax + 1, 'x')}) {
+    EXPECT_THAT(registry_.Register(Registration(id, "h:1")),
+                HasCode(absl::StatusCode::kInvalidArgument));
+  }
+  EXPECT_THAT(registry_.Register(Registration("w", "")),
+              HasCode(absl::StatusCode::kInvalidArgument));
+}
+
+TEST_F(WorkerRegistryTest, SilenceIsOfflineThenForgotten) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  clock_.JumpWallTime(absl::Hours(5));
+  EXPECT_THAT(registry_.Tick(), IsEmpty()) << "wall time does not count";
+  clock_.Advance(absl::Seconds(29));
+  EXPECT_THAT(registry_.Tick(), IsEmpty());
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_THAT(registry_.Tick(), ElementsAre("w1"));
+  EXPECT_THAT(registry_.Tick(), IsEmpty()) << "told once";
+  EXPECT_EQ(StateOf("w1"), Worker::OFFLINE);
+  EXPECT_THAT(registry_.Replicas("m"), IsEmpty());
+  EXPECT_FALSE(registry_.AnyOnline().has_value());
+  EXPECT_OK(Beat("w1"));
+  EXPECT_EQ(StateOf("w1"), Worker::ONLINE);
+  EXPECT_EQ(registry_.Replicas("m").size(), 1u);
+  clock_.Advance(absl::Hours(1));
+  registry_.Tick();
+  EXPECT_THAT(registry_.List(), IsEmpty());
+}
+
+TEST_F(WorkerRegistryTest, NewProcessAtAnAddressReplacesTheOldOne) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  ASSERT_OK(registry_.Register(Registration("other", "h:2")));
+  ASSERT_OK_AND_ASSIGN(const std::vector<std::string> replaced,
+                       registry_.Register(Registration("w2", "h:1")));
+  EXPECT_THAT(replaced, ElementsAre("w1"));
+  EXPECT_EQ(registry_.List().size(), 2u);
+  ASSERT_OK_AND_ASSIGN(const std::vector<std::string> none,
+                       registry_.Register(Registration("w2", "h:1")));
+  EXPECT_THAT(none, IsEmpty()) << "registering again replaces nobody";
+}
+
+TEST_F(WorkerRegistryTest, DrainingWorkerTakesNothingNew) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  EXPECT_OK(Beat("w1", Model::READY, 0, /*draining=*/true));
+  EXPECT_TRUE(registry_.IsDraining("w1"));
+  EXPECT_FALSE(registry_.AnyOnline().has_value());
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::DRAINING);
+}
+
+TEST_F(WorkerRegistryTest, LoadIsWhatIsReportedOrSentWhicheverIsMore) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  for (int i = 0; i < 3; ++i) registry_.BeginRequest("w1");
+  EXPECT_EQ(registry_.Replicas("m")[0].load, 3);
+  EXPECT_OK(Beat("w1", Model::READY, 5));
+  EXPECT_EQ(registry_.Replicas("m")[0].load, 5);
+  EXPECT_OK(Beat("w1", Model::READY, 0));
+  for (int i = 0; i < 3; ++i) registry_.EndRequest("w1");
+  EXPECT_EQ(registry_.Replicas("m")[0].load, 0);
+  registry_.EndRequest("w1");
+  registry_.EndRequest("nobody");
+  EXPECT_EQ(registry_.Replicas("m")[0].load, 0) << "never below none";
+}
+
+TEST_F(WorkerRegistryTest, ModelsFollowHeartbeatsAndCalls) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1", Model::UNLOADED)));
+  registry_.SetModelState("w1", "m", Model::LOADING);
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::LOADING);
+  EXPECT_OK(Beat("w1", Model::READY));
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::READY);
+  registry_.RemoveModel("w1", "m");
+  EXPECT_THAT(registry_.Replicas("m"), IsEmpty());
+}
+
+TEST_F(WorkerRegistryTest, Threads) {
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&, id = "w" + std::to_string(t)] {
+      for (int i = 0; i < 200; ++i) {
+        EXPECT_OK(registry_.Register(Registration(id, "h:" + id)));
+        EXPECT_OK(Beat(id));
+        registry_.BeginRequest(id);
+        registry_.AllReplicas();
+        registry_.Tick();
+        registry_.List();
+        registry_.EndRequest(id);
+        registry_.Deregister(id);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(registry_.List(), IsEmpty());
+}
+
+// -- Placement
+
+Replica ReplicaOn(const std::string& worker, Model::State state, int load = 0) {
+  Replica replica;
+  replica.worker = {.worker_id = worker, .address = worker + ":1"};
+  replica.model.set_name("models/m");
+  replica.model.set_state(state);
+  replica.load = load;
+  return replica;
+}
+
+TEST(PlacementTest, GenerationGoesToTheLeastBusyReadyReplica) {
+  const std::vector<Replica> replicas = {
+      ReplicaOn("a", Model::UNLOADED, 0), ReplicaOn("b", Model::READY, 3),
+      ReplicaOn("c", Model::READY, 1), ReplicaOn("d", Model::LOADING, 0)};
+  ASSERT_OK_AND_ASSIGN(const WorkerAddress worker, ChooseForGeneration("m", replicas));
+  EXPECT_EQ(worker.worker_id, "c");
+}
+
+TEST(PlacementTest, ReasonsForNone) {
+  const auto reason = [](std::vector<Replica> replicas) {
+    return ErrorReason(ChooseForGeneration("m", replicas).status());
+  };
+  EXPECT_EQ(reason({}), "NO_WORKER");
+  EXPECT_EQ(reason({ReplicaOn("a", Model::UNLOADED), ReplicaOn("b", Model::LOADING)}),
+            "MODEL_LOADING");
+  EXPECT_EQ(reason({ReplicaOn("a", Model::DRAINING)}), "MODEL_DRAINING");
+  EXPECT_EQ(reason({ReplicaOn("a", Model::UNLOADING)}), "MODEL_DRAINING");
+  EXPECT_EQ(reason({ReplicaOn("a", Model::UNLOADED)}), "MODEL_NOT_LOADED");
+  EXPECT_EQ(reason({ReplicaOn("a", Model::LOAD_FAILED)}), "MODEL_NOT_LOADED");
+}
+
+TEST(PlacementTest, MergeShowsTheMostUsefulState) {
+  Model row;
+  row.set_name("models/m");
+  row.set_bits(4);
+  row.set_quantization_job("quantizationJobs/a");
+  EXPECT_EQ(Merge(row, {}).state(), Model::UNLOADED);
+  EXPECT_EQ(Merge(row, {}).bits(), 4);
+  const std::vector<Replica> replicas = {ReplicaOn("a", Model::UNLOADED),
+                                         ReplicaOn("b", Model::READY)};
+  const Model merged = Merge(row, replicas);
+  EXPECT_EQ(merged.state(), Model::READY);
+  EXPECT_EQ(merged.worker(), "workers/b");
+  EXPECT_EQ(merged.quantization_job(), "quantizationJobs/a");
+  const std::vector<Replica> unloaded = {ReplicaOn("a", Model::UNLOADED)};
+  EXPECT_EQ(Merge(row, unloaded).worker(), "") << "held by nobody when not loaded";
+}
+
+TEST(PlacementTest, LoadPrefersWhereItIsAlreadyOnItsWay) {
+  const std::vector<Replica> replicas = {ReplicaOn("a", Model::UNLOADED, 0),
+                                         ReplicaOn("b", Model::LOADING, 9)};
+  EXPECT_EQ(ChooseForLoad(replicas)->worker.worker_id, "b");
+  EXPECT_EQ(ChooseForLoad({}), nullptr);
+}
+
+}  // namespace
+}  // namespace walsh::fleet
