@@ -2,7 +2,8 @@
 # make_bundle.sh BUILD OUT: the binaries of a build folder with every library that they need but
 # glibc's, in a folder that runs wherever glibc is at least as new as here.
 #
-# CUDA's libraries are never inside: cudart is linked statically, and the driver is the machine's.
+# CUDA's libraries are never inside (cuBLASLt alone is 500 MB): cudart is linked statically, the rest and
+# the driver are the machine's, and run-gpu-tests.sh finds them.
 set -euo pipefail
 
 build=$1
@@ -10,6 +11,7 @@ out=$2
 readonly bytes_max=$((64 << 20))
 # The C library and its loader belong to the machine.
 readonly glibc='^(ld-linux-x86-64|libc|libm|libmvec|libpthread|libdl|librt|libresolv|libutil|libanl)\.so'
+readonly cuda='^lib(cuda|cublas|cublasLt|cusolver|cusparse|nvJitLink)\.so'
 
 die() {
   printf 'make_bundle: %s\n' "$*" >&2
@@ -21,7 +23,7 @@ needed() {
   local name arrow path
   ldd "$@" 2> /dev/null | while read -r name arrow path _; do
     [[ $arrow == '=>' ]] || continue
-    [[ $name =~ $glibc ]] && continue
+    [[ $name =~ $glibc || $name =~ $cuda ]] && continue
     [[ $path == /* ]] || die "$name is not on this machine"
     printf '%s\n' "$path"
   done | sort -u
@@ -29,7 +31,7 @@ needed() {
 
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/lib"
-for program in "$build"/bin/* "$build"/bench/* "$build"/tests/gpu_test; do
+for program in "$build"/bin/* "$build"/bench/* "$build"/tests/*gpu_test; do
   if [[ -f $program && -x $program ]]; then install -m 755 "$program" "$out/bin/"; fi
 done
 [[ -x $out/bin/gpu_test ]] || die "$build was built without CUDA"
@@ -38,9 +40,6 @@ done
 openblas=$(ldconfig -p | awk '$1 == "libopenblas.so.0" {print $NF; exit}')
 [[ -n $openblas ]] || die "libopenblas.so.0 is not installed"
 while read -r library; do
-  case $(basename "$library") in
-    libcuda* | libcublas* | libcusolver* | libnv*) die "$library is CUDA's and may not be inside" ;;
-  esac
   install -m 644 "$library" "$out/lib/$(basename "$library")"
 done < <({ printf '%s\n' "$openblas"; needed "$out"/bin/* "$openblas"; } | sort -u)
 
@@ -55,7 +54,7 @@ trap 'rm -rf "$moved"' EXIT
 cp -r "$out" "$moved/walsh"
 for file in "$moved"/walsh/bin/* "$moved"/walsh/lib/*; do
   while read -r name _ path _; do
-    [[ $name =~ $glibc || $name == linux-vdso* || $name == /lib64/* || $name == statically ]] && continue
+    [[ $name =~ $glibc || $name =~ $cuda || $name == linux-vdso* || $name == /lib64/* || $name == statically ]] && continue
     [[ $path == "$moved"/walsh/* ]] || die "$(basename "$file") takes $name from $path"
   done < <(env -i ldd "$file")
 done
