@@ -20,6 +20,7 @@
 #include "tests/testing/fake_worker.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
+#include "tests/testing/wait.h"
 #include "walsh/v1/quantization.grpc.pb.h"
 
 namespace walsh {
@@ -116,7 +117,7 @@ TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveRandomKills) {
     const auto stub = Connect(endpoints);
     const absl::Duration life = absl::Milliseconds(static_cast<int64_t>(random() % 400));
     std::thread killer([&] {
-      absl::SleepFor(life);
+      walsh::testing::Pause(life);
       daemon.Signal(SIGKILL);
     });
     SubmitUntilGone(stub.get(), "k" + std::to_string(kill_index));
@@ -165,14 +166,14 @@ TEST_F(CoordinatorKillTest, SecondSigtermLeavesAtOnce) {
   std::atomic<bool> may_answer{false};
   worker.on_validate = [&](const auto&, auto*) {
     is_asked = true;
-    while (!may_answer) absl::SleepFor(absl::Milliseconds(10));
+    while (!may_answer) walsh::testing::Pause(absl::Milliseconds(10));
     return grpc::Status::OK;
   };
   ASSERT_OK(worker.Register());
   std::thread client([&] { SubmitUntilGone(Connect(endpoints).get(), "hangs"); });
-  while (!is_asked) absl::SleepFor(absl::Milliseconds(10));
+  while (!is_asked) walsh::testing::Pause(absl::Milliseconds(10));
   daemon.Signal(SIGTERM);
-  absl::SleepFor(absl::Seconds(1));
+  walsh::testing::Pause(absl::Seconds(1));
   EXPECT_TRUE(daemon.is_running());
   daemon.Signal(SIGTERM);
   ASSERT_OK_AND_ASSIGN(const int exit_status, daemon.Wait(absl::Seconds(5)));

@@ -16,6 +16,7 @@
 #include "tests/testing/fake_worker.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
+#include "tests/testing/wait.h"
 #include "walsh/v1/generation.grpc.pb.h"
 #include "walsh/v1/model.grpc.pb.h"
 #include "walsh/v1/quantization.grpc.pb.h"
@@ -115,7 +116,7 @@ class CoordinatorFixture : public ::testing::Test {
     const absl::Time deadline = absl::Now() + timeout;
     while (!predicate()) {
       if (absl::Now() >= deadline) return false;
-      absl::SleepFor(absl::Milliseconds(10));
+      walsh::testing::Pause(absl::Milliseconds(10));
     }
     return true;
   }

@@ -7,6 +7,7 @@
 
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "tests/integration/coordinator_fixture.h"
+#include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {
@@ -183,7 +184,7 @@ TEST_F(CoordinatorGenerationTest, CancelReachesTheWorker) {
   worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
     while (!context->IsCancelled()) {
       writer->Write(Delta("x"));
-      absl::SleepFor(absl::Milliseconds(5));
+      walsh::testing::Pause(absl::Milliseconds(5));
     }
     saw_cancel = true;
     return grpc::Status::CANCELLED;
@@ -333,7 +334,7 @@ TEST_F(SlowReaderTest, ReaderThatPausesLessGetsEverything) {
   GenerateStreamResponse response;
   int n = 0;
   while (reader->Read(&response)) {
-    if (n++ % 100 == 0) absl::SleepFor(absl::Milliseconds(300));
+    if (n++ % 100 == 0) walsh::testing::Pause(absl::Milliseconds(300));
   }
   EXPECT_EQ(n, 300);
   EXPECT_TRUE(reader->Finish().ok());
@@ -371,7 +372,7 @@ TEST_F(CoordinatorGenerationTest, StopLetsRunningStreamsFinish) {
   GenerateStreamResponse response;
   ASSERT_TRUE(reader->Read(&response));
   std::thread stopping([&] { server_->Stop(absl::Seconds(20)); });
-  absl::SleepFor(absl::Milliseconds(200));
+  walsh::testing::Pause(absl::Milliseconds(200));
   may_end = true;
   ASSERT_TRUE(reader->Read(&response));
   EXPECT_EQ(response.delta().text(), "end");

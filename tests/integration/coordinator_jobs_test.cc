@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "tests/integration/coordinator_fixture.h"
+#include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {
@@ -113,7 +114,7 @@ TEST_F(CoordinatorJobsTest, HeartbeatsKeepTheLease) {
   while (absl::Now() < end) {
     ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
     ASSERT_TRUE(answer.lease_valid());
-    absl::SleepFor(absl::Milliseconds(200));
+    walsh::testing::Pause(absl::Milliseconds(200));
   }
   EXPECT_EQ(Get("a")->attempt(), 1);
 }
@@ -412,7 +413,7 @@ TEST_F(CoordinatorJobsTest, StopEndsWatchesAndWaitingWorkersAtOnce) {
   grpc::Status watched;
   std::thread watcher([&] { watched = Watch("b", 0, &events); });
   std::thread waiting([&] { EXPECT_FALSE(idle->Acquire(absl::Seconds(30))->has_value()); });
-  absl::SleepFor(absl::Milliseconds(300));
+  walsh::testing::Pause(absl::Milliseconds(300));
   const absl::Time start = absl::Now();
   server_->Stop(absl::Seconds(20));
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
