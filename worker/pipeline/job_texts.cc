@@ -101,7 +101,10 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
 
   const auto n_tokens = static_cast<int64_t>(stream.ids.size());
   const int64_t wanted = CalibrationTokens(spec, job);
-  int64_t held_out = std::min(HeldOutTokens(spec, job), std::max(n_tokens - wanted, n_tokens / 5));
+  // Own text is written to measure.
+  const int64_t spare_min = spec.calibration_path.empty() ? 0 : n_tokens / 5;
+  const int64_t held_out =
+      std::min(HeldOutTokens(spec, job), std::max(n_tokens - wanted, spare_min));
   const std::span<const int32_t> ids(stream.ids);
   texts.calibration = CutWindows(ids.first(static_cast<size_t>(n_tokens - held_out)),
                                  job.sequence_length, spec.n_calibration_windows);

@@ -143,7 +143,7 @@ INSTANTIATE_TEST_SUITE_P(
                 8,
                 32,
                 false}),
-    [](const auto& info) { return info.param.name; });
+    [](const auto& variant) { return std::string(variant.param.name); });
 
 TEST_F(RunJobTest, BytesDependOnSeedAndOptionsOnly) {
   for (const bool is_self : {false, true}) {
