@@ -23,7 +23,10 @@ class TokenByteTable {
       if (byte_tokens[byte] >= 0) byte_of[byte_tokens[byte]] = byte;
     }
     for (int32_t id = 0; id < parts.vocabulary->size(); ++id) {
-      const std::string_view spelling = parts.vocabulary->Spelling(id);
+      const auto normalized = parts.normalized_spellings.find(id);
+      const std::string_view spelling = normalized != parts.normalized_spellings.end()
+                                            ? std::string_view(normalized->second)
+                                            : parts.vocabulary->Spelling(id);
       if (parts.is_byte_level) {
         // Added tokens are literal text; so is what the alphabet cannot spell.
         const auto bytes = parts.is_added[id] ? std::nullopt : BytesOfSpelling(spelling);

@@ -14,6 +14,7 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "worker/io/checkpoint.h"
 #include "worker/tokenizer/added_tokens.h"
@@ -36,6 +37,8 @@ struct BpeTokenizerParts {
   // By id.
   std::vector<bool> is_special;
   std::vector<bool> is_added;
+  // What added tokens stand for where it is not their spelling: they were normalized.
+  absl::flat_hash_map<int32_t, std::string> normalized_spellings;
 
   // Spellings are in GPT-2's byte alphabet; else "▁" is a space and <0x0A> a byte.
   bool is_byte_level = false;

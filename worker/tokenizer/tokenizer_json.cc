@@ -146,6 +146,7 @@ absl::Status ReadAddedTokens(const json& root, BpeTokenizerParts& parts) {
     // Those that are searched in normalized text are normalized themselves.
     if (entry.is_normalized) {
       WALSH_ASSIGN_OR_RETURN(token.content, parts.normalizer.Apply(token.content));
+      parts.normalized_spellings[token.id] = token.content;
     }
     AddedTokens& set = entry.is_normalized ? parts.normalized_added : parts.raw_added;
     if (const auto status = set.Add(token); !status.ok()) {

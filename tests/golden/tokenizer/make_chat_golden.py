@@ -322,7 +322,8 @@ def main() -> None:
             for variant in VARIANTS:
                 if "enable_thinking" in variant and name != "qwen3":
                     continue
-                if "tools" in variant and name not in ("mistral", "llama31", "qwen3"):
+                if "tools" in variant and (name not in ("mistral", "llama31", "qwen3")
+                                           or conversation not in ("system", "tools", "none")):
                     continue
                 variables = {"messages": messages, "bos_token": "<s>", "eos_token": "</s>", "tools": None,
                              "documents": None, **variant}

@@ -3,18 +3,21 @@
     python -m venv VENV && VENV/bin/pip install tokenizers sentencepiece gguf
     VENV/bin/python make_tokenizer_golden.py --data TEST_DATA --smollm2 SMOLLM2.gguf
 
-Writes texts.json (the inputs) and NAME.json for each tokenizer: ids by text, with and without special
-tokens parsed, and the decoded text. Inputs that are the same for all keep the files small.
+Writes texts.json (the inputs), NAME.json for each tokenizer of a model (ids by text, with and without
+special tokens parsed) and synthetic.json: small tokenizers made here, each with what it gives.
 """
 
 import argparse
+import base64
+import io
 import json
 import pathlib
 import random
 
 import gguf
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import (AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors)
 
 HERE = pathlib.Path(__file__).parent
 
@@ -151,12 +154,101 @@ def sentencepiece_golden(path: str, texts: list[str]) -> dict:
     return {"ids": [[processor.bos_id()] + processor.encode(t) for t in texts]}
 
 
+SYNTHETIC_TEXTS = [
+    "", " ", "  ", "ab", " ab", "ab ab", "a  b", "abc cab", "a<x>b", "a <x> b", "<x>", " <x>  <x> ", "a<y>b a <y> b",
+    "<y>a", "_<y>", "<y>.", "a<z>b", "a  <z>  b", "<z> <z>", "<w> a <w>", "ab<w>ab", "\u00e9<x>\u00e9", "a\u00e9\u4e16b", "\u4e16\u754c",
+    "a\u2581b", "\u2581a", "12 345 a6", "a\n b\t<x>\nb", "<pad>a<pad>", "<s>a</s>", "ba" * 9, "\u00a0<z>\u3000b", "<x><y><z>",
+]
+
+
+def synthetic_tokenizers() -> dict[str, Tokenizer]:
+    """Each option of the format at least once, on a vocabulary of a few letters."""
+    words = ["<unk>", "<s>", "</s>", "a", "b", "c", "\u2581", "1", "2", "3", "<", "x", ">", "ab", "\u2581a", "\u2581ab", "ba",
+             "bab", "b\u2581", "a\u2581", "<0xC3>", "<0xA9>"]
+    merges = [("a", "b"), ("\u2581", "a"), ("\u2581", "ab"), ("\u2581a", "b"), ("b", "a"), ("ba", "b"), ("b", "\u2581"),
+              ("a", "\u2581")]
+    vocab = {w: i for i, w in enumerate(words)}
+    other_bytes = [f"<0x{b:02X}>" for b in range(256) if b not in (0xC3, 0xA9)]
+    all_bytes = {token: len(words) + i for i, token in enumerate(other_bytes)}
+
+    def make(vocabulary=None, **options) -> Tokenizer:
+        return Tokenizer(models.BPE(vocabulary or vocab, merges, **options))
+
+    def add(tokenizer: Tokenizer) -> Tokenizer:
+        tokenizer.add_tokens([AddedToken("<x>", normalized=False), AddedToken("<y>", single_word=True, normalized=False),
+                              AddedToken("<z>", lstrip=True, rstrip=True, normalized=False),
+                              AddedToken("<w>", normalized=True)])
+        tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in ("<s>", "</s>", "<pad>")])
+        return tokenizer
+
+    metaspace_decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    out = {}
+    for scheme in ("always", "first", "never"):
+        for split in (True, False):
+            tokenizer = add(make(unk_token="<unk>", fuse_unk=split))
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+            tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+            out[f"metaspace {scheme} {split}"] = tokenizer
+    for name, options in {
+        "unknown alone": {"unk_token": "<unk>"}, "unknown fused": {"unk_token": "<unk>", "fuse_unk": True}, "unknown lost": {},
+        "bytes, some": {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True},
+        "bytes, all": {"unk_token": "<unk>", "byte_fallback": True, "vocabulary": vocab | all_bytes},
+        "ignore merges": {"unk_token": "<unk>", "ignore_merges": True},
+    }.items():
+        tokenizer = add(make(**options))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        tokenizer.decoder = metaspace_decoder
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        out[name] = tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_vocab = {w: i for i, w in enumerate(["<s>", "</s>"] + alphabet + ["ab", "\u0120a", "\u0120ab", "12"])}
+    byte_merges = [("a", "b"), ("\u0120", "a"), ("\u0120", "ab"), ("\u0120a", "b"), ("1", "2")]
+    for name, stages, prefix in (
+        ("byte level, prefix", [pre_tokenizers.ByteLevel(add_prefix_space=True)], True),
+        ("byte level, digit runs", [pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(add_prefix_space=False)], False),
+        ("byte level, no pattern", [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)], False),
+    ):
+        tokenizer = add(Tokenizer(models.BPE(bytes_vocab, byte_merges)))
+        tokenizer.pre_tokenizer = stages[0] if prefix else pre_tokenizers.Sequence(stages)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.Sequence([
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])])
+        out[name] = tokenizer
+    return out
+
+
+def synthetic_golden() -> dict:
+    golden = {"texts": SYNTHETIC_TEXTS, "tokenizers": []}
+    for name, tokenizer in synthetic_tokenizers().items():
+        entry = {"name": name, "json": json.loads(tokenizer.to_str()), **tokenizer_golden(tokenizer, SYNTHETIC_TEXTS)}
+        entry["decoded"] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in entry["ids"]]
+        golden["tokenizers"].append(entry)
+    return golden
+
+
+def trained_sentencepiece() -> dict:
+    """A model with what Llama 2's does not have: user-defined pieces, no dummy prefix, unknown characters."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["ab abc abcd  bcd <sep>cab", "dab a  bad", "\u00e9ab d\u00e9"] * 9), model_writer=model,
+        model_type="bpe", vocab_size=40, normalization_rule_name="identity", add_dummy_prefix=False,
+        remove_extra_whitespaces=False, user_defined_symbols=["<sep>", "\u2581\u2581", "ab c"], control_symbols=["<ctl>"],
+        hard_vocab_limit=False, character_coverage=1.0)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    texts = SYNTHETIC_TEXTS + ["abcd ab cab<sep>dab", "a  b   c    d", "\u4e16\u754c<sep>\u4e16", "<ctl>ab", "ab cab c"]
+    return {"model": base64.b64encode(model.getvalue()).decode(), "texts": texts,
+            "ids": [processor.encode(t) for t in texts]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", required=True, type=pathlib.Path)
     parser.add_argument("--smollm2", required=True)
     args = parser.parse_args()
-    texts = HAND_WRITTEN + mixed_lines(seed=20240, count=240)
+    texts = HAND_WRITTEN + mixed_lines(seed=20240, count=130)
 
     def write(name: str, value) -> None:
         text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
@@ -170,6 +262,7 @@ def main() -> None:
     write("llama3", tokenizer_golden(from_file("tokenizers/llama3"), texts))
     write("qwen3", tokenizer_golden(from_file("tokenizers/qwen3"), texts))
     write("tinystories", tokenizer_golden(from_file("models/TinyStories-656K"), texts))
+    write("synthetic", synthetic_golden() | {"sentencepiece": trained_sentencepiece()})
     write("llama2", sentencepiece_golden(str(args.data / "tokenizers/llama2/tokenizer.model"), texts))
 
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/unit/worker/tokenizer/tokenizer_fixtures.h"
@@ -101,6 +102,45 @@ TEST(TokenizerGoldenTest, Llama2FromGguf) {
   WALSH_REQUIRE_DATA(path, "tokenizer-vectors/ggml-vocab-llama-spm.gguf");
   ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadGguf(path));
   ExpectLlama2Golden(*tokenizer);
+}
+
+// Small tokenizers, each made to show an option of the format.
+TEST(TokenizerGoldenTest, SyntheticTokenizers) {
+  const nlohmann::json golden = Golden("synthetic");
+  const std::vector<std::string> texts = golden["texts"];
+  for (const auto& expected : golden["tokenizers"]) {
+    const std::string name = expected["name"];
+    TokenizerSource source;
+    source.tokenizer_json = expected["json"].dump();
+    ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+    for (size_t i = 0; i < texts.size(); ++i) {
+      const std::vector<int32_t> ids = expected["ids"][i];
+      EXPECT_EQ(Ids(*tokenizer, texts[i]), ids) << name << ": " << texts[i];
+      EXPECT_EQ(tokenizer->Decode(ids, /*skip_special=*/true), expected["decoded"][i])
+          << name << ": " << texts[i];
+      const std::string key = std::to_string(i);
+      if (expected["plain"].contains(key)) {
+        EXPECT_EQ(Ids(*tokenizer, texts[i], {.parse_special_tokens = false}),
+                  expected["plain"][key].get<std::vector<int32_t>>())
+            << name << ", plain: " << texts[i];
+      }
+    }
+  }
+}
+
+TEST(TokenizerGoldenTest, SentencePieceWithUserDefinedPieces) {
+  const nlohmann::json golden = Golden("synthetic")["sentencepiece"];
+  TokenizerSource source;
+  const std::string encoded = golden["model"];
+  ASSERT_TRUE(absl::Base64Unescape(encoded, &source.sentencepiece_model));
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+  const std::vector<std::string> texts = golden["texts"];
+  for (size_t i = 0; i < texts.size(); ++i) {
+    EXPECT_EQ(
+        Ids(*tokenizer, texts[i], {.add_special_tokens = false, .parse_special_tokens = false}),
+        golden["ids"][i].get<std::vector<int32_t>>())
+        << texts[i];
+  }
 }
 
 TEST(TokenizerGoldenTest, VectorsOfLlamaBpe) {
