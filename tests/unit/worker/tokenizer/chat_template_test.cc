@@ -6,11 +6,13 @@
 
 #include <map>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "common/limits.h"
 #include "tests/testing/golden.h"
+#include "tests/testing/random_seed.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/unit/worker/tokenizer/tokenizer_fixtures.h"
@@ -236,6 +238,29 @@ TEST(ChatTemplateTest, LimitsHold) {
   for (const auto& [name, source] : cases) {
     EXPECT_THAT(Render(source, Json::object()), HasCode(absl::StatusCode::kResourceExhausted))
         << name;
+  }
+}
+
+// Templates come from strangers' files. Method: pieces of good templates, cut, joined and changed.
+TEST(ChatTemplateTest, DamagedTemplatesNeverCrash) {
+  const Json golden = OrderedGolden("chat_templates");
+  std::vector<std::string> sources;
+  for (const auto& [name, source] : golden["templates"].items()) sources.push_back(source);
+  for (const Json& snippet : OrderedGolden("jinja_snippets")["snippets"]) {
+    sources.push_back(snippet["source"]);
+  }
+  const Json variables = {{"messages", golden["conversations"]["turns"]}, {"tools", nullptr}};
+  std::mt19937_64 random(testing::RandomSeed());
+  for (int round = 0; round < 20'000; ++round) {
+    std::string source = sources[random() % sources.size()];
+    const std::string& other = sources[random() % sources.size()];
+    source.insert(random() % (source.size() + 1),
+                  other.substr(random() % (other.size() + 1), random() % 20));
+    if (!source.empty()) source[random() % source.size()] = static_cast<char>(random() % 128);
+    const auto output = Render(source, variables);
+    if (!output.ok()) {
+      EXPECT_THAT(std::string(output.status().message()), HasSubstr("chat template")) << source;
+    }
   }
 }
 
