@@ -5,13 +5,16 @@
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/server_interceptor.h>
+#include <sys/resource.h>
 
 #include <atomic>
+#include <cerrno>
 #include <utility>
 #include <vector>
 
 #include "common/clock.h"
 #include "common/limits.h"
+#include "common/log.h"
 #include "common/metrics.h"
 
 namespace walsh {
@@ -135,9 +138,21 @@ class MetricsInterceptorFactory : public grpc::experimental::ServerInterceptorFa
   }
 };
 
+// gRPC 1.51 stops accepting for good once descriptors have run out, so the process takes all that
+// it may have. A failure leaves things as they are.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= limit.rlim_max) return;
+  limit.rlim_cur = limit.rlim_max;
+  if (setrlimit(RLIMIT_NOFILE, &limit) != 0) {
+    WALSH_LOG(Warning, "the limit of open files cannot be raised", {"errno", errno});
+  }
+}
+
 }  // namespace
 
 void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive) {
+  RaiseDescriptorLimit();
   builder.SetMaxReceiveMessageSize(limits::kMessageBytesMax);
   builder.SetMaxSendMessageSize(limits::kMessageBytesMax);
   builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, limits::kMetadataBytesMax);

@@ -27,7 +27,8 @@ inline constexpr Keepalive kKeepalive;
 static_assert(kKeepalive.client_interval_ms >= 2 * kKeepalive.server_min_ping_interval_ms,
               "clients must stay clear of the server's limit, timers being late or early");
 
-// Message, metadata, stream and keepalive limits, SO_REUSEPORT off.
+// Message, metadata, stream and keepalive limits, SO_REUSEPORT off. Also raises the process's soft
+// limit of open files to its hard one.
 void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive = kKeepalive);
 
 // An insecure channel with the keepalive and message limits of the pair. gRPC shares one connection

@@ -149,10 +149,11 @@ def read(root, path):
 def check_limits_page(root):
     """common/limits.h and docs/limits.md name the same constants with the same values."""
     constant = re.compile(r"constexpr \w+ (k\w+) = ([-\d.'<*\s]+);")
+    header = re.sub(r"\bint64_t\{(\d+)\}", r"\1", read(root, "common/limits.h"))
     row = re.compile(r"^\| `(k\w+)` \| ([\d.,]+) \|", re.M)
     # Digits, shifts and products only, by the pattern above.
     in_code = {name: float(eval(value.replace("'", "")))
-               for name, value in constant.findall(read(root, "common/limits.h"))}
+               for name, value in constant.findall(header)}
     in_page = {name: float(value.replace(",", ""))
                for name, value in row.findall(read(root, "docs/limits.md"))}
     for name in sorted(in_code.keys() | in_page.keys()):

@@ -5,6 +5,7 @@
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <memory>
 #include <string>
@@ -107,6 +108,16 @@ TEST(GrpcServerTest, ATakenPortIsNotShared) {
   FakeService service;
   builder.RegisterService(&service);
   EXPECT_EQ(builder.BuildAndStart(), nullptr);
+}
+
+TEST(GrpcServerTest, TakesAllDescriptorsThatItMay) {
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  limit.rlim_cur = limit.rlim_max / 2;
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
+  Loopback loopback;
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  EXPECT_EQ(limit.rlim_cur, limit.rlim_max);
 }
 
 double Value(const std::string& series) {
