@@ -122,13 +122,13 @@ int64_t ResidentBytes() {
   return resident * 4096;
 }
 
-// Each model is 64 MiB in 64 KiB pieces, which malloc does not give back by itself: fifty that
-// leaked would be three gigabytes.
+// Each model is 16 MiB in 64 KiB pieces, which malloc does not give back by itself: fifty that
+// leaked would be 800 MiB.
 TEST_F(ModelStoreTest, FiftyLoadsAndFiftyFailuresLeaveNoMemoryBehind) {
   AddArtifact("m");
   int n_loads = 0;
   loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
-    auto model = testing::FakeModel::Create({.memory_bytes = 64 << 20});
+    auto model = testing::FakeModel::Create({.memory_bytes = 16 << 20});
     if (++n_loads % 2 == 0) return absl::DataLossError("the last tensor is damaged");
     return model;
   };
