@@ -7,6 +7,7 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
@@ -57,18 +58,15 @@ class BadInputTest : public ::testing::Test {
   // Quantizes and expects the error line.
   static void ExpectError(const std::string& model, const std::vector<std::string>& flags,
                           const std::string& code, const std::string& text) {
-    std::vector<std::string> arguments = {"quantize",
-                                          *root_ / model,
-                                          "--name",
-                                          "m",
-                                          "--num-samples",
-                                          "4",
-                                          "--seq-len",
-                                          "64",
-                                          "--no-eval",
-                                          "--calibration",
-                                          *root_ / "text.txt",
-                                          "--no-load"};
+    std::vector<std::string> arguments = {"quantize",  *root_ / model, "--num-samples",
+                                          "4",         "--seq-len",    "64",
+                                          "--no-eval", "--no-load"};
+    const auto add_unless_given = [&](const std::string& flag, const std::string& value) {
+      if (std::find(flags.begin(), flags.end(), flag) != flags.end()) return;
+      arguments.insert(arguments.end(), {flag, value});
+    };
+    add_unless_given("--name", "m");
+    add_unless_given("--calibration", *root_ / "text.txt");
     arguments.insert(arguments.end(), flags.begin(), flags.end());
     ASSERT_OK_AND_ASSIGN(const client::Output output, service_->RunWalsh(arguments));
     EXPECT_EQ(output.exit_code, 1) << output.out;
@@ -95,7 +93,7 @@ ServiceFixture* BadInputTest::service_ = nullptr;
 TEST_F(BadInputTest, NoSuchFile) { ExpectError("nothing-here", {}, "NOT_FOUND", "nothing-here"); }
 
 TEST_F(BadInputTest, OutsideTheModelRoots) {
-  ExpectError("../../../etc", {}, "PERMISSION_DENIED", "model root");
+  ExpectError("../../../etc", {}, "INVALID_ARGUMENT", "--model-root");
 }
 
 TEST_F(BadInputTest, TruncatedSafetensors) {
@@ -103,17 +101,17 @@ TEST_F(BadInputTest, TruncatedSafetensors) {
 }
 
 TEST_F(BadInputTest, OverlappingTensors) {
-  ExpectDamageError(Damage::kOverlap, "DATA_LOSS", "overlap");
+  ExpectDamageError(Damage::kOverlap, "INVALID_ARGUMENT", "overlap");
 }
 
-TEST_F(BadInputTest, GappedTensors) { ExpectDamageError(Damage::kGap, "DATA_LOSS", "gap"); }
+TEST_F(BadInputTest, GappedTensors) { ExpectDamageError(Damage::kGap, "INVALID_ARGUMENT", "gap"); }
 
 TEST_F(BadInputTest, HeaderOf2To63Bytes) {
-  ExpectDamageError(Damage::kHugeHeader, "DATA_LOSS", "9223372036854775808");
+  ExpectDamageError(Damage::kHugeHeader, "INVALID_ARGUMENT", "9223372036854775808");
 }
 
 TEST_F(BadInputTest, WrongDtype) {
-  ExpectDamageError(Damage::kWrongDtype, "INVALID_ARGUMENT", testing::kDamagedTensor);
+  ExpectDamageError(Damage::kWrongDtype, "UNIMPLEMENTED", testing::kDamagedTensor);
 }
 
 TEST_F(BadInputTest, MissingTensor) {
@@ -125,7 +123,7 @@ TEST_F(BadInputTest, WrongShape) {
 }
 
 TEST_F(BadInputTest, UnknownArchitecture) {
-  ExpectDamageError(Damage::kUnknownArchitecture, "INVALID_ARGUMENT", "GPT2LMHeadModel");
+  ExpectDamageError(Damage::kUnknownArchitecture, "UNIMPLEMENTED", "GPT2LMHeadModel");
 }
 
 TEST_F(BadInputTest, NanInTheWeights) {
@@ -197,6 +195,9 @@ TEST_F(BadInputTest, UnknownModelAndJob) {
   }
 }
 
+// A kernel that will not take write access from a file system in use.
+constexpr char kCannotRemount[] = "remounting read-only was refused";
+
 // A folder in memory with a size limit, or read-only; only root may make one.
 class SmallFileSystem {
  public:
@@ -232,7 +233,7 @@ class FullDiskTest : public ::testing::Test {
     ServiceFixture service(options);
     if (absl::Status status = service.Start(); !status.ok()) return status;
     if (read_only_after_start && !remount->MakeReadOnly()) {
-      return absl::InternalError("cannot remount");
+      return absl::InternalError(kCannotRemount);
     }
     v1::CreateQuantizationJobRequest request;
     v1::QuantizationJob& job = *request.mutable_quantization_job();
@@ -265,6 +266,7 @@ TEST_F(FullDiskTest, AReadOnlyDataFolderIsPermissionDenied) {
   SmallFileSystem folder;
   if (!folder.mounted()) GTEST_SKIP() << "mounting a tmpfs needs root";
   const auto job = RunJob(folder, true, &folder);
+  if (!job.ok() && job.status().message() == kCannotRemount) GTEST_SKIP() << kCannotRemount;
   EXPECT_EQ(CodeOf(job), absl::StatusCode::kPermissionDenied)
       << (job.ok() ? job->DebugString() : job.status().ToString());
 }

@@ -262,7 +262,7 @@ TEST_F(GenerationTest, AModelWithoutAChatTemplateSaysSo) {
   message->set_role("user");
   message->set_content("Hello");
   EXPECT_THAT(client().Chat(request),
-              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("chat template")));
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("chat template")));
 }
 
 TEST_F(GenerationTest, SeveralStreamsAtOnceDoNotMix) {
@@ -321,11 +321,17 @@ TEST_F(GenerationTest, ACancelledStreamFreesItsSlot) {
 TEST_F(GenerationTest, ADeadlineEndsAStream) {
   v1::GenerateRequest request = Prompt("Once upon a time", 400);
   request.mutable_sampling()->set_ignore_eos(true);
-  // So short that no machine writes 400 tokens in it.
-  EXPECT_THAT(
-      client().GenerateStream(
-          request, [](const v1::GenerateStreamResponse&) {}, nullptr, absl::Milliseconds(15)),
-      HasCode(absl::StatusCode::kDeadlineExceeded));
+  // So short that no machine writes 400 tokens in it. The worker, whose deadline is a little
+  // earlier, may still say so itself before the call ends.
+  v1::FinishReason reason = v1::FINISH_REASON_UNSPECIFIED;
+  const absl::Status status = client().GenerateStream(
+      request,
+      [&](const v1::GenerateStreamResponse& event) {
+        if (event.has_finished()) reason = event.finished().finish_reason();
+      },
+      nullptr, absl::Milliseconds(15));
+  EXPECT_TRUE(absl::IsDeadlineExceeded(status) || reason == v1::DEADLINE)
+      << status << " " << v1::FinishReason_Name(reason);
   EXPECT_TRUE(WaitUntil([] { return Running() == 0; }));
 }
 

@@ -9,6 +9,7 @@
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
+#include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {
@@ -68,7 +69,11 @@ ServiceFixture* SurfaceTest::service_ = nullptr;
 TEST_F(SurfaceTest, HealthAnswersForTheServerItsServicesAndItsModels) {
   for (const char* name : {"", "walsh.v1.QuantizationService", "walsh.v1.ModelService",
                            "walsh.v1.GenerationService", "model/tiny"}) {
-    EXPECT_OK(service_->client().CheckHealth(name, absl::Seconds(10))) << name;
+    // The coordinator learns of a loaded model with its next look at the fleet.
+    EXPECT_TRUE(testing::WaitUntil(
+        [&] { return service_->client().CheckHealth(name, absl::Seconds(10)).ok(); },
+        absl::Seconds(10)))
+        << name;
   }
   EXPECT_FALSE(service_->client().CheckHealth("model/nobody", absl::Seconds(10)).ok());
 }
