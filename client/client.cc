@@ -102,6 +102,18 @@ absl::Status Client::Retry(const Attempt& attempt, absl::Duration timeout,
   }
 }
 
+absl::Status Client::RetryDelete(const Attempt& attempt, absl::Duration timeout) {
+  int n_attempts = 0;
+  const absl::Status status = Retry(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        ++n_attempts;
+        return attempt(connection, context);
+      },
+      timeout, nullptr);
+  // An attempt whose answer was lost may have deleted it.
+  return n_attempts > 1 && absl::IsNotFound(status) ? absl::OkStatus() : status;
+}
+
 template <typename Response, typename Service, typename Request>
 absl::StatusOr<Response> Client::Unary(std::unique_ptr<Service> Connection::*stub,
                                        grpc::Status (Service::*method)(grpc::ClientContext*,
@@ -164,9 +176,12 @@ absl::StatusOr<v1::QuantizationJob> Client::CancelJob(const std::string& name) {
 absl::Status Client::DeleteJob(const std::string& name) {
   v1::DeleteQuantizationJobRequest request;
   request.set_name(FullJobName(name));
-  return Unary(&Connection::quantization, &JobStub::DeleteQuantizationJob, request,
-               options_.timeout)
-      .status();
+  return RetryDelete(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        google::protobuf::Empty response;
+        return connection.quantization->DeleteQuantizationJob(context, request, &response);
+      },
+      options_.timeout);
 }
 
 absl::StatusOr<v1::ListSupportedArchitecturesResponse> Client::ListSupportedArchitectures() {
@@ -289,8 +304,12 @@ absl::Status Client::DeleteModel(const std::string& name, bool force) {
   v1::DeleteModelRequest request;
   request.set_name(FullModelName(name));
   request.set_force(force);
-  return Unary(&Connection::models, &ModelStub::DeleteModel, request, options_.load_timeout)
-      .status();
+  return RetryDelete(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        google::protobuf::Empty response;
+        return connection.models->DeleteModel(context, request, &response);
+      },
+      options_.load_timeout);
 }
 
 absl::StatusOr<v1::ListWorkersResponse> Client::ListWorkers() {

@@ -111,6 +111,8 @@ class Client {
   // `may_retry` is asked after each failure; null means yes.
   absl::Status Retry(const Attempt& attempt, absl::Duration timeout, Cancellation* cancellation,
                      const std::function<bool()>& may_retry = nullptr);
+  // The same for a deletion: what is gone at a second attempt was deleted by the first.
+  absl::Status RetryDelete(const Attempt& attempt, absl::Duration timeout);
   template <typename Response, typename Service, typename Request>
   absl::StatusOr<Response> Unary(std::unique_ptr<Service> Connection::*stub,
                                  grpc::Status (Service::*method)(grpc::ClientContext*,

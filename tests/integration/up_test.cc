@@ -9,7 +9,7 @@
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
-#include "tests/testing/wait_until.h"
+#include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {

@@ -8,9 +8,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
 #include "common/check.h"
 #include "common/grpc_server.h"
+#include "tests/testing/wait.h"
 #include "walsh/v1/generation.grpc.pb.h"
 #include "walsh/v1/model.grpc.pb.h"
 #include "walsh/v1/quantization.grpc.pb.h"
@@ -168,7 +168,7 @@ class FakeServer::Quantization : public v1::QuantizationService::Service {
       }
       if (context->IsCancelled()) return grpc::Status::CANCELLED;
       if (event.sequence() == 0) {
-        absl::SleepFor(kPollInterval);
+        Pause(kPollInterval);
         continue;
       }
       ++sequence;
@@ -378,7 +378,7 @@ class FakeServer::Generation : public v1::GenerationService::Service {
       if (i == cut_after) return cut_status;
       for (absl::Duration waited; waited < pause; waited += kPollInterval) {
         if (context->IsCancelled()) return grpc::Status::CANCELLED;
-        absl::SleepFor(kPollInterval);
+        Pause(kPollInterval);
       }
       event.mutable_delta()->set_text(deltas[static_cast<size_t>(i)]);
       if (!writer->Write(event)) return grpc::Status::CANCELLED;

@@ -16,7 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
-#include "tests/testing/wait_until.h"
+#include "tests/testing/wait.h"
 
 namespace walsh::testing {
 namespace {
@@ -105,13 +105,11 @@ absl::Status ServiceFixture::StartCoordinator() {
   options.address = endpoint("coordinator", "grpc");
   client_ = std::make_unique<client::Client>(options);
   absl::Status status;
-  WaitUntil(
-      [&] {
-        status = client_->CheckHealth("", absl::Seconds(5));
-        return status.ok();
-      },
-      kReadyTimeout);
-  return status;
+  const auto is_healthy = [&] {
+    status = client_->CheckHealth("", absl::Seconds(5));
+    return status.ok();
+  };
+  return WaitUntil(is_healthy, kReadyTimeout) ? absl::OkStatus() : status;
 }
 
 absl::Status ServiceFixture::StartWorker() {
@@ -123,21 +121,16 @@ absl::Status ServiceFixture::StartWorker() {
   for (const std::string& root : options_.model_roots) Append(flags, {"--model-root", root});
   Append(flags, options_.worker_flags);
   WALSH_RETURN_IF_ERROR(StartDaemon("worker", flags));
-  absl::Status status = absl::UnavailableError("no worker has registered");
-  WaitUntil(
-      [&] {
-        const auto workers = client_->ListWorkers();
-        if (!workers.ok()) {
-          status = workers.status();
-          return false;
-        }
-        for (const auto& worker : workers->workers()) {
-          if (worker.state() == v1::Worker::ONLINE) status = absl::OkStatus();
-        }
-        return status.ok();
-      },
-      kReadyTimeout);
-  return status;
+  absl::Status status;
+  const auto is_registered = [&] {
+    const auto workers = client_->ListWorkers();
+    status = workers.status();
+    if (!workers.ok()) return false;
+    status = absl::UnavailableError("no worker has registered");
+    return std::any_of(workers->workers().begin(), workers->workers().end(),
+                       [](const v1::Worker& w) { return w.state() == v1::Worker::ONLINE; });
+  };
+  return WaitUntil(is_registered, kReadyTimeout) ? absl::OkStatus() : status;
 }
 
 absl::Status ServiceFixture::Start() {

@@ -8,7 +8,7 @@
 #include "common/publish.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
-#include "tests/testing/wait_until.h"
+#include "tests/testing/wait.h"
 
 namespace walsh::client {
 namespace {

@@ -9,7 +9,7 @@
 #include "common/grpc_status.h"
 #include "tests/testing/fake_server.h"
 #include "tests/testing/status_matchers.h"
-#include "tests/testing/wait_until.h"
+#include "tests/testing/wait.h"
 
 namespace walsh::client {
 namespace {
@@ -157,7 +157,7 @@ TEST(ClientTest, ReachesAServiceThatStartsWhileItTries) {
   std::thread starter([&] {
     // Time for attempts that find nobody.
     const absl::Time start_at = absl::Now() + absl::Milliseconds(300);
-    WaitUntil([&] { return absl::Now() > start_at; });
+    EXPECT_TRUE(WaitUntil([&] { return absl::Now() > start_at; }));
     server.Start();
   });
   EXPECT_OK(client.ListWorkers());
@@ -183,6 +183,16 @@ TEST(ClientTest, CollectsPages) {
   ASSERT_OK_AND_ASSIGN(const v1::ListQuantizationJobsResponse some, client.ListJobs("", "", 3));
   EXPECT_EQ(some.quantization_jobs_size(), 3);
   EXPECT_NE(some.next_page_token(), "");
+}
+
+TEST(ClientTest, ADeletionWhoseAnswerWasLostIsDone) {
+  FakeServer server;
+  Client client(FastOptions(server));
+  EXPECT_THAT(client.DeleteModel("m", false), HasCode(absl::StatusCode::kNotFound));
+  server.FailNext("DeleteModel", 1, kUnavailable);
+  EXPECT_OK(client.DeleteModel("m", false));
+  server.FailNext("DeleteQuantizationJob", 1, kUnavailable);
+  EXPECT_OK(client.DeleteJob("j"));
 }
 
 TEST(ClientTest, AsksForHealth) {
@@ -249,7 +259,7 @@ TEST(WatchJobTest, ReconnectsWhenTheStreamEndsBeforeTheJob) {
   server.CutWatchAfter(2, grpc::Status::OK);
   Seen seen;
   std::thread finisher([&] {
-    WaitUntil([&] { return server.watched_after().size() >= 3; });
+    EXPECT_TRUE(WaitUntil([&] { return server.watched_after().size() >= 3; }));
     server.AddEvent(kJob, Event(v1::QuantizationJob::SUCCEEDED));
   });
   ASSERT_OK(client.WatchJob(kJob, 0, seen.Observer()));
@@ -263,11 +273,11 @@ TEST(WatchJobTest, SurvivesARestartedService) {
   AddRunningEvents(server, 3);
   Seen seen;
   std::thread operator_thread([&] {
-    WaitUntil([&] { return server.Calls("WatchQuantizationJob") == 1; });
+    EXPECT_TRUE(WaitUntil([&] { return server.Calls("WatchQuantizationJob") == 1; }));
     server.Stop();
     AddRunningEvents(server, 3);
     server.AddEvent(kJob, Event(v1::QuantizationJob::SUCCEEDED));
-    WaitUntil([&] { return seen.n_disconnects >= 2; });
+    EXPECT_TRUE(WaitUntil([&] { return seen.n_disconnects >= 2; }));
     server.Start();
   });
   const auto job = client.WatchJob(kJob, 0, seen.Observer());
@@ -390,7 +400,7 @@ TEST(GenerateStreamTest, CancellationReachesTheService) {
   server.SetStream({"a", "b"}, absl::Seconds(30));
   Cancellation cancellation;
   std::thread canceller([&] {
-    WaitUntil([&] { return server.n_streams() == 1; });
+    EXPECT_TRUE(WaitUntil([&] { return server.n_streams() == 1; }));
     cancellation.Cancel();
   });
   const absl::Status status = client.ChatStream(

@@ -11,7 +11,7 @@
 #include "tests/testing/fake_server.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
-#include "tests/testing/wait_until.h"
+#include "tests/testing/wait.h"
 
 namespace walsh::client {
 namespace {
