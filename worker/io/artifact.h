@@ -4,12 +4,10 @@
 //                      gptq_v2 convention
 //   model-0000N-of-0000M.safetensors, model.safetensors.index.json
 //                      <linear>.qweight [in/32·bits, out] I32, .qzeros [groups, out/32·bits] I32,
-//                      .scales [groups, out] F16, .g_idx [in] I32; embeddings, head, norms, biases
-//                      BF16
+//                      .scales [groups, out] F16, .g_idx [in] I32; everything else BF16
 //   tokenizer files    of the source; for a GGUF source written from its vocabulary
-//   walsh.json         source, options, rotation, calibration fingerprint, figures, and SHA-256 of
-//   every
-//                      other file in 64 MiB chunks
+//   walsh.json         source, options, rotation, calibration fingerprint, figures, and digests of
+//                      every other file
 //
 // Layout and fields: docs/artifact-format.md. Nothing in an artifact tells time, place or job: two
 // runs with the same input, options and seed give the same bytes. A writer's directory is temporary

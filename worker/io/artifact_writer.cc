@@ -34,7 +34,7 @@ namespace {
 using nlohmann::json;
 
 constexpr char kConfigFile[] = "config.json";
-// The digests of the files follow the writing: one thread, so that a job's pool stays its own.
+// The digests are taken when nothing else of the job runs.
 constexpr int kHashThreads = 2;
 
 std::string TemporaryShardName(size_t index) { return absl::StrCat("shard-", index, ".partial"); }

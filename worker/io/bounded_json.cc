@@ -44,14 +44,21 @@ class BoundsChecker {
   }
 
  private:
-  bool Scalar() { return !keys_.empty() || Fail("the top level is not an object"); }
+  bool Scalar() {
+    if (keys_.empty()) return Fail("the top level is not an object");
+    return Count();
+  }
+  bool Count() {
+    if (++n_values_ <= kJsonValuesMax) return true;
+    return Fail(absl::StrCat("more than ", kJsonValuesMax, " values"));
+  }
   bool Enter(bool is_object) {
     if (keys_.empty() && !is_object) return Fail("the top level is not an object");
     if (static_cast<int>(keys_.size()) == depth_max_) {
       return Fail(absl::StrCat("nested deeper than ", depth_max_, " levels"));
     }
     keys_.emplace_back();
-    return true;
+    return Count();
   }
   bool Leave() {
     keys_.pop_back();
@@ -66,6 +73,7 @@ class BoundsChecker {
   const int depth_max_;
   std::vector<std::set<std::string>>
       keys_;  // one set for each open object; arrays have an empty one
+  int64_t n_values_ = 0;
   absl::Status status_;
 };
 

@@ -8,9 +8,8 @@
 //
 // Errors:  NOT_FOUND         no such file or directory
 //          INVALID_ARGUMENT  malformed: the message names file, tensor, limit and value
-//          DATA_LOSS         truncated, changed while it was read, or a non-finite value (tensor
-//          and
-//                            index named)
+//          DATA_LOSS         truncated, changed while it was read, or a value that is not finite
+//                            (tensor and index named)
 //          UNIMPLEMENTED     format, dtype or architecture that walsh does not read
 // Threads: const methods are safe from several threads.
 #pragma once

@@ -1,16 +1,16 @@
 // Quantized weights as GPTQ checkpoints store them (format gptq_v2).
 //
-//   qweight [in/32·bits, out] u32   32 consecutive inputs of one output are `bits` words down a
-//   column qzeros  [groups, out/32·bits] u32   the zeros of 32 consecutive outputs are `bits` words
-//   of a row scales  [groups, out] half     g_idx [in] i32 = input / group_size
+//   qweight  [in/32·bits, out] u32      32 inputs of one output: `bits` words, one below the other
+//   qzeros   [groups, out/32·bits] u32  32 outputs of one group: `bits` words, side by side
+//   scales   [groups, out] half
+//   g_idx    [in] i32                   input / group_size
 //
 // In those words the values follow each other as a stream of bits, the first in the lowest ones; at
 // 3 bits a value may straddle two words. Version 2 of the format stores a zero as it is, version 1
 // less one.
 //
 // Source:  AutoGPTQ's and GPTQModel's pack(); golden against numpy (tests/golden/io)
-// Errors:  INVALID_ARGUMENT  sizes that do not pack (the limit and value named), a code or zero
-// beyond
+// Errors:  INVALID_ARGUMENT  sizes that do not pack (limit and value named), a code or zero beyond
 //                            its bits, a scale that half precision does not hold
 //          DATA_LOSS         (unpacking) a scale that is not finite
 // Threads: safe.

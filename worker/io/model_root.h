@@ -5,9 +5,8 @@
 // what it resolves to must lie beneath a root (so a link may lead from one root to another, as the
 // Hugging Face cache does inside itself). The same holds for every entry of a model directory.
 //
-// Errors:  INVALID_ARGUMENT  empty, over limits::kPathBytesMax, NUL or control characters, or
-// outside
-//                            every root
+// Errors:  INVALID_ARGUMENT  empty, too long, not UTF-8, with control characters, or outside every
+//                            root, whether or not something is there
 //          NOT_FOUND         nothing there; messages repeat the caller's reference, never a root
 // Threads: safe.
 #pragma once

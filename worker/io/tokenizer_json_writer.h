@@ -2,14 +2,12 @@
 //
 // Byte-level vocabularies ("gpt2") keep their merges; SentencePiece ones ("llama") get merges
 // derived from the scores as HF's converter derives them. What comes out encodes as the source does
-// (checked with the Python package tokenizers, see tests/golden/io).
+// (checked with the Python packages tokenizers and sentencepiece, see tests/golden/io).
 //
-// Source:  transformers' convert_slow_tokenizer.py (generate_merges, LlamaConverter); the
-// tokenizer.json
-//          of Llama 3, Qwen 2, SmolLM 2 and GPT-2
+// Source:  transformers' convert_slow_tokenizer.py (generate_merges, LlamaConverter), and the
+//          tokenizer.json of Llama 3, Qwen 2, SmolLM 2 and GPT-2
 // Errors:  UNIMPLEMENTED     a pre-tokenizer that walsh does not know, by name
-//          INVALID_ARGUMENT  a token that appears twice, or a BOS or EOS that is to be added and
-//          missing
+//          INVALID_ARGUMENT  a token that appears twice; a BOS or EOS to be added that is missing
 // Threads: safe.
 #pragma once
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "tests/testing/status_matchers.h"
+#include "worker/io/bounded_json.h"
 
 namespace walsh {
 namespace {
@@ -142,6 +143,15 @@ struct BadConfig {
   absl::StatusCode code;
   const char* message;
 };
+
+TEST(BoundedJsonTest, CountsValues) {
+  std::string text = R"({"a":[0)";
+  for (int i = 0; i < kJsonValuesMax; ++i) text += ",0";
+  text += "]}";
+  EXPECT_THAT(
+      ParseBoundedJson("x.json", text, {.bytes_max = 64 << 20, .depth_max = 8}),
+      StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("x.json: more than 4194304 values")));
+}
 
 class BadModelConfigTest : public ::testing::TestWithParam<BadConfig> {};
 
