@@ -62,7 +62,7 @@ HAND_WRITTEN = [
     "\u3000ideographic\u3000space\u3000\u3000",
     "em\u2003space thin\u2009space hair\u200aspace zero\u200bwidth narrow\u202fnbsp \u205fmath",
     "line\u2028separator paragraph\u2029separator next\u0085line form\ffeed vertical\vtab",
-    "mongolian\u180evowel \u180e separator \u180e\u180e",
+    "mongolian\u180evowel \u180e separator \u180e\u180e x \u180ey",
     "soft\u00adhyphen bom\ufeff word\u2060joiner \u200dzwj \u200czwnj",
     "control \x01\x02\x1b[0m \x7f \x80\x9f \x1c\x1d\x1e\x1f end",
     "nul \x00 inside",
