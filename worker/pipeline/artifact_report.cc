@@ -1,6 +1,7 @@
 #include "worker/pipeline/artifact_report.h"
 
 #include <string>
+#include <utility>
 
 #include "common/utf8.h"
 #include "common/version.h"
@@ -111,10 +112,6 @@ json QualityReport(const JobTexts& texts, const JobReport& report) {
       {"window_losses_before", report.window_losses_before},
       {"window_losses_after", report.window_losses_after},
   };
-}
-
-absl::Status ReplaceQuality(const std::string& directory, const json& quality) {
-  return ReplaceReportMember(directory, "quality", quality);
 }
 
 }  // namespace walsh::pipeline

@@ -8,7 +8,6 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "absl/status/status.h"
 #include "worker/io/checkpoint.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/plan.h"
@@ -29,9 +28,7 @@ struct ReportInputs {
 // walsh.json before evaluation.
 nlohmann::json ArtifactReport(const ReportInputs& inputs, const JobReport& report);
 
-// The member "quality" of walsh.json.
+// The member "quality" of walsh.json, known only once the artifact is written.
 nlohmann::json QualityReport(const JobTexts& texts, const JobReport& report);
-// Replaces it in a finished directory.
-absl::Status ReplaceQuality(const std::string& directory, const nlohmann::json& quality);
 
 }  // namespace walsh::pipeline

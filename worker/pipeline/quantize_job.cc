@@ -234,7 +234,8 @@ class Job {
     report_.evaluation_tokens = before.n_tokens;
     report_.window_losses_before = std::move(before.losses);
     report_.window_losses_after = std::move(after.losses);
-    WALSH_RETURN_IF_ERROR(ReplaceQuality(spec_.output_directory, QualityReport(texts_, report_)));
+    WALSH_RETURN_IF_ERROR(
+        ReplaceReportMember(spec_.output_directory, "quality", QualityReport(texts_, report_)));
     WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));
     report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
