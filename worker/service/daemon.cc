@@ -6,7 +6,6 @@
 #include <grpcpp/server.h>
 #include <signal.h>
 #include <sys/file.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -71,14 +70,6 @@ class DataFolderLock {
   int fd_;
 };
 
-// Out of descriptors, gRPC 1.51's acceptor stops for good.
-void RaiseDescriptorLimit() {
-  rlimit limit{};
-  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-  limit.rlim_cur = std::min<rlim_t>(limit.rlim_max, 65536);
-  setrlimit(RLIMIT_NOFILE, &limit);
-}
-
 std::string NewWorkerId() {
   std::random_device device;
   return absl::StrFormat("w-%08x", device());
@@ -132,7 +123,6 @@ class WorkerDaemon final : public Daemon {
 };
 
 absl::Status WorkerDaemon::Start() {
-  RaiseDescriptorLimit();
   metrics::RegisterBuildInfo();
   WALSH_RETURN_IF_ERROR(OpenStore());
   WALSH_RETURN_IF_ERROR(StartServer());

@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "tests/testing/fake_model.h"
+#include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 
@@ -21,68 +22,8 @@ using ::testing::HasSubstr;
 using walsh::testing::ByteTokens;
 using walsh::testing::FakeModel;
 using walsh::testing::kFakeEos;
+using walsh::testing::RecordingSink;
 using walsh::testing::StatusIs;
-
-// Records one request's events and checks their order.
-class RecordingSink final : public Sink {
- public:
-  void OnStarted(double) override {
-    const std::lock_guard lock(mu_);
-    EXPECT_FALSE(is_started_ || is_over_);
-    is_started_ = true;
-  }
-  void OnDelta(Delta delta) override {
-    const std::lock_guard lock(mu_);
-    EXPECT_TRUE(is_started_);
-    EXPECT_FALSE(is_over_);
-    text_ += delta.text;
-    tokens_.insert(tokens_.end(), delta.tokens.begin(), delta.tokens.end());
-    logprobs_.insert(logprobs_.end(), delta.logprobs.begin(), delta.logprobs.end());
-    changed_.notify_all();
-  }
-  void OnFinished(const Outcome& outcome) override { End(absl::OkStatus(), outcome); }
-  void OnFailed(const absl::Status& status) override { End(status, {}); }
-
-  void WaitForEnd() {
-    std::unique_lock lock(mu_);
-    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60), [this] { return is_over_; }));
-  }
-  void WaitForTokens(size_t n) {
-    std::unique_lock lock(mu_);
-    ASSERT_TRUE(changed_.wait_for(lock, std::chrono::seconds(60),
-                                  [&] { return tokens_.size() >= n || is_over_; }));
-  }
-  // After the end only.
-  const std::string& text() const { return text_; }
-  const std::vector<int32_t>& tokens() const { return tokens_; }
-  const std::vector<TokenLogprob>& logprobs() const { return logprobs_; }
-  const Outcome& outcome() const { return outcome_; }
-  const absl::Status& status() const { return status_; }
-  bool is_over() {
-    const std::lock_guard lock(mu_);
-    return is_over_;
-  }
-
- private:
-  void End(const absl::Status& status, const Outcome& outcome) {
-    const std::lock_guard lock(mu_);
-    EXPECT_FALSE(is_over_) << "ended twice";
-    is_over_ = true;
-    status_ = status;
-    outcome_ = outcome;
-    changed_.notify_all();
-  }
-
-  std::mutex mu_;
-  std::condition_variable changed_;
-  bool is_started_ = false;
-  bool is_over_ = false;
-  std::string text_;
-  std::vector<int32_t> tokens_;
-  std::vector<TokenLogprob> logprobs_;
-  Outcome outcome_;
-  absl::Status status_;
-};
 
 Options SmallOptions() {
   return {.model_name = "fake",
