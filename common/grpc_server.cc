@@ -149,6 +149,33 @@ void RaiseDescriptorLimit() {
   }
 }
 
+// gRPC's callback API answers a message that does not parse, half a character in a string for one,
+// as if the method did not exist: UNIMPLEMENTED without a word. It is the request that is wrong.
+class MalformedRequestInterceptor : public grpc::experimental::Interceptor {
+ public:
+  void Intercept(grpc::experimental::InterceptorBatchMethods* methods) override {
+    if (methods->QueryInterceptionHookPoint(InterceptionHookPoints::PRE_SEND_STATUS)) {
+      const grpc::Status status = methods->GetSendStatus();
+      if (status.error_code() == grpc::StatusCode::UNIMPLEMENTED &&
+          status.error_message().empty()) {
+        methods->ModifySendStatus({grpc::StatusCode::INVALID_ARGUMENT,
+                                   "the request is not a message of its type; strings must be "
+                                   "valid UTF-8"});
+      }
+    }
+    methods->Proceed();
+  }
+};
+
+class MalformedRequestInterceptorFactory
+    : public grpc::experimental::ServerInterceptorFactoryInterface {
+ public:
+  grpc::experimental::Interceptor* CreateServerInterceptor(
+      grpc::experimental::ServerRpcInfo*) override {
+    return new MalformedRequestInterceptor;
+  }
+};
+
 }  // namespace
 
 void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive) {
@@ -191,8 +218,10 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int conne
   return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
 }
 
-void AddServerMetrics(grpc::ServerBuilder& builder) {
+void AddServerInterceptors(grpc::ServerBuilder& builder) {
   std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> creators;
+  // What is sent passes them in this order: the metrics see the status that leaves.
+  creators.push_back(std::make_unique<MalformedRequestInterceptorFactory>());
   creators.push_back(std::make_unique<MetricsInterceptorFactory>());
   builder.experimental().SetInterceptorCreators(std::move(creators));
 }

@@ -37,8 +37,9 @@ void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection = 0,
                                            const Keepalive& keepalive = kKeepalive);
 
-// The five grpc_server_* metrics for every RPC of a server; call before building the server, once
-// per builder.
-void AddServerMetrics(grpc::ServerBuilder& builder);
+// For every RPC of a server: the five grpc_server_* metrics, and INVALID_ARGUMENT for requests that
+// do not parse (invalid UTF-8 in a string), which the callback API calls UNIMPLEMENTED. Call before
+// building the server, once per builder.
+void AddServerInterceptors(grpc::ServerBuilder& builder);
 
 }  // namespace walsh

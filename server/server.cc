@@ -127,7 +127,7 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
     bool is_public) {
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
-  AddServerMetrics(builder);
+  AddServerInterceptors(builder);
   int bound_port = 0;
   builder.AddListeningPort(Address(options.host, port), grpc::InsecureServerCredentials(),
                            &bound_port);

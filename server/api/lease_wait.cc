@@ -90,8 +90,11 @@ class LeaseWait : public grpc::ServerUnaryReactor, public std::enable_shared_fro
     is_trying_ = false;
     if (!lease->ok()) {
       FinishOnce(lease->status());
+    } else if (core_->is_stopping && !(*lease)->has_value()) {
+      // Not an empty answer, after which the worker would ask again at once.
+      FinishOnce(absl::UnavailableError("the coordinator stops"));
     } else if (!(*lease)->has_value()) {
-      if (is_over_ || core_->is_stopping) FinishOnce(absl::OkStatus());
+      if (is_over_) FinishOnce(absl::OkStatus());
       TryLater();
     } else if (is_finished_) {
       return false;

@@ -1,5 +1,6 @@
 #include "server/jobs/job_metrics.h"
 
+#include <algorithm>
 #include <string>
 
 #include "absl/time/time.h"
@@ -13,8 +14,10 @@ constexpr QuantizationJob::State kStates[] = {
     QuantizationJob::QUEUED,    QuantizationJob::RUNNING, QuantizationJob::CANCELLING,
     QuantizationJob::SUCCEEDED, QuantizationJob::FAILED,  QuantizationJob::CANCELLED};
 
+// Wall time, which may have jumped: never negative.
 double Seconds(const google::protobuf::Timestamp& from, const google::protobuf::Timestamp& to) {
-  return static_cast<double>(to.seconds() - from.seconds()) + 1e-9 * (to.nanos() - from.nanos());
+  return std::max(
+      0.0, static_cast<double>(to.seconds() - from.seconds()) + 1e-9 * (to.nanos() - from.nanos()));
 }
 
 const metrics::Buckets& RatioBuckets() {
@@ -84,6 +87,7 @@ void JobMetrics::OnTransition(const JobRecord& before, const JobRecord& after) {
   if (before.job.state() == after.job.state()) return;
   families_.State(before.job.state()).Decrement();
   families_.State(after.job.state()).Increment();
+  if (!IsLeased(after.job.state())) families_.layers_done.Remove(&families_.Layers(after.job));
   if (after.job.state() == QuantizationJob::RUNNING) {
     families_.queue_seconds.Observe(Seconds(before.job.update_time(), after.job.update_time()));
   }
@@ -92,7 +96,6 @@ void JobMetrics::OnTransition(const JobRecord& before, const JobRecord& after) {
 
 void JobMetrics::OnFinish(const JobRecord& record) {
   const QuantizationJob& job = record.job;
-  families_.layers_done.Remove(&families_.Layers(job));
   families_.finished
       .Add({{"state", std::string(StateName(job.state()))},
             {"method", v1::QuantizationConfig::Method_Name(job.config().method())}})

@@ -1,7 +1,7 @@
 // Callbacks by key: who wants to hear that a job has a new event, or that there is work.
 //
-// A callback may be called from any thread, also once more while Remove runs in another thread, but
-// not after Remove has returned. It must not call back into this object.
+// A callback may be called from any thread until Remove has returned. It must be quick and must not
+// call back into this object.
 //
 // Threads: safe.
 #pragma once

@@ -2,7 +2,6 @@
 // once, and nothing that was refused is.
 #include <grpcpp/client_context.h>
 #include <signal.h>
-#include <sys/wait.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -18,6 +17,7 @@
 #include "common/grpc_status.h"
 #include "tests/testing/daemon_process.h"
 #include "tests/testing/fake_worker.h"
+#include "tests/testing/random_seed.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/testing/wait.h"
@@ -28,6 +28,8 @@ namespace {
 
 using ::walsh::testing::DaemonProcess;
 using ::walsh::testing::IsOk;
+using ::walsh::testing::Pause;
+using ::walsh::testing::WaitUntil;
 
 // strace counts calls for each thread, so some points are never reached.
 constexpr int kSubmitsMax = 400;
@@ -96,7 +98,7 @@ class CoordinatorKillTest : public ::testing::Test {
     EXPECT_LE(stored.size(), acknowledged_.size() + n_kills_);
     daemon.Signal(SIGTERM);
     ASSERT_OK_AND_ASSIGN(const int exit_status, daemon.Wait());
-    EXPECT_TRUE(WIFEXITED(exit_status) && WEXITSTATUS(exit_status) == 0);
+    EXPECT_EQ(exit_status, 0);
   }
 
   testing::TempDir dir_;
@@ -105,11 +107,7 @@ class CoordinatorKillTest : public ::testing::Test {
 };
 
 TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveRandomKills) {
-  const char* fixed = std::getenv("WALSH_SEED");
-  const uint64_t seed =
-      fixed == nullptr ? std::random_device()() : std::strtoull(fixed, nullptr, 10);
-  SCOPED_TRACE("WALSH_SEED=" + std::to_string(seed));
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(testing::RandomSeed());
   constexpr int kKills = 12;
   for (int kill_index = 0; kill_index < kKills; ++kill_index) {
     DaemonProcess daemon("coordinator", DataDir(), kFreePorts);
@@ -117,7 +115,7 @@ TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveRandomKills) {
     const auto stub = Connect(endpoints);
     const absl::Duration life = absl::Milliseconds(static_cast<int64_t>(random() % 400));
     std::thread killer([&] {
-      walsh::testing::Pause(life);
+      Pause(life);
       daemon.Signal(SIGKILL);
     });
     SubmitUntilGone(stub.get(), "k" + std::to_string(kill_index));
@@ -138,9 +136,9 @@ TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveAKillAtEachPersistentStep) {
     for (int k = 1; k <= 33; k += 4) {
       const std::string inject =
           std::string("inject=") + call + ":signal=KILL:when=" + std::to_string(k);
-      DaemonProcess daemon(
-          "coordinator", DataDir(), kFreePorts,
-          {"strace", "-f", "-o", "/dev/null", "-e", std::string("trace=") + call, "-e", inject});
+      DaemonProcess daemon("coordinator", DataDir(), kFreePorts,
+                           {"/usr/bin/env", "strace", "-f", "-o", "/dev/null", "-e",
+                            std::string("trace=") + call, "-e", inject});
       const absl::StatusOr<Endpoints> endpoints = daemon.WaitUntilReady();
       // The step may have come during start.
       if (endpoints.ok()) {
@@ -166,18 +164,19 @@ TEST_F(CoordinatorKillTest, SecondSigtermLeavesAtOnce) {
   std::atomic<bool> may_answer{false};
   worker.on_validate = [&](const auto&, auto*) {
     is_asked = true;
-    while (!may_answer) walsh::testing::Pause(absl::Milliseconds(10));
+    EXPECT_TRUE(WaitUntil([&] { return may_answer.load(); }));
     return grpc::Status::OK;
   };
   ASSERT_OK(worker.Register());
   std::thread client([&] { SubmitUntilGone(Connect(endpoints).get(), "hangs"); });
-  while (!is_asked) walsh::testing::Pause(absl::Milliseconds(10));
+  ASSERT_TRUE(WaitUntil([&] { return is_asked.load(); }));
   daemon.Signal(SIGTERM);
-  walsh::testing::Pause(absl::Seconds(1));
+  // Nothing shows from outside that the first signal was taken; sooner, the two would be one.
+  Pause(absl::Seconds(1));
   EXPECT_TRUE(daemon.is_running());
   daemon.Signal(SIGTERM);
   ASSERT_OK_AND_ASSIGN(const int exit_status, daemon.Wait(absl::Seconds(5)));
-  EXPECT_TRUE(WIFEXITED(exit_status) && WEXITSTATUS(exit_status) == 1);
+  EXPECT_EQ(exit_status, 1);
   may_answer = true;
   client.join();
 }
@@ -193,7 +192,7 @@ TEST_F(CoordinatorKillTest, NewerSchemaIsRefused) {
   DaemonProcess daemon("coordinator", DataDir(), kFreePorts);
   EXPECT_FALSE(daemon.WaitUntilReady().ok());
   ASSERT_OK_AND_ASSIGN(const int exit_status, daemon.Wait());
-  EXPECT_TRUE(WIFEXITED(exit_status) && WEXITSTATUS(exit_status) == 1);
+  EXPECT_EQ(exit_status, 1);
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <grpcpp/channel.h>
 #include <grpcpp/client_context.h>
 
-#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -108,17 +107,6 @@ class CoordinatorFixture : public ::testing::Test {
     v1::CancelQuantizationJobRequest request;
     request.set_name(id);
     return Send<v1::QuantizationJob>(jobs_.get(), &JobStub::CancelQuantizationJob, request);
-  }
-
-  // Polls; for what no call waits for.
-  static bool WaitUntil(const std::function<bool()>& predicate,
-                        absl::Duration timeout = absl::Seconds(15)) {
-    const absl::Time deadline = absl::Now() + timeout;
-    while (!predicate()) {
-      if (absl::Now() >= deadline) return false;
-      walsh::testing::Pause(absl::Milliseconds(10));
-    }
-    return true;
   }
 
   testing::TempDir dir_;

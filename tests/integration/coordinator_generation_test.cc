@@ -7,7 +7,6 @@
 
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "tests/integration/coordinator_fixture.h"
-#include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {
@@ -19,7 +18,9 @@ using v1::Model;
 using ::walsh::testing::FakeWorker;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::IsOk;
+using ::walsh::testing::Pause;
 using ::walsh::testing::StatusIs;
+using ::walsh::testing::WaitUntil;
 
 class CoordinatorGenerationTest : public CoordinatorFixture {
  protected:
@@ -184,7 +185,7 @@ TEST_F(CoordinatorGenerationTest, CancelReachesTheWorker) {
   worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
     while (!context->IsCancelled()) {
       writer->Write(Delta("x"));
-      walsh::testing::Pause(absl::Milliseconds(5));
+      Pause(absl::Milliseconds(5));
     }
     saw_cancel = true;
     return grpc::Status::CANCELLED;
@@ -211,7 +212,7 @@ TEST_F(CoordinatorGenerationTest, CancelOfAUnaryCallReachesTheWorker) {
   };
   grpc::ClientContext context;
   std::thread canceller([&] {
-    WaitUntil([&] { return is_running.load(); });
+    EXPECT_TRUE(WaitUntil([&] { return is_running.load(); }));
     context.TryCancel();
   });
   v1::GenerateResponse response;
@@ -259,7 +260,7 @@ TEST_F(CoordinatorGenerationTest, DeadWorkerIsUnavailableOnceAndNamesNoHost) {
   std::atomic<int> n_written{0};
   worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
     for (; n_written < 5; ++n_written) writer->Write(Delta("x"));
-    WaitUntil([&] { return context->IsCancelled(); });
+    EXPECT_TRUE(WaitUntil([&] { return context->IsCancelled(); }));
     return grpc::Status::CANCELLED;
   };
   grpc::ClientContext context;
@@ -334,7 +335,7 @@ TEST_F(SlowReaderTest, ReaderThatPausesLessGetsEverything) {
   GenerateStreamResponse response;
   int n = 0;
   while (reader->Read(&response)) {
-    if (n++ % 100 == 0) walsh::testing::Pause(absl::Milliseconds(300));
+    if (n++ % 100 == 0) Pause(absl::Milliseconds(300));
   }
   EXPECT_EQ(n, 300);
   EXPECT_TRUE(reader->Finish().ok());
@@ -344,7 +345,7 @@ TEST_F(CoordinatorGenerationTest, StopCancelsStreamsAfterItsTimeout) {
   const auto worker = NewWorkerWithModel("w1", "m");
   worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
     writer->Write(Delta("x"));
-    WaitUntil([&] { return context->IsCancelled(); });
+    EXPECT_TRUE(WaitUntil([&] { return context->IsCancelled(); }));
     return grpc::Status::CANCELLED;
   };
   grpc::ClientContext context;
@@ -363,7 +364,7 @@ TEST_F(CoordinatorGenerationTest, StopLetsRunningStreamsFinish) {
   std::atomic<bool> may_end{false};
   worker->on_stream = [&](auto*, const auto&, auto* writer) {
     writer->Write(Delta("begin "));
-    WaitUntil([&] { return may_end.load(); });
+    EXPECT_TRUE(WaitUntil([&] { return may_end.load(); }));
     writer->Write(Delta("end"));
     return grpc::Status::OK;
   };
@@ -372,7 +373,12 @@ TEST_F(CoordinatorGenerationTest, StopLetsRunningStreamsFinish) {
   GenerateStreamResponse response;
   ASSERT_TRUE(reader->Read(&response));
   std::thread stopping([&] { server_->Stop(absl::Seconds(20)); });
-  walsh::testing::Pause(absl::Milliseconds(200));
+  const auto is_refused = [&] {
+    return !Send<v1::ListWorkersResponse>(models_.get(), &ModelStub::ListWorkers,
+                                          v1::ListWorkersRequest(), absl::Milliseconds(200))
+                .ok();
+  };
+  EXPECT_TRUE(WaitUntil(is_refused)) << "nothing new is taken";
   may_end = true;
   ASSERT_TRUE(reader->Read(&response));
   EXPECT_EQ(response.delta().text(), "end");

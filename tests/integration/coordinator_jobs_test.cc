@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "tests/integration/coordinator_fixture.h"
-#include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {
@@ -16,7 +15,9 @@ using v1::QuantizationJobEvent;
 using ::walsh::testing::FakeWorker;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::IsOk;
+using ::walsh::testing::Pause;
 using ::walsh::testing::StatusIs;
+using ::walsh::testing::WaitUntil;
 
 class CoordinatorJobsTest : public CoordinatorFixture {
  protected:
@@ -111,11 +112,11 @@ TEST_F(CoordinatorJobsTest, HeartbeatsKeepTheLease) {
   ASSERT_OK(Create(NewJob("a")));
   const FakeWorker::Lease lease = worker->MustAcquire();
   const absl::Time end = absl::Now() + options_.lease_duration * 2;
-  while (absl::Now() < end) {
-    ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
-    ASSERT_TRUE(answer.lease_valid());
-    walsh::testing::Pause(absl::Milliseconds(200));
-  }
+  EXPECT_TRUE(WaitUntil([&] {
+    const auto answer = worker->Heartbeat(lease);
+    EXPECT_TRUE(answer.ok() && answer->lease_valid());
+    return absl::Now() >= end;
+  }));
   EXPECT_EQ(Get("a")->attempt(), 1);
 }
 
@@ -207,6 +208,17 @@ TEST_F(CoordinatorJobsTest, BadFieldsAndTakenNames) {
   request.mutable_quantization_job()->set_model_name("a-model");
   EXPECT_THAT(Create(request), HasCode(absl::StatusCode::kAlreadyExists));
   EXPECT_THAT(Get("B!"), HasCode(absl::StatusCode::kInvalidArgument));
+}
+
+// Protobuf refuses such a message before any handler sees it.
+TEST_F(CoordinatorJobsTest, InvalidUtf8IsInvalidArgument) {
+  v1::CreateQuantizationJobRequest request = NewJob("a");
+  request.mutable_quantization_job()->set_display_name("half a character: \xe2\x82");
+  EXPECT_THAT(Create(request), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("UTF-8")));
+  EXPECT_THAT(Get("\xff"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("UTF-8")));
+  std::vector<QuantizationJobEvent> events;
+  EXPECT_EQ(Watch("\xff", 0, &events).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_OK(Create(NewJob("a"))) << "still alive";
 }
 
 TEST_F(CoordinatorJobsTest, RepeatedRequestIsOneJobAcrossARestart) {
@@ -412,8 +424,12 @@ TEST_F(CoordinatorJobsTest, StopEndsWatchesAndWaitingWorkersAtOnce) {
   std::vector<QuantizationJobEvent> events;
   grpc::Status watched;
   std::thread watcher([&] { watched = Watch("b", 0, &events); });
-  std::thread waiting([&] { EXPECT_FALSE(idle->Acquire(absl::Seconds(30))->has_value()); });
-  walsh::testing::Pause(absl::Milliseconds(300));
+  std::thread waiting([&] {
+    // An error, so that the worker does not ask again at once.
+    EXPECT_THAT(idle->Acquire(absl::Seconds(30)), HasCode(absl::StatusCode::kUnavailable));
+  });
+  // Nothing shows from outside that a call waits; sooner, the test is only weaker.
+  Pause(absl::Milliseconds(300));
   const absl::Time start = absl::Now();
   server_->Stop(absl::Seconds(20));
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));

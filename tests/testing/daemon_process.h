@@ -2,13 +2,13 @@
 // endpoints file, stopped or killed.
 #pragma once
 
-#include <sys/types.h>
-
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "client/child_process.h"
 #include "common/endpoints.h"
 
 namespace walsh::testing {
@@ -17,28 +17,25 @@ class DaemonProcess {
  public:
   // `daemon` is "coordinator" or "worker"; `wrapper` goes before it on the command line (strace …).
   // Output goes to `data_dir`/<daemon>.log. The binary comes from $WALSH_BIN_DIR.
-  DaemonProcess(std::string daemon, std::string data_dir, std::vector<std::string> arguments,
+  DaemonProcess(std::string daemon, std::string data_dir, const std::vector<std::string>& arguments,
                 std::vector<std::string> wrapper = {});
-  ~DaemonProcess();  // SIGKILL when it still runs
+  ~DaemonProcess();  // Kill()
   DaemonProcess(const DaemonProcess&) = delete;
   DaemonProcess& operator=(const DaemonProcess&) = delete;
 
-  static std::string Binary(const std::string& daemon);
-
   // Waits until it listens. UNAVAILABLE when it ended or took too long.
   absl::StatusOr<Endpoints> WaitUntilReady(absl::Duration timeout = absl::Seconds(30));
-  void Signal(int signal_number);
-  // The exit status as waitpid gives it; DEADLINE_EXCEEDED when it goes on running.
+  void Signal(int signal_number) const { child_->Signal(signal_number); }
+  // The exit code, 128 + signal after one; DEADLINE_EXCEEDED when it goes on running.
   absl::StatusOr<int> Wait(absl::Duration timeout = absl::Seconds(30));
-  // SIGKILL to it (and its wrapper), and waits.
+  // SIGKILL to it and its wrapper, and waits.
   void Kill();
-  bool is_running();
+  bool is_running() { return !child_->Poll().has_value(); }
 
  private:
   const std::string daemon_;
   const std::string data_dir_;
-  pid_t pid_ = -1;
-  int exit_status_ = 0;
+  std::optional<client::ChildProcess> child_;
 };
 
 }  // namespace walsh::testing

@@ -164,7 +164,7 @@ absl::Status WorkerDaemon::StartServer() {
   if (is_loopback) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
-  AddServerMetrics(builder);
+  AddServerInterceptors(builder);
   builder.AddListeningPort(absl::StrCat(options_.host, ":", options_.grpc_port),
                            grpc::InsecureServerCredentials(), &grpc_port_);
   builder.RegisterService(generation_.get());

@@ -49,7 +49,7 @@ struct Loopback {
   Loopback() {
     grpc::ServerBuilder builder;
     ApplyServerLimits(builder);
-    AddServerMetrics(builder);
+    AddServerInterceptors(builder);
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
     builder.RegisterService(&service);
     server = builder.BuildAndStart();
