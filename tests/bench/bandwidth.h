@@ -7,7 +7,7 @@
 #include <ctime>
 #include <vector>
 
-#include "worker/kernels/cpu/packed_storage.h"
+#include "worker/kernels/cpu/weight_memory.h"
 #include "worker/kernels/thread_pool.h"
 
 namespace walsh::bench {

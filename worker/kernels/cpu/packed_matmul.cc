@@ -11,9 +11,12 @@
 namespace walsh::kernels::cpu {
 namespace {
 
-// Bytes of packed weights that a thread takes at a time: about 1 µs at a core's share of the memory
-// bandwidth, so that even the smallest linears divide evenly.
-constexpr int64_t kTileBytes = 16384;
+// Bytes of packed weights that a thread takes at a time: a 32nd of the matrix, but not so little
+// that taking it costs (16 KiB are about 1 µs at a core's share of the memory bandwidth), nor so
+// much that the last one leaves the other threads waiting.
+constexpr int64_t kTileBytesMin = 16384;
+constexpr int64_t kTileBytesMax = 131072;
+constexpr int64_t kTilesPerMatrix = 32;
 // Tokens whose activations stay in the second-level cache while tiles of rows pass by.
 constexpr int64_t kTileTokens = 256;
 
@@ -53,6 +56,15 @@ const float* SumGroups(const float* block_sums, int64_t n_tokens, int64_t n_bloc
     }
   }
   return sums;
+}
+
+int64_t RowTilesPerTile(const PackedMatrix& weights) {
+  const PackedMatrix::Storage& storage = weights.storage();
+  const int64_t row_tile_bytes =
+      std::max<int64_t>(1, storage.n_blocks * BlockBytes(weights.bits()));
+  const int64_t bytes =
+      std::clamp(storage.n_tiles * row_tile_bytes / kTilesPerMatrix, kTileBytesMin, kTileBytesMax);
+  return std::max<int64_t>(1, bytes / row_tile_bytes);
 }
 
 // Rows [first_row_tile, …) for tokens [first_token, …) of an item.
@@ -135,8 +147,7 @@ absl::Status PackedMatmulWith(const PackedKernel& kernel, std::span<const Packed
     item.params = &items[i];
     item.x = {n_tokens, n_blocks, codes, scales,
               SumGroups(block_sums, n_tokens, n_blocks, storage, buffers.group_sums[i])};
-    item.row_tiles_per_tile = std::max<int64_t>(
-        1, kTileBytes / std::max<int64_t>(1, n_blocks * BlockBytes(items[i].weights->bits())));
+    item.row_tiles_per_tile = RowTilesPerTile(*items[i].weights);
     item.n_row_ranges = CeilDiv(storage.n_tiles, item.row_tiles_per_tile);
     item.first_tile = n_tiles;
     n_tiles += item.n_row_ranges * n_token_ranges;

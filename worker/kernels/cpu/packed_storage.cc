@@ -1,14 +1,9 @@
 #include "worker/kernels/cpu/packed_storage.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <new>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,8 +12,6 @@
 namespace walsh::kernels {
 namespace cpu {
 namespace {
-
-constexpr size_t kHugePageBytes = 2 << 20;
 
 int ReadStep(const uint8_t* block, int bits, int64_t step, int64_t byte) {
   switch (bits) {
@@ -56,18 +49,6 @@ void WriteCode(uint8_t* block, int bits, int64_t row, int64_t col, int code) {
 }
 
 }  // namespace
-
-AlignedBytes::AlignedBytes(size_t size) : size_(size) {
-  const size_t align = size >= 2 * kHugePageBytes ? kHugePageBytes : kVectorBytes;
-  const size_t capacity = (std::max<size_t>(1, size) + align - 1) / align * align;
-  data_.reset(static_cast<uint8_t*>(std::aligned_alloc(align, capacity)));
-  if (data_ == nullptr) throw std::bad_alloc();
-  // A kernel without huge pages refuses, and nothing but speed is lost.
-  if (align == kHugePageBytes) madvise(data_.get(), capacity, MADV_HUGEPAGE);
-  std::memset(data_.get(), 0, capacity);
-}
-
-void AlignedBytes::Free::operator()(uint8_t* p) const { std::free(p); }
 
 int ReadCode(const uint8_t* block, int bits, int64_t row, int64_t col) {
   return ReadStep(block, bits, col / kStepCols, row * kStepCols + col % kStepCols);
@@ -136,10 +117,10 @@ std::shared_ptr<PackedMatrix::Storage> MakeStorage(const QuantizedMatrix& m) {
   storage->n_blocks = (m.cols + cpu::kBlockCols - 1) / cpu::kBlockCols;
   storage->n_groups = m.groups();
   storage->blocks_per_group = (m.group_size + cpu::kBlockCols - 1) / cpu::kBlockCols;
-  storage->codes = cpu::AlignedBytes(
-      static_cast<size_t>(storage->n_tiles * storage->n_blocks * cpu::BlockBytes(m.bits)));
-  storage->scales.resize(
-      static_cast<size_t>(storage->n_tiles * storage->n_groups * cpu::kTileRows));
+  storage->codes =
+      cpu::WeightArray<uint8_t>(storage->n_tiles * storage->n_blocks * cpu::BlockBytes(m.bits));
+  storage->scales =
+      cpu::WeightArray<uint16_t>(storage->n_tiles * storage->n_groups * cpu::kTileRows);
   return storage;
 }
 
@@ -165,7 +146,7 @@ absl::StatusOr<PackedMatrix> PackedMatrix::Pack(const QuantizedMatrix& m) {
                      col % cpu::kBlockCols, m.codes[row * m.cols + col]);
     }
     for (int64_t group = 0; group < storage->n_groups; ++group) {
-      storage->scales[(tile * storage->n_groups + group) * cpu::kTileRows + lane] =
+      storage->scales.data()[(tile * storage->n_groups + group) * cpu::kTileRows + lane] =
           FloatToHalf(m.scales[row * storage->n_groups + group]);
     }
   }
@@ -174,11 +155,11 @@ absl::StatusOr<PackedMatrix> PackedMatrix::Pack(const QuantizedMatrix& m) {
   if (uniform) {
     storage->uniform_zero = m.zeros.empty() ? 0 : m.zeros.front();
   } else {
-    storage->zeros.resize(storage->scales.size());
+    storage->zeros = cpu::WeightArray<uint8_t>(storage->scales.size());
     for (int64_t row = 0; row < m.rows; ++row) {
       for (int64_t group = 0; group < storage->n_groups; ++group) {
-        storage->zeros[(row / cpu::kTileRows * storage->n_groups + group) * cpu::kTileRows +
-                       row % cpu::kTileRows] = m.zeros[row * storage->n_groups + group];
+        storage->zeros.data()[(row / cpu::kTileRows * storage->n_groups + group) * cpu::kTileRows +
+                              row % cpu::kTileRows] = m.zeros[row * storage->n_groups + group];
       }
     }
   }
@@ -237,8 +218,8 @@ absl::StatusOr<PackedMatrix> PackedMatrix::PackDense8(const Matrix& matrix) {
 
 int64_t PackedMatrix::size_bytes() const {
   if (storage_ == nullptr) return 0;
-  return static_cast<int64_t>(storage_->codes.size() + storage_->scales.size() * sizeof(uint16_t) +
-                              storage_->zeros.size());
+  return storage_->codes.size_bytes() + storage_->scales.size_bytes() +
+         storage_->zeros.size_bytes();
 }
 
 Matrix PackedMatrix::Dequantize() const {

@@ -16,11 +16,9 @@
 // One layout serves every instruction set: a 256-bit vector is the upper or lower 8 rows.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <vector>
 
+#include "worker/kernels/cpu/weight_memory.h"
 #include "worker/kernels/packed_matrix.h"
 
 namespace walsh::kernels {
@@ -35,24 +33,6 @@ static_assert(kBlockCols == kActivationBlock, "one activation scale for each blo
 
 inline constexpr int64_t BlockBytes(int bits) { return kVectorBytes * bits; }
 
-// Zeroed memory at a vector boundary; large pieces ask for huge pages, since a decoding pass walks
-// through all of them.
-class AlignedBytes {
- public:
-  AlignedBytes() = default;
-  explicit AlignedBytes(size_t size);
-  uint8_t* data() { return data_.get(); }
-  const uint8_t* data() const { return data_.get(); }
-  size_t size() const { return size_; }
-
- private:
-  struct Free {
-    void operator()(uint8_t* p) const;
-  };
-  std::unique_ptr<uint8_t[], Free> data_;
-  size_t size_ = 0;
-};
-
 }  // namespace cpu
 
 struct PackedMatrix::Storage {
@@ -60,9 +40,9 @@ struct PackedMatrix::Storage {
   int64_t n_blocks = 0;  // of a row
   int64_t n_groups = 0;  // of a row
   int64_t blocks_per_group = 0;
-  cpu::AlignedBytes codes;
-  std::vector<uint16_t> scales;  // half precision
-  std::vector<uint8_t> zeros;    // empty: uniform_zero everywhere
+  cpu::WeightArray<uint8_t> codes;
+  cpu::WeightArray<uint16_t> scales;  // half precision
+  cpu::WeightArray<uint8_t> zeros;    // empty: uniform_zero everywhere
   int uniform_zero = 0;
   float factor = 1.0f;  // a power of two that every scale is multiplied by
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "worker/kernels/kernels.h"
 
@@ -20,7 +21,7 @@ inline constexpr int64_t CeilDiv(int64_t n, int64_t d) { return (n + d - 1) / d;
 template <typename Tile>
 void ForEachTile(const Stream& stream, int64_t n_tiles, const Tile& tile) {
   if (stream.pool != nullptr && n_tiles > 1) {
-    stream.pool->ParallelFor(n_tiles, tile);
+    stream.pool->ParallelFor(n_tiles, std::cref(tile));  // by reference: no allocation
     return;
   }
   for (int64_t i = 0; i < n_tiles; ++i) tile(i);

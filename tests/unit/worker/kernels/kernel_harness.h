@@ -1,4 +1,5 @@
-// Runs an operation as reference and on the CPU with 1, 2 and 3 threads.
+// Runs an operation as reference, on the CPU with 1, 2 and 3 threads, and with every instruction
+// set that this machine has and Highway compiles for.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -7,11 +8,21 @@
 #include <functional>
 #include <vector>
 
+#include "hwy/highway.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tensor_compare.h"
 #include "worker/kernels/kernels.h"
 
 namespace walsh::kernels {
+
+// Restricts Highway's dispatch to one target while it lives.
+class HighwayTarget {
+ public:
+  explicit HighwayTarget(int64_t target) { hwy::GetChosenTarget().Update(target); }
+  ~HighwayTarget() { hwy::GetChosenTarget().Update(hwy::SupportedTargets()); }
+  HighwayTarget(const HighwayTarget&) = delete;
+  HighwayTarget& operator=(const HighwayTarget&) = delete;
+};
 
 // `run` fills `y` on the given stream; `y` holds `initial` when it starts. Expects the CPU's result
 // to be close to the reference and to have the same bits with any number of threads. Returns it.
@@ -30,6 +41,13 @@ inline std::vector<float> ExpectLikeReference(
     EXPECT_OK(run({.backend = Backend::kCpu, .pool = &pool}, together.data()));
     EXPECT_EQ(0, std::memcmp(alone.data(), together.data(), alone.size() * sizeof(float)))
         << "with " << n_threads << " threads";
+  }
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    const HighwayTarget only(target);
+    std::vector<float> y = initial;
+    EXPECT_OK(run({.backend = Backend::kCpu}, y.data()));
+    EXPECT_THAT(testing::CompareTensors(y, expected, limits), testing::IsClose())
+        << hwy::TargetName(target);
   }
   return alone;
 }

@@ -1,0 +1,60 @@
+#include "worker/kernels/cpu/weight_memory.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+namespace walsh::kernels::cpu {
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr size_t kHugePageBytes = 2 << 20;
+constexpr size_t kRegionBytes = 32 << 20;
+// What is larger than this has a region of its own.
+constexpr size_t kSharedBytesMax = kRegionBytes / 4;
+
+size_t RoundUp(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+// `size` is a multiple of the huge page's.
+std::shared_ptr<uint8_t> NewRegion(size_t size) {
+  auto* data = static_cast<uint8_t*>(std::aligned_alloc(kHugePageBytes, size));
+  if (data == nullptr) throw std::bad_alloc();
+  // A kernel without huge pages refuses, and nothing but speed is lost.
+  madvise(data, size, MADV_HUGEPAGE);
+  return {data, std::free};
+}
+
+// The region that is being filled.
+class Arena {
+ public:
+  std::shared_ptr<uint8_t> Cut(size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (region_ == nullptr || used_ + size > kRegionBytes) {
+      region_ = NewRegion(kRegionBytes);
+      used_ = 0;
+    }
+    uint8_t* data = region_.get() + used_;
+    used_ += size;
+    return {region_, data};  // shares the region's ownership
+  }
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<uint8_t> region_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+
+AlignedBytes::AlignedBytes(size_t size) : size_(size) {
+  static Arena& arena = *new Arena;  // never destroyed: weights may outlive static objects
+  if (size == 0) return;
+  data_ = size <= kSharedBytesMax ? arena.Cut(RoundUp(size, kAlign))
+                                  : NewRegion(RoundUp(size, kHugePageBytes));
+  std::memset(data_.get(), 0, size);
+}
+
+}  // namespace walsh::kernels::cpu
