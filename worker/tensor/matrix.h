@@ -20,8 +20,13 @@ class Matrix {
     WALSH_CHECK_GE(rows, 0);
     WALSH_CHECK_GE(cols, 0);
     const auto n = static_cast<size_t>(rows * cols);
-    data_.reset(
-        static_cast<float*>(::operator new (n * sizeof(float) + kAlign, std::align_val_t{kAlign})));
+    // Aligned by hand: glibc before 2.38 does not reuse what aligned allocation splits off, and a
+    // job that makes and drops matrices all the time grew to several times what it needs.
+    size_t room = n * sizeof(float) + kAlign;
+    void* base = ::operator new(room);
+    void* aligned = base;
+    std::align(kAlign, n * sizeof(float), aligned, room);
+    data_ = {static_cast<float*>(aligned), Free(base)};
     std::uninitialized_fill_n(data_.get(), n, 0.0f);
   }
   Matrix(Matrix&&) noexcept = default;
@@ -49,7 +54,10 @@ class Matrix {
  private:
   static constexpr size_t kAlign = 64;
   struct Free {
-    void operator()(float* p) const { ::operator delete (p, std::align_val_t{kAlign}); }
+    Free() : base(nullptr) {}
+    explicit Free(void* b) : base(b) {}
+    void operator()(float*) const { ::operator delete(base); }
+    void* base;
   };
   int64_t rows_ = 0;
   int64_t cols_ = 0;
