@@ -88,7 +88,7 @@ absl::StatusOr<std::string> Normalizer::Apply(std::string_view text) const {
         out = ToNfc(out);
         break;
       case NormalizerStep::Kind::kPrepend:
-        out.insert(0, step.content);
+        out = absl::StrCat(step.content, out);
         break;
       case NormalizerStep::Kind::kReplace:
         out = ReplaceAll(out, step.pattern, step.content);

@@ -23,14 +23,15 @@ absl::Status PreTokenizer::Split(std::string_view text, bool is_first, std::stri
   pieces.clear();
   if (text.empty()) return absl::OkStatus();
   if (adds_prefix_space && !text.starts_with(' ')) {
-    buffer.assign(" ").append(text);
+    buffer.assign(1, ' ').append(text);
     text = buffer;
   }
   if (metaspace) {
-    std::string replaced = ReplaceAll(text, " ", kMetaspace);
     const bool prepends = metaspace->prepend == Metaspace::Prepend::kAlways ||
                           (metaspace->prepend == Metaspace::Prepend::kFirst && is_first);
-    if (prepends && !replaced.starts_with(kMetaspace)) replaced.insert(0, kMetaspace);
+    std::string replaced;
+    if (prepends && !text.starts_with(' ') && !text.starts_with(kMetaspace)) replaced = kMetaspace;
+    replaced += ReplaceAll(text, " ", kMetaspace);
     buffer = std::move(replaced);
     text = buffer;
   }

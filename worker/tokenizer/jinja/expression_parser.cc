@@ -216,7 +216,8 @@ ExpressionParser::Result ExpressionParser::ParsePrimary() {
 
 ExpressionParser::Result ExpressionParser::ParseNameOrConstant() {
   ExpressionPtr expression = Make(Kind::kConstant);
-  const std::string name = tokens_.Take().text;
+  const Token token = tokens_.Take();
+  const std::string_view name = token.text;
   if (name == "true" || name == "True") {
     expression->constant = Value(true);
   } else if (name == "false" || name == "False") {
@@ -225,7 +226,7 @@ ExpressionParser::Result ExpressionParser::ParseNameOrConstant() {
     expression->constant = Value(None{});
   } else {
     expression->kind = Kind::kName;
-    expression->name = name;
+    expression->name = token.text;
     uses_loop_ |= name == "loop";
   }
   return expression;

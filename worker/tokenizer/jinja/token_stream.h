@@ -48,7 +48,8 @@ class TokenStream {
     return absl::OkStatus();
   }
   absl::Status ExpectOperator(std::string_view op) {
-    return TakeOperator(op) ? absl::OkStatus() : Unexpected("'" + std::string(op) + "'");
+    return TakeOperator(op) ? absl::OkStatus()
+                            : Unexpected(absl::StrCat("'", std::string(op), "'"));
   }
   absl::StatusOr<std::string> ExpectName() {
     if (!Is(Token::Kind::kName)) return Unexpected("a name");
@@ -56,10 +57,11 @@ class TokenStream {
   }
 
   absl::Status Unexpected(std::string_view expected) const {
-    const std::string found = Is(Token::Kind::kEnd)         ? "the end of the template"
-                              : Is(Token::Kind::kBlockEnd)  ? "'%}'"
-                              : Is(Token::Kind::kOutputEnd) ? "'}}'"
-                                                            : "'" + current().text + "'";
+    const std::string found = Is(Token::Kind::kEnd)        ? "the end of the template"
+                              : Is(Token::Kind::kBlockEnd) ? "'%}'"
+                              : Is(Token::Kind::kOutputEnd)
+                                  ? "'}}'"
+                                  : absl::StrCat("'", current().text, "'");
     return SyntaxError(line(), absl::StrCat("expected ", std::string(expected), ", found ", found));
   }
 
