@@ -75,7 +75,7 @@ function(walsh_test)
   add_test(NAME ${ARG_NAME} COMMAND ${ARG_NAME})
   set_tests_properties(${ARG_NAME} PROPERTIES
     LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT}
-    ENVIRONMENT "WALSH_BIN_DIR=${CMAKE_BINARY_DIR}/bin;WALSH_SOURCE_DIR=${CMAKE_SOURCE_DIR};${ARG_ENVIRONMENT}")
+    ENVIRONMENT "GTEST_BRIEF=1;WALSH_BIN_DIR=${CMAKE_BINARY_DIR}/bin;WALSH_SOURCE_DIR=${CMAKE_SOURCE_DIR};${ARG_ENVIRONMENT}")
 endfunction()
 
 # walsh_bench(NAME matmul_bench SRCS matmul_bench.cc DEPS walsh::kernels)

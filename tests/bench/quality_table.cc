@@ -5,12 +5,14 @@
 //
 // Runs the whole pipeline in this process for each combination and evaluates the artifact that it
 // wrote. All see the same windows, so differences are paired: Δ is the mean over windows of the
-// difference of their losses in nats per token, ± its standard error. Prints Markdown.
+// difference of their losses in nats per token, ± its standard error. Prints Markdown, each row
+// when it is known; name `none` first, since the rows after it are compared with it.
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -127,24 +129,36 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
   return row;
 }
 
-void Print(const std::vector<Row>& rows, const std::vector<double>& baseline) {
+void PrintHeading(const Flags& flags, const Row& first, const calibrate::TokenWindows& windows,
+                  const std::vector<double>& baseline) {
+  const pipeline::JobReport& report = first.report;
+  std::printf(
+      "Source %s; %s, group %ld; calibrated on %ld windows of %ld tokens, fingerprint "
+      "%.12s; evaluated on %ld windows of %ld tokens; kernels %s; %d threads.\n\n",
+      report.source_format.c_str(), flags.method.c_str(), static_cast<long>(report.group_size),
+      static_cast<long>(report.calibration_windows),
+      static_cast<long>(report.calibration_tokens / report.calibration_windows),
+      report.calibration_fingerprint.c_str(), static_cast<long>(windows.count()),
+      static_cast<long>(windows.length), kernels::DescribeCpuBackend().c_str(), flags.threads);
   std::printf(
       "| bits | rotation | bits a weight | perplexity | Δ to the original, nat | Δ to none, "
       "nat | E, geometric mean | seconds |\n|---|---|---|---|---|---|---|---|\n");
   std::printf("| 16 | – | 16 | %.3f | – | – | – | – |\n", Perplexity(baseline));
-  for (const Row& row : rows) {
-    const Paired to_baseline = Difference(row.losses, baseline);
-    std::string to_none = "–";
-    for (const Row& other : rows) {
-      if (other.bits != row.bits || other.rotation != "none" || row.rotation == "none") continue;
-      const Paired d = Difference(row.losses, other.losses);
-      to_none = absl::StrFormat("%+.4f ± %.4f", d.mean, d.standard_error);
-    }
-    std::printf("| %d | %s | %.3f | %.3f | %+.4f ± %.4f | %s | %.5f | %.0f |\n", row.bits,
-                row.rotation.c_str(), row.report.bits_per_weight, Perplexity(row.losses),
-                to_baseline.mean, to_baseline.standard_error, to_none.c_str(), row.error,
-                row.seconds);
+}
+
+// `none` is the row without rotation of the same bits, or null.
+void PrintRow(const Row& row, const std::vector<double>& baseline, const Row* none) {
+  const Paired to_baseline = Difference(row.losses, baseline);
+  std::string to_none = "–";
+  if (none != nullptr) {
+    const Paired d = Difference(row.losses, none->losses);
+    to_none = absl::StrFormat("%+.4f ± %.4f", d.mean, d.standard_error);
   }
+  std::printf("| %d | %s | %.3f | %.3f | %+.4f ± %.4f | %s | %.5f | %.0f |\n", row.bits,
+              row.rotation.c_str(), row.report.bits_per_weight, Perplexity(row.losses),
+              to_baseline.mean, to_baseline.standard_error, to_none.c_str(), row.error,
+              row.seconds);
+  std::fflush(stdout);  // a run that is cut off keeps what it has
 }
 
 absl::Status Run(const Flags& flags) {
@@ -160,23 +174,17 @@ absl::Status Run(const Flags& flags) {
   std::fprintf(stderr, "original: perplexity %.4f on %ld windows of %ld tokens\n",
                baseline.Perplexity(), static_cast<long>(windows.count()),
                static_cast<long>(windows.length));
-  std::vector<Row> rows;
+  bool has_heading = false;
   for (int bits : flags.bits) {
+    std::optional<Row> none;
     for (const std::string& rotation : flags.rotations) {
       WALSH_ASSIGN_OR_RETURN(Row row, RunOne(flags, bits, rotation, windows, pool));
-      rows.push_back(std::move(row));
+      if (!has_heading) PrintHeading(flags, row, windows, baseline.losses);
+      has_heading = true;
+      PrintRow(row, baseline.losses, none ? &*none : nullptr);
+      if (rotation == "none") none = std::move(row);
     }
   }
-  const pipeline::JobReport& report = rows.front().report;
-  std::printf(
-      "Source %s; %s, group %ld; calibrated on %ld windows of %ld tokens, fingerprint "
-      "%.12s; evaluated on %ld windows of %ld tokens; kernels %s; %d threads.\n\n",
-      report.source_format.c_str(), flags.method.c_str(), static_cast<long>(report.group_size),
-      static_cast<long>(report.calibration_windows),
-      static_cast<long>(report.calibration_tokens / report.calibration_windows),
-      report.calibration_fingerprint.c_str(), static_cast<long>(windows.count()),
-      static_cast<long>(windows.length), kernels::DescribeCpuBackend().c_str(), flags.threads);
-  Print(rows, baseline.losses);
   return absl::OkStatus();
 }
 
