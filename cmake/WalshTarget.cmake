@@ -79,6 +79,7 @@ function(walsh_test)
 endfunction()
 
 # walsh_bench(NAME matmul_bench SRCS matmul_bench.cc DEPS walsh::kernels)
+# The target benches builds all of them.
 function(walsh_bench)
   cmake_parse_arguments(ARG "" "NAME" "SRCS;DEPS" ${ARGN})
   if(NOT WALSH_BUILD_BENCH)
@@ -88,4 +89,8 @@ function(walsh_bench)
   target_link_libraries(${ARG_NAME} PRIVATE walsh_flags ${ARG_DEPS} benchmark::benchmark)
   set_target_properties(${ARG_NAME} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bench)
+  if(NOT TARGET benches)
+    add_custom_target(benches)
+  endif()
+  add_dependencies(benches ${ARG_NAME})
 endfunction()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make_bundle.sh BUILD OUT: the binaries of a build folder with every library that they need but
-# glibc's, in a folder that runs wherever glibc is at least as new as here.
+# glibc's, in a folder that runs wherever glibc is at least as new as here, and OUT.tar.gz to carry.
 #
 # CUDA's libraries are never inside (cuBLASLt alone is 500 MB): cudart is linked statically, the rest and
 # the driver are the machine's, and run-gpu-tests.sh finds them.
@@ -60,7 +60,11 @@ for file in "$moved"/walsh/bin/* "$moved"/walsh/lib/*; do
 done
 env -i "$moved/walsh/bin/gpu_test" --gtest_brief=1 > /dev/null || die "gpu_test does not start when moved"
 
-n_bytes=$(du -sb "$out" | cut -f1)
-printf '%s: %d programs, %d libraries, %d MiB\n' "$out" "$(find "$out/bin" -type f | wc -l)" \
-  "$(find "$out/lib" -type f | wc -l)" $((n_bytes >> 20))
-((n_bytes <= bytes_max)) || die "$n_bytes bytes, at most $bytes_max"
+# What is carried to a GPU machine is the archive: OpenBLAS with its kernels for every processor has
+# 37 MB unpacked, more than half of what may travel.
+tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"
+n_bytes=$(stat -c %s "$out.tar.gz")
+printf '%s: %d programs, %d libraries, %d MiB; %s: %d MiB\n' "$out" \
+  "$(find "$out/bin" -type f | wc -l)" "$(find "$out/lib" -type f | wc -l)" \
+  $(($(du -sb "$out" | cut -f1) >> 20)) "$out.tar.gz" $((n_bytes >> 20))
+((n_bytes <= bytes_max)) || die "$out.tar.gz has $n_bytes bytes, at most $bytes_max"
