@@ -180,7 +180,10 @@ std::string ToRepr(const Value& value) {
     }
     return out + "}";
   }
-  return "<" + std::string(value.TypeName()) + ">";
+  // In steps: GCC 12 warns of "<" + … + ">" at -O3.
+  std::string out(1, '<');
+  out.append(value.TypeName());
+  return out += '>';
 }
 
 }  // namespace walsh::jinja
