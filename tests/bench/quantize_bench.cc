@@ -1,20 +1,43 @@
 // Quantization time over the time of the float forward passes that it cannot avoid.
 //
-//   quantize_bench MODEL --calibration FILE --windows 32 --length 512 --threads 2
+//   quantize_bench [MODEL] --calibration FILE --windows 32 --length 512 --threads 2
 //
 // Both are taken from one run of the whole job without evaluation: reading, rotating with the
 // equivalence gate, Hessians, GPTQ with clip search, packing and writing count as quantization; the
-// forward passes are those inside CALIBRATING.
+// forward passes are those inside CALIBRATING. Without a calibration file the model writes the text
+// itself, and the time of that does not count. --output keeps the artifact.
+#include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <string>
 
 #include "common/command_line.h"
-#include "worker/kernels/kernels.h"
+#include "tests/bench/inputs.h"
+#include "worker/kernels/thread_pool.h"
 #include "worker/pipeline/quantize_job.h"
 
 namespace walsh::bench {
 namespace {
+
+// Seconds that the job spends on writing its own calibration text: between entering CALIBRATING
+// before the first layer and the next change of stage or layer.
+class OwnTextTimer {
+ public:
+  absl::Status Observe(const pipeline::JobProgress& progress) {
+    const auto now = std::chrono::steady_clock::now();
+    const bool is_writing = progress.stage == pipeline::Stage::kCalibrating && progress.layer < 0;
+    if (was_writing_) seconds_ += std::chrono::duration<double>(now - last_).count();
+    was_writing_ = is_writing;
+    last_ = now;
+    return absl::OkStatus();
+  }
+  double seconds() const { return seconds_; }
+
+ private:
+  bool was_writing_ = false;
+  std::chrono::steady_clock::time_point last_;
+  double seconds_ = 0;
+};
 
 int Main(int argc, char** argv) {
   pipeline::JobSpec spec;
@@ -24,38 +47,50 @@ int Main(int argc, char** argv) {
   spec.n_calibration_windows = 32;
   spec.sequence_length = 512;
   spec.evaluate = false;
-  int threads = 2;
+  spec.source_path = FindSource();
+  int threads = DefaultThreads();
+  std::string output;
   std::string work_directory = std::filesystem::temp_directory_path().string();
   CLI::App app("Quantization time over forward time");
-  app.add_option("model", spec.source_path, "HF directory or .gguf file")->required();
-  app.add_option("--calibration", spec.calibration_path, "Calibration text")->required();
+  app.add_option("model", spec.source_path, "HF directory or .gguf file");
+  app.add_option("--calibration", spec.calibration_path, "Calibration text");
   app.add_option("--windows", spec.n_calibration_windows);
   app.add_option("--length", spec.sequence_length);
   app.add_option("--bits", spec.quantizer.bits);
   app.add_option("--group", spec.quantizer.group_size);
   app.add_option("--threads", threads);
   app.add_option("--work-dir", work_directory);
+  app.add_option("--output", output, "Keep the artifact as this directory, which must not exist");
   if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
+  if (spec.source_path.empty()) {
+    std::printf("skipped: no model; name one, or use ./run fetch-model\n");
+    return kExitOk;
+  }
 
-  spec.output_directory = work_directory + "/walsh-quantize-bench";
+  spec.output_directory = output.empty() ? work_directory + "/walsh-quantize-bench" : output;
   ThreadPool pool(threads);
-  const auto report = pipeline::RunJob(spec, pool, {});
-  std::filesystem::remove_all(spec.output_directory);
+  OwnTextTimer own_text;
+  std::printf("load at the start: %s\n", DescribeLoad().c_str());
+  const auto report = pipeline::RunJob(spec, pool, [&](const pipeline::JobProgress& progress) {
+    return own_text.Observe(progress);
+  });
+  if (output.empty()) std::filesystem::remove_all(spec.output_directory);
   if (!report.ok()) {
     std::fprintf(stderr, "%s\n", report.status().ToString().c_str());
     return kExitFailed;
   }
-  double total = 0;
+  double total = -own_text.seconds();
   for (int stage = 0; stage < pipeline::kStages; ++stage) {
     std::printf("%-12s %8.2f s\n", pipeline::StageName(static_cast<pipeline::Stage>(stage)),
                 report->stage_seconds[stage]);
     total += report->stage_seconds[stage];
   }
+  std::printf("own text     %8.2f s, not in the total\n", own_text.seconds());
   std::printf("total        %8.2f s\nforward      %8.2f s\nratio        %8.2f\n", total,
               report->forward_seconds, total / report->forward_seconds);
-  std::printf("peak memory  %8.1f MiB\nkernels      %s, %d threads\n",
+  std::printf("peak memory  %8.1f MiB\n%s\nload at the end: %s\n",
               static_cast<double>(report->peak_memory_bytes) / (1 << 20),
-              kernels::DescribeCpuBackend().c_str(), threads);
+              DescribeRun(threads).c_str(), DescribeLoad().c_str());
   return kExitOk;
 }
 

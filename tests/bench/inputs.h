@@ -1,0 +1,23 @@
+// What the benchmarks run on when their command line names nothing, and on what machine they ran.
+#pragma once
+
+#include <string>
+
+namespace walsh::bench {
+
+// SmolLM2-135M-Instruct.Q4_1.gguf: $WALSH_SMOLLM2, else where `./run fetch-model` puts it; empty
+// when it is not there.
+std::string FindSource();
+// The artifact to serve: $WALSH_BENCH_MODEL, else the one that `./run bench` makes in the cache
+// folder; empty when it is not there.
+std::string FindArtifact();
+
+// $WALSH_BENCH_THREADS, else what the machine grants.
+int DefaultThreads();
+
+// A line about the machine, the build and the load: what a figure is worth nothing without.
+std::string DescribeRun(int n_threads);
+// Other processes' doing shows here: runnable threads on average over the last minute.
+std::string DescribeLoad();
+
+}  // namespace walsh::bench
