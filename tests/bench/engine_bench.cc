@@ -23,6 +23,7 @@
 #include "common/command_line.h"
 #include "common/status_macros.h"
 #include "tests/bench/bandwidth.h"
+#include "tests/bench/conditions.h"
 #include "tests/bench/generation.h"
 #include "tests/bench/inputs.h"
 #include "worker/engine/engine.h"
@@ -147,9 +148,10 @@ class EngineBench {
 };
 
 absl::Status Run(const Flags& flags) {
-  std::printf("%s\nload at the start: %s\n%d rounds, prompts of %d tokens, %d new tokens, %s\n",
-              DescribeRun(flags.threads).c_str(), DescribeLoad().c_str(), flags.rounds,
-              static_cast<int>(flags.prompt), flags.tokens, flags.artifact.c_str());
+  const OtherLoad others;
+  std::printf("%s\n%d rounds, prompts of %d tokens, %d new tokens, %s\n",
+              DescribeRun(flags.threads).c_str(), flags.rounds, static_cast<int>(flags.prompt),
+              flags.tokens, flags.artifact.c_str());
   WALSH_ASSIGN_OR_RETURN(
       std::shared_ptr<engine::LoadedModel> model,
       engine::LoadedModel::LoadArtifact(flags.artifact, {.n_threads = flags.threads}));
@@ -158,7 +160,7 @@ absl::Status Run(const Flags& flags) {
       engine::Engine::Create(model, {.model_name = "bench", .n_threads = flags.threads},
                              Clock::Real()));
   WALSH_RETURN_IF_ERROR(EngineBench(flags, std::move(model), std::move(engine)).Run());
-  std::printf("load at the end: %s\n", DescribeLoad().c_str());
+  std::printf("other processes took %.0f %% of the CPUs meanwhile\n", 100 * others.Share());
   return absl::OkStatus();
 }
 

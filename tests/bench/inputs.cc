@@ -2,12 +2,7 @@
 
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 
-#include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "common/version.h"
-#include "worker/kernels/kernels.h"
 #include "worker/kernels/thread_pool.h"
 
 namespace walsh::bench {
@@ -26,19 +21,11 @@ std::string CacheDir() {
 }
 
 std::string FirstOf(const char* variable, const std::string& in_cache) {
-  const std::string named = Env(variable);
-  const std::string path = named.empty() ? CacheDir() + "/" + in_cache : named;
+  // A wrong name is an error for whoever opens it, not a reason to skip.
+  if (const std::string named = Env(variable); !named.empty()) return named;
+  const std::string path = CacheDir() + "/" + in_cache;
   std::error_code error;
   return std::filesystem::exists(path, error) ? path : "";
-}
-
-std::string CpuName() {
-  std::ifstream cpuinfo("/proc/cpuinfo");
-  for (std::string line; std::getline(cpuinfo, line);) {
-    const size_t colon = line.find(": ");
-    if (line.starts_with("model name") && colon != std::string::npos) return line.substr(colon + 2);
-  }
-  return "unknown CPU";
 }
 
 }  // namespace
@@ -52,17 +39,6 @@ std::string FindArtifact() { return FirstOf("WALSH_BENCH_MODEL", "bench-smollm2-
 int DefaultThreads() {
   const std::string text = Env("WALSH_BENCH_THREADS");
   return text.empty() ? ThreadPool::HardwareThreads() : std::atoi(text.c_str());
-}
-
-std::string DescribeRun(int n_threads) {
-  return absl::StrCat(CpuName(), ", ", ThreadPool::HardwareThreads(), " CPUs; ", n_threads,
-                      " threads, ", kernels::DescribeCpuBackend(), "; revision ",
-                      std::string(Revision()));
-}
-
-std::string DescribeLoad() {
-  double averages[1] = {};
-  return getloadavg(averages, 1) == 1 ? absl::StrFormat("%.2f", averages[0]) : "unknown";
 }
 
 }  // namespace walsh::bench

@@ -1,4 +1,4 @@
-// What the benchmarks run on when their command line names nothing, and on what machine they ran.
+// What the benchmarks run on when their command line names nothing.
 #pragma once
 
 #include <string>
@@ -14,10 +14,5 @@ std::string FindArtifact();
 
 // $WALSH_BENCH_THREADS, else what the machine grants.
 int DefaultThreads();
-
-// A line about the machine, the build and the load: what a figure is worth nothing without.
-std::string DescribeRun(int n_threads);
-// Other processes' doing shows here: runnable threads on average over the last minute.
-std::string DescribeLoad();
 
 }  // namespace walsh::bench

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "common/command_line.h"
+#include "tests/bench/conditions.h"
 #include "tests/bench/inputs.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/pipeline/quantize_job.h"
@@ -70,7 +71,7 @@ int Main(int argc, char** argv) {
   spec.output_directory = output.empty() ? work_directory + "/walsh-quantize-bench" : output;
   ThreadPool pool(threads);
   OwnTextTimer own_text;
-  std::printf("load at the start: %s\n", DescribeLoad().c_str());
+  const OtherLoad others;
   const auto report = pipeline::RunJob(spec, pool, [&](const pipeline::JobProgress& progress) {
     return own_text.Observe(progress);
   });
@@ -88,9 +89,9 @@ int Main(int argc, char** argv) {
   std::printf("own text     %8.2f s, not in the total\n", own_text.seconds());
   std::printf("total        %8.2f s\nforward      %8.2f s\nratio        %8.2f\n", total,
               report->forward_seconds, total / report->forward_seconds);
-  std::printf("peak memory  %8.1f MiB\n%s\nload at the end: %s\n",
+  std::printf("peak memory  %8.1f MiB\n%s\nother processes took %.0f %% of the CPUs meanwhile\n",
               static_cast<double>(report->peak_memory_bytes) / (1 << 20),
-              DescribeRun(threads).c_str(), DescribeLoad().c_str());
+              DescribeRun(threads).c_str(), 100 * others.Share());
   return kExitOk;
 }
 
