@@ -29,7 +29,10 @@ constexpr double kWorkPerWeightRead = 150;
 constexpr double kWorkPerByteHashed = 30;
 constexpr double kGenerationPenalty = 3;
 
-// Largest resident size of the process so far; 0 where /proc does not tell.
+// Starts the kernel's count of the process's peak anew, where it allows that (containers may not).
+void ResetPeakMemory() { std::ofstream("/proc/self/clear_refs") << 5; }
+
+// Largest resident size of the process since then, or since its start; 0 where /proc does not tell.
 int64_t PeakMemoryBytes() {
   std::ifstream status("/proc/self/status");
   std::string key;
@@ -64,6 +67,7 @@ class Job {
       : spec_(spec), pool_(pool), progress_(observer), output_(spec.output_directory) {}
 
   absl::StatusOr<JobReport> Run() {
+    ResetPeakMemory();
     WALSH_RETURN_IF_ERROR(Validate());
     WALSH_RETURN_IF_ERROR(Load());
     RotatedSource rotated(*checkpoint_, job_.r1, job_.r2, pool_);

@@ -88,6 +88,8 @@ struct JobReport {
   std::string calibration_fingerprint;
   int64_t group_size = 0;      // resolved; −1 per channel
   int64_t rotation_block = 0;  // resolved; 0 for none and global
+  // Of the whole process while the job ran (since its start, where the kernel does not let it count
+  // anew); 0 where it cannot be told.
   int64_t peak_memory_bytes = 0;
   std::vector<std::string> warnings;
 };

@@ -2,10 +2,11 @@
 
 #include <sys/mman.h>
 
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <new>
+#include <utility>
+
+#include "worker/tensor/mapped_memory.h"
 
 namespace walsh::kernels::cpu {
 namespace {
@@ -20,11 +21,12 @@ size_t RoundUp(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 // `size` is a multiple of the huge page's.
 std::shared_ptr<uint8_t> NewRegion(size_t size) {
-  auto* data = static_cast<uint8_t*>(std::aligned_alloc(kHugePageBytes, size));
-  if (data == nullptr) throw std::bad_alloc();
+  MappedMemory memory = MappedMemory::Create(size, kHugePageBytes);
+  if (memory.empty()) throw std::bad_alloc();
   // A kernel without huge pages refuses, and nothing but speed is lost.
-  madvise(data, size, MADV_HUGEPAGE);
-  return {data, std::free};
+  madvise(memory.data(), memory.size(), MADV_HUGEPAGE);
+  const auto owner = std::make_shared<MappedMemory>(std::move(memory));
+  return {owner, owner->data()};
 }
 
 // The region that is being filled.
@@ -54,7 +56,6 @@ AlignedBytes::AlignedBytes(size_t size) : size_(size) {
   if (size == 0) return;
   data_ = size <= kSharedBytesMax ? arena.Cut(RoundUp(size, kAlign))
                                   : NewRegion(RoundUp(size, kHugePageBytes));
-  std::memset(data_.get(), 0, size);
 }
 
 }  // namespace walsh::kernels::cpu
