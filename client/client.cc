@@ -88,9 +88,9 @@ absl::Status Client::Retry(const Attempt& attempt, absl::Duration timeout,
     SetDeadline(context, deadline);
     grpc::Status result;
     {
-      ConnectionPool::Lease connection = pool_.Acquire();
+      const auto connection = pool_.Acquire();
       Cancellation::Call call(cancellation, &context);
-      result = attempt(*connection.operator->(), &context);
+      result = attempt(*connection, &context);
     }
     absl::Status status = ToStatus(result);
     if (status.ok() || status.code() != absl::StatusCode::kUnavailable) return status;
@@ -102,14 +102,15 @@ absl::Status Client::Retry(const Attempt& attempt, absl::Duration timeout,
   }
 }
 
-absl::Status Client::RetryDelete(const Attempt& attempt, absl::Duration timeout) {
+absl::Status Client::RetryDelete(const Attempt& attempt, absl::Duration timeout,
+                                 Cancellation* cancellation) {
   int n_attempts = 0;
   const absl::Status status = Retry(
       [&](Connection& connection, grpc::ClientContext* context) {
         ++n_attempts;
         return attempt(connection, context);
       },
-      timeout, nullptr);
+      timeout, cancellation);
   // An attempt whose answer was lost may have deleted it.
   return n_attempts > 1 && absl::IsNotFound(status) ? absl::OkStatus() : status;
 }
@@ -195,7 +196,7 @@ absl::Status Client::WatchOnce(const std::string& name, const WatchObserver& obs
   request.set_name(FullJobName(name));
   request.set_after_sequence(*last_sequence);
   grpc::ClientContext context;
-  ConnectionPool::Lease connection = pool_.Acquire();
+  const auto connection = pool_.Acquire();
   Cancellation::Call call(cancellation, &context);
   StreamWatchdog watchdog(&context, options_.watch_silence_max);
   const auto reader = connection->quantization->WatchQuantizationJob(&context, request);
@@ -300,7 +301,7 @@ absl::StatusOr<v1::Model> Client::UnloadModel(const std::string& name, Cancellat
                cancellation);
 }
 
-absl::Status Client::DeleteModel(const std::string& name, bool force) {
+absl::Status Client::DeleteModel(const std::string& name, bool force, Cancellation* cancellation) {
   v1::DeleteModelRequest request;
   request.set_name(FullModelName(name));
   request.set_force(force);
@@ -309,7 +310,7 @@ absl::Status Client::DeleteModel(const std::string& name, bool force) {
         google::protobuf::Empty response;
         return connection.models->DeleteModel(context, request, &response);
       },
-      options_.load_timeout);
+      options_.load_timeout, cancellation);
 }
 
 absl::StatusOr<v1::ListWorkersResponse> Client::ListWorkers() {
@@ -381,7 +382,7 @@ absl::Status Client::CheckHealth(const std::string& service, absl::Duration time
   grpc::health::v1::HealthCheckResponse response;
   grpc::ClientContext context;
   SetDeadline(context, absl::Now() + timeout);
-  ConnectionPool::Lease connection = pool_.Acquire();
+  const auto connection = pool_.Acquire();
   const auto stub = grpc::health::v1::Health::NewStub(connection->channel);
   WALSH_RETURN_IF_ERROR(ToStatus(stub->Check(&context, request, &response)));
   if (response.status() != grpc::health::v1::HealthCheckResponse::SERVING) {

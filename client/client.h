@@ -19,8 +19,9 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "client/backoff.h"
-#include "client/cancellation.h"
-#include "client/connection_pool.h"
+#include "client/connection.h"
+#include "common/cancellation.h"
+#include "common/connection_pool.h"
 #include "common/limits.h"
 
 namespace walsh::client {
@@ -76,7 +77,8 @@ class Client {
                                       Cancellation* cancellation = nullptr);
   absl::StatusOr<v1::Model> UnloadModel(const std::string& name,
                                         Cancellation* cancellation = nullptr);
-  absl::Status DeleteModel(const std::string& name, bool force);
+  absl::Status DeleteModel(const std::string& name, bool force,
+                           Cancellation* cancellation = nullptr);
   absl::StatusOr<v1::ListWorkersResponse> ListWorkers();
 
   // -- Generation. Whole answers have no deadline unless `timeout` sets one.
@@ -112,7 +114,8 @@ class Client {
   absl::Status Retry(const Attempt& attempt, absl::Duration timeout, Cancellation* cancellation,
                      const std::function<bool()>& may_retry = nullptr);
   // The same for a deletion: what is gone at a second attempt was deleted by the first.
-  absl::Status RetryDelete(const Attempt& attempt, absl::Duration timeout);
+  absl::Status RetryDelete(const Attempt& attempt, absl::Duration timeout,
+                           Cancellation* cancellation = nullptr);
   template <typename Response, typename Service, typename Request>
   absl::StatusOr<Response> Unary(std::unique_ptr<Service> Connection::*stub,
                                  grpc::Status (Service::*method)(grpc::ClientContext*,
@@ -132,7 +135,7 @@ class Client {
   absl::Status ToStatus(const grpc::Status& status) const;
 
   const ClientOptions options_;
-  ConnectionPool pool_;
+  ConnectionPool<Connection> pool_;
 };
 
 // True for SUCCEEDED, FAILED and CANCELLED.

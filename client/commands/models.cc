@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "client/resource_name.h"
+#include "client/terminal/interrupts.h"
 #include "client/terminal/json_text.h"
 #include "client/terminal/quantities.h"
 #include "client/terminal/safe_text.h"
@@ -99,19 +100,37 @@ int RunGet(const ModelsFlags& flags, const GlobalFlags& global) {
   return PrintModel(client.GetModel(flags.name), global);
 }
 
-int RunLoad(const ModelsFlags& flags, const GlobalFlags& global) {
+// Moves a model while Ctrl-C can end the wait for it.
+absl::StatusOr<v1::Model> Move(const ModelsFlags& flags, const GlobalFlags& global,
+                               absl::StatusOr<v1::Model> (Client::*move)(const std::string&,
+                                                                         Cancellation*)) {
+  Interrupts interrupts;
   Client client(MakeClientOptions(global));
-  return PrintModel(client.LoadModel(flags.name), global);
+  Cancellation cancellation;
+  interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
+  absl::StatusOr<v1::Model> model = (client.*move)(flags.name, &cancellation);
+  if (absl::IsCancelled(model.status())) {
+    return absl::CancelledError(
+        absl::StrCat("interrupted; the worker ends what it has begun, `walsh models get ",
+                     ResourceId(flags.name), "` tells"));
+  }
+  return model;
+}
+
+int RunLoad(const ModelsFlags& flags, const GlobalFlags& global) {
+  return PrintModel(Move(flags, global, &Client::LoadModel), global);
 }
 
 int RunUnload(const ModelsFlags& flags, const GlobalFlags& global) {
-  Client client(MakeClientOptions(global));
-  return PrintModel(client.UnloadModel(flags.name), global);
+  return PrintModel(Move(flags, global, &Client::UnloadModel), global);
 }
 
 int RunDelete(const ModelsFlags& flags, const GlobalFlags& global) {
+  Interrupts interrupts;
   Client client(MakeClientOptions(global));
-  const absl::Status status = client.DeleteModel(flags.name, flags.force);
+  Cancellation cancellation;
+  interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
+  const absl::Status status = client.DeleteModel(flags.name, flags.force, &cancellation);
   return status.ok() ? kExitOk : Fail(status);
 }
 

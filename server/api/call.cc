@@ -24,6 +24,18 @@ std::string DrawRequestId() {
   return absl::StrCat("req-", absl::Hex(absl::Uniform<uint64_t>(random), absl::kZeroPad16));
 }
 
+// Deletes itself when gRPC is done with the call.
+class Reactor : public grpc::ServerUnaryReactor {
+ public:
+  explicit Reactor(std::shared_ptr<Cancellation> cancellation)
+      : cancellation_(std::move(cancellation)) {}
+  void OnCancel() override { cancellation_->Cancel(); }
+  void OnDone() override { delete this; }
+
+ private:
+  const std::shared_ptr<Cancellation> cancellation_;
+};
+
 absl::Status Overloaded() {
   absl::Status status = absl::ResourceExhaustedError("too many calls wait for the coordinator");
   SetErrorInfo(status, "OVERLOADED");
@@ -54,7 +66,10 @@ void LogEnd(const char* method, const std::string& request_id, const absl::Statu
 }
 
 Call::Call(grpc::CallbackServerContext* context, const char* method)
-    : method_(method), reactor_(context->DefaultReactor()), request_id_(EchoRequestId(context)) {}
+    : method_(method),
+      cancellation_(std::make_shared<Cancellation>()),
+      reactor_(new Reactor(cancellation_)),
+      request_id_(EchoRequestId(context)) {}
 
 void Call::Finish(const absl::Status& status) const {
   LogEnd(method_, request_id_, status);

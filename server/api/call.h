@@ -5,9 +5,11 @@
 #include <grpcpp/support/server_callback.h>
 
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
+#include "common/cancellation.h"
 #include "server/executor.h"
 
 namespace walsh::api {
@@ -21,6 +23,9 @@ class Call {
   // The client's x-request-id when it is fit to print, else one drawn here.
   const std::string& request_id() const { return request_id_; }
   grpc::ServerUnaryReactor* reactor() const { return reactor_; }
+  // Cancelled when the client has gone, when its deadline has passed and when the server stops:
+  // for the calls that this one makes to workers.
+  const std::shared_ptr<Cancellation>& cancellation() const { return cancellation_; }
 
   // Exactly once, from any thread.
   void Finish(const absl::Status& status) const;
@@ -33,7 +38,8 @@ class Call {
 
  private:
   const char* method_;
-  grpc::ServerUnaryReactor* reactor_;
+  std::shared_ptr<Cancellation> cancellation_;
+  grpc::ServerUnaryReactor* reactor_;  // gRPC's, until Finish
   std::string request_id_;
 };
 

@@ -88,7 +88,8 @@ void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequ
   ValidateJobRequest validate;
   *validate.mutable_job() = creation.job;
   core->clients->Get(*worker)->ValidateJob(
-      validate, fleet::kValidateTimeout, [creation](absl::StatusOr<ValidateJobResponse> validated) {
+      validate, fleet::kValidateTimeout, call.cancellation(),
+      [creation](absl::StatusOr<ValidateJobResponse> validated) {
         // Off gRPC's thread: the store may wait for the disk.
         creation.call.Run(creation.core->executor,
                           [creation, validated] { return OnValidated(creation, validated); });

@@ -43,8 +43,13 @@ void SetRequestId(const std::string& id, Request* request) {
 // A call on its way to a worker: counted there from now on, and alive until it ends.
 template <typename Request>
 struct Forwarded {
+  Forwarded(const Request& r, std::shared_ptr<fleet::WorkerClient> c)
+      : request(r), client(std::move(c)), connection(client->AcquireGeneration()) {}
+  auto* async() const { return connection->generation->async(); }
+
   Request request;
-  std::shared_ptr<fleet::WorkerClient> client;
+  const std::shared_ptr<fleet::WorkerClient> client;
+  const fleet::WorkerClient::GenerationPool::Lease connection;
 };
 
 // Checks, routes, counts; what the four kinds of calls have in common.
@@ -54,9 +59,7 @@ absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(Core* core, const Re
                                                             std::function<void()>* done) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
   WALSH_ASSIGN_OR_RETURN(const WorkerAddress worker, Route(*core, request.model()));
-  auto call = std::make_shared<Forwarded<Request>>();
-  call->request = request;
-  call->client = core->clients->Get(worker);
+  auto call = std::make_shared<Forwarded<Request>>(request, core->clients->Get(worker));
   SetRequestId(request_id, &call->request);
   core->registry->BeginRequest(worker.worker_id);
   *done = [core, id = worker.worker_id] { core->registry->EndRequest(id); };
@@ -80,7 +83,7 @@ grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Cor
   const auto start = [call = *forwarded, response, method](
                          grpc::ClientContext* client_context,
                          std::function<void(grpc::Status)> finished) {
-    (call->client->generation().async()->*method)(
+    (call->async()->*method)(
         client_context, &call->request, response,
         [call, finished = std::move(finished)](const grpc::Status& status) { finished(status); });
   };
@@ -100,7 +103,7 @@ fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* 
   }
   const auto start = [call = *forwarded, method](grpc::ClientContext* client_context,
                                                  fleet::StreamReader* reader) {
-    (call->client->generation().async()->*method)(client_context, &call->request, reader);
+    (call->async()->*method)(client_context, &call->request, reader);
   };
   core->streams.Begin();
   // `call` must outlive the worker's call, of which `done` is the end.

@@ -31,6 +31,11 @@ absl::Status NotHere(const std::string& id) {
   return status;
 }
 
+// Whether the worker goes on although nobody waits for its answer any more.
+bool StillLoads(const absl::Status& status) {
+  return absl::IsCancelled(status) || absl::IsDeadlineExceeded(status);
+}
+
 // What is done to one replica: starts a call to its worker.
 using Step = std::function<void(const WorkerAddress&, Done)>;
 
@@ -45,11 +50,11 @@ void ForEach(Core* core, std::shared_ptr<std::vector<Replica>> replicas, size_t 
 }
 
 void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
-                    absl::Duration timeout, const Done& done) {
+                    const MoveLimits& limits, const Done& done) {
   std::erase_if(replicas, [](const Replica& r) { return !fleet::IsLoaded(r.model.state()); });
   const Step unload = [=](const WorkerAddress& worker, const Done& unloaded) {
     core->registry->SetModelState(worker.worker_id, id, v1::Model::DRAINING);
-    core->clients->Get(worker)->UnloadModel(ModelName(id), timeout,
+    core->clients->Get(worker)->UnloadModel(ModelName(id), limits.timeout, limits.cancellation,
                                             [=](const absl::StatusOr<v1::Model>& model) {
                                               if (model.ok())
                                                 core->registry->SetModel(worker.worker_id, *model);
@@ -60,10 +65,11 @@ void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> repl
 }
 
 void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
-                    absl::Duration timeout, const Done& done) {
+                    const MoveLimits& limits, const Done& done) {
   const Step remove = [=](const WorkerAddress& worker, const Done& removed) {
     core->clients->Get(worker)->DeleteModel(
-        ModelName(id), timeout, [=](const absl::StatusOr<google::protobuf::Empty>& answer) {
+        ModelName(id), limits.timeout, limits.cancellation,
+        [=](const absl::StatusOr<google::protobuf::Empty>& answer) {
           // Workers may share a store: the first has deleted it for all.
           const bool is_gone = answer.ok() || absl::IsNotFound(answer.status());
           if (is_gone) core->registry->RemoveModel(worker.worker_id, id);
@@ -79,7 +85,7 @@ void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> repl
 
 }  // namespace
 
-void LoadModel(Core* core, const std::string& id, absl::Duration timeout, Done done) {
+void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
   if (!core->catalog->Knows(id)) return done(NotFound("model", id));
   const std::vector<Replica> replicas = core->registry->Replicas(id);
   const Replica* chosen = fleet::ChooseForLoad(replicas);
@@ -89,22 +95,24 @@ void LoadModel(Core* core, const std::string& id, absl::Duration timeout, Done d
   const v1::Model::State before = chosen->model.state();
   core->registry->SetModelState(worker.worker_id, id, v1::Model::LOADING);
   core->clients->Get(worker)->LoadModel(
-      ModelName(id), timeout, [=](const absl::StatusOr<v1::Model>& model) {
+      ModelName(id), limits.timeout, limits.cancellation,
+      [=](const absl::StatusOr<v1::Model>& model) {
         if (model.ok()) {
           core->registry->SetModel(worker.worker_id, *model);
-        } else {
+        } else if (!StillLoads(model.status())) {
           core->registry->SetModelState(worker.worker_id, id, before);
         }
         Continue(core, done, [=, status = model.status()] { done(status); });
       });
 }
 
-void UnloadModel(Core* core, const std::string& id, absl::Duration timeout, Done done) {
+void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
   if (!core->catalog->Knows(id)) return done(NotFound("model", id));
-  UnloadReplicas(core, id, core->registry->Replicas(id), timeout, done);
+  UnloadReplicas(core, id, core->registry->Replicas(id), limits, done);
 }
 
-void DeleteModel(Core* core, const std::string& id, bool force, absl::Duration timeout, Done done) {
+void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits& limits,
+                 Done done) {
   if (!core->catalog->Knows(id)) return done(NotFound("model", id));
   const std::vector<Replica> replicas = core->registry->Replicas(id);
   if (replicas.empty() && !force) {
@@ -122,9 +130,9 @@ void DeleteModel(Core* core, const std::string& id, bool force, absl::Duration t
     SetErrorInfo(status, "MODEL_LOADED");
     return done(status);
   }
-  UnloadReplicas(core, id, replicas, timeout, [=](const absl::Status& status) {
+  UnloadReplicas(core, id, replicas, limits, [=](const absl::Status& status) {
     if (!status.ok()) return done(status);
-    Continue(core, done, [=] { DeleteReplicas(core, id, replicas, timeout, done); });
+    Continue(core, done, [=] { DeleteReplicas(core, id, replicas, limits, done); });
   });
 }
 

@@ -1,28 +1,39 @@
 // Loading, unloading and deleting models on the workers that have them.
 //
-// Nothing here blocks; `done` is called once, on a thread that may wait for the disk.
+// Nothing here blocks; `done` is called once, on a thread that may wait for the disk. A cancelled
+// move no longer waits for the worker, which still ends what it has begun: its heartbeats tell.
 //
 // Errors:  NOT_FOUND an unknown model; UNAVAILABLE (NO_WORKER) no connected worker has it;
-//          FAILED_PRECONDITION deleting a loaded model without force; those of the worker.
+//          FAILED_PRECONDITION deleting a loaded model without force; CANCELLED; those of the
+//          worker.
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "common/cancellation.h"
 #include "server/api/core.h"
 
 namespace walsh::api {
 
 using Done = std::function<void(absl::Status)>;
 
+// How long a move may take, and what ends it early.
+struct MoveLimits {
+  absl::Duration timeout;  // of each call to a worker
+  std::shared_ptr<Cancellation> cancellation;
+};
+
 // Loads the model on one worker; OK at once where one has it READY.
-void LoadModel(Core* core, const std::string& id, absl::Duration timeout, Done done);
+void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done);
 // Unloads it on every worker.
-void UnloadModel(Core* core, const std::string& id, absl::Duration timeout, Done done);
+void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done);
 // Removes the artifact on every connected worker, then the record. With `force` it is unloaded
 // first, and a model that no connected worker has loses its record.
-void DeleteModel(Core* core, const std::string& id, bool force, absl::Duration timeout, Done done);
+void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits& limits,
+                 Done done);
 
 }  // namespace walsh::api

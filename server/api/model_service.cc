@@ -15,6 +15,11 @@ namespace {
 
 constexpr char kModelsQuery[] = "models";
 
+MoveLimits Limits(const grpc::CallbackServerContext& context, const Call& call) {
+  return {.timeout = fleet::WorkerTimeout(context.deadline(), fleet::kLoadTimeoutDefault),
+          .cancellation = call.cancellation()};
+}
+
 // Answers with the model as it is after a move.
 Done AnswerWithModel(Core* core, const Call& call, std::string id, v1::Model* response) {
   return [core, call, id = std::move(id), response](absl::Status status) {
@@ -67,11 +72,10 @@ grpc::ServerUnaryReactor* ModelServiceImpl::LoadModel(grpc::CallbackServerContex
   const Call call(context, "LoadModel");
   const absl::StatusOr<std::string> id = ParseModelName("name", request->name());
   if (!id.ok()) return call.FinishNow(id.status());
-  const absl::Duration timeout =
-      fleet::WorkerTimeout(context->deadline(), fleet::kLoadTimeoutDefault);
-  return call.RunAsync(core_->executor, [core = core_, call, id = *id, timeout, response] {
-    api::LoadModel(core, id, timeout, AnswerWithModel(core, call, id, response));
-  });
+  return call.RunAsync(
+      core_->executor, [core = core_, call, id = *id, limits = Limits(*context, call), response] {
+        api::LoadModel(core, id, limits, AnswerWithModel(core, call, id, response));
+      });
 }
 
 grpc::ServerUnaryReactor* ModelServiceImpl::UnloadModel(grpc::CallbackServerContext* context,
@@ -80,11 +84,10 @@ grpc::ServerUnaryReactor* ModelServiceImpl::UnloadModel(grpc::CallbackServerCont
   const Call call(context, "UnloadModel");
   const absl::StatusOr<std::string> id = ParseModelName("name", request->name());
   if (!id.ok()) return call.FinishNow(id.status());
-  const absl::Duration timeout =
-      fleet::WorkerTimeout(context->deadline(), fleet::kLoadTimeoutDefault);
-  return call.RunAsync(core_->executor, [core = core_, call, id = *id, timeout, response] {
-    api::UnloadModel(core, id, timeout, AnswerWithModel(core, call, id, response));
-  });
+  return call.RunAsync(
+      core_->executor, [core = core_, call, id = *id, limits = Limits(*context, call), response] {
+        api::UnloadModel(core, id, limits, AnswerWithModel(core, call, id, response));
+      });
 }
 
 grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModel(grpc::CallbackServerContext* context,
@@ -93,12 +96,11 @@ grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModel(grpc::CallbackServerCont
   const Call call(context, "DeleteModel");
   const absl::StatusOr<std::string> id = ParseModelName("name", request->name());
   if (!id.ok()) return call.FinishNow(id.status());
-  const absl::Duration timeout =
-      fleet::WorkerTimeout(context->deadline(), fleet::kLoadTimeoutDefault);
-  return call.RunAsync(core_->executor, [core = core_, call, id = *id, timeout, request] {
-    api::DeleteModel(core, id, request->force(), timeout,
-                     [call](const absl::Status& status) { call.Finish(status); });
-  });
+  return call.RunAsync(
+      core_->executor, [core = core_, call, id = *id, limits = Limits(*context, call), request] {
+        api::DeleteModel(core, id, request->force(), limits,
+                         [call](const absl::Status& status) { call.Finish(status); });
+      });
 }
 
 grpc::ServerUnaryReactor* ModelServiceImpl::ListWorkers(grpc::CallbackServerContext* context,

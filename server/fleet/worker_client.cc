@@ -2,18 +2,26 @@
 
 #include <grpcpp/client_context.h>
 
+#include <optional>
 #include <utility>
 
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
+#include "common/limits.h"
 
 namespace walsh::fleet {
 namespace {
+
+// Of a worker's connections; those from kFirstGenerationConnection on are opened as needed.
+constexpr int kHostConnection = 0;
+constexpr int kFirstGenerationConnection = 1;
 
 // Everything that a unary call needs until it is done.
 template <typename Request, typename Response>
 struct UnaryCall {
   grpc::ClientContext context;
+  std::shared_ptr<Cancellation> cancellation;
+  std::optional<Cancellation::Call> cancellable;  // while it runs
   Request request;
   Response response;
   WorkerClient::Callback<Response> done;
@@ -21,13 +29,16 @@ struct UnaryCall {
 
 template <typename Response, typename Method, typename Request>
 void Start(Method method, Request request, absl::Duration timeout,
-           WorkerClient::Callback<Response> done) {
+           WorkerClient::CancellationPtr cancellation, WorkerClient::Callback<Response> done) {
   auto* call = new UnaryCall<Request, Response>;
   call->request = std::move(request);
   call->done = std::move(done);
   call->context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+  call->cancellation = std::move(cancellation);
+  call->cancellable.emplace(call->cancellation.get(), &call->context);
   method(&call->context, &call->request, &call->response, [call](const grpc::Status& status) {
     const std::unique_ptr<UnaryCall<Request, Response>> owner(call);
+    owner->cancellable.reset();  // what follows `done` may be cancelled by the same object
     if (status.ok()) {
       owner->done(std::move(owner->response));
     } else {
@@ -57,33 +68,35 @@ absl::Status FromWorker(const grpc::Status& status) {
 }
 
 WorkerClient::WorkerClient(const std::string& address)
-    : channel_(MakeChannel(address)),
-      host_(internal_v1::ModelHostService::NewStub(channel_)),
-      generation_(v1::GenerationService::NewStub(channel_)) {}
+    : host_(internal_v1::ModelHostService::NewStub(MakeChannel(address, kHostConnection))),
+      generation_(address, limits::kConcurrentStreamsMax, kFirstGenerationConnection) {}
 
 void WorkerClient::ValidateJob(const internal_v1::ValidateJobRequest& request,
-                               absl::Duration timeout,
+                               absl::Duration timeout, CancellationPtr cancellation,
                                Callback<internal_v1::ValidateJobResponse> done) {
   const auto method = [this](auto&&... args) { host_->async()->ValidateJob(args...); };
-  Start<internal_v1::ValidateJobResponse>(method, request, timeout, std::move(done));
+  Start<internal_v1::ValidateJobResponse>(method, request, timeout, std::move(cancellation),
+                                          std::move(done));
 }
 
 void WorkerClient::LoadModel(const std::string& model, absl::Duration timeout,
-                             Callback<v1::Model> done) {
+                             CancellationPtr cancellation, Callback<v1::Model> done) {
   const auto method = [this](auto&&... args) { host_->async()->LoadModel(args...); };
-  Start<v1::Model>(method, HostRequest(model), timeout, std::move(done));
+  Start<v1::Model>(method, HostRequest(model), timeout, std::move(cancellation), std::move(done));
 }
 
 void WorkerClient::UnloadModel(const std::string& model, absl::Duration timeout,
-                               Callback<v1::Model> done) {
+                               CancellationPtr cancellation, Callback<v1::Model> done) {
   const auto method = [this](auto&&... args) { host_->async()->UnloadModel(args...); };
-  Start<v1::Model>(method, HostRequest(model), timeout, std::move(done));
+  Start<v1::Model>(method, HostRequest(model), timeout, std::move(cancellation), std::move(done));
 }
 
 void WorkerClient::DeleteModel(const std::string& model, absl::Duration timeout,
+                               CancellationPtr cancellation,
                                Callback<google::protobuf::Empty> done) {
   const auto method = [this](auto&&... args) { host_->async()->DeleteModel(args...); };
-  Start<google::protobuf::Empty>(method, HostRequest(model), timeout, std::move(done));
+  Start<google::protobuf::Empty>(method, HostRequest(model), timeout, std::move(cancellation),
+                                 std::move(done));
 }
 
 std::shared_ptr<WorkerClient> WorkerClients::Get(const WorkerAddress& worker) {

@@ -16,6 +16,8 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "common/cancellation.h"
+#include "common/connection_pool.h"
 #include "server/fleet/placement.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
 #include "walsh/v1/generation.grpc.pb.h"
@@ -27,30 +29,42 @@ namespace internal_v1 = walsh::internal::v1;
 // What a call to a worker ended with, fit for a client.
 absl::Status FromWorker(const grpc::Status& status);
 
+// Generation runs on connections of its own, as many as its calls need: a worker that is full says
+// so, and loading, unloading and validation never wait behind streams.
 class WorkerClient {
  public:
   explicit WorkerClient(const std::string& address);
 
   template <typename T>
   using Callback = std::function<void(absl::StatusOr<T>)>;
+  // What ends a call early, with CANCELLED; null: nothing but its timeout does.
+  using CancellationPtr = std::shared_ptr<Cancellation>;
 
   void ValidateJob(const internal_v1::ValidateJobRequest& request, absl::Duration timeout,
-                   Callback<internal_v1::ValidateJobResponse> done);
+                   CancellationPtr cancellation, Callback<internal_v1::ValidateJobResponse> done);
   // `model` is "models/{id}".
-  void LoadModel(const std::string& model, absl::Duration timeout, Callback<v1::Model> done);
-  void UnloadModel(const std::string& model, absl::Duration timeout, Callback<v1::Model> done);
-  void DeleteModel(const std::string& model, absl::Duration timeout,
+  void LoadModel(const std::string& model, absl::Duration timeout, CancellationPtr cancellation,
+                 Callback<v1::Model> done);
+  void UnloadModel(const std::string& model, absl::Duration timeout, CancellationPtr cancellation,
+                   Callback<v1::Model> done);
+  void DeleteModel(const std::string& model, absl::Duration timeout, CancellationPtr cancellation,
                    Callback<google::protobuf::Empty> done);
 
-  v1::GenerationService::Stub& generation() { return *generation_; }
+  struct GenerationStubs {
+    explicit GenerationStubs(const std::shared_ptr<grpc::Channel>& channel)
+        : generation(v1::GenerationService::NewStub(channel)) {}
+    const std::unique_ptr<v1::GenerationService::Stub> generation;
+  };
+  using GenerationPool = ConnectionPool<GenerationStubs>;
+  // A place for one call; the client must outlive it.
+  GenerationPool::Lease AcquireGeneration() { return generation_.Acquire(); }
 
  private:
-  const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<internal_v1::ModelHostService::Stub> host_;
-  const std::unique_ptr<v1::GenerationService::Stub> generation_;
+  GenerationPool generation_;
 };
 
-// One client, with its connection, for each address that is in use.
+// One client, with its connections, for each address that is in use.
 class WorkerClients {
  public:
   std::shared_ptr<WorkerClient> Get(const WorkerAddress& worker);

@@ -420,7 +420,7 @@ TEST_F(CoordinatorGenerationTest, FailedLoadKeepsItsReason) {
   const auto worker = NewWorkerWithModel("w1", "m");
   worker->SetModel("models/m", Model::UNLOADED);
   ASSERT_OK(worker->Heartbeat());
-  worker->on_load = [](const std::string&) {
+  worker->on_load = [](auto*, const std::string&) {
     absl::Status damaged = absl::DataLossError("model.safetensors: SHA-256 differs");
     SetErrorInfo(damaged, "ARTIFACT_DAMAGED");
     return ToGrpcStatus(damaged);
@@ -428,6 +428,54 @@ TEST_F(CoordinatorGenerationTest, FailedLoadKeepsItsReason) {
   const absl::Status status = Load("m").status();
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kDataLoss, HasSubstr("SHA-256")));
   EXPECT_EQ(ErrorReason(status), "ARTIFACT_DAMAGED");
+}
+
+// A worker whose loads end with their call only.
+class HangingLoadTest : public CoordinatorGenerationTest {
+ protected:
+  void SetUp() override {
+    CoordinatorGenerationTest::SetUp();
+    worker_ = NewWorkerWithModel("w1", "m");
+    worker_->SetModel("models/m", Model::UNLOADED);
+    ASSERT_OK(worker_->Heartbeat());
+    worker_->on_load = [this](grpc::ServerContext* context, const std::string&) {
+      is_loading_ = true;
+      is_cancelled_ = WaitUntil([&] { return context->IsCancelled(); });
+      return grpc::Status::CANCELLED;
+    };
+  }
+
+  std::unique_ptr<FakeWorker> worker_;
+  std::atomic<bool> is_loading_{false};
+  std::atomic<bool> is_cancelled_{false};
+};
+
+TEST_F(HangingLoadTest, CancelledLoadReachesTheWorker) {
+  v1::LoadModelRequest request;
+  request.set_name("m");
+  grpc::ClientContext context;
+  std::thread canceller([&] {
+    EXPECT_TRUE(WaitUntil([&] { return is_loading_.load(); }));
+    context.TryCancel();
+  });
+  Model model;
+  EXPECT_EQ(models_->LoadModel(&context, request, &model).error_code(),
+            grpc::StatusCode::CANCELLED);
+  canceller.join();
+  EXPECT_TRUE(WaitUntil([&] { return is_cancelled_.load(); }));
+  EXPECT_EQ(GetModel("m")->state(), Model::LOADING) << "until the worker says otherwise";
+}
+
+TEST_F(HangingLoadTest, StopDoesNotWaitForIt) {
+  absl::Status status;
+  std::thread loading([&] { status = Load("m").status(); });
+  EXPECT_TRUE(WaitUntil([&] { return is_loading_.load(); }));
+  const absl::Time start = absl::Now();
+  Stop(absl::Milliseconds(500));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10)) << "the load's deadline is 20 s";
+  loading.join();
+  EXPECT_FALSE(status.ok());
+  EXPECT_TRUE(WaitUntil([&] { return is_cancelled_.load(); }));
 }
 
 TEST_F(CoordinatorGenerationTest, ModelsSurviveTheirWorkerAndARestart) {

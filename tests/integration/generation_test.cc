@@ -303,7 +303,7 @@ TEST_F(GenerationTest, ACancelledStreamFreesItsSlot) {
   // Enough work that it can't end by itself while the test looks.
   v1::GenerateRequest request = Prompt("Once upon a time", 400);
   request.mutable_sampling()->set_ignore_eos(true);
-  client::Cancellation cancellation;
+  Cancellation cancellation;
   int n_deltas = 0;
   const absl::Status status = client().GenerateStream(
       request,

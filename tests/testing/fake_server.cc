@@ -55,6 +55,7 @@ struct FakeServer::State {
   std::vector<v1::Model> models;
   std::vector<v1::Worker> workers;
   int page_size_max = 1000;
+  bool hang_loads = false;
 
   std::vector<std::string> deltas = {"Hello", ", ", "world"};
   absl::Duration delta_pause;
@@ -238,6 +239,11 @@ class FakeServer::Models : public v1::ModelService::Service {
   grpc::Status LoadModel(grpc::ServerContext* context, const v1::LoadModelRequest* request,
                          v1::Model* response) override {
     FAKE_ENTER("LoadModel");
+    const auto hangs = [this] {
+      absl::MutexLock lock(&state_->mu);
+      return state_->hang_loads && !state_->stopping;
+    };
+    while (hangs() && !context->IsCancelled()) Pause(kPollInterval);
     return Find(request->name(), v1::Model::READY, response);
   }
 
@@ -508,6 +514,11 @@ void FakeServer::AddWorker(const v1::Worker& worker) {
 void FakeServer::SetPageSizeMax(int n) {
   absl::MutexLock lock(&state_->mu);
   state_->page_size_max = n;
+}
+
+void FakeServer::HangLoads() {
+  absl::MutexLock lock(&state_->mu);
+  state_->hang_loads = true;
 }
 
 void FakeServer::SetStream(std::vector<std::string> deltas, absl::Duration pause) {

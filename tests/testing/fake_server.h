@@ -57,6 +57,8 @@ class FakeServer {
   void AddModel(const v1::Model& model);
   void AddWorker(const v1::Worker& worker);
   void SetPageSizeMax(int n);
+  // Loads last until the client gives them up.
+  void HangLoads();
 
   // -- Generation
   // The deltas of every stream, and the pause before each.

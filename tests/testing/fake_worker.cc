@@ -45,10 +45,10 @@ class FakeWorker::Host : public internal_v1::ModelHostService::Service {
                            internal_v1::ValidateJobResponse* response) override {
     return worker_->on_validate ? worker_->on_validate(*request, response) : grpc::Status::OK;
   }
-  grpc::Status LoadModel(grpc::ServerContext*, const internal_v1::HostModelRequest* request,
+  grpc::Status LoadModel(grpc::ServerContext* context, const internal_v1::HostModelRequest* request,
                          v1::Model* response) override {
     if (worker_->on_load) {
-      const grpc::Status status = worker_->on_load(request->model());
+      const grpc::Status status = worker_->on_load(context, request->model());
       if (!status.ok()) return status;
     }
     return Change(request->model(), v1::Model::READY, response);

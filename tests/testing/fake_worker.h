@@ -37,7 +37,7 @@ class FakeWorker {
   std::function<grpc::Status(const walsh::internal::v1::ValidateJobRequest&,
                              walsh::internal::v1::ValidateJobResponse*)>
       on_validate;
-  std::function<grpc::Status(const std::string& model)> on_load;
+  std::function<grpc::Status(grpc::ServerContext*, const std::string& model)> on_load;
   std::function<grpc::Status(grpc::ServerContext*, const v1::GenerateRequest&,
                              v1::GenerateResponse*)>
       on_generate;

@@ -192,6 +192,16 @@ TEST(TerminalSessionTest, CtrlCInAChatStopsTheAnswerAndASecondLeaves) {
   EXPECT_EQ(session.ExitCodeOfChild(), 0);
 }
 
+TEST(TerminalSessionTest, CtrlCEndsTheWaitForALoad) {
+  FakeServer server;
+  server.HangLoads();
+  TerminalSession session(server, {"models", "load", "m"});
+  ASSERT_TRUE(WaitUntil([&] { return server.Calls("LoadModel") == 1; }));
+  session.Interrupt();
+  EXPECT_EQ(session.ExitCodeOfChild(), 1);
+  EXPECT_THAT(session.Screen(), HasSubstr("walsh models get m"));
+}
+
 TEST(TerminalSessionTest, AModelCannotMoveTheCursor) {
   FakeServer server;
   server.SetStream({"a\x1b[2Jb"}, absl::ZeroDuration());

@@ -1,7 +1,8 @@
-// Ends calls of the client library from another thread, for Ctrl-C.
+// Ends calls that this process makes from another thread: for Ctrl-C, and for a client that has
+// gone while the coordinator asks a worker in its name.
 //
-// One object serves one thing that a person waits for: it cancels the call that runs, wakes a pause
-// between two attempts, and makes later calls with it fail at once.
+// One object serves one thing that somebody waits for: it cancels the call that runs (one at a
+// time), wakes a pause between two attempts, and makes later calls with it fail at once.
 //
 // Threads: every method may be called from any thread; Cancel() must not be called from a signal
 //          handler (it locks).
@@ -12,7 +13,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 
-namespace walsh::client {
+namespace walsh {
 
 class Cancellation {
  public:
@@ -39,4 +40,4 @@ class Cancellation {
   grpc::ClientContext* context_ ABSL_GUARDED_BY(mu_) = nullptr;
 };
 
-}  // namespace walsh::client
+}  // namespace walsh

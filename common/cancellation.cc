@@ -1,6 +1,6 @@
-#include "client/cancellation.h"
+#include "common/cancellation.h"
 
-namespace walsh::client {
+namespace walsh {
 
 void Cancellation::Cancel() {
   absl::MutexLock lock(&mu_);
@@ -32,4 +32,4 @@ Cancellation::Call::~Call() {
   cancellation_->context_ = nullptr;
 }
 
-}  // namespace walsh::client
+}  // namespace walsh
