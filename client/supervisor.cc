@@ -144,6 +144,7 @@ absl::Status Supervisor::Spawn(Daemon& daemon) {
   RemoveEndpoints(options_.data_dir, daemon.name);
   SpawnOptions spawn;
   spawn.argv = &daemon == &coordinator_ ? CoordinatorArguments() : WorkerArguments();
+  if (!options_.config_path.empty()) spawn.environment["WALSH_CONFIG"] = options_.config_path;
   if (!options_.log_to_stderr) {
     const std::string log = LogPath(daemon.name);
     struct stat info;

@@ -29,8 +29,9 @@ struct SupervisorOptions {
   std::string data_dir;
   std::string device = "auto";
   std::vector<std::string> model_roots;
-  int port = 50051;   // public gRPC; 0 takes free ports for everything
-  int n_threads = 0;  // 0: the worker's default
+  std::string config_path;  // of a file that both daemons read, too; empty: none
+  int port = 50051;         // public gRPC; 0 takes free ports for everything
+  int n_threads = 0;        // 0: the worker's default
   bool log_to_stderr = false;
   absl::Duration ready_timeout = absl::Seconds(60);
   absl::Duration stop_timeout = absl::Seconds(40);  // of each daemon, then it is killed

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/config_keys.h"
 #include "common/version.h"
 
 namespace walsh {
@@ -82,6 +83,7 @@ class ConfigFile : public CLI::Config {
  private:
   void Add(const std::string& key, std::string value, std::vector<CLI::ConfigItem>& parsed) const {
     if (!AnySubcommandHas(*app_, "--" + key)) {
+      if (IsConfigKey(key)) return;  // a setting of another binary
       throw CLI::ConfigError("config file: unknown key '" + key + "'");
     }
     if (IsSetInEnvironment(key)) return;

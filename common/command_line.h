@@ -2,7 +2,8 @@
 //
 // A flag --max-num-seqs takes its value from the command line, else from WALSH_MAX_NUM_SEQS, else
 // from the line `max-num-seqs = 8` of the file named by --config or WALSH_CONFIG, else its default.
-// An unknown key in the file is an error that names it.
+// A key that is of another binary (common/config_keys.h) is left to that one; any other unknown key
+// is an error that names it.
 #pragma once
 
 #include <CLI/CLI.hpp>

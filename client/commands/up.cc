@@ -47,7 +47,7 @@ std::string Banner(const Supervisor& supervisor, const SupervisorOptions& option
       walsh, " chat NAME\n", "Ctrl-C stops the service; jobs go on when it is started again.\n");
 }
 
-int RunUp(const UpFlags& flags, const GlobalFlags& global) {
+int RunUp(const UpFlags& flags, const GlobalFlags& global, const std::string& config_path) {
   SupervisorOptions options;
   options.coordinator_binary = SiblingBinary("walsh-coordinator");
   options.worker_binary = SiblingBinary("walsh-worker");
@@ -57,6 +57,7 @@ int RunUp(const UpFlags& flags, const GlobalFlags& global) {
     options.model_roots.push_back(AbsolutePath(root));
   }
   if (options.model_roots.empty()) options.model_roots = {AbsolutePath("."), options.data_dir};
+  if (!config_path.empty()) options.config_path = AbsolutePath(config_path);
   options.port = flags.port;
   options.n_threads = flags.n_threads;
   options.log_to_stderr = flags.log_to_stderr;
@@ -89,8 +90,11 @@ void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
       ->check(CLI::PositiveNumber);
   command.add_flag("--log-to-stderr", flags->log_to_stderr,
                    "The daemons' logs on standard error instead of in the data folder");
-  command.callback(
-      [flags, &global, &chosen] { chosen = [flags, &global] { return RunUp(*flags, global); }; });
+  command.callback([flags, &app, &global, &chosen] {
+    const CLI::Option* config = app.get_config_ptr();
+    const std::string config_path = config == nullptr ? "" : config->as<std::string>();
+    chosen = [flags, &global, config_path] { return RunUp(*flags, global, config_path); };
+  });
 }
 
 }  // namespace walsh::client

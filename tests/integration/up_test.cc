@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 
+#include <map>
+
 #include "absl/strings/numbers.h"
 #include "common/publish.h"
 #include "tests/testing/service_fixture.h"
@@ -23,8 +25,10 @@ constexpr absl::Duration kPatience = absl::Seconds(60);
 
 class UpTest : public ::testing::Test {
  protected:
-  absl::StatusOr<client::ChildProcess> Up() const {
+  absl::StatusOr<client::ChildProcess> Up(
+      const std::map<std::string, std::string>& environment = {}) const {
     client::SpawnOptions spawn;
+    spawn.environment = environment;
     spawn.argv = {testing::BinaryPath("walsh"),
                   "up",
                   "--data-dir",
@@ -85,6 +89,21 @@ TEST_F(UpTest, IsReadyWhenItSaysSoAndStopsEverythingWhenAsked) {
   EXPECT_EQ(client::ExitCode(*status), 0) << Err();
   EXPECT_FALSE(IsAlive(coordinator));
   EXPECT_FALSE(IsAlive(worker));
+}
+
+// One file with settings of the command and of either daemon: each takes what is its own.
+TEST_F(UpTest, AConfigFileServesTheDaemonsToo) {
+  ASSERT_OK(PublishFile(dir_ / "walsh.conf",
+                        "log-format = json\nmax-num-seqs = 3\nmax-queued-jobs = 7\nlimit = 5\n"));
+  ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up({{"WALSH_CONFIG", dir_ / "walsh.conf"}}));
+  ASSERT_TRUE(WaitForBanner()) << Out() << Err();
+  for (const char* daemon : {"coordinator", "worker"}) {
+    const std::string log =
+        ReadFile(dir_ / ("data/log/" + std::string(daemon) + ".log"), 1 << 20).value_or("");
+    EXPECT_THAT(log, HasSubstr("\"level\":")) << daemon << " did not read log-format";
+  }
+  up.Signal(SIGTERM);
+  EXPECT_TRUE(up.Wait(kPatience).has_value());
 }
 
 TEST_F(UpTest, ASecondOneOnTheSameFolderIsRefused) {

@@ -132,6 +132,14 @@ TEST_F(CommandLineTest, TheFileSetsTheSubcommandThatRuns) {
   EXPECT_EQ(up.bits, 4);
 }
 
+// One file for the client and both daemons.
+TEST_F(CommandLineTest, KeysOfOtherBinariesAreLeftToThem) {
+  const std::string path = WriteConfig("job-lease-seconds = 3\nmax-num-seqs = 8\nno-eval = true\n");
+  Fixture fixture;
+  EXPECT_EQ(fixture.Parse({"--config", path.c_str()}), std::nullopt) << fixture.err;
+  EXPECT_EQ(fixture.max_num_seqs, 8);
+}
+
 TEST_F(CommandLineTest, AnEmptyVariableIsNotSet) {
   ScopedEnvironment environment("WALSH_MAX_NUM_SEQS", "");
   const std::string path = WriteConfig("max-num-seqs = 8\n");
