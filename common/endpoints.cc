@@ -61,4 +61,12 @@ std::string DefaultDataDir() {
   return Environment("HOME") + "/.local/share/walsh";
 }
 
+bool IsLoopbackHost(std::string_view host) {
+  return host == "localhost" || host == "::1" || host == "[::1]" || host.starts_with("127.");
+}
+
+bool IsWildcardHost(std::string_view host) {
+  return host == "0.0.0.0" || host == "::" || host == "[::]";
+}
+
 }  // namespace walsh

@@ -6,6 +6,7 @@
 
 #include <map>
 #include <string>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -22,5 +23,9 @@ void RemoveEndpoints(const std::string& data_dir, const std::string& daemon);
 
 // $WALSH_DATA_DIR, else $XDG_DATA_HOME/walsh, else ~/.local/share/walsh.
 std::string DefaultDataDir();
+
+// Whether a --host is reached from this machine only, or stands for all of its addresses.
+bool IsLoopbackHost(std::string_view host);
+bool IsWildcardHost(std::string_view host);
 
 }  // namespace walsh

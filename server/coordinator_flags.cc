@@ -6,13 +6,6 @@
 #include "common/endpoints.h"
 
 namespace walsh {
-namespace {
-
-bool IsLoopback(const std::string& host) {
-  return host == "localhost" || host == "::1" || host == "[::1]" || host.starts_with("127.");
-}
-
-}  // namespace
 
 std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlags* flags) {
   ServerOptions& server = flags->server;
@@ -78,7 +71,7 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
   }
   server.lease_duration = absl::Seconds(lease_seconds);
   server.heartbeat_interval = absl::Seconds(heartbeat_seconds);
-  server.enable_reflection = enable_reflection.value_or(IsLoopback(server.host));
+  server.enable_reflection = enable_reflection.value_or(IsLoopbackHost(server.host));
   flags->shutdown_timeout = absl::Seconds(shutdown_seconds);
   return std::nullopt;
 }

@@ -160,8 +160,7 @@ absl::Status WorkerDaemon::StartServer() {
           .data_dir = options_.data_dir, .resolve = resolve_, .plan = pipeline::PlanJob},
       models_.get());
   grpc::EnableDefaultHealthCheckService(true);
-  const bool is_loopback = options_.host == "127.0.0.1" || options_.host == "localhost";
-  if (is_loopback) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  if (IsLoopbackHost(options_.host)) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
   AddServerInterceptors(builder);
@@ -260,9 +259,8 @@ Agent::Load WorkerDaemon::MakeLoad() const {
 }
 
 std::string WorkerDaemon::AdvertisedAddress() const {
-  const std::string& host =
-      options_.advertise_host.empty() ? options_.host : options_.advertise_host;
-  return absl::StrCat(host, ":", grpc_port_);
+  // The options were checked; whoever starts a daemon without gets the host as it is.
+  return absl::StrCat(AdvertisedHost(options_).value_or(options_.host), ":", grpc_port_);
 }
 
 void WorkerDaemon::Stop() {

@@ -23,8 +23,10 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
                  "HOST:PORT of the coordinator's workers port")
       ->capture_default_str();
   app.add_option("--host", options.host, "Address to listen on")->capture_default_str();
-  app.add_option("--advertise-host", options.advertise_host,
-                 "Address where the coordinator reaches this worker; --host by default");
+  app.add_option(
+      "--advertise-host", options.advertise_host,
+      "Address where the coordinator reaches this worker; --host by default, and needed when "
+      "that is 0.0.0.0 or :: and the coordinator runs on another machine");
   app.add_option("--grpc-port", options.grpc_port, "0 takes a free one")
       ->capture_default_str()
       ->check(CLI::Range(0, kPortMax));
@@ -84,10 +86,21 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
         absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,
                      " is below --max-num-seqs ", options.max_num_seqs));
   }
+  WALSH_RETURN_IF_ERROR(AdvertisedHost(options).status());
   for (const std::string& model : options.load_models) {
     WALSH_RETURN_IF_ERROR(ParseModelName("--load-model", model).status());
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> AdvertisedHost(const WorkerOptions& options) {
+  if (!options.advertise_host.empty()) return options.advertise_host;
+  if (!IsWildcardHost(options.host)) return options.host;
+  const std::string coordinator = options.coordinator.substr(0, options.coordinator.rfind(':'));
+  if (IsLoopbackHost(coordinator)) return "127.0.0.1";
+  return absl::InvalidArgumentError(
+      absl::StrCat("--host ", options.host, " is no address that the coordinator at ",
+                   options.coordinator, " could call: give --advertise-host"));
 }
 
 }  // namespace walsh::service

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "common/log.h"
 
 namespace walsh::service {
@@ -13,7 +14,7 @@ namespace walsh::service {
 struct WorkerOptions {
   std::string coordinator = "127.0.0.1:50052";  // its internal port
   std::string host = "127.0.0.1";
-  std::string advertise_host;  // empty: host
+  std::string advertise_host;  // empty: as AdvertisedHost says
   int grpc_port = 50053;
   int metrics_port = 8003;
   std::string data_dir;
@@ -34,5 +35,10 @@ struct WorkerOptions {
 void AddWorkerFlags(CLI::App& app, WorkerOptions& options);
 // What the parser cannot judge; also configures the log.
 absl::Status CheckWorkerOptions(const WorkerOptions& options);
+
+// The host that the coordinator is told: --advertise-host, else --host. A --host that stands for
+// every address of the machine is no place to call: beside the coordinator it is the loopback,
+// elsewhere INVALID_ARGUMENT, since all such workers would have one and the same address.
+absl::StatusOr<std::string> AdvertisedHost(const WorkerOptions& options);
 
 }  // namespace walsh::service
