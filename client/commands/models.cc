@@ -153,7 +153,8 @@ void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) 
   add("load", "Load a model, so that it serves", RunLoad)
       .add_option("NAME", flags->name)
       ->required();
-  add("unload", "Unload a model; running requests finish first", RunUnload)
+  add("unload", "Unload a model; running requests have the worker's --shutdown-timeout to finish",
+      RunUnload)
       .add_option("NAME", flags->name)
       ->required();
   CLI::App& remove = add("delete", "Delete a model's files", RunDelete);

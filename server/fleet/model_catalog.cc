@@ -30,6 +30,7 @@ v1::Model ModelCatalog::Row(const v1::Model& model) {
   row.clear_worker();
   row.clear_memory_bytes();
   row.clear_error();
+  row.clear_revision();
   return row;
 }
 

@@ -42,11 +42,13 @@ void WorkerRegistry::See(Entry* entry) {
 }
 
 void WorkerRegistry::SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
-                               Entry* entry) {
-  entry->models.clear();
+                               int64_t revision, Entry* entry) {
+  std::erase_if(entry->models,
+                [&](const auto& known) { return known.second.revision() <= revision; });
   for (const v1::Model& model : models) {
     const absl::StatusOr<std::string> id = ParseModelName("models", model.name());
-    if (id.ok()) entry->models[*id] = model;
+    // What is still there is newer than the list.
+    if (id.ok()) entry->models.try_emplace(*id, model);
   }
 }
 
@@ -72,7 +74,8 @@ absl::StatusOr<std::vector<std::string>> WorkerRegistry::Register(
   entry.worker.set_version(ReplaceInvalidUtf8(request.version()));
   entry.worker.set_device(ReplaceInvalidUtf8(request.device()));
   entry.worker.set_memory_bytes_total(request.memory_bytes_total());
-  SetModels(request.models(), &entry);
+  entry.models.clear();
+  SetModels(request.models(), /*revision=*/0, &entry);
   See(&entry);
   return replaced;
 }
@@ -88,7 +91,7 @@ absl::Status WorkerRegistry::Heartbeat(const internal_v1::HeartbeatRequest& requ
   entry.worker.set_requests_running(std::max(0, request.requests_running()));
   entry.worker.set_requests_waiting(std::max(0, request.requests_waiting()));
   entry.worker.set_memory_bytes_free(request.memory_bytes_free());
-  SetModels(request.models(), &entry);
+  SetModels(request.models(), request.models_revision(), &entry);
   return absl::OkStatus();
 }
 
@@ -205,7 +208,9 @@ void WorkerRegistry::SetModel(const std::string& worker_id, const v1::Model& mod
   const absl::StatusOr<std::string> id = ParseModelName("model", model.name());
   const absl::MutexLock lock(&mu_);
   const auto it = workers_.find(worker_id);
-  if (id.ok() && it != workers_.end()) it->second.models[*id] = model;
+  if (!id.ok() || it == workers_.end()) return;
+  v1::Model& known = it->second.models[*id];
+  if (known.revision() <= model.revision()) known = model;
 }
 
 void WorkerRegistry::SetModelState(const std::string& worker_id, const std::string& model_id,

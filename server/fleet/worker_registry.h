@@ -52,7 +52,8 @@ class WorkerRegistry {
   std::optional<WorkerAddress> AnyOnline() const;
   bool IsDraining(const std::string& worker_id) const;
 
-  // What a call to the worker brought about, ahead of its next heartbeat.
+  // What a call to or from the worker brought about, ahead of its next heartbeat. Models carry
+  // revisions: a heartbeat that was on its way meanwhile does not undo it.
   void SetModel(const std::string& worker_id, const v1::Model& model);
   void SetModelState(const std::string& worker_id, const std::string& model_id,
                      v1::Model::State state);
@@ -73,7 +74,9 @@ class WorkerRegistry {
 
   void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void AddRequests(const std::string& worker_id, int n);
-  static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models, Entry* entry);
+  // Takes what a heartbeat lists, but for models of which something newer is known.
+  static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
+                        int64_t revision, Entry* entry);
   static int Load(const Entry& entry);
   static Replica ToReplica(const std::string& worker_id, const Entry& entry,
                            const v1::Model& model);

@@ -147,9 +147,13 @@ TEST_F(CoordinatorGenerationTest, EveryWayToHaveNoModel) {
   EXPECT_THAT(ReadAll(Prompt("m"), &text), HasCode(absl::StatusCode::kUnavailable));
 }
 
-TEST_F(CoordinatorGenerationTest, SilentWorkerIsOfflineAndItsModelsAreNotReady) {
+class SilentWorkerTest : public CoordinatorGenerationTest {
+ protected:
+  SilentWorkerTest() { UseShortLeases(); }
+};
+
+TEST_F(SilentWorkerTest, IsOfflineAndItsModelsAreNotReady) {
   const auto worker = NewWorkerWithModel("w1", "m");
-  EXPECT_EQ(GetModel("m")->state(), Model::READY);
   ASSERT_TRUE(WaitUntil([&] { return GetModel("m")->state() == Model::UNLOADED; }));
   ASSERT_OK_AND_ASSIGN(const auto workers,
                        Send<v1::ListWorkersResponse>(models_.get(), &ModelStub::ListWorkers,

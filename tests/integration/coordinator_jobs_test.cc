@@ -52,7 +52,7 @@ TEST_F(CoordinatorJobsTest, SubmitLeaseProgressComplete) {
   const FakeWorker::Lease lease = worker->MustAcquire();
   EXPECT_EQ(lease.job_name(), "quantizationJobs/a");
   EXPECT_EQ(lease.job().source_model(), "/models/tiny");
-  EXPECT_EQ(lease.duration().seconds(), 2);
+  EXPECT_EQ(lease.duration().seconds(), absl::ToInt64Seconds(options_.lease_duration));
   ASSERT_OK(worker->Report(lease, QuantizationJob::LOADING, 0.1));
   ASSERT_OK_AND_ASSIGN(job, Get("a"));
   EXPECT_EQ(job.state(), QuantizationJob::RUNNING);
@@ -89,7 +89,12 @@ TEST_F(CoordinatorJobsTest, LongPollEndsWithoutALease) {
   EXPECT_GE(absl::Now() - start, absl::Milliseconds(290));
 }
 
-TEST_F(CoordinatorJobsTest, ExpiredLeaseIsRequeuedWithAHigherToken) {
+class ShortLeaseTest : public CoordinatorJobsTest {
+ protected:
+  ShortLeaseTest() { UseShortLeases(); }
+};
+
+TEST_F(ShortLeaseTest, ExpiredLeaseIsRequeuedWithAHigherToken) {
   const auto first = NewWorker("w1");
   const auto second = NewWorker("w2");
   ASSERT_OK(Create(NewJob("a")));
@@ -107,7 +112,7 @@ TEST_F(CoordinatorJobsTest, ExpiredLeaseIsRequeuedWithAHigherToken) {
   EXPECT_EQ(Get("a")->attempt(), 2);
 }
 
-TEST_F(CoordinatorJobsTest, HeartbeatsKeepTheLease) {
+TEST_F(ShortLeaseTest, HeartbeatsKeepTheLease) {
   const auto worker = NewWorker("w1");
   ASSERT_OK(Create(NewJob("a")));
   const FakeWorker::Lease lease = worker->MustAcquire();
@@ -421,9 +426,12 @@ TEST_F(CoordinatorJobsTest, StopEndsWatchesAndWaitingWorkersAtOnce) {
   ASSERT_OK(Create(NewJob("b")));
   worker->MustAcquire();
   const auto idle = NewWorker("w2");
-  std::vector<QuantizationJobEvent> events;
-  grpc::Status watched;
-  std::thread watcher([&] { watched = Watch("b", 0, &events); });
+  grpc::ClientContext context;
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("b");
+  const auto reader = jobs_->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  ASSERT_TRUE(reader->Read(&event));
   std::thread waiting([&] {
     // An error, so that the worker does not ask again at once.
     EXPECT_THAT(idle->Acquire(absl::Seconds(30)), HasCode(absl::StatusCode::kUnavailable));
@@ -433,9 +441,10 @@ TEST_F(CoordinatorJobsTest, StopEndsWatchesAndWaitingWorkersAtOnce) {
   const absl::Time start = absl::Now();
   server_->Stop(absl::Seconds(20));
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
-  watcher.join();
   waiting.join();
-  EXPECT_EQ(watched.error_code(), grpc::StatusCode::UNAVAILABLE);
+  while (reader->Read(&event)) {
+  }
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
 }
 
 TEST_F(CoordinatorJobsTest, DataFolderIsUsedByOneCoordinator) {

@@ -183,6 +183,7 @@ bool Agent::Heartbeat() {
     request.set_fencing_token(lease->fencing_token());
   }
   request.mutable_models()->Add(load.models.begin(), load.models.end());
+  request.set_models_revision(load.models_revision);
   request.set_requests_running(load.requests_running);
   request.set_requests_waiting(load.requests_waiting);
   request.set_memory_bytes_free(ReadHostMemory().free_bytes);

@@ -39,6 +39,7 @@ class Agent {
   // What heartbeats tell about the rest of the worker.
   struct Load {
     std::vector<v1::Model> models;
+    int64_t models_revision = 0;
     int requests_running = 0;
     int requests_waiting = 0;
   };

@@ -253,7 +253,9 @@ absl::Status WorkerDaemon::CheckReady() const {
 
 Agent::Load WorkerDaemon::MakeLoad() const {
   const engine::Stats stats = models_->TotalStats();
-  return {.models = models_->List(),
+  ModelStore::Listing listing = models_->List();
+  return {.models = std::move(listing.models),
+          .models_revision = listing.revision,
           .requests_running = stats.running,
           .requests_waiting = stats.waiting};
 }

@@ -104,11 +104,11 @@ absl::StatusOr<Model> ModelStore::ReadArtifact(const std::string& id) const {
   return model;
 }
 
-std::vector<Model> ModelStore::List() const {
+ModelStore::Listing ModelStore::List() const {
   const std::lock_guard lock(mu_);
-  std::vector<Model> models;
-  for (const auto& [id, entry] : entries_) models.push_back(entry.model);
-  return models;
+  Listing listing{.revision = revision_};
+  for (const auto& [id, entry] : entries_) listing.models.push_back(entry.model);
+  return listing;
 }
 
 absl::StatusOr<Model> ModelStore::Get(const std::string& id) const {
@@ -125,6 +125,7 @@ Model ModelStore::Update(const std::string& id, const std::function<void(Entry&)
     const std::lock_guard lock(mu_);
     Entry& entry = entries_[id];
     change(entry);
+    entry.model.set_revision(++revision_);
     model = entry.model;
     listener = listener_;
   }
@@ -225,6 +226,7 @@ absl::Status ModelStore::Delete(const std::string& id) {
   {
     const std::lock_guard lock(mu_);
     entries_.erase(id);
+    ++revision_;
     listener = listener_;
   }
   WALSH_LOG(Info, "model deleted", {"model", id});

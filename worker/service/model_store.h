@@ -47,11 +47,17 @@ class ModelStore {
   // Creates the root, removes temporaries that a dead process left, and lists the artifacts.
   static absl::StatusOr<std::unique_ptr<ModelStore>> Open(Options options, Clock* clock);
 
-  std::vector<v1::Model> List() const;
+  // All models, and the latest revision among their changes, deletions included.
+  struct Listing {
+    std::vector<v1::Model> models;
+    int64_t revision = 0;
+  };
+  Listing List() const;
   absl::StatusOr<v1::Model> Get(const std::string& id) const;
   // Returns when the model serves, or with the reason why it cannot. OK when it already does.
   absl::StatusOr<v1::Model> Load(const std::string& id);
-  // Running requests finish first, within the drain timeout. OK when it is not loaded.
+  // Returns when it is unloaded. Running requests finish first; those that still run after the
+  // drain timeout fail with UNAVAILABLE. OK when it is not loaded.
   absl::StatusOr<v1::Model> Unload(const std::string& id);
   absl::Status Delete(const std::string& id);
   // Refuses new requests of all models and waits for the running ones.
@@ -100,3 +106,4 @@ class ModelStore {
 };
 
 }  // namespace walsh::service
+  int64_t revision_ = 0;  // of the latest change

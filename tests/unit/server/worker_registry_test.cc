@@ -137,6 +137,39 @@ TEST_F(WorkerRegistryTest, ModelsFollowHeartbeatsAndCalls) {
   EXPECT_THAT(registry_.Replicas("m"), IsEmpty());
 }
 
+// An unload that is over, while a heartbeat from its midst is on its way.
+TEST_F(WorkerRegistryTest, HeartbeatsFromBeforeAnAnswerDoNotUndoIt) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1", Model::READY)));
+  Model unloaded;
+  unloaded.set_name("models/m");
+  unloaded.set_state(Model::UNLOADED);
+  unloaded.set_revision(5);
+  registry_.SetModel("w1", unloaded);
+  internal_v1::HeartbeatRequest late;
+  late.set_worker_id("w1");
+  late.set_models_revision(4);
+  ASSERT_OK(registry_.Heartbeat(late));
+  ASSERT_EQ(registry_.Replicas("m").size(), 1u) << "not listed yet";
+  Model& unloading = *late.add_models();
+  unloading = unloaded;
+  unloading.set_state(Model::UNLOADING);
+  unloading.set_revision(4);
+  ASSERT_OK(registry_.Heartbeat(late));
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::UNLOADED);
+  // The next one is taken whole.
+  internal_v1::HeartbeatRequest next;
+  next.set_worker_id("w1");
+  next.set_models_revision(6);
+  ASSERT_OK(registry_.Heartbeat(next));
+  EXPECT_THAT(registry_.Replicas("m"), IsEmpty()) << "deleted";
+  // A later answer of an older call.
+  registry_.SetModel("w1", unloaded);
+  unloaded.set_revision(4);
+  unloaded.set_state(Model::READY);
+  registry_.SetModel("w1", unloaded);
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::UNLOADED);
+}
+
 TEST_F(WorkerRegistryTest, Threads) {
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {

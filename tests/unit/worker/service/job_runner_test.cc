@@ -56,7 +56,7 @@ class JobRunnerTest : public StoreFixture {
         stub_.get(), store_.get(), Clock::Real());
     agent_ = std::make_unique<Agent>(
         Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
-        Agent::Hooks{.load = [this] { return Agent::Load{.models = store_->List()}; },
+        Agent::Hooks{.load = [this] { return Agent::Load{.models = store_->List().models}; },
                      .run_job = [this](const internal::v1::Lease& lease,
                                        HeldLease& held) { runner_->Run(lease, held); }},
         Clock::Real());

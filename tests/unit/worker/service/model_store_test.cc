@@ -39,7 +39,7 @@ TEST_F(ModelStoreTest, ListsArtifactsAndLeavesTheRestAlone) {
   fs::create_directories(root_ + "/.deleted-x-1");
   fs::create_directories(root_ + "/.unknown");
   OpenStore();
-  const std::vector<Model> models = store_->List();
+  const std::vector<Model> models = store_->List().models;
   ASSERT_EQ(models.size(), 1u);
   EXPECT_EQ(models[0].name(), "models/good");
   EXPECT_EQ(models[0].state(), Model::UNLOADED);
@@ -87,13 +87,16 @@ TEST_F(ModelStoreTest, LoadServesAndUnloadStops) {
   EXPECT_OK(store_->FindEngine("m"));
   EXPECT_OK(store_->Load("m"));
   EXPECT_THAT(store_->Delete("m"), HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(loaded.revision(), store_->List().revision);
   ASSERT_OK_AND_ASSIGN(const Model unloaded, store_->Unload("m"));
   EXPECT_EQ(unloaded.state(), Model::UNLOADED);
+  EXPECT_GT(unloaded.revision(), loaded.revision());
   EXPECT_EQ(unloaded.worker(), "");
   EXPECT_OK(store_->Unload("m"));
   EXPECT_THAT(states, ElementsAre(Model::LOADING, Model::READY, Model::DRAINING, Model::UNLOADING,
                                   Model::UNLOADED));
   EXPECT_OK(store_->Delete("m"));
+  EXPECT_GT(store_->List().revision, unloaded.revision()) << "a list without it is newer";
   EXPECT_FALSE(fs::exists(root_ + "/m"));
   EXPECT_THAT(store_->Load("m"), StatusIs(absl::StatusCode::kNotFound, HasSubstr("models/m")));
 }
