@@ -35,6 +35,9 @@ inline constexpr int kChatRoleBytesMax = 64;
 inline constexpr double kTemperatureMax = 2.0;
 inline constexpr double kRepetitionPenaltyMax = 10.0;
 inline constexpr double kPenaltyAbsMax = 2.0;
+// How long a request may run: without a deadline, and whatever its deadline says.
+inline constexpr int kGenerateSecondsDefault = 10 * 60;
+inline constexpr int kGenerateSecondsMax = 60 * 60;
 // A stream's chunks that wait for a slow reader, and how long it may stall before it is ended.
 inline constexpr int kStreamChunksMax = 256;
 inline constexpr int kStreamStallSecondsMax = 30;

@@ -6,6 +6,7 @@
 
 #include "common/generation_limits.h"
 #include "common/grpc_status.h"
+#include "common/log.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "server/fleet/forwarding.h"
@@ -32,12 +33,14 @@ absl::StatusOr<WorkerAddress> Route(const Core& core, const std::string& model) 
   return fleet::ChooseForGeneration(id, core.registry->Replicas(id));
 }
 
-// Those requests that carry an id for logs get the call's when they have none.
+// Those requests that carry an id for logs get the call's when they have none. The id that counts.
 template <typename Request>
-void SetRequestId(const std::string& id, Request* request) {
+std::string SetRequestId(const std::string& id, Request* request) {
   if constexpr (requires { request->request_id(); }) {
     if (request->request_id().empty()) request->set_request_id(id);
+    return request->request_id();
   }
+  return id;
 }
 
 // A call on its way to a worker: counted there from now on, and alive until it ends.
@@ -52,17 +55,27 @@ struct Forwarded {
   const fleet::WorkerClient::GenerationPool::Lease connection;
 };
 
+// What ends a forwarded call: gets the status that the client gets.
+using OnEnd = std::function<void(const absl::Status&)>;
+
 // Checks, routes, counts; what the four kinds of calls have in common.
 template <typename Request>
-absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(Core* core, const Request& request,
+absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(Core* core, const char* method,
+                                                            const Request& request,
                                                             const std::string& request_id,
-                                                            std::function<void()>* done) {
+                                                            OnEnd* done) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
   WALSH_ASSIGN_OR_RETURN(const WorkerAddress worker, Route(*core, request.model()));
   auto call = std::make_shared<Forwarded<Request>>(request, core->clients->Get(worker));
-  SetRequestId(request_id, &call->request);
   core->registry->BeginRequest(worker.worker_id);
-  *done = [core, id = worker.worker_id] { core->registry->EndRequest(id); };
+  const std::string log_id = SetRequestId(request_id, &call->request);
+  *done = [=, id = worker.worker_id, model = request.model(),
+           start = core->clock->Monotonic()](const absl::Status& status) {
+    core->registry->EndRequest(id);
+    WALSH_LOG(Info, "call ended", {"method", method}, {"request_id", log_id}, {"model", model},
+              {"worker", WorkerName(id)}, {"status", status},
+              {"seconds", absl::ToDoubleSeconds(core->clock->Monotonic() - start)});
+  };
   return call;
 }
 
@@ -72,8 +85,8 @@ grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Cor
                                        const char* name, absl::Duration timeout_default,
                                        const Request* request, Response* response, Method method) {
   std::string request_id = EchoRequestId(context);
-  std::function<void()> done;
-  auto forwarded = Forward(core, *request, request_id, &done);
+  OnEnd done;
+  auto forwarded = Forward(core, name, *request, request_id, &done);
   if (!forwarded.ok()) {
     LogEnd(name, request_id, forwarded.status());
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
@@ -95,8 +108,8 @@ template <typename Request, typename Method>
 fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* core,
                                     const char* name, const Request* request, Method method) {
   const std::string request_id = EchoRequestId(context);
-  std::function<void()> done;
-  auto forwarded = Forward(core, *request, request_id, &done);
+  OnEnd done;
+  auto forwarded = Forward(core, name, *request, request_id, &done);
   if (!forwarded.ok()) {
     LogEnd(name, request_id, forwarded.status());
     return new FailedStream(forwarded.status());
@@ -110,8 +123,8 @@ fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* 
   return fleet::ProxyStream(
       context, fleet::WorkerTimeout(context->deadline(), fleet::kGenerateTimeoutDefault),
       core->stream_limits, core->executor, start,
-      [core, call = *forwarded, done = std::move(done)] {
-        done();
+      [core, call = *forwarded, done = std::move(done)](const absl::Status& status) {
+        done(status);
         core->streams.End();
       });
 }

@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <chrono>
 
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "common/limits.h"
 
 namespace walsh::fleet {
 
-inline constexpr absl::Duration kGenerateTimeoutDefault = absl::Minutes(10);
-inline constexpr absl::Duration kGenerateTimeoutMax = absl::Hours(1);
+inline constexpr absl::Duration kGenerateTimeoutDefault =
+    absl::Seconds(limits::kGenerateSecondsDefault);
+inline constexpr absl::Duration kGenerateTimeoutMax = absl::Seconds(limits::kGenerateSecondsMax);
 inline constexpr absl::Duration kUnaryTimeoutDefault = absl::Seconds(10);
 inline constexpr absl::Duration kLoadTimeoutDefault = absl::Minutes(10);
 inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);

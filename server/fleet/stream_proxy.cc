@@ -17,7 +17,7 @@ constexpr absl::Duration kStalledGrace = absl::Seconds(30);
 class StreamProxy : public StreamReactor, public std::enable_shared_from_this<StreamProxy> {
  public:
   StreamProxy(grpc::CallbackServerContext* context, const StreamLimits& limits, Executor* executor,
-              std::function<void()> done)
+              std::function<void(const absl::Status&)> done)
       : server_context_(context), limits_(limits), executor_(executor), done_(std::move(done)) {}
 
   void Start(absl::Duration timeout, const StartStream& start) {
@@ -78,12 +78,19 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   }
 
   void OnWorkerDone(const grpc::Status& status) {
-    done_();
+    const absl::Status ended = FromWorker(status);
+    done_(GivenUp().value_or(ended));
     std::shared_ptr<StreamProxy> self;  // goes after the lock
     const absl::MutexLock lock(&mu_);
-    worker_status_ = FromWorker(status);
+    worker_status_ = ended;
     Advance();
     self = std::move(worker_side_);
+  }
+
+  // What the client's call ended with before the worker's did.
+  std::optional<absl::Status> GivenUp() {
+    const absl::MutexLock lock(&mu_);
+    return client_status_;
   }
 
   // Writes, reads or ends, whatever can be done now.
@@ -116,6 +123,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   void FinishOnce(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     if (is_finished_) return;
     is_finished_ = true;
+    client_status_ = status;
     // The message that is being written belongs to gRPC until OnWriteDone.
     buffer_.erase(buffer_.begin() + (is_writing_ ? 1 : 0), buffer_.end());
     Finish(ToGrpcStatus(status));
@@ -163,7 +171,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   grpc::CallbackServerContext* const server_context_;
   const StreamLimits limits_;
   Executor* const executor_;
-  const std::function<void()> done_;
+  const std::function<void(const absl::Status&)> done_;
   grpc::ClientContext client_context_;
   Reader reader_{this};
 
@@ -180,13 +188,14 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   bool is_server_done_ ABSL_GUARDED_BY(mu_) = false;
   absl::Duration write_start_ ABSL_GUARDED_BY(mu_);
   std::optional<absl::Status> worker_status_ ABSL_GUARDED_BY(mu_);
+  std::optional<absl::Status> client_status_ ABSL_GUARDED_BY(mu_);  // once finished
 };
 
 }  // namespace
 
 StreamReactor* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
                            const StreamLimits& limits, Executor* executor, const StartStream& start,
-                           std::function<void()> done) {
+                           std::function<void(const absl::Status&)> done) {
   auto proxy = std::make_shared<StreamProxy>(context, limits, executor, std::move(done));
   proxy->Start(timeout, start);
   return proxy.get();

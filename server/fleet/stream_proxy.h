@@ -37,9 +37,9 @@ using StreamReader = grpc::ClientReadReactor<v1::GenerateStreamResponse>;
 using StartStream = std::function<void(grpc::ClientContext*, StreamReader*)>;
 
 // Returns the reactor of the client's call, which gRPC owns from there. `done` runs once, when the
-// worker's call has ended.
+// worker's call has ended, with the status that the client gets.
 StreamReactor* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
                            const StreamLimits& limits, Executor* executor, const StartStream& start,
-                           std::function<void()> done);
+                           std::function<void(const absl::Status&)> done);
 
 }  // namespace walsh::fleet

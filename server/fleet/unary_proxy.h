@@ -23,14 +23,16 @@ class UnaryProxy : public grpc::ServerUnaryReactor {
   // Starts the worker's call; `done` must be called with its status.
   using Start = std::function<void(grpc::ClientContext*, std::function<void(grpc::Status)> done)>;
 
-  // Returns the reactor of the client's call. `done` runs once, when the worker's call has ended.
+  // Returns the reactor of the client's call. `done` runs once, when the worker's call has ended,
+  // with the status that the client gets.
   static grpc::ServerUnaryReactor* Run(absl::Duration timeout, const Start& start,
-                                       std::function<void()> done) {
+                                       std::function<void(const absl::Status&)> done) {
     auto* proxy = new UnaryProxy;
     proxy->client_context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
     start(&proxy->client_context_, [proxy, done = std::move(done)](const grpc::Status& status) {
-      done();
-      proxy->Finish(ToGrpcStatus(FromWorker(status)));
+      const absl::Status ended = FromWorker(status);
+      done(ended);
+      proxy->Finish(ToGrpcStatus(ended));
     });
     return proxy;
   }

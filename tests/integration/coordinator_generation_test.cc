@@ -556,5 +556,27 @@ TEST_F(CoordinatorGenerationTest, RequestIdIsEchoed) {
   }
 }
 
+TEST_F(CoordinatorGenerationTest, EveryForwardedCallLeavesALineInTheLog) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_generate = [](auto*, const auto&, auto*) { return grpc::Status::OK; };
+  worker->on_stream = [](auto*, const auto&, auto*) {
+    return grpc::Status(grpc::StatusCode::DATA_LOSS, "bad weights");
+  };
+  ::testing::internal::CaptureStderr();
+  v1::GenerateRequest request = Prompt("models/m");
+  request.set_request_id("id-of-the-request");
+  grpc::ClientContext context;
+  context.AddMetadata("x-request-id", "id-of-a-call");
+  v1::GenerateResponse response;
+  EXPECT_TRUE(generation_->Generate(&context, request, &response).ok());
+  std::string text;
+  EXPECT_THAT(ReadAll(Prompt("m"), &text), HasCode(absl::StatusCode::kDataLoss));
+  const std::string log = ::testing::internal::GetCapturedStderr();
+  EXPECT_THAT(
+      log, ::testing::ContainsRegex("call ended.*method=Generate .*request_id=id-of-the-request.*"
+                                    "model=models/m.*worker=workers/w1.*status=OK.*seconds="));
+  EXPECT_THAT(log, ::testing::ContainsRegex("method=GenerateStream .*bad weights"));
+}
+
 }  // namespace
 }  // namespace walsh

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <mutex>
 #include <new>
+#include <string_view>
 #include <thread>
 #include <unordered_map>
 
@@ -49,6 +50,7 @@ class BatchingEngine final : public Engine {
 
   absl::Status Submit(Request request, std::shared_ptr<Sink> sink) override;
   void Cancel(const std::string& id) override;
+  void Fail(const std::string& id, const absl::Status& why) override;
   void Drain(absl::Duration timeout) override;
   Stats stats() const override;
   int64_t context_tokens() const override { return context_tokens_; }
@@ -68,7 +70,9 @@ class BatchingEngine final : public Engine {
     absl::Status status = {};
   };
 
-  absl::Status CheckRequest(const Request& request) const;
+  // Names the reason of a refusal for the metrics.
+  absl::Status CheckRequest(const Request& request, std::string_view* reason) const;
+  void Stop(const std::string& id, const absl::Status& status);
   void Loop();
   // One step: who leaves, who runs. The lock is free while the model runs and sinks are called, so
   // that Submit never waits for either.
@@ -100,6 +104,8 @@ class BatchingEngine final : public Engine {
   Scheduler scheduler_;
   std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
   std::unordered_map<std::string, SequenceId> ids_;
+  // Those that Cancel (OK) or Fail stopped, until they leave; the first of the two counts.
+  std::unordered_map<SequenceId, absl::Status> stopped_;
   SequenceId next_id_ = 1;
   uint64_t n_steps_ = 0;
   absl::Duration heartbeat_;
@@ -111,7 +117,8 @@ class BatchingEngine final : public Engine {
   std::thread thread_;
 };
 
-absl::Status BatchingEngine::CheckRequest(const Request& request) const {
+absl::Status BatchingEngine::CheckRequest(const Request& request, std::string_view* reason) const {
+  *reason = "invalid";
   if (request.prompt.empty()) return absl::InvalidArgumentError("the prompt has no tokens");
   if (request.sampling.max_tokens < 1) {
     return absl::InvalidArgumentError(
@@ -126,6 +133,7 @@ absl::Status BatchingEngine::CheckRequest(const Request& request) const {
   }
   const auto n_prompt = static_cast<int64_t>(request.prompt.size());
   if (n_prompt >= context_tokens_) {
+    *reason = "context_length";
     return absl::InvalidArgumentError(absl::StrCat("the prompt has ", n_prompt,
                                                    " tokens, the model's context of ",
                                                    context_tokens_, " leaves none to generate"));
@@ -135,8 +143,9 @@ absl::Status BatchingEngine::CheckRequest(const Request& request) const {
 
 absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink) {
   const absl::Duration now = clock_->Monotonic();
-  if (absl::Status status = CheckRequest(request); !status.ok()) {
-    metrics_.CountRejection("invalid");
+  std::string_view reason;
+  if (absl::Status status = CheckRequest(request, &reason); !status.ok()) {
+    metrics_.CountRejection(reason);
     return status;
   }
   const auto n_prompt = static_cast<int64_t>(request.prompt.size());
@@ -155,6 +164,7 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   }
   const std::string& name = sequence->request().id;
   if (ids_.contains(name)) {
+    metrics_.CountRejection("invalid");
     return absl::InvalidArgumentError(absl::StrCat("request id '", name, "' is in use"));
   }
   const SequenceId id = next_id_++;
@@ -170,9 +180,16 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   return absl::OkStatus();
 }
 
-void BatchingEngine::Cancel(const std::string& id) {
+void BatchingEngine::Cancel(const std::string& id) { Stop(id, absl::OkStatus()); }
+
+void BatchingEngine::Fail(const std::string& id, const absl::Status& why) { Stop(id, why); }
+
+void BatchingEngine::Stop(const std::string& id, const absl::Status& status) {
   const std::lock_guard lock(mu_);
-  if (const auto it = ids_.find(id); it != ids_.end()) scheduler_.Cancel(it->second);
+  const auto it = ids_.find(id);
+  if (it == ids_.end()) return;
+  stopped_.try_emplace(it->second, status);
+  scheduler_.Cancel(it->second);
   wake_.notify_one();
 }
 
@@ -228,10 +245,12 @@ void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
   const Scheduler::Step step = scheduler_.Next(clock_->Monotonic());
   std::vector<Ending> departed;
   for (const Scheduler::Departure& departure : step.departures) {
+    const auto stopped = stopped_.find(departure.id);
     departed.push_back({.id = departure.id,
                         .reason = departure.reason == Scheduler::Reason::kCancelled
                                       ? FinishReason::kCancelled
-                                      : FinishReason::kDeadline});
+                                      : FinishReason::kDeadline,
+                        .status = stopped == stopped_.end() ? absl::OkStatus() : stopped->second});
   }
   std::vector<Active> active;
   for (const Scheduler::Chunk& chunk : step.chunks) {
@@ -353,6 +372,7 @@ void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
   std::vector<std::unique_ptr<Sequence>> ended;
   for (const Ending& ending : endings) {
     scheduler_.Finish(ending.id);
+    stopped_.erase(ending.id);
     auto node = sequences_.extract(ending.id);
     ids_.erase(node.mapped()->request().id);
     ended.push_back(std::move(node.mapped()));

@@ -123,6 +123,10 @@ class Engine {
   // The sequence leaves before the next step; its sink gets OnFinished with kCancelled. Unknown ids
   // are ignored.
   virtual void Cancel(const std::string& id) = 0;
+  // The same for a request that does not end by its client's wish, such as one that is not read:
+  // its sink gets OnFailed with `why`, and it is counted as failed. Of a Cancel and a Fail
+  // the first counts.
+  virtual void Fail(const std::string& id, const absl::Status& why) = 0;
   // Refuses new requests; returns when the accepted ones are done or at the deadline, after which
   // they fail with UNAVAILABLE.
   virtual void Drain(absl::Duration timeout) = 0;

@@ -94,10 +94,14 @@ EngineMetrics::~EngineMetrics() {
   HeartbeatFamily().Remove(&heartbeat_age_);
 }
 
-void EngineMetrics::CountRejection(const std::string& reason) {
+void CountRejection(const std::string& model_name, std::string_view reason) {
   static auto& family = Counter("walsh_admission_rejections_total",
                                 "Requests refused before they were queued, by reason.");
-  family.Add({{"model_name", labels_.at("model_name")}, {"reason", reason}}).Increment();
+  family.Add({{"model_name", model_name}, {"reason", std::string(reason)}}).Increment();
+}
+
+void EngineMetrics::CountRejection(std::string_view reason) {
+  engine::CountRejection(labels_.at("model_name"), reason);
 }
 
 void EngineMetrics::ObserveStep(int64_t n_tokens) { iteration_tokens_.Observe(ToDouble(n_tokens)); }
@@ -119,6 +123,10 @@ void EngineMetrics::ObserveNextToken(absl::Duration interval) {
 void EngineMetrics::ObserveOutcome(const Outcome& outcome, absl::Duration since_arrival) {
   if (outcome.reason == FinishReason::kCancelled) {
     cancelled_.Increment();
+    return;
+  }
+  if (outcome.reason == FinishReason::kDeadline && outcome.completion_tokens == 0) {
+    CountFailure(absl::StatusCode::kDeadlineExceeded);
     return;
   }
   static auto& success =

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
@@ -24,12 +25,13 @@ class EngineMetrics {
   EngineMetrics& operator=(const EngineMetrics&) = delete;
 
   // `reason`: "queue_full", "context_length", "draining" or "invalid".
-  void CountRejection(const std::string& reason);
+  void CountRejection(std::string_view reason);
   void ObserveStep(int64_t n_tokens);
   void CountPromptTokens(int64_t n_tokens) { prompt_tokens_.Increment(ToDouble(n_tokens)); }
   void ObserveAdmission(absl::Duration queue);
   void ObserveFirstToken(absl::Duration since_arrival);
   void ObserveNextToken(absl::Duration interval);
+  // A deadline that came before the first token is a failure, as its client is told.
   void ObserveOutcome(const Outcome& outcome, absl::Duration since_arrival);
   void CountFailure(absl::StatusCode code);
   void SetLoad(const Stats& stats);
@@ -56,6 +58,9 @@ class EngineMetrics {
   prometheus::Histogram& generation_length_;
   prometheus::Histogram& iteration_tokens_;
 };
+
+// A request that was refused before it reached the engine of the model: its text gave no tokens.
+void CountRejection(const std::string& model_name, std::string_view reason);
 
 // "stop", "length", "eos", "stop_sequence", "cancelled" or "deadline".
 const char* FinishReasonName(FinishReason reason);

@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/log.h"
+#include "worker/engine/engine_metrics.h"
 #include "worker/service/generation_conversion.h"
 
 namespace walsh::service {
@@ -14,6 +15,14 @@ namespace {
 
 void Cancel(const CallInfo& info) {
   if (const auto engine = info.engine.lock()) engine->Cancel(info.engine_id);
+}
+
+void FailRequest(const CallInfo& info, const absl::Status& why) {
+  if (const auto engine = info.engine.lock()) engine->Fail(info.engine_id, why);
+}
+
+double SecondsSinceArrival(const CallInfo& info) {
+  return absl::ToDoubleSeconds(info.clock->Monotonic() - info.arrival);
 }
 
 }  // namespace
@@ -26,6 +35,20 @@ absl::Status EndStatus(const engine::Outcome& outcome) {
     return absl::DeadlineExceededError("the deadline passed before the first token");
   }
   return absl::OkStatus();
+}
+
+void LogFinished(const CallInfo& info, const engine::Outcome& outcome) {
+  WALSH_LOG(Info, "request ended", {"request_id", info.request_id}, {"model", info.model},
+            {"finish_reason", engine::FinishReasonName(outcome.reason)},
+            {"prompt_tokens", outcome.prompt_tokens},
+            {"completion_tokens", outcome.completion_tokens},
+            {"seconds", SecondsSinceArrival(info)});
+}
+
+void LogFailed(const CallInfo& info, const absl::Status& status) {
+  WALSH_LOG(Info, "request failed", {"request_id", info.request_id}, {"model", info.model},
+            {"prompt_tokens", info.prompt_tokens}, {"error", status},
+            {"seconds", SecondsSinceArrival(info)});
 }
 
 // -- Unary --------------------------------------------------------------------------------------
@@ -46,7 +69,12 @@ std::shared_ptr<UnaryCall> UnaryCall::Start(CallInfo info, v1::GenerateResponse*
   return call;
 }
 
-void UnaryCall::Fail(const absl::Status& status) { reactor_->Finish(ToGrpcStatus(status)); }
+void UnaryCall::Fail(const absl::Status& status) {
+  LogFailed(info_, status);
+  End(status);
+}
+
+void UnaryCall::End(const absl::Status& status) { reactor_->Finish(ToGrpcStatus(status)); }
 
 void UnaryCall::OnStarted(double) {
   response_->set_request_id(info_.request_id);
@@ -62,12 +90,13 @@ void UnaryCall::OnDelta(engine::Delta delta) {
 }
 
 void UnaryCall::OnFinished(const engine::Outcome& outcome) {
-  if (const absl::Status status = EndStatus(outcome); !status.ok()) return Fail(status);
+  LogFinished(info_, outcome);
+  if (const absl::Status status = EndStatus(outcome); !status.ok()) return End(status);
   response_->set_finish_reason(ToProto(outcome.reason));
   response_->set_stop_sequence(outcome.matched_stop);
   *response_->mutable_usage() = ToUsage(outcome);
   *response_->mutable_timings() = ToTimings(outcome);
-  reactor_->Finish(grpc::Status::OK);
+  End(absl::OkStatus());
 }
 
 // -- Stream -------------------------------------------------------------------------------------
@@ -83,14 +112,18 @@ class StreamCall::Reactor final : public grpc::ServerWriteReactor<v1::GenerateSt
   const std::shared_ptr<StreamCall> call_;
 };
 
-std::shared_ptr<StreamCall> StreamCall::Start(CallInfo info, grpc::CallbackServerContext* context,
-                                              Clock* clock) {
-  std::shared_ptr<StreamCall> call(new StreamCall(std::move(info), context, clock));
+std::shared_ptr<StreamCall> StreamCall::Start(CallInfo info, grpc::CallbackServerContext* context) {
+  std::shared_ptr<StreamCall> call(new StreamCall(std::move(info), context));
   call->reactor_ = new Reactor(call);
   return call;
 }
 
 void StreamCall::Fail(const absl::Status& status) {
+  LogFailed(info_, status);
+  End(status);
+}
+
+void StreamCall::End(const absl::Status& status) {
   {
     const std::lock_guard lock(mu_);
     if (!end_) end_ = status;
@@ -116,6 +149,7 @@ void StreamCall::OnDelta(engine::Delta delta) {
 }
 
 void StreamCall::OnFinished(const engine::Outcome& outcome) {
+  LogFinished(info_, outcome);
   const absl::Status status = EndStatus(outcome);
   if (status.ok()) {
     v1::GenerateStreamResponse message;
@@ -126,21 +160,21 @@ void StreamCall::OnFinished(const engine::Outcome& outcome) {
     *finished.mutable_timings() = ToTimings(outcome);
     Push(std::move(message));
   }
-  Fail(status);
+  End(status);
 }
 
 void StreamCall::Push(v1::GenerateStreamResponse message) {
-  bool is_full = false;
+  absl::Status full;
   {
     const std::lock_guard lock(mu_);
     if (end_) return;
     if (!queue_.Push(std::move(message))) {
-      is_full = true;
+      full = absl::ResourceExhaustedError("the stream's reader is too slow: its queue is full");
       queue_.Clear();
-      end_ = absl::ResourceExhaustedError("the stream's reader is too slow: its queue is full");
+      end_ = full;
     }
   }
-  if (is_full) Cancel(info_);
+  if (!full.ok()) FailRequest(info_, full);
   Pump();
 }
 
@@ -152,7 +186,7 @@ void StreamCall::Pump() {
     if (!queue_.empty()) {
       writing_ = queue_.Pop();
       is_writing_ = true;
-      write_start_ = clock_->Monotonic();
+      write_start_ = info_.clock->Monotonic();
     } else if (end_) {
       is_finished_ = true;
       end = end_;
@@ -187,15 +221,15 @@ void StreamCall::EndIfStalled(absl::Duration limit) {
   absl::Status status;
   {
     const std::lock_guard lock(mu_);
-    if (!is_writing_ || is_finished_ || clock_->Monotonic() - write_start_ < limit) return;
+    if (!is_writing_ || is_finished_ || info_.clock->Monotonic() - write_start_ < limit) return;
     status = absl::ResourceExhaustedError(
         absl::StrCat("the stream's reader took nothing for ", absl::FormatDuration(limit)));
     queue_.Clear();
     end_ = status;
     is_pinned_ = true;  // keeps `context_` while it is cancelled
   }
-  WALSH_LOG(Warning, "stream ended: its reader is stalled", {"request", info_.request_id});
-  Cancel(info_);
+  WALSH_LOG(Warning, "stream ended: its reader is stalled", {"request_id", info_.request_id});
+  FailRequest(info_, status);
   // A status behind a message that is stuck in flow control would never leave, so the call is
   // reset with it.
   grpc_call_cancel_with_status(context_->c_call(), GRPC_STATUS_RESOURCE_EXHAUSTED,

@@ -34,6 +34,8 @@ struct CallInfo {
   std::string model;       // full name
   uint64_t seed = 0;
   int prompt_tokens = 0;
+  absl::Duration arrival;  // on the clock
+  Clock* clock = nullptr;
   std::weak_ptr<engine::Engine> engine;
   const Tokenizer* tokenizer = nullptr;  // the engine's: valid while it calls the sink
 };
@@ -41,6 +43,10 @@ struct CallInfo {
 // How an outcome ends a call: OK with a last message, CANCELLED, or DEADLINE_EXCEEDED when the
 // deadline came before the first token.
 absl::Status EndStatus(const engine::Outcome& outcome);
+
+// One line for each request that ended, under the id that its client knows.
+void LogFinished(const CallInfo& info, const engine::Outcome& outcome);
+void LogFailed(const CallInfo& info, const absl::Status& status);
 
 // Collects a generation into one response.
 class UnaryCall final : public engine::Sink {
@@ -58,6 +64,7 @@ class UnaryCall final : public engine::Sink {
 
  private:
   class Reactor;
+  void End(const absl::Status& status);
   UnaryCall(CallInfo info, v1::GenerateResponse* response)
       : info_(std::move(info)), response_(response) {}
 
@@ -69,8 +76,7 @@ class UnaryCall final : public engine::Sink {
 // Streams a generation.
 class StreamCall final : public engine::Sink {
  public:
-  static std::shared_ptr<StreamCall> Start(CallInfo info, grpc::CallbackServerContext* context,
-                                           Clock* clock);
+  static std::shared_ptr<StreamCall> Start(CallInfo info, grpc::CallbackServerContext* context);
   grpc::ServerWriteReactor<v1::GenerateStreamResponse>* reactor() { return reactor_; }
 
   void Fail(const absl::Status& status);
@@ -84,9 +90,10 @@ class StreamCall final : public engine::Sink {
 
  private:
   class Reactor;
-  StreamCall(CallInfo info, grpc::CallbackServerContext* context, Clock* clock)
-      : info_(std::move(info)), context_(context), clock_(clock) {}
+  StreamCall(CallInfo info, grpc::CallbackServerContext* context)
+      : info_(std::move(info)), context_(context) {}
 
+  void End(const absl::Status& status);
   void Push(v1::GenerateStreamResponse message);
   // Starts the next write, or ends the call; called after every change, without the lock.
   void Pump();
@@ -94,7 +101,6 @@ class StreamCall final : public engine::Sink {
 
   const CallInfo info_;
   grpc::CallbackServerContext* const context_;  // valid until OnDone
-  Clock* const clock_;
   grpc::ServerWriteReactor<v1::GenerateStreamResponse>* reactor_ = nullptr;
 
   std::mutex mu_;

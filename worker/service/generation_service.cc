@@ -11,13 +11,13 @@
 #include "common/grpc_status.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "worker/engine/engine_metrics.h"
 #include "worker/service/generation_conversion.h"
 
 namespace walsh::service {
 namespace {
 
 constexpr char kRequestIdHeader[] = "x-request-id";
-constexpr absl::Duration kDefaultTimeout = absl::Minutes(10);
 constexpr absl::Duration kQueueRetryDelay = absl::Seconds(1);
 
 // The client's id from the field, else from the header, else a random one.
@@ -41,7 +41,10 @@ void EchoRequestId(grpc::CallbackServerContext& context, const std::string& id) 
 // The engine stops a little before the call's own deadline, so that what was generated until then
 // still reaches the client, with finish reason DEADLINE.
 absl::Time EngineDeadline(const grpc::CallbackServerContext& context, absl::Time now) {
-  const absl::Duration left = std::min(absl::FromChrono(context.deadline()) - now, kDefaultTimeout);
+  const bool has_deadline = context.deadline() != std::chrono::system_clock::time_point::max();
+  const absl::Duration left = has_deadline ? std::min(absl::FromChrono(context.deadline()) - now,
+                                                      absl::Seconds(limits::kGenerateSecondsMax))
+                                           : absl::Seconds(limits::kGenerateSecondsDefault);
   return now + left - std::min(left / 50, absl::Milliseconds(100));
 }
 
@@ -84,29 +87,43 @@ absl::StatusOr<std::shared_ptr<engine::Engine>> GenerationService::EngineOf(
 }
 
 template <typename Request>
+CallInfo GenerationService::Arrive(const grpc::CallbackServerContext& context,
+                                   const Request& request) const {
+  CallInfo info;
+  info.request_id = RequestId(context, request.request_id());
+  const absl::StatusOr<std::string> id = ParseModelName("model", request.model());
+  info.model = id.ok() ? ModelName(*id) : "";
+  info.clock = clock_;
+  info.arrival = clock_->Monotonic();
+  return info;
+}
+
+template <typename Request>
 absl::StatusOr<GenerationService::Prepared> GenerationService::Prepare(
-    grpc::CallbackServerContext* context, const Request& request) {
-  const absl::Duration arrival = clock_->Monotonic();
+    grpc::CallbackServerContext* context, const Request& request, CallInfo info) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
   Prepared prepared;
   WALSH_ASSIGN_OR_RETURN(prepared.engine, EngineOf(request.model()));
   const engine::LoadedModel& model = prepared.engine->model();
 
   engine::Request& out = prepared.request;
-  WALSH_ASSIGN_OR_RETURN(out.prompt, InputTokens(model, request));
+  absl::StatusOr<std::vector<int32_t>> tokens = InputTokens(model, request);
+  if (!tokens.ok()) {
+    engine::CountRejection(ParseModelName("model", request.model()).value(), "invalid");
+    return tokens.status();
+  }
+  out.prompt = *std::move(tokens);
   out.sampling = ToSamplingOptions(request.sampling());
   out.deadline = EngineDeadline(*context, clock_->Now());
-  out.arrival = arrival;
+  out.arrival = info.arrival;
 
-  CallInfo& info = prepared.info;
-  info.request_id = RequestId(*context, request.request_id());
   EchoRequestId(*context, info.request_id);
   out.id = info.engine_id = absl::StrCat(info.request_id, "#", ++n_requests_);
-  info.model = ModelName(ParseModelName("model", request.model()).value());
   info.seed = out.sampling.seed;
   info.prompt_tokens = static_cast<int>(out.prompt.size());
   info.engine = prepared.engine;
   info.tokenizer = &model.tokenizer();
+  prepared.info = std::move(info);
   return prepared;
 }
 
@@ -114,8 +131,12 @@ template <typename Request>
 grpc::ServerUnaryReactor* GenerationService::RunUnary(grpc::CallbackServerContext* context,
                                                       const Request& request,
                                                       v1::GenerateResponse* response) {
-  absl::StatusOr<Prepared> prepared = Prepare(context, request);
-  if (!prepared.ok()) return Answer(context, prepared.status());
+  const CallInfo info = Arrive(*context, request);
+  absl::StatusOr<Prepared> prepared = Prepare(context, request, info);
+  if (!prepared.ok()) {
+    LogFailed(info, prepared.status());
+    return Answer(context, prepared.status());
+  }
   const std::shared_ptr<UnaryCall> call = UnaryCall::Start(prepared->info, response);
   const absl::Status status = prepared->engine->Submit(std::move(prepared->request), call);
   if (!status.ok()) call->Fail(Refuse(status, prepared->info.prompt_tokens, *prepared->engine));
@@ -125,9 +146,10 @@ grpc::ServerUnaryReactor* GenerationService::RunUnary(grpc::CallbackServerContex
 template <typename Request>
 grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerationService::RunStream(
     grpc::CallbackServerContext* context, const Request& request) {
-  absl::StatusOr<Prepared> prepared = Prepare(context, request);
+  const CallInfo info = Arrive(*context, request);
+  absl::StatusOr<Prepared> prepared = Prepare(context, request, info);
   const std::shared_ptr<StreamCall> call =
-      StreamCall::Start(prepared.ok() ? prepared->info : CallInfo{}, context, clock_);
+      StreamCall::Start(prepared.ok() ? prepared->info : info, context);
   if (!prepared.ok()) {
     call->Fail(prepared.status());
     return call->reactor();

@@ -53,8 +53,12 @@ class GenerationService final : public v1::GenerationService::CallbackService {
     engine::Request request;
     CallInfo info;
   };
+  // What is known of a request before it is looked at.
   template <typename Request>
-  absl::StatusOr<Prepared> Prepare(grpc::CallbackServerContext* context, const Request& request);
+  CallInfo Arrive(const grpc::CallbackServerContext& context, const Request& request) const;
+  template <typename Request>
+  absl::StatusOr<Prepared> Prepare(grpc::CallbackServerContext* context, const Request& request,
+                                   CallInfo info);
   template <typename Request>
   grpc::ServerUnaryReactor* RunUnary(grpc::CallbackServerContext* context, const Request& request,
                                      v1::GenerateResponse* response);

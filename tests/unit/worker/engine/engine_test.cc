@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "tests/testing/fake_model.h"
+#include "tests/testing/metric_value.h"
 #include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
@@ -22,6 +23,7 @@ using ::testing::HasSubstr;
 using walsh::testing::ByteTokens;
 using walsh::testing::FakeModel;
 using walsh::testing::kFakeEos;
+using walsh::testing::MetricValue;
 using walsh::testing::RecordingSink;
 using walsh::testing::StatusIs;
 
@@ -433,6 +435,75 @@ TEST(EngineTest, ConcurrentSubmittersAndCancellers) {
   const Stats stats = engine->stats();
   EXPECT_EQ(stats.running + stats.waiting, 0);
   EXPECT_EQ(stats.kv_tokens_used, 0);
+}
+
+// -- What is counted
+
+Options CountedAs(const std::string& model_name) {
+  Options options = SmallOptions();
+  options.model_name = model_name;
+  return options;
+}
+double Rejections(const std::string& model, const std::string& reason) {
+  return MetricValue("walsh_admission_rejections_total",
+                     {"model_name=\"" + model + "\"", "reason=\"" + reason + "\""});
+}
+double Failures(const std::string& model, const std::string& code) {
+  return MetricValue("walsh_request_failure_total",
+                     {"model_name=\"" + model + "\"", "code=\"" + code + "\""});
+}
+double Cancellations(const std::string& model) {
+  return MetricValue("walsh_request_cancelled_total", {"model_name=\"" + model + "\""});
+}
+
+TEST(EngineMetricsTest, EveryRefusalIsCountedByItsReason) {
+  Gate gate;
+  const auto engine =
+      MakeEngine({.max_position = 32, .before_forward = gate.Hook()}, CountedAs("refusals"));
+  const auto refused = [&](Request request) {
+    EXPECT_FALSE(engine->Submit(std::move(request), std::make_shared<RecordingSink>()).ok());
+  };
+  refused({.id = "empty"});
+  EXPECT_EQ(Rejections("refusals", "invalid"), 1);
+  refused({.id = "long", .prompt = std::vector<int32_t>(32, 1)});
+  EXPECT_EQ(Rejections("refusals", "context_length"), 1);
+  const auto running = Submit(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 1}});
+  refused({.id = "a", .prompt = {1}});
+  EXPECT_EQ(Rejections("refusals", "invalid"), 2);
+  gate.Permit(1);
+  running->WaitForEnd();
+  EXPECT_EQ(Rejections("refusals", "context_length"), 1);
+}
+
+TEST(EngineMetricsTest, ADeadlineBeforeTheFirstTokenIsAFailure) {
+  const auto engine = MakeEngine({}, CountedAs("late"));
+  const auto sink =
+      Generate(*engine, {.id = "a", .prompt = {1}, .deadline = absl::Now() - absl::Seconds(1)});
+  EXPECT_EQ(sink->outcome().reason, FinishReason::kDeadline);
+  EXPECT_EQ(Failures("late", "DEADLINE_EXCEEDED"), 1);
+  EXPECT_EQ(MetricValue("walsh_request_success_total", {"model_name=\"late\""}), 0);
+}
+
+TEST(EngineMetricsTest, WhatFailsIsNotCancelled) {
+  Gate gate;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()}, CountedAs("unread"));
+  const auto unread = Submit(*engine, {.id = "unread", .prompt = {1}});
+  const auto left = Submit(*engine, {.id = "left", .prompt = {1}});
+  gate.AwaitArrival(1);
+  const absl::Status why = absl::ResourceExhaustedError("nobody reads");
+  engine->Fail("unread", why);
+  engine->Cancel("unread");  // as its call's end brings about
+  engine->Cancel("left");
+  engine->Fail("left", why);
+  engine->Fail("unknown", why);
+  gate.Permit(1000);
+  unread->WaitForEnd();
+  left->WaitForEnd();
+  EXPECT_EQ(unread->status(), why);
+  EXPECT_OK(left->status());
+  EXPECT_EQ(left->outcome().reason, FinishReason::kCancelled);
+  EXPECT_EQ(Failures("unread", "RESOURCE_EXHAUSTED"), 1);
+  EXPECT_EQ(Cancellations("unread"), 1);
 }
 
 TEST(EngineTest, IdleEngineKeepsItsHeart) {

@@ -7,13 +7,16 @@
 #include <grpcpp/server_builder.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
+#include "absl/strings/str_split.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
 #include "common/utf8.h"
 #include "google/rpc/error_details.pb.h"
+#include "tests/testing/metric_value.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
@@ -49,7 +52,7 @@ class GenerationServiceTest : public StoreFixture {
     AddArtifact("m");
     OpenStore();
     ASSERT_OK(store_->Load("m"));
-    service_ = std::make_unique<GenerationService>(store_.get(), Clock::Real(), kStallLimit);
+    service_ = std::make_unique<GenerationService>(store_.get(), clock_, kStallLimit);
     grpc::ServerBuilder builder;
     ApplyServerLimits(builder);
     int port = 0;
@@ -324,11 +327,10 @@ TEST_F(GenerationServiceTest, FullQueueAnswersAtOnceWithARetryDelay) {
     accepted.emplace_back([this] { EXPECT_OK(Generate(Request("x", 2))); });
   }
   EXPECT_TRUE(WaitUntil([this] { return Stats().running + Stats().waiting == 2; }));
-  const absl::Time start = absl::Now();
+  // Answered while the others stand still.
   grpc::ClientContext context;
   v1::GenerateResponse response;
   const absl::Status status = FromGrpcStatus(stub_->Generate(&context, Request("x", 2), &response));
-  EXPECT_LT(absl::Now() - start, absl::Seconds(1));
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("queue is full")));
   const google::rpc::Status details = ToProtoStatus(status);
   ASSERT_EQ(details.details_size(), 1);
@@ -365,19 +367,58 @@ TEST_F(GenerationServiceTest, CancelledStreamLeavesTheEngine) {
   WaitUntilIdle();
 }
 
-TEST_F(GenerationServiceTest, DeadlineReturnsWhatThereIs) {
-  behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
-    Pause(absl::Milliseconds(10));
-    return absl::OkStatus();
-  };
-  Serve();
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(1500));
-  v1::GenerateResponse response;
-  ASSERT_OK(FromGrpcStatus(stub_->Generate(&context, Request("x", 250), &response)));
+// A worker's clock in the test's hands: deadlines pass for the engine while gRPC's are far away.
+class DeadlineTest : public GenerationServiceTest {
+ protected:
+  // Lets so much time pass before the given step of the model.
+  void PassBeforeStep(int step, absl::Duration duration) {
+    clock_ = &manual_clock_;
+    behaviour_.before_forward = [this, step, duration](const engine::LoadedModel::Batch&) {
+      if (++n_steps_ == step) manual_clock_.Advance(duration);
+      return absl::OkStatus();
+    };
+    Serve();
+  }
+  absl::StatusOr<v1::GenerateResponse> GenerateWithin(absl::Duration timeout) {
+    grpc::ClientContext context;
+    if (timeout != absl::InfiniteDuration()) {
+      context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    }
+    v1::GenerateResponse response;
+    const absl::Status status =
+        FromGrpcStatus(stub_->Generate(&context, Request("x", 100), &response));
+    if (!status.ok()) return status;
+    return response;
+  }
+
+  ManualClock manual_clock_{absl::Now()};
+  std::atomic<int> n_steps_ = 0;
+};
+
+TEST_F(DeadlineTest, ReturnsWhatThereIs) {
+  PassBeforeStep(5, absl::Minutes(20));
+  ASSERT_OK_AND_ASSIGN(const auto response, GenerateWithin(absl::Minutes(20)));
   EXPECT_EQ(response.finish_reason(), v1::DEADLINE);
-  EXPECT_GT(response.usage().completion_tokens(), 0);
+  EXPECT_EQ(response.usage().completion_tokens(), 5);
   EXPECT_EQ(response.usage().completion_tokens(), response.token_ids_size());
+}
+
+TEST_F(DeadlineTest, MayBeLongerThanTheDefault) {
+  PassBeforeStep(5, absl::Minutes(20));
+  ASSERT_OK_AND_ASSIGN(const auto response, GenerateWithin(absl::Minutes(30)));
+  EXPECT_EQ(response.finish_reason(), v1::LENGTH);
+}
+
+TEST_F(DeadlineTest, IsNeverLongerThanTheLimit) {
+  PassBeforeStep(5, absl::Seconds(limits::kGenerateSecondsMax));
+  ASSERT_OK_AND_ASSIGN(const auto response, GenerateWithin(absl::Hours(5)));
+  EXPECT_EQ(response.finish_reason(), v1::DEADLINE);
+}
+
+TEST_F(DeadlineTest, ThereIsOneWithoutOne) {
+  PassBeforeStep(5, absl::Seconds(limits::kGenerateSecondsDefault));
+  ASSERT_OK_AND_ASSIGN(const auto response, GenerateWithin(absl::InfiniteDuration()));
+  EXPECT_EQ(response.finish_reason(), v1::DEADLINE);
 }
 
 TEST_F(GenerationServiceTest, DeadlineBeforeTheFirstTokenIsAnError) {
@@ -404,6 +445,51 @@ TEST_F(GenerationServiceTest, StepErrorEndsTheStreamWithItsStatus) {
   EXPECT_EQ(streamed.tokens.size(), 4u);
   EXPECT_FALSE(streamed.messages.back().has_finished());
   EXPECT_OK(Stream(Request("x", 3)).status);
+}
+
+TEST_F(GenerationServiceTest, RequestsWhoseTextGivesNoTokensAreCounted) {
+  behaviour_.chat_template = "";
+  Serve();
+  const auto rejections = [] {
+    return testing::MetricValue("walsh_admission_rejections_total",
+                                {"model_name=\"m\"", "reason=\"invalid\""});
+  };
+  const double before = rejections();
+  v1::ChatRequest request;
+  request.set_model("m");
+  request.add_messages()->set_role("user");
+  grpc::ClientContext context;
+  v1::GenerateResponse response;
+  EXPECT_THAT(FromGrpcStatus(stub_->Chat(&context, request, &response)),
+              HasCode(absl::StatusCode::kUnimplemented));
+  EXPECT_EQ(rejections(), before + 1);
+}
+
+TEST_F(GenerationServiceTest, EveryRequestLeavesOneLineInTheLog) {
+  Serve();
+  v1::GenerateRequest request = Request("x", 3);
+  request.set_request_id("id-of-a-unary-call");
+  ::testing::internal::CaptureStderr();
+  EXPECT_OK(Generate(request));
+  request.set_request_id("id-of-a-stream");
+  EXPECT_OK(Stream(request).status);
+  request.set_request_id("id-of-a-refusal");
+  request.set_model("models/nobody");
+  EXPECT_FALSE(Generate(request).ok());
+  const std::string log = ::testing::internal::GetCapturedStderr();
+  const std::vector<std::string> lines = absl::StrSplit(log, '\n');
+  for (const char* id : {"id-of-a-unary-call", "id-of-a-stream"}) {
+    const auto is_of_it = [id](const std::string& line) {
+      return line.find(id) != std::string::npos;
+    };
+    ASSERT_EQ(std::count_if(lines.begin(), lines.end(), is_of_it), 1) << log;
+    const std::string& line = *std::find_if(lines.begin(), lines.end(), is_of_it);
+    EXPECT_THAT(line, HasSubstr("models/m"));
+    EXPECT_THAT(line, HasSubstr("finish_reason=length"));
+    EXPECT_THAT(line, HasSubstr("completion_tokens=3"));
+    EXPECT_THAT(line, HasSubstr("seconds="));
+  }
+  EXPECT_THAT(log, HasSubstr("id-of-a-refusal"));
 }
 
 TEST_F(GenerationServiceTest, StalledReaderLosesItsStreamAndOthersGoOn) {

@@ -26,7 +26,7 @@ void StoreFixture::OpenStore() {
                                  .engine = engine_options_,
                                  .drain_timeout = absl::Seconds(5),
                                  .loader = loader_},
-                                Clock::Real());
+                                clock_);
   ASSERT_OK(store);
   store_ = *std::move(store);
 }

@@ -27,6 +27,7 @@ class StoreFixture : public ::testing::Test {
   const std::string root_ = dir_ / "models";
   engine::Options engine_options_{.max_sequences = 4, .max_waiting = 4, .n_threads = 1};
   testing::FakeModel::Behaviour behaviour_;
+  Clock* clock_ = Clock::Real();
   ModelStore::Loader loader_ =
       [this](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
     return testing::FakeModel::Create(behaviour_);
