@@ -5,6 +5,10 @@
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 
+#include <set>
+
+#include "absl/strings/str_split.h"
+#include "common/config_keys.h"
 #include "common/grpc_server.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
@@ -15,6 +19,7 @@ namespace walsh {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::walsh::testing::ServiceFixture;
 using ::walsh::testing::TempDir;
 using ::walsh::testing::TinyModel;
@@ -135,8 +140,10 @@ TEST_F(SurfaceTest, CoordinatorMetricsHaveTheirNames) {
   for (const char* name :
        {"walsh_build_info{", "walsh_quantization_jobs{", "walsh_quantization_jobs_finished_total{",
         "walsh_quantization_job_queue_seconds_bucket{",
-        "walsh_quantization_job_duration_seconds_bucket{", "walsh_workers{", "walsh_models{",
-        "walsh_worker_lease_expirations_total", "grpc_server_started_total{",
+        "walsh_quantization_job_duration_seconds_bucket{",
+        "walsh_quantization_stage_seconds_bucket{stage=\"QUANTIZING\"",
+        "walsh_quantization_stage_seconds_bucket{stage=\"PUBLISHING\"", "walsh_workers{",
+        "walsh_models{", "walsh_worker_lease_expirations_total", "grpc_server_started_total{",
         "grpc_server_handled_total{", "grpc_server_msg_received_total{",
         "grpc_server_msg_sent_total{", "grpc_server_handling_seconds_bucket{"}) {
     EXPECT_THAT(metrics, HasSubstr(std::string("\n") + name));
@@ -150,10 +157,54 @@ TEST_F(SurfaceTest, WorkerMetricsHaveTheirNames) {
         "walsh_kv_cache_usage_perc", "walsh_prompt_tokens_total", "walsh_generation_tokens_total",
         "walsh_request_success_total{", "walsh_time_to_first_token_seconds_bucket{",
         "walsh_inter_token_latency_seconds_bucket{", "walsh_e2e_request_latency_seconds_bucket{",
-        "walsh_request_queue_time_seconds_bucket{", "walsh_quantization_stage_seconds",
-        "walsh_quantization_layer_seconds", "walsh_quantization_calibration_tokens_total"}) {
+        "walsh_request_queue_time_seconds_bucket{", "walsh_quantization_layer_seconds",
+        "walsh_quantization_calibration_tokens_total"}) {
     EXPECT_THAT(metrics, HasSubstr(std::string("\n") + name));
   }
+  EXPECT_THAT(metrics, Not(HasSubstr("walsh_quantization_stage_seconds"))) << "the coordinator's";
+}
+
+// The long flags in the help of a command and, for `walsh`, of its verbs.
+void CollectFlags(const std::vector<std::string>& command, std::set<std::string>* flags) {
+  client::SpawnOptions spawn;
+  spawn.argv = command;
+  spawn.argv.push_back("--help");
+  ASSERT_OK_AND_ASSIGN(const client::Output help, client::RunCommand(spawn, "", absl::Seconds(60)));
+  bool is_subcommand = false;
+  const std::vector<std::string> lines = absl::StrSplit(help.out, '\n');
+  for (const std::string& line : lines) {
+    const std::vector<std::string> words =
+        absl::StrSplit(line, absl::ByAnyChar(" ,"), absl::SkipEmpty());
+    if (words.empty()) continue;
+    if (line.front() != ' ') {
+      is_subcommand = words[0] == "Subcommands:";
+      continue;
+    }
+    // Continued descriptions are indented further.
+    if (line.size() < 3 || line[2] == ' ') continue;
+    if (is_subcommand) {
+      std::vector<std::string> verb = command;
+      verb.push_back(words[0]);
+      CollectFlags(verb, flags);
+      continue;
+    }
+    for (const std::string& word : words) {
+      // "--no-load{false}" is the flag's negative.
+      if (word.starts_with("--")) flags->insert(word.substr(2, word.find('{') - 2));
+      if (!word.starts_with("-")) break;
+    }
+  }
+}
+
+// A key that a binary does not take must be known to be another's.
+TEST_F(SurfaceTest, ConfigKeysAreTheFlagsOfAllBinaries) {
+  std::set<std::string> flags;
+  for (const char* binary : {"walsh", "walsh-coordinator", "walsh-worker"}) {
+    CollectFlags({testing::BinaryPath(binary)}, &flags);
+  }
+  for (const char* builtin : {"help", "version", "config"}) flags.erase(builtin);
+  const std::set<std::string> keys(ConfigKeys().begin(), ConfigKeys().end());
+  EXPECT_THAT(flags, ::testing::ContainerEq(keys));
 }
 
 TEST_F(SurfaceTest, DoctorDescribesThisMachine) {

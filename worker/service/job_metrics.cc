@@ -44,8 +44,6 @@ void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Du
 }
 
 void ObserveJobReport(const pipeline::JobReport& report, double damp_asked) {
-  static auto& stage_seconds =
-      Histogram("walsh_quantization_stage_seconds", "Time of a job in each stage.");
   static auto& calibration_tokens =
       Counter("walsh_quantization_calibration_tokens_total", "Tokens that calibration ran on.")
           .Add({});
@@ -53,12 +51,6 @@ void ObserveJobReport(const pipeline::JobReport& report, double damp_asked) {
       Counter("walsh_quantization_damp_retries_total",
               "Linears whose Hessian needed more than the damping asked for.")
           .Add({});
-  for (int stage = 0; stage < pipeline::kStages; ++stage) {
-    stage_seconds
-        .Add({{"stage", pipeline::StageName(static_cast<pipeline::Stage>(stage))}},
-             metrics::JobDurationBuckets())
-        .Observe(report.stage_seconds[stage]);
-  }
   calibration_tokens.Increment(static_cast<double>(report.calibration_tokens));
   for (const pipeline::LinearReport& linear : report.linears) {
     if (linear.damp > damp_asked) damp_retries.Increment();

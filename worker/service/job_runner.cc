@@ -7,6 +7,7 @@
 #include <chrono>
 #include <filesystem>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -36,6 +37,23 @@ std::string JobId(const std::string& job_name) {
 
 void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
   context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(timeout));
+}
+
+// Whether the coordinator may take later what it did not take now. Everything else is its last
+// word: a store that is damaged or a request that it does not understand stays so.
+bool MayPass(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kUnavailable:
+    case absl::StatusCode::kDeadlineExceeded:
+    case absl::StatusCode::kResourceExhausted:  // its queue or its disk is full
+    case absl::StatusCode::kCancelled:          // it stops
+    case absl::StatusCode::kUnknown:            // gRPC, of some broken connections
+      return true;
+    case absl::StatusCode::kNotFound:  // it has restarted; the next heartbeat registers again
+      return ErrorReason(status) == "WORKER_UNKNOWN";
+    default:
+      return false;
+  }
 }
 
 }  // namespace
@@ -83,8 +101,6 @@ JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface
     : options_(std::move(options)), coordinator_(coordinator), models_(models), clock_(clock) {}
 
 void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
-  // Of the calling thread alone, and of the threads that it starts.
-  setpriority(PRIO_PROCESS, 0, kJobNice);
   absl::StatusOr<Outcome> outcome = FindEarlier(lease);
   if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held);
   if (outcome.ok()) LoadIfWanted(lease, *outcome);
@@ -93,7 +109,13 @@ void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
 
 absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease) {
   const std::string& id = lease.job().model_name();
-  WALSH_ASSIGN_OR_RETURN(v1::Model model, models_->Get(id));
+  absl::StatusOr<v1::Model> found = models_->Get(id);
+  if (absl::IsNotFound(found.status())) {
+    // Told before the work, not after it.
+    WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(id));
+  }
+  WALSH_RETURN_IF_ERROR(found.status());
+  v1::Model& model = *found;
   if (model.quantization_job() != lease.job_name()) {
     absl::Status status = absl::AlreadyExistsError(
         absl::StrCat(ModelName(id), " exists already, made by ",
@@ -136,17 +158,27 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
       PublishFile(ResultPath(held.job_name()), outcome.result.SerializeAsString()));
   WALSH_RETURN_IF_ERROR(ReportPublishing(held));
   WALSH_RETURN_IF_ERROR(held.Check());
+  WALSH_RETURN_IF_ERROR(Publish(directory, lease, outcome));
+  return outcome;
+}
+
+absl::Status JobRunner::Publish(const std::string& directory, const internal::v1::Lease& lease,
+                                Outcome& outcome) {
+  const absl::Duration start = clock_->Monotonic();
   absl::StatusOr<v1::Model> model =
-      models_->Publish(directory, lease.job().model_name(), held.job_name());
+      models_->Publish(directory, lease.job().model_name(), lease.job_name());
   if (!model.ok()) {
     CountArtifactError();
     return model.status();
   }
+  v1::QuantizationJob::StageTime& time = *outcome.result.add_stage_times();
+  time.set_stage(v1::QuantizationJob::PUBLISHING);
+  time.set_seconds(absl::ToDoubleSeconds(clock_->Monotonic() - start));
   outcome.model = *std::move(model);
-  CountArtifactWritten(report.artifact.size_bytes);
-  WALSH_LOG(Info, "model published", {"job", held.job_name()}, {"model", outcome.model.name()},
-            {"bytes", report.artifact.size_bytes});
-  return outcome;
+  CountArtifactWritten(outcome.result.size_bytes());
+  WALSH_LOG(Info, "model published", {"job", lease.job_name()}, {"model", outcome.model.name()},
+            {"bytes", outcome.result.size_bytes()}, {"seconds", time.seconds()});
+  return absl::OkStatus();
 }
 
 absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& directory,
@@ -155,15 +187,22 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
   WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
   spec.output_directory = directory;
   spec.job_name = held.job_name();
-  ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
   ProgressReporter reporter(this, &held);
-  try {
-    absl::StatusOr<pipeline::JobReport> report = options_.quantize(spec, pool, std::ref(reporter));
-    if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
-    return report;
-  } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError("no memory left for the job");
-  }
+  absl::StatusOr<pipeline::JobReport> report;
+  std::thread quantizing([&] {
+    // Of this thread alone, and of those that it starts. There is no way back for a process without
+    // privileges, hence a thread for each job.
+    setpriority(PRIO_PROCESS, 0, kJobNice);
+    try {
+      ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
+      report = options_.quantize(spec, pool, std::ref(reporter));
+    } catch (const std::bad_alloc&) {
+      report = absl::ResourceExhaustedError("no memory left for the job");
+    }
+  });
+  quantizing.join();
+  if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
+  return report;
 }
 
 absl::Status JobRunner::ReportPublishing(HeldLease& held) {
@@ -179,6 +218,7 @@ absl::Status JobRunner::ReportPublishing(HeldLease& held) {
     // So the coordinator answers when the job is being cancelled.
     if (absl::IsFailedPrecondition(status)) held.Cancel();
     WALSH_RETURN_IF_ERROR(held.Check());
+    if (!MayPass(status)) return status;
     WALSH_LOG(Warning, "publishing waits for the coordinator", {"job", held.job_name()},
               {"error", status});
     held.Pause(kRetryDelay);
@@ -218,25 +258,38 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held
     WALSH_LOG(Error, "job failed", {"job", held.job_name()}, {"error", outcome.status()});
   }
 
+  absl::Status taken = Deliver(request, held);
+  if (request.has_result() && !taken.ok() && !absl::IsAborted(taken)) {
+    *request.mutable_error() = ToProtoStatus(absl::Status(
+        taken.code(), absl::StrCat("the model was published, but the coordinator did not take the "
+                                   "result: ",
+                                   taken.message())));
+    request.set_error_reason("OUTCOME_REFUSED");
+    taken = Deliver(request, held);
+  }
+  if (taken.ok()) {
+    RemoveTree(ResultPath(held.job_name())).IgnoreError();
+    WALSH_LOG(Info, "job completed", {"job", held.job_name()});
+  } else {
+    WALSH_LOG(Error, "the coordinator has no outcome of the job", {"job", held.job_name()},
+              {"error", taken});
+  }
+}
+
+absl::Status JobRunner::Deliver(const internal::v1::CompleteJobRequest& request, HeldLease& held) {
   for (int attempt = 1; !held.is_lost(); ++attempt) {
     grpc::ClientContext context;
     SetTimeout(context, kCallTimeout);
     google::protobuf::Empty response;
     const absl::Status status =
         FromGrpcStatus(coordinator_->CompleteJob(&context, request, &response));
-    if (status.ok()) {
-      RemoveTree(ResultPath(held.job_name())).IgnoreError();
-      WALSH_LOG(Info, "job completed", {"job", held.job_name()});
-      return;
-    }
+    if (status.ok()) return status;
     WALSH_LOG(Warning, "the outcome was not taken", {"job", held.job_name()}, {"error", status});
-    if (absl::IsAborted(status) || absl::IsInvalidArgument(status) ||
-        absl::IsFailedPrecondition(status)) {
-      return;
-    }
-    if (request.has_returned() && attempt >= kHandBackTries) return;
+    if (!MayPass(status)) return status;
+    if (request.has_returned() && attempt >= kHandBackTries) return status;
     held.Pause(kRetryDelay);
   }
+  return absl::AbortedError(absl::StrCat("the lease of ", held.job_name(), " is lost"));
 }
 
 absl::Status JobRunner::Report(const v1::QuantizationJobEvent& event, HeldLease& held) {

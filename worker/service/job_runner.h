@@ -6,8 +6,9 @@
 // gets the job next on this data folder finds the published model, made by the same job, and
 // completes with its result.
 //
-// Threads: Run is called from one thread, which it makes nicer than the engine's, so that traffic
-//          keeps its latency beside a job.
+// Threads: Run is called from one thread. It quantizes on threads of its own that are nicer than
+//          the engine's, so that traffic keeps its latency beside a job; what it loads afterwards
+//          runs as nice as the caller.
 #pragma once
 
 #include <functional>
@@ -55,8 +56,14 @@ class JobRunner {
                                                    const v1::QuantizationJob& job, HeldLease& held);
   // Returns once the coordinator accepted, or why it never will.
   absl::Status ReportPublishing(HeldLease& held);
+  absl::Status Publish(const std::string& directory, const internal::v1::Lease& lease,
+                       Outcome& outcome);
   void LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome);
+  // Tells the coordinator how the job ended. An outcome that it will never take becomes an error,
+  // so that the job ends.
   void Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held);
+  // OK once the coordinator has it; ABORTED without the lease; else why it never will.
+  absl::Status Deliver(const internal::v1::CompleteJobRequest& request, HeldLease& held);
 
   absl::Status Report(const v1::QuantizationJobEvent& event, HeldLease& held);
   std::string ResultPath(const std::string& job_name) const;

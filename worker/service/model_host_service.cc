@@ -47,6 +47,7 @@ ModelHostService::ModelHostService(Options options, ModelStore* models)
 absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
     const v1::QuantizationJob& job) const {
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
+  WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(job.model_name()));
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
   const HostMemory memory = ReadHostMemory();
   WALSH_RETURN_IF_ERROR(CheckMemory(plan.memory_bytes_needed, memory));

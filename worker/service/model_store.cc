@@ -303,11 +303,19 @@ std::string ModelStore::TemporaryDirectory(std::string_view job_id, int64_t fenc
                       fencing_token);
 }
 
+absl::Status ModelStore::CheckNameIsFree(const std::string& id) const {
+  std::error_code error;
+  if (!fs::exists(Directory(id), error) && !error) return absl::OkStatus();
+  absl::Status status = absl::AlreadyExistsError(
+      absl::StrCat(ModelName(id), " exists already",
+                   Get(id).ok() ? "" : " and cannot be read; its folder must be moved away first"));
+  SetErrorInfo(status, "MODEL_EXISTS");
+  return status;
+}
+
 absl::StatusOr<Model> ModelStore::Publish(const std::string& from, const std::string& id,
                                           const std::string& job_name) {
-  if (fs::exists(Directory(id))) {
-    return absl::AlreadyExistsError(absl::StrCat(ModelName(id), " exists already"));
-  }
+  WALSH_RETURN_IF_ERROR(CheckNameIsFree(id));
   WALSH_RETURN_IF_ERROR(PublishFile(OriginPath(id), job_name));
   WALSH_RETURN_IF_ERROR(PublishDirectory(from, Directory(id)));
   WALSH_ASSIGN_OR_RETURN(Model model, ReadArtifact(id));

@@ -71,6 +71,9 @@ class ModelStore {
 
   // Where a job builds its artifact; unique by job and token.
   std::string TemporaryDirectory(std::string_view job_id, int64_t fencing_token) const;
+  // ALREADY_EXISTS (ErrorInfo MODEL_EXISTS) when a model or anything else has the name: a damaged
+  // artifact, which is not listed, is in the way of a new one as well.
+  absl::Status CheckNameIsFree(const std::string& id) const;
   // Moves a finished artifact to its name and remembers the job that made it. ALREADY_EXISTS when
   // there is one.
   absl::StatusOr<v1::Model> Publish(const std::string& from, const std::string& id,
@@ -103,7 +106,7 @@ class ModelStore {
   mutable std::mutex mu_;
   Listener listener_;
   std::map<std::string, Entry> entries_;
+  int64_t revision_ = 0;  // of the latest change
 };
 
 }  // namespace walsh::service
-  int64_t revision_ = 0;  // of the latest change

@@ -3,12 +3,15 @@
 #include "worker/service/job_runner.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <atomic>
 #include <filesystem>
 
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
+#include "common/publish.h"
 #include "common/resource_name.h"
 #include "tests/testing/fake_coordinator.h"
 #include "tests/testing/status_matchers.h"
@@ -122,6 +125,9 @@ TEST_F(JobRunnerTest, JobIsReportedPublishedAndCompleted) {
   ASSERT_TRUE(outcome.has_result());
   EXPECT_EQ(outcome.result().artifact_uri(), "models/m");
   EXPECT_EQ(outcome.result().perplexity_after(), 12.5);
+  ASSERT_EQ(outcome.result().stage_times_size(), 1) << "the script has none of its own";
+  EXPECT_EQ(outcome.result().stage_times(0).stage(), v1::QuantizationJob::PUBLISHING);
+  EXPECT_GT(outcome.result().stage_times(0).seconds(), 0);
   EXPECT_EQ(outcome.model().name(), "models/m");
   EXPECT_EQ(outcome.model().quantization_job(), "quantizationJobs/j");
   EXPECT_EQ(outcome.model().state(), v1::Model::UNLOADED);
@@ -307,6 +313,46 @@ TEST_F(JobRunnerTest, OutcomeIsRepeatedUntilItIsTaken) {
   EXPECT_EQ(n_runs_, 1);
 }
 
+TEST_F(JobRunnerTest, ResultThatIsRefusedForGoodEndsTheJobWithAnError) {
+  coordinator_.set_on_complete([](const Complete& request) {
+    return request.has_result() ? absl::InternalError("the store is damaged") : absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome(2);
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kInternal));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("the store is damaged"));
+  EXPECT_EQ(outcome.error_reason(), "OUTCOME_REFUSED");
+}
+
+TEST_F(JobRunnerTest, ErrorThatIsRefusedForGoodIsNotRepeated) {
+  quantize_ = [](const JobSpec&, const pipeline::Observer&) -> absl::StatusOr<JobReport> {
+    return absl::DataLossError("NaN");
+  };
+  coordinator_.set_on_complete([](const Complete&) { return absl::UnimplementedError("what?"); });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  AwaitOutcome();
+  coordinator_.set_on_complete({});
+  coordinator_.Offer(Job("k", "n"));
+  EXPECT_EQ(AwaitOutcome(2).job_name(), "quantizationJobs/k");
+}
+
+TEST_F(JobRunnerTest, PublishingThatIsRefusedForGoodEndsTheJob) {
+  coordinator_.set_on_report([](const internal::v1::ReportProgressRequest& request) {
+    return request.event().stage() == v1::QuantizationJob::PUBLISHING
+               ? absl::DataLossError("the store is damaged")
+               : absl::OkStatus();
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_THAT(outcome.error().message(), HasSubstr("the store is damaged"));
+  EXPECT_FALSE(fs::exists(root_ + "/m"));
+}
+
 TEST_F(JobRunnerTest, PublishedBeforeACrashIsCompletedWithItsReport) {
   // The outcome is never taken, as if the worker died on the way.
   coordinator_.set_on_complete([](const Complete&) { return absl::AbortedError("gone"); });
@@ -337,6 +383,21 @@ TEST_F(JobRunnerTest, NameTakenByAnotherJobFails) {
   EXPECT_EQ(n_runs_, 1);
 }
 
+TEST_F(JobRunnerTest, NameTakenByADamagedArtifactFailsBeforeTheWork) {
+  AddArtifact("m");
+  ASSERT_OK(PublishFile(root_ + "/m/walsh.json", "{"));
+  OpenStore();
+  ASSERT_FALSE(store_->Get("m").ok()) << "it is not listed";
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kAlreadyExists));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("cannot be read"));
+  EXPECT_EQ(outcome.error_reason(), "MODEL_EXISTS");
+  EXPECT_EQ(n_runs_, 0);
+}
+
 TEST_F(JobRunnerTest, StoppingWorkerHandsTheJobBack) {
   quantize_ = QuantizeForEver;
   StartWorker();
@@ -354,6 +415,29 @@ TEST_F(JobRunnerTest, AutoLoadServesBeforeItCompletes) {
   coordinator_.Offer(job);
   EXPECT_EQ(AwaitOutcome().model().state(), v1::Model::READY);
   EXPECT_OK(store_->FindEngine("m"));
+}
+
+// Engines start their threads where the model is loaded, and threads inherit their niceness.
+TEST_F(JobRunnerTest, TheJobIsNiceAndTheModelThatItLoadsIsNot) {
+  std::atomic<int> nice_of_job = -1;
+  std::atomic<int> nice_of_load = -1;
+  quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
+    nice_of_job = getpriority(PRIO_PROCESS, 0);
+    return QuantizeTwoLayers(spec, observer);
+  };
+  loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    nice_of_load = getpriority(PRIO_PROCESS, 0);
+    return testing::FakeModel::Create(behaviour_);
+  };
+  OpenStore();
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->set_auto_load(true);
+  StartWorker();
+  coordinator_.Offer(job);
+  EXPECT_EQ(AwaitOutcome().model().state(), v1::Model::READY);
+  const int nice_of_test = getpriority(PRIO_PROCESS, 0);
+  EXPECT_EQ(nice_of_load, nice_of_test);
+  EXPECT_EQ(nice_of_job, std::max(nice_of_test, 10));
 }
 
 TEST_F(JobRunnerTest, AutoLoadThatFailsIsAWarning) {
