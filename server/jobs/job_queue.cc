@@ -369,6 +369,8 @@ void JobQueue::Adopt(const std::string& id, const JobRecord& record) {
                          live.unstored->progress().fraction() > record.job.progress().fraction();
   if (has_newer) {
     *live.record.job.mutable_progress() = live.unstored->progress();
+    // The record may have gone on meanwhile, from RUNNING to CANCELLING: nobody sees it go back.
+    live.unstored->set_state(state);
   } else {
     live.unstored.reset();
   }

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <utility>
 
 #include "common/check.h"
 
@@ -16,6 +17,8 @@ namespace {
 
 std::atomic<int> write_error{0};
 std::atomic<int> syncs_until_failure{0};
+std::atomic<bool> has_hook{false};
+std::function<void()> sync_hook;  // set before has_hook, called by the one who takes it
 
 int Fail(int error) {
   errno = error;
@@ -23,6 +26,7 @@ int Fail(int error) {
 }
 
 int Sync(int fd, int64_t system_call) {
+  if (has_hook.exchange(false)) sync_hook();
   if (syncs_until_failure > 0 && --syncs_until_failure == 0) return Fail(EIO);
   return static_cast<int>(syscall(system_call, fd));
 }
@@ -60,12 +64,17 @@ FaultyDisk::FaultyDisk() {
 FaultyDisk::~FaultyDisk() {
   write_error = 0;
   syncs_until_failure = 0;
+  has_hook = false;
   sqlite3_vfs* vfs = sqlite3_vfs_find("unix");
   vfs->xSetSystemCall(vfs, nullptr, nullptr);
 }
 
 void FaultyDisk::FailWrites(int error) { write_error = error; }
 void FaultyDisk::FailSync(int n) { syncs_until_failure = n; }
+void FaultyDisk::OnNextSync(std::function<void()> hook) {
+  sync_hook = std::move(hook);
+  has_hook = true;
+}
 
 }  // namespace walsh::testing
 

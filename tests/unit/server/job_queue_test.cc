@@ -389,6 +389,24 @@ TEST_F(JobQueueTest, PureProgressIsStoredTwiceASecondAndVisibleAtOnce) {
   EXPECT_EQ(queue_->Get("a")->progress().fraction(), 0.75);
 }
 
+TEST_F(JobQueueTest, ProgressDuringACancellationDoesNotShowTheJobRunningAgain) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  ASSERT_OK(queue_->Report("workers/1", id, Progress(token, QuantizationJob::LOADING, 0.1)));
+  FaultyDisk disk;
+  bool is_reported = false;
+  disk.OnNextSync([&, token = token] {
+    is_reported = true;
+    EXPECT_OK(queue_->Report("workers/1", "a", Progress(token, QuantizationJob::LOADING, 0.5)));
+  });
+  ASSERT_OK(queue_->Cancel("a"));
+  ASSERT_TRUE(is_reported);
+  Wait(absl::Seconds(1));
+  const std::vector<QuantizationJobEvent> events = queue_->ReadEvents("a", 0)->events;
+  EXPECT_EQ(events.back().progress().fraction(), 0.5) << "kept, and stored later";
+  EXPECT_EQ(events.back().state(), QuantizationJob::CANCELLING);
+}
+
 TEST_F(JobQueueTest, StagesAndLayersAreAlwaysStored) {
   Submit("a");
   const auto [id, token] = Acquire("workers/1");
