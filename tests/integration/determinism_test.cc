@@ -10,11 +10,13 @@
 #include "common/publish.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/test_model.h"
 
 namespace walsh {
 namespace {
 
 using ::walsh::testing::ServiceFixture;
+using ::walsh::testing::TestModel;
 
 using Files = std::map<std::string, std::string>;
 
@@ -32,17 +34,16 @@ Files ArtifactFiles(const std::string& data_dir) {
   return files;
 }
 
-Files QuantizeWith(int n_threads) {
-  const std::string data = testing::TestDataDir();
+Files QuantizeWith(const TestModel& model, int n_threads) {
   testing::ServiceOptions options;
-  options.model_roots = {data};
+  options.model_roots = {model.root()};
   options.n_threads = n_threads;
   ServiceFixture service(options);
   EXPECT_OK(service.Start());
   v1::CreateQuantizationJobRequest request;
   request.set_quantization_job_id("same");
   v1::QuantizationJob& job = *request.mutable_quantization_job();
-  job.set_source_model(data + "/models/TinyStories-656K");
+  job.set_source_model(model.path());
   job.set_model_name("m");
   v1::QuantizationConfig& config = *job.mutable_config();
   config.set_bits(3);
@@ -71,13 +72,11 @@ void ExpectEqual(const Files& a, const Files& b) {
 }
 
 TEST(DeterminismTest, RunsAndThreadCountsGiveTheSameBytes) {
-  if (testing::TestData("models/TinyStories-656K").empty()) {
-    GTEST_SKIP() << "no TinyStories-656K (set WALSH_TEST_DATA)";
-  }
-  const Files first = QuantizeWith(1);
+  const TestModel model;
+  const Files first = QuantizeWith(model, 1);
   EXPECT_EQ(first.count("model-00001-of-00001.safetensors"), 1u);
-  ExpectEqual(first, QuantizeWith(1));
-  ExpectEqual(first, QuantizeWith(2));
+  ExpectEqual(first, QuantizeWith(model, 1));
+  ExpectEqual(first, QuantizeWith(model, 2));
 }
 
 }  // namespace

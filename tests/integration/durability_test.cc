@@ -4,28 +4,39 @@
 #include <signal.h>
 
 #include <atomic>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/test_model.h"
 #include "tests/testing/wait.h"
 
 namespace walsh {
 namespace {
 
+using ::testing::Contains;
+using ::testing::HasSubstr;
+using ::testing::Not;
 using ::walsh::testing::ServiceFixture;
+using ::walsh::testing::TestModel;
 using Job = v1::QuantizationJob;
+
+const TestModel& Model() {
+  static const TestModel model;
+  return model;
+}
 
 // Long enough to be killed in the middle, short enough for a test.
 absl::StatusOr<Job> CreateSlowJob(ServiceFixture& service, const std::string& name) {
-  const std::string data = testing::TestDataDir();
   v1::CreateQuantizationJobRequest request;
   Job& job = *request.mutable_quantization_job();
-  job.set_source_model(data + "/models/TinyStories-656K");
+  job.set_source_model(Model().path());
   job.set_model_name(name);
   v1::QuantizationConfig& config = *job.mutable_config();
   config.set_bits(2);
-  config.mutable_calibration()->set_uri(data + "/corpora/tinystories-train-1000.json");
+  config.mutable_calibration()->set_uri(Model().text_path());
   config.mutable_calibration()->set_num_samples(256);
   config.mutable_calibration()->set_sequence_length(256);
   config.mutable_evaluation()->set_disable(true);
@@ -34,7 +45,7 @@ absl::StatusOr<Job> CreateSlowJob(ServiceFixture& service, const std::string& na
 
 testing::ServiceOptions Options() {
   testing::ServiceOptions options;
-  options.model_roots = {testing::TestDataDir()};
+  options.model_roots = {Model().root()};
   return options;
 }
 
@@ -50,6 +61,7 @@ class Watcher {
             last_sequence_ = event.sequence();
             stage_ = event.stage();
             attempt_ = event.attempt();
+            messages_.push_back(event.message());
           };
           observer.on_disconnect = [this](const absl::Status&, absl::Duration) {
             ++n_disconnects_;
@@ -68,26 +80,20 @@ class Watcher {
     return job_;
   }
   int n_disconnects() const { return n_disconnects_; }
+  // Of all events; after Join.
+  const std::vector<std::string>& messages() const { return messages_; }
 
  private:
   std::atomic<int64_t> last_sequence_{0};
   std::atomic<int> stage_{0};
   std::atomic<int> attempt_{0};
   std::atomic<int> n_disconnects_{0};
+  std::vector<std::string> messages_;
   absl::StatusOr<Job> job_;
   std::thread thread_;
 };
 
-class DurabilityTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (testing::TestData("models/TinyStories-656K").empty()) {
-      GTEST_SKIP() << "no TinyStories-656K (set WALSH_TEST_DATA)";
-    }
-  }
-};
-
-TEST_F(DurabilityTest, AJobSurvivesAKilledWorker) {
+TEST(DurabilityTest, AJobSurvivesAKilledWorker) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
@@ -102,7 +108,7 @@ TEST_F(DurabilityTest, AJobSurvivesAKilledWorker) {
   EXPECT_OK(service.client().LoadModel("m"));
 }
 
-TEST_F(DurabilityTest, AJobSurvivesAKilledCoordinatorAndItsWatchHasNoGap) {
+TEST(DurabilityTest, AJobSurvivesAKilledCoordinatorAndItsWatchHasNoGap) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
@@ -120,7 +126,7 @@ TEST_F(DurabilityTest, AJobSurvivesAKilledCoordinatorAndItsWatchHasNoGap) {
   EXPECT_OK(service.client().LoadModel("m"));
 }
 
-TEST_F(DurabilityTest, AJobSurvivesBothAtOnce) {
+TEST(DurabilityTest, AJobSurvivesBothAtOnce) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
@@ -136,7 +142,7 @@ TEST_F(DurabilityTest, AJobSurvivesBothAtOnce) {
   EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
 }
 
-TEST_F(DurabilityTest, AnAcceptedJobIsOnDiskBeforeItsAnswer) {
+TEST(DurabilityTest, AnAcceptedJobIsOnDiskBeforeItsAnswer) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
@@ -148,19 +154,25 @@ TEST_F(DurabilityTest, AnAcceptedJobIsOnDiskBeforeItsAnswer) {
   EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
 }
 
-TEST_F(DurabilityTest, AWorkerThatIsStoppedReturnsItsJobWithoutACrash) {
+TEST(DurabilityTest, AWorkerThatIsStoppedReturnsItsJobWithoutACrash) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
   Watcher watcher(&service.client(), created.name());
   ASSERT_TRUE(watcher.WaitForStage(Job::CALIBRATING));
   ASSERT_OK(service.StopWorker());
+  ASSERT_OK_AND_ASSIGN(const Job returned, service.client().GetJob(created.name()));
+  EXPECT_EQ(returned.state(), Job::QUEUED) << "at once, not when a lease ends";
   ASSERT_OK(service.StartWorker());
   ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
   EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+  EXPECT_EQ(finished.attempt(), 2);
+  const std::vector<std::string> messages = watcher.messages();
+  EXPECT_THAT(messages, Contains(HasSubstr("returned to the queue by its worker")));
+  EXPECT_THAT(messages, Not(Contains(HasSubstr("vanished"))));
 }
 
-TEST_F(DurabilityTest, ACancelledJobEndsAndLeavesNoModel) {
+TEST(DurabilityTest, ACancelledJobEndsAndLeavesNoModel) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
@@ -174,7 +186,7 @@ TEST_F(DurabilityTest, ACancelledJobEndsAndLeavesNoModel) {
   EXPECT_OK(service.client().DeleteJob(created.name()));
 }
 
-TEST_F(DurabilityTest, AStreamWhoseWorkerDiesEndsWithAnError) {
+TEST(DurabilityTest, AStreamWhoseWorkerDiesEndsWithAnError) {
   ServiceFixture service(Options());
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));

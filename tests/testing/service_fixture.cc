@@ -46,8 +46,7 @@ ServiceFixture::~ServiceFixture() {
   children_.clear();
   if (!::testing::Test::HasFailure()) return;
   for (const char* daemon : {"coordinator", "worker"}) {
-    const std::string log =
-        ReadFile(data_dir_ / (std::string(daemon) + ".log"), 64 << 20).value_or("");
+    const std::string log = Log(daemon);
     std::fprintf(stderr, "--- the end of %s.log\n%s---\n", daemon,
                  log.substr(log.size() - std::min<size_t>(log.size(), 8000)).c_str());
   }
@@ -161,7 +160,20 @@ void ServiceFixture::KillCoordinator() { KillDaemon("coordinator"); }
 void ServiceFixture::KillWorker() { KillDaemon("worker"); }
 absl::Status ServiceFixture::StopCoordinator() { return StopDaemon("coordinator"); }
 absl::Status ServiceFixture::StopWorker() { return StopDaemon("worker"); }
-void ServiceFixture::SignalWorker(int signal) { children_.at("worker")->Signal(signal); }
+void ServiceFixture::Signal(const std::string& daemon, int signal) {
+  children_.at(daemon)->Signal(signal);
+}
+
+absl::StatusOr<int> ServiceFixture::WaitForExit(const std::string& daemon, absl::Duration timeout) {
+  const auto ended = children_.at(daemon)->Wait(timeout);
+  if (!ended.has_value()) return absl::DeadlineExceededError(daemon + " goes on running");
+  children_.erase(daemon);
+  return client::ExitCode(*ended);
+}
+
+std::string ServiceFixture::Log(const std::string& daemon) const {
+  return ReadFile(data_dir_ / (daemon + ".log"), 64 << 20).value_or("");
+}
 
 absl::StatusOr<std::string> ServiceFixture::HttpGet(const std::string& endpoint,
                                                     const std::string& path) const {

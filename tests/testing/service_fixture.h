@@ -49,7 +49,11 @@ class ServiceFixture {
   absl::Status StopCoordinator();
   absl::Status StopWorker();
   // Freezes and thaws the worker.
-  void SignalWorker(int signal);
+  void SignalWorker(int signal) { Signal("worker", signal); }
+  void Signal(const std::string& daemon, int signal);
+  // The exit code, 128 + signal after one; DEADLINE_EXCEEDED when the daemon goes on running.
+  absl::StatusOr<int> WaitForExit(const std::string& daemon, absl::Duration timeout);
+  std::string Log(const std::string& daemon) const;
 
   client::Client& client() { return *client_; }
   // "grpc", "internal", "http", "metrics" of "coordinator" or "worker".
