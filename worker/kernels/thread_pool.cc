@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <fstream>
 #include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -74,12 +76,22 @@ struct ThreadPool::State {
   int64_t n_tiles = 0;
   const std::function<void(int64_t)>* tile = nullptr;
   std::atomic<bool> stop{false};
+  std::mutex failure_mutex;
+  std::exception_ptr failure;  // the first of the current job
   std::vector<std::thread> workers;
 
-  void RunTiles() {
-    for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < n_tiles;
-         i = next.fetch_add(1, std::memory_order_relaxed)) {
-      (*tile)(i);
+  // Lets nothing out: on a worker it would end the process, and on the caller it would unwind what
+  // workers still use.
+  void RunTiles() noexcept {
+    try {
+      for (int64_t i = next.fetch_add(1, std::memory_order_relaxed); i < n_tiles;
+           i = next.fetch_add(1, std::memory_order_relaxed)) {
+        (*tile)(i);
+      }
+    } catch (...) {
+      next.store(n_tiles, std::memory_order_relaxed);
+      const std::lock_guard<std::mutex> lock(failure_mutex);
+      if (failure == nullptr) failure = std::current_exception();
     }
   }
 
@@ -137,6 +149,9 @@ void ThreadPool::ParallelFor(int64_t n_tiles, const std::function<void(int64_t)>
   for (uint32_t done = state.finished.load(std::memory_order_acquire); done != joined;
        done = state.finished.load(std::memory_order_acquire)) {
     WaitForChange(state.finished, done);
+  }
+  if (state.failure != nullptr) {
+    std::rethrow_exception(std::exchange(state.failure, std::exception_ptr()));
   }
 }
 

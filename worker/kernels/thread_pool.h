@@ -22,7 +22,8 @@ class ThreadPool {
 
   int n_threads() const { return n_threads_; }
   // Calls tile(i) once for each i in [0, n_tiles), and returns when all are done. `tile` must not
-  // throw and must not call ParallelFor.
+  // call ParallelFor. It may run out of memory: what it throws first is thrown on, once no thread
+  // runs a tile any more, and tiles that nobody has begun are left out.
   void ParallelFor(int64_t n_tiles, const std::function<void(int64_t)>& tile);
 
   // What the machine (or its cgroup) grants.

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <new>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -68,6 +69,44 @@ TEST(ThreadPoolTest, CallersTakeTurns) {
   }
   for (std::thread& caller : callers) caller.join();
   EXPECT_EQ(sums, std::vector<int64_t>(4, 200 * 40425));
+}
+
+// Whichever thread runs out of memory, the caller hears of it when no tile runs any more, and the
+// pool is as good as new.
+TEST(ThreadPoolTest, WhatATileThrowsReachesTheCaller) {
+  for (const int n_threads : {1, 2, 4}) {
+    ThreadPool pool(n_threads);
+    for (int round = 0; round < 50; ++round) {
+      std::atomic<int> n_running{0};
+      EXPECT_THROW(pool.ParallelFor(64,
+                                    [&](int64_t i) {
+                                      n_running.fetch_add(1);
+                                      // Any of the threads may be the one.
+                                      const bool fails = i >= round;
+                                      n_running.fetch_sub(1);
+                                      if (fails) throw std::bad_alloc();
+                                    }),
+                   std::bad_alloc);
+      EXPECT_EQ(n_running.load(), 0);
+      std::atomic<int> n_run{0};
+      pool.ParallelFor(64, [&](int64_t) { n_run.fetch_add(1); });
+      EXPECT_EQ(n_run.load(), 64);
+    }
+  }
+}
+
+// Both threads are inside a tile, and only the worker's throws: it must not end the process.
+TEST(ThreadPoolTest, AWorkerMayRunOutOfMemory) {
+  ThreadPool pool(2);
+  const std::thread::id caller = std::this_thread::get_id();
+  std::atomic<int> arrived{0};
+  EXPECT_THROW(pool.ParallelFor(2,
+                                [&](int64_t) {
+                                  arrived.fetch_add(1);
+                                  while (arrived.load() < 2) std::this_thread::yield();
+                                  if (std::this_thread::get_id() != caller) throw std::bad_alloc();
+                                }),
+               std::bad_alloc);
 }
 
 TEST(ThreadPoolTest, StartsAndStopsWithoutWork) {
