@@ -34,18 +34,20 @@ class Arena {
  public:
   std::shared_ptr<uint8_t> Cut(size_t size) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (region_ == nullptr || used_ + size > kRegionBytes) {
-      region_ = NewRegion(kRegionBytes);
+    std::shared_ptr<uint8_t> region = region_.lock();
+    if (region == nullptr || used_ + size > kRegionBytes) {
+      region = NewRegion(kRegionBytes);
+      region_ = region;
       used_ = 0;
     }
-    uint8_t* data = region_.get() + used_;
+    uint8_t* data = region.get() + used_;
     used_ += size;
-    return {region_, data};  // shares the region's ownership
+    return {std::move(region), data};  // shares the region's ownership
   }
 
  private:
   std::mutex mutex_;
-  std::shared_ptr<uint8_t> region_;
+  std::weak_ptr<uint8_t> region_;  // owned by the matrices in it
   size_t used_ = 0;
 };
 
