@@ -89,7 +89,7 @@ std::vector<double> DampingLadder(double damp) {
 }  // namespace
 
 absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,
-                                               std::string_view name) {
+                                               std::string_view name, const KeepGoing& keep_going) {
   if (hessian.rows() != hessian.cols()) {
     return absl::InvalidArgumentError(absl::StrCat("Hessian of ", std::string(name), " is ",
                                                    hessian.rows(), " x ", hessian.cols(),
@@ -124,6 +124,7 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
   const std::vector<double> ladder = DampingLadder(options.damp);
   for (const bool in_double : {false, true}) {
     for (double damp : ladder) {
+      WALSH_RETURN_IF_ERROR(Ask(keep_going));
       factor.upper = in_double ? UpperFactor<double>(factor, mean_diagonal, damp)
                                : UpperFactor<float>(factor, mean_diagonal, damp);
       factor.damp = damp;

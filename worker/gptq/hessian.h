@@ -12,6 +12,7 @@
 //          over live columns
 // Errors:  INVALID_ARGUMENT  not square, options out of range
 //          DATA_LOSS         a non-finite or negative element; the message names it
+//          and what `keep_going` returns
 // Memory:  two [in, in] float matrices; while it works two of double when float does not suffice
 #pragma once
 
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/gptq/options.h"
 #include "worker/tensor/matrix.h"
 
@@ -37,8 +39,10 @@ struct HessianFactor {
   std::string fallback;  // why there is no factor; empty when there is one
 };
 
-// `name` is used in messages. For Method::kRtn nothing is factorized.
+// `name` is used in messages. For Method::kRtn nothing is factorized. Asks `keep_going` before each
+// step of the damping ladder.
 absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,
-                                               std::string_view name);
+                                               std::string_view name,
+                                               const KeepGoing& keep_going = {});
 
 }  // namespace walsh::gptq

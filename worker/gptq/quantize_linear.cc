@@ -70,7 +70,7 @@ class LinearQuantizer {
     const int64_t in = work_.cols();
     Matrix errors(work_.rows(), kBlockColumns);
     for (int64_t begin = 0; begin < in;) {
-      if (keep_going) WALSH_RETURN_IF_ERROR(keep_going());
+      WALSH_RETURN_IF_ERROR(Ask(keep_going));
       const int64_t end = BlockEnd(begin, in, options_.group_size);
       pool_.ParallelFor(Tiles(work_.rows()),
                         [&](int64_t tile) { QuantizeTile(tile, begin, end, errors); });
@@ -90,7 +90,7 @@ class LinearQuantizer {
       begin = end;
     }
     result_.clamped_groups = clamped_groups_;
-    if (!has_invalid_code_) return absl::OkStatus();
+    if (!has_overflow_) return absl::OkStatus();
     return absl::DataLossError(absl::StrCat(name_, ": a weight overflowed while it was updated"));
   }
 
@@ -128,7 +128,11 @@ class LinearQuantizer {
     if (factor_.upper.empty()) return;
     const int64_t rows = std::min(kTileRows, work_.rows() - first_row);
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t i = 0; i < width; ++i) errors(first_row + r, i) = tile_errors(i, r);
+      for (int64_t i = 0; i < width; ++i) {
+        // Codes tell nothing: clamping makes a number of a NaN.
+        if (!std::isfinite(tile_errors(i, r))) has_overflow_ = true;
+        errors(first_row + r, i) = tile_errors(i, r);
+      }
     }
   }
 
@@ -166,8 +170,8 @@ class LinearQuantizer {
       float* dequantized = result_.dequantized.row(first_row + r);
       for (int64_t i = first; i < last; ++i) {
         const float code = codes(i, r);
-        if (!(code >= 0 && code <= code_max)) {  // NaN
-          has_invalid_code_ = true;
+        if (!(code >= 0 && code <= code_max)) {  // NaN, where the CPU's clamping lets it through
+          has_overflow_ = true;
           continue;
         }
         const int32_t column = factor_.order[static_cast<size_t>(begin + i)];
@@ -185,7 +189,7 @@ class LinearQuantizer {
   std::vector<TileGrid> grids_;
   QuantizedLinear result_;
   std::atomic<int64_t> clamped_groups_ = 0;
-  std::atomic<bool> has_invalid_code_ = false;
+  std::atomic<bool> has_overflow_ = false;
 };
 
 // tr(M H Mᵀ) for symmetric H.

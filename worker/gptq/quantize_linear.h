@@ -17,11 +17,11 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/gptq/hessian.h"
 #include "worker/gptq/options.h"
 #include "worker/kernels/thread_pool.h"
@@ -40,10 +40,7 @@ struct QuantizedLinear {
   int64_t clamped_groups = 0;
 };
 
-// Asked between blocks of columns; a status that is not OK becomes the result.
-using KeepGoing = std::function<absl::Status()>;
-
-// `keep_going` may be empty.
+// Asks `keep_going` between blocks of columns.
 absl::StatusOr<QuantizedLinear> QuantizeLinear(std::string_view name, const Matrix& weights,
                                                const HessianFactor& factor, const Options& options,
                                                ThreadPool& pool, const KeepGoing& keep_going = {});

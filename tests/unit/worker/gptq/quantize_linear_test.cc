@@ -386,6 +386,31 @@ TEST(QuantizeLinearTest, HugeTinyAndOutlyingWeightsStayInRange) {
   ExpectSound(Quantize(problem, options));
 }
 
+// Weights that no scale can express, with inputs that pass all error on from column to column: the
+// fifth is beyond the largest float. The Hessian is small enough for finite outputs.
+TEST(QuantizeLinearTest, AnOverflowWhileUpdatingIsSaidSo) {
+  Problem problem{Matrix(8, 64), Matrix(64, 64)};
+  for (float& w : problem.weights.span()) w = 1e38f;
+  for (float& h : problem.hessian.span()) h = 0x1p-20f;
+  Options options;
+  options.group_size = 32;
+  ThreadPool pool(2);
+  ASSERT_OK_AND_ASSIGN(const HessianFactor factor,
+                       FactorizeHessian(problem.hessian.Copy(), options, "x"));
+  ASSERT_FALSE(factor.upper.empty());
+  EXPECT_THAT(
+      QuantizeLinear("layers.0.o", problem.weights, factor, options, pool),
+      StatusIs(absl::StatusCode::kDataLoss, AllOf(HasSubstr("layers.0.o"), HasSubstr("overflow"))));
+}
+
+TEST(FactorizeHessianTest, StopsWhenTold) {
+  Options options;
+  options.group_size = 32;
+  EXPECT_THAT(FactorizeHessian(RandomProblem(8, 64, 128, 3).hessian.Copy(), options, "x",
+                               [] { return absl::CancelledError("enough"); }),
+              HasCode(absl::StatusCode::kCancelled));
+}
+
 TEST(QuantizeLinearTest, RefusesWhatIsNotFinite) {
   const float kBad[] = {std::numeric_limits<float>::quiet_NaN(),
                         std::numeric_limits<float>::infinity()};
