@@ -76,7 +76,8 @@ absl::StatusOr<std::string> HashRange(int fd, int64_t begin, int64_t end) {
   return hash.HexDigest();
 }
 
-absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads) {
+absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads,
+                                                    const KeepGoing& keep_going) {
   struct stat info {};
   if (fstat(fd, &info) != 0) return ErrnoStatus(errno, "reading the size of a file to hash");
   if (!S_ISREG(info.st_mode)) return absl::InvalidArgumentError("not a regular file");
@@ -86,10 +87,13 @@ absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads) {
   std::atomic<int64_t> next{0};
   absl::Mutex mu;
   absl::Status first_error;
-  const auto work = [&] {
+  const auto work = [&](const KeepGoing& may_go_on) {
     for (int64_t i = next++; i < n_chunks; i = next++) {
-      auto digest =
-          HashRange(fd, i * kHashChunkBytes, std::min(n_bytes, (i + 1) * kHashChunkBytes));
+      const absl::Status may = Ask(may_go_on);
+      absl::StatusOr<std::string> digest =
+          may.ok()
+              ? HashRange(fd, i * kHashChunkBytes, std::min(n_bytes, (i + 1) * kHashChunkBytes))
+              : may;
       if (digest.ok()) {
         digests[static_cast<size_t>(i)] = *std::move(digest);
       } else {
@@ -100,8 +104,9 @@ absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads) {
     }
   };
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < std::min<int64_t>(n_threads, n_chunks); ++i) helpers.emplace_back(work);
-  work();
+  for (int64_t i = 1; i < std::min<int64_t>(n_threads, n_chunks); ++i)
+    helpers.emplace_back(work, KeepGoing());
+  work(keep_going);
   for (std::thread& helper : helpers) helper.join();
   if (!first_error.ok()) return first_error;
   return digests;
@@ -109,10 +114,11 @@ absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads) {
 
 }  // namespace
 
-absl::StatusOr<std::vector<std::string>> Sha256FileChunks(const std::string& path, int n_threads) {
+absl::StatusOr<std::vector<std::string>> Sha256FileChunks(const std::string& path, int n_threads,
+                                                          const KeepGoing& keep_going) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) return ErrnoStatus(errno, "opening a file to hash");
-  auto digests = HashChunks(fd, n_threads);
+  auto digests = HashChunks(fd, n_threads, keep_going);
   close(fd);
   return digests;
 }

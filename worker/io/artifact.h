@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/io/checkpoint.h"
 #include "worker/tensor/quantized_matrix.h"
 
@@ -66,9 +67,10 @@ class ArtifactWriter {
                                   bool one_dimensional) = 0;
   // Writes the remaining files, `report` as walsh.json (its members "files", "format_version" and
   // "digest" are set here), and syncs. FAILED_PRECONDITION when a tensor of the model was not
-  // written.
+  // written. Asks `keep_going` every 64 MiB of the digests.
   virtual absl::StatusOr<ArtifactInfo> Finish(const nlohmann::json& quantization_config,
-                                              nlohmann::json report) = 0;
+                                              nlohmann::json report,
+                                              const KeepGoing& keep_going = {}) = 0;
   virtual int64_t bytes_written() const = 0;
 };
 
@@ -79,9 +81,11 @@ absl::Status ReplaceReportMember(const std::string& directory, std::string_view 
 
 class ArtifactReader {
  public:
-  // `verify` hashes every file; without it sizes and structure are checked only.
+  // `verify` hashes every file and asks `keep_going` every 64 MiB; without it sizes and structure
+  // are checked only.
   static absl::StatusOr<std::unique_ptr<ArtifactReader>> Open(const std::string& directory,
-                                                              bool verify, int n_threads);
+                                                              bool verify, int n_threads,
+                                                              const KeepGoing& keep_going = {});
   // What walsh.json says, without opening the weights.
   static absl::StatusOr<ArtifactInfo> ReadInfo(const std::string& directory);
   virtual ~ArtifactReader() = default;

@@ -140,12 +140,14 @@ absl::StatusOr<ArtifactInfo> ParseInfo(const json& report) {
 }  // namespace
 
 absl::StatusOr<std::map<std::string, ManifestFile>> DigestFiles(
-    const std::string& directory, const std::vector<std::string>& names, int n_threads) {
+    const std::string& directory, const std::vector<std::string>& names, int n_threads,
+    const KeepGoing& keep_going) {
   std::map<std::string, ManifestFile> out;
   for (const std::string& name : names) {
     const std::string path = absl::StrCat(directory, "/", name);
     WALSH_ASSIGN_OR_RETURN(const auto file, OpenRandomAccessFile(path));
-    WALSH_ASSIGN_OR_RETURN(std::vector<std::string> chunks, Sha256FileChunks(path, n_threads));
+    WALSH_ASSIGN_OR_RETURN(std::vector<std::string> chunks,
+                           Sha256FileChunks(path, n_threads, keep_going));
     WALSH_RETURN_IF_ERROR(file->CheckUnchanged());
     out[name] = {.size_bytes = file->size(), .sha256 = std::move(chunks)};
   }

@@ -19,6 +19,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/io/artifact.h"
 
 namespace walsh {
@@ -37,9 +38,10 @@ struct Manifest {
   ArtifactInfo info;
 };
 
-// The digests of the named files of a directory.
+// The digests of the named files of a directory. Asks `keep_going` every 64 MiB.
 absl::StatusOr<std::map<std::string, ManifestFile>> DigestFiles(
-    const std::string& directory, const std::vector<std::string>& names, int n_threads);
+    const std::string& directory, const std::vector<std::string>& names, int n_threads,
+    const KeepGoing& keep_going);
 
 // walsh.json's text: `report` with its members "files", "format_version" and "digest" set.
 absl::StatusOr<std::string> ManifestText(nlohmann::json report,

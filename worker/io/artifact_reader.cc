@@ -108,14 +108,15 @@ std::string LinearName(const std::string& weight) {
 class Reader final : public ArtifactReader {
  public:
   static absl::StatusOr<std::unique_ptr<ArtifactReader>> Open(const std::string& directory,
-                                                              bool verify, int n_threads) {
+                                                              bool verify, int n_threads,
+                                                              const KeepGoing& keep_going) {
     auto reader = std::make_unique<Reader>();
     WALSH_ASSIGN_OR_RETURN(reader->manifest_, ReadManifest(directory));
     WALSH_ASSIGN_OR_RETURN(const SideFiles files, reader->ReadListedSideFiles(directory));
     WALSH_RETURN_IF_ERROR(reader->ReadConfig(files));
     WALSH_ASSIGN_OR_RETURN(reader->tokenizer_, TokenizerSourceOf(files));
     WALSH_RETURN_IF_ERROR(reader->OpenShards(directory));
-    if (verify) WALSH_RETURN_IF_ERROR(reader->VerifyShards(directory, n_threads));
+    if (verify) WALSH_RETURN_IF_ERROR(reader->VerifyShards(directory, n_threads, keep_going));
     WALSH_RETURN_IF_ERROR(reader->CheckTensors());
     return reader;
   }
@@ -259,10 +260,12 @@ class Reader final : public ArtifactReader {
     return absl::OkStatus();
   }
 
-  absl::Status VerifyShards(const std::string& directory, int n_threads) const {
+  absl::Status VerifyShards(const std::string& directory, int n_threads,
+                            const KeepGoing& keep_going) const {
     for (size_t i = 0; i < shards_.size(); ++i) {
-      WALSH_ASSIGN_OR_RETURN(const std::vector<std::string> chunks,
-                             Sha256FileChunks(absl::StrCat(directory, "/", shards_[i]), n_threads));
+      WALSH_ASSIGN_OR_RETURN(
+          const std::vector<std::string> chunks,
+          Sha256FileChunks(absl::StrCat(directory, "/", shards_[i]), n_threads, keep_going));
       if (chunks != manifest_.files.at(shards_[i]).sha256) return Differs(shards_[i], "SHA-256");
       WALSH_RETURN_IF_ERROR(files_[i]->CheckUnchanged());
     }
@@ -329,8 +332,9 @@ class Reader final : public ArtifactReader {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ArtifactReader>> ArtifactReader::Open(const std::string& directory,
-                                                                     bool verify, int n_threads) {
-  return Reader::Open(directory, verify, n_threads);
+                                                                     bool verify, int n_threads,
+                                                                     const KeepGoing& keep_going) {
+  return Reader::Open(directory, verify, n_threads, keep_going);
 }
 
 absl::StatusOr<ArtifactInfo> ArtifactReader::ReadInfo(const std::string& directory) {

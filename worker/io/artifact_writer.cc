@@ -122,7 +122,8 @@ class Writer final : public ArtifactWriter {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report) override {
+  absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report,
+                                      const KeepGoing& keep_going) override {
     WALSH_RETURN_IF_ERROR(failure_);
     WALSH_RETURN_IF_ERROR(CheckComplete());
     WALSH_RETURN_IF_ERROR(CloseShard());
@@ -130,7 +131,8 @@ class Writer final : public ArtifactWriter {
     config_["quantization_config"] = quantization_config;
     side_files_[kConfigFile] = config_.dump(2) + "\n";
     for (const auto& [name, text] : side_files_) WALSH_RETURN_IF_ERROR(WriteSmall(name, text));
-    WALSH_ASSIGN_OR_RETURN(const auto digests, DigestFiles(directory_, files_, kHashThreads));
+    WALSH_ASSIGN_OR_RETURN(const auto digests,
+                           DigestFiles(directory_, files_, kHashThreads, keep_going));
     WALSH_ASSIGN_OR_RETURN(const std::string manifest, ManifestText(std::move(report), digests));
     WALSH_RETURN_IF_ERROR(WriteSmall(kManifestFile, manifest));
     return ArtifactReader::ReadInfo(directory_);

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/io/gguf_vocabulary.h"
 #include "worker/io/model_config.h"
 #include "worker/tensor/matrix.h"
@@ -58,7 +59,9 @@ class Checkpoint {
   virtual int64_t size_bytes() const = 0;
   virtual std::string format() const = 0;
   // SHA-256 over the names and digests of all files, hashed in parallel; identifies the source.
-  virtual absl::StatusOr<std::string> Fingerprint(int n_threads) const = 0;
+  // Asks `keep_going` every 64 MiB.
+  virtual absl::StatusOr<std::string> Fingerprint(int n_threads,
+                                                  const KeepGoing& keep_going = {}) const = 0;
   // Contents of LICENSE or general.license; may be empty.
   virtual std::string license() const = 0;
   // The small files that an artifact carries along, by name: config.json, generation_config.json,

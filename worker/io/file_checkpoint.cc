@@ -57,11 +57,12 @@ class FileCheckpoint final : public Checkpoint {
     return absl::StrCat(contents_.format_family, " ", std::string(most->first));
   }
 
-  absl::StatusOr<std::string> Fingerprint(int n_threads) const override {
+  absl::StatusOr<std::string> Fingerprint(int n_threads,
+                                          const KeepGoing& keep_going) const override {
     Sha256 digest;
     for (const std::string& path : contents_.fingerprint_paths) {
       WALSH_ASSIGN_OR_RETURN(const std::vector<std::string> chunks,
-                             Sha256FileChunks(path, n_threads));
+                             Sha256FileChunks(path, n_threads, keep_going));
       digest.Update(BaseName(path));
       for (const std::string& chunk : chunks) digest.Update(absl::StrCat(" ", chunk));
       digest.Update("\n");

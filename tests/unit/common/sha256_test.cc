@@ -59,6 +59,23 @@ TEST(Sha256FileChunksTest, ChunksAreInOrderForAnyNumberOfThreads) {
   }
 }
 
+TEST(Sha256FileChunksTest, AsksBeforeEachChunkAndStopsWhenTold) {
+  testing::TempDir dir;
+  const std::string path = dir / "sparse";
+  std::ofstream(path) << "first";
+  ASSERT_EQ(truncate(path.c_str(), 2 * kHashChunkBytes + 1), 0);
+  int n_asked = 0;
+  ASSERT_OK(Sha256FileChunks(path, 1, [&] {
+    ++n_asked;
+    return absl::OkStatus();
+  }));
+  EXPECT_EQ(n_asked, 3);
+  for (const int n_threads : {1, 3}) {
+    EXPECT_THAT(Sha256FileChunks(path, n_threads, [] { return absl::CancelledError("enough"); }),
+                HasCode(absl::StatusCode::kCancelled));
+  }
+}
+
 TEST(Sha256FileChunksTest, RefusesWhatIsNoFile) {
   testing::TempDir dir;
   EXPECT_THAT(Sha256FileChunks(dir / "missing", 2), HasCode(absl::StatusCode::kNotFound));

@@ -209,6 +209,19 @@ TEST_F(ArtifactTest, TheSameInputGivesTheSameBytes) {
   EXPECT_EQ(Contents(dir_ / "first"), Contents(dir_ / "second"));
 }
 
+TEST_F(ArtifactTest, DigestsAreTakenAndCheckedNoLongerThanWanted) {
+  const auto enough = [] { return absl::CancelledError("enough"); };
+  const auto source = Source();
+  ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
+  ASSERT_OK(WriteTensors(*source, {}, *writer));
+  EXPECT_THAT(writer->Finish(QuantizationConfig(4, 32), Report(4, 32), enough),
+              walsh::testing::HasCode(absl::StatusCode::kCancelled));
+  std::filesystem::remove_all(artifact());
+  ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  EXPECT_THAT(ArtifactReader::Open(artifact(), true, 1, enough),
+              walsh::testing::HasCode(absl::StatusCode::kCancelled));
+}
+
 TEST_F(ArtifactTest, SplitsIntoShards) {
   const auto source = Source();
   ASSERT_OK(WriteArtifact(*source, artifact(), {.shard_bytes_max = 50000}));
@@ -445,6 +458,18 @@ TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
   ExpectRefused(kInvalid, "tensor 'model.norm.weight' is F16 [64], expected BF16 [64]");
   forge("model.embed_tokens.weight", "shape", {160, 128});
   ExpectRefused(kInvalid, "tensor 'model.embed_tokens.weight' is BF16 [160, 128]");
+
+  // Tensors that fit each other, and another configuration.
+  Forge(shard, good);
+  const std::string config = ReadAll(artifact() + "/config.json");
+  for (const auto& [field, value] :
+       {std::pair("intermediate_size", 96), std::pair("num_key_value_heads", 4)}) {
+    json other = json::parse(config);
+    other[field] = value;
+    Forge("config.json", other.dump());
+    ExpectRefused(kInvalid, "expected");
+  }
+  Forge("config.json", config);
 
   // Values: columns out of order, a scale that is not finite.
   const auto data_of = [&](const std::string& tensor) {

@@ -210,6 +210,14 @@ TEST(HfCheckpointTest, NoticesAFileThatChangesWhileItIsRead) {
   EXPECT_THAT(checkpoint->Fingerprint(1), walsh::testing::HasCode(absl::StatusCode::kDataLoss));
 }
 
+TEST(HfCheckpointTest, FingerprintStopsWhenTold) {
+  const TempDir dir;
+  TinyModel({}).WriteHf(dir / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
+  EXPECT_THAT(checkpoint->Fingerprint(2, [] { return absl::CancelledError("enough"); }),
+              walsh::testing::HasCode(absl::StatusCode::kCancelled));
+}
+
 TEST(HfCheckpointTest, RefusesBadIndexes) {
   const TempDir dir;
   const TinyModel model({.n_shards = 2});
