@@ -19,7 +19,7 @@ namespace {
 
 using nlohmann::json;
 
-enum TokenType : int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4 };
+enum TokenType : int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5 };
 
 constexpr char kMetaspace[] = "\xE2\x96\x81";  // ▁, a space in SentencePiece's vocabularies
 
@@ -101,13 +101,16 @@ struct Merge {
   size_t right_length = 0;
 };
 
-// Every split of a normal token into two tokens, best scores first. Among equal scores longer parts
+// Every split of a normal token into two that text can become (unused ones only as a single
+// character), best scores first. Among equal scores longer parts
 // come first, and then the order of the tokens: HF's generate_merges.
 json MergesFromScores(const GgufVocabulary& v, const TokenIds& ids) {
-  const auto normal_id = [&](std::string_view token) {
+  const auto part_id = [&](std::string_view token) {
     const auto it = ids.find(token);
-    if (it == ids.end() || v.types[static_cast<size_t>(it->second)] != kNormal) return int32_t{-1};
-    return it->second;
+    if (it == ids.end()) return int32_t{-1};
+    const int32_t type = v.types[static_cast<size_t>(it->second)];
+    const bool is_part = type == kNormal || (type == kUnused && CodePoints(token) == 1);
+    return is_part ? it->second : int32_t{-1};
   };
   std::vector<Merge> merges;
   for (size_t i = 0; i < v.tokens.size(); ++i) {
@@ -117,7 +120,7 @@ json MergesFromScores(const GgufVocabulary& v, const TokenIds& ids) {
     for (size_t at = 0; NextCodePoint(token, &at), at < token.size();) {
       const std::string_view left = token.substr(0, at);
       const std::string_view right = token.substr(at);
-      if (normal_id(left) < 0 || normal_id(right) < 0) continue;
+      if (part_id(left) < 0 || part_id(right) < 0) continue;
       merges.push_back({.left = left,
                         .right = right,
                         .score = v.scores[i],
@@ -126,8 +129,8 @@ json MergesFromScores(const GgufVocabulary& v, const TokenIds& ids) {
     }
     std::sort(merges.begin() + static_cast<std::ptrdiff_t>(first), merges.end(),
               [&](const Merge& a, const Merge& b) {
-                return std::pair(normal_id(a.left), normal_id(a.right)) <
-                       std::pair(normal_id(b.left), normal_id(b.right));
+                return std::pair(part_id(a.left), part_id(a.right)) <
+                       std::pair(part_id(b.left), part_id(b.right));
               });
   }
   std::stable_sort(merges.begin(), merges.end(), [](const Merge& a, const Merge& b) {

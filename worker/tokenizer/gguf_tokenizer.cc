@@ -19,7 +19,7 @@
 namespace walsh {
 namespace {
 
-enum TokenType : int32_t { kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5 };
+enum TokenType : int32_t { kUnknown = 2, kControl = 3, kUserDefined = 4 };
 
 struct PreTokenizerConvention {
   std::string_view name;
@@ -138,7 +138,8 @@ absl::StatusOr<BpeTokenizerParts> ReadByteLevel(const GgufVocabulary& gguf) {
     }
     parts.is_special.push_back(is_special);
     parts.is_added.push_back(is_added);
-    options.is_model_token.push_back(!is_added && type != kUnused);
+    // "Unused" ones are in the vocabulary of llama.cpp and of tokenizer.json like any other.
+    options.is_model_token.push_back(!is_added);
   }
   WALSH_ASSIGN_OR_RETURN(const auto merges, SplitMerges(gguf.merges));
   WALSH_ASSIGN_OR_RETURN(parts.model, MakeRankedBpe(parts.vocabulary.get(), merges, options));

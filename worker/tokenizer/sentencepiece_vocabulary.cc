@@ -6,9 +6,16 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "common/utf8.h"
 
 namespace walsh {
 namespace {
+
+bool IsOneCharacter(std::string_view piece) {
+  size_t end = 0;
+  if (!piece.empty()) NextCodePoint(piece, &end);
+  return !piece.empty() && end == piece.size();
+}
 
 absl::Status AddPiece(const SentencePieceVocabulary& source, size_t index, BpeTokenizerParts& parts,
                       ScoredBpeOptions& options) {
@@ -31,9 +38,11 @@ absl::Status AddPiece(const SentencePieceVocabulary& source, size_t index, BpeTo
   }
   parts.is_special.push_back(is_special);
   parts.is_added.push_back(is_special || type == PieceType::kUserDefined);
-  // A user-defined piece is found before any merging. Bytes, control and unused pieces are never
-  // made of text.
-  options.is_mergeable.push_back(type == PieceType::kNormal);
+  // A user-defined piece is found before any merging. Bytes and control pieces are never made of
+  // text, and an unused one never by merging: it is taken apart again. What cannot be taken apart,
+  // a single character, stays.
+  options.is_mergeable.push_back(type == PieceType::kNormal ||
+                                 (type == PieceType::kUnused && IsOneCharacter(piece)));
   options.has_byte_fallback |= type == PieceType::kByte;
   return absl::OkStatus();
 }

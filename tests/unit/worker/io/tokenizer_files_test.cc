@@ -80,6 +80,29 @@ TEST(TokenizerFilesTest, ScoredVocabularyEncodesAlike) {
   ExpectAlike(vocabulary);
 }
 
+// Type 5: every seventh token, single bytes and characters among them.
+GgufVocabulary WithUnusedTokens(GgufVocabulary vocabulary) {
+  for (size_t i = 0; i < vocabulary.types.size(); i += 7) {
+    if (vocabulary.types[i] == 1) vocabulary.types[i] = 5;
+  }
+  return vocabulary;
+}
+
+TEST(TokenizerFilesTest, UnusedTokensOfAByteLevelVocabulary) {
+  WALSH_REQUIRE_DATA(path, "tokenizer-vectors/ggml-vocab-gpt-2.gguf");
+  ASSERT_OK_AND_ASSIGN(GgufVocabulary vocabulary, ReadGgufVocabulary(path));
+  vocabulary.types[static_cast<size_t>(vocabulary.eos)] = 3;
+  ExpectAlike(WithUnusedTokens(vocabulary));
+  vocabulary.pre = "llama-bpe";  // takes a word that is a token as it is
+  ExpectAlike(WithUnusedTokens(vocabulary));
+}
+
+TEST(TokenizerFilesTest, UnusedTokensOfAScoredVocabulary) {
+  WALSH_REQUIRE_DATA(path, "tokenizer-vectors/ggml-vocab-llama-spm.gguf");
+  ASSERT_OK_AND_ASSIGN(const GgufVocabulary vocabulary, ReadGgufVocabulary(path));
+  ExpectAlike(WithUnusedTokens(vocabulary));
+}
+
 TEST(TokenizerFilesTest, SmolLm2EncodesAlike) {
   WALSH_REQUIRE_SMOLLM2(path);
   ASSERT_OK_AND_ASSIGN(const GgufVocabulary vocabulary, ReadGgufVocabulary(path));
