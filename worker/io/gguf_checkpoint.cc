@@ -39,8 +39,11 @@ absl::Status AddTensor(const std::string& file, const GgufTensor& tensor,
                       .cols = tensor.dims[0],
                       .is_one_dimensional = is_one_dimensional,
                       .n_interleaved_heads = InterleavedHeads(hf_name, contents.config)};
-  contents.tensors[hf_name] = {.file_index = 0, .tensor = std::move(stored)};
-  return absl::OkStatus();
+  const auto [entry, is_new] =
+      contents.tensors.try_emplace(hf_name, CheckpointContents::Located{0, std::move(stored)});
+  if (is_new) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(file, ": tensors '", entry->second.tensor.name,
+                                                 "' and '", tensor.name, "' are both ", hf_name));
 }
 
 }  // namespace

@@ -28,6 +28,41 @@ using walsh::testing::WriteFile;
 constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
 constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
 
+// A new field breaks the bindings, so that none is forgotten. GGUF stores floats where JSON has
+// doubles.
+void ExpectEqualConfigs(const ModelConfig& hf, const ModelConfig& gguf) {
+  const auto& [a_architecture, a_hidden, a_intermediate, a_layers, a_heads, a_kv_heads, a_head_dim,
+               a_vocab, a_max_position, a_eps, a_theta, a_scaling, a_tied, a_attention_bias,
+               a_mlp_bias, a_bos, a_eos] = hf;
+  const auto& [b_architecture, b_hidden, b_intermediate, b_layers, b_heads, b_kv_heads, b_head_dim,
+               b_vocab, b_max_position, b_eps, b_theta, b_scaling, b_tied, b_attention_bias,
+               b_mlp_bias, b_bos, b_eos] = gguf;
+  EXPECT_EQ(a_architecture, b_architecture);
+  EXPECT_EQ(a_hidden, b_hidden);
+  EXPECT_EQ(a_intermediate, b_intermediate);
+  EXPECT_EQ(a_layers, b_layers);
+  EXPECT_EQ(a_heads, b_heads);
+  EXPECT_EQ(a_kv_heads, b_kv_heads);
+  EXPECT_EQ(a_head_dim, b_head_dim);
+  EXPECT_EQ(a_vocab, b_vocab);
+  EXPECT_EQ(a_max_position, b_max_position);
+  EXPECT_EQ(static_cast<float>(a_eps), static_cast<float>(b_eps));
+  EXPECT_EQ(static_cast<float>(a_theta), static_cast<float>(b_theta));
+  EXPECT_EQ(a_tied, b_tied);
+  EXPECT_EQ(a_attention_bias, b_attention_bias);
+  EXPECT_EQ(a_mlp_bias, b_mlp_bias);
+  EXPECT_EQ(a_bos, b_bos);
+  EXPECT_EQ(a_eos, b_eos);
+  const auto& [a_kind, a_factor, a_low, a_high, a_original, a_divisors] = a_scaling;
+  const auto& [b_kind, b_factor, b_low, b_high, b_original, b_divisors] = b_scaling;
+  EXPECT_EQ(a_kind, b_kind);
+  EXPECT_EQ(a_factor, b_factor);
+  EXPECT_EQ(a_low, b_low);
+  EXPECT_EQ(a_high, b_high);
+  EXPECT_EQ(a_original, b_original);
+  EXPECT_EQ(a_divisors, b_divisors);
+}
+
 class GgufCheckpointTest : public ::testing::TestWithParam<TinyModelOptions> {};
 
 // The two forms of one model: same tensors, names and configuration.
@@ -48,15 +83,7 @@ TEST_P(GgufCheckpointTest, EqualsTheHfForm) {
     ASSERT_OK_AND_ASSIGN(const Matrix rows, gguf->ReadRows(tensor.name, 3, 5));
     EXPECT_TRUE(std::equal(rows.data(), rows.data() + rows.size(), a.row(3))) << tensor.name;
   }
-  EXPECT_EQ(hf->config().hidden, gguf->config().hidden);
-  EXPECT_EQ(hf->config().head_dim, gguf->config().head_dim);
-  EXPECT_EQ(hf->config().n_kv_heads, gguf->config().n_kv_heads);
-  EXPECT_EQ(hf->config().vocab, gguf->config().vocab);
-  EXPECT_EQ(hf->config().tied_embeddings, gguf->config().tied_embeddings);
-  EXPECT_EQ(hf->config().attention_bias, gguf->config().attention_bias);
-  EXPECT_EQ(hf->config().mlp_bias, gguf->config().mlp_bias);
-  EXPECT_EQ(hf->config().bos_token, gguf->config().bos_token);
-  EXPECT_EQ(hf->config().eos_tokens, gguf->config().eos_tokens);
+  ExpectEqualConfigs(hf->config(), gguf->config());
   EXPECT_EQ(gguf->format(), "GGUF " + GetParam().dtype);
   EXPECT_EQ(gguf->license(), "apache-2.0");
   EXPECT_TRUE(gguf->Has(kLmHeadTensor));
@@ -121,6 +148,13 @@ TEST(GgufCheckpointTest, FillsInDefaults) {
   EXPECT_FALSE(vocabulary.has_add_bos);
   EXPECT_TRUE(vocabulary.add_space_prefix);
   EXPECT_THAT(vocabulary.scores, ElementsAre(0, 0, 0, -1));
+}
+
+TEST(GgufCheckpointTest, RefusesTwoNamesForOneTensor) {
+  const std::string square = FloatBytes(std::vector<float>(32 * 32, 0.5f), "F32");
+  EXPECT_THAT(Open(Whole().Tensor("model.layers.0.self_attn.q_proj.weight", {32, 32}, 0, square)),
+              StatusIs(kInvalid, HasSubstr("'blk.0.attn_q.weight' and "
+                                           "'model.layers.0.self_attn.q_proj.weight' are both")));
 }
 
 TEST(GgufCheckpointTest, CollectsEveryEndToken) {
