@@ -70,7 +70,12 @@ class Generator {
  public:
   Generator(const engine::LoadedModel& model, int64_t n_tokens, uint64_t seed, ThreadPool& pool,
             int32_t start)
-      : model_(model), n_tokens_(n_tokens), seed_(seed), pool_(pool), start_(start) {
+      : model_(model),
+        n_tokens_(n_tokens),
+        seed_(seed),
+        pool_(pool),
+        start_(start),
+        eos_(model.EndTokens()) {
     const ModelConfig& config = model.config();
     slots_.resize(static_cast<size_t>(SelfTextBatch(config, n_tokens)));
     for (Slot& slot : slots_) {
@@ -120,7 +125,6 @@ class Generator {
           Draw({logits_.row(i), static_cast<size_t>(model_.config().vocab)},
                Uniform(seed_, slot.document, slot.n_past));
     });
-    const std::vector<int32_t>& eos = model_.config().eos_tokens;
     for (size_t i = 0; i < slots_.size(); ++i) {
       Slot& slot = slots_[i];
       if (drawn[i] < 0) {
@@ -131,7 +135,7 @@ class Generator {
       document.push_back(drawn[i]);
       ++n_generated_;
       ++slot.n_past;
-      const bool is_end = std::find(eos.begin(), eos.end(), drawn[i]) != eos.end();
+      const bool is_end = std::find(eos_.begin(), eos_.end(), drawn[i]) != eos_.end();
       if (is_end || static_cast<int64_t>(document.size()) >= DocumentTokensMax(model_.config())) {
         StartDocument(slot);
       }
@@ -144,6 +148,7 @@ class Generator {
   const uint64_t seed_;
   ThreadPool& pool_;
   const int32_t start_;
+  const std::vector<int32_t> eos_;
   std::vector<Slot> slots_;
   std::vector<std::vector<int32_t>> documents_;
   int64_t n_generated_ = 0;

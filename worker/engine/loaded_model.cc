@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/check.h"
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "worker/kernels/packed_matrix.h"
@@ -192,6 +193,25 @@ std::vector<float> ToVector(const Matrix& matrix) {
   return {matrix.data(), matrix.data() + matrix.size()};
 }
 
+absl::StatusOr<Weights> LoadAllButMatrices(const Checkpoint& checkpoint) {
+  Weights weights;
+  weights.config = checkpoint.config();
+  WALSH_RETURN_IF_ERROR(LoadText(checkpoint.tokenizer(), weights));
+  WALSH_ASSIGN_OR_RETURN(const Matrix norm, checkpoint.Read(kFinalNormTensor));
+  weights.final_norm = ToVector(norm);
+  return weights;
+}
+
+// Replaces a linear of floats, which is freed before the caller goes on to the next.
+absl::Status PackTo8Bit(std::unique_ptr<Linear>& linear) {
+  auto* dense = dynamic_cast<DenseLinear*>(linear.get());
+  WALSH_CHECK(dense != nullptr);
+  WALSH_ASSIGN_OR_RETURN(kernels::PackedMatrix packed,
+                         kernels::PackedMatrix::PackDense8(dense->weights()));
+  linear = std::make_unique<PackedLinear>(std::move(packed), std::move(dense->bias()));
+  return absl::OkStatus();
+}
+
 class ArtifactLoader {
  public:
   explicit ArtifactLoader(const ArtifactReader* reader) : reader_(reader) {}
@@ -272,19 +292,44 @@ absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadArtifact(const std
   return std::make_shared<TransformerModel>(std::move(weights));
 }
 
+std::vector<int32_t> LoadedModel::EndTokens() const {
+  std::vector<int32_t> tokens = config().eos_tokens;
+  if (tokenizer().eos() >= 0) tokens.push_back(tokenizer().eos());
+  return tokens;
+}
+
 absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadDense(const Checkpoint& checkpoint) {
-  Weights weights;
-  weights.config = checkpoint.config();
-  WALSH_RETURN_IF_ERROR(LoadText(checkpoint.tokenizer(), weights));
-  WALSH_ASSIGN_OR_RETURN(weights.dense_embedding, checkpoint.Read(kEmbeddingTensor));
+  WALSH_ASSIGN_OR_RETURN(Weights weights, LoadAllButMatrices(checkpoint));
   for (int64_t l = 0; l < weights.config.n_layers; ++l) {
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, LoadDenseLayer(checkpoint, l));
     weights.layers.push_back(std::move(layer));
   }
-  WALSH_ASSIGN_OR_RETURN(const Matrix norm, checkpoint.Read(kFinalNormTensor));
-  weights.final_norm = ToVector(norm);
+  WALSH_ASSIGN_OR_RETURN(weights.dense_embedding, checkpoint.Read(kEmbeddingTensor));
   WALSH_ASSIGN_OR_RETURN(Matrix head, checkpoint.Read(kLmHeadTensor));
   weights.head = std::make_unique<DenseLinear>(std::move(head));
+  return std::make_shared<TransformerModel>(std::move(weights));
+}
+
+absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::Load8Bit(const Checkpoint& checkpoint) {
+  WALSH_ASSIGN_OR_RETURN(Weights weights, LoadAllButMatrices(checkpoint));
+  for (int64_t l = 0; l < weights.config.n_layers; ++l) {
+    WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, LoadDenseLayer(checkpoint, l));
+    for (std::unique_ptr<Linear>* linear :
+         {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj,
+          &layer.up_proj, &layer.down_proj}) {
+      WALSH_RETURN_IF_ERROR(PackTo8Bit(*linear));
+    }
+    weights.layers.push_back(std::move(layer));
+  }
+  // A tied embedding is read once.
+  WALSH_ASSIGN_OR_RETURN(Matrix rows, checkpoint.Read(kEmbeddingTensor));
+  weights.embedding = EmbeddingTable(rows);
+  if (!weights.config.tied_embeddings) {
+    rows = Matrix();
+    WALSH_ASSIGN_OR_RETURN(rows, checkpoint.Read(kLmHeadTensor));
+  }
+  weights.head = std::make_unique<DenseLinear>(std::move(rows));
+  WALSH_RETURN_IF_ERROR(PackTo8Bit(weights.head));
   return std::make_shared<TransformerModel>(std::move(weights));
 }
 

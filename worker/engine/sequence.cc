@@ -8,12 +8,6 @@
 namespace walsh::engine {
 namespace {
 
-std::vector<int32_t> EndTokens(const LoadedModel& model) {
-  std::vector<int32_t> eos = model.config().eos_tokens;
-  if (model.tokenizer().eos() >= 0) eos.push_back(model.tokenizer().eos());
-  return eos;
-}
-
 bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
 }
@@ -25,7 +19,7 @@ Sequence::Sequence(Request request, std::shared_ptr<Sink> sink, const LoadedMode
     : request_(std::move(request)),
       sink_(std::move(sink)),
       n_new_max_(n_new_max),
-      eos_(EndTokens(model)),
+      eos_(model.EndTokens()),
       sampler_(request_.sampling, request_.prompt, eos_),
       text_(&model.tokenizer(), {.skip_special_tokens = request_.sampling.skip_special_tokens,
                                  .stop = request_.sampling.stop,

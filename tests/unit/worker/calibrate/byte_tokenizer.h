@@ -1,4 +1,4 @@
-// A tokenizer of bytes with optional BOS, for tests of what happens around tokenizers.
+// A tokenizer of bytes with optional BOS and EOS, for tests of what happens around tokenizers.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@ namespace walsh::testing {
 class ByteTokenizer : public Tokenizer {
  public:
   static constexpr int32_t kBos = 256;
-  explicit ByteTokenizer(bool has_bos) : has_bos_(has_bos) {}
+  // `eos` ends every text; −1: none.
+  explicit ByteTokenizer(bool has_bos, int32_t eos = -1) : has_bos_(has_bos), eos_(eos) {}
 
   // "<s>" is BOS where special tokens are parsed.
   absl::StatusOr<std::vector<int32_t>> Encode(std::string_view text,
@@ -30,6 +31,7 @@ class ByteTokenizer : public Tokenizer {
       ids.push_back(static_cast<unsigned char>(text.front()));
       text.remove_prefix(1);
     }
+    if (options.add_special_tokens && eos_ >= 0) ids.push_back(eos_);
     return ids;
   }
   std::string TokenBytes(int32_t id, bool skip_special) const override {
@@ -44,12 +46,13 @@ class ByteTokenizer : public Tokenizer {
   bool strips_leading_space() const override { return false; }
   int32_t vocab_size() const override { return 257; }
   int32_t bos() const override { return has_bos_ ? kBos : -1; }
-  int32_t eos() const override { return -1; }
+  int32_t eos() const override { return eos_; }
   bool IsSpecial(int32_t id) const override { return id == kBos; }
   int32_t TokenId(std::string_view token) const override { return token == "<s>" ? kBos : -1; }
 
  private:
   bool has_bos_;
+  int32_t eos_;
 };
 
 }  // namespace walsh::testing

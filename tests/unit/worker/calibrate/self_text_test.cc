@@ -25,7 +25,7 @@ constexpr int32_t kEos = 7;
 // A "model" whose next token depends on the last one and the position alone.
 class FakeModel : public engine::LoadedModel {
  public:
-  explicit FakeModel(bool has_bos) : tokenizer_(has_bos) {
+  explicit FakeModel(bool has_bos, int32_t eos = -1) : tokenizer_(has_bos, eos) {
     config_.hidden = 8;
     config_.n_layers = 1;
     config_.n_heads = config_.n_kv_heads = 1;
@@ -107,6 +107,16 @@ TEST(GenerateTextTest, DependsOnTheSeedAndNotOnThreads) {
   ASSERT_OK_AND_ASSIGN(const auto other, Generate(model, 2000, 2, 1));
   EXPECT_EQ(one, three);
   EXPECT_NE(one, other);
+}
+
+// As in serving: some models name their end in the tokenizer's configuration only.
+TEST(GenerateTextTest, TheTokenizersEosEndsADocumentToo) {
+  FakeModel model(true, 'a');
+  model.config_.eos_tokens.clear();
+  ASSERT_OK_AND_ASSIGN(const std::vector<int32_t> ids, Generate(model, 3000, 1, 1));
+  for (size_t i = 1; i < ids.size(); ++i) {
+    ASSERT_TRUE(ids[i - 1] != 'a' || ids[i] == ByteTokenizer::kBos) << i;
+  }
 }
 
 TEST(GenerateTextTest, BatchIsBoundedByTheCache) {

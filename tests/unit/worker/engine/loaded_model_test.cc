@@ -137,6 +137,25 @@ TEST_F(LoadedModelTest, EightBitsAreCloseToTheSource) {
   }
 }
 
+TEST_F(LoadedModelTest, CheckpointAt8BitsIsCloseToItsFloatsAndSmaller) {
+  for (const bool is_tied : {false, true}) {
+    SCOPED_TRACE(is_tied);
+    const std::string source = dir_ / (is_tied ? "tied" : "untied");
+    TinyModel({.is_tied = is_tied, .has_attention_bias = true, .has_mlp_bias = true})
+        .WriteHf(source);
+    ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(source));
+    ASSERT_OK_AND_ASSIGN(const auto packed, LoadedModel::Load8Bit(*checkpoint));
+    ASSERT_OK_AND_ASSIGN(const auto dense, LoadedModel::LoadDense(*checkpoint));
+    const std::vector<int32_t> tokens = {3, 99, 250, 17, 4, 4, 181};
+    Trial a = MakeTrial(*packed, tokens);
+    Trial d = MakeTrial(*dense, tokens);
+    EXPECT_THAT(CompareTensors(Row(Step(*packed, {&a}, {7}), 0), Row(Step(*dense, {&d}, {7}), 0),
+                               {.max_abs = 0.3, .max_rel = 10, .nmse = 2e-3}),
+                IsClose());
+    EXPECT_LT(packed->memory_bytes(), dense->memory_bytes() * 2 / 5);
+  }
+}
+
 TEST_F(LoadedModelTest, FloatHeadIsAnOption) {
   MakeTiny();
   const auto eight = Load();
