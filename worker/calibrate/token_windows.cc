@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <string_view>
 
 #include "absl/strings/str_cat.h"
 #include "common/sha256.h"
@@ -9,34 +10,114 @@
 
 namespace walsh::calibrate {
 
+namespace {
+
+constexpr std::string_view kWhiteSpace = " \t\r\n\v\f";
+
+bool IsWhiteSpace(char c) { return kWhiteSpace.find(c) != std::string_view::npos; }
+
+// Where the first slice of `text` ends: before a single space between two words, at least
+// `slice_bytes` from the start, or the end of a text that has none.
+size_t SliceEnd(std::string_view text, int64_t slice_bytes) {
+  for (auto at = static_cast<size_t>(slice_bytes); at + 1 < text.size(); ++at) {
+    if (text[at] == ' ' && !IsWhiteSpace(text[at - 1]) && !IsWhiteSpace(text[at + 1])) return at;
+  }
+  return text.size();
+}
+
+// What the tokenizer puts around every text.
+struct Surroundings {
+  std::vector<int32_t> before, after;
+};
+
+absl::StatusOr<Surroundings> FindSurroundings(const Tokenizer& tokenizer,
+                                              Tokenizer::EncodeOptions options) {
+  constexpr std::string_view kProbe = "a";
+  WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> with, tokenizer.Encode(kProbe, options));
+  options.add_special_tokens = false;
+  WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> bare, tokenizer.Encode(kProbe, options));
+  const auto text = std::search(with.begin(), with.end(), bare.begin(), bare.end());
+  if (text == with.end()) return Surroundings();
+  return Surroundings{{with.begin(), text},
+                      {text + static_cast<std::ptrdiff_t>(bare.size()), with.end()}};
+}
+
+class SampleEncoder {
+ public:
+  SampleEncoder(const Tokenizer& tokenizer, int64_t slice_bytes, const KeepGoing& keep_going)
+      : tokenizer_(tokenizer), slice_bytes_(slice_bytes), keep_going_(keep_going) {}
+
+  // Appends the ids of `sample`, at least `n_wanted` of them where it has so many.
+  absl::Status Append(const Sample& sample, int64_t n_wanted, std::vector<int32_t>& ids) const {
+    Tokenizer::EncodeOptions options;
+    options.add_special_tokens = !sample.is_chat;
+    // A corpus must not be able to spell control tokens; a rendered template does just that, and
+    // has them where a slice might end.
+    options.parse_special_tokens = sample.is_chat;
+    if (sample.is_chat || static_cast<int64_t>(sample.text.size()) <= slice_bytes_) {
+      return AppendSlice(sample.text, options, ids);
+    }
+    WALSH_ASSIGN_OR_RETURN(const Surroundings surroundings, FindSurroundings(tokenizer_, options));
+    options.add_special_tokens = false;
+    const size_t n_wanted_in_all = ids.size() + static_cast<size_t>(n_wanted);
+    ids.insert(ids.end(), surroundings.before.begin(), surroundings.before.end());
+    std::string_view rest = sample.text;
+    while (!rest.empty() && ids.size() < n_wanted_in_all) {
+      const std::string_view slice = rest.substr(0, SliceEnd(rest, slice_bytes_));
+      WALSH_RETURN_IF_ERROR(AppendSlice(slice, options, ids));
+      rest.remove_prefix(slice.size());
+      // Such a tokenizer puts a space before every text, which here is there already.
+      if (!rest.empty() && tokenizer_.strips_leading_space()) rest.remove_prefix(1);
+    }
+    if (rest.empty()) {
+      ids.insert(ids.end(), surroundings.after.begin(), surroundings.after.end());
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status AppendSlice(std::string_view text, const Tokenizer::EncodeOptions& options,
+                           std::vector<int32_t>& ids) const {
+    WALSH_RETURN_IF_ERROR(Ask(keep_going_));
+    WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> encoded, tokenizer_.Encode(text, options));
+    ids.insert(ids.end(), encoded.begin(), encoded.end());
+    return absl::OkStatus();
+  }
+
+  const Tokenizer& tokenizer_;
+  const int64_t slice_bytes_;
+  const KeepGoing& keep_going_;
+};
+
+}  // namespace
+
 absl::StatusOr<TokenStream> EncodeSamples(const SampleSet& set, const Tokenizer& tokenizer,
                                           int64_t vocab, int64_t window_length,
-                                          int64_t tokens_wanted) {
+                                          int64_t tokens_wanted, const KeepGoing& keep_going,
+                                          int64_t slice_bytes) {
+  const SampleEncoder encoder(tokenizer, slice_bytes, keep_going);
   TokenStream stream;
   stream.dropped = set.dropped;
   for (const Sample& sample : set.samples) {
-    if (static_cast<int64_t>(stream.ids.size()) >= tokens_wanted) {
+    const auto n_before = static_cast<int64_t>(stream.ids.size());
+    if (n_before >= tokens_wanted) {
       ++stream.left_over;
       continue;
     }
-    Tokenizer::EncodeOptions options;
-    options.add_special_tokens = !sample.is_chat;
-    // A corpus must not be able to spell control tokens; a rendered template does just that.
-    options.parse_special_tokens = sample.is_chat;
-    WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> ids, tokenizer.Encode(sample.text, options));
-    for (int32_t id : ids) {
+    WALSH_RETURN_IF_ERROR(encoder.Append(sample, tokens_wanted - n_before, stream.ids));
+    for (int32_t id : std::span(stream.ids).subspan(static_cast<size_t>(n_before))) {
       if (id < 0 || id >= vocab) {
         return absl::InvalidArgumentError(absl::StrCat(
             "the tokenizer gives id ", id, ", but the model has ", vocab, " embeddings"));
       }
     }
-    if (ids.empty()) {
+    const int64_t n_added = static_cast<int64_t>(stream.ids.size()) - n_before;
+    if (n_added == 0) {
       ++stream.dropped;
       continue;
     }
     ++stream.kept;
-    if (static_cast<int64_t>(ids.size()) < window_length) ++stream.n_short;
-    stream.ids.insert(stream.ids.end(), ids.begin(), ids.end());
+    if (n_added < window_length) ++stream.n_short;
   }
   return stream;
 }

@@ -2,8 +2,12 @@
 //
 // Samples are encoded one by one by the tokenizer's own rule (a BOS at the start of each where the
 // model wants one; rendered chats bring their own), follow one another without anything in between,
-// and are cut into windows without overlap. A window that starts inside a sample gets no BOS of its
-// own: that is the GPTQ and WikiText convention, where one long text has one BOS at its start.
+// and are cut into windows without overlap. A long sample is encoded in slices, and only as far as
+// it is needed. Slices begin with a single space between two words, where the pre-tokenizers of
+// byte-level BPE begin a new piece and no piece of a SentencePiece vocabulary goes on, so that they
+// give the ids of the whole; tests compare them for every tokenizer at hand. A window that starts
+// inside a sample gets no BOS of its own: that is the GPTQ and WikiText convention, where one long
+// text has one BOS at its start.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +16,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/calibrate/samples.h"
 #include "worker/tokenizer/tokenizer.h"
 
@@ -35,11 +40,15 @@ struct TokenStream {
   int64_t left_over = 0;  // not needed
 };
 
+// Samples of more bytes than this are encoded in slices of about as many.
+inline constexpr int64_t kEncodeSliceBytes = 1 << 20;
+
 // Encodes samples in their order until `tokens_wanted` ids are there. INVALID_ARGUMENT for an id
-// that is outside `vocab`.
+// that is outside `vocab`. Asks `keep_going` before each sample and slice.
 absl::StatusOr<TokenStream> EncodeSamples(const SampleSet& set, const Tokenizer& tokenizer,
                                           int64_t vocab, int64_t window_length,
-                                          int64_t tokens_wanted);
+                                          int64_t tokens_wanted, const KeepGoing& keep_going = {},
+                                          int64_t slice_bytes = kEncodeSliceBytes);
 
 // At most `n_max` windows from the start of `ids`.
 TokenWindows CutWindows(std::span<const int32_t> ids, int64_t length, int64_t n_max);

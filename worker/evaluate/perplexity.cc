@@ -11,8 +11,6 @@ namespace walsh::evaluate {
 namespace {
 
 constexpr int64_t kBatchRows = 2048;
-// Rows of logits at a time: 256 × 128k vocabulary are 128 MiB.
-constexpr int64_t kLogitRows = 256;
 
 // Sum of the losses of one window's predictions.
 absl::StatusOr<double> WindowLoss(const ForwardContext& context, std::span<const float> final_norm,

@@ -51,6 +51,9 @@ absl::Status ForwardWindows(const ForwardContext& context, const DecoderLayer& l
 absl::Status Logits(const ForwardContext& context, std::span<const float> final_norm,
                     const Matrix& head, const float* hidden, int64_t n_rows, Matrix& logits);
 
+// Rows of logits at a time: 256 × 128k vocabulary are 128 MiB.
+inline constexpr int64_t kLogitRows = 256;
+
 // How many windows of `length` go through a layer at once: about 2,048 rows.
 int64_t WindowsPerBatch(int64_t length);
 

@@ -29,19 +29,19 @@ int64_t CalibrationTokens(const JobSpec& spec, const ResolvedJob& job) {
 
 absl::StatusOr<TokenStream> ReadText(const std::string& path, const Checkpoint& checkpoint,
                                      const Tokenizer& tokenizer, int64_t window_length,
-                                     int64_t tokens_wanted) {
+                                     int64_t tokens_wanted, const KeepGoing& keep_going) {
   WALSH_ASSIGN_OR_RETURN(
       const calibrate::SampleSet samples,
       calibrate::ReadSamples(path, tokenizer, checkpoint.tokenizer().chat_template));
   return calibrate::EncodeSamples(samples, tokenizer, checkpoint.config().vocab, window_length,
-                                  tokens_wanted);
+                                  tokens_wanted, keep_going);
 }
 
 absl::StatusOr<TokenStream> WriteOwnText(const JobSpec& spec, const ResolvedJob& job,
                                          const Checkpoint& checkpoint, ThreadPool& pool,
                                          const calibrate::TokenProgress& progress) {
   WALSH_ASSIGN_OR_RETURN(const std::shared_ptr<engine::LoadedModel> model,
-                         engine::LoadedModel::LoadDense(checkpoint));
+                         engine::LoadedModel::Load8Bit(checkpoint));
   TokenStream stream;
   WALSH_ASSIGN_OR_RETURN(stream.ids, calibrate::GenerateText(*model, SelfTextTokens(spec, job),
                                                              spec.seed, pool, progress));
@@ -78,14 +78,15 @@ int64_t SelfTextTokens(const JobSpec& spec, const ResolvedJob& job) {
 absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& job,
                                       const Checkpoint& checkpoint, const Tokenizer& tokenizer,
                                       ThreadPool& pool,
-                                      const calibrate::TokenProgress& self_progress) {
+                                      const calibrate::TokenProgress& self_progress,
+                                      const KeepGoing& keep_going) {
   JobTexts texts;
   // First what may be refused, then what takes long.
   TokenStream evaluation;
   if (spec.evaluate && !spec.evaluation_path.empty()) {
     WALSH_ASSIGN_OR_RETURN(
         evaluation, ReadText(spec.evaluation_path, checkpoint, tokenizer, job.evaluation_length,
-                             spec.n_evaluation_windows * job.evaluation_length));
+                             spec.n_evaluation_windows * job.evaluation_length, keep_going));
   }
   TokenStream stream;
   if (spec.calibration_path.empty()) {
@@ -93,7 +94,7 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
   } else {
     WALSH_ASSIGN_OR_RETURN(
         stream, ReadText(spec.calibration_path, checkpoint, tokenizer, job.sequence_length,
-                         CalibrationTokens(spec, job) + HeldOutTokens(spec, job)));
+                         CalibrationTokens(spec, job) + HeldOutTokens(spec, job), keep_going));
   }
   texts.kept = stream.kept;
   texts.dropped = stream.dropped;

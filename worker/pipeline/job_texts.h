@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/calibrate/self_text.h"
 #include "worker/calibrate/token_windows.h"
 #include "worker/io/checkpoint.h"
@@ -32,9 +33,11 @@ struct JobTexts {
 // Tokens that `self` calibration generates.
 int64_t SelfTextTokens(const JobSpec& spec, const ResolvedJob& job);
 
+// Asks `keep_going` while texts are encoded.
 absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& job,
                                       const Checkpoint& checkpoint, const Tokenizer& tokenizer,
                                       ThreadPool& pool,
-                                      const calibrate::TokenProgress& self_progress);
+                                      const calibrate::TokenProgress& self_progress,
+                                      const KeepGoing& keep_going);
 
 }  // namespace walsh::pipeline

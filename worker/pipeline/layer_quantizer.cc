@@ -15,8 +15,6 @@
 namespace walsh::pipeline {
 namespace {
 
-// Sublayer outputs that wait for a quantization.
-constexpr int64_t kKeptBytesMax = int64_t{2} << 30;
 // What choosing grids and codes for one weight takes, in operations of a matrix product.
 constexpr double kWorkPerWeight = 5000;
 
@@ -85,9 +83,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
   for (size_t i = 0; i < positions_.size(); ++i) {
     positions_[i] = static_cast<int32_t>(static_cast<int64_t>(i) % windows_.length);
   }
-  const int64_t kept_width = std::max(config.q_width(), config.intermediate);
-  kept_.resize(static_cast<size_t>(
-      std::min(n_tokens * kept_width, kKeptBytesMax / static_cast<int64_t>(sizeof(float)))));
+  kept_.resize(static_cast<size_t>(KeptBytes(config, n_tokens)) / sizeof(float));
 
   for (int64_t l = 0; l < config.n_layers; ++l) {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, l));
@@ -254,15 +250,16 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
     return absl::StrCat("layers.", layer_index, ".", std::string(part.suffix));
   };
   const gptq::Options options = job_.OptionsFor(hessian.rows());
+  const KeepGoing keep_going = [this] { return progress_.Advance(0); };
   WALSH_ASSIGN_OR_RETURN(
       const gptq::HessianFactor factor,
-      gptq::FactorizeHessian(std::move(hessian), options, name_of(parts.front())));
+      gptq::FactorizeHessian(std::move(hessian), options, name_of(parts.front()), keep_going));
   for (const Part& part : parts) {
     const std::string name = name_of(part);
     DenseLinear& linear = Dense(*part.linear);
-    WALSH_ASSIGN_OR_RETURN(gptq::QuantizedLinear result,
-                           gptq::QuantizeLinear(name, linear.weights(), factor, options, pool_,
-                                                [this] { return progress_.Advance(0); }));
+    WALSH_ASSIGN_OR_RETURN(
+        gptq::QuantizedLinear result,
+        gptq::QuantizeLinear(name, linear.weights(), factor, options, pool_, keep_going));
     LinearReport linear_report;
     linear_report.name = name;
     linear_report.layer = layer_index;

@@ -1,12 +1,17 @@
 #include "worker/pipeline/plan.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <memory>
+#include <system_error>
 
 #include "absl/strings/str_cat.h"
 #include "common/limits.h"
 #include "common/status_macros.h"
 #include "worker/calibrate/self_text.h"
+#include "worker/evaluate/perplexity.h"
+#include "worker/pipeline/job_texts.h"
+#include "worker/pipeline/rotation_gate.h"
 
 namespace walsh::pipeline {
 namespace {
@@ -93,37 +98,115 @@ int64_t LayerWeights(const ModelConfig& config) {
   return n;
 }
 
-// The largest of what calibration, evaluation and self-written text hold at one time.
-int64_t MemoryBytes(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job) {
-  constexpr int64_t kFloat = sizeof(float);
-  const int64_t embedding = config.vocab * config.hidden * kFloat;
-  const int64_t layer = LayerWeights(config) * kFloat;
-  int64_t widest = 0, largest = 0;
-  for (const LinearShape& shape : LinearShapes(config)) {
-    widest = std::max(widest, shape.in);
-    largest = std::max(largest, shape.in * shape.out * kFloat);
+// What a job holds at one time, phase by phase; each function names the objects that make it.
+class Memory {
+ public:
+  Memory(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job)
+      : spec_(spec),
+        config_(config),
+        job_(job),
+        tokens_(spec.n_calibration_windows * job.sequence_length),
+        evaluation_tokens_(spec.evaluate ? spec.n_evaluation_windows * job.evaluation_length : 0),
+        vocabulary_(config.vocab * config.hidden),
+        layer_(LayerWeights(config)) {
+    for (const LinearShape& shape : LinearShapes(config)) {
+      widest_ = std::max(widest_, shape.in);
+      largest_ = std::max(largest_, shape.in * shape.out);
+    }
   }
-  const int64_t tokens = spec.n_calibration_windows * job.sequence_length;
-  const int64_t eval_tokens = spec.evaluate ? spec.n_evaluation_windows * job.evaluation_length : 0;
-  const int64_t batch =
-      std::max<int64_t>(2048, job.sequence_length) * kFloat *
-      (3 * config.hidden + 2 * config.q_width() + 4 * config.kv_width() + 3 * config.intermediate);
-  // Hidden states, one sublayer's outputs, the Hessian with its factor (twice in double at worst),
-  // the layer with the working copies of its largest linear.
-  const int64_t calibration =
-      tokens * kFloat * (config.hidden + std::max(config.q_width(), config.intermediate)) +
-      6 * widest * widest * kFloat + layer + 5 * largest + batch;
-  const int64_t evaluation = eval_tokens * kFloat * config.hidden + std::max(layer, embedding) +
-                             batch + 256 * config.vocab * kFloat;
-  int64_t peak = std::max({calibration, evaluation, 2 * embedding});
-  if (spec.calibration_path.empty()) {
-    const int64_t cache = calibrate::SelfTextBatch(config, tokens) *
-                          std::min(calibrate::kSelfDocumentTokensMax, config.max_position) * 2 *
-                          config.n_layers * config.kv_width() * kFloat;
-    peak = std::max(peak, layer * config.n_layers + 2 * embedding + cache);
+
+  int64_t Peak() const {
+    const int64_t token_ids = (tokens_ + evaluation_tokens_) * kId;
+    int64_t peak = std::max({Texts() + token_ids, Embedding(), Calibration(), Evaluation()});
+    if (spec_.rotation != rotate::Kind::kNone) peak = std::max(peak, Gate());
+    if (spec_.calibration_path.empty()) peak = std::max(peak, SelfText());
+    return kProcessBytes + token_ids + peak;
   }
-  return peak + kProcessBytes;
-}
+
+ private:
+  static constexpr int64_t kFloat = sizeof(float);
+  static constexpr int64_t kId = sizeof(int32_t);
+  static constexpr int64_t kCode = sizeof(uint8_t);
+  static constexpr int64_t kBf16 = sizeof(uint16_t);
+
+  // A file with the samples in it. Parsed JSON holds a text up to four times: the file, a copy in
+  // braces, the document and the samples.
+  static int64_t TextBytes(const std::string& path) {
+    std::error_code error;
+    const auto size = path.empty() ? 0 : std::filesystem::file_size(path, error);
+    if (error) return 0;  // the job will say so
+    const std::string extension = std::filesystem::path(path).extension();
+    return static_cast<int64_t>(size) * (extension == ".json" ? 4 : extension == ".jsonl" ? 2 : 1);
+  }
+  int64_t Texts() const {
+    return std::max(TextBytes(spec_.calibration_path), TextBytes(spec_.evaluation_path));
+  }
+
+  // Rows that go through a layer at once, and the buffers of a forward for them.
+  int64_t BatchRows(int64_t length, int64_t tokens) const {
+    return std::min(evaluate::WindowsPerBatch(length) * length, std::max(length, tokens));
+  }
+  int64_t Scratch(int64_t rows) const {
+    return rows * kFloat * 2 *
+           (config_.hidden + config_.q_width() + config_.kv_width() + config_.intermediate);
+  }
+
+  // The embedding and the hidden states that are looked up in it.
+  int64_t Embedding() const {
+    return (vocabulary_ + std::max(tokens_, evaluation_tokens_) * config_.hidden) * kFloat;
+  }
+
+  // Hidden states, kept outputs, buffers, a layer and its codes; and either a Hessian that is
+  // factorized in double at worst, or the Hessian, its factor and four copies and the codes of the
+  // largest linear.
+  int64_t Calibration() const {
+    const int64_t factorizing = widest_ * widest_ * 4 * kFloat;
+    const int64_t quantizing = widest_ * widest_ * 2 * kFloat + largest_ * (4 * kFloat + kCode);
+    return tokens_ * config_.hidden * kFloat + KeptBytes(config_, tokens_) +
+           Scratch(BatchRows(job_.sequence_length, tokens_)) + layer_ * (kFloat + kCode) +
+           std::max(factorizing, quantizing);
+  }
+
+  // Hidden states, buffers, keys and values; and either a layer, dequantized from a linear's packed
+  // and unpacked codes, or the head with some rows of logits.
+  int64_t Evaluation() const {
+    if (evaluation_tokens_ == 0) return 0;
+    const int64_t rows = BatchRows(job_.evaluation_length, evaluation_tokens_);
+    const int64_t layer =
+        rows * 2 * config_.kv_width() * kFloat + layer_ * kFloat + 2 * largest_ * kCode;
+    const int64_t head = (vocabulary_ + evaluate::kLogitRows * config_.vocab) * kFloat;
+    return evaluation_tokens_ * config_.hidden * kFloat + Scratch(rows) + std::max(layer, head);
+  }
+
+  // The head, and the logits of both models.
+  int64_t Gate() const { return (vocabulary_ + 2 * kGateTokensMax * config_.vocab) * kFloat; }
+
+  // Weights at 8 bits with a 16-bit scale for every 32, embeddings at 16; and either a matrix that
+  // is being packed (a layer of floats, or the head, and the codes of one linear), or the caches
+  // and logits.
+  int64_t SelfText() const {
+    const int64_t packed = layer_ * config_.n_layers + vocabulary_;
+    const int64_t loading =
+        std::max(layer_ * kFloat + largest_ * kCode, vocabulary_ * (kFloat + kCode));
+    const int64_t documents = calibrate::SelfTextBatch(config_, SelfTextTokens(spec_, job_));
+    const int64_t document_tokens =
+        std::min(calibrate::kSelfDocumentTokensMax, config_.max_position);
+    const int64_t generating =
+        documents * kFloat *
+        (document_tokens * 2 * config_.n_layers * config_.kv_width() + config_.vocab);
+    return packed * kCode + packed / 32 * kBf16 + vocabulary_ * kBf16 +
+           std::max(loading, generating);
+  }
+
+  const JobSpec& spec_;
+  const ModelConfig& config_;
+  const ResolvedJob& job_;
+  const int64_t tokens_, evaluation_tokens_;
+  const int64_t vocabulary_;  // weights of the embedding, and of the head
+  const int64_t layer_;       // weights of a layer's linears
+  int64_t widest_ = 0;        // inputs of a linear
+  int64_t largest_ = 0;       // weights of a linear
+};
 
 int64_t DiskBytes(const ModelConfig& config, const ResolvedJob& job) {
   int64_t bits = 0;
@@ -155,6 +238,11 @@ gptq::Options ResolvedJob::OptionsFor(int64_t in) const {
   gptq::Options options = quantizer;
   options.group_size = group_size == kPerChannel ? in : group_size;
   return options;
+}
+
+int64_t KeptBytes(const ModelConfig& config, int64_t n_tokens) {
+  const int64_t width = std::max(config.q_width(), config.intermediate);
+  return std::min(n_tokens * width * static_cast<int64_t>(sizeof(float)), kKeptBytesMax);
 }
 
 double LayerFlopsPerToken(const ModelConfig& config) {
@@ -200,7 +288,7 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
                                         widest, " inputs: their Hessians are singular"));
   }
   WALSH_RETURN_IF_ERROR(ResolveRotation(spec, config, job));
-  job.memory_bytes = MemoryBytes(spec, config, job);
+  job.memory_bytes = Memory(spec, config, job).Peak();
   job.disk_bytes = DiskBytes(config, job);
   return job;
 }

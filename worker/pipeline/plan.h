@@ -42,6 +42,11 @@ struct ResolvedJob {
 
 absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint);
 
+// Sublayer outputs that wait for their linear's quantization: those of all calibration tokens, as
+// far as there is room.
+inline constexpr int64_t kKeptBytesMax = int64_t{2} << 30;
+int64_t KeptBytes(const ModelConfig& config, int64_t n_tokens);
+
 // Floating-point operations of one token's way through the layers.
 double LayerFlopsPerToken(const ModelConfig& config);
 

@@ -161,7 +161,8 @@ class Job {
 
   absl::Status Load() {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kLoading, -1));
-    WALSH_ASSIGN_OR_RETURN(source_sha256_, checkpoint_->Fingerprint(pool_.n_threads()));
+    WALSH_ASSIGN_OR_RETURN(source_sha256_,
+                           checkpoint_->Fingerprint(pool_.n_threads(), keep_going_));
     WALSH_RETURN_IF_ERROR(progress_.Advance(HashWork()));
     return spec_.calibration_path.empty() ? absl::OkStatus() : ReadTexts();
   }
@@ -169,9 +170,11 @@ class Job {
   absl::Status ReadTexts() {
     const double work_per_token = SelfTextWork() / static_cast<double>(SelfTextTokens(spec_, job_));
     WALSH_ASSIGN_OR_RETURN(
-        texts_, PrepareTexts(spec_, job_, *checkpoint_, *tokenizer_, pool_, [&](int64_t n) {
-          return progress_.Within(work_per_token * static_cast<double>(n));
-        }));
+        texts_,
+        PrepareTexts(
+            spec_, job_, *checkpoint_, *tokenizer_, pool_,
+            [&](int64_t n) { return progress_.Within(work_per_token * static_cast<double>(n)); },
+            keep_going_));
     const calibrate::TokenWindows& windows = texts_.calibration;
     report_.samples_kept = texts_.kept;
     report_.samples_dropped = texts_.dropped;
@@ -206,8 +209,9 @@ class Job {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
     WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
     const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
-    WALSH_ASSIGN_OR_RETURN(report_.artifact, writer->Finish(QuantizationConfig(spec_, job_),
-                                                            ArtifactReport(inputs, report_)));
+    WALSH_ASSIGN_OR_RETURN(report_.artifact,
+                           writer->Finish(QuantizationConfig(spec_, job_),
+                                          ArtifactReport(inputs, report_), keep_going_));
     report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }
@@ -225,9 +229,9 @@ class Job {
     WALSH_RETURN_IF_ERROR(progress_.Advance(work));
 
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "quantized"));
-    WALSH_ASSIGN_OR_RETURN(
-        const std::unique_ptr<ArtifactReader> artifact,
-        ArtifactReader::Open(spec_.output_directory, /*verify=*/true, pool_.n_threads()));
+    WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> artifact,
+                           ArtifactReader::Open(spec_.output_directory, /*verify=*/true,
+                                                pool_.n_threads(), keep_going_));
     evaluate::ArtifactSource quantized(*artifact);
     WALSH_ASSIGN_OR_RETURN(evaluate::WindowLosses after,
                            evaluate::EvaluateWindows(quantized, texts_.evaluation, pool_, show));
@@ -248,6 +252,7 @@ class Job {
   const JobSpec& spec_;
   ThreadPool& pool_;
   Progress progress_;
+  const KeepGoing keep_going_ = [this] { return progress_.Within(0); };
   OutputGuard output_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Tokenizer> tokenizer_;

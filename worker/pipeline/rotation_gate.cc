@@ -12,8 +12,8 @@
 namespace walsh::pipeline {
 namespace {
 
-constexpr int64_t kWindowTokens = 32;
 constexpr int64_t kWindows = 4;
+constexpr int64_t kWindowTokens = kGateTokensMax / kWindows;
 // Text, not ids from all over the vocabulary: on such ids SmolLM2 grows activations of 24,000 from
 // differences so small that the unrotated model in floats and in double differ by 1e-4 themselves.
 constexpr std::string_view kText =

@@ -22,6 +22,7 @@ namespace walsh::pipeline {
 inline constexpr double kRotationGateMax = 1e-4;
 
 // Four windows of at most 32 tokens of a fixed text.
+inline constexpr int64_t kGateTokensMax = 4 * 32;
 absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
                                                     const Tokenizer& tokenizer);
 

@@ -3,10 +3,17 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <fstream>
+#include <iterator>
 #include <numeric>
+#include <string>
 
+#include "common/utf8.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
 #include "tests/unit/worker/calibrate/byte_tokenizer.h"
+#include "worker/io/gguf_vocabulary.h"
 
 namespace walsh::calibrate {
 namespace {
@@ -36,6 +43,100 @@ TEST(EncodeSamplesTest, StopsWhenThereIsEnough) {
   EXPECT_EQ(stream.ids.size(), 6);
   EXPECT_EQ(stream.kept, 2);
   EXPECT_EQ(stream.left_over, 1);
+}
+
+constexpr int64_t kNoLimit = int64_t{1} << 40;
+
+TEST(EncodeSamplesTest, SlicesHaveOneBosAndOneEosBetweenThem) {
+  constexpr int32_t kEos = 7;
+  const SampleSet set{{{"one two three  four\n five six", false}}, 0};
+  const ByteTokenizer tokenizer(true, kEos);
+  ASSERT_OK_AND_ASSIGN(const TokenStream whole, EncodeSamples(set, tokenizer, 257, 2, kNoLimit));
+  EXPECT_EQ(whole.ids.back(), kEos);
+  for (const int64_t slice_bytes : {1, 2, 3, 5, 8, 13, 20}) {
+    ASSERT_OK_AND_ASSIGN(const TokenStream sliced,
+                         EncodeSamples(set, tokenizer, 257, 2, kNoLimit, {}, slice_bytes));
+    EXPECT_EQ(sliced.ids, whole.ids) << slice_bytes;
+  }
+  // What is not wanted is not encoded, and a text without its end gets no EOS.
+  ASSERT_OK_AND_ASSIGN(const TokenStream start, EncodeSamples(set, tokenizer, 257, 2, 5, {}, 4));
+  EXPECT_EQ(start.ids, std::vector<int32_t>(whole.ids.begin(), whole.ids.begin() + 8));
+  EXPECT_EQ(start.kept, 1);
+}
+
+TEST(EncodeSamplesTest, AsksBeforeEachSliceAndStopsWhenTold) {
+  const SampleSet set{{{"one two three four", false}, {"five", false}}, 0};
+  const ByteTokenizer tokenizer(false);
+  int n_asked = 0;
+  const auto ask = [&] {
+    return ++n_asked == 4 ? absl::CancelledError("enough") : absl::OkStatus();
+  };
+  EXPECT_THAT(EncodeSamples(set, tokenizer, 257, 2, kNoLimit, ask, 1),
+              StatusIs(absl::StatusCode::kCancelled, HasSubstr("enough")));
+  EXPECT_EQ(n_asked, 4);
+}
+
+// Slices begin where every tokenizer begins anew.
+void ExpectSlicesGiveTheWhole(const TokenizerSource& source) {
+  WALSH_REQUIRE_DATA(path, "corpora/wiki.test.raw");
+  std::ifstream file(path, std::ios::binary);
+  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  text.resize(400'000);
+  while (!IsValidUtf8(text)) text.pop_back();
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+  const SampleSet set{{{text, false}}, 0};
+  const int64_t vocab = tokenizer->vocab_size();
+  ASSERT_OK_AND_ASSIGN(const TokenStream whole,
+                       EncodeSamples(set, *tokenizer, vocab, 2, kNoLimit, {}, kNoLimit));
+  for (const int64_t slice_bytes : {97, 5000}) {
+    ASSERT_OK_AND_ASSIGN(const TokenStream sliced,
+                         EncodeSamples(set, *tokenizer, vocab, 2, kNoLimit, {}, slice_bytes));
+    EXPECT_TRUE(sliced.ids == whole.ids) << "slices of " << slice_bytes;
+  }
+  ASSERT_OK_AND_ASSIGN(const TokenStream start,
+                       EncodeSamples(set, *tokenizer, vocab, 2, 3000, {}, 5000));
+  ASSERT_GE(start.ids.size(), 3000);
+  ASSERT_LT(start.ids.size(), whole.ids.size() / 2);
+  EXPECT_TRUE(std::equal(start.ids.begin(), start.ids.end(), whole.ids.begin()));
+}
+
+std::string Contents(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+TEST(EncodeSlicesTest, TokenizerJson) {
+  for (const char* name : {"llama3", "qwen3"}) {
+    WALSH_REQUIRE_DATA(folder, std::string("tokenizers/") + name);
+    SCOPED_TRACE(name);
+    TokenizerSource source;
+    source.tokenizer_json = Contents(folder + "/tokenizer.json");
+    source.tokenizer_config_json = Contents(folder + "/tokenizer_config.json");
+    ExpectSlicesGiveTheWhole(source);
+  }
+}
+
+TEST(EncodeSlicesTest, SentencePieceModel) {
+  WALSH_REQUIRE_DATA(path, "tokenizers/llama2/tokenizer.model");
+  TokenizerSource source;
+  source.sentencepiece_model = Contents(path);
+  ExpectSlicesGiveTheWhole(source);
+}
+
+TEST(EncodeSlicesTest, GgufVocabularies) {
+  for (const char* name : {"ggml-vocab-gpt-2.gguf", "ggml-vocab-llama-spm.gguf"}) {
+    WALSH_REQUIRE_DATA(path, std::string("tokenizer-vectors/") + name);
+    SCOPED_TRACE(name);
+    TokenizerSource source;
+    ASSERT_OK_AND_ASSIGN(source.gguf, ReadGgufVocabulary(path));
+    ExpectSlicesGiveTheWhole(source);
+    source.gguf->add_space_prefix = false;
+    ExpectSlicesGiveTheWhole(source);
+  }
+  WALSH_REQUIRE_SMOLLM2(path);
+  TokenizerSource source;
+  ASSERT_OK_AND_ASSIGN(source.gguf, ReadGgufVocabulary(path));
+  ExpectSlicesGiveTheWhole(source);
 }
 
 TEST(EncodeSamplesTest, RefusesIdsWithoutEmbedding) {

@@ -105,6 +105,65 @@ TEST_F(PlanJobTest, WarnsOfWhatItChangesOrCannotDo) {
   EXPECT_THAT(odd_head.warnings, Contains(AllOf(HasSubstr("R2"), HasSubstr("48"))));
 }
 
+// Beyond 2 GiB outputs are computed a second time instead of being kept.
+TEST_F(PlanJobTest, KeptOutputsAreCapped) {
+  constexpr int64_t kFloat = 4, kHidden = 64, kIntermediate = 128, kLength = 2048;
+  JobSpec spec = TinyJob({.hidden = kHidden, .intermediate = kIntermediate, .max_position = 2048});
+  spec.sequence_length = kLength;
+  spec.evaluate = false;
+  const auto needed = [&](int64_t n_windows) {
+    spec.n_calibration_windows = n_windows;
+    const auto plan = PlanJob(spec);
+    EXPECT_OK(plan);
+    return plan->memory_bytes_needed;
+  };
+  const int64_t cap = kKeptBytesMax / (kLength * kIntermediate * kFloat);
+  ASSERT_EQ(cap, 2048);
+  const int64_t per_window = kLength * (kHidden * kFloat + 4);  // hidden states and the ids
+  EXPECT_EQ(needed(cap) - needed(cap - 1), per_window + kLength * kIntermediate * kFloat);
+  EXPECT_EQ(needed(cap + 1) - needed(cap), per_window);
+  EXPECT_EQ(needed(8192) - needed(4096), 4096 * per_window);
+}
+
+TEST_F(PlanJobTest, CountsEvaluationAndItsWindowsAndTheTexts) {
+  JobSpec spec = TinyJob({.max_position = 8192});
+  ASSERT_OK_AND_ASSIGN(const JobPlan small, PlanJob(spec));
+  spec.n_evaluation_windows = 4096;
+  spec.evaluation_length = 8192;
+  ASSERT_OK_AND_ASSIGN(const JobPlan many, PlanJob(spec));
+  EXPECT_GT(many.memory_bytes_needed, small.memory_bytes_needed + int64_t{4096} * 8192 * 64 * 4);
+
+  spec = TinyJob({.max_position = 8192});
+  spec.calibration_path = directory_ / "large.jsonl";
+  std::ofstream(spec.calibration_path).close();
+  std::filesystem::resize_file(spec.calibration_path, 400 << 20);  // sparse
+  ASSERT_OK_AND_ASSIGN(const JobPlan large, PlanJob(spec));
+  EXPECT_GT(large.memory_bytes_needed, 800 << 20);
+}
+
+// No float of it but one layer's: what grows with the layers is a byte and a bit for each weight.
+TEST_F(PlanJobTest, OwnTextNeedsTheModelAt8Bits) {
+  const auto needed = [&](int64_t n_layers) {
+    JobSpec spec = TinyJob({.hidden = 128,
+                            .intermediate = 128,
+                            .n_layers = n_layers,
+                            .n_heads = 4,
+                            .n_kv_heads = 1,
+                            .head_dim = 32,
+                            .max_position = 64});
+    spec.calibration_path.clear();
+    spec.n_calibration_windows = 1;
+    spec.evaluate = false;
+    const auto plan = PlanJob(spec);
+    EXPECT_OK(plan);
+    return plan->memory_bytes_needed;
+  };
+  const int64_t weights = 128 * (2 * 128 + 2 * 32 + 3 * 128);
+  const int64_t growth = needed(64) - needed(32);
+  EXPECT_GT(growth, 32 * weights);
+  EXPECT_LT(growth, 32 * weights * 3 / 2);
+}
+
 TEST_F(PlanJobTest, MemoryGrowsWithCalibrationAndNotWithLayers) {
   JobSpec spec = TinyJob({.n_layers = 2});
   ASSERT_OK_AND_ASSIGN(const JobPlan small, PlanJob(spec));
