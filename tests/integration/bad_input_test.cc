@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 
 #include "absl/strings/str_cat.h"
@@ -160,7 +161,7 @@ TEST_F(BadInputTest, MissingCalibration) {
 
 TEST_F(BadInputTest, CalibrationThatIsNoJson) {
   WriteText(*root_ / "broken.jsonl", "{\"text\": \"fine\"}\n{broken\n");
-  ExpectError("good", {"--calibration", *root_ / "broken.jsonl"}, "INVALID_ARGUMENT", "2");
+  ExpectError("good", {"--calibration", *root_ / "broken.jsonl"}, "INVALID_ARGUMENT", "line 2");
 }
 
 TEST_F(BadInputTest, ValidateOnlyFindsTheSameAndStartsNothing) {
@@ -216,9 +217,19 @@ class SmallFileSystem {
     ASSERT_TRUE(read_only_);
     ASSERT_EQ(mount(nullptr, path, nullptr, MS_REMOUNT | MS_BIND | MS_RDONLY, nullptr), 0);
   }
+  // Takes all that is free, and gives it back.
+  void Fill() const {
+    std::ofstream filler(FillerPath(), std::ios::binary);
+    const std::string page(4096, 'x');
+    while (filler.write(page.data(), static_cast<std::streamsize>(page.size())).flush()) {
+    }
+  }
+  void Free() const { std::filesystem::remove(FillerPath()); }
   const std::string& path() const { return dir_.path(); }
 
  private:
+  std::string FillerPath() const { return dir_ / "filler"; }
+
   TempDir dir_;
   bool mounted_ = false;
   bool read_only_ = false;
@@ -228,9 +239,10 @@ class FullDiskTest : public ::testing::Test {
  protected:
   // A job whose worker keeps its artifacts in `folder`.
   static absl::StatusOr<v1::QuantizationJob> RunJob(SmallFileSystem& folder,
-                                                    bool read_only_after_start) {
+                                                    bool read_only_after_start,
+                                                    const client::WatchObserver& observer = {}) {
     const TempDir root;
-    TinyModel({}).WriteHf(root / "good");
+    TinyModel({.n_layers = 8}).WriteHf(root / "good");
     WriteText(root / "text.txt", SomeText());
     testing::ServiceOptions options;
     options.model_roots = {root.path()};
@@ -248,7 +260,7 @@ class FullDiskTest : public ::testing::Test {
     job.mutable_config()->mutable_evaluation()->set_disable(true);
     auto created = service.client().CreateJob(request);
     if (!created.ok()) return created;
-    return service.client().WatchJob(created->name(), 0, {});
+    return service.client().WatchJob(created->name(), 0, observer);
   }
 
   // The error, whether the job was refused or failed.
@@ -256,6 +268,24 @@ class FullDiskTest : public ::testing::Test {
     return job.ok() ? static_cast<absl::StatusCode>(job->error().code()) : job.status().code();
   }
 };
+
+TEST_F(FullDiskTest, AFolderThatFillsUpDuringTheJobDelaysIt) {
+  SmallFileSystem folder("64m");
+  if (!folder.mounted()) GTEST_SKIP() << "mounting a tmpfs needs root";
+  std::string retried;
+  client::WatchObserver observer;
+  observer.on_event = [&](const v1::QuantizationJobEvent& event) {
+    // Validation is over, nothing of the artifact is written yet.
+    if (event.stage() == v1::QuantizationJob::LOADING && event.attempt() == 1) folder.Fill();
+    if (event.state() != v1::QuantizationJob::QUEUED || event.attempt() == 0) return;
+    retried = event.message();
+    folder.Free();
+  };
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job, RunJob(folder, false, observer));
+  EXPECT_THAT(retried, HasSubstr("after RESOURCE_EXHAUSTED: "));
+  EXPECT_EQ(job.state(), v1::QuantizationJob::SUCCEEDED) << job.DebugString();
+  EXPECT_EQ(job.attempt(), 2);
+}
 
 TEST_F(FullDiskTest, AFullDataFolderIsResourceExhausted) {
   SmallFileSystem folder("128k");
