@@ -395,7 +395,7 @@ class DeadlineTest : public GenerationServiceTest {
 };
 
 TEST_F(DeadlineTest, ReturnsWhatThereIs) {
-  PassBeforeStep(5, absl::Minutes(20));
+  PassBeforeStep(5, absl::Minutes(25));
   ASSERT_OK_AND_ASSIGN(const auto response, GenerateWithin(absl::Minutes(20)));
   EXPECT_EQ(response.finish_reason(), v1::DEADLINE);
   EXPECT_EQ(response.usage().completion_tokens(), 5);
