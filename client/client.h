@@ -20,8 +20,8 @@
 #include "absl/time/time.h"
 #include "client/backoff.h"
 #include "client/connection.h"
-#include "common/cancellation.h"
-#include "common/connection_pool.h"
+#include "common/grpc_cancellation.h"
+#include "common/grpc_connection_pool.h"
 #include "common/limits.h"
 
 namespace walsh::client {

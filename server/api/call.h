@@ -9,7 +9,7 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "common/cancellation.h"
+#include "common/grpc_cancellation.h"
 #include "server/executor.h"
 
 namespace walsh::api {

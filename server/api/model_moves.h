@@ -14,7 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
-#include "common/cancellation.h"
+#include "common/grpc_cancellation.h"
 #include "server/api/core.h"
 
 namespace walsh::api {

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "common/connection_pool.h"
+#include "common/grpc_connection_pool.h"
 #include "common/publish.h"
 #include "tests/integration/coordinator_fixture.h"
 #include "tests/unit/worker/service/store_fixture.h"

@@ -1,4 +1,4 @@
-#include "common/cancellation.h"
+#include "common/grpc_cancellation.h"
 
 namespace walsh {
 
