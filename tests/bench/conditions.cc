@@ -34,6 +34,8 @@ std::string CpuName() {
 
 }  // namespace
 
+double OwnCpuSeconds() { return CpuSeconds(RUSAGE_SELF); }
+
 OtherLoad::Times OtherLoad::Now() {
   // proc(5): user nice system idle iowait irq softirq steal, in ticks.
   constexpr int kFields = 8;
@@ -49,7 +51,7 @@ OtherLoad::Times OtherLoad::Now() {
     times.total_seconds += ticks / ticks_per_second;
     if (i != kIdle && i != kIoWait) times.busy_seconds += ticks / ticks_per_second;
   }
-  times.own_seconds = CpuSeconds(RUSAGE_SELF) + CpuSeconds(RUSAGE_CHILDREN);
+  times.own_seconds = OwnCpuSeconds() + CpuSeconds(RUSAGE_CHILDREN);
   return times;
 }
 

@@ -7,6 +7,9 @@
 
 namespace walsh::bench {
 
+// CPU time of this process so far, all threads.
+double OwnCpuSeconds();
+
 // What other processes take of the machine while this object lives.
 class OtherLoad {
  public:

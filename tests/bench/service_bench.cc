@@ -11,7 +11,8 @@
 // Every way has to bring the same tokens. Each round takes every way once, from another one on each
 // time; a way's overhead is its time over that of the engine in the same round, less one, and the
 // table has the median over rounds. Times are wall time from the request to the last token, prompt
-// included. All engines have as many threads; those that wait use no CPU.
+// included. All engines have as many threads; those that wait use no CPU. The CPU time is that of
+// this process: for the last two ways the client's alone.
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 
@@ -184,7 +185,7 @@ Way InProcess(engine::Engine* engine) {
 class Comparison {
  public:
   Comparison(const Flags& flags, std::vector<Way> ways)
-      : flags_(flags), ways_(std::move(ways)), seconds_(ways_.size()) {}
+      : flags_(flags), ways_(std::move(ways)), seconds_(ways_.size()), cpu_seconds_(ways_.size()) {}
 
   absl::Status Run(const std::vector<Tokens>& prompts) {
     const size_t n_ways = ways_.size();
@@ -193,8 +194,10 @@ class Comparison {
     for (int round = 0; round < flags_.rounds; ++round) {
       for (size_t i = 0; i < n_ways; ++i) {
         const size_t w = (static_cast<size_t>(round) + i) % n_ways;
+        const double cpu_start = OwnCpuSeconds();
         WALSH_ASSIGN_OR_RETURN(const double seconds, Turn(w, prompts));
         seconds_[w].push_back(seconds);
+        cpu_seconds_[w].push_back(OwnCpuSeconds() - cpu_start);
       }
     }
     Print(prompts.size());
@@ -228,8 +231,8 @@ class Comparison {
     const double n_sent = n_tokens * flags_.rounds * static_cast<double>(ways_.size() - 1);
     std::printf("\n%d streams at once; %.3f tokens a message over gRPC\n",
                 static_cast<int>(n_streams), n_sent / n_messages_);
-    std::printf("| way | tok/s | min to max | overhead | min to max |\n");
-    std::printf("| --- | ---: | ---: | ---: | ---: |\n");
+    std::printf("| way | tok/s | min to max | CPU ms a token | overhead | min to max |\n");
+    std::printf("| --- | ---: | ---: | ---: | ---: | ---: |\n");
     for (size_t w = 0; w < ways_.size(); ++w) {
       std::vector<double> rates;
       std::vector<double> overheads;
@@ -239,8 +242,8 @@ class Comparison {
       }
       const auto [slowest, fastest] = std::minmax_element(rates.begin(), rates.end());
       const auto [least, most] = std::minmax_element(overheads.begin(), overheads.end());
-      std::printf("| %s | %.1f | %.1f to %.1f |", ways_[w].name.c_str(), Median(rates), *slowest,
-                  *fastest);
+      std::printf("| %s | %.1f | %.1f to %.1f | %.3f |", ways_[w].name.c_str(), Median(rates),
+                  *slowest, *fastest, 1e3 * Median(cpu_seconds_[w]) / n_tokens);
       if (w == 0) {
         std::printf(" | |\n");
         continue;
@@ -255,6 +258,7 @@ class Comparison {
   const Flags& flags_;
   const std::vector<Way> ways_;  // the first is what the others are compared with
   std::vector<std::vector<double>> seconds_;
+  std::vector<std::vector<double>> cpu_seconds_;
   std::vector<Tokens> expected_;
   std::atomic<int> n_calls_ = 0;
   std::atomic<int> n_messages_ = 0;
