@@ -11,7 +11,7 @@ namespace {
 constexpr std::string_view kConfigKeys[] = {
     "add-special-tokens", "advertise-host", "after-sequence", "bits", "calibration", "column-order",
     "coordinator", "damp", "data-dir", "describe", "detach", "device", "enable-reflection",
-    "eval-text", "eval-windows", "filter", "force", "group-size", "grpc-port", "heartbeat-seconds",
+    "error-propagation", "eval-text", "eval-windows", "filter", "force", "group-size", "grpc-port", "heartbeat-seconds",
     "host", "http-port", "internal-port", "job-lease-seconds", "kv-cache-tokens", "limit", "load",
     "load-model", "log-format", "log-level", "log-to-stderr", "max-num-batched-tokens",
     "max-num-queued-reqs", "max-num-seqs", "max-queued-jobs", "max-tokens", "message", "method",

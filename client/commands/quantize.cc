@@ -111,6 +111,9 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
                      "Share of the mean Hessian diagonal added to it; 0 means 0.01");
   command.add_flag("--no-mse-clip", flags.no_mse_clip,
                    "Do not search the clip that minimises the weights' error");
+  command.add_option("--error-propagation", flags.error_propagation,
+                     "From 0 to 1: how much of earlier layers' errors GPTQ makes up for; default "
+                     "0.5, 0 takes half the time");
   command.add_option("--seed", flags.seed, "Seed of everything random")->capture_default_str();
 }
 
@@ -167,6 +170,7 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   config.mutable_evaluation()->set_max_windows(flags.eval_windows);
   config.mutable_evaluation()->set_disable(flags.no_eval);
   config.set_disable_mse_clip(flags.no_mse_clip);
+  if (flags.error_propagation) config.set_error_propagation(*flags.error_propagation);
   config.set_seed(flags.seed);
   config.set_auto_load(auto_load);
   for (const auto& [what, text] :

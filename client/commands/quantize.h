@@ -26,6 +26,7 @@ struct QuantizeFlags {
   std::string column_order = "group-aware";
   double damp = 0;
   bool no_mse_clip = false;
+  std::optional<double> error_propagation;
   std::string eval_text;
   int eval_windows = 0;
   bool no_eval = false;

@@ -27,6 +27,7 @@ using v1::QuantizationJob;
 using v1::Rotation;
 
 constexpr double kDampDefault = 0.01;
+constexpr double kErrorPropagationDefault = 0.5;
 constexpr int kBitsDefault = 4;
 constexpr int kSamplesDefault = 128;
 constexpr int kSequenceLengthDefault = 2048;
@@ -118,6 +119,18 @@ absl::Status ResolveQuantizer(QuantizationConfig* config) {
         absl::StrCat("must be from 0 to 1 (a share of the mean diagonal), is ", damp));
   }
   if (damp == 0) config->set_damp_percent(kDampDefault);
+  const double propagation = config->error_propagation();
+  if (!std::isfinite(propagation) || propagation < 0 || propagation > 1) {
+    return InvalidField("config.error_propagation",
+                        absl::StrCat("must be from 0 to 1, is ", propagation));
+  }
+  if (propagation > 0 && config->method() != QuantizationConfig::GPTQ) {
+    return InvalidField("config.error_propagation",
+                        absl::StrCat("is ", propagation, ", and only GPTQ has it"));
+  }
+  if (!config->has_error_propagation() && config->method() == QuantizationConfig::GPTQ) {
+    config->set_error_propagation(kErrorPropagationDefault);
+  }
   return absl::OkStatus();
 }
 

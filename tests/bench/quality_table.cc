@@ -36,6 +36,7 @@ struct Flags {
   int64_t group = 0;
   int64_t windows = 128, length = 2048, evaluation_windows = 20, evaluation_length = 2048;
   bool symmetric = false, natural_order = false, no_clip = false, signs = false;
+  double error_propagation = gptq::Options().error_propagation;
   uint64_t seed = 0;
   int threads = ThreadPool::HardwareThreads();
 };
@@ -94,6 +95,7 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
   spec.quantizer.bits = bits;
   spec.quantizer.group_size = flags.group;
   spec.quantizer.symmetric = flags.symmetric;
+  spec.quantizer.error_propagation = flags.error_propagation;
   spec.quantizer.mse_clip = !flags.no_clip;
   spec.quantizer.method = flags.method == "rtn" ? gptq::Method::kRtn : gptq::Method::kGptq;
   spec.quantizer.column_order =
@@ -133,9 +135,11 @@ void PrintHeading(const Flags& flags, const Row& first, const calibrate::TokenWi
                   const std::vector<double>& baseline) {
   const pipeline::JobReport& report = first.report;
   std::printf(
-      "Source %s; %s, group %ld; calibrated on %ld windows of %ld tokens, fingerprint "
+      "Source %s; %s, error propagation %g, group %ld; calibrated on %ld windows of %ld tokens, "
+      "fingerprint "
       "%.12s; evaluated on %ld windows of %ld tokens; kernels %s; %d threads.\n\n",
-      report.source_format.c_str(), flags.method.c_str(), static_cast<long>(report.group_size),
+      report.source_format.c_str(), flags.method.c_str(),
+      flags.method == "rtn" ? 0.0 : flags.error_propagation, static_cast<long>(report.group_size),
       static_cast<long>(report.calibration_windows),
       static_cast<long>(report.calibration_tokens / report.calibration_windows),
       report.calibration_fingerprint.c_str(), static_cast<long>(windows.count()),
@@ -207,6 +211,7 @@ int Main(int argc, char** argv) {
   app.add_flag("--natural-order", flags.natural_order);
   app.add_flag("--no-clip", flags.no_clip);
   app.add_flag("--signs", flags.signs, "Seeded random signs");
+  app.add_option("--error-propagation", flags.error_propagation, "β of the target; 0: off");
   app.add_option("--seed", flags.seed);
   app.add_option("--threads", flags.threads);
   app.add_option("--work-dir", flags.work_directory, "Where artifacts are written for a while");

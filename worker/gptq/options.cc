@@ -19,6 +19,11 @@ absl::Status ValidateOptions(const Options& options, int64_t in) {
     return absl::InvalidArgumentError(
         absl::StrCat("damping ", options.damp, ": must be from 0 to 1"));
   }
+  if (!std::isfinite(options.error_propagation) || options.error_propagation < 0 ||
+      options.error_propagation > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("error propagation ", options.error_propagation, ": must be from 0 to 1"));
+  }
   return absl::OkStatus();
 }
 

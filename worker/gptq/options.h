@@ -21,7 +21,14 @@ struct Options {
   ColumnOrder column_order = ColumnOrder::kGroupAware;
   double damp = 0.01;    // share of the mean diagonal of H
   bool mse_clip = true;  // norm 2.4, 80 of 100 steps
+  // β of worker/gptq/error_propagation.h, GPTQ only; 0: off.
+  double error_propagation = 0.5;
 };
+
+// Whether linears get an error-propagated target, which needs the original model's inputs.
+inline bool PropagatesError(const Options& options) {
+  return options.method == Method::kGptq && options.error_propagation > 0;
+}
 
 // That the options are in range and the group divides `in` columns.
 absl::Status ValidateOptions(const Options& options, int64_t in);

@@ -28,6 +28,7 @@ struct Stream {
 #define WALSH_FOR_EACH_KERNEL(X) \
   X(Matmul)                      \
   X(Gram)                        \
+  X(CrossGram)                   \
   X(SubtractProduct)             \
   X(RmsNorm)                     \
   X(Rope)                        \

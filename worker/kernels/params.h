@@ -30,6 +30,17 @@ struct GramParams {
   float* h = nullptr;
 };
 
+// C[d, d] += Xᵀ Y; X, Y [n_tokens, d].
+struct CrossGramParams {
+  int64_t n_tokens = 0;
+  int64_t dim = 0;
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  const float* y = nullptr;
+  int64_t y_stride = 0;
+  float* c = nullptr;
+};
+
 // C[m, n] −= A[m, k] · B[k, n]: the trailing update of GPTQ.
 struct SubtractProductParams {
   int64_t m = 0;

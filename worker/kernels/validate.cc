@@ -97,6 +97,18 @@ absl::Status Validate(const GramParams& p) {
       .status();
 }
 
+absl::Status Validate(const CrossGramParams& p) {
+  return Checker("CrossGram")
+      .Size("n_tokens", p.n_tokens)
+      .Size("dim", p.dim)
+      .Stride("x_stride", p.x_stride, p.dim)
+      .Stride("y_stride", p.y_stride, p.dim)
+      .Pointer("x", p.x, p.n_tokens, p.dim)
+      .Pointer("y", p.y, p.n_tokens, p.dim)
+      .Pointer("c", p.c, p.dim)
+      .status();
+}
+
 absl::Status Validate(const SubtractProductParams& p) {
   return Checker("SubtractProduct")
       .Size("m", p.m)

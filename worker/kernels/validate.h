@@ -16,6 +16,7 @@ namespace walsh::kernels {
 
 absl::Status Validate(const MatmulParams& p);
 absl::Status Validate(const GramParams& p);
+absl::Status Validate(const CrossGramParams& p);
 absl::Status Validate(const SubtractProductParams& p);
 absl::Status Validate(const RmsNormParams& p);
 absl::Status Validate(const RopeParams& p);

@@ -78,6 +78,8 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
         {"column_order", OrderName(job.quantizer.column_order)},
         {"damp", job.quantizer.damp},
         {"mse_clip", job.quantizer.mse_clip},
+        {"error_propagation",
+         gptq::PropagatesError(job.quantizer) ? job.quantizer.error_propagation : 0.0},
         {"bits_per_weight", report.bits_per_weight}}},
       {"rotation",
        {{"kind", std::string(rotate::KindName(spec.rotation))},

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/evaluate/perplexity.h"
+#include "worker/gptq/error_propagation.h"
 #include "worker/gptq/quantize_linear.h"
 #include "worker/pipeline/rotated_source.h"
 
@@ -32,9 +33,9 @@ ForwardShares Shares(const ModelConfig& config) {
 
 double Squared(int64_t n) { return static_cast<double>(n) * static_cast<double>(n); }
 
-// Factor, trailing updates, error measurement, grids and codes.
-double LinearWork(int64_t in, int64_t out) {
-  return 5 * Squared(in) * static_cast<double>(out) +
+// Factor, trailing updates, error measurement, grids and codes; the target's three products.
+double LinearWork(int64_t in, int64_t out, bool propagates_error) {
+  return (propagates_error ? 11 : 5) * Squared(in) * static_cast<double>(out) +
          kWorkPerWeight * static_cast<double>(in) * static_cast<double>(out);
 }
 
@@ -42,6 +43,16 @@ Matrix ToRow(const std::vector<float>& values) {
   Matrix row(1, static_cast<int64_t>(values.size()));
   std::copy(values.begin(), values.end(), row.data());
   return row;
+}
+
+DecoderLayer CopyDense(const DecoderLayer& layer) {
+  const auto copy = [](const std::unique_ptr<Linear>& linear) {
+    const auto& dense = dynamic_cast<const DenseLinear&>(*linear);
+    return std::make_unique<DenseLinear>(dense.weights().Copy(), dense.bias());
+  };
+  return {layer.input_norm,      layer.post_attention_norm, copy(layer.q_proj),
+          copy(layer.k_proj),    copy(layer.v_proj),        copy(layer.o_proj),
+          copy(layer.gate_proj), copy(layer.up_proj),       copy(layer.down_proj)};
 }
 
 Matrix Ones(int64_t n) {
@@ -52,12 +63,16 @@ Matrix Ones(int64_t n) {
 
 }  // namespace
 
-double QuantizationWork(const ModelConfig& config, int64_t n_tokens) {
+double QuantizationWork(const ModelConfig& config, const gptq::Options& options, int64_t n_tokens) {
   const double tokens = static_cast<double>(n_tokens);
-  double work = tokens * LayerFlopsPerToken(config);
+  const bool propagates = PropagatesError(options);
+  double work = tokens * LayerFlopsPerToken(config) * (propagates ? 2 : 1);
   work += tokens *
-          (2 * Squared(config.hidden) + Squared(config.q_width()) + Squared(config.intermediate));
-  for (const LinearShape& shape : LinearShapes(config)) work += LinearWork(shape.in, shape.out);
+          (2 * Squared(config.hidden) + Squared(config.q_width()) + Squared(config.intermediate)) *
+          (propagates ? 3 : 1);
+  for (const LinearShape& shape : LinearShapes(config)) {
+    work += LinearWork(shape.in, shape.out, propagates);
+  }
   return work * static_cast<double>(config.n_layers);
 }
 
@@ -70,6 +85,7 @@ LayerQuantizer::LayerQuantizer(const ResolvedJob& job, evaluate::LayerSource& so
       writer_(writer),
       pool_(pool),
       progress_(progress),
+      propagates_error_(PropagatesError(job.quantizer)),
       context_(ForwardContext::Create(source.config(), {kernels::Backend::kCpu, &pool})) {}
 
 absl::Status LayerQuantizer::Run(JobReport& report) {
@@ -83,12 +99,21 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
   for (size_t i = 0; i < positions_.size(); ++i) {
     positions_[i] = static_cast<int32_t>(static_cast<int64_t>(i) % windows_.length);
   }
-  kept_.resize(static_cast<size_t>(KeptBytes(config, n_tokens)) / sizeof(float));
+  const auto n_kept = static_cast<size_t>(KeptBytes(config, n_tokens)) / sizeof(float);
+  for (Flow* flow : Flows()) flow->kept.resize(n_kept);
+  if (propagates_error_) {
+    original_.hidden = rounded_.hidden.Copy();
+    difference_.resize(static_cast<size_t>(
+        batch_rows * std::max({config.hidden, config.q_width(), config.intermediate})));
+  }
 
   for (int64_t l = 0; l < config.n_layers; ++l) {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, l));
     progress_.Charge(Stage::kRotating);
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, source_.Layer(l));
+    const DecoderLayer original = propagates_error_ ? CopyDense(layer) : DecoderLayer();
+    rounded_.layer = &layer;
+    original_.layer = &original;
     quantized_.clear();
     WALSH_RETURN_IF_ERROR(QuantizeAttention(l, layer, report));
     WALSH_RETURN_IF_ERROR(QuantizeMlp(l, layer, report));
@@ -96,8 +121,8 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
     WALSH_RETURN_IF_ERROR(WriteLayer(l, layer));
     progress_.LayerDone();
   }
-  hidden_ = Matrix();
-  kept_ = {};
+  rounded_ = {};
+  original_ = {};
   WALSH_RETURN_IF_ERROR(WriteHead());
   report.forward_seconds = forward_seconds_;
   return absl::OkStatus();
@@ -109,41 +134,32 @@ absl::Status LayerQuantizer::QuantizeAttention(int64_t index, DecoderLayer& laye
   const ForwardShares shares = Shares(config);
 
   progress_.Charge(Stage::kCalibrating);
-  Matrix hessian(config.hidden, config.hidden);
-  const Step add_inputs = [&](const Batch& b) -> absl::Status {
-    WALSH_RETURN_IF_ERROR(AttentionInput(context_, layer, hidden_.row(b.first_row), b.n_rows,
-                                         scratch_.normed.data()));
-    return AddToHessian(scratch_.normed.data(), b.n_rows, hessian);
-  };
-  WALSH_RETURN_IF_ERROR(ForEachBatch(0, 0, add_inputs));
+  WALSH_ASSIGN_OR_RETURN(InputStatistics inputs,
+                         Collect(&LayerQuantizer::AttentionInputs, config.hidden, 0));
   WALSH_RETURN_IF_ERROR(Quantize(index,
                                  {{"self_attn.q_proj", &layer.q_proj},
                                   {"self_attn.k_proj", &layer.k_proj},
                                   {"self_attn.v_proj", &layer.v_proj}},
-                                 std::move(hessian), report));
+                                 std::move(inputs), report));
 
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, index));
-  hessian = Matrix(config.q_width(), config.q_width());
-  const Step attend = [&](const Batch& b) -> absl::Status {
-    float* attended = b.kept != nullptr ? b.kept : scratch_.attended.data();
-    WALSH_RETURN_IF_ERROR(Timed([&] { return Attended(layer, b, attended); }));
-    return AddToHessian(attended, b.n_rows, hessian);
-  };
-  WALSH_RETURN_IF_ERROR(ForEachBatch(config.q_width(), shares.qkv, attend));
+  WALSH_ASSIGN_OR_RETURN(inputs, Collect(&LayerQuantizer::Attended, config.q_width(), shares.qkv));
   WALSH_RETURN_IF_ERROR(
-      Quantize(index, {{"self_attn.o_proj", &layer.o_proj}}, std::move(hessian), report));
+      Quantize(index, {{"self_attn.o_proj", &layer.o_proj}}, std::move(inputs), report));
 
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, index));
-  return ForEachBatch(config.q_width(), shares.o, [&](const Batch& b) -> absl::Status {
-    const float* attended = b.kept;
-    if (attended == nullptr) {
-      WALSH_RETURN_IF_ERROR(Attended(layer, b, scratch_.attended.data()));
-      attended = scratch_.attended.data();
+  return ForEachBatch(shares.o, [&](const Batch& b) -> absl::Status {
+    for (Flow* flow : Flows()) {
+      const float* attended = Kept(*flow, b, config.q_width());
+      if (attended == nullptr) {
+        WALSH_ASSIGN_OR_RETURN(attended, Attended(*flow, b));
+      }
+      WALSH_RETURN_IF_ERROR(Timed([&] {
+        return AttentionOutput(context_, *flow->layer, attended, b.n_rows,
+                               flow->hidden.row(b.first_row), scratch_.out.data());
+      }));
     }
-    return Timed([&] {
-      return AttentionOutput(context_, layer, attended, b.n_rows, hidden_.row(b.first_row),
-                             scratch_.out.data());
-    });
+    return absl::OkStatus();
   });
 }
 
@@ -151,64 +167,80 @@ absl::Status LayerQuantizer::QuantizeMlp(int64_t index, DecoderLayer& layer, Job
   const ModelConfig& config = source_.config();
   const ForwardShares shares = Shares(config);
 
-  Matrix hessian(config.hidden, config.hidden);
-  const Step add_inputs = [&](const Batch& b) -> absl::Status {
-    WALSH_RETURN_IF_ERROR(
-        MlpInput(context_, layer, hidden_.row(b.first_row), b.n_rows, scratch_.normed.data()));
-    return AddToHessian(scratch_.normed.data(), b.n_rows, hessian);
-  };
-  WALSH_RETURN_IF_ERROR(ForEachBatch(0, 0, add_inputs));
+  WALSH_ASSIGN_OR_RETURN(InputStatistics inputs,
+                         Collect(&LayerQuantizer::MlpInputs, config.hidden, 0));
   WALSH_RETURN_IF_ERROR(
       Quantize(index, {{"mlp.gate_proj", &layer.gate_proj}, {"mlp.up_proj", &layer.up_proj}},
-               std::move(hessian), report));
+               std::move(inputs), report));
 
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, index));
-  hessian = Matrix(config.intermediate, config.intermediate);
-  const Step activate = [&](const Batch& b) -> absl::Status {
-    float* activation = b.kept != nullptr ? b.kept : scratch_.gate.data();
-    WALSH_RETURN_IF_ERROR(Timed([&] { return Activation(layer, b, activation); }));
-    return AddToHessian(activation, b.n_rows, hessian);
-  };
-  WALSH_RETURN_IF_ERROR(ForEachBatch(config.intermediate, shares.gate_up, activate));
+  WALSH_ASSIGN_OR_RETURN(
+      inputs, Collect(&LayerQuantizer::Activations, config.intermediate, shares.gate_up));
   WALSH_RETURN_IF_ERROR(
-      Quantize(index, {{"mlp.down_proj", &layer.down_proj}}, std::move(hessian), report));
+      Quantize(index, {{"mlp.down_proj", &layer.down_proj}}, std::move(inputs), report));
 
   // Nothing reads what the last layer puts out.
   if (index + 1 == config.n_layers) return absl::OkStatus();
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, index));
-  return ForEachBatch(config.intermediate, shares.down, [&](const Batch& b) -> absl::Status {
-    const float* activation = b.kept;
-    if (activation == nullptr) {
-      WALSH_RETURN_IF_ERROR(Activation(layer, b, scratch_.gate.data()));
-      activation = scratch_.gate.data();
+  return ForEachBatch(shares.down, [&](const Batch& b) -> absl::Status {
+    for (Flow* flow : Flows()) {
+      const float* activations = Kept(*flow, b, config.intermediate);
+      if (activations == nullptr) {
+        WALSH_ASSIGN_OR_RETURN(activations, Activations(*flow, b));
+      }
+      WALSH_RETURN_IF_ERROR(Timed([&] {
+        return MlpOutput(context_, *flow->layer, activations, b.n_rows,
+                         flow->hidden.row(b.first_row), scratch_.out.data());
+      }));
     }
-    return Timed([&] {
-      return MlpOutput(context_, layer, activation, b.n_rows, hidden_.row(b.first_row),
-                       scratch_.out.data());
-    });
+    return absl::OkStatus();
   });
 }
 
-absl::Status LayerQuantizer::Attended(const DecoderLayer& layer, const Batch& batch,
-                                      float* attended) {
-  WALSH_RETURN_IF_ERROR(AttentionInput(context_, layer, hidden_.row(batch.first_row), batch.n_rows,
-                                       scratch_.normed.data()));
-  WALSH_RETURN_IF_ERROR(Project(context_, layer, scratch_.normed.data(),
+absl::StatusOr<const float*> LayerQuantizer::AttentionInputs(Flow& flow, const Batch& batch) {
+  WALSH_RETURN_IF_ERROR(AttentionInput(context_, *flow.layer, flow.hidden.row(batch.first_row),
+                                       batch.n_rows, scratch_.normed.data()));
+  return scratch_.normed.data();
+}
+
+absl::StatusOr<const float*> LayerQuantizer::Attended(Flow& flow, const Batch& batch) {
+  WALSH_ASSIGN_OR_RETURN(const float* normed, AttentionInputs(flow, batch));
+  WALSH_RETURN_IF_ERROR(Project(context_, *flow.layer, normed,
                                 std::span(positions_).first(static_cast<size_t>(batch.n_rows)),
                                 scratch_.q.data(), scratch_.k.data(), scratch_.v.data()));
   std::vector<SequenceSlice> sequences;
   for (int64_t row = 0; row < batch.n_rows; row += windows_.length) {
     sequences.push_back({row, windows_.length, 0, scratch_.k.row(row), scratch_.v.row(row)});
   }
-  return Attend(context_, scratch_.q.data(), sequences, attended);
+  float* kept = Kept(flow, batch, source_.config().q_width());
+  float* attended = kept != nullptr ? kept : scratch_.attended.data();
+  WALSH_RETURN_IF_ERROR(Attend(context_, scratch_.q.data(), sequences, attended));
+  return attended;
 }
 
-absl::Status LayerQuantizer::Activation(const DecoderLayer& layer, const Batch& batch,
-                                        float* activation) {
-  WALSH_RETURN_IF_ERROR(MlpInput(context_, layer, hidden_.row(batch.first_row), batch.n_rows,
-                                 scratch_.normed.data()));
-  return MlpActivation(context_, layer, scratch_.normed.data(), batch.n_rows, activation,
-                       scratch_.up.data());
+absl::StatusOr<const float*> LayerQuantizer::MlpInputs(Flow& flow, const Batch& batch) {
+  WALSH_RETURN_IF_ERROR(MlpInput(context_, *flow.layer, flow.hidden.row(batch.first_row),
+                                 batch.n_rows, scratch_.normed.data()));
+  return scratch_.normed.data();
+}
+
+absl::StatusOr<const float*> LayerQuantizer::Activations(Flow& flow, const Batch& batch) {
+  WALSH_ASSIGN_OR_RETURN(const float* normed, MlpInputs(flow, batch));
+  float* kept = Kept(flow, batch, source_.config().intermediate);
+  float* activations = kept != nullptr ? kept : scratch_.gate.data();
+  WALSH_RETURN_IF_ERROR(
+      MlpActivation(context_, *flow.layer, normed, batch.n_rows, activations, scratch_.up.data()));
+  return activations;
+}
+
+float* LayerQuantizer::Kept(Flow& flow, const Batch& batch, int64_t width) const {
+  const int64_t end = (batch.first_row + batch.n_rows) * width;
+  if (end > static_cast<int64_t>(flow.kept.size())) return nullptr;
+  return flow.kept.data() + batch.first_row * width;
+}
+
+std::span<LayerQuantizer::Flow* const> LayerQuantizer::Flows() const {
+  return std::span(flows_).first(propagates_error_ ? 2 : 1);
 }
 
 absl::Status LayerQuantizer::Timed(const std::function<absl::Status()>& forward) {
@@ -219,44 +251,80 @@ absl::Status LayerQuantizer::Timed(const std::function<absl::Status()>& forward)
   return status;
 }
 
-absl::Status LayerQuantizer::ForEachBatch(int64_t kept_width, double work_share, const Step& step) {
-  const int64_t n_rows = hidden_.rows();
+absl::Status LayerQuantizer::ForEachBatch(double work_share, const Step& step) {
+  const int64_t n_rows = rounded_.hidden.rows();
   const int64_t batch_rows = evaluate::WindowsPerBatch(windows_.length) * windows_.length;
-  const double work_per_row = work_share * LayerFlopsPerToken(source_.config());
+  const double work_per_row =
+      work_share * LayerFlopsPerToken(source_.config()) * static_cast<double>(Flows().size());
   for (int64_t first = 0; first < n_rows; first += batch_rows) {
-    Batch batch{first, std::min(batch_rows, n_rows - first), nullptr};
-    const int64_t kept_end = (first + batch.n_rows) * kept_width;
-    if (kept_width > 0 && kept_end <= static_cast<int64_t>(kept_.size())) {
-      batch.kept = kept_.data() + first * kept_width;
-    }
+    const Batch batch{first, std::min(batch_rows, n_rows - first)};
     WALSH_RETURN_IF_ERROR(step(batch));
     WALSH_RETURN_IF_ERROR(progress_.Advance(work_per_row * static_cast<double>(batch.n_rows)));
   }
   return absl::OkStatus();
 }
 
-absl::Status LayerQuantizer::AddToHessian(const float* x, int64_t n_rows, Matrix& hessian) {
-  const int64_t dim = hessian.rows();
-  WALSH_RETURN_IF_ERROR(
-      kernels::Gram({.n_tokens = n_rows, .dim = dim, .x = x, .x_stride = dim, .h = hessian.data()},
-                    context_.stream));
-  return progress_.Advance(Squared(dim) * static_cast<double>(n_rows));
+absl::StatusOr<LayerQuantizer::InputStatistics> LayerQuantizer::Collect(Inputs inputs, int64_t dim,
+                                                                        double work_share) {
+  InputStatistics sums{Matrix(dim, dim), propagates_error_ ? Matrix(dim, dim) : Matrix()};
+  const auto run = [&](Flow& flow, const Batch& b, const float*& x) {
+    return [&] {
+      WALSH_ASSIGN_OR_RETURN(x, (this->*inputs)(flow, b));
+      return absl::OkStatus();
+    };
+  };
+  const Step step = [&](const Batch& b) -> absl::Status {
+    // What only prepares a forward pass is done again by it, and not counted here.
+    const auto timed = [&](const std::function<absl::Status()>& forward) {
+      return work_share > 0 ? Timed(forward) : forward();
+    };
+    const float* x = nullptr;
+    const int64_t size = b.n_rows * dim;
+    if (propagates_error_) {
+      WALSH_RETURN_IF_ERROR(timed(run(original_, b, x)));
+      std::copy_n(x, size, difference_.data());
+    }
+    WALSH_RETURN_IF_ERROR(timed(run(rounded_, b, x)));
+    WALSH_RETURN_IF_ERROR(kernels::Gram(
+        {.n_tokens = b.n_rows, .dim = dim, .x = x, .x_stride = dim, .h = sums.hessian.data()},
+        context_.stream));
+    double work = Squared(dim);
+    if (propagates_error_) {
+      for (int64_t i = 0; i < size; ++i) difference_[static_cast<size_t>(i)] -= x[i];
+      WALSH_RETURN_IF_ERROR(kernels::CrossGram({.n_tokens = b.n_rows,
+                                                .dim = dim,
+                                                .x = x,
+                                                .x_stride = dim,
+                                                .y = difference_.data(),
+                                                .y_stride = dim,
+                                                .c = sums.cross.data()},
+                                               context_.stream));
+      work *= 3;
+    }
+    return progress_.Advance(work * static_cast<double>(b.n_rows));
+  };
+  WALSH_RETURN_IF_ERROR(ForEachBatch(work_share, step));
+  return sums;
 }
 
 absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Part>& parts,
-                                      Matrix hessian, JobReport& report) {
+                                      InputStatistics inputs, JobReport& report) {
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kQuantizing, layer_index));
   const auto name_of = [&](const Part& part) {
     return absl::StrCat("layers.", layer_index, ".", std::string(part.suffix));
   };
-  const gptq::Options options = job_.OptionsFor(hessian.rows());
+  const gptq::Options options = job_.OptionsFor(inputs.hessian.rows());
   const KeepGoing keep_going = [this] { return progress_.Advance(0); };
-  WALSH_ASSIGN_OR_RETURN(
-      const gptq::HessianFactor factor,
-      gptq::FactorizeHessian(std::move(hessian), options, name_of(parts.front()), keep_going));
+  WALSH_ASSIGN_OR_RETURN(const gptq::HessianFactor factor,
+                         gptq::FactorizeHessian(std::move(inputs.hessian), options,
+                                                name_of(parts.front()), keep_going));
   for (const Part& part : parts) {
     const std::string name = name_of(part);
     DenseLinear& linear = Dense(*part.linear);
+    if (propagates_error_) {
+      WALSH_RETURN_IF_ERROR(gptq::PropagateError(inputs.cross, factor, options.error_propagation,
+                                                 context_.stream, linear.weights()));
+    }
     WALSH_ASSIGN_OR_RETURN(
         gptq::QuantizedLinear result,
         gptq::QuantizeLinear(name, linear.weights(), factor, options, pool_, keep_going));
@@ -278,7 +346,8 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
     }
     progress_.LinearDone(linear_report);
     report.linears.push_back(std::move(linear_report));
-    WALSH_RETURN_IF_ERROR(progress_.Advance(LinearWork(linear.in(), linear.out())));
+    WALSH_RETURN_IF_ERROR(
+        progress_.Advance(LinearWork(linear.in(), linear.out(), propagates_error_)));
     linear.weights() = std::move(result.dequantized);
     quantized_.push_back(std::move(result.matrix));
   }
@@ -288,7 +357,7 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
 absl::Status LayerQuantizer::WriteEmbedding() {
   progress_.Charge(Stage::kRotating);
   WALSH_ASSIGN_OR_RETURN(const Matrix embedding, source_.Embedding());
-  hidden_ = evaluate::Embed(embedding, windows_.ids);
+  rounded_.hidden = evaluate::Embed(embedding, windows_.ids);
   progress_.Charge(Stage::kPacking);
   return writer_.WriteDense(kEmbeddingTensor, embedding, /*one_dimensional=*/false);
 }

@@ -6,18 +6,25 @@
 // really get, each part of the layer runs once, and only one layer's floats and one Hessian are in
 // memory. Linears with one input (q, k, v and gate, up) share the Hessian and its factor.
 //
+// With error propagation the windows run through the original layer as well, one step beside the
+// other, and each linear's target makes up for the difference of the two inputs.
+//
 // Outputs of a sublayer wait for their linear's quantization in a buffer of bounded size; windows
 // that do not fit are computed a second time.
 //
-// Source:  worker/gptq/quantize_linear.h, worker/model/decoder_layer.h
+// Source:  worker/gptq/quantize_linear.h, worker/gptq/error_propagation.h,
+//          worker/model/decoder_layer.h
 // Errors:  DATA_LOSS  a non-finite weight, activation or result; the message names layer and linear
 //          and those of the source, the writer and the observer
-// Memory:  hidden states of all calibration tokens, one layer, one Hessian with its factor
+// Memory:  hidden states of all calibration tokens, one layer, one Hessian with its factor; with
+//          error propagation the first two twice and the sums of the input differences
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,13 +58,25 @@ class LayerQuantizer {
     std::string_view suffix;
     std::unique_ptr<Linear>* linear;
   };
-  // Rows of some whole windows, and where their sublayer output is kept or null.
+  // Rows of some whole windows.
   struct Batch {
     int64_t first_row = 0;
     int64_t n_rows = 0;
-    float* kept = nullptr;
+  };
+  // All calibration tokens on their way through one form of the model.
+  struct Flow {
+    const DecoderLayer* layer = nullptr;
+    Matrix hidden;            // [tokens, hidden]
+    std::vector<float> kept;  // outputs of a sublayer for the first batches
+  };
+  // Sums over the calibration tokens; x in the rounded model.
+  struct InputStatistics {
+    Matrix hessian;  // Σ x xᵀ
+    Matrix cross;    // Σ x (x_original − x)ᵀ; empty without error propagation
   };
   using Step = std::function<absl::Status(const Batch&)>;
+  // Rows that are inputs of some linears, in a buffer that the next call may overwrite.
+  using Inputs = absl::StatusOr<const float*> (LayerQuantizer::*)(Flow& flow, const Batch& batch);
 
   // Also makes the hidden states before the first layer.
   absl::Status WriteEmbedding();
@@ -66,17 +85,21 @@ class LayerQuantizer {
   absl::Status WriteLayer(int64_t index, const DecoderLayer& layer);
   absl::Status WriteHead();
 
-  // Runs `step` over all windows, a batch at a time. Batches keep `kept_width` floats a row from
-  // one pass to the next while there is room. `work_share` is the step's share of the layer's
-  // forward.
-  absl::Status ForEachBatch(int64_t kept_width, double work_share, const Step& step);
-  absl::Status AddToHessian(const float* x, int64_t n_rows, Matrix& hessian);
-  absl::Status Quantize(int64_t layer_index, const std::vector<Part>& parts, Matrix hessian,
+  // Runs `step` over all windows, a batch at a time. `work_share` is the step's share of the
+  // layer's forward.
+  absl::Status ForEachBatch(double work_share, const Step& step);
+  absl::StatusOr<InputStatistics> Collect(Inputs inputs, int64_t dim, double work_share);
+  absl::Status Quantize(int64_t layer_index, const std::vector<Part>& parts, InputStatistics inputs,
                         JobReport& report);
 
-  // The norm, q, k, v and attention of one batch; the norm, gate and up of one.
-  absl::Status Attended(const DecoderLayer& layer, const Batch& batch, float* attended);
-  absl::Status Activation(const DecoderLayer& layer, const Batch& batch, float* activation);
+  // Of q, k, v; of o; of gate, up; of down. Those of o and down are kept while there is room.
+  absl::StatusOr<const float*> AttentionInputs(Flow& flow, const Batch& batch);
+  absl::StatusOr<const float*> Attended(Flow& flow, const Batch& batch);
+  absl::StatusOr<const float*> MlpInputs(Flow& flow, const Batch& batch);
+  absl::StatusOr<const float*> Activations(Flow& flow, const Batch& batch);
+  // Where the batch's rows of a sublayer's output are kept, or null.
+  float* Kept(Flow& flow, const Batch& batch, int64_t width) const;
+  std::span<Flow* const> Flows() const;
   // Adds the time of `forward` to that of the passes that calibration cannot avoid.
   absl::Status Timed(const std::function<absl::Status()>& forward);
 
@@ -86,17 +109,20 @@ class LayerQuantizer {
   ArtifactWriter& writer_;
   ThreadPool& pool_;
   Progress& progress_;
+  const bool propagates_error_;
   const ForwardContext context_;
 
-  Matrix hidden_;            // [tokens, hidden]
-  std::vector<float> kept_;  // sublayer outputs of the first batches
+  Flow rounded_;   // every linear that has had its turn is quantized
+  Flow original_;  // empty without error propagation
+  const std::array<Flow*, 2> flows_ = {&rounded_, &original_};
   ForwardScratch scratch_;
+  std::vector<float> difference_;  // [batch rows, widest]: the original's inputs, then less x
   std::vector<int32_t> positions_;
   std::vector<QuantizedMatrix> quantized_;  // of the running layer, in LinearShapes' order
   double forward_seconds_ = 0;
 };
 
 // Work of Run() in the units of Progress.
-double QuantizationWork(const ModelConfig& config, int64_t n_tokens);
+double QuantizationWork(const ModelConfig& config, const gptq::Options& options, int64_t n_tokens);
 
 }  // namespace walsh::pipeline

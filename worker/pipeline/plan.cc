@@ -162,9 +162,14 @@ class Memory {
   int64_t Calibration() const {
     const int64_t factorizing = widest_ * widest_ * 4 * kFloat;
     const int64_t quantizing = widest_ * widest_ * 2 * kFloat + largest_ * (4 * kFloat + kCode);
-    return tokens_ * config_.hidden * kFloat + KeptBytes(config_, tokens_) +
-           Scratch(BatchRows(job_.sequence_length, tokens_)) + layer_ * (kFloat + kCode) +
-           std::max(factorizing, quantizing);
+    const int64_t rows = BatchRows(job_.sequence_length, tokens_);
+    const int64_t flow =
+        tokens_ * config_.hidden * kFloat + KeptBytes(config_, tokens_) + layer_ * kFloat;
+    // The original model's flow, and the difference of the inputs: its sums and a batch of it.
+    const int64_t propagating = gptq::PropagatesError(job_.quantizer)
+                                    ? flow + (widest_ * widest_ + rows * widest_) * kFloat
+                                    : 0;
+    return flow + propagating + Scratch(rows) + layer_ * kCode + std::max(factorizing, quantizing);
   }
 
   // Hidden states, buffers, keys and values; and either a layer, dequantized from a linear's packed

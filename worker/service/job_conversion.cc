@@ -59,6 +59,10 @@ absl::StatusOr<gptq::Options> ToQuantizer(const QuantizationConfig& config) {
                       "a share above 0 and at most 1");
   }
   options.mse_clip = !config.disable_mse_clip();
+  if (config.has_error_propagation()) options.error_propagation = config.error_propagation();
+  if (!(options.error_propagation >= 0 && options.error_propagation <= 1)) {
+    return OutOfRange("config.error_propagation", options.error_propagation, "from 0 to 1");
+  }
   return options;
 }
 

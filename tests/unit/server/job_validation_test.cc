@@ -38,6 +38,7 @@ TEST(JobValidationTest, DefaultsAreThoseOfTheProtocol) {
   EXPECT_EQ(config.group_size(), 0) << "auto: the worker knows the shapes";
   EXPECT_EQ(config.column_order(), QuantizationConfig::GROUP_AWARE);
   EXPECT_EQ(config.damp_percent(), 0.01);
+  EXPECT_EQ(config.error_propagation(), 0.5);
   EXPECT_EQ(config.rotation().kind(), Rotation::GSR);
   EXPECT_EQ(config.rotation().signs(), Rotation::NO_SIGNS);
   EXPECT_EQ(config.rotation().block_size(), 0);
@@ -149,6 +150,32 @@ TEST(JobValidationTest, Damping) {
     request.mutable_quantization_job()->mutable_config()->set_damp_percent(value);
     EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr("damp_percent"))) << value;
   }
+}
+
+TEST(JobValidationTest, ErrorPropagation) {
+  const auto validate = [](QuantizationConfig::Method method, double value) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    QuantizationConfig& config = *request.mutable_quantization_job()->mutable_config();
+    config.set_method(method);
+    config.set_error_propagation(value);
+    return ValidateNewJob(request);
+  };
+  for (const double value : {0.0, 1e-9, 0.5, 1.0}) {
+    ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job, validate(QuantizationConfig::GPTQ, value));
+    EXPECT_EQ(job.config().error_propagation(), value);
+  }
+  for (const double value :
+       {-1e-9, 1.000001, std::nan(""), std::numeric_limits<double>::infinity()}) {
+    EXPECT_THAT(validate(QuantizationConfig::GPTQ, value),
+                StatusIs(kInvalid, HasSubstr("error_propagation")))
+        << value;
+  }
+  EXPECT_THAT(validate(QuantizationConfig::RTN, 0.5), StatusIs(kInvalid, HasSubstr("only GPTQ")));
+  EXPECT_OK(validate(QuantizationConfig::RTN, 0));
+  v1::CreateQuantizationJobRequest request = Valid();
+  request.mutable_quantization_job()->mutable_config()->set_method(QuantizationConfig::RTN);
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob rtn, ValidateNewJob(request));
+  EXPECT_FALSE(rtn.config().has_error_propagation());
 }
 
 TEST(JobValidationTest, OnlyBlockRotationsHaveBlocks) {

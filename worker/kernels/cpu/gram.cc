@@ -1,6 +1,6 @@
-// H += Xᵀ X over the lower triangle's tiles; each is then copied to its mirror image.
+// H += Xᵀ X over the lower triangle's tiles, each then copied to its mirror image; and C += Xᵀ Y.
 //
-// Bound: arithmetic, dim² · n_tokens operations (half of a full product).
+// Bound: arithmetic, dim² · n_tokens operations (half of a full product); twice that for C.
 #include "common/status_macros.h"
 #include "worker/kernels/cpu/blas.h"
 #include "worker/kernels/cpu/tiles.h"
@@ -48,6 +48,20 @@ absl::Status Gram(const GramParams& p, const Stream& stream) {
       const int64_t end = row == col ? i : n_cols;
       for (int64_t j = 0; j < end; ++j) p.h[(col + j) * p.dim + row + i] = h[i * p.dim + j];
     }
+  });
+  return absl::OkStatus();
+}
+
+absl::Status CrossGram(const CrossGramParams& p, const Stream& stream) {
+  if (p.n_tokens == 0) return absl::OkStatus();
+  WALSH_ASSIGN_OR_RETURN(const Blas* blas, OpenBlas());
+  const int64_t n = CeilDiv(p.dim, kTile);
+  ForEachTile(stream, n * n, [&](int64_t tile) {
+    const int64_t row = tile / n * kTile, col = tile % n * kTile;
+    blas->sgemm(kRowMajor, kTrans, kNoTrans, static_cast<int>(std::min(kTile, p.dim - row)),
+                static_cast<int>(std::min(kTile, p.dim - col)), static_cast<int>(p.n_tokens), 1.0f,
+                p.x + row, static_cast<int>(p.x_stride), p.y + col, static_cast<int>(p.y_stride),
+                1.0f, p.c + row * p.dim + col, static_cast<int>(p.dim));
   });
   return absl::OkStatus();
 }

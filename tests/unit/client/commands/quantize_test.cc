@@ -56,6 +56,7 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   flags.column_order = "natural";
   flags.damp = 0.05;
   flags.no_mse_clip = true;
+  flags.error_propagation = 0;
   flags.eval_text = "/texts/eval.txt";
   flags.eval_windows = 3;
   flags.no_eval = true;
@@ -78,6 +79,8 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   EXPECT_EQ(config.column_order(), v1::QuantizationConfig::NATURAL);
   EXPECT_EQ(config.damp_percent(), 0.05);
   EXPECT_TRUE(config.disable_mse_clip());
+  EXPECT_TRUE(config.has_error_propagation());
+  EXPECT_EQ(config.error_propagation(), 0);
   EXPECT_EQ(config.evaluation().uri(), "/texts/eval.txt");
   EXPECT_EQ(config.evaluation().max_windows(), 3);
   EXPECT_TRUE(config.evaluation().disable());

@@ -98,6 +98,30 @@ TEST(MatmulTest, ModelShapes) {
   TestMatmul({.n_tokens = 300, .in = 172, .out = 64});
 }
 
+TEST(CrossGramTest, AddsAllOfTheProduct) {
+  for (const int64_t dim : {1, 2, 17, 191, 192, 193, 389}) {
+    for (const int64_t n_tokens : {0, 1, 33}) {
+      SCOPED_TRACE(::testing::Message() << n_tokens << " x " << dim);
+      const int64_t x_stride = dim + 3, y_stride = dim + 1;
+      const auto x = RandomFloats(n_tokens * x_stride, 1);
+      const auto y = RandomFloats(n_tokens * y_stride, 2);
+      ExpectLikeReference(
+          RandomFloats(dim * dim, 3),
+          [&](const Stream& stream, float* c) {
+            return CrossGram({.n_tokens = n_tokens,
+                              .dim = dim,
+                              .x = x.data(),
+                              .x_stride = x_stride,
+                              .y = y.data(),
+                              .y_stride = y_stride,
+                              .c = c},
+                             stream);
+          },
+          ProductLimits(n_tokens));
+    }
+  }
+}
+
 TEST(GramTest, AddsBothTriangles) {
   for (const int64_t dim : {1, 2, 17, 172, 191, 192, 193, 389, 576}) {
     for (const int64_t n_tokens : {0, 1, 33}) {

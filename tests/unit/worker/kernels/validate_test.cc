@@ -62,6 +62,13 @@ TEST_F(ValidateTest, Matmul) {
 }
 
 TEST_F(ValidateTest, GramAndSubtractProduct) {
+  EXPECT_THAT(
+      Validate(CrossGramParams{
+          .n_tokens = 1, .dim = 4, .x = f_, .x_stride = 4, .y = f_, .y_stride = 3, .c = f_}),
+      IsInvalid("CrossGram: y_stride"));
+  EXPECT_THAT(Validate(CrossGramParams{
+                  .n_tokens = 1, .dim = 4, .x = f_, .x_stride = 4, .y = f_, .y_stride = 4}),
+              IsInvalid("CrossGram: c"));
   EXPECT_THAT(Validate(GramParams{.n_tokens = 1, .dim = 4, .x = f_, .x_stride = 3, .h = f_}),
               IsInvalid("Gram: x_stride"));
   EXPECT_THAT(Validate(GramParams{.n_tokens = 1, .dim = 4, .x = f_, .x_stride = 4}),

@@ -111,6 +111,7 @@ TEST_F(PlanJobTest, KeptOutputsAreCapped) {
   JobSpec spec = TinyJob({.hidden = kHidden, .intermediate = kIntermediate, .max_position = 2048});
   spec.sequence_length = kLength;
   spec.evaluate = false;
+  spec.quantizer.error_propagation = 0;
   const auto needed = [&](int64_t n_windows) {
     spec.n_calibration_windows = n_windows;
     const auto plan = PlanJob(spec);
@@ -123,6 +124,10 @@ TEST_F(PlanJobTest, KeptOutputsAreCapped) {
   EXPECT_EQ(needed(cap) - needed(cap - 1), per_window + kLength * kIntermediate * kFloat);
   EXPECT_EQ(needed(cap + 1) - needed(cap), per_window);
   EXPECT_EQ(needed(8192) - needed(4096), 4096 * per_window);
+  // The original model's hidden states and outputs beside the rounded one's.
+  const int64_t alone = needed(4096);
+  spec.quantizer.error_propagation = 0.5;
+  EXPECT_GE(needed(4096) - alone, 4096 * kLength * kHidden * kFloat + kKeptBytesMax);
 }
 
 TEST_F(PlanJobTest, CountsEvaluationAndItsWindowsAndTheTexts) {

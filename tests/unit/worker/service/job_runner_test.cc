@@ -152,6 +152,7 @@ TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   config.set_symmetric(true);
   config.set_seed(7);
   config.set_disable_mse_clip(true);
+  config.set_error_propagation(0.25);
   config.mutable_rotation()->set_kind(v1::Rotation::LOCAL_HADAMARD);
   config.mutable_rotation()->set_signs(v1::Rotation::SEEDED);
   config.mutable_calibration()->set_uri("text.jsonl");
@@ -173,6 +174,7 @@ TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   EXPECT_TRUE(seen.quantizer.symmetric);
   EXPECT_FALSE(seen.quantizer.mse_clip);
   EXPECT_EQ(seen.quantizer.damp, 0.01);
+  EXPECT_EQ(seen.quantizer.error_propagation, 0.25);
   EXPECT_EQ(seen.rotation, rotate::Kind::kLocalHadamard);
   EXPECT_TRUE(seen.rotation_signs);
   EXPECT_EQ(seen.calibration_path, "/roots/text.jsonl");
