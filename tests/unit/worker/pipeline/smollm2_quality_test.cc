@@ -1,0 +1,53 @@
+// What 4 bits may cost SmolLM2-135M (label quality: ten minutes and more on two cores).
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+
+#include "common/sha256.h"
+#include "tests/unit/worker/pipeline/smollm2_fixture.h"
+
+namespace walsh::pipeline {
+namespace {
+
+// docs/quality.md: rows with their line ends, blank ones made empty, joined by a blank line.
+std::string WikiText2Test(const std::string& raw_path) {
+  std::ifstream raw(raw_path, std::ios::binary);
+  std::string text, row;
+  for (bool is_first = true; std::getline(raw, row); is_first = false) {
+    if (!is_first) text += "\n\n";
+    if (row.find_first_not_of(" \t\r") != std::string::npos) text += row + "\n";
+  }
+  return text;
+}
+
+TEST_F(SmolLm2Test, FourBitsStayWithinEightPercentOfTheBaselinesPerplexity) {
+  WALSH_REQUIRE_DATA(raw, "corpora/wiki.test.raw");
+  const std::string text = WikiText2Test(raw);
+  ASSERT_EQ(Sha256Hex(text), "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83");
+  spec_.evaluation_path = directory_ / "wikitext-2-test.txt";
+  std::ofstream(spec_.evaluation_path, std::ios::binary) << text;
+  spec_.quantizer.bits = 4;
+  spec_.quantizer.group_size = 64;
+  spec_.n_calibration_windows = 32;
+  spec_.sequence_length = 512;
+  spec_.evaluate = true;
+  spec_.n_evaluation_windows = 20;
+  spec_.evaluation_length = 2048;
+  ASSERT_EQ(spec_.rotation, rotate::Kind::kGsr);
+  ASSERT_OK_AND_ASSIGN(const JobPlan plan, PlanJob(spec_));
+  const JobReport report = RunOnce();
+  ASSERT_EQ(report.evaluation_tokens, 20 * 2047);
+  ASSERT_EQ(report.calibration_tokens, 32 * 512);
+  // A baseline that is off would make any ratio possible.
+  EXPECT_GT(report.perplexity_before, 10);
+  EXPECT_LT(report.perplexity_before, 30);
+  EXPECT_LE(report.perplexity_after, 1.08 * report.perplexity_before);
+  RecordProperty("perplexity_before", std::to_string(report.perplexity_before));
+  RecordProperty("perplexity_after", std::to_string(report.perplexity_after));
+  ExpectPlanned(plan, report);
+}
+
+}  // namespace
+}  // namespace walsh::pipeline
