@@ -39,7 +39,9 @@ inline std::vector<float> ExpectLikeReference(
     ThreadPool pool(n_threads);
     std::vector<float> together = initial;
     EXPECT_OK(run({.backend = Backend::kCpu, .pool = &pool}, together.data()));
-    EXPECT_EQ(0, std::memcmp(alone.data(), together.data(), alone.size() * sizeof(float)))
+    // Bit for bit, NaN included; empty vectors have no address to compare.
+    EXPECT_TRUE(alone.empty() ||
+                std::memcmp(alone.data(), together.data(), alone.size() * sizeof(float)) == 0)
         << "with " << n_threads << " threads";
   }
   for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {

@@ -246,7 +246,8 @@ TEST(ChatTemplateTest, DamagedTemplatesNeverCrash) {
   const Json golden = OrderedGolden("chat_templates");
   std::vector<std::string> sources;
   for (const auto& [name, source] : golden["templates"].items()) sources.push_back(source);
-  for (const Json& snippet : OrderedGolden("jinja_snippets")["snippets"]) {
+  const Json snippets = OrderedGolden("jinja_snippets");
+  for (const Json& snippet : snippets["snippets"]) {
     sources.push_back(snippet["source"]);
   }
   const Json variables = {{"messages", golden["conversations"]["turns"]}, {"tools", nullptr}};
