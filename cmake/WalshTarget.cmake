@@ -25,6 +25,15 @@ if(WALSH_SANITIZE)
   add_compile_options(-fsanitize=${WALSH_SANITIZE} -fno-sanitize-recover=all -g)
   add_link_options(-fsanitize=${WALSH_SANITIZE})
 endif()
+if(WALSH_SANITIZE STREQUAL "thread")
+  set(WALSH_TSAN_WRAPPED  # tests/testing/tsan_absl.cc
+    _ZN4absl7debian35Mutex4LockEv
+    _ZN4absl7debian35Mutex6UnlockEv
+    _ZN4absl7debian37CondVar4WaitEPNS0_5MutexE
+    _ZN4absl7debian37CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE
+    _ZN4absl7debian312Notification6NotifyEv
+    _ZNK4absl7debian312Notification19WaitForNotificationEv)
+endif()
 
 # walsh_library(NAME worker_io SRCS a.cc HDRS a.h DEPS walsh::common)  ->  target walsh::worker_io
 function(walsh_library)
@@ -64,6 +73,12 @@ function(walsh_test)
   add_executable(${ARG_NAME} ${ARG_SRCS})
   target_link_libraries(${ARG_NAME} PRIVATE walsh_flags walsh::testing ${ARG_DEPS}
                         GTest::gmock GTest::gtest GTest::gtest_main)
+  if(WALSH_TSAN_WRAPPED)
+    target_sources(${ARG_NAME} PRIVATE ${CMAKE_SOURCE_DIR}/tests/testing/tsan_absl.cc)
+    foreach(symbol IN LISTS WALSH_TSAN_WRAPPED)
+      target_link_options(${ARG_NAME} PRIVATE -Wl,--wrap=${symbol})
+    endforeach()
+  endif()
   set_target_properties(${ARG_NAME} PROPERTIES
     RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
   foreach(label IN LISTS ARG_LABELS)
