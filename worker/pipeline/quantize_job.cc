@@ -152,7 +152,8 @@ class Job {
   }
 
   void PlanWork(int64_t calibration_tokens, int64_t evaluation_tokens) {
-    double work = HashWork() + QuantizationWork(checkpoint_->config(), job_.quantizer, calibration_tokens) +
+    double work = HashWork() +
+                  QuantizationWork(checkpoint_->config(), job_.quantizer, calibration_tokens) +
                   2 * EvaluationWork(evaluation_tokens) + ReadWork();
     if (spec_.calibration_path.empty()) work += SelfTextWork();
     if (spec_.rotation != rotate::Kind::kNone) work += ReadWork();
