@@ -5,8 +5,11 @@
 
 #include <algorithm>
 #include <fstream>
+#include <iterator>
+#include <sstream>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/version.h"
 #include "worker/kernels/kernels.h"
 #include "worker/kernels/thread_pool.h"
@@ -21,6 +24,31 @@ double CpuSeconds(int who) {
     return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
   };
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+// CPU time of a process that runs; proc(5): utime and stime are the fields 14 and 15, and the
+// second one, in parentheses, may hold anything.
+double CpuSecondsOf(const std::string& pid) {
+  std::ifstream stat("/proc/" + pid + "/stat");
+  const std::string text(std::istreambuf_iterator<char>(stat), {});
+  const size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return 0;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string skipped;
+  for (int field = 3; field < 14; ++field) fields >> skipped;
+  double user_ticks = 0;
+  double system_ticks = 0;
+  fields >> user_ticks >> system_ticks;
+  return (user_ticks + system_ticks) / static_cast<double>(sysconf(_SC_CLK_TCK));
+}
+
+// Of children that were waited for, and of those that run.
+double ChildrenCpuSeconds() {
+  double seconds = CpuSeconds(RUSAGE_CHILDREN);
+  const std::string self = absl::StrCat(getpid());
+  std::ifstream children("/proc/self/task/" + self + "/children");
+  for (std::string pid; children >> pid;) seconds += CpuSecondsOf(pid);
+  return seconds;
 }
 
 std::string CpuName() {
@@ -51,7 +79,7 @@ OtherLoad::Times OtherLoad::Now() {
     times.total_seconds += ticks / ticks_per_second;
     if (i != kIdle && i != kIoWait) times.busy_seconds += ticks / ticks_per_second;
   }
-  times.own_seconds = OwnCpuSeconds() + CpuSeconds(RUSAGE_CHILDREN);
+  times.own_seconds = OwnCpuSeconds() + ChildrenCpuSeconds();
   return times;
 }
 
@@ -68,6 +96,12 @@ std::string DescribeRun(int n_threads) {
   return absl::StrCat(CpuName(), ", ", ThreadPool::HardwareThreads(), " CPUs; ", n_threads,
                       " threads, ", kernels::DescribeCpuBackend(), "; revision ",
                       std::string(Revision()));
+}
+
+std::string DescribeRounds(int n_kept, int n_tried, double others_max) {
+  return absl::StrFormat("%d rounds of %d; other processes took at most %.0f %% of the CPUs%s",
+                         n_kept, n_tried, 100 * others_max,
+                         others_max > kOthersMax ? ": THE MACHINE WAS BUSY" : "");
 }
 
 }  // namespace walsh::bench

@@ -9,8 +9,10 @@
 // Share: packed weights are read once for each step, whatever the number of requests; bytes per
 // second of that over the machine's read bandwidth, which is measured before each run of each
 // round with as many threads. Medians over rounds.
+// Rounds in which other processes took CPU time are repeated (conditions.h).
 // Prompts: tokens over the time from admission to the first new token.
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <limits>
 #include <map>
@@ -39,6 +41,7 @@ struct Flags {
   std::string artifact = FindArtifact();
   int threads = DefaultThreads();
   int rounds = 7;
+  int seconds_max = 300;
   int tokens = 256;
   int64_t prompt = 32;
   std::vector<int> requests = {1, 2, 4, 8};
@@ -56,24 +59,36 @@ class EngineBench {
 
   absl::Status Run() {
     for (const int n : flags_.requests) WALSH_RETURN_IF_ERROR(DecodeRate(n).status());  // warms up
-    for (int round = 0; round < flags_.rounds; ++round) {
-      for (const int n : flags_.requests) {
-        for (int i = 0; i < kBandwidthPasses; ++i) {
-          bandwidths_.push_back(bandwidth_.Measure(bandwidth_pool_));
-        }
-        WALSH_ASSIGN_OR_RETURN(const double rate, DecodeRate(n));
-        decode_rates_[n].push_back(rate);
-      }
-      for (const int64_t n : flags_.prompts) {
-        WALSH_ASSIGN_OR_RETURN(const double rate, PromptRate(n));
-        prompt_rates_[n].push_back(rate);
-      }
-    }
-    Print();
+    WALSH_ASSIGN_OR_RETURN(
+        const QuietRounds<Round> quiet,
+        MeasureQuietly<Round>(flags_.rounds, std::chrono::seconds(flags_.seconds_max),
+                              [this] { return MeasureRound(); }));
+    std::printf("%s\n", quiet.Describe().c_str());
+    Print(quiet.rounds);
     return absl::OkStatus();
   }
 
  private:
+  struct Round {
+    std::vector<double> bandwidths;
+    std::map<int, double> decode_rates;      // by requests
+    std::map<int64_t, double> prompt_rates;  // by tokens
+  };
+
+  absl::StatusOr<Round> MeasureRound() {
+    Round round;
+    for (const int n : flags_.requests) {
+      for (int i = 0; i < kBandwidthPasses; ++i) {
+        round.bandwidths.push_back(bandwidth_.Measure(bandwidth_pool_));
+      }
+      WALSH_ASSIGN_OR_RETURN(round.decode_rates[n], DecodeRate(n));
+    }
+    for (const int64_t n : flags_.prompts) {
+      WALSH_ASSIGN_OR_RETURN(round.prompt_rates[n], PromptRate(n));
+    }
+    return round;
+  }
+
   absl::StatusOr<std::vector<Generation>> Generate(int n_requests, int64_t n_prompt, int n_new) {
     std::vector<std::vector<int32_t>> prompts;
     for (int i = 0; i < n_requests; ++i) {
@@ -105,25 +120,33 @@ class EngineBench {
     return static_cast<double>(n_prompt) / generations.front().outcome.prefill_seconds;
   }
 
-  void Print() const {
-    const double read_rate = Median(bandwidths_);
+  void Print(const std::vector<Round>& rounds) const {
+    std::vector<double> bandwidths;
+    std::map<int, std::vector<double>> decode_rates;
+    std::map<int64_t, std::vector<double>> prompt_rates;
+    for (const Round& round : rounds) {
+      bandwidths.insert(bandwidths.end(), round.bandwidths.begin(), round.bandwidths.end());
+      for (const auto& [n, rate] : round.decode_rates) decode_rates[n].push_back(rate);
+      for (const auto& [n, rate] : round.prompt_rates) prompt_rates[n].push_back(rate);
+    }
+    const double read_rate = Median(bandwidths);
     const auto packed_bytes = static_cast<double>(model_->packed_bytes_per_token());
     std::printf("packed weights read for a step: %.1f MB; read bandwidth: %.2f GB/s\n\n",
                 packed_bytes / 1e6, read_rate / 1e9);
     std::printf(
         "| requests | tok/s | min to max | ms a step | packed GB/s | share of bandwidth |\n");
     std::printf("| ---: | ---: | ---: | ---: | ---: | ---: |\n");
-    for (const auto& [n, rates] : decode_rates_) {
+    for (const auto& [n, rates] : decode_rates) {
       const double steps = Median(rates) / n;
       std::printf("| %d | %.1f | %s | %.2f | %.2f | %.1f %% |\n", n, Median(rates),
                   Range(rates).c_str(), 1e3 / steps, steps * packed_bytes / 1e9,
                   100 * steps * packed_bytes / read_rate);
     }
     std::printf("\n| prompt tokens | tok/s | min to max |\n| ---: | ---: | ---: |\n");
-    for (const auto& [n, rates] : prompt_rates_) {
+    for (const auto& [n, rates] : prompt_rates) {
       std::printf("| %d | %.0f | %s |\n", static_cast<int>(n), Median(rates), Range(rates).c_str());
     }
-    if (const auto one = decode_rates_.find(1); one != decode_rates_.end()) {
+    if (const auto one = decode_rates.find(1); one != decode_rates.end()) {
       const double share = Median(one->second) * packed_bytes / read_rate;
       std::printf(
           "\none request reads its weights at %.1f %% of the read bandwidth "
@@ -142,16 +165,11 @@ class EngineBench {
   const std::unique_ptr<engine::Engine> engine_;
   ThreadPool bandwidth_pool_;
   ReadBandwidth bandwidth_;
-  std::vector<double> bandwidths_;
-  std::map<int, std::vector<double>> decode_rates_;
-  std::map<int64_t, std::vector<double>> prompt_rates_;
 };
 
 absl::Status Run(const Flags& flags) {
-  const OtherLoad others;
-  std::printf("%s\n%d rounds, prompts of %d tokens, %d new tokens, %s\n",
-              DescribeRun(flags.threads).c_str(), flags.rounds, static_cast<int>(flags.prompt),
-              flags.tokens, flags.artifact.c_str());
+  std::printf("%s\nprompts of %d tokens, %d new tokens, %s\n", DescribeRun(flags.threads).c_str(),
+              static_cast<int>(flags.prompt), flags.tokens, flags.artifact.c_str());
   WALSH_ASSIGN_OR_RETURN(
       std::shared_ptr<engine::LoadedModel> model,
       engine::LoadedModel::LoadArtifact(flags.artifact, {.n_threads = flags.threads}));
@@ -159,9 +177,7 @@ absl::Status Run(const Flags& flags) {
       std::unique_ptr<engine::Engine> engine,
       engine::Engine::Create(model, {.model_name = "bench", .n_threads = flags.threads},
                              Clock::Real()));
-  WALSH_RETURN_IF_ERROR(EngineBench(flags, std::move(model), std::move(engine)).Run());
-  std::printf("other processes took %.0f %% of the CPUs meanwhile\n", 100 * others.Share());
-  return absl::OkStatus();
+  return EngineBench(flags, std::move(model), std::move(engine)).Run();
 }
 
 int Main(int argc, char** argv) {
@@ -170,6 +186,7 @@ int Main(int argc, char** argv) {
   app.add_option("artifact", flags.artifact, "Artifact directory");
   app.add_option("--threads", flags.threads)->check(CLI::PositiveNumber);
   app.add_option("--rounds", flags.rounds)->check(CLI::PositiveNumber);
+  app.add_option("--seconds", flags.seconds_max, "How long to try for quiet rounds");
   app.add_option("--tokens", flags.tokens, "New tokens of each request")
       ->check(CLI::Range(2, 4096));
   app.add_option("--prompt", flags.prompt, "Prompt tokens of each request that decodes")

@@ -8,11 +8,12 @@
 //                that same engine
 //   worker       GenerateStream to a walsh-worker process
 //   coordinator  GenerateStream to a walsh-coordinator process, which passes it on to that worker
-// Every way has to bring the same tokens. Each round takes every way once, from another one on each
-// time; a way's overhead is its time over that of the engine in the same round, less one, and the
-// table has the median over rounds. Times are wall time from the request to the last token, prompt
-// included. All engines have as many threads; those that wait use no CPU. The CPU time is that of
-// this process: for the last two ways the client's alone.
+// Every way has to bring the same tokens. Rounds in which other processes took CPU time are
+// repeated (conditions.h). Each round takes every way once, from another one on each time; a way's
+// overhead is its time over that of the engine in the same round, less one, and the table has the
+// median over rounds. Times are wall time from the request to the last token, prompt included. All
+// engines have as many threads; those that wait use no CPU. The CPU time is that of this process:
+// for the last two ways the client's alone.
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 
@@ -61,6 +62,7 @@ struct Flags {
   std::string artifact = FindArtifact();
   int threads = DefaultThreads();
   int rounds = 9;
+  int seconds_max = 300;
   int tokens = 256;
   int64_t prompt = 32;
   std::vector<int> streams = {1, 8};
@@ -184,29 +186,41 @@ Way InProcess(engine::Engine* engine) {
 
 class Comparison {
  public:
-  Comparison(const Flags& flags, std::vector<Way> ways)
-      : flags_(flags), ways_(std::move(ways)), seconds_(ways_.size()), cpu_seconds_(ways_.size()) {}
+  Comparison(const Flags& flags, std::vector<Way> ways) : flags_(flags), ways_(std::move(ways)) {}
 
   absl::Status Run(const std::vector<Tokens>& prompts) {
-    const size_t n_ways = ways_.size();
-    for (size_t w = 0; w < n_ways; ++w) WALSH_RETURN_IF_ERROR(Turn(w, prompts).status());
-    n_messages_ = 0;
-    for (int round = 0; round < flags_.rounds; ++round) {
-      for (size_t i = 0; i < n_ways; ++i) {
-        const size_t w = (static_cast<size_t>(round) + i) % n_ways;
-        const double cpu_start = OwnCpuSeconds();
-        WALSH_ASSIGN_OR_RETURN(const double seconds, Turn(w, prompts));
-        seconds_[w].push_back(seconds);
-        cpu_seconds_[w].push_back(OwnCpuSeconds() - cpu_start);
-      }
-    }
-    Print(prompts.size());
+    for (size_t w = 0; w < ways_.size(); ++w) WALSH_RETURN_IF_ERROR(Turn(w, prompts).status());
+    WALSH_ASSIGN_OR_RETURN(
+        const QuietRounds<Round> quiet,
+        MeasureQuietly<Round>(flags_.rounds, std::chrono::seconds(flags_.seconds_max),
+                              [&] { return MeasureRound(prompts); }));
+    std::printf("\n%d streams at once; %s\n", static_cast<int>(prompts.size()),
+                quiet.Describe().c_str());
+    Print(quiet.rounds, prompts.size());
     return absl::OkStatus();
   }
 
  private:
-  absl::StatusOr<double> Turn(size_t w, const std::vector<Tokens>& prompts) {
-    std::atomic<int>& n_messages = w == 0 ? n_calls_ : n_messages_;
+  struct Figures {
+    double seconds = 0;
+    double cpu_seconds = 0;
+    int n_messages = 0;
+  };
+  using Round = std::vector<Figures>;  // by way
+
+  absl::StatusOr<Round> MeasureRound(const std::vector<Tokens>& prompts) {
+    Round round(ways_.size());
+    for (size_t i = 0; i < ways_.size(); ++i) {
+      const size_t w = (n_rounds_ + i) % ways_.size();
+      WALSH_ASSIGN_OR_RETURN(round[w], Turn(w, prompts));
+    }
+    ++n_rounds_;
+    return round;
+  }
+
+  absl::StatusOr<Figures> Turn(size_t w, const std::vector<Tokens>& prompts) {
+    std::atomic<int> n_messages = 0;
+    const double cpu_start = OwnCpuSeconds();
     const auto start = std::chrono::steady_clock::now();
     absl::StatusOr<std::vector<Tokens>> tokens =
         ways_[w].generate(prompts, flags_.tokens, n_messages);
@@ -223,27 +237,32 @@ class Comparison {
       return absl::InternalError(
           absl::StrCat(ways_[w].name, " brought other tokens than ", ways_[0].name));
     }
-    return seconds.count();
+    return Figures{seconds.count(), OwnCpuSeconds() - cpu_start, n_messages};
   }
 
-  void Print(size_t n_streams) const {
-    const auto n_tokens = static_cast<double>(n_streams) * flags_.tokens;
-    const double n_sent = n_tokens * flags_.rounds * static_cast<double>(ways_.size() - 1);
-    std::printf("\n%d streams at once; %.3f tokens a message over gRPC\n",
-                static_cast<int>(n_streams), n_sent / n_messages_);
-    std::printf("| way | tok/s | min to max | CPU ms a token | overhead | min to max |\n");
-    std::printf("| --- | ---: | ---: | ---: | ---: | ---: |\n");
+  void Print(const std::vector<Round>& rounds, size_t n_streams) const {
+    const double n_tokens = static_cast<double>(n_streams) * flags_.tokens;
+    std::printf(
+        "| way | tok/s | min to max | tokens a message | CPU ms a token | overhead | "
+        "min to max |\n");
+    std::printf("| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n");
     for (size_t w = 0; w < ways_.size(); ++w) {
       std::vector<double> rates;
+      std::vector<double> cpu_seconds;
       std::vector<double> overheads;
-      for (size_t r = 0; r < seconds_[w].size(); ++r) {
-        rates.push_back(n_tokens / seconds_[w][r]);
-        overheads.push_back(100 * (seconds_[w][r] / seconds_[0][r] - 1));
+      double n_messages = 0;
+      for (const Round& round : rounds) {
+        rates.push_back(n_tokens / round[w].seconds);
+        cpu_seconds.push_back(round[w].cpu_seconds / n_tokens);
+        overheads.push_back(100 * (round[w].seconds / round[0].seconds - 1));
+        n_messages += round[w].n_messages;
       }
       const auto [slowest, fastest] = std::minmax_element(rates.begin(), rates.end());
       const auto [least, most] = std::minmax_element(overheads.begin(), overheads.end());
-      std::printf("| %s | %.1f | %.1f to %.1f | %.3f |", ways_[w].name.c_str(), Median(rates),
-                  *slowest, *fastest, 1e3 * Median(cpu_seconds_[w]) / n_tokens);
+      std::printf("| %s | %.1f | %.1f to %.1f | %.2f | %.3f |", ways_[w].name.c_str(),
+                  Median(rates), *slowest, *fastest,
+                  n_tokens * static_cast<double>(rounds.size()) / n_messages,
+                  1e3 * Median(cpu_seconds));
       if (w == 0) {
         std::printf(" | |\n");
         continue;
@@ -257,17 +276,13 @@ class Comparison {
 
   const Flags& flags_;
   const std::vector<Way> ways_;  // the first is what the others are compared with
-  std::vector<std::vector<double>> seconds_;
-  std::vector<std::vector<double>> cpu_seconds_;
   std::vector<Tokens> expected_;
-  std::atomic<int> n_calls_ = 0;
-  std::atomic<int> n_messages_ = 0;
+  size_t n_rounds_ = 0;
 };
 
-absl::Status Compare(const Flags& flags) {
-  std::printf("%s\n%d rounds, prompts of %d tokens, %d new tokens, %s\n",
-              DescribeRun(flags.threads).c_str(), flags.rounds, static_cast<int>(flags.prompt),
-              flags.tokens, flags.artifact.c_str());
+absl::Status Run(const Flags& flags) {
+  std::printf("%s\nprompts of %d tokens, %d new tokens, %s\n", DescribeRun(flags.threads).c_str(),
+              static_cast<int>(flags.prompt), flags.tokens, flags.artifact.c_str());
   // Each service has a folder of models of its own, with the artifact in it.
   const testing::TempDir dir;
   const fs::path artifact = fs::absolute(flags.artifact);
@@ -304,14 +319,7 @@ absl::Status Compare(const Flags& flags) {
                 OverGrpc("worker", &to_worker), OverGrpc("coordinator", &fixture.client())});
     WALSH_RETURN_IF_ERROR(comparison.Run(prompts));
   }
-  return absl::OkStatus();
-}
-
-absl::Status Run(const Flags& flags) {
-  const OtherLoad others;
-  WALSH_RETURN_IF_ERROR(Compare(flags));  // has waited for its daemons
   std::printf("\ntarget: gRPC adds at most %.0f %%\n", 100 * kOverheadTarget);
-  std::printf("other processes took %.0f %% of the CPUs meanwhile\n", 100 * others.Share());
   return absl::OkStatus();
 }
 
@@ -321,6 +329,7 @@ int Main(int argc, char** argv) {
   app.add_option("artifact", flags.artifact, "Artifact directory");
   app.add_option("--threads", flags.threads, "Of each engine")->check(CLI::PositiveNumber);
   app.add_option("--rounds", flags.rounds)->check(CLI::PositiveNumber);
+  app.add_option("--seconds", flags.seconds_max, "How long to try for quiet rounds");
   app.add_option("--tokens", flags.tokens, "New tokens of each request")
       ->check(CLI::PositiveNumber);
   app.add_option("--prompt", flags.prompt, "Prompt tokens")->check(CLI::PositiveNumber);
