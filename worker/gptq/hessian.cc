@@ -80,9 +80,11 @@ Matrix UpperFactor(const HessianFactor& f, double mean_diagonal, double damp) {
 
 std::vector<double> DampingLadder(double damp) {
   std::vector<double> ladder = {damp};
-  for (double next = std::max(damp * 10, kDampMin); next <= kDampMax * 1.0000001; next *= 10) {
+  // Products of tens miss kDampMax by a rounding; the last step is kDampMax itself.
+  for (double next = std::max(damp * 10, kDampMin); next < kDampMax * 0.999; next *= 10) {
     ladder.push_back(next);
   }
+  if (damp < kDampMax) ladder.push_back(kDampMax);
   return ladder;
 }
 
@@ -115,6 +117,7 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
   if (factor.dead_columns == n) {
     // Zeroing every weight because no sample arrived here would be worse than rounding them.
     factor.is_dead.assign(static_cast<size_t>(n), 0);
+    factor.dead_columns = 0;
     factor.fallback = "no calibration sample gave this linear an input other than zero";
     return factor;
   }

@@ -3,8 +3,9 @@
 // GPTQ needs the upper factor U of the inverse Hessian, (H + λI)⁻¹ = Uᵀ U. It is found without
 // forming the inverse: with J the reversal of rows and columns, J (H + λI) J = L Lᵀ gives
 // U = J L⁻¹ J. A Hessian that is not positive definite is normal, not rare (few samples, duplicate
-// inputs), so damping grows by tens up to 10 %, then the factorization is tried in double, and at
-// last the caller rounds to nearest and says why.
+// inputs), so damping grows by tens and ends at 10 % (or at what was asked for, where that is
+// more), then the factorization is tried in double, and at last the caller rounds to nearest and
+// says why.
 //
 // Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), section 3.3; group-aware order as in
 //          GPTQModel: groups by their largest, columns inside a group by their own diag(H)

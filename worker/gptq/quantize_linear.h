@@ -13,7 +13,7 @@
 //          DATA_LOSS         a non-finite weight or result; the message names linear and index
 //          and what `keep_going` returns
 // Threads: rows are cut into fixed tiles over `pool`; results do not depend on its size
-// Memory:  three times W in floats
+// Memory:  four times W in floats, besides W and the codes
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
 // The two inner loops of quantization, on a tile of 32 output rows.
 //
 // A tile is column-major: element (row r, column c) is at [c · kTileRows + r], so that SIMD lanes
-// are rows. No sum crosses lanes; results therefore do not depend on the width of the vectors, and
-// the rows of a tile do not depend on each other. Tiles with fewer rows are padded with zeros.
+// are rows. No sum crosses lanes; results therefore do not depend on the width of the vectors (only
+// on whether the instruction set fuses multiplication and addition), and the rows of a tile do not
+// depend on each other. Tiles with fewer rows are padded with zeros.
 //
 // Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), algorithm 1; the clip search is that of
 //          its reference implementation (norm 2.4, grid 100, shrink to 0.2), with the scale rounded

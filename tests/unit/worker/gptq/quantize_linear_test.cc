@@ -9,8 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "hwy/highway.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/worker/gptq/reference.h"
+#include "tests/unit/worker/kernels/kernel_harness.h"
 #include "worker/gptq/tile.h"
 #include "worker/tensor/half.h"
 
@@ -104,13 +106,10 @@ std::string CaseName(const ::testing::TestParamInfo<ReferenceCase>& info) {
          (c.mse_clip ? "" : "NoClip");
 }
 
-class ReferenceTest : public ::testing::TestWithParam<ReferenceCase> {};
-
 // The same integers as algorithm 1 in double. Floats may decide a tie the other way: the first step
 // at which a row differs must be one, and after it the row is another problem. No more than one row
 // in twenty may be excused.
-TEST_P(ReferenceTest, GivesTheSameIntegers) {
-  const ReferenceCase& c = GetParam();
+void ExpectLikeReference(const ReferenceCase& c) {
   const Problem problem = RandomProblem(c.rows, c.in, 4 * c.in, static_cast<uint32_t>(c.in));
   Options options;
   options.method = c.method;
@@ -152,6 +151,18 @@ TEST_P(ReferenceTest, GivesTheSameIntegers) {
   }
   EXPECT_LE(excused * 20, c.rows);
   EXPECT_NEAR(actual.relative_error, expected.error, 2e-3 * expected.error);
+}
+
+class ReferenceTest : public ::testing::TestWithParam<ReferenceCase> {};
+
+TEST_P(ReferenceTest, GivesTheSameIntegers) { ExpectLikeReference(GetParam()); }
+
+TEST(QuantizeLinearTest, EveryInstructionSetGivesTheReferencesIntegers) {
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    const kernels::HighwayTarget only(target);
+    SCOPED_TRACE(hwy::TargetName(target));
+    ExpectLikeReference({40, 192, 64, 3, false, ColumnOrder::kGroupAware, Method::kGptq, true});
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -300,6 +311,29 @@ TEST(FactorizeHessianTest, DampingGrowsUntilTheHessianIsPositiveDefinite) {
             Quantize({RandomProblem(8, 32, 1, 2).weights.Copy(), h.Copy()}, options).matrix.codes);
 }
 
+// Ten times 2 % is more than 10 %, which is still the last that is tried.
+TEST(FactorizeHessianTest, DampingEndsAtTenPercentWhateverItStartsFrom) {
+  Matrix h(32, 32);
+  for (int64_t i = 0; i < 32; ++i) h(i, i) = 1;
+  h(0, 1) = h(1, 0) = 1.03f;
+  for (const double damp : {0.0, 0.002, 0.01, 0.02, 0.05}) {
+    Options options;
+    options.group_size = 32;
+    options.damp = damp;
+    ASSERT_OK_AND_ASSIGN(const HessianFactor factor, FactorizeHessian(h.Copy(), options, "test"));
+    EXPECT_NEAR(factor.damp, damp == 0.05 ? 0.05 : 0.1, 1e-12) << "from " << damp;
+    EXPECT_TRUE(factor.fallback.empty()) << "from " << damp;
+  }
+  // Never less than what was asked for.
+  h(0, 1) = h(1, 0) = 1.5f;
+  Options options;
+  options.group_size = 32;
+  options.damp = 0.2;
+  ASSERT_OK_AND_ASSIGN(const HessianFactor factor, FactorizeHessian(h.Copy(), options, "test"));
+  EXPECT_NEAR(factor.damp, 0.2, 1e-12);
+  EXPECT_FALSE(factor.fallback.empty());
+}
+
 TEST(FactorizeHessianTest, WithoutAnyInputFallsBackToRounding) {
   Options options;
   options.group_size = 32;
@@ -307,6 +341,7 @@ TEST(FactorizeHessianTest, WithoutAnyInputFallsBackToRounding) {
   ASSERT_OK_AND_ASSIGN(const HessianFactor factor,
                        FactorizeHessian(problem.hessian.Copy(), options, "test"));
   EXPECT_THAT(factor.fallback, HasSubstr("no calibration sample"));
+  EXPECT_EQ(factor.dead_columns, 0) << "no weight becomes zero";
   const QuantizedLinear q = Quantize(problem, options);
   ExpectSound(q);
   EXPECT_EQ(q.relative_error, 0);

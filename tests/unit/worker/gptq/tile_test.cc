@@ -2,10 +2,16 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <optional>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
+#include "hwy/highway.h"
+#include "tests/unit/worker/kernels/kernel_harness.h"
 #include "worker/tensor/half.h"
 #include "worker/tensor/matrix.h"
 
@@ -20,6 +26,22 @@ Matrix RandomTile(int64_t columns, float size, uint32_t seed) {
   return tile;
 }
 
+// With each instruction set that this machine has and the product is compiled for.
+class TileTest : public ::testing::TestWithParam<int64_t> {
+ private:
+  const kernels::HighwayTarget only_{GetParam()};
+};
+class FindGridTest : public TileTest {};
+class QuantizeColumnsTest : public TileTest {};
+
+std::string TargetName(const ::testing::TestParamInfo<int64_t>& info) {
+  return hwy::TargetName(info.param);
+}
+INSTANTIATE_TEST_SUITE_P(Targets, FindGridTest,
+                         ::testing::ValuesIn(hwy::SupportedAndGeneratedTargets()), TargetName);
+INSTANTIATE_TEST_SUITE_P(Targets, QuantizeColumnsTest,
+                         ::testing::ValuesIn(hwy::SupportedAndGeneratedTargets()), TargetName);
+
 // Sum of |w − quantized|^2.4 of one row on a given grid, in double.
 double RowError(const Matrix& tile, int64_t row, int bits, double scale, double zero) {
   double error = 0;
@@ -33,7 +55,7 @@ double RowError(const Matrix& tile, int64_t row, int bits, double scale, double 
 }
 
 // The chosen grid is, up to the precision of floats, the best of the 80 that are tried.
-TEST(FindGridTest, FindsTheBestOfEightyShrunkRanges) {
+TEST_P(FindGridTest, FindsTheBestOfEightyShrunkRanges) {
   for (int bits : {2, 3, 4, 8}) {
     for (bool symmetric : {false, true}) {
       for (int64_t columns : {1, 32, 77}) {
@@ -64,7 +86,7 @@ TEST(FindGridTest, FindsTheBestOfEightyShrunkRanges) {
   }
 }
 
-TEST(FindGridTest, WithoutSearchCoversTheWholeRange) {
+TEST_P(FindGridTest, WithoutSearchCoversTheWholeRange) {
   const Matrix tile = RandomTile(64, 1.0f, 3);
   TileGrid grid;
   FindGrid({4, false, false}, tile.data(), 64, grid);
@@ -79,7 +101,7 @@ TEST(FindGridTest, WithoutSearchCoversTheWholeRange) {
   }
 }
 
-TEST(FindGridTest, ScalesAreHalvesInRangeAndZerosAreCodes) {
+TEST_P(FindGridTest, ScalesAreHalvesInRangeAndZerosAreCodes) {
   for (float size : {1e-38f, 1e-8f, 3e-5f, 1.0f, 1e5f, 1e30f, 1e38f}) {
     for (int bits : {2, 3, 4, 8}) {
       const Matrix tile = RandomTile(32, size, 5);
@@ -97,7 +119,7 @@ TEST(FindGridTest, ScalesAreHalvesInRangeAndZerosAreCodes) {
   }
 }
 
-TEST(FindGridTest, ZeroGroupGetsScaleOneAndZeroIsExact) {
+TEST_P(FindGridTest, ZeroGroupGetsScaleOneAndZeroIsExact) {
   const Matrix tile(16, kTileRows);
   for (bool symmetric : {false, true}) {
     TileGrid grid;
@@ -107,7 +129,7 @@ TEST(FindGridTest, ZeroGroupGetsScaleOneAndZeroIsExact) {
   }
 }
 
-TEST(QuantizeColumnsTest, RoundsToNearestWithoutFactor) {
+TEST_P(QuantizeColumnsTest, RoundsToNearestWithoutFactor) {
   Matrix weights = RandomTile(8, 1.0f, 9), codes(8, kTileRows);
   const Matrix before = weights.Copy();
   TileGrid grid;
@@ -126,6 +148,56 @@ TEST(QuantizeColumnsTest, RoundsToNearestWithoutFactor) {
       const float quantized = grid.scales[r] * (codes(c, r) - grid.zeros[r]);
       ASSERT_LE(std::abs(quantized - before(c, r)), 0.51f * grid.scales[r]);
     }
+  }
+}
+
+struct TileResult {
+  TileGrid grid;
+  Matrix codes, weights, errors;
+};
+
+// A group of 48 columns on a searched grid, then its columns with their errors passed on.
+TileResult QuantizeOneTile() {
+  constexpr int64_t kColumns = 48;
+  TileResult result{{},
+                    Matrix(kColumns, kTileRows),
+                    RandomTile(kColumns, 0.05f, 11),
+                    Matrix(kColumns, kTileRows)};
+  Matrix u = RandomTile(kColumns * kColumns / kTileRows, 0.1f, 12);
+  for (int64_t i = 0; i < kColumns; ++i) u.data()[i * kColumns + i] = 1;
+  FindGrid({3, false, true}, result.weights.data(), kColumns, result.grid);
+  QuantizeColumnsParams p;
+  p.bits = 3;
+  p.n = kColumns;
+  p.last = kColumns;
+  p.grid = &result.grid;
+  p.weights = result.weights.data();
+  p.u = u.data();
+  p.u_stride = kColumns;
+  p.codes = result.codes.data();
+  p.errors = result.errors.data();
+  QuantizeColumns(p);
+  return result;
+}
+
+// Vectors of 8 and of 16 lanes give the same bits. Older instruction sets do not fuse
+// multiplication and addition and round once more.
+TEST(TileTargetsTest, WidthOfTheVectorsDoesNotMatter) {
+  std::optional<TileResult> first;
+  for (const int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (target > HWY_AVX2) continue;
+    const kernels::HighwayTarget only(target);
+    TileResult result = QuantizeOneTile();
+    if (!first.has_value()) {
+      first = std::move(result);
+      continue;
+    }
+    SCOPED_TRACE(hwy::TargetName(target));
+    EXPECT_TRUE(std::ranges::equal(result.grid.scales, first->grid.scales));
+    EXPECT_TRUE(std::ranges::equal(result.grid.zeros, first->grid.zeros));
+    EXPECT_TRUE(std::ranges::equal(result.codes.span(), first->codes.span()));
+    EXPECT_TRUE(std::ranges::equal(result.weights.span(), first->weights.span()));
+    EXPECT_TRUE(std::ranges::equal(result.errors.span(), first->errors.span()));
   }
 }
 
