@@ -9,6 +9,7 @@
 #include "tests/testing/test_data.h"
 #include "tests/unit/worker/model/dense_model.h"
 #include "tests/unit/worker/model/llama2c.h"
+#include "worker/pipeline/rotation_gate.h"
 #include "worker/rotate/fold.h"
 
 namespace walsh {
@@ -17,9 +18,6 @@ namespace {
 using rotate::Kind;
 using rotate::Rotation;
 using testing::DenseModel;
-
-// worker/pipeline/rotation_gate.h
-constexpr double kGateMax = 1e-4;
 
 DenseLinear& Dense(const std::unique_ptr<Linear>& linear) {
   return dynamic_cast<DenseLinear&>(*linear);
@@ -75,13 +73,13 @@ TEST(RotatedForwardTest, EveryRotationLeavesTheLogitsOfStories260KUnchanged) {
     ASSERT_OK_AND_ASSIGN(DenseModel model, testing::ReadLlama2cModel(path));
     Rotate(model, r1, r2, pool);
     ASSERT_OK_AND_ASSIGN(const Matrix rotated, Logits(model));
-    EXPECT_LT(RelativeDifference(expected, rotated), kGateMax);
+    EXPECT_LT(RelativeDifference(expected, rotated), pipeline::kRotationGateMax);
 
     // The gate would notice: one linear more is turned than should be.
     if (kind == Kind::kNone) continue;
     rotate::RotateReader(Dense(model.layers[2].up_proj).weights(), {}, r1, pool);
     ASSERT_OK_AND_ASSIGN(const Matrix wrong, Logits(model));
-    EXPECT_GT(RelativeDifference(expected, wrong), 100 * kGateMax);
+    EXPECT_GT(RelativeDifference(expected, wrong), 100 * pipeline::kRotationGateMax);
   }
 }
 
