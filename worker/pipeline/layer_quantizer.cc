@@ -19,6 +19,9 @@ namespace {
 // What choosing grids and codes for one weight takes, in operations of a matrix product.
 constexpr double kWorkPerWeight = 5000;
 
+// A piece of an element-wise loop: long enough to be worth a thread's turn.
+constexpr int64_t kPieceFloats = int64_t{1} << 16;
+
 // Shares of a layer's forward.
 struct ForwardShares {
   double qkv, o, gate_up, down;
@@ -93,9 +96,9 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
   const int64_t n_tokens = windows_.count() * windows_.length;
   WALSH_RETURN_IF_ERROR(WriteEmbedding());
 
-  const int64_t batch_rows = evaluate::WindowsPerBatch(windows_.length) * windows_.length;
-  scratch_.Reserve(config, batch_rows);
-  positions_.resize(static_cast<size_t>(batch_rows));
+  batch_rows_ = std::min(evaluate::WindowsPerBatch(windows_.length) * windows_.length, n_tokens);
+  scratch_.Reserve(config, batch_rows_);
+  positions_.resize(static_cast<size_t>(batch_rows_));
   for (size_t i = 0; i < positions_.size(); ++i) {
     positions_[i] = static_cast<int32_t>(static_cast<int64_t>(i) % windows_.length);
   }
@@ -104,7 +107,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
   if (propagates_error_) {
     original_.hidden = rounded_.hidden.Copy();
     difference_.resize(static_cast<size_t>(
-        batch_rows * std::max({config.hidden, config.q_width(), config.intermediate})));
+        batch_rows_ * std::max({config.hidden, config.q_width(), config.intermediate})));
   }
 
   for (int64_t l = 0; l < config.n_layers; ++l) {
@@ -121,11 +124,11 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
     WALSH_RETURN_IF_ERROR(WriteLayer(l, layer));
     progress_.LayerDone();
   }
+  report.forward_seconds = rounded_.seconds;
+  report.original_forward_seconds = original_.seconds;
   rounded_ = {};
   original_ = {};
-  WALSH_RETURN_IF_ERROR(WriteHead());
-  report.forward_seconds = forward_seconds_;
-  return absl::OkStatus();
+  return WriteHead();
 }
 
 absl::Status LayerQuantizer::QuantizeAttention(int64_t index, DecoderLayer& layer,
@@ -154,7 +157,7 @@ absl::Status LayerQuantizer::QuantizeAttention(int64_t index, DecoderLayer& laye
       if (attended == nullptr) {
         WALSH_ASSIGN_OR_RETURN(attended, Attended(*flow, b));
       }
-      WALSH_RETURN_IF_ERROR(Timed([&] {
+      WALSH_RETURN_IF_ERROR(Timed(*flow, [&] {
         return AttentionOutput(context_, *flow->layer, attended, b.n_rows,
                                flow->hidden.row(b.first_row), scratch_.out.data());
       }));
@@ -188,7 +191,7 @@ absl::Status LayerQuantizer::QuantizeMlp(int64_t index, DecoderLayer& layer, Job
       if (activations == nullptr) {
         WALSH_ASSIGN_OR_RETURN(activations, Activations(*flow, b));
       }
-      WALSH_RETURN_IF_ERROR(Timed([&] {
+      WALSH_RETURN_IF_ERROR(Timed(*flow, [&] {
         return MlpOutput(context_, *flow->layer, activations, b.n_rows,
                          flow->hidden.row(b.first_row), scratch_.out.data());
       }));
@@ -243,21 +246,25 @@ std::span<LayerQuantizer::Flow* const> LayerQuantizer::Flows() const {
   return std::span(flows_).first(propagates_error_ ? 2 : 1);
 }
 
-absl::Status LayerQuantizer::Timed(const std::function<absl::Status()>& forward) {
+absl::Status LayerQuantizer::Timed(Flow& flow, const std::function<absl::Status()>& forward) {
   const auto start = std::chrono::steady_clock::now();
   absl::Status status = forward();
-  forward_seconds_ +=
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  flow.seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return status;
+}
+
+void LayerQuantizer::ForEachPiece(int64_t n, const std::function<void(int64_t, int64_t)>& piece) {
+  pool_.ParallelFor((n + kPieceFloats - 1) / kPieceFloats, [&](int64_t i) {
+    piece(i * kPieceFloats, std::min(n, (i + 1) * kPieceFloats));
+  });
 }
 
 absl::Status LayerQuantizer::ForEachBatch(double work_share, const Step& step) {
   const int64_t n_rows = rounded_.hidden.rows();
-  const int64_t batch_rows = evaluate::WindowsPerBatch(windows_.length) * windows_.length;
   const double work_per_row =
       work_share * LayerFlopsPerToken(source_.config()) * static_cast<double>(Flows().size());
-  for (int64_t first = 0; first < n_rows; first += batch_rows) {
-    const Batch batch{first, std::min(batch_rows, n_rows - first)};
+  for (int64_t first = 0; first < n_rows; first += batch_rows_) {
+    const Batch batch{first, std::min(batch_rows_, n_rows - first)};
     WALSH_RETURN_IF_ERROR(step(batch));
     WALSH_RETURN_IF_ERROR(progress_.Advance(work_per_row * static_cast<double>(batch.n_rows)));
   }
@@ -275,22 +282,27 @@ absl::StatusOr<LayerQuantizer::InputStatistics> LayerQuantizer::Collect(Inputs i
   };
   const Step step = [&](const Batch& b) -> absl::Status {
     // What only prepares a forward pass is done again by it, and not counted here.
-    const auto timed = [&](const std::function<absl::Status()>& forward) {
-      return work_share > 0 ? Timed(forward) : forward();
+    const auto timed = [&](Flow& flow, const std::function<absl::Status()>& forward) {
+      return work_share > 0 ? Timed(flow, forward) : forward();
     };
     const float* x = nullptr;
     const int64_t size = b.n_rows * dim;
     if (propagates_error_) {
-      WALSH_RETURN_IF_ERROR(timed(run(original_, b, x)));
-      std::copy_n(x, size, difference_.data());
+      WALSH_RETURN_IF_ERROR(timed(original_, run(original_, b, x)));
+      ForEachPiece(size, [&](int64_t first, int64_t end) {
+        std::copy(x + first, x + end, difference_.data() + first);
+      });
     }
-    WALSH_RETURN_IF_ERROR(timed(run(rounded_, b, x)));
+    WALSH_RETURN_IF_ERROR(timed(rounded_, run(rounded_, b, x)));
     WALSH_RETURN_IF_ERROR(kernels::Gram(
         {.n_tokens = b.n_rows, .dim = dim, .x = x, .x_stride = dim, .h = sums.hessian.data()},
         context_.stream));
     double work = Squared(dim);
     if (propagates_error_) {
-      for (int64_t i = 0; i < size; ++i) difference_[static_cast<size_t>(i)] -= x[i];
+      ForEachPiece(size, [&](int64_t first, int64_t end) {
+        float* difference = difference_.data();
+        for (int64_t i = first; i < end; ++i) difference[i] -= x[i];
+      });
       WALSH_RETURN_IF_ERROR(kernels::CrossGram({.n_tokens = b.n_rows,
                                                 .dim = dim,
                                                 .x = x,
@@ -355,7 +367,7 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
 }
 
 absl::Status LayerQuantizer::WriteEmbedding() {
-  progress_.Charge(Stage::kRotating);
+  WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1, "embedding"));
   WALSH_ASSIGN_OR_RETURN(const Matrix embedding, source_.Embedding());
   rounded_.hidden = evaluate::Embed(embedding, windows_.ids);
   progress_.Charge(Stage::kPacking);

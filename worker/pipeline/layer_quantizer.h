@@ -48,8 +48,8 @@ class LayerQuantizer {
                  const calibrate::TokenWindows& windows, ArtifactWriter& writer, ThreadPool& pool,
                  Progress& progress);
 
-  // Every tensor of the model to the writer; linears, warnings, sizes and forward_seconds to the
-  // report.
+  // Every tensor of the model to the writer; linears, warnings and the seconds of forward passes to
+  // the report.
   absl::Status Run(JobReport& report);
 
  private:
@@ -68,6 +68,7 @@ class LayerQuantizer {
     const DecoderLayer* layer = nullptr;
     Matrix hidden;            // [tokens, hidden]
     std::vector<float> kept;  // outputs of a sublayer for the first batches
+    double seconds = 0;       // of the passes that it cannot do without
   };
   // Sums over the calibration tokens; x in the rounded model.
   struct InputStatistics {
@@ -100,8 +101,10 @@ class LayerQuantizer {
   // Where the batch's rows of a sublayer's output are kept, or null.
   float* Kept(Flow& flow, const Batch& batch, int64_t width) const;
   std::span<Flow* const> Flows() const;
-  // Adds the time of `forward` to that of the passes that calibration cannot avoid.
-  absl::Status Timed(const std::function<absl::Status()>& forward);
+  // Adds the time of `forward` to the flow's.
+  static absl::Status Timed(Flow& flow, const std::function<absl::Status()>& forward);
+  // Calls piece(first, end) for ranges that make up 0 … n − 1, in parallel.
+  void ForEachPiece(int64_t n, const std::function<void(int64_t, int64_t)>& piece);
 
   const ResolvedJob& job_;
   evaluate::LayerSource& source_;
@@ -117,9 +120,9 @@ class LayerQuantizer {
   const std::array<Flow*, 2> flows_ = {&rounded_, &original_};
   ForwardScratch scratch_;
   std::vector<float> difference_;  // [batch rows, widest]: the original's inputs, then less x
+  int64_t batch_rows_ = 0;         // whole windows
   std::vector<int32_t> positions_;
   std::vector<QuantizedMatrix> quantized_;  // of the running layer, in LinearShapes' order
-  double forward_seconds_ = 0;
 };
 
 // Work of Run() in the units of Progress.

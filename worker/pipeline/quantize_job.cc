@@ -210,9 +210,9 @@ class Job {
   }
 
   absl::Status Quantize(RotatedSource& rotated) {
-    output_.Arm();
     WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactWriter> writer,
                            ArtifactWriter::Create(spec_.output_directory, *checkpoint_));
+    output_.Arm();  // not before: a directory that Create() refused is somebody else's
     LayerQuantizer quantizer(job_, rotated, texts_.calibration, *writer, pool_, progress_);
     WALSH_RETURN_IF_ERROR(quantizer.Run(report_));
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));

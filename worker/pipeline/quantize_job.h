@@ -60,7 +60,8 @@ struct LinearReport {
   std::string name;  // "layers.3.mlp.down_proj"
   int64_t layer = 0;
   int bits = 0;
-  double relative_error = 0;  // tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)
+  // tr(ΔW H ΔWᵀ) / tr(W H Wᵀ); with error propagation W is the propagated target.
+  double relative_error = 0;
   double damp = 0;
   int64_t dead_columns = 0;
   std::string fallback;  // reason of a fall-back to round-to-nearest; empty without one
@@ -80,8 +81,10 @@ struct JobReport {
   std::vector<double> window_losses_before, window_losses_after;
   double rotation_gate = 0;
   double stage_seconds[kStages] = {};
-  // Time of the float forward passes that calibration cannot avoid, inside CALIBRATING.
+  // Inside CALIBRATING: time of the quantized model's float forward passes, which no GPTQ can
+  // avoid, and of the original's beside them, which error propagation adds.
   double forward_seconds = 0;
+  double original_forward_seconds = 0;
   std::vector<LinearReport> linears;
   int64_t samples_kept = 0, samples_dropped = 0, samples_short = 0;
   int64_t calibration_windows = 0, calibration_tokens = 0;

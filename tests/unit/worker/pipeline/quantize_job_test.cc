@@ -3,9 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/unit/worker/pipeline/job_fixture.h"
@@ -71,6 +73,7 @@ TEST_F(RunJobTest, MakesAnArtifactAndSaysWhatItIs) {
   EXPECT_NE(report.perplexity_after, report.perplexity_before);
   EXPECT_GT(report.stage_seconds[static_cast<int>(Stage::kQuantizing)], 0);
   EXPECT_GT(report.forward_seconds, 0);
+  EXPECT_GT(report.original_forward_seconds, 0);
   EXPECT_GT(report.peak_memory_bytes, 0);
   EXPECT_THAT(report.warnings, IsEmpty());
 
@@ -176,7 +179,19 @@ TEST_F(RunJobTest, BytesDependOnSeedAndOptionsOnly) {
 TEST_F(RunJobTest, SelfCalibrationNeedsNoText) {
   JobSpec spec = TinyJob();
   spec.calibration_path.clear();
-  ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec));
+  std::vector<std::pair<Stage, int64_t>> steps;
+  ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec, 2, [&](const JobProgress& progress) {
+                         if (steps.empty() || steps.back().first != progress.stage) {
+                           steps.emplace_back(progress.stage, progress.layer);
+                         }
+                         return absl::OkStatus();
+                       }));
+  // Writing the text ends before anything is written of the model.
+  const std::pair<Stage, int64_t> own_text = {Stage::kCalibrating, -1};
+  const auto found = std::ranges::find(steps, own_text);
+  ASSERT_LT(found - steps.begin(), static_cast<int64_t>(steps.size()) - 2);
+  EXPECT_EQ(found[1], std::pair(Stage::kRotating, int64_t{-1}));
+  EXPECT_EQ(found[2], std::pair(Stage::kCalibrating, int64_t{0}));
   EXPECT_EQ(report.calibration_windows, 16);
   EXPECT_EQ(report.samples_kept, 0);
   EXPECT_GT(report.perplexity_before, 1);
@@ -256,6 +271,21 @@ TEST_F(RunJobTest, ExistingOutputIsNotTouched) {
   std::filesystem::create_directory(spec.output_directory);
   std::ofstream(spec.output_directory + "/precious") << "keep";
   EXPECT_THAT(Run(spec), HasCode(absl::StatusCode::kAlreadyExists));
+  EXPECT_TRUE(Exists(spec.output_directory + "/precious"));
+}
+
+// Made by somebody else between the job's look at it and its first write.
+TEST_F(RunJobTest, OutputThatAppearsMeanwhileIsNotTouched) {
+  const JobSpec spec = TinyJob();
+  EXPECT_THAT(Run(spec, 2,
+                  [&](const JobProgress& progress) {
+                    if (progress.stage == Stage::kRotating && !Exists(spec.output_directory)) {
+                      std::filesystem::create_directory(spec.output_directory);
+                      std::ofstream(spec.output_directory + "/precious") << "keep";
+                    }
+                    return absl::OkStatus();
+                  }),
+              HasCode(absl::StatusCode::kAlreadyExists));
   EXPECT_TRUE(Exists(spec.output_directory + "/precious"));
 }
 
