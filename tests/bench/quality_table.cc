@@ -10,16 +10,15 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "common/command_line.h"
 #include "common/status_macros.h"
+#include "tests/bench/work_directory.h"
 #include "worker/calibrate/samples.h"
 #include "worker/evaluate/perplexity.h"
 #include "worker/pipeline/quantize_job.h"
@@ -104,8 +103,9 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
   spec.rotation_signs = flags.signs && spec.rotation != rotate::Kind::kNone;
   spec.seed = flags.seed;
   spec.evaluate = false;
-  spec.output_directory =
-      absl::StrCat(flags.work_directory, "/walsh-quality-", bits, "-", rotation);
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<WorkDirectory> work,
+                         WorkDirectory::Create(flags.work_directory));
+  spec.output_directory = *work / "artifact";
 
   Row row;
   row.bits = bits;
@@ -125,7 +125,6 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
       evaluate::WindowLosses losses,
       evaluate::EvaluateWindows(source, windows, pool, [](double) { return absl::OkStatus(); }));
   row.losses = std::move(losses.losses);
-  std::filesystem::remove_all(spec.output_directory);
   std::fprintf(stderr, "%d bits, %s: perplexity %.4f, E %.5f, %.1f s\n", bits, rotation.c_str(),
                Perplexity(row.losses), row.error, row.seconds);
   return row;
@@ -194,7 +193,6 @@ absl::Status Run(const Flags& flags) {
 
 int Main(int argc, char** argv) {
   Flags flags;
-  flags.work_directory = std::filesystem::temp_directory_path().string();
   CLI::App app("Perplexity and layer error by rotation and bits, as a Markdown table");
   app.add_option("model", flags.model, "HF directory or .gguf file");
   app.add_option("--calibration", flags.calibration, "Calibration text");
