@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <string>
+
 #include "tests/unit/worker/pipeline/smollm2_fixture.h"
 
 namespace walsh::pipeline {
@@ -10,7 +12,7 @@ namespace {
 constexpr rotate::Kind kRotations[] = {rotate::Kind::kHadamard, rotate::Kind::kWalsh,
                                        rotate::Kind::kLocalHadamard, rotate::Kind::kGsr};
 
-// The five rotations of width 576 = 36 · 16; the job stops after the gate.
+// The four rotations of width 576 = 36 · 16; the job stops after the gate.
 TEST_F(SmolLm2Test, EveryRotationLeavesTheLogitsUnchanged) {
   for (rotate::Kind rotation : kRotations) {
     spec_.rotation = rotation;
@@ -34,6 +36,27 @@ TEST_F(SmolLm2Test, GptqBeatsRoundToNearestOnEveryLinearInBoundedMemory) {
   spec_.quantizer.method = gptq::Method::kRtn;
   const JobReport rtn = RunOnce();
   testing::ExpectErrorsBelow(gptq, rtn, 0.95, 0.80);
+}
+
+// What a job does unless asked otherwise, in short; the bound of 8 % on the whole protocol is
+// smollm2_quality_test.cc's.
+TEST_F(SmolLm2Test, DefaultsAtFourBitsKeepTheModelInPlannedMemory) {
+  ASSERT_EQ(spec_.quantizer.bits, 4);
+  ASSERT_TRUE(PropagatesError(spec_.quantizer));
+  ASSERT_EQ(spec_.rotation, rotate::Kind::kGsr);
+  spec_.evaluate = true;
+  spec_.n_evaluation_windows = 4;
+  spec_.evaluation_length = 512;
+  ASSERT_OK_AND_ASSIGN(const JobPlan plan, PlanJob(spec_));
+  const JobReport report = RunOnce();
+  ExpectPlanned(plan, report);
+  EXPECT_GT(report.original_forward_seconds, 0);
+  ASSERT_EQ(report.evaluation_tokens, 4 * 511);
+  EXPECT_GT(report.perplexity_before, 5);
+  EXPECT_LT(report.perplexity_before, 50);
+  EXPECT_LT(report.perplexity_after, 1.25 * report.perplexity_before);
+  RecordProperty("perplexity_before", std::to_string(report.perplexity_before));
+  RecordProperty("perplexity_after", std::to_string(report.perplexity_after));
 }
 
 // No float copy of the whole model, which would add 400 MiB.
