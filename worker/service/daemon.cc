@@ -26,6 +26,7 @@
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "worker/io/model_root.h"
+#include "worker/kernels/kernels.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/agent.h"
 #include "worker/service/describe.h"
@@ -308,6 +309,9 @@ int RunUntilSignal(const WorkerOptions& options) {
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
+  // Loads OpenBLAS, which is configured through the environment: setenv is safe only while no other
+  // thread can read it.
+  (void)kernels::DescribeCpuBackend();
 
   absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
   if (!daemon.ok()) {
