@@ -9,7 +9,8 @@
 // tests/bench/cpu_kernels_bench.cc.
 //
 // Errors:  FAILED_PRECONDITION  libopenblas.so.0 is not installed or lacks a function
-// Threads: safe
+// Threads: safe beside each other; the first call sets environment variables, so a daemon makes it
+//          before it starts threads that might read them
 #pragma once
 
 #include <string>

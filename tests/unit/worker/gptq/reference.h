@@ -1,7 +1,8 @@
 // GPTQ as the paper writes it, slowly, in double: the oracle of the tests.
 //
-// Shares no step with the product (only the rounding of scales to half precision): the inverse Hessian comes from Gauss-Jordan elimination and is
-// updated explicitly after each column (equations 2 and 3), with no Cholesky factor and no blocks.
+// Shares no step with the product (only the rounding of scales to half precision): the inverse
+// Hessian comes from Gauss-Jordan elimination and is updated explicitly after each column
+// (equations 2 and 3), with no Cholesky factor and no blocks.
 #pragma once
 
 #include <cstdint>

@@ -70,7 +70,8 @@ TEST(AttentionTest, EveryHeadCount) {
 
 // Around the borders of key blocks (32) and chunks (128).
 TEST(AttentionTest, EveryLength) {
-  for (const int64_t n_past : {0, 1, 30, 31, 32, 33, 64, 126, 127, 128, 129, 255, 256, 257, 511, 512, 700}) {
+  for (const int64_t n_past :
+       {0, 1, 30, 31, 32, 33, 64, 126, 127, 128, 129, 255, 256, 257, 511, 512, 700}) {
     for (const int64_t n_new : {1, 2, 11, 66}) {
       TestAttention(
           {.n_new = n_new, .n_past = n_past, .n_heads = 6, .n_kv_heads = 2, .head_dim = 8});
