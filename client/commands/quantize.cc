@@ -172,7 +172,7 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   config.set_disable_mse_clip(flags.no_mse_clip);
   if (flags.error_propagation) config.set_error_propagation(*flags.error_propagation);
   config.set_seed(flags.seed);
-  config.set_auto_load(auto_load);
+  if (auto_load) config.mutable_auto_load();
   for (const auto& [what, text] :
        {std::pair("model path", job.source_model()), std::pair("name", job.model_name()),
         std::pair("calibration path", config.calibration().uri()),

@@ -23,7 +23,7 @@ int Usefulness(v1::Model::State state) {
       return 3;
     case v1::Model::UNLOADING:
       return 2;
-    case v1::Model::LOAD_FAILED:
+    case v1::Model::FAILED:
       return 1;
     default:
       return 0;

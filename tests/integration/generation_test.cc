@@ -53,7 +53,7 @@ class GenerationTest : public ::testing::Test {
     config.mutable_evaluation()->set_uri(model_->text_path());
     config.mutable_evaluation()->set_max_windows(4);
     config.mutable_evaluation()->set_sequence_length(256);
-    config.set_auto_load(true);
+    config.mutable_auto_load();
     ASSERT_OK_AND_ASSIGN(const Job created, service_->client().CreateJob(request));
     client::WatchObserver observer;
     observer.on_event = [](const v1::QuantizationJobEvent& event) { events_->push_back(event); };

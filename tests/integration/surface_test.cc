@@ -41,7 +41,7 @@ class SurfaceTest : public ::testing::Test {
     job.mutable_config()->mutable_calibration()->set_num_samples(4);
     job.mutable_config()->mutable_calibration()->set_sequence_length(64);
     job.mutable_config()->mutable_evaluation()->set_disable(true);
-    job.mutable_config()->set_auto_load(true);
+    job.mutable_config()->mutable_auto_load();
     ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob created, service_->client().CreateJob(request));
     ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob finished,
                          service_->client().WatchJob(created.name(), 0, {}));

@@ -226,7 +226,7 @@ absl::Status JobRunner::ReportPublishing(HeldLease& held) {
 }
 
 void JobRunner::LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome) {
-  if (!lease.job().config().auto_load()) return;
+  if (!lease.job().config().has_auto_load()) return;
   absl::StatusOr<v1::Model> loaded = models_->Load(lease.job().model_name());
   if (loaded.ok()) {
     outcome.model = *std::move(loaded);

@@ -149,7 +149,7 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
     CountModelLoadFailure(id, engine.status().code());
     WALSH_LOG(Error, "a model cannot be loaded", {"model", id}, {"error", engine.status()});
     Update(id, [&](Entry& entry) {
-      entry.model.set_state(Model::LOAD_FAILED);
+      entry.model.set_state(Model::FAILED);
       *entry.model.mutable_error() = ToProtoStatus(engine.status());
     });
     return engine.status();

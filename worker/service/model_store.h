@@ -6,7 +6,7 @@
 // alone.
 //
 // States: UNLOADED → LOADING → READY → DRAINING → UNLOADING → UNLOADED; a failed load gives
-//         LOAD_FAILED with the reason and leaves nothing in memory. Loads and unloads run one at a
+//         FAILED with the reason and leaves nothing in memory. Loads and unloads run one at a
 //         time, so that two never need the memory of both.
 // Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), those of reading artifacts
 // Threads: safe. Load and Unload block; the rest does not wait for them.

@@ -186,7 +186,7 @@ TEST_F(CommandTest, AModelIsLoadedByDefaultWhereOneLocalWorkerRuns) {
   Run({"quantize", "tiny", "--name", "a", "--detach", "--load"});
   std::vector<bool> auto_load;
   for (const auto& request : server_.create_requests()) {
-    auto_load.push_back(request.quantization_job().config().auto_load());
+    auto_load.push_back(request.quantization_job().config().has_auto_load());
   }
   EXPECT_EQ(auto_load, (std::vector<bool>{true, false, false, true}));
 }

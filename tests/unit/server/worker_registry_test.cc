@@ -219,7 +219,7 @@ TEST(PlacementTest, ReasonsForNone) {
   EXPECT_EQ(reason({ReplicaOn("a", Model::DRAINING)}), "MODEL_DRAINING");
   EXPECT_EQ(reason({ReplicaOn("a", Model::UNLOADING)}), "MODEL_DRAINING");
   EXPECT_EQ(reason({ReplicaOn("a", Model::UNLOADED)}), "MODEL_NOT_LOADED");
-  EXPECT_EQ(reason({ReplicaOn("a", Model::LOAD_FAILED)}), "MODEL_NOT_LOADED");
+  EXPECT_EQ(reason({ReplicaOn("a", Model::FAILED)}), "MODEL_NOT_LOADED");
 }
 
 TEST(PlacementTest, MergeShowsTheMostUsefulState) {

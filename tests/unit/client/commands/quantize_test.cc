@@ -36,7 +36,7 @@ TEST(MakeQuantizeRequestTest, DefaultsAreTheDesigns) {
   EXPECT_FALSE(job.config().evaluation().disable());
   EXPECT_FALSE(job.config().disable_mse_clip());
   EXPECT_EQ(job.config().seed(), 0u);
-  EXPECT_TRUE(job.config().auto_load());
+  EXPECT_TRUE(job.config().has_auto_load());
   EXPECT_FALSE(request.validate_only());
 }
 
@@ -84,7 +84,7 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   EXPECT_EQ(config.evaluation().uri(), "/texts/eval.txt");
   EXPECT_EQ(config.evaluation().max_windows(), 3);
   EXPECT_TRUE(config.evaluation().disable());
-  EXPECT_FALSE(config.auto_load());
+  EXPECT_FALSE(config.has_auto_load());
   EXPECT_TRUE(request.validate_only());
   EXPECT_EQ(request.request_id(), "r");
 }

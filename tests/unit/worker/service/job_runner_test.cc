@@ -412,7 +412,7 @@ TEST_F(JobRunnerTest, StoppingWorkerHandsTheJobBack) {
 
 TEST_F(JobRunnerTest, AutoLoadServesBeforeItCompletes) {
   v1::QuantizationJob job = Job("j", "m");
-  job.mutable_config()->set_auto_load(true);
+  job.mutable_config()->mutable_auto_load();
   StartWorker();
   coordinator_.Offer(job);
   EXPECT_EQ(AwaitOutcome().model().state(), v1::Model::READY);
@@ -433,7 +433,7 @@ TEST_F(JobRunnerTest, TheJobIsNiceAndTheModelThatItLoadsIsNot) {
   };
   OpenStore();
   v1::QuantizationJob job = Job("j", "m");
-  job.mutable_config()->set_auto_load(true);
+  job.mutable_config()->mutable_auto_load();
   StartWorker();
   coordinator_.Offer(job);
   EXPECT_EQ(AwaitOutcome().model().state(), v1::Model::READY);
@@ -448,7 +448,7 @@ TEST_F(JobRunnerTest, AutoLoadThatFailsIsAWarning) {
   };
   OpenStore();
   v1::QuantizationJob job = Job("j", "m");
-  job.mutable_config()->set_auto_load(true);
+  job.mutable_config()->mutable_auto_load();
   StartWorker();
   coordinator_.Offer(job);
   const Complete outcome = AwaitOutcome();

@@ -110,7 +110,7 @@ TEST_F(ModelStoreTest, FailedLoadIsToldAndCanBeRepeated) {
   };
   OpenStore();
   EXPECT_THAT(store_->Load("m"), HasCode(absl::StatusCode::kDataLoss));
-  EXPECT_EQ(store_->Get("m")->state(), Model::LOAD_FAILED);
+  EXPECT_EQ(store_->Get("m")->state(), Model::FAILED);
   EXPECT_THAT(store_->Get("m")->error().message(), HasSubstr("digest"));
   is_broken = false;
   ASSERT_OK_AND_ASSIGN(const Model model, store_->Load("m"));
