@@ -61,12 +61,25 @@ std::string DefaultDataDir() {
   return Environment("HOME") + "/.local/share/walsh";
 }
 
+std::string_view BareHost(std::string_view host) {
+  const bool has_brackets = host.starts_with('[') && host.ends_with(']');
+  return has_brackets ? host.substr(1, host.size() - 2) : host;
+}
+
+std::string HostPort(std::string_view host, int port) {
+  const std::string bare(BareHost(host));
+  const bool is_ipv6 = bare.find(':') != std::string::npos;
+  return is_ipv6 ? absl::StrCat("[", bare, "]:", port) : absl::StrCat(bare, ":", port);
+}
+
 bool IsLoopbackHost(std::string_view host) {
-  return host == "localhost" || host == "::1" || host == "[::1]" || host.starts_with("127.");
+  const std::string_view bare = BareHost(host);
+  return bare == "localhost" || bare == "::1" || bare.starts_with("127.");
 }
 
 bool IsWildcardHost(std::string_view host) {
-  return host == "0.0.0.0" || host == "::" || host == "[::]";
+  const std::string_view bare = BareHost(host);
+  return bare == "0.0.0.0" || bare == "::";
 }
 
 }  // namespace walsh

@@ -24,6 +24,11 @@ void RemoveEndpoints(const std::string& data_dir, const std::string& daemon);
 // $WALSH_DATA_DIR, else $XDG_DATA_HOME/walsh, else ~/.local/share/walsh.
 std::string DefaultDataDir();
 
+// "host:port"; an IPv6 address, given with or without brackets, gets them.
+std::string HostPort(std::string_view host, int port);
+// `host` without the brackets of an IPv6 address, as sockets want it.
+std::string_view BareHost(std::string_view host);
+
 // Whether a --host is reached from this machine only, or stands for all of its addresses.
 bool IsLoopbackHost(std::string_view host);
 bool IsWildcardHost(std::string_view host);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/endpoints.h"
 #include "common/log.h"
 #include "common/metrics.h"
 #include "common/version.h"
@@ -102,8 +103,8 @@ HttpServer::~HttpServer() {
   });
   char error[64];
   while (!is_stopped) {
-    mg_connection* wake =
-        mg_connect_client(impl_->options.host.c_str(), impl_->port, 0, error, sizeof error);
+    mg_connection* wake = mg_connect_client(std::string(BareHost(impl_->options.host)).c_str(),
+                                            impl_->port, 0, error, sizeof error);
     if (wake == nullptr) break;
     mg_close_connection(wake);
   }
@@ -115,9 +116,12 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(const Options& opt
   std::call_once(once, [] { mg_init_library(MG_FEATURES_DEFAULT); });
   std::unique_ptr<HttpServer> server(new HttpServer);
   server->impl_->options = options;
-  const bool is_ipv6 = options.host.find(':') != std::string::npos;
-  const std::string address = is_ipv6 ? absl::StrCat("[", options.host, "]:", options.port)
-                                      : absl::StrCat(options.host, ":", options.port);
+  const std::string address = HostPort(options.host, options.port);
+  if (address.starts_with('[') && mg_check_feature(MG_FEATURES_IPV6) == 0) {
+    return absl::UnimplementedError(
+        absl::StrCat("HTTP cannot listen on ", address,
+                     ": the civetweb of this machine has no IPv6; use an IPv4 --host"));
+  }
   // No document root: nothing of the file system is served. Scrapers and probes are few, so a
   // handful of threads is enough, and a slow peer holds one of them for 5 s at most.
   const char* settings[] = {"listening_ports",

@@ -54,8 +54,6 @@ class FolderLock {
   int fd_ = -1;
 };
 
-std::string Address(const std::string& host, int port) { return absl::StrCat(host, ":", port); }
-
 }  // namespace
 
 struct Server::Impl {
@@ -129,15 +127,15 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   ApplyServerLimits(builder);
   AddServerInterceptors(builder);
   int bound_port = 0;
-  builder.AddListeningPort(Address(options.host, port), grpc::InsecureServerCredentials(),
+  builder.AddListeningPort(HostPort(options.host, port), grpc::InsecureServerCredentials(),
                            &bound_port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr || bound_port == 0) {
     return absl::UnavailableError(
-        absl::StrCat("cannot listen on ", Address(options.host, port), " (", name, " gRPC port)"));
+        absl::StrCat("cannot listen on ", HostPort(options.host, port), " (", name, " gRPC port)"));
   }
-  endpoints[name] = Address(options.host, bound_port);
+  endpoints[name] = HostPort(options.host, bound_port);
   WALSH_LOG(Info, "listening", {"port", name}, {"address", endpoints[name]},
             {"reflection", is_public && options.enable_reflection});
   return server;
@@ -173,8 +171,8 @@ absl::Status Server::Impl::ListenHttp() {
   WALSH_ASSIGN_OR_RETURN(http, HttpServer::Start(http_options));
   http_options.port = options.metrics_port;
   WALSH_ASSIGN_OR_RETURN(metrics_http, HttpServer::Start(http_options));
-  endpoints["http"] = Address(options.host, http->port());
-  endpoints["metrics"] = Address(options.host, metrics_http->port());
+  endpoints["http"] = HostPort(options.host, http->port());
+  endpoints["metrics"] = HostPort(options.host, metrics_http->port());
   return absl::OkStatus();
 }
 

@@ -1,10 +1,15 @@
 // Jobs over the wire: a real coordinator, a scripted worker, the public API.
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "tests/integration/coordinator_fixture.h"
+#include "common/http_server.h"
 
 namespace walsh {
 namespace {
@@ -12,6 +17,7 @@ namespace {
 using ::testing::HasSubstr;
 using v1::QuantizationJob;
 using v1::QuantizationJobEvent;
+using ::testing::StartsWith;
 using ::walsh::testing::FakeWorker;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::IsOk;
@@ -461,3 +467,36 @@ TEST_F(CoordinatorJobsTest, TakenPortIsAnError) {
 
 }  // namespace
 }  // namespace walsh
+// Whether this machine has an IPv6 loopback.
+bool HasIpv6() {
+  const int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return false;
+  sockaddr_in6 address{};
+  address.sin6_family = AF_INET6;
+  address.sin6_addr = in6addr_loopback;
+  const bool is_there = bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+  close(fd);
+  return is_there;
+}
+
+class Ipv6Test : public CoordinatorJobsTest, public ::testing::WithParamInterface<const char*> {
+ protected:
+  void SetUp() override {
+    if (!HasIpv6()) GTEST_SKIP() << "no IPv6 loopback here";
+    const absl::Status http = HttpServer::Start({.host = GetParam()}).status();
+    if (absl::IsUnimplemented(http)) GTEST_SKIP() << http;
+    options_.host = GetParam();
+    CoordinatorJobsTest::SetUp();
+  }
+};
+INSTANTIATE_TEST_SUITE_P(WithAndWithoutBrackets, Ipv6Test, ::testing::Values("::1", "[::1]"));
+
+TEST_P(Ipv6Test, ClientsAndWorkersFindTheirPorts) {
+  for (const auto& [name, address] : server_->endpoints()) {
+    EXPECT_THAT(address, StartsWith("[::1]:")) << name;
+  }
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  ASSERT_OK(worker->Succeed(worker->MustAcquire()));
+}
+

@@ -165,14 +165,14 @@ absl::Status WorkerDaemon::StartServer() {
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
   AddServerInterceptors(builder);
-  builder.AddListeningPort(absl::StrCat(options_.host, ":", options_.grpc_port),
+  builder.AddListeningPort(HostPort(options_.host, options_.grpc_port),
                            grpc::InsecureServerCredentials(), &grpc_port_);
   builder.RegisterService(generation_.get());
   builder.RegisterService(model_host_.get());
   server_ = builder.BuildAndStart();
   if (server_ == nullptr || grpc_port_ == 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot listen on ", options_.host, ":", options_.grpc_port, " for gRPC"));
+    return absl::UnavailableError(absl::StrCat(
+        "cannot listen on ", HostPort(options_.host, options_.grpc_port), " for gRPC"));
   }
   grpc::HealthCheckServiceInterface& health = *server_->GetHealthCheckService();
   health.SetServingStatus(v1::GenerationService::service_full_name(), true);
@@ -189,8 +189,8 @@ absl::Status WorkerDaemon::StartHttp() {
 }
 
 absl::Status WorkerDaemon::Announce() {
-  const Endpoints endpoints = {{"grpc", absl::StrCat(options_.host, ":", grpc_port_)},
-                               {"metrics", absl::StrCat(options_.host, ":", http_->port())}};
+  const Endpoints endpoints = {{"grpc", HostPort(options_.host, grpc_port_)},
+                               {"metrics", HostPort(options_.host, http_->port())}};
   for (const auto& [name, address] : endpoints) {
     std::cout << name << " " << address << "\n";
   }
@@ -263,7 +263,7 @@ Agent::Load WorkerDaemon::MakeLoad() const {
 
 std::string WorkerDaemon::AdvertisedAddress() const {
   // The options were checked; whoever starts a daemon without gets the host as it is.
-  return absl::StrCat(AdvertisedHost(options_).value_or(options_.host), ":", grpc_port_);
+  return HostPort(AdvertisedHost(options_).value_or(options_.host), grpc_port_);
 }
 
 void WorkerDaemon::Stop() {

@@ -41,6 +41,20 @@ TEST(EndpointsTest, ABrokenFileIsDataLoss) {
   }
 }
 
+TEST(EndpointsTest, Ipv6HostsGetTheirBracketsOnce) {
+  EXPECT_EQ(HostPort("127.0.0.1", 50051), "127.0.0.1:50051");
+  EXPECT_EQ(HostPort("localhost", 0), "localhost:0");
+  EXPECT_EQ(HostPort("::1", 50051), "[::1]:50051");
+  EXPECT_EQ(HostPort("[::1]", 50051), "[::1]:50051");
+  EXPECT_EQ(BareHost("[fe80::1]"), "fe80::1");
+  EXPECT_EQ(BareHost("localhost"), "localhost");
+  for (const char* host : {"::1", "[::1]", "127.0.0.2"}) EXPECT_TRUE(IsLoopbackHost(host)) << host;
+  for (const char* host : {"::", "[::]", "0.0.0.0"}) {
+    EXPECT_TRUE(IsWildcardHost(host)) << host;
+    EXPECT_FALSE(IsLoopbackHost(host)) << host;
+  }
+}
+
 TEST(EndpointsTest, DataFolderComesFromTheEnvironment) {
   testing::ScopedEnvironment home("HOME", "/h");
   testing::ScopedEnvironment xdg("XDG_DATA_HOME", nullptr);

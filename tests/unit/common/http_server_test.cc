@@ -26,14 +26,11 @@ using ::testing::StartsWith;
 using ::walsh::testing::StatusIs;
 
 // Sends raw bytes and returns all that comes back.
-std::string Exchange(int port, const std::string& request) {
-  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_port = htons(static_cast<uint16_t>(port));
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+template <typename Address>
+std::string ExchangeWith(const Address& address, int family, const std::string& request) {
+  const int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0);
   std::string answer;
-  if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 &&
+  if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0 &&
       send(fd, request.data(), request.size(), MSG_NOSIGNAL) >= 0) {
     char buffer[4096];
     for (ssize_t n; (n = recv(fd, buffer, sizeof buffer, 0)) > 0;) {
@@ -42,6 +39,34 @@ std::string Exchange(int port, const std::string& request) {
   }
   close(fd);
   return answer;
+}
+
+std::string Exchange(int port, const std::string& request) {
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  return ExchangeWith(address, AF_INET, request);
+}
+
+std::string ExchangeIpv6(int port, const std::string& request) {
+  sockaddr_in6 address{};
+  address.sin6_family = AF_INET6;
+  address.sin6_port = htons(static_cast<uint16_t>(port));
+  address.sin6_addr = in6addr_loopback;
+  return ExchangeWith(address, AF_INET6, request);
+}
+
+// Whether this machine has an IPv6 loopback.
+bool HasIpv6() {
+  const int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return false;
+  sockaddr_in6 address{};
+  address.sin6_family = AF_INET6;
+  address.sin6_addr = in6addr_loopback;
+  const bool is_there = bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+  close(fd);
+  return is_there;
 }
 
 std::string Get(int port, const std::string& path, const std::string& method = "GET") {
@@ -64,6 +89,22 @@ TEST(HttpServerTest, ProbesFollowTheCallbacks) {
   }
   is_ready = true;
   EXPECT_THAT(Get(server->port(), "/readyz"), EndsWith("\r\n\r\nok\n"));
+}
+
+TEST(HttpServerTest, ListensOnIpv6WithAndWithoutBrackets) {
+  if (!HasIpv6()) GTEST_SKIP() << "no IPv6 loopback here";
+  for (const char* host : {"::1", "[::1]"}) {
+    const auto server = HttpServer::Start({.host = host});
+    if (absl::IsUnimplemented(server.status())) {
+      EXPECT_THAT(server.status(),
+                  StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("[::1]:0: the civetweb")));
+      continue;
+    }
+    ASSERT_OK(server);
+    EXPECT_THAT(ExchangeIpv6((*server)->port(), "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+                StartsWith("HTTP/1.1 200"))
+        << host;
+  }
 }
 
 TEST(HttpServerTest, ShowsMetricsAndVersion) {
