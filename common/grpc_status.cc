@@ -129,6 +129,33 @@ absl::Status NotFound(std::string_view type, std::string_view name) {
   return status;
 }
 
+void SetResourceInfo(absl::Status& status, std::string_view type, std::string_view name,
+                     std::string_view description) {
+  google::rpc::ResourceInfo info;
+  info.set_resource_type(ReplaceInvalidUtf8(type));
+  info.set_resource_name(ReplaceInvalidUtf8(name));
+  info.set_description(ReplaceInvalidUtf8(description));
+  SetDetail(status, info);
+}
+
+void SetPreconditionFailure(absl::Status& status, std::string_view type, std::string_view subject,
+                            std::string_view description) {
+  google::rpc::PreconditionFailure failure;
+  auto* violation = failure.add_violations();
+  violation->set_type(std::string(type));
+  violation->set_subject(ReplaceInvalidUtf8(subject));
+  violation->set_description(ReplaceInvalidUtf8(description));
+  SetDetail(status, failure);
+}
+
+void SetQuotaFailure(absl::Status& status, std::string_view subject, std::string_view description) {
+  google::rpc::QuotaFailure failure;
+  auto* violation = failure.add_violations();
+  violation->set_subject(ReplaceInvalidUtf8(subject));
+  violation->set_description(ReplaceInvalidUtf8(description));
+  SetDetail(status, failure);
+}
+
 void SetRetryDelay(absl::Status& status, absl::Duration delay) {
   google::rpc::RetryInfo info;
   absl::Duration rest = std::clamp(delay, absl::ZeroDuration(), absl::Hours(24));

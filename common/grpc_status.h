@@ -32,6 +32,14 @@ std::string ErrorReason(const absl::Status& status);
 absl::Status InvalidField(std::string_view field, std::string_view description);
 // ResourceInfo with NOT_FOUND: "model 'x' does not exist".
 absl::Status NotFound(std::string_view type, std::string_view name);
+// ResourceInfo beside ALREADY_EXISTS: what is there already.
+void SetResourceInfo(absl::Status& status, std::string_view type, std::string_view name,
+                     std::string_view description);
+// PreconditionFailure beside FAILED_PRECONDITION, with one entry; `type` is UPPER_SNAKE.
+void SetPreconditionFailure(absl::Status& status, std::string_view type, std::string_view subject,
+                            std::string_view description);
+// QuotaFailure beside RESOURCE_EXHAUSTED, with one entry.
+void SetQuotaFailure(absl::Status& status, std::string_view subject, std::string_view description);
 // RetryInfo beside RESOURCE_EXHAUSTED or UNAVAILABLE.
 void SetRetryDelay(absl::Status& status, absl::Duration delay);
 

@@ -36,14 +36,21 @@ class Reactor : public grpc::ServerUnaryReactor {
   const std::shared_ptr<Cancellation> cancellation_;
 };
 
-absl::Status Overloaded() {
-  absl::Status status = absl::ResourceExhaustedError("too many calls wait for the coordinator");
+}  // namespace
+
+absl::Status Overloaded(absl::StatusCode code) {
+  absl::Status status(code, "too many calls wait for the coordinator");
   SetErrorInfo(status, "OVERLOADED");
   SetRetryDelay(status, absl::Seconds(1));
   return status;
 }
 
-}  // namespace
+absl::Status Stopping() {
+  absl::Status status = absl::UnavailableError("the coordinator stops");
+  SetErrorInfo(status, "STOPPING");
+  SetRetryDelay(status, absl::Seconds(1));
+  return status;
+}
 
 std::string EchoRequestId(grpc::CallbackServerContext* context) {
   std::string id;

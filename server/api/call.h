@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "common/grpc_cancellation.h"
+#include "common/grpc_status.h"
 #include "server/executor.h"
 
 namespace walsh::api {
@@ -41,6 +42,20 @@ class Call {
   std::shared_ptr<Cancellation> cancellation_;
   grpc::ServerUnaryReactor* reactor_;  // gRPC's, until Finish
   std::string request_id_;
+};
+
+// What refuses a call before its work began; RetryInfo. RESOURCE_EXHAUSTED (OVERLOADED) because too
+// much waits; UNAVAILABLE for calls that their callers make again by themselves.
+absl::Status Overloaded(absl::StatusCode code = absl::StatusCode::kResourceExhausted);
+// UNAVAILABLE (STOPPING), with RetryInfo: the coordinator stops, and may come back.
+absl::Status Stopping();
+
+// A stream that ends before it began.
+template <typename Response>
+class FailedStream : public grpc::ServerWriteReactor<Response> {
+ public:
+  explicit FailedStream(const absl::Status& status) { this->Finish(ToGrpcStatus(status)); }
+  void OnDone() override { delete this; }
 };
 
 // Adds x-request-id to the answer's initial metadata and returns it.

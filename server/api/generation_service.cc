@@ -19,16 +19,9 @@ namespace {
 using fleet::WorkerAddress;
 using v1::GenerateStreamResponse;
 
-// A stream that ends before it began.
-class FailedStream : public fleet::StreamReactor {
- public:
-  explicit FailedStream(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
-  void OnDone() override { delete this; }
-};
-
 absl::StatusOr<WorkerAddress> Route(const Core& core, const std::string& model) {
   WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", model));
-  if (core.is_stopping) return absl::UnavailableError("the coordinator stops");
+  if (core.is_stopping) return Stopping();
   if (!core.catalog->Knows(id)) return NotFound("model", id);
   return fleet::ChooseForGeneration(id, core.registry->Replicas(id));
 }
@@ -112,7 +105,7 @@ fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* 
   auto forwarded = Forward(core, name, *request, request_id, &done);
   if (!forwarded.ok()) {
     LogEnd(name, request_id, forwarded.status());
-    return new FailedStream(forwarded.status());
+    return new FailedStream<GenerateStreamResponse>(forwarded.status());
   }
   const auto start = [call = *forwarded, method](grpc::ClientContext* client_context,
                                                  fleet::StreamReader* reader) {

@@ -71,7 +71,7 @@ class LeaseWait : public grpc::ServerUnaryReactor, public std::enable_shared_fro
     if (is_finished_ || is_trying_ || !has_work_) return;
     has_work_ = false;
     is_trying_ = core_->executor->Post([self = shared_from_this()] { self->Try(); });
-    if (!is_trying_) FinishOnce(absl::UnavailableError("too many calls wait"));
+    if (!is_trying_) FinishOnce(Overloaded(absl::StatusCode::kUnavailable));
   }
 
   // On the executor.
@@ -92,7 +92,7 @@ class LeaseWait : public grpc::ServerUnaryReactor, public std::enable_shared_fro
       FinishOnce(lease->status());
     } else if (core_->is_stopping && !(*lease)->has_value()) {
       // Not an empty answer, after which the worker would ask again at once.
-      FinishOnce(absl::UnavailableError("the coordinator stops"));
+      FinishOnce(Stopping());
     } else if (!(*lease)->has_value()) {
       if (is_over_) FinishOnce(absl::OkStatus());
       TryLater();

@@ -8,6 +8,7 @@
 #include "common/grpc_status.h"
 #include "common/log.h"
 #include "common/resource_name.h"
+#include "server/api/call.h"
 #include "server/fleet/placement.h"
 
 namespace walsh::api {
@@ -19,7 +20,7 @@ using fleet::WorkerAddress;
 // Goes on with `next` on the executor; a full executor is an error like any other.
 void Continue(Core* core, const Done& done, std::function<void()> next) {
   if (!core->executor->Post(std::move(next))) {
-    done(absl::ResourceExhaustedError("too many calls wait for the coordinator"));
+    done(Overloaded());
   }
 }
 
@@ -130,6 +131,7 @@ void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits
     SetErrorInfo(status, "MODEL_LOADED");
     return done(status);
   }
+    SetPreconditionFailure(status, "MODEL_HOST", ModelName(id), "no connected worker has it");
   UnloadReplicas(core, id, replicas, limits, [=](const absl::Status& status) {
     if (!status.ok()) return done(status);
     Continue(core, done, [=] { DeleteReplicas(core, id, replicas, limits, done); });
@@ -137,3 +139,5 @@ void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits
 }
 
 }  // namespace walsh::api
+    SetPreconditionFailure(status, "MODEL_STATE", ModelName(id),
+                           v1::Model::State_Name(replica.model.state()));

@@ -16,13 +16,6 @@ namespace {
 // Of what our workers read, as config.json and GGUF name them.
 constexpr const char* kArchitectures[] = {"LlamaForCausalLM", "MistralForCausalLM", "llama"};
 
-// A stream that ends before it began.
-class FailedWatch : public grpc::ServerWriteReactor<v1::QuantizationJobEvent> {
- public:
-  explicit FailedWatch(const absl::Status& status) { Finish(ToGrpcStatus(status)); }
-  void OnDone() override { delete this; }
-};
-
 }  // namespace
 
 grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
@@ -67,7 +60,10 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::ListQuantizationJobs(
 grpc::ServerWriteReactor<v1::QuantizationJobEvent>* QuantizationServiceImpl::WatchQuantizationJob(
     grpc::CallbackServerContext* context, const v1::WatchQuantizationJobRequest* request) {
   const absl::StatusOr<std::string> id = ParseJobName("name", request->name());
-  if (!id.ok()) return new FailedWatch(id.status());
+  if (!id.ok()) {
+    LogEnd("WatchQuantizationJob", EchoRequestId(context), id.status());
+    return new FailedStream<v1::QuantizationJobEvent>(id.status());
+  }
   return WatchJob(context, core_, *id, request->after_sequence());
 }
 

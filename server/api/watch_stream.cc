@@ -70,11 +70,11 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
       return Write();
     }
     if (is_final_) return FinishOnce(absl::OkStatus());
-    if (core_->is_stopping) return FinishOnce(absl::UnavailableError("the coordinator stops"));
+    if (core_->is_stopping) return FinishOnce(Stopping());
     if (!has_news_) return;
     has_news_ = false;
     is_reading_ = core_->executor->Post([self = shared_from_this()] { self->Read(); });
-    if (!is_reading_) FinishOnce(absl::UnavailableError("too many calls wait"));
+    if (!is_reading_) FinishOnce(Overloaded(absl::StatusCode::kUnavailable));
   }
 
   void Write() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {

@@ -11,6 +11,7 @@
 namespace walsh::fleet {
 namespace {
 
+constexpr absl::Duration kStalledRetry = absl::Seconds(1);
 // How long a client that stalled may take to fetch the status that tells it so.
 constexpr absl::Duration kStalledGrace = absl::Seconds(30);
 
@@ -148,6 +149,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
       if (is_writing_ && stalled >= limits_.stall_max) {
         absl::Status slow = absl::ResourceExhaustedError("the client reads too slowly");
         SetErrorInfo(slow, "SLOW_READER");
+        SetRetryDelay(slow, kStalledRetry);
         GiveUp(slow);
         CancelLater();
         return;

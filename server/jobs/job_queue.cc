@@ -88,6 +88,7 @@ absl::StatusOr<std::optional<QuantizationJob>> JobQueue::FindSubmitted(
         absl::AlreadyExistsError(absl::StrCat("request_id '", key.request_id, "' was used for ",
                                               job, " with another body; use a new request_id"));
     SetErrorInfo(status, "REQUEST_ID_REUSED", {{"job", job}});
+    SetResourceInfo(status, "job", job, "made with this request_id from another body");
     return status;
   }
   absl::StatusOr<JobRecord> record = Find(stored->job_id);
@@ -114,6 +115,7 @@ absl::StatusOr<QuantizationJob> JobQueue::Submit(QuantizationJob job, std::strin
       return full;
     }
   }
+      SetQuotaFailure(full, "queued jobs", absl::StrCat("at most ", options_.queued_jobs_max));
   if (id.empty()) id = NewId();
   job.set_name(JobName(id));
   job.set_request_id(key.request_id);

@@ -9,7 +9,8 @@
 //
 // Errors:  those of the store and of Apply; NOT_FOUND no such job; ABORTED a lease that is not
 // held;
-//          RESOURCE_EXHAUSTED too many queued jobs (ErrorInfo QUEUE_FULL, RetryInfo).
+//          RESOURCE_EXHAUSTED too many queued jobs (ErrorInfo QUEUE_FULL, QuotaFailure,
+//          RetryInfo).
 // Threads: safe. Calls may block on the disk, except Renew.
 #pragma once
 

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 #include "common/grpc_status.h"
 #include "common/status_macros.h"
 
@@ -10,6 +11,9 @@ namespace walsh::jobs {
 namespace {
 
 constexpr int kBusyTimeoutMs = 5000;
+// Somebody has to make room; a disk that fails may do so for a moment only.
+constexpr absl::Duration kFullRetry = absl::Seconds(30);
+constexpr absl::Duration kIoErrorRetry = absl::Seconds(1);
 
 absl::Status SqliteStatus(int result) {
   const std::string text = absl::StrCat("job store: ", sqlite3_errstr(result));
@@ -22,6 +26,7 @@ absl::Status SqliteStatus(int result) {
     case SQLITE_CANTOPEN:
       status = absl::ResourceExhaustedError(text);
       SetErrorInfo(status, "STORE_FULL");
+      SetRetryDelay(status, kFullRetry);
       return status;
     case SQLITE_IOERR:
     case SQLITE_BUSY:
@@ -29,6 +34,7 @@ absl::Status SqliteStatus(int result) {
     case SQLITE_NOMEM:
       status = absl::UnavailableError(text);
       SetErrorInfo(status, "STORE_IO_ERROR");
+      SetRetryDelay(status, kIoErrorRetry);
       return status;
     case SQLITE_CORRUPT:
     case SQLITE_NOTADB:

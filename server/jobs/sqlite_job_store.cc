@@ -65,6 +65,7 @@ absl::Status AlreadyExists(std::string_view type, const std::string& name, std::
   absl::Status status = absl::AlreadyExistsError(
       absl::StrCat(std::string(type), " '", name, "' is taken by ", std::string(by)));
   SetErrorInfo(status, "NAME_TAKEN", {{"name", name}});
+  SetResourceInfo(status, type, name, absl::StrCat("taken by ", std::string(by)));
   return status;
 }
 

@@ -440,7 +440,9 @@ TEST_F(CoordinatorJobsTest, StopEndsWatchesAndWaitingWorkersAtOnce) {
   ASSERT_TRUE(reader->Read(&event));
   std::thread waiting([&] {
     // An error, so that the worker does not ask again at once.
-    EXPECT_THAT(idle->Acquire(absl::Seconds(30)), HasCode(absl::StatusCode::kUnavailable));
+    const absl::Status stopping = idle->Acquire(absl::Seconds(30)).status();
+    EXPECT_THAT(stopping, HasCode(absl::StatusCode::kUnavailable));
+    EXPECT_EQ(ErrorReason(stopping), "STOPPING");
   });
   // Nothing shows from outside that a call waits; sooner, the test is only weaker.
   Pause(absl::Milliseconds(300));
@@ -457,6 +459,51 @@ TEST_F(CoordinatorJobsTest, DataFolderIsUsedByOneCoordinator) {
   ServerOptions second = options_;
   second.grpc_port = second.internal_port = second.http_port = second.metrics_port = 0;
   EXPECT_THAT(Server::Start(second).status(), HasCode(absl::StatusCode::kFailedPrecondition));
+}
+
+// What a terminal draws after a reconnect comes from heartbeats only.
+TEST_F(WatchHeartbeatTest, QuietWatchThatResumesRepeatsTheLastEvent) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  ASSERT_OK(worker->Report(lease, QuantizationJob::QUANTIZING, 0.5, "half"));
+  grpc::ClientContext context;
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("a");
+  request.set_after_sequence(3);
+  const auto reader = jobs_->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_TRUE(reader->Read(&event));
+    EXPECT_TRUE(event.heartbeat());
+    EXPECT_EQ(event.sequence(), 3);
+    EXPECT_EQ(event.state(), QuantizationJob::RUNNING);
+    EXPECT_EQ(event.stage(), QuantizationJob::QUANTIZING);
+    EXPECT_EQ(event.progress().fraction(), 0.5);
+    EXPECT_EQ(event.attempt(), 1);
+    EXPECT_EQ(event.message(), "");
+  }
+  ASSERT_OK(worker->Succeed(lease));
+  do {
+    ASSERT_TRUE(reader->Read(&event));
+  } while (event.heartbeat());
+  EXPECT_EQ(event.sequence(), 4);
+  EXPECT_FALSE(reader->Read(&event));
+  EXPECT_TRUE(reader->Finish().ok());
+}
+
+TEST_F(CoordinatorJobsTest, WatchWithABadNameEchoesItsRequestId) {
+  grpc::ClientContext context;
+  context.AddMetadata("x-request-id", "my-watch");
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("?");
+  const auto reader = jobs_->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  EXPECT_FALSE(reader->Read(&event));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  const auto it = context.GetServerInitialMetadata().find("x-request-id");
+  ASSERT_NE(it, context.GetServerInitialMetadata().end());
+  EXPECT_EQ(std::string(it->second.data(), it->second.size()), "my-watch");
 }
 
 TEST_F(CoordinatorJobsTest, TakenPortIsAnError) {

@@ -121,6 +121,7 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Le
         absl::StrCat(ModelName(id), " exists already, made by ",
                      model.quantization_job().empty() ? "no job" : model.quantization_job()));
     SetErrorInfo(status, "MODEL_EXISTS");
+    SetResourceInfo(status, "model", ModelName(id), "exists already");
     return status;
   }
   WALSH_LOG(Info, "the job was published before; completing it", {"job", lease.job_name()});

@@ -310,6 +310,7 @@ absl::Status ModelStore::CheckNameIsFree(const std::string& id) const {
       absl::StrCat(ModelName(id), " exists already",
                    Get(id).ok() ? "" : " and cannot be read; its folder must be moved away first"));
   SetErrorInfo(status, "MODEL_EXISTS");
+  SetResourceInfo(status, "model", ModelName(id), "exists already");
   return status;
 }
 

@@ -65,6 +65,20 @@ TEST(GrpcStatusTest, DetailsAreTheStandardOnes) {
   const absl::Status missing = NotFound("model", "x");
   EXPECT_THAT(missing, StatusIs(absl::StatusCode::kNotFound, "model 'x' does not exist"));
   EXPECT_EQ(DetailOf<google::rpc::ResourceInfo>(missing).resource_name(), "x");
+
+  absl::Status taken = absl::AlreadyExistsError("taken");
+  SetResourceInfo(taken, "job", "jobs/a", "by \xff another");
+  EXPECT_EQ(DetailOf<google::rpc::ResourceInfo>(taken).resource_type(), "job");
+  EXPECT_EQ(DetailOf<google::rpc::ResourceInfo>(taken).description(), "by \uFFFD another");
+
+  absl::Status state = absl::FailedPreconditionError("wrong state");
+  SetPreconditionFailure(state, "JOB_STATE", "jobs/a", "is SUCCEEDED");
+  const auto failure = DetailOf<google::rpc::PreconditionFailure>(state);
+  EXPECT_EQ(failure.violations(0).type(), "JOB_STATE");
+  EXPECT_EQ(failure.violations(0).subject(), "jobs/a");
+
+  SetQuotaFailure(full, "queued jobs", "at most 10");
+  EXPECT_EQ(DetailOf<google::rpc::QuotaFailure>(full).violations(0).description(), "at most 10");
 }
 
 TEST(GrpcStatusTest, AStatusWithoutDetailsSendsNone) {
