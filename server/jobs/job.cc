@@ -91,11 +91,13 @@ class Step {
 
   StatusOrTransition operator()(const Report& event) {
     if (absl::Status held = CheckHeld(event.token, event); !held.ok()) return held;
-    // From PUBLISHING on there would be an artifact of a job that was cancelled.
+    // From PUBLISHING on there would be an artifact of a job that was cancelled. For the same
+    // reason such a job cannot be cancelled.
     if (state() == QuantizationJob::CANCELLING &&
         event.event.stage() == QuantizationJob::PUBLISHING) {
       absl::Status refused = absl::FailedPreconditionError("the job is being cancelled");
       SetErrorInfo(refused, "JOB_CANCELLING");
+      SetPreconditionFailure(refused, "JOB_STATE", record_.job.name(), "is CANCELLING");
       return refused;
     }
     return Record(event.event);
@@ -110,7 +112,7 @@ class Step {
     progress->set_fraction(1);
     progress->set_layers_done(progress->layers_total());
     progress->clear_eta();
-    // Also from CANCELLING: the artifact is published, and CANCELLED would deny it.
+    // Also from CANCELLING, should a worker publish nonetheless: CANCELLED would deny the artifact.
     return Enter(std::move(record_), QuantizationJob::SUCCEEDED, now_, "succeeded");
   }
 
@@ -178,6 +180,7 @@ class Step {
       case QuantizationJob::QUEUED:
         return Cancelled("cancelled before it ran");
       case QuantizationJob::RUNNING:
+        if (record_.job.stage() == QuantizationJob::PUBLISHING) return TooLateToCancel();
         return Enter(std::move(record_), QuantizationJob::CANCELLING, now_, "cancelling");
       case QuantizationJob::CANCELLING:
       case QuantizationJob::CANCELLED:
@@ -204,9 +207,23 @@ class Step {
   bool IsRepeat(int64_t token) const { return token != 0 && token == record_.completed_token; }
 
   absl::Status Illegal(const JobEvent& event) const {
-    return absl::FailedPreconditionError(
-        absl::StrCat(record_.job.name(), " is ", std::string(StateName(state())), ": ",
-                     std::string(EventName(event)), " is not possible"));
+    const std::string state_name(StateName(state()));
+    absl::Status status = absl::FailedPreconditionError(
+        absl::StrCat(record_.job.name(), " is ", state_name, ": ", std::string(EventName(event)),
+                     " is not possible"));
+    SetPreconditionFailure(status, "JOB_STATE", record_.job.name(),
+                           absl::StrCat("is ", state_name));
+    return status;
+  }
+
+  absl::Status TooLateToCancel() const {
+    absl::Status status = absl::FailedPreconditionError(
+        absl::StrCat(record_.job.name(),
+                     " is publishing its model and can no longer be cancelled; "
+                     "the model can be deleted once the job has ended"));
+    SetErrorInfo(status, "JOB_PUBLISHING");
+    SetPreconditionFailure(status, "JOB_STATE", record_.job.name(), "is in stage PUBLISHING");
+    return status;
   }
 
   // OK when the sender holds the current lease.

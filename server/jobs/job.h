@@ -5,7 +5,8 @@
 // Nothing here reads a clock, draws a random number or touches a disk, so that every path, however
 // rare, is one function call in a test.
 //
-// Errors: FAILED_PRECONDITION  the state does not allow the event
+// Errors: FAILED_PRECONDITION  the state does not allow the event (PreconditionFailure; ErrorInfo
+//                              JOB_CANCELLING, JOB_PUBLISHING where the worker or client must know)
 //         ABORTED              the event's fencing token is not that of the current lease
 //                              (ErrorInfo STALE_FENCING_TOKEN)
 #pragma once

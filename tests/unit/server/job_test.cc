@@ -56,6 +56,7 @@ struct Case {
   JobEvent event;
   int retries = 0;
   int crashes = 0;
+  QuantizationJob::Stage stage = QuantizationJob::STAGE_UNSPECIFIED;
 };
 
 std::map<std::string, Case> Cases() {
@@ -74,6 +75,7 @@ std::map<std::string, Case> Cases() {
       {"LoseLease", {LoseLease{}}},
       {"LoseLease, once too often", {LoseLease{}, 0, limits::kJobCrashesMax - 1}},
       {"Cancel", {RequestCancel{}}},
+      {"Cancel while PUBLISHING", {RequestCancel{}, 0, 0, QuantizationJob::PUBLISHING}},
       {"Delete", {Delete{}}},
       {"Succeed, repeated", {Succeed{kCompleted, {}}}},
       {"Fail, repeated", {Failed(kCompleted, forever)}},
@@ -91,6 +93,7 @@ std::string Outcome(const Case& c, QuantizationJob::State state) {
   JobRecord record = InState(state);
   record.retries = c.retries;
   record.crashes = c.crashes;
+  record.job.set_stage(c.stage);
   const absl::StatusOr<Transition> applied = Apply(record, c.event, kNow);
   if (!applied.ok()) return absl::StatusCodeToString(applied.status().code());
   if (!applied->event.has_value()) {
@@ -238,6 +241,19 @@ TEST(JobTest, RepeatedCompletionIsOkAlsoAfterTheNextLease) {
   record = Apply(record, LoseLease{}, kNow)->next;
   EXPECT_THAT(Apply(record, Succeed{record.fencing_token, {}}, kNow),
               HasCode(absl::StatusCode::kAborted));
+}
+
+TEST(JobTest, JobThatPublishesCannotBeCancelledAndSaysWhatToDo) {
+  JobRecord record = InState(QuantizationJob::RUNNING);
+  ASSERT_OK_AND_ASSIGN(
+      const Transition publishing,
+      Apply(record, JobEvent(Reported(kToken, QuantizationJob::PUBLISHING)), kNow));
+  const absl::Status refused = Apply(publishing.next, RequestCancel{}, kNow).status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("deleted")));
+  EXPECT_EQ(ErrorReason(refused), "JOB_PUBLISHING");
+  // The next attempt can be cancelled again.
+  ASSERT_OK_AND_ASSIGN(const Transition lost, Apply(publishing.next, LoseLease{}, kNow));
+  EXPECT_OK(Apply(lost.next, RequestCancel{}, kNow).status());
 }
 
 TEST(JobTest, StaleTokenHasAReason) {
