@@ -388,9 +388,10 @@ void JobQueue::Adopt(const std::string& id, const JobRecord& record) {
   queued_.erase({live.order, id});
   if (is_new || record.fencing_token != token_before) {
     leases_.Grant(id, record.job.worker(), record.fencing_token, now);
-    // After a restart the worker has long had the token.
-    if (is_new) leases_.Renew(id, record.job.worker(), record.fencing_token, now);
   }
+    // Unconfirmed also after a restart: a worker that still has the job confirms it as soon as it
+    // has registered again; one that asks for another job has dropped this one for want of a
+    // coordinator, or never got the answer that granted it, and has not crashed.
 }
 
 }  // namespace walsh::jobs

@@ -82,7 +82,8 @@ class JobQueue {
     int64_t token = 0;
     QuantizationJob job;
   };
-  // The oldest job that is due, or none. A worker that asks while it holds a lease has dropped it.
+  // The oldest job that is due, or none. A worker that asks while it holds a lease has dropped it;
+  // that is a crash only when it has used the lease's token since this process granted or found it.
   absl::StatusOr<std::optional<GrantedLease>> Acquire(const std::string& worker);
   // Notified, under any key, when a job may be there to acquire.
   Subscriptions& work_subscriptions() { return work_subscriptions_; }

@@ -279,6 +279,33 @@ TEST_F(JobQueueTest, AskingAgainDropsTheLeaseThatIsHeld) {
   EXPECT_EQ(queue_->Get("a")->error_reason(), "POISONED");
 }
 
+// A worker that was without a coordinator for longer than its lease drops its job; so it does when
+// the coordinator died between granting and answering.
+TEST_F(JobQueueTest, AskingAgainAfterARestartIsNoCrash) {
+  Submit("a");
+  for (int i = 1; i <= 9; ++i) {
+    const auto [id, token] = Acquire("workers/" + std::to_string(i % 2));
+    ASSERT_EQ(id, "a");
+    EXPECT_TRUE(queue_->Renew("workers/" + std::to_string(i % 2), id, token).is_held);
+    Restart();
+    // It asks again, gets the job as a new attempt, and gives it back.
+    const auto [again, higher] = Acquire("workers/" + std::to_string(i % 2));
+    ASSERT_EQ(again, "a");
+    EXPECT_GT(higher, token);
+    EXPECT_OK(queue_->ReturnLease("workers/" + std::to_string(i % 2)));
+  }
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  // One that has told since the restart that it has the job, and then drops it, did crash.
+  const auto [id, token] = Acquire("workers/1");
+  Restart();
+  EXPECT_TRUE(queue_->Renew("workers/1", id, token).is_held);
+  for (int i = 1; i <= 5; ++i) {
+    const auto [again, next] = Acquire("workers/1");
+    queue_->Renew("workers/1", again, next);
+  }
+  EXPECT_EQ(queue_->Get("a")->error_reason(), "POISONED");
+}
+
 TEST_F(JobQueueTest, DeleteNeedsATerminalJob) {
   Submit("a");
   EXPECT_THAT(queue_->Delete("a"), HasCode(absl::StatusCode::kFailedPrecondition));
