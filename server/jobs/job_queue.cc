@@ -92,11 +92,15 @@ absl::StatusOr<std::optional<QuantizationJob>> JobQueue::FindSubmitted(
     return status;
   }
   absl::StatusOr<JobRecord> record = Find(stored->job_id);
-  if (absl::IsNotFound(record.status())) {
-    return absl::AlreadyExistsError(absl::StrCat("request_id '", key.request_id, "' created ", job,
-                                                 ", which was deleted since"));
+  if (!record.ok() && !absl::IsNotFound(record.status())) return record.status();
+  // The id may have been given to another job after the first was deleted.
+  if (!record.ok() || record->job.request_id() != key.request_id) {
+    absl::Status status = absl::AlreadyExistsError(absl::StrCat(
+        "request_id '", key.request_id, "' created ", job, ", which was deleted since"));
+    SetErrorInfo(status, "REQUEST_ID_REUSED", {{"job", job}});
+    SetResourceInfo(status, "job", job, "deleted since");
+    return status;
   }
-  WALSH_RETURN_IF_ERROR(record.status());
   return std::move(record->job);
 }
 
@@ -111,11 +115,11 @@ absl::StatusOr<QuantizationJob> JobQueue::Submit(QuantizationJob job, std::strin
       absl::Status full = absl::ResourceExhaustedError(absl::StrCat(
           queued_.size(), " jobs are queued, at most ", options_.queued_jobs_max, " are taken"));
       SetErrorInfo(full, "QUEUE_FULL");
+      SetQuotaFailure(full, "queued jobs", absl::StrCat("at most ", options_.queued_jobs_max));
       SetRetryDelay(full, kQueueFullRetry);
       return full;
     }
   }
-      SetQuotaFailure(full, "queued jobs", absl::StrCat("at most ", options_.queued_jobs_max));
   if (id.empty()) id = NewId();
   job.set_name(JobName(id));
   job.set_request_id(key.request_id);
@@ -387,11 +391,11 @@ void JobQueue::Adopt(const std::string& id, const JobRecord& record) {
   }
   queued_.erase({live.order, id});
   if (is_new || record.fencing_token != token_before) {
-    leases_.Grant(id, record.job.worker(), record.fencing_token, now);
-  }
     // Unconfirmed also after a restart: a worker that still has the job confirms it as soon as it
     // has registered again; one that asks for another job has dropped this one for want of a
     // coordinator, or never got the answer that granted it, and has not crashed.
+    leases_.Grant(id, record.job.worker(), record.fencing_token, now);
+  }
 }
 
 }  // namespace walsh::jobs

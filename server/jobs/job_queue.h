@@ -57,7 +57,8 @@ class JobQueue {
   // job that its first form created.
   absl::StatusOr<QuantizationJob> Submit(QuantizationJob job, std::string id,
                                          const RequestKey& key);
-  // The job that this request created before; ALREADY_EXISTS when it asked for something else.
+  // The job that this request created before; ALREADY_EXISTS when it asked for something else, or
+  // the job was deleted since.
   absl::StatusOr<std::optional<QuantizationJob>> FindSubmitted(const RequestKey& key) const;
   // ALREADY_EXISTS when Submit would refuse these names.
   absl::Status CheckNamesAreFree(const std::string& id, const std::string& model_name) const {

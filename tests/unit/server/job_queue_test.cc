@@ -355,6 +355,18 @@ TEST_F(JobQueueTest, RepeatedRequestGivesTheSameJob) {
   EXPECT_OK(queue_->Submit(SomeJob("m2"), "", {.request_id = "r", .body_sha256 = "other"}));
 }
 
+TEST_F(JobQueueTest, RepeatedRequestDoesNotGiveALaterJobOfTheSameId) {
+  const RequestKey key = {.request_id = "r1", .body_sha256 = "h1"};
+  ASSERT_OK(queue_->Submit(SomeJob("m"), "a", key));
+  ASSERT_OK(queue_->Cancel("a"));
+  ASSERT_OK(queue_->Delete("a"));
+  const absl::Status deleted = queue_->Submit(SomeJob("m"), "a", key).status();
+  EXPECT_THAT(deleted, StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("deleted since")));
+  ASSERT_OK(queue_->Submit(SomeJob("m2"), "a", {.request_id = "r2", .body_sha256 = "h2"}));
+  EXPECT_EQ(queue_->Submit(SomeJob("m"), "a", key).status(), deleted);
+  EXPECT_EQ(ErrorReason(deleted), "REQUEST_ID_REUSED");
+}
+
 TEST_F(JobQueueTest, HundredParallelDuplicatesGiveOneJob) {
   constexpr int kThreads = 100;
   std::vector<std::string> names(kThreads);
