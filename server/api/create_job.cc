@@ -31,6 +31,17 @@ absl::Status Store(const Creation& creation) {
   return absl::OkStatus();
 }
 
+// What an earlier or a parallel form of this request led to, else `refused`: the names that this
+// one found taken may be those of its twin, stored a moment ago.
+absl::Status EarlierResultOr(const Creation& creation, const absl::Status& refused) {
+  if (creation.request->validate_only()) return refused;
+  WALSH_ASSIGN_OR_RETURN(std::optional<v1::QuantizationJob> before,
+                         creation.core->queue->FindSubmitted(creation.key));
+  if (!before.has_value()) return refused;
+  *creation.response = *std::move(before);
+  return absl::OkStatus();
+}
+
 // True: the worker's answer says nothing about the job.
 bool GaveNoAnswer(const absl::Status& status) {
   return absl::IsDeadlineExceeded(status) || ErrorReason(status) == "WORKER_LOST";
@@ -39,7 +50,7 @@ bool GaveNoAnswer(const absl::Status& status) {
 absl::Status OnValidated(const Creation& creation,
                          const absl::StatusOr<ValidateJobResponse>& validated) {
   const bool is_unchecked = GaveNoAnswer(validated.status());
-  if (!validated.ok() && !is_unchecked) return validated.status();
+  if (!validated.ok() && !is_unchecked) return EarlierResultOr(creation, validated.status());
   if (!creation.request->validate_only()) {
     if (is_unchecked) {
       WALSH_LOG(Warning, "job is queued unchecked", {"request_id", creation.call.request_id()},
@@ -57,20 +68,26 @@ absl::Status OnValidated(const Creation& creation,
   return absl::OkStatus();
 }
 
-// Finishes the call unless a worker is asked first.
-absl::Status CheckHere(Creation* creation, bool* is_created) {
+// False: the answer is in the response; a worker need not be asked.
+absl::StatusOr<bool> CheckHere(Creation* creation) {
   WALSH_ASSIGN_OR_RETURN(creation->job, jobs::ValidateNewJob(*creation->request));
   creation->key = {.request_id = creation->request->request_id(),
                    .body_sha256 = jobs::BodySha256(*creation->request)};
+  // The names first: a twin that is stored in between is found then.
+  absl::Status free = creation->core->queue->CheckNamesAreFree(
+      creation->request->quantization_job_id(), creation->job.model_name());
+  if (creation->request->validate_only()) {
+    if (!free.ok()) return free;
+    return true;
+  }
   WALSH_ASSIGN_OR_RETURN(std::optional<v1::QuantizationJob> before,
                          creation->core->queue->FindSubmitted(creation->key));
-  *is_created = before.has_value();
   if (before.has_value()) {
     *creation->response = *std::move(before);
-    return absl::OkStatus();
+    return false;
   }
-  return creation->core->queue->CheckNamesAreFree(creation->request->quantization_job_id(),
-                                                  creation->job.model_name());
+  if (!free.ok()) return free;
+  return true;
 }
 
 }  // namespace
@@ -78,9 +95,8 @@ absl::Status CheckHere(Creation* creation, bool* is_created) {
 void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
                v1::QuantizationJob* response) {
   Creation creation = {core, call, request, response, {}, {}};
-  bool is_created = false;
-  const absl::Status checked = CheckHere(&creation, &is_created);
-  if (!checked.ok() || is_created) return call.Finish(checked);
+  const absl::StatusOr<bool> must_go_on = CheckHere(&creation);
+  if (!must_go_on.ok() || !*must_go_on) return call.Finish(must_go_on.status());
   const std::optional<fleet::WorkerAddress> worker = core->registry->AnyOnline();
   if (!worker.has_value()) {
     return call.Finish(request->validate_only() ? fleet::NoWorker() : Store(creation));

@@ -312,6 +312,47 @@ TEST_F(CoordinatorJobsTest, WorkerRegistersAgainAndGoesOnAfterARestart) {
 // -- Watch
 
 TEST_F(CoordinatorJobsTest, WatchReplaysThenFollowsAndEnds) {
+// Both forms of a request are looked at by the worker; the first is told that the name is taken,
+// by the second.
+TEST_F(CoordinatorJobsTest, RepeatedRequestWinsOverTheNameThatItsTwinTook) {
+  const auto worker = NewWorker("w1");
+  std::atomic<int> n_asked{0};
+  std::atomic<bool> is_stored{false};
+  worker->on_validate = [&](const auto&, auto*) {
+    if (n_asked++ > 0) return grpc::Status::OK;
+    EXPECT_TRUE(WaitUntil([&] { return is_stored.load(); }));
+    return grpc::Status(grpc::StatusCode::ALREADY_EXISTS, "the model exists");
+  };
+  v1::CreateQuantizationJobRequest request = NewJob("");
+  request.mutable_quantization_job()->set_model_name("m");
+  request.set_request_id("r-1");
+  absl::StatusOr<QuantizationJob> first;
+  std::thread waiting([&] { first = Create(request); });
+  EXPECT_TRUE(WaitUntil([&] { return n_asked == 1; }));
+  const absl::StatusOr<QuantizationJob> second = Create(request);
+  is_stored = true;
+  waiting.join();
+  ASSERT_OK(second);
+  ASSERT_OK(first);
+  EXPECT_EQ(first->name(), second->name());
+}
+
+TEST_F(CoordinatorJobsTest, ValidateOnlyChecksAlsoUnderAKnownRequestId) {
+  v1::CreateQuantizationJobRequest request = NewJob("a");
+  request.set_request_id("r-1");
+  ASSERT_OK(Create(request));
+  request.set_validate_only(true);
+  EXPECT_THAT(Create(request), StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("taken")));
+  request = NewJob("b");
+  request.set_request_id("r-1");
+  request.set_validate_only(true);
+  const auto worker = NewWorker("w1");
+  worker->on_validate = [](const auto&, auto*) {
+    return grpc::Status(grpc::StatusCode::NOT_FOUND, "no such checkpoint");
+  };
+  EXPECT_THAT(Create(request), HasCode(absl::StatusCode::kNotFound));
+}
+
   const auto worker = NewWorker("w1");
   ASSERT_OK(Create(NewJob("a")));
   const FakeWorker::Lease lease = worker->MustAcquire();
