@@ -77,6 +77,17 @@ absl::Status Complete(Core* core, const CompleteJobRequest& request) {
   return absl::OkStatus();
 }
 
+// What is not learnt now, because the disk is full or too much waits, is still news with the next
+// heartbeat.
+void LearnLater(Core* core, const fleet::ModelCatalog::Models& models) {
+  const bool is_posted = core->executor->Post([core, models] {
+    if (const absl::Status learnt = core->catalog->Learn(models); !learnt.ok()) {
+      WALSH_LOG(Warning, "models of a worker are not stored yet", {"status", learnt});
+    }
+  });
+  if (!is_posted) WALSH_LOG(Warning, "models of a worker are not stored yet", {"status", "busy"});
+}
+
 }  // namespace
 
 grpc::ServerUnaryReactor* WorkerServiceImpl::Register(grpc::CallbackServerContext* context,
@@ -126,9 +137,8 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::Heartbeat(grpc::CallbackServerConte
     response->set_lease_valid(lease.is_held);
     response->set_cancel_job(lease.is_cancelled);
   }
-  if (!core_->catalog->HasNews(request->models())) return call.FinishNow(absl::OkStatus());
-  return call.Run(core_->executor,
-                  [core = core_, request] { return core->catalog->Learn(request->models()); });
+  if (core_->catalog->HasNews(request->models())) LearnLater(core_, request->models());
+  return call.FinishNow(absl::OkStatus());
 }
 
 grpc::ServerUnaryReactor* WorkerServiceImpl::ReportProgress(

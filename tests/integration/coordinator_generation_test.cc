@@ -535,6 +535,8 @@ TEST_F(CoordinatorGenerationTest, HealthPerServiceAndModel) {
   ASSERT_OK(worker->Heartbeat());
   EXPECT_TRUE(WaitUntil([&] { return check("model/m") == 2; }));
 }
+  // They are stored after the heartbeat was answered, in their order.
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("e").ok(); }));
 
 TEST_F(CoordinatorGenerationTest, RequestIdIsEchoed) {
   const auto worker = NewWorkerWithModel("w1", "m");

@@ -4,11 +4,14 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "tests/integration/coordinator_fixture.h"
+#include "tests/integration/coordinator_fixture.h"
+#include "tests/unit/server/faulty_disk.h"
 #include "common/http_server.h"
 
 namespace walsh {
@@ -94,6 +97,28 @@ TEST_F(CoordinatorJobsTest, LongPollEndsWithoutALease) {
   EXPECT_FALSE(lease.has_value());
   EXPECT_GE(absl::Now() - start, absl::Milliseconds(290));
 }
+TEST_F(CoordinatorJobsTest, HeartbeatRenewsAlsoWhenItsModelsCannotBeStored) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  worker->SetModel("models/found", v1::Model::UNLOADED);
+  v1::GetModelRequest request;
+  request.set_name("models/found");
+  const auto is_known = [&] {
+    return Send<v1::Model>(models_.get(), &ModelStub::GetModel, request).ok();
+  };
+  {
+    testing::FaultyDisk disk;
+    disk.FailWrites(ENOSPC);
+    for (int i = 0; i < 3; ++i) {
+      ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
+      EXPECT_TRUE(answer.lease_valid());
+    }
+    EXPECT_FALSE(is_known());
+  }
+  EXPECT_TRUE(WaitUntil([&] { return worker->Heartbeat(lease).ok() && is_known(); }));
+}
+
 
 class ShortLeaseTest : public CoordinatorJobsTest {
  protected:
