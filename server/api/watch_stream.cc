@@ -6,6 +6,8 @@
 
 #include "absl/synchronization/mutex.h"
 #include "common/grpc_status.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
 #include "server/api/call.h"
 
 namespace walsh::api {
@@ -85,14 +87,21 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
   // On the executor.
   void Read() {
     int64_t after = 0;
+    bool has_event = false;
     {
       const absl::MutexLock lock(&mu_);
       after = cursor_;
+      has_event = last_event_.sequence() == after;
     }
     absl::StatusOr<jobs::JobQueue::EventBatch> read = core_->queue->ReadEvents(id_, after);
+    const bool is_quiet_resume = read.ok() && read->events.empty() && !has_event;
+    absl::StatusOr<QuantizationJobEvent> resumed = QuantizationJobEvent();
+    if (is_quiet_resume) resumed = EventAt(after);
     const absl::MutexLock lock(&mu_);
     is_reading_ = false;
     if (!read.ok()) return FinishOnce(read.status());
+    if (!resumed.ok()) return FinishOnce(resumed.status());
+    if (is_quiet_resume) last_event_ = *std::move(resumed);
     if (!read->events.empty()) {
       cursor_ = read->events.back().sequence();
       last_event_ = read->events.back();
@@ -102,6 +111,16 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
     }
     is_final_ = read->is_final;
     Advance();
+  }
+
+  // The event, from 1, that a watcher which comes back has already seen: heartbeats repeat it. On
+  // the executor.
+  absl::StatusOr<QuantizationJobEvent> EventAt(int64_t sequence) const {
+    WALSH_ASSIGN_OR_RETURN(jobs::JobQueue::EventBatch batch,
+                           core_->queue->ReadEvents(id_, sequence - 1));
+    // Sequences have no gaps; a job deleted meanwhile has no events.
+    if (batch.events.empty()) return NotFound("job", JobName(id_));
+    return std::move(batch.events.front());
   }
 
   void KeepAlive() {

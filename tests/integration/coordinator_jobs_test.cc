@@ -9,18 +9,17 @@
 #include <thread>
 #include <vector>
 
-#include "tests/integration/coordinator_fixture.h"
+#include "common/http_server.h"
 #include "tests/integration/coordinator_fixture.h"
 #include "tests/unit/server/faulty_disk.h"
-#include "common/http_server.h"
 
 namespace walsh {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 using v1::QuantizationJob;
 using v1::QuantizationJobEvent;
-using ::testing::StartsWith;
 using ::walsh::testing::FakeWorker;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::IsOk;
@@ -97,6 +96,7 @@ TEST_F(CoordinatorJobsTest, LongPollEndsWithoutALease) {
   EXPECT_FALSE(lease.has_value());
   EXPECT_GE(absl::Now() - start, absl::Milliseconds(290));
 }
+
 TEST_F(CoordinatorJobsTest, HeartbeatRenewsAlsoWhenItsModelsCannotBeStored) {
   const auto worker = NewWorker("w1");
   ASSERT_OK(Create(NewJob("a")));
@@ -118,7 +118,6 @@ TEST_F(CoordinatorJobsTest, HeartbeatRenewsAlsoWhenItsModelsCannotBeStored) {
   }
   EXPECT_TRUE(WaitUntil([&] { return worker->Heartbeat(lease).ok() && is_known(); }));
 }
-
 
 class ShortLeaseTest : public CoordinatorJobsTest {
  protected:
@@ -313,30 +312,6 @@ TEST_F(CoordinatorJobsTest, DeleteOnlyWhatIsOver) {
   EXPECT_THAT(Get("a"), HasCode(absl::StatusCode::kNotFound));
 }
 
-// -- Restart
-
-TEST_F(CoordinatorJobsTest, WorkerRegistersAgainAndGoesOnAfterARestart) {
-  const auto worker = NewWorker("w1");
-  ASSERT_OK(Create(NewJob("a")));
-  const FakeWorker::Lease lease = worker->MustAcquire();
-  Restart();
-  // The channel needs a moment to find the new process.
-  ASSERT_TRUE(WaitUntil([&] { return absl::IsNotFound(worker->Heartbeat(lease).status()); }));
-  EXPECT_THAT(worker->Report(lease, QuantizationJob::LOADING, 0.5),
-              HasCode(absl::StatusCode::kNotFound));
-  ASSERT_OK(worker->Register());
-  ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
-  EXPECT_TRUE(answer.lease_valid());
-  ASSERT_OK(worker->Report(lease, QuantizationJob::LOADING, 0.5));
-  ASSERT_OK(worker->Succeed(lease));
-  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Get("a"));
-  EXPECT_EQ(job.state(), QuantizationJob::SUCCEEDED);
-  EXPECT_EQ(job.attempt(), 1);
-}
-
-// -- Watch
-
-TEST_F(CoordinatorJobsTest, WatchReplaysThenFollowsAndEnds) {
 // Both forms of a request are looked at by the worker; the first is told that the name is taken,
 // by the second.
 TEST_F(CoordinatorJobsTest, RepeatedRequestWinsOverTheNameThatItsTwinTook) {
@@ -378,6 +353,30 @@ TEST_F(CoordinatorJobsTest, ValidateOnlyChecksAlsoUnderAKnownRequestId) {
   EXPECT_THAT(Create(request), HasCode(absl::StatusCode::kNotFound));
 }
 
+// -- Restart
+
+TEST_F(CoordinatorJobsTest, WorkerRegistersAgainAndGoesOnAfterARestart) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  Restart();
+  // The channel needs a moment to find the new process.
+  ASSERT_TRUE(WaitUntil([&] { return absl::IsNotFound(worker->Heartbeat(lease).status()); }));
+  EXPECT_THAT(worker->Report(lease, QuantizationJob::LOADING, 0.5),
+              HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK(worker->Register());
+  ASSERT_OK_AND_ASSIGN(const auto answer, worker->Heartbeat(lease));
+  EXPECT_TRUE(answer.lease_valid());
+  ASSERT_OK(worker->Report(lease, QuantizationJob::LOADING, 0.5));
+  ASSERT_OK(worker->Succeed(lease));
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::SUCCEEDED);
+  EXPECT_EQ(job.attempt(), 1);
+}
+
+// -- Watch
+
+TEST_F(CoordinatorJobsTest, WatchReplaysThenFollowsAndEnds) {
   const auto worker = NewWorker("w1");
   ASSERT_OK(Create(NewJob("a")));
   const FakeWorker::Lease lease = worker->MustAcquire();
@@ -460,6 +459,51 @@ TEST_F(WatchHeartbeatTest, QuietWatchIsKeptAlive) {
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
+// What a terminal draws after a reconnect comes from heartbeats only.
+TEST_F(WatchHeartbeatTest, QuietWatchThatResumesRepeatsTheLastEvent) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  ASSERT_OK(worker->Report(lease, QuantizationJob::QUANTIZING, 0.5, "half"));
+  grpc::ClientContext context;
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("a");
+  request.set_after_sequence(3);
+  const auto reader = jobs_->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_TRUE(reader->Read(&event));
+    EXPECT_TRUE(event.heartbeat());
+    EXPECT_EQ(event.sequence(), 3);
+    EXPECT_EQ(event.state(), QuantizationJob::RUNNING);
+    EXPECT_EQ(event.stage(), QuantizationJob::QUANTIZING);
+    EXPECT_EQ(event.progress().fraction(), 0.5);
+    EXPECT_EQ(event.attempt(), 1);
+    EXPECT_EQ(event.message(), "");
+  }
+  ASSERT_OK(worker->Succeed(lease));
+  do {
+    ASSERT_TRUE(reader->Read(&event));
+  } while (event.heartbeat());
+  EXPECT_EQ(event.sequence(), 4);
+  EXPECT_FALSE(reader->Read(&event));
+  EXPECT_TRUE(reader->Finish().ok());
+}
+
+TEST_F(CoordinatorJobsTest, WatchWithABadNameEchoesItsRequestId) {
+  grpc::ClientContext context;
+  context.AddMetadata("x-request-id", "my-watch");
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("?");
+  const auto reader = jobs_->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  EXPECT_FALSE(reader->Read(&event));
+  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  const auto it = context.GetServerInitialMetadata().find("x-request-id");
+  ASSERT_NE(it, context.GetServerInitialMetadata().end());
+  EXPECT_EQ(std::string(it->second.data(), it->second.size()), "my-watch");
+}
+
 TEST_F(CoordinatorJobsTest, HundredWatchersOfOneJob) {
   const auto worker = NewWorker("w1");
   ASSERT_OK(Create(NewJob("a")));
@@ -527,59 +571,6 @@ TEST_F(CoordinatorJobsTest, DataFolderIsUsedByOneCoordinator) {
   EXPECT_THAT(Server::Start(second).status(), HasCode(absl::StatusCode::kFailedPrecondition));
 }
 
-// What a terminal draws after a reconnect comes from heartbeats only.
-TEST_F(WatchHeartbeatTest, QuietWatchThatResumesRepeatsTheLastEvent) {
-  const auto worker = NewWorker("w1");
-  ASSERT_OK(Create(NewJob("a")));
-  const FakeWorker::Lease lease = worker->MustAcquire();
-  ASSERT_OK(worker->Report(lease, QuantizationJob::QUANTIZING, 0.5, "half"));
-  grpc::ClientContext context;
-  v1::WatchQuantizationJobRequest request;
-  request.set_name("a");
-  request.set_after_sequence(3);
-  const auto reader = jobs_->WatchQuantizationJob(&context, request);
-  QuantizationJobEvent event;
-  for (int i = 0; i < 2; ++i) {
-    ASSERT_TRUE(reader->Read(&event));
-    EXPECT_TRUE(event.heartbeat());
-    EXPECT_EQ(event.sequence(), 3);
-    EXPECT_EQ(event.state(), QuantizationJob::RUNNING);
-    EXPECT_EQ(event.stage(), QuantizationJob::QUANTIZING);
-    EXPECT_EQ(event.progress().fraction(), 0.5);
-    EXPECT_EQ(event.attempt(), 1);
-    EXPECT_EQ(event.message(), "");
-  }
-  ASSERT_OK(worker->Succeed(lease));
-  do {
-    ASSERT_TRUE(reader->Read(&event));
-  } while (event.heartbeat());
-  EXPECT_EQ(event.sequence(), 4);
-  EXPECT_FALSE(reader->Read(&event));
-  EXPECT_TRUE(reader->Finish().ok());
-}
-
-TEST_F(CoordinatorJobsTest, WatchWithABadNameEchoesItsRequestId) {
-  grpc::ClientContext context;
-  context.AddMetadata("x-request-id", "my-watch");
-  v1::WatchQuantizationJobRequest request;
-  request.set_name("?");
-  const auto reader = jobs_->WatchQuantizationJob(&context, request);
-  QuantizationJobEvent event;
-  EXPECT_FALSE(reader->Read(&event));
-  EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  const auto it = context.GetServerInitialMetadata().find("x-request-id");
-  ASSERT_NE(it, context.GetServerInitialMetadata().end());
-  EXPECT_EQ(std::string(it->second.data(), it->second.size()), "my-watch");
-}
-
-TEST_F(CoordinatorJobsTest, TakenPortIsAnError) {
-  ServerOptions second = options_;
-  second.data_dir = dir_ / "other";
-  EXPECT_THAT(Server::Start(second).status(), HasCode(absl::StatusCode::kUnavailable));
-}
-
-}  // namespace
-}  // namespace walsh
 // Whether this machine has an IPv6 loopback.
 bool HasIpv6() {
   const int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -613,3 +604,11 @@ TEST_P(Ipv6Test, ClientsAndWorkersFindTheirPorts) {
   ASSERT_OK(worker->Succeed(worker->MustAcquire()));
 }
 
+TEST_F(CoordinatorJobsTest, TakenPortIsAnError) {
+  ServerOptions second = options_;
+  second.data_dir = dir_ / "other";
+  EXPECT_THAT(Server::Start(second).status(), HasCode(absl::StatusCode::kUnavailable));
+}
+
+}  // namespace
+}  // namespace walsh
