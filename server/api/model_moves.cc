@@ -15,7 +15,6 @@ namespace walsh::api {
 namespace {
 
 using fleet::Replica;
-using fleet::WorkerAddress;
 
 // Goes on with `next` on the executor; a full executor is an error like any other.
 void Continue(Core* core, const Done& done, std::function<void()> next) {
@@ -33,18 +32,26 @@ absl::Status NotHere(const std::string& id) {
 }
 
 // Whether the worker goes on although nobody waits for its answer any more.
-bool StillLoads(const absl::Status& status) {
+bool StillMoves(const absl::Status& status) {
   return absl::IsCancelled(status) || absl::IsDeadlineExceeded(status);
 }
 
+// The model's state after a failed move: as before, unless the worker goes on or has said otherwise
+// meanwhile.
+void RestoreState(Core* core, const Replica& replica, const std::string& id,
+                  v1::Model::State moving, const absl::Status& status) {
+  if (StillMoves(status)) return;
+  core->registry->ReplaceModelState(replica.worker.worker_id, id, moving, replica.model.state());
+}
+
 // What is done to one replica: starts a call to its worker.
-using Step = std::function<void(const WorkerAddress&, Done)>;
+using Step = std::function<void(const Replica&, Done)>;
 
 // One replica after the other, up to the first error.
 void ForEach(Core* core, std::shared_ptr<std::vector<Replica>> replicas, size_t index,
              const Step& step, const Done& done) {
   if (index == replicas->size()) return done(absl::OkStatus());
-  step((*replicas)[index].worker, [=](const absl::Status& status) {
+  step((*replicas)[index], [=](const absl::Status& status) {
     if (!status.ok()) return done(status);
     Continue(core, done, [=] { ForEach(core, replicas, index + 1, step, done); });
   });
@@ -53,29 +60,33 @@ void ForEach(Core* core, std::shared_ptr<std::vector<Replica>> replicas, size_t 
 void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
                     const MoveLimits& limits, const Done& done) {
   std::erase_if(replicas, [](const Replica& r) { return !fleet::IsLoaded(r.model.state()); });
-  const Step unload = [=](const WorkerAddress& worker, const Done& unloaded) {
-    core->registry->SetModelState(worker.worker_id, id, v1::Model::DRAINING);
-    core->clients->Get(worker)->UnloadModel(ModelName(id), limits.timeout, limits.cancellation,
-                                            [=](const absl::StatusOr<v1::Model>& model) {
-                                              if (model.ok())
-                                                core->registry->SetModel(worker.worker_id, *model);
-                                              unloaded(model.status());
-                                            });
+  const Step unload = [=](const Replica& replica, const Done& unloaded) {
+    core->registry->SetModelState(replica.worker.worker_id, id, v1::Model::DRAINING);
+    core->clients->Get(replica.worker)
+        ->UnloadModel(ModelName(id), limits.timeout, limits.cancellation,
+                      [=](const absl::StatusOr<v1::Model>& model) {
+                        if (model.ok()) {
+                          core->registry->SetModel(replica.worker.worker_id, *model);
+                        } else {
+                          RestoreState(core, replica, id, v1::Model::DRAINING, model.status());
+                        }
+                        unloaded(model.status());
+                      });
   };
   ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, unload, done);
 }
 
 void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
                     const MoveLimits& limits, const Done& done) {
-  const Step remove = [=](const WorkerAddress& worker, const Done& removed) {
-    core->clients->Get(worker)->DeleteModel(
-        ModelName(id), limits.timeout, limits.cancellation,
-        [=](const absl::StatusOr<google::protobuf::Empty>& answer) {
-          // Workers may share a store: the first has deleted it for all.
-          const bool is_gone = answer.ok() || absl::IsNotFound(answer.status());
-          if (is_gone) core->registry->RemoveModel(worker.worker_id, id);
-          removed(is_gone ? absl::OkStatus() : answer.status());
-        });
+  const Step remove = [=](const Replica& replica, const Done& removed) {
+    core->clients->Get(replica.worker)
+        ->DeleteModel(ModelName(id), limits.timeout, limits.cancellation,
+                      [=](const absl::StatusOr<google::protobuf::Empty>& answer) {
+                        // Workers may share a store: the first has deleted it for all.
+                        const bool is_gone = answer.ok() || absl::IsNotFound(answer.status());
+                        if (is_gone) core->registry->RemoveModel(replica.worker.worker_id, id);
+                        removed(is_gone ? absl::OkStatus() : answer.status());
+                      });
   };
   ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, remove,
           [=](const absl::Status& status) {
@@ -92,19 +103,18 @@ void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done
   const Replica* chosen = fleet::ChooseForLoad(replicas);
   if (chosen == nullptr) return done(NotHere(id));
   if (chosen->model.state() == v1::Model::READY) return done(absl::OkStatus());
-  const WorkerAddress worker = chosen->worker;
-  const v1::Model::State before = chosen->model.state();
-  core->registry->SetModelState(worker.worker_id, id, v1::Model::LOADING);
-  core->clients->Get(worker)->LoadModel(
-      ModelName(id), limits.timeout, limits.cancellation,
-      [=](const absl::StatusOr<v1::Model>& model) {
-        if (model.ok()) {
-          core->registry->SetModel(worker.worker_id, *model);
-        } else if (!StillLoads(model.status())) {
-          core->registry->SetModelState(worker.worker_id, id, before);
-        }
-        Continue(core, done, [=, status = model.status()] { done(status); });
-      });
+  const std::string& worker_id = chosen->worker.worker_id;
+  core->registry->SetModelState(worker_id, id, v1::Model::LOADING);
+  core->clients->Get(chosen->worker)
+      ->LoadModel(ModelName(id), limits.timeout, limits.cancellation,
+                  [=, replica = *chosen](const absl::StatusOr<v1::Model>& model) {
+                    if (model.ok()) {
+                      core->registry->SetModel(replica.worker.worker_id, *model);
+                    } else {
+                      RestoreState(core, replica, id, v1::Model::LOADING, model.status());
+                    }
+                    Continue(core, done, [=, status = model.status()] { done(status); });
+                  });
 }
 
 void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
@@ -121,6 +131,7 @@ void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits
         absl::StrCat("no connected worker has model '", id,
                      "'; force removes its record, and the artifact stays where it is"));
     SetErrorInfo(status, "NO_WORKER");
+    SetPreconditionFailure(status, "MODEL_HOST", ModelName(id), "no connected worker has it");
     return done(status);
   }
   for (const Replica& replica : replicas) {
@@ -129,9 +140,10 @@ void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits
         absl::StrCat("model '", id, "' is ", v1::Model::State_Name(replica.model.state()),
                      ": unload it first, or use force"));
     SetErrorInfo(status, "MODEL_LOADED");
+    SetPreconditionFailure(status, "MODEL_STATE", ModelName(id),
+                           v1::Model::State_Name(replica.model.state()));
     return done(status);
   }
-    SetPreconditionFailure(status, "MODEL_HOST", ModelName(id), "no connected worker has it");
   UnloadReplicas(core, id, replicas, limits, [=](const absl::Status& status) {
     if (!status.ok()) return done(status);
     Continue(core, done, [=] { DeleteReplicas(core, id, replicas, limits, done); });
@@ -139,5 +151,3 @@ void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits
 }
 
 }  // namespace walsh::api
-    SetPreconditionFailure(status, "MODEL_STATE", ModelName(id),
-                           v1::Model::State_Name(replica.model.state()));

@@ -213,13 +213,24 @@ void WorkerRegistry::SetModel(const std::string& worker_id, const v1::Model& mod
   if (known.revision() <= model.revision()) known = model;
 }
 
+v1::Model* WorkerRegistry::FindModel(const std::string& worker_id, const std::string& model_id) {
+  const auto worker = workers_.find(worker_id);
+  if (worker == workers_.end()) return nullptr;
+  const auto model = worker->second.models.find(model_id);
+  return model == worker->second.models.end() ? nullptr : &model->second;
+}
+
 void WorkerRegistry::SetModelState(const std::string& worker_id, const std::string& model_id,
                                    v1::Model::State state) {
   const absl::MutexLock lock(&mu_);
-  const auto worker = workers_.find(worker_id);
-  if (worker == workers_.end()) return;
-  const auto model = worker->second.models.find(model_id);
-  if (model != worker->second.models.end()) model->second.set_state(state);
+  if (v1::Model* model = FindModel(worker_id, model_id)) model->set_state(state);
+}
+
+void WorkerRegistry::ReplaceModelState(const std::string& worker_id, const std::string& model_id,
+                                       v1::Model::State from, v1::Model::State to) {
+  const absl::MutexLock lock(&mu_);
+  v1::Model* model = FindModel(worker_id, model_id);
+  if (model != nullptr && model->state() == from) model->set_state(to);
 }
 
 void WorkerRegistry::RemoveModel(const std::string& worker_id, const std::string& model_id) {

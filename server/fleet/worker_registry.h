@@ -57,6 +57,9 @@ class WorkerRegistry {
   void SetModel(const std::string& worker_id, const v1::Model& model);
   void SetModelState(const std::string& worker_id, const std::string& model_id,
                      v1::Model::State state);
+  // Only while the state is `from`: nothing newer is known.
+  void ReplaceModelState(const std::string& worker_id, const std::string& model_id,
+                         v1::Model::State from, v1::Model::State to);
   void RemoveModel(const std::string& worker_id, const std::string& model_id);
   void SetRunningJob(const std::string& worker_id, const std::string& job_name);
   // Requests that this coordinator has sent to the worker and that are not answered.
@@ -72,6 +75,9 @@ class WorkerRegistry {
     std::map<std::string, v1::Model> models;  // by id
   };
 
+  // Null when there is none.
+  v1::Model* FindModel(const std::string& worker_id, const std::string& model_id)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void AddRequests(const std::string& worker_id, int n);
   // Takes what a heartbeat lists, but for models of which something newer is known.

@@ -452,6 +452,25 @@ class HangingLoadTest : public CoordinatorGenerationTest {
 
   std::unique_ptr<FakeWorker> worker_;
   std::atomic<bool> is_loading_{false};
+TEST_F(CoordinatorGenerationTest, FailedMovesLeaveTheStateThatTheWorkerTold) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  worker->on_unload = [](const std::string&) {
+    return grpc::Status(grpc::StatusCode::INTERNAL, "cannot unload");
+  };
+  EXPECT_THAT(Unload("m"), HasCode(absl::StatusCode::kInternal));
+  EXPECT_EQ(GetModel("m")->state(), Model::READY) << "as before";
+  worker->SetModel("models/m", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  // The heartbeat overtakes the answer.
+  worker->on_load = [&](auto*, const std::string& name) {
+    worker->SetModel(name, Model::FAILED);
+    EXPECT_OK(worker->Heartbeat());
+    return grpc::Status(grpc::StatusCode::DATA_LOSS, "damaged");
+  };
+  EXPECT_THAT(Load("m"), HasCode(absl::StatusCode::kDataLoss));
+  EXPECT_EQ(GetModel("m")->state(), Model::FAILED);
+}
+
   std::atomic<bool> is_cancelled_{false};
 };
 

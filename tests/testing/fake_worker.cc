@@ -55,6 +55,10 @@ class FakeWorker::Host : public internal_v1::ModelHostService::Service {
   }
   grpc::Status UnloadModel(grpc::ServerContext*, const internal_v1::HostModelRequest* request,
                            v1::Model* response) override {
+    if (worker_->on_unload) {
+      const grpc::Status status = worker_->on_unload(request->model());
+      if (!status.ok()) return status;
+    }
     return Change(request->model(), v1::Model::UNLOADED, response);
   }
   grpc::Status DeleteModel(grpc::ServerContext*, const internal_v1::HostModelRequest* request,

@@ -38,6 +38,7 @@ class FakeWorker {
                              walsh::internal::v1::ValidateJobResponse*)>
       on_validate;
   std::function<grpc::Status(grpc::ServerContext*, const std::string& model)> on_load;
+  std::function<grpc::Status(const std::string& model)> on_unload;
   std::function<grpc::Status(grpc::ServerContext*, const v1::GenerateRequest&,
                              v1::GenerateResponse*)>
       on_generate;

@@ -137,6 +137,20 @@ TEST_F(WorkerRegistryTest, ModelsFollowHeartbeatsAndCalls) {
   EXPECT_THAT(registry_.Replicas("m"), IsEmpty());
 }
 
+// A move that failed does not hide what a heartbeat has said meanwhile.
+TEST_F(WorkerRegistryTest, StateIsReplacedOnlyWhileItIsTheExpectedOne) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1", Model::UNLOADED)));
+  registry_.SetModelState("w1", "m", Model::LOADING);
+  EXPECT_OK(Beat("w1", Model::FAILED));
+  registry_.ReplaceModelState("w1", "m", Model::LOADING, Model::UNLOADED);
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::FAILED);
+  registry_.SetModelState("w1", "m", Model::LOADING);
+  registry_.ReplaceModelState("w1", "m", Model::LOADING, Model::UNLOADED);
+  EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::UNLOADED);
+  registry_.ReplaceModelState("w1", "other", Model::LOADING, Model::UNLOADED);
+  registry_.ReplaceModelState("w2", "m", Model::LOADING, Model::UNLOADED);
+}
+
 // An unload that is over, while a heartbeat from its midst is on its way.
 TEST_F(WorkerRegistryTest, HeartbeatsFromBeforeAnAnswerDoNotUndoIt) {
   ASSERT_OK(registry_.Register(Registration("w1", "h:1", Model::READY)));
