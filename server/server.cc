@@ -143,7 +143,6 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
 
 absl::Status Server::Impl::Listen() {
   grpc::EnableDefaultHealthCheckService(true);
-  if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   quantization = std::make_unique<api::QuantizationServiceImpl>(core.get());
   models = std::make_unique<api::ModelServiceImpl>(core.get());
   generation = std::make_unique<api::GenerationServiceImpl>(core.get());
@@ -151,6 +150,8 @@ absl::Status Server::Impl::Listen() {
   // Workers first: a client that finds the public port finds them, too.
   WALSH_ASSIGN_OR_RETURN(internal_server, StartGrpc("internal", options.internal_port,
                                                     {workers.get()}, /*is_public=*/false));
+  // For every server of the process that is built from here on, so not for the internal one.
+  if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   WALSH_ASSIGN_OR_RETURN(
       public_server,
       StartGrpc("grpc", options.grpc_port, {quantization.get(), models.get(), generation.get()},

@@ -125,6 +125,8 @@ TEST_F(SurfaceTest, ReflectionListsThePublicServices) {
                            "walsh.v1.GenerationService", "grpc.health.v1.Health"}) {
     EXPECT_THAT(services, HasSubstr(name));
   }
+  EXPECT_EQ(ListServices(service_->endpoint("coordinator", "internal")), "no answer")
+      << "workers do not need it";
 }
 
 TEST_F(SurfaceTest, HttpRoutesAnswer) {
