@@ -1,11 +1,14 @@
-// kill -9 of the real coordinator while clients submit: what was acknowledged is there afterwards,
-// once, and nothing that was refused is.
+// kill -9 of the real coordinator while clients submit and watch and a worker works: what was
+// acknowledged is there afterwards, once, nothing that was refused is, every job comes to its end,
+// and no watcher misses or repeats an event.
 #include <grpcpp/client_context.h>
 #include <signal.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <map>
+#include <memory>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
@@ -31,7 +34,6 @@ using ::walsh::testing::IsOk;
 using ::walsh::testing::Pause;
 using ::walsh::testing::WaitUntil;
 
-// strace counts calls for each thread, so some points are never reached.
 constexpr int kSubmitsMax = 400;
 
 const std::vector<std::string> kFreePorts = {"--grpc-port", "0", "--internal-port", "0",
@@ -47,8 +49,8 @@ class CoordinatorKillTest : public ::testing::Test {
   }
 
   // Submits until the coordinator is gone, at most kSubmitsMax. Each acknowledged id is recorded
-  // with its request_id.
-  void SubmitUntilGone(v1::QuantizationService::Stub* stub, const std::string& prefix) {
+  // with its request_id. Whether it is gone.
+  bool SubmitUntilGone(v1::QuantizationService::Stub* stub, const std::string& prefix) {
     for (int i = 0; i < kSubmitsMax; ++i) {
       const std::string id = prefix + "-" + std::to_string(i);
       v1::CreateQuantizationJobRequest request;
@@ -60,9 +62,10 @@ class CoordinatorKillTest : public ::testing::Test {
       context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(10)));
       v1::QuantizationJob job;
       const grpc::Status status = stub->CreateQuantizationJob(&context, request, &job);
-      if (!status.ok()) return;
+      if (!status.ok()) return true;
       acknowledged_.insert(job.name());
     }
+    return false;
   }
 
   // Every job that the coordinator lists; each once.
@@ -127,12 +130,14 @@ TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveRandomKills) {
   CheckRecovery("after all kills");
 }
 
-// At the K-th call that makes something durable, for many K: between any two of them.
+// At the K-th call of a thread that makes something durable, for nine of the first 33: within the
+// start, and within transactions.
 TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveAKillAtEachPersistentStep) {
   if (std::system("strace -o /dev/null true > /dev/null 2>&1") != 0) {
     GTEST_SKIP() << "strace is missing or may not trace here";
   }
   for (const char* call : {"fdatasync", "pwrite64"}) {
+    int n_hit = 0;
     for (int k = 1; k <= 33; k += 4) {
       const std::string inject =
           std::string("inject=") + call + ":signal=KILL:when=" + std::to_string(k);
@@ -140,16 +145,167 @@ TEST_F(CoordinatorKillTest, AcknowledgedJobsSurviveAKillAtEachPersistentStep) {
                            {"/usr/bin/env", "strace", "-f", "-o", "/dev/null", "-e",
                             std::string("trace=") + call, "-e", inject});
       const absl::StatusOr<Endpoints> endpoints = daemon.WaitUntilReady();
-      // The step may have come during start.
+      // The step may have come during start; nothing else may keep the coordinator from it.
+      bool is_gone = !endpoints.ok();
       if (endpoints.ok()) {
-        SubmitUntilGone(Connect(*endpoints).get(), std::string(call) + "-" + std::to_string(k));
+        is_gone =
+            SubmitUntilGone(Connect(*endpoints).get(), std::string(call) + "-" + std::to_string(k));
+      }
+      if (is_gone) {
+        // strace ends as the process that it ran.
+        ASSERT_OK_AND_ASSIGN(const int exit_status, daemon.Wait());
+        EXPECT_EQ(exit_status, 128 + SIGKILL) << call << " " << k;
+        ++n_hit;
       }
       daemon.Kill();
       ++n_kills_;
     }
+    // Calls are counted for each thread, so a late one may not be reached.
+    EXPECT_GE(n_hit, 6) << call;
   }
   EXPECT_GT(acknowledged_.size(), 0u);
   CheckRecovery("after a kill at each step");
+}
+
+// The side of a worker that holds on to its job whatever becomes of the coordinator: calls are made
+// again until they are answered, after registering where the coordinator is new.
+class StubbornWorker {
+ public:
+  explicit StubbornWorker(const std::string& coordinator)
+      : worker_(coordinator, "w1"), thread_([this] { Work(); }) {}
+  // When no more jobs come.
+  void Join() {
+    is_over_ = true;
+    thread_.join();
+  }
+
+ private:
+  void Work() {
+    while (!is_over_) {
+      std::optional<testing::FakeWorker::Lease> lease;
+      Insist([&]() -> absl::Status {
+        auto acquired = worker_.Acquire(absl::Milliseconds(200));
+        if (acquired.ok()) lease = *acquired;
+        return acquired.status();
+      });
+      if (!lease.has_value()) continue;
+      for (int layer = 0; layer < 10; ++layer) {
+        Insist([&] {
+          return worker_.Report(*lease, v1::QuantizationJob::QUANTIZING, layer / 10.0,
+                                "layer " + std::to_string(layer));
+        });
+      }
+      Insist([&] { return worker_.Report(*lease, v1::QuantizationJob::PUBLISHING, 0.99); });
+      Insist([&] { return worker_.Succeed(*lease); });
+    }
+  }
+
+  template <typename Attempt>
+  void Insist(const Attempt& attempt) {
+    absl::Status status;
+    const bool is_answered = WaitUntil([&] {
+      status = attempt();
+      if (absl::IsNotFound(status)) worker_.Register().IgnoreError();
+      return !absl::IsNotFound(status) && !absl::IsUnavailable(status);
+    });
+    EXPECT_TRUE(is_answered && status.ok()) << status;
+  }
+
+  testing::FakeWorker worker_;
+  std::atomic<bool> is_over_{false};
+  std::thread thread_;
+};
+
+class WholeLifeTest : public CoordinatorKillTest {
+ protected:
+  // Submits a job, again and again under one request_id, until it is accepted.
+  void Submit(v1::QuantizationService::Stub* stub, const std::string& id) {
+    v1::CreateQuantizationJobRequest request;
+    request.set_quantization_job_id(id);
+    request.set_request_id("request-" + id);
+    request.mutable_quantization_job()->set_source_model("/models/tiny");
+    request.mutable_quantization_job()->set_model_name("model-" + id);
+    grpc::Status status;
+    EXPECT_TRUE(WaitUntil([&] {
+      grpc::ClientContext context;
+      context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(10)));
+      v1::QuantizationJob job;
+      status = stub->CreateQuantizationJob(&context, request, &job);
+      return status.error_code() != grpc::StatusCode::UNAVAILABLE;
+    }));
+    EXPECT_TRUE(status.ok()) << id << ": " << status.error_message();
+  }
+
+  // Watches it to its end, from where it was after each break.
+  void Watch(v1::QuantizationService::Stub* stub, const std::string& id) {
+    v1::QuantizationJobEvent last;
+    grpc::Status status;
+    EXPECT_TRUE(WaitUntil([&] {
+      grpc::ClientContext context;
+      v1::WatchQuantizationJobRequest request;
+      request.set_name(id);
+      request.set_after_sequence(last.sequence());
+      const auto reader = stub->WatchQuantizationJob(&context, request);
+      for (v1::QuantizationJobEvent event; reader->Read(&event);) {
+        if (event.heartbeat()) continue;
+        EXPECT_EQ(event.sequence(), last.sequence() + 1) << id;
+        last = event;
+      }
+      status = reader->Finish();
+      if (status.error_code() != grpc::StatusCode::UNAVAILABLE) return true;
+      ++n_breaks_;
+      return false;
+    }));
+    EXPECT_TRUE(status.ok()) << id << ": " << status.error_message();
+    EXPECT_EQ(last.state(), v1::QuantizationJob::SUCCEEDED) << id << ": " << last.message();
+  }
+
+  std::atomic<int> n_breaks_{0};
+};
+
+TEST_F(WholeLifeTest, JobsEndAndWatchesHaveNoGapAcrossRandomKills) {
+  std::mt19937_64 random(testing::RandomSeed());
+  std::vector<std::string> ports = kFreePorts;
+  std::unique_ptr<StubbornWorker> worker;
+  std::vector<std::thread> clients;
+  std::atomic<bool> is_over{false};
+  std::atomic<int> n_jobs{0};
+  std::optional<DaemonProcess> daemon;
+  constexpr int kKills = 15;
+  for (int n_kills = 0; n_kills <= kKills; ++n_kills) {
+    daemon.emplace("coordinator", DataDir(), ports);
+    const absl::StatusOr<Endpoints> endpoints = daemon->WaitUntilReady();
+    EXPECT_OK(endpoints);
+    if (!endpoints.ok()) break;
+    if (worker == nullptr) {
+      // Who comes back comes to the same ports.
+      const auto port = [&](const std::string& name) {
+        return endpoints->at(name).substr(endpoints->at(name).rfind(':') + 1);
+      };
+      ports[1] = port("grpc");
+      ports[3] = port("internal");
+      worker = std::make_unique<StubbornWorker>(endpoints->at("internal"));
+      for (const std::string name : {"a", "b"}) {
+        clients.emplace_back([&, name, stub = std::shared_ptr(Connect(*endpoints))] {
+          for (int i = 0; !is_over; ++i) {
+            const std::string id = name + std::to_string(i);
+            Submit(stub.get(), id);
+            Watch(stub.get(), id);
+            ++n_jobs;
+          }
+        });
+      }
+    }
+    if (n_kills == kKills) break;
+    Pause(absl::Milliseconds(static_cast<int64_t>(random() % 400)));
+    daemon->Signal(SIGKILL);
+    EXPECT_OK(daemon->Wait());
+  }
+  is_over = true;
+  for (std::thread& client : clients) client.join();
+  if (worker != nullptr) worker->Join();
+  EXPECT_GT(n_jobs, 4);
+  EXPECT_GT(n_breaks_, 4) << "the kills hit watches";
 }
 
 // A call that hangs on its worker keeps the coordinator from stopping; the second SIGTERM does not
