@@ -246,14 +246,25 @@ TEST_F(CoordinatorGenerationTest, WorkerGetsTheDeadlineLessFivePercent) {
 TEST_F(CoordinatorGenerationTest, PassedDeadlineStopsTheWorker) {
   const auto worker = NewWorkerWithModel("w1", "m");
   std::atomic<bool> stopped{false};
-  worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto*) {
+  worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
+    writer->Write(Delta("x"));
     stopped = WaitUntil([&] { return context->IsCancelled(); });
     return grpc::Status::CANCELLED;
   };
+  // A first stream, so that both connections are there when the deadline begins to run.
+  {
+    grpc::ClientContext context;
+    const auto reader = generation_->GenerateStream(&context, Prompt("m"));
+    GenerateStreamResponse response;
+    ASSERT_TRUE(reader->Read(&response));
+    context.TryCancel();
+    EXPECT_TRUE(WaitUntil([&] { return stopped.exchange(false); }));
+  }
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Milliseconds(400)));
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(3)));
   const auto reader = generation_->GenerateStream(&context, Prompt("m"));
   GenerateStreamResponse response;
+  ASSERT_TRUE(reader->Read(&response)) << "the worker has it";
   EXPECT_FALSE(reader->Read(&response));
   EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
   EXPECT_TRUE(WaitUntil([&] { return stopped.load(); }));
@@ -328,7 +339,13 @@ TEST_F(SlowReaderTest, StalledReaderIsGivenUp) {
   EXPECT_EQ(ErrorReason(status), "SLOW_READER");
 }
 
-TEST_F(SlowReaderTest, ReaderThatPausesLessGetsEverything) {
+// Pauses in which the stall is looked at, and a limit that a busy machine does not reach.
+class PausingReaderTest : public CoordinatorGenerationTest {
+ protected:
+  PausingReaderTest() { options_.stream_stall_max = absl::Seconds(8); }
+};
+
+TEST_F(PausingReaderTest, GetsEverything) {
   const auto worker = NewWorkerWithModel("w1", "m");
   worker->on_stream = [&](auto*, const auto&, auto* writer) {
     const std::string large(60'000, 'x');
@@ -340,7 +357,7 @@ TEST_F(SlowReaderTest, ReaderThatPausesLessGetsEverything) {
   GenerateStreamResponse response;
   int n = 0;
   while (reader->Read(&response)) {
-    if (n++ % 100 == 0) Pause(absl::Milliseconds(300));
+    if (n++ % 100 == 0) Pause(options_.stream_stall_max / 6);
   }
   EXPECT_EQ(n, 300);
   EXPECT_TRUE(reader->Finish().ok());
@@ -435,23 +452,6 @@ TEST_F(CoordinatorGenerationTest, FailedLoadKeepsItsReason) {
   EXPECT_EQ(ErrorReason(status), "ARTIFACT_DAMAGED");
 }
 
-// A worker whose loads end with their call only.
-class HangingLoadTest : public CoordinatorGenerationTest {
- protected:
-  void SetUp() override {
-    CoordinatorGenerationTest::SetUp();
-    worker_ = NewWorkerWithModel("w1", "m");
-    worker_->SetModel("models/m", Model::UNLOADED);
-    ASSERT_OK(worker_->Heartbeat());
-    worker_->on_load = [this](grpc::ServerContext* context, const std::string&) {
-      is_loading_ = true;
-      is_cancelled_ = WaitUntil([&] { return context->IsCancelled(); });
-      return grpc::Status::CANCELLED;
-    };
-  }
-
-  std::unique_ptr<FakeWorker> worker_;
-  std::atomic<bool> is_loading_{false};
 TEST_F(CoordinatorGenerationTest, FailedMovesLeaveTheStateThatTheWorkerTold) {
   const auto worker = NewWorkerWithModel("w1", "m");
   worker->on_unload = [](const std::string&) {
@@ -471,6 +471,23 @@ TEST_F(CoordinatorGenerationTest, FailedMovesLeaveTheStateThatTheWorkerTold) {
   EXPECT_EQ(GetModel("m")->state(), Model::FAILED);
 }
 
+// A worker whose loads end with their call only.
+class HangingLoadTest : public CoordinatorGenerationTest {
+ protected:
+  void SetUp() override {
+    CoordinatorGenerationTest::SetUp();
+    worker_ = NewWorkerWithModel("w1", "m");
+    worker_->SetModel("models/m", Model::UNLOADED);
+    ASSERT_OK(worker_->Heartbeat());
+    worker_->on_load = [this](grpc::ServerContext* context, const std::string&) {
+      is_loading_ = true;
+      is_cancelled_ = WaitUntil([&] { return context->IsCancelled(); });
+      return grpc::Status::CANCELLED;
+    };
+  }
+
+  std::unique_ptr<FakeWorker> worker_;
+  std::atomic<bool> is_loading_{false};
   std::atomic<bool> is_cancelled_{false};
 };
 
@@ -518,6 +535,8 @@ TEST_F(CoordinatorGenerationTest, ListModelsPages) {
     worker->SetModel(name, Model::UNLOADED);
   }
   ASSERT_OK(worker->Heartbeat());
+  // They are stored after the heartbeat was answered, in their order.
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("e").ok(); }));
   v1::ListModelsRequest request;
   request.set_page_size(2);
   std::vector<std::string> names;
@@ -554,8 +573,6 @@ TEST_F(CoordinatorGenerationTest, HealthPerServiceAndModel) {
   ASSERT_OK(worker->Heartbeat());
   EXPECT_TRUE(WaitUntil([&] { return check("model/m") == 2; }));
 }
-  // They are stored after the heartbeat was answered, in their order.
-  ASSERT_TRUE(WaitUntil([&] { return GetModel("e").ok(); }));
 
 TEST_F(CoordinatorGenerationTest, RequestIdIsEchoed) {
   const auto worker = NewWorkerWithModel("w1", "m");

@@ -92,12 +92,12 @@ absl::Status ServiceFixture::StartDaemon(const std::string& daemon,
 }
 
 absl::Status ServiceFixture::StartCoordinator() {
-  std::vector<std::string> flags = {"--grpc-port", PortFlag("coordinator", "grpc"),
-                                    "--internal-port", PortFlag("coordinator", "internal"),
-                                    "--http-port", PortFlag("coordinator", "http"),
-                                    "--metrics-port", PortFlag("coordinator", "metrics"),
-                                    // A dead worker is noticed while a test waits for it.
-                                    "--job-lease-seconds", "3", "--heartbeat-seconds", "1"};
+  std::vector<std::string> flags = {"--grpc-port",         PortFlag("coordinator", "grpc"),
+                                    "--internal-port",     PortFlag("coordinator", "internal"),
+                                    "--http-port",         PortFlag("coordinator", "http"),
+                                    "--metrics-port",      PortFlag("coordinator", "metrics"),
+                                    "--job-lease-seconds", std::to_string(options_.lease_seconds),
+                                    "--heartbeat-seconds", "1"};
   Append(flags, options_.coordinator_flags);
   WALSH_RETURN_IF_ERROR(StartDaemon("coordinator", flags));
   client::ClientOptions options;

@@ -27,6 +27,8 @@ struct ServiceOptions {
   int n_threads = 1;
   // Of the worker; empty: the coordinator's, a fresh one.
   std::string worker_data_dir;
+  // Short: a dead worker is noticed while a test waits for it.
+  int lease_seconds = 3;
   std::vector<std::string> coordinator_flags;
   std::vector<std::string> worker_flags;
 };
