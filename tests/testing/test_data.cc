@@ -41,6 +41,8 @@ std::string SmolLm2Path() {
   return IfExists(cache + "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
 }
 
+bool DataIsRequired() { return Env("WALSH_REQUIRE_DATA") == "1"; }
+
 TempDir::TempDir() {
   const std::string base = std::filesystem::temp_directory_path().string();
   std::string pattern = base + "/walsh-test-XXXXXX";

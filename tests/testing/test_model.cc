@@ -15,6 +15,7 @@ TestModel::TestModel() {
     n_layers_ = 2;
     return;
   }
+  if (DataIsRequired()) ADD_FAILURE() << "no TinyStories-656K (set WALSH_TEST_DATA)";
   root_ = dir_.path();
   path_ = dir_ / "tiny";
   text_path_ = dir_ / "text.txt";
