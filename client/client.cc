@@ -135,16 +135,19 @@ absl::StatusOr<Response> Client::Unary(std::unique_ptr<Service> Connection::*stu
 
 using JobStub = v1::QuantizationService::Stub;
 
-absl::StatusOr<v1::QuantizationJob> Client::CreateJob(v1::CreateQuantizationJobRequest request) {
+absl::StatusOr<v1::QuantizationJob> Client::CreateJob(v1::CreateQuantizationJobRequest request,
+                                                      Cancellation* cancellation) {
   if (request.request_id().empty()) request.set_request_id(NewRequestId());
   return Unary(&Connection::quantization, &JobStub::CreateQuantizationJob, request,
-               options_.timeout);
+               options_.timeout, cancellation);
 }
 
-absl::StatusOr<v1::QuantizationJob> Client::GetJob(const std::string& name) {
+absl::StatusOr<v1::QuantizationJob> Client::GetJob(const std::string& name,
+                                                   Cancellation* cancellation) {
   v1::GetQuantizationJobRequest request;
   request.set_name(FullJobName(name));
-  return Unary(&Connection::quantization, &JobStub::GetQuantizationJob, request, options_.timeout);
+  return Unary(&Connection::quantization, &JobStub::GetQuantizationJob, request, options_.timeout,
+               cancellation);
 }
 
 absl::StatusOr<v1::ListQuantizationJobsResponse> Client::ListJobs(const std::string& filter,
@@ -190,8 +193,8 @@ absl::StatusOr<v1::ListSupportedArchitecturesResponse> Client::ListSupportedArch
                v1::ListSupportedArchitecturesRequest(), options_.timeout);
 }
 
-absl::Status Client::WatchOnce(const std::string& name, const WatchObserver& observer,
-                               Cancellation* cancellation, int64_t* last_sequence, bool* finished) {
+Client::WatchResult Client::WatchOnce(const std::string& name, const WatchObserver& observer,
+                                      Cancellation* cancellation, int64_t* last_sequence) {
   v1::WatchQuantizationJobRequest request;
   request.set_name(FullJobName(name));
   request.set_after_sequence(*last_sequence);
@@ -200,10 +203,12 @@ absl::Status Client::WatchOnce(const std::string& name, const WatchObserver& obs
   Cancellation::Call call(cancellation, &context);
   StreamWatchdog watchdog(&context, options_.watch_silence_max);
   const auto reader = connection->quantization->WatchQuantizationJob(&context, request);
+  WatchResult result;
   absl::Status gap;
   v1::QuantizationJobEvent event;
   while (reader->Read(&event)) {
     watchdog.Feed();
+    result.delivered = true;
     if (!event.heartbeat()) {
       if (event.sequence() <= *last_sequence) continue;
       if (event.sequence() != *last_sequence + 1) {
@@ -214,22 +219,22 @@ absl::Status Client::WatchOnce(const std::string& name, const WatchObserver& obs
         break;
       }
       *last_sequence = event.sequence();
-      *finished = IsTerminal(event.state());
+      result.finished = IsTerminal(event.state());
     }
     if (observer.on_event) observer.on_event(event);
   }
-  const absl::Status end = ToStatus(reader->Finish());
-  if (!gap.ok()) return gap;
-  if (watchdog.barked()) {
-    return absl::UnavailableError(
+  result.status = ToStatus(reader->Finish());
+  if (!gap.ok()) {
+    result.status = gap;
+  } else if (watchdog.barked()) {
+    result.status = absl::UnavailableError(
         absl::StrCat("nothing arrived for ", absl::FormatDuration(options_.watch_silence_max)));
+  } else if (absl::IsCancelled(result.status) &&
+             (cancellation == nullptr || !cancellation->cancelled())) {
+    // A server that shuts down cancels its streams: for the watcher that is a lost connection.
+    result.status = absl::UnavailableError("the service ended the stream");
   }
-  // A server that shuts down cancels its streams: for the watcher that is a lost connection.
-  if (end.code() == absl::StatusCode::kCancelled &&
-      (cancellation == nullptr || !cancellation->cancelled())) {
-    return absl::UnavailableError("the service ended the stream");
-  }
-  return end;
+  return result;
 }
 
 absl::StatusOr<v1::QuantizationJob> Client::WatchJob(const std::string& name,
@@ -240,21 +245,21 @@ absl::StatusOr<v1::QuantizationJob> Client::WatchJob(const std::string& name,
   int64_t last_sequence = after_sequence;
   absl::Time give_up = absl::Now() + options_.watch_patience;
   while (true) {
-    const int64_t before = last_sequence;
-    bool finished = false;
-    absl::Status status = WatchOnce(name, observer, cancellation, &last_sequence, &finished);
-    if (finished) return GetJob(name);
-    if (status.ok()) {
-      // Nothing left to replay: the end was before `after_sequence`, or the stream ended early.
-      WALSH_ASSIGN_OR_RETURN(v1::QuantizationJob job, GetJob(name));
-      if (IsTerminal(job.state())) return job;
-      status = absl::UnavailableError("the stream ended before the job did");
-    }
-    if (status.code() != absl::StatusCode::kUnavailable) return status;
-    if (last_sequence != before) {
+    const WatchResult watched = WatchOnce(name, observer, cancellation, &last_sequence);
+    absl::Status status = watched.status;
+    if (watched.delivered) {
       backoff.Reset();
       give_up = absl::Now() + options_.watch_patience;
     }
+    if (watched.finished || status.ok()) {
+      // Without a last event the end was before `after_sequence`, or the stream ended early. A
+      // service that goes away before it tells is waited for like one that goes away earlier.
+      const auto job = GetJob(name, cancellation);
+      if (job.ok() && IsTerminal(job->state())) return job;
+      status =
+          job.ok() ? absl::UnavailableError("the stream ended before the job did") : job.status();
+    }
+    if (status.code() != absl::StatusCode::kUnavailable) return status;
     const absl::Duration pause = std::max(backoff.Next(), RetryDelay(status));
     if (absl::Now() + pause > give_up) return status;
     if (observer.on_disconnect) observer.on_disconnect(status, pause);

@@ -32,7 +32,7 @@ struct ClientOptions {
   absl::Duration load_timeout = absl::Minutes(10);  // of loading and unloading a model
   int attempts_max = 5;
   Backoff::Options backoff;
-  // Watching gives up when the service was away for so long.
+  // Watching gives up when nothing came from the service for so long.
   absl::Duration watch_patience = absl::Minutes(10);
   // The service sends a heartbeat every 15 s; a stream that is silent for longer than this is dead
   // although its connection may look alive.
@@ -54,9 +54,12 @@ class Client {
   const std::string& address() const { return pool_.address(); }
 
   // -- Jobs. Names may be given with or without "quantizationJobs/".
-  // Draws a request_id when the request has none.
-  absl::StatusOr<v1::QuantizationJob> CreateJob(v1::CreateQuantizationJobRequest request);
-  absl::StatusOr<v1::QuantizationJob> GetJob(const std::string& name);
+  // Draws a request_id when the request has none. A job may exist although the call failed or was
+  // cancelled; the same request_id finds out.
+  absl::StatusOr<v1::QuantizationJob> CreateJob(v1::CreateQuantizationJobRequest request,
+                                                Cancellation* cancellation = nullptr);
+  absl::StatusOr<v1::QuantizationJob> GetJob(const std::string& name,
+                                             Cancellation* cancellation = nullptr);
   // All pages, at most `n_jobs_max` jobs. `filter` and `order_by` as in the proto.
   absl::StatusOr<v1::ListQuantizationJobsResponse> ListJobs(const std::string& filter,
                                                             const std::string& order_by,
@@ -64,7 +67,8 @@ class Client {
   absl::StatusOr<v1::QuantizationJob> CancelJob(const std::string& name);
   absl::Status DeleteJob(const std::string& name);
   // Follows a job from the event after `after_sequence` to its end and returns the final job.
-  // DATA_LOSS when the service leaves out an event.
+  // DATA_LOSS when the service leaves out an event; UNAVAILABLE when nothing came from the service
+  // for ClientOptions::watch_patience, not even a heartbeat.
   absl::StatusOr<v1::QuantizationJob> WatchJob(const std::string& name, int64_t after_sequence,
                                                const WatchObserver& observer,
                                                Cancellation* cancellation = nullptr);
@@ -128,9 +132,14 @@ class Client {
                                                                 const Request&),
                       const Request& request, const OnStreamEvent& on_event,
                       Cancellation* cancellation, absl::Duration timeout);
-  // One Watch stream from *last_sequence on; advances it. Sets *finished at a terminal state.
-  absl::Status WatchOnce(const std::string& name, const WatchObserver& observer,
-                         Cancellation* cancellation, int64_t* last_sequence, bool* finished);
+  struct WatchResult {
+    absl::Status status;     // why the stream ended
+    bool delivered = false;  // anything, heartbeats too
+    bool finished = false;   // an event with a terminal state
+  };
+  // One Watch stream from *last_sequence on; advances it.
+  WatchResult WatchOnce(const std::string& name, const WatchObserver& observer,
+                        Cancellation* cancellation, int64_t* last_sequence);
   // Converts, and says in plain words that nobody answers at the address.
   absl::Status ToStatus(const grpc::Status& status) const;
 

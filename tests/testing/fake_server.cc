@@ -51,6 +51,7 @@ struct FakeServer::State {
   grpc::Status cut_watch_status;
   int64_t lost_event = -1;
   int n_silent_watches = 0;
+  bool heartbeat_first = false;
 
   std::vector<v1::Model> models;
   std::vector<v1::Worker> workers;
@@ -131,6 +132,10 @@ class FakeServer::Quantization : public v1::QuantizationService::Service {
     const int page_size = std::min(request->page_size(), state_->page_size_max);
     for (const auto& [name, job] : state_->jobs) {
       if (name <= request->page_token()) continue;
+      if (!request->filter().empty() &&
+          request->filter() != absl::StrCat("model_name=", job.job.model_name())) {
+        continue;
+      }
       if (response->quantization_jobs_size() == page_size) {
         response->set_next_page_token(
             response->quantization_jobs(response->quantization_jobs_size() - 1).name());
@@ -152,6 +157,11 @@ class FakeServer::Quantization : public v1::QuantizationService::Service {
       if (silent) --state_->n_silent_watches;
     }
     FAKE_ENTER("WatchQuantizationJob");
+    if (HeartbeatFirst()) {
+      v1::QuantizationJobEvent heartbeat;
+      heartbeat.set_heartbeat(true);
+      if (!writer->Write(heartbeat)) return grpc::Status::CANCELLED;
+    }
     int64_t sequence = request->after_sequence();
     for (int n_sent = 0;;) {
       v1::QuantizationJobEvent event;
@@ -205,6 +215,10 @@ class FakeServer::Quantization : public v1::QuantizationService::Service {
   int64_t LostEvent() const {
     absl::MutexLock lock(&state_->mu);
     return state_->lost_event;
+  }
+  bool HeartbeatFirst() const {
+    absl::MutexLock lock(&state_->mu);
+    return state_->heartbeat_first;
   }
 
   State* const state_;
@@ -484,6 +498,11 @@ void FakeServer::LoseEvent(int64_t sequence) {
 void FakeServer::SilenceNextWatch(int n) {
   absl::MutexLock lock(&state_->mu);
   state_->n_silent_watches = n;
+}
+
+void FakeServer::BeginWatchesWithAHeartbeat() {
+  absl::MutexLock lock(&state_->mu);
+  state_->heartbeat_first = true;
 }
 
 v1::QuantizationJob* FakeServer::mutable_job(const std::string& name) {

@@ -40,7 +40,7 @@ class FakeServer {
   // The peers ("ipv4:127.0.0.1:1234") that have called: one a connection.
   int n_peers() const;
 
-  // -- Jobs
+  // -- Jobs. Lists know one filter: model_name=NAME.
   // Appends an event with the next sequence; a terminal state ends the job's streams.
   void AddEvent(const std::string& job_name, v1::QuantizationJobEvent event);
   // Watch streams end with `status` after so many events each; -1: never.
@@ -49,6 +49,8 @@ class FakeServer {
   void LoseEvent(int64_t sequence);
   // Watch streams say nothing, not even heartbeats, for the next `n` streams.
   void SilenceNextWatch(int n);
+  // Watch streams begin with a heartbeat; CutWatchAfter() does not count it.
+  void BeginWatchesWithAHeartbeat();
   v1::QuantizationJob* mutable_job(const std::string& name);  // not while calls run
   std::vector<v1::CreateQuantizationJobRequest> create_requests() const;
   std::vector<int64_t> watched_after() const;  // after_sequence of every Watch call

@@ -323,6 +323,44 @@ TEST(WatchJobTest, GivesUpWhenTheServiceStaysAway) {
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
 }
 
+// A quiet job behind something that cuts long streams: the service is there.
+TEST(WatchJobTest, HasPatienceWhileHeartbeatsCome) {
+  FakeServer server;
+  ClientOptions options = FastOptions(server);
+  options.watch_patience = absl::Milliseconds(300);
+  Client client(options);
+  AddRunningEvents(server, 1);
+  server.BeginWatchesWithAHeartbeat();
+  server.CutWatchAfter(0, kUnavailable);
+  std::thread finisher([&] {
+    const absl::Time finish_at = absl::Now() + 3 * options.watch_patience;
+    EXPECT_TRUE(WaitUntil([&] { return absl::Now() > finish_at; }));
+    server.AddEvent(kJob, Event(v1::QuantizationJob::SUCCEEDED));
+    server.CutWatchAfter(-1, grpc::Status::OK);
+  });
+  const auto job = client.WatchJob(kJob, 1, {});
+  finisher.join();
+  ASSERT_OK(job);
+  EXPECT_EQ(job->state(), v1::QuantizationJob::SUCCEEDED);
+}
+
+TEST(WatchJobTest, WaitsForAServiceThatGoesAwayBeforeItTellsOfTheEnd) {
+  FakeServer server;
+  ClientOptions options = FastOptions(server);
+  options.attempts_max = 2;
+  Client client(options);
+  server.AddEvent(kJob, Event(v1::QuantizationJob::SUCCEEDED));
+  for (const int64_t after_sequence : {0, 1}) {  // with a last event and without one
+    server.FailNext("GetQuantizationJob", 5, kUnavailable);
+    Seen seen;
+    ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job,
+                         client.WatchJob(kJob, after_sequence, seen.Observer()));
+    EXPECT_EQ(job.state(), v1::QuantizationJob::SUCCEEDED);
+    EXPECT_EQ(seen.sequences, OneTo(1 - after_sequence));
+    EXPECT_EQ(seen.n_disconnects, 2);
+  }
+}
+
 TEST(WatchJobTest, EndsWithTheServicesErrorForAnUnknownJob) {
   FakeServer server;
   Client client(FastOptions(server));
