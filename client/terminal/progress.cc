@@ -73,15 +73,18 @@ std::string ProgressLine(const v1::QuantizationJobEvent& event, int width) {
 }
 
 void ProgressPrinter::OnEvent(const v1::QuantizationJobEvent& event) {
+  if (event.state() == v1::QuantizationJob::STATE_UNSPECIFIED) {
+    // The line is drawn again: a message may have taken its place.
+    if (last_.state() != v1::QuantizationJob::STATE_UNSPECIFIED && options_.redraw) Draw(last_);
+    return;
+  }
+  last_ = event;
   if (event.attempt() > attempt_) {
     if (attempt_ > 0) PrintLine(absl::StrCat("attempt ", event.attempt(), " begins"));
     attempt_ = event.attempt();
   }
   if (options_.redraw) {
-    // The last column stays free: some terminals wrap when it is filled.
-    std::fprintf(options_.out, "\r\033[K%s",
-                 ProgressLine(event, TerminalWidth(fileno(options_.out)) - 1).c_str());
-    drawn_ = true;
+    Draw(event);
   } else if (!event.heartbeat()) {
     const std::string layer = LayerText(event);
     // One line a layer is enough; its stages follow each other in moments.
@@ -93,7 +96,6 @@ void ProgressPrinter::OnEvent(const v1::QuantizationJobEvent& event) {
     if (const std::string eta = EtaText(event); !eta.empty()) line += ", " + eta;
     PrintLine(line);
   }
-  std::fflush(options_.out);
 }
 
 void ProgressPrinter::OnDisconnect(const absl::Status& reason, absl::Duration pause) {
@@ -106,6 +108,14 @@ void ProgressPrinter::Clear() {
   std::fputs("\r\033[K", options_.out);
   std::fflush(options_.out);
   drawn_ = false;
+}
+
+void ProgressPrinter::Draw(const v1::QuantizationJobEvent& event) {
+  // The last column stays free: some terminals wrap when it is filled.
+  std::fprintf(options_.out, "\r\033[K%s",
+               ProgressLine(event, TerminalWidth(fileno(options_.out)) - 1).c_str());
+  std::fflush(options_.out);
+  drawn_ = true;
 }
 
 void ProgressPrinter::PrintLine(const std::string& line) {

@@ -29,16 +29,19 @@ class ProgressPrinter {
   ProgressPrinter(const ProgressPrinter&) = delete;
   ProgressPrinter& operator=(const ProgressPrinter&) = delete;
 
+  // A heartbeat without a state only shows that the service is there.
   void OnEvent(const v1::QuantizationJobEvent& event);
   void OnDisconnect(const absl::Status& reason, absl::Duration pause);
   // Takes the redrawn line away, for other output.
   void Clear();
 
  private:
+  void Draw(const v1::QuantizationJobEvent& event);
   void PrintLine(const std::string& line);
 
   const Options options_;
   bool drawn_ = false;
+  v1::QuantizationJobEvent last_;  // with a state
   int attempt_ = 0;
   std::string last_plain_;  // what the last plain line was about: stage and layer
 };

@@ -103,6 +103,20 @@ TEST(ProgressPrinterTest, OnATerminalTheLineIsRedrawnAndTakenAway) {
   EXPECT_NE(text.find("layer 2/30"), std::string::npos);
 }
 
+// A heartbeat of the watch may say nothing of the job.
+TEST(ProgressPrinterTest, AHeartbeatWithoutAStateRedrawsWhatWasKnown) {
+  v1::QuantizationJobEvent heartbeat;
+  heartbeat.set_heartbeat(true);
+  Recorder recorder;
+  ProgressPrinter printer({.out = recorder.file(), .redraw = true});
+  printer.OnEvent(heartbeat);
+  EXPECT_EQ(recorder.text(), "");
+  printer.OnEvent(Event(Job::QUANTIZING, 1, 0.2));
+  const std::string line = recorder.text();
+  printer.OnEvent(heartbeat);
+  EXPECT_EQ(recorder.text(), line + line);
+}
+
 TEST(ProgressPrinterTest, TellsOfNewAttemptsAndLostConnections) {
   Recorder recorder;
   ProgressPrinter printer({.out = recorder.file(), .redraw = false});
