@@ -68,7 +68,7 @@ class Conversation {
   // The whole answer at once.
   absl::StatusOr<v1::GenerateResponse> Ask(const std::string& text) {
     Cancellation cancellation;
-    interrupts_.OnNext([&cancellation] { cancellation.Cancel(); });
+    const Interrupts::Cancels cancels(interrupts_, cancellation);
     absl::StatusOr<v1::GenerateResponse> response;
     if (flags_.raw) {
       response = client_.Generate(RawRequest(text), &cancellation);
@@ -76,7 +76,6 @@ class Conversation {
       Add("user", text);
       response = client_.Chat(request_, &cancellation);
     }
-    interrupts_.OnNext(nullptr);
     return response;
   }
 

@@ -1,22 +1,45 @@
 #include "client/commands/command.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <filesystem>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "client/address.h"
 #include "client/terminal/error_text.h"
 #include "common/command_line.h"
+#include "common/endpoints.h"
 #include "common/utf8.h"
 
 namespace walsh::client {
+namespace {
+
+// As it is typed in a shell: quoted where it has to be.
+std::string ShellWord(const std::string& text) {
+  const bool is_plain = std::all_of(text.begin(), text.end(), [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || absl::StrContains("%+,-./:=@_", c);
+  });
+  if (is_plain && !text.empty()) return text;
+  return absl::StrCat("'", absl::StrReplaceAll(text, {{"'", "'\\''"}}), "'");
+}
+
+}  // namespace
 
 ClientOptions MakeClientOptions(const GlobalFlags& flags) {
   ClientOptions options;
   options.address = ResolveAddress(flags.server, flags.data_dir);
   options.timeout = absl::Seconds(flags.timeout_seconds);
   return options;
+}
+
+std::string WalshCommand(const GlobalFlags& flags) {
+  if (!flags.server.empty()) return absl::StrCat("walsh --server ", ShellWord(flags.server));
+  if (flags.data_dir == DefaultDataDir()) return "walsh";
+  return absl::StrCat("walsh --data-dir ", ShellWord(flags.data_dir));
 }
 
 int Fail(const absl::Status& status) {

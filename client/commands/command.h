@@ -27,6 +27,9 @@ struct GlobalFlags {
 using Chosen = std::function<int()>;
 
 ClientOptions MakeClientOptions(const GlobalFlags& flags);
+// "walsh" with what a person must add to reach the same service, for hints: --server or --data-dir
+// where they are not the defaults.
+std::string WalshCommand(const GlobalFlags& flags);
 // Prints the error to standard error and returns kExitFailed.
 int Fail(const absl::Status& status);
 // Relative paths are the caller's, who may stand elsewhere than the service.

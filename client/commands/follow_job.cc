@@ -17,13 +17,13 @@ namespace walsh::client {
 namespace {
 
 // After Ctrl-C: the job is the service's, so it goes on; say how to come back, and offer to cancel.
-int LeaveJob(Client& client, Interrupts& interrupts, const std::string& name) {
-  const std::string id = ResourceId(name);
+int LeaveJob(Client& client, Interrupts& interrupts, const FollowOptions& options) {
+  const std::string id = ResourceId(options.name);
   std::fprintf(stderr,
-               "\njob %s goes on without this command\n"
-               "  watch it:   walsh jobs watch %s\n"
-               "  cancel it:  walsh jobs cancel %s\n",
-               id.c_str(), id.c_str(), id.c_str());
+               "\nthe service goes on with job %s\n"
+               "  watch it:   %s jobs watch %s\n"
+               "  cancel it:  %s jobs cancel %s\n",
+               id.c_str(), options.walsh.c_str(), id.c_str(), options.walsh.c_str(), id.c_str());
   if (!IsTerminal(STDIN_FILENO) || !IsTerminal(STDERR_FILENO)) return kExitFailed;
   std::fputs("cancel the job? [y/N] ", stderr);
   std::string answer;
@@ -32,7 +32,7 @@ int LeaveJob(Client& client, Interrupts& interrupts, const std::string& name) {
     return kExitFailed;
   }
   if (answer != "y" && answer != "Y" && answer != "yes") return kExitFailed;
-  const auto job = client.CancelJob(name);
+  const auto job = client.CancelJob(options.name);
   if (!job.ok()) return Fail(job.status());
   std::fprintf(stderr, "job %s: %s\n", id.c_str(),
                v1::QuantizationJob::State_Name(job->state()).c_str());
@@ -41,9 +41,8 @@ int LeaveJob(Client& client, Interrupts& interrupts, const std::string& name) {
 
 }  // namespace
 
-int FollowJob(Client& client, Interrupts& interrupts, const FollowOptions& options) {
-  Cancellation cancellation;
-  interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
+int FollowJob(Client& client, Interrupts& interrupts, Cancellation& cancellation,
+              const FollowOptions& options) {
   absl::StatusOr<v1::QuantizationJob> job;
   {
     ProgressPrinter progress({.out = stderr, .redraw = IsTerminal(STDERR_FILENO)});
@@ -58,8 +57,7 @@ int FollowJob(Client& client, Interrupts& interrupts, const FollowOptions& optio
     };
     job = client.WatchJob(options.name, options.after_sequence, observer, &cancellation);
   }
-  interrupts.OnNext(nullptr);
-  if (cancellation.cancelled() && !job.ok()) return LeaveJob(client, interrupts, options.name);
+  if (cancellation.cancelled() && !job.ok()) return LeaveJob(client, interrupts, options);
   if (!job.ok()) return Fail(job.status());
   if (!options.json_events) PrintOut(options.json ? JsonText(*job) : JobReport(*job));
   if (job->state() == v1::QuantizationJob::SUCCEEDED) return kExitOk;

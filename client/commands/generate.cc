@@ -33,7 +33,7 @@ int RunGenerate(const GenerateFlags& flags, const GlobalFlags& global) {
   *request.mutable_sampling() = *sampling;
   if (global.json()) {
     Cancellation cancellation;
-    interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
+    const Interrupts::Cancels cancels(interrupts, cancellation);
     const auto response = client.Generate(request, &cancellation);
     if (!response.ok()) return Fail(response.status());
     PrintOut(JsonText(*response));

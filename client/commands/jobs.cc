@@ -50,9 +50,13 @@ int RunGet(const JobsFlags& flags, const GlobalFlags& global) {
 int RunWatch(const JobsFlags& flags, const GlobalFlags& global) {
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
-  return FollowJob(
-      client, interrupts,
-      {.name = flags.id, .after_sequence = flags.after_sequence, .json_events = global.json()});
+  Cancellation cancellation;
+  const Interrupts::Cancels cancels(interrupts, cancellation);
+  return FollowJob(client, interrupts, cancellation,
+                   {.name = flags.id,
+                    .walsh = WalshCommand(global),
+                    .after_sequence = flags.after_sequence,
+                    .json_events = global.json()});
 }
 
 int RunCancel(const JobsFlags& flags, const GlobalFlags& global) {

@@ -107,12 +107,12 @@ absl::StatusOr<v1::Model> Move(const ModelsFlags& flags, const GlobalFlags& glob
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
   Cancellation cancellation;
-  interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
+  const Interrupts::Cancels cancels(interrupts, cancellation);
   absl::StatusOr<v1::Model> model = (client.*move)(flags.name, &cancellation);
   if (absl::IsCancelled(model.status())) {
-    return absl::CancelledError(
-        absl::StrCat("interrupted; the worker ends what it has begun, `walsh models get ",
-                     ResourceId(flags.name), "` tells"));
+    return absl::CancelledError(absl::StrCat("interrupted; the worker ends what it has begun, `",
+                                             WalshCommand(global), " models get ",
+                                             ResourceId(flags.name), "` tells"));
   }
   return model;
 }
@@ -129,7 +129,7 @@ int RunDelete(const ModelsFlags& flags, const GlobalFlags& global) {
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
   Cancellation cancellation;
-  interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
+  const Interrupts::Cancels cancels(interrupts, cancellation);
   const absl::Status status = client.DeleteModel(flags.name, flags.force, &cancellation);
   return status.ok() ? kExitOk : Fail(status);
 }

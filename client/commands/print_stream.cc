@@ -24,22 +24,22 @@ StreamOutcome PrintStream(Interrupts& interrupts, bool stats, const StartStream&
   StreamOutcome outcome;
   std::string stats_line;
   Cancellation cancellation;
-  interrupts.OnNext([&cancellation] { cancellation.Cancel(); });
-  outcome.status = start(
-      [&](const v1::GenerateStreamResponse& event) {
-        if (event.has_delta() && !event.delta().text().empty()) {
-          const std::string& text = event.delta().text();
-          outcome.text += text;
-          const std::string shown = to_terminal ? SafeText(text) : text;
-          std::fwrite(shown.data(), 1, shown.size(), stdout);
-          std::fflush(stdout);
-        } else if (event.has_finished()) {
-          const auto& finished = event.finished();
-          stats_line = StatsText(finished.usage(), finished.timings(), finished.finish_reason());
-        }
-      },
-      &cancellation);
-  interrupts.OnNext(nullptr);
+  const auto print = [&](const v1::GenerateStreamResponse& event) {
+    if (event.has_delta() && !event.delta().text().empty()) {
+      const std::string& text = event.delta().text();
+      outcome.text += text;
+      const std::string shown = to_terminal ? SafeText(text) : text;
+      std::fwrite(shown.data(), 1, shown.size(), stdout);
+      std::fflush(stdout);
+    } else if (event.has_finished()) {
+      const auto& finished = event.finished();
+      stats_line = StatsText(finished.usage(), finished.timings(), finished.finish_reason());
+    }
+  };
+  {
+    const Interrupts::Cancels cancels(interrupts, cancellation);
+    outcome.status = start(print, &cancellation);
+  }
   outcome.cancelled = cancellation.cancelled() && !outcome.status.ok();
   if (!outcome.text.empty() && outcome.text.back() != '\n') std::fputc('\n', stdout);
   std::fflush(stdout);

@@ -60,14 +60,31 @@ absl::StatusOr<bool> ShouldLoad(Client& client, const QuantizeFlags& flags) {
   return n_online == 1;
 }
 
+// After Ctrl-C before the service has answered.
+int LeaveSubmission(const v1::CreateQuantizationJobRequest& request, const GlobalFlags& global) {
+  if (request.validate_only()) return Fail(absl::CancelledError("interrupted"));
+  std::fprintf(stderr,
+               "\ninterrupted before the service answered: it may have accepted the job\n"
+               "  look for it:  %s jobs list --filter model_name=%s\n"
+               "  follow it:    the same command with --request-id %s starts no second one\n",
+               WalshCommand(global).c_str(), request.quantization_job().model_name().c_str(),
+               request.request_id().c_str());
+  return kExitFailed;
+}
+
 int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
   const auto load = ShouldLoad(client, flags);
   if (!load.ok()) return Fail(load.status());
-  const auto request = MakeQuantizeRequest(flags, *load);
+  auto request = MakeQuantizeRequest(flags, *load);
   if (!request.ok()) return Fail(request.status());
-  const auto job = client.CreateJob(*request);
+  if (request->request_id().empty()) request->set_request_id(NewRequestId());
+  // From here on Ctrl-C leaves a job behind, which the person must be able to find.
+  Cancellation cancellation;
+  const Interrupts::Cancels cancels(interrupts, cancellation);
+  const auto job = client.CreateJob(*request, &cancellation);
+  if (cancellation.cancelled() && !job.ok()) return LeaveSubmission(*request, global);
   if (!job.ok()) return Fail(job.status());
   if (flags.validate_only || flags.detach) {
     if (global.json()) {
@@ -80,7 +97,8 @@ int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
     return kExitOk;
   }
   std::fprintf(stderr, "job %s accepted\n", ResourceId(job->name()).c_str());
-  return FollowJob(client, interrupts, {.name = job->name(), .json = global.json()});
+  return FollowJob(client, interrupts, cancellation,
+                   {.name = job->name(), .walsh = WalshCommand(global), .json = global.json()});
 }
 
 void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {

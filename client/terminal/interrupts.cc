@@ -54,8 +54,17 @@ Interrupts::~Interrupts() {
 
 void Interrupts::OnNext(std::function<void()> action) {
   absl::MutexLock lock(&mu_);
+  const auto none_runs = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) { return !is_running_; };
+  mu_.Await(absl::Condition(&none_runs));
   action_ = std::move(action);
 }
+
+Interrupts::Cancels::Cancels(Interrupts& interrupts, Cancellation& cancellation)
+    : interrupts_(interrupts) {
+  interrupts_.OnNext([&cancellation] { cancellation.Cancel(); });
+}
+
+Interrupts::Cancels::~Cancels() { interrupts_.OnNext(nullptr); }
 
 void Interrupts::Run() {
   std::array<pollfd, 2> fds = {pollfd{signal_fd_, POLLIN, 0}, pollfd{stop_fd_, POLLIN, 0}};
@@ -69,12 +78,15 @@ void Interrupts::Run() {
     {
       absl::MutexLock lock(&mu_);
       action = std::exchange(action_, nullptr);
+      is_running_ = action != nullptr;
     }
     if (!action) {
       // Whatever the main thread waits for may never come: destructors are not run.
       std::_Exit(kExitFailed);
     }
     action();
+    absl::MutexLock lock(&mu_);
+    is_running_ = false;
   }
 }
 

@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "absl/synchronization/mutex.h"
+#include "common/grpc_cancellation.h"
 
 namespace walsh::client {
 
@@ -24,8 +25,21 @@ class Interrupts {
   Interrupts& operator=(const Interrupts&) = delete;
 
   // The next Ctrl-C runs `action` once; the one after it ends the process with kExitFailed, as does
-  // any Ctrl-C while no action is set.
+  // any Ctrl-C while no action is set. Returns when no earlier action runs any more, so that what
+  // it refers to may go; not to be called from an action.
   void OnNext(std::function<void()> action);
+
+  // The next Ctrl-C cancels `cancellation`, while the object lives.
+  class Cancels {
+   public:
+    Cancels(Interrupts& interrupts, Cancellation& cancellation);
+    ~Cancels();
+    Cancels(const Cancels&) = delete;
+    Cancels& operator=(const Cancels&) = delete;
+
+   private:
+    Interrupts& interrupts_;
+  };
 
   enum class Read { kLine, kEnd, kInterrupted };
   // Reads a line of standard input without its newline; Ctrl-C ends the wait.
@@ -40,6 +54,7 @@ class Interrupts {
   std::string unread_;
   absl::Mutex mu_;
   std::function<void()> action_ ABSL_GUARDED_BY(mu_);
+  bool is_running_ ABSL_GUARDED_BY(mu_) = false;  // an action
   std::thread thread_;
 };
 

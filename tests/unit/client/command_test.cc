@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "client/child_process.h"
+#include "common/endpoints.h"
 #include "common/grpc_status.h"
 #include "common/publish.h"
 #include "tests/testing/fake_server.h"
@@ -214,9 +215,50 @@ TEST_F(CommandTest, CtrlCLeavesTheJobRunningAndSaysHowToComeBack) {
   const auto status = child.Wait(absl::Seconds(10));
   ASSERT_TRUE(status.has_value());
   EXPECT_EQ(ExitCode(*status), 1);
-  EXPECT_THAT(error(), HasSubstr("job j goes on"));
-  EXPECT_THAT(error(), HasSubstr("walsh jobs watch j"));
+  EXPECT_THAT(error(), HasSubstr("goes on with job j"));
+  EXPECT_THAT(error(), HasSubstr("walsh --server " + server_.address() + " jobs watch j\n"));
   EXPECT_EQ(server_.Calls("CancelQuantizationJob"), 0);
+}
+
+TEST_F(CommandTest, CtrlCBeforeTheAnswerSaysHowToFindTheJob) {
+  absl::Status busy = absl::UnavailableError("later");
+  SetRetryDelay(busy, absl::Seconds(30));
+  server_.FailNext("CreateQuantizationJob", 1, ToGrpcStatus(busy));
+  SpawnOptions command = Command({"quantize", "/m", "--name", "n", "--no-load"});
+  command.stderr_path = dir_ / "err";
+  ASSERT_OK_AND_ASSIGN(ChildProcess child, ChildProcess::Spawn(command));
+  ASSERT_TRUE(WaitUntil([&] { return server_.Calls("CreateQuantizationJob") == 1; }));
+  child.Signal(SIGINT);
+  const auto status = child.Wait(absl::Seconds(20));
+  ASSERT_TRUE(status.has_value());
+  EXPECT_EQ(ExitCode(*status), 1);
+  const std::string error = ReadFile(dir_ / "err", 10000).value_or("");
+  EXPECT_THAT(error, HasSubstr("may have accepted the job"));
+  EXPECT_THAT(error, HasSubstr("walsh --server " + server_.address() +
+                               " jobs list --filter model_name=n\n"));
+  const std::string request_id = server_.create_requests()[0].request_id();
+  EXPECT_THAT(error, HasSubstr("--request-id " + request_id));
+}
+
+TEST_F(CommandTest, HintsNameAFolderThatIsNotTheUsualOne) {
+  ASSERT_OK(WriteEndpoints(dir_ / "my data", "coordinator", {{"grpc", server_.address()}}));
+  server_.AddEvent(kJob, Event(v1::QuantizationJob::RUNNING));
+  SpawnOptions command = Command({"--data-dir", dir_ / "my data", "jobs", "watch", "j"});
+  command.environment["WALSH_SERVER"] = "";
+  command.stderr_path = dir_ / "err";
+  ASSERT_OK_AND_ASSIGN(ChildProcess child, ChildProcess::Spawn(command));
+  const auto error = [&] { return ReadFile(dir_ / "err", 10000).value_or(""); };
+  ASSERT_TRUE(WaitUntil([&] { return error().find("RUNNING") != std::string::npos; }));
+  child.Signal(SIGINT);
+  ASSERT_TRUE(child.Wait(absl::Seconds(20)).has_value());
+  EXPECT_THAT(error(), HasSubstr("walsh --data-dir '" + dir_ / "my data" + "' jobs watch j\n"));
+}
+
+TEST_F(CommandTest, UpSaysWhichSettingsItDoesNotTake) {
+  const Output output = Run({"up", "--help"});
+  EXPECT_THAT(output.out, HasSubstr("--shutdown-timeout"));
+  EXPECT_THAT(output.out, HasSubstr("--grpc-port"));
+  EXPECT_THAT(output.out, HasSubstr("WALSH_MODEL_ROOT"));
 }
 
 TEST_F(CommandTest, GenerateStreamsAndTellsItsSpeed) {

@@ -199,7 +199,7 @@ TEST(TerminalSessionTest, CtrlCEndsTheWaitForALoad) {
   ASSERT_TRUE(WaitUntil([&] { return server.Calls("LoadModel") == 1; }));
   session.Interrupt();
   EXPECT_EQ(session.ExitCodeOfChild(), 1);
-  EXPECT_THAT(session.Screen(), HasSubstr("walsh models get m"));
+  EXPECT_THAT(session.Screen(), HasSubstr("walsh --server " + server.address() + " models get m"));
 }
 
 TEST(TerminalSessionTest, AModelCannotMoveTheCursor) {
