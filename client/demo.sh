@@ -5,7 +5,15 @@
 # Environment: WALSH_BIN_DIR    folder of walsh, walsh-coordinator, walsh-worker
 #              WALSH_SMOLLM2    the GGUF file; default: where `./run fetch-model` puts it
 #              WALSH_CACHE_DIR  where the demo's data folder lives
+# Every other WALSH_ variable is ignored: it would point at another service or change what is printed.
 set -euo pipefail
+
+for variable in "${!WALSH_@}"; do
+  case $variable in
+    WALSH_BIN_DIR | WALSH_SMOLLM2 | WALSH_CACHE_DIR) ;;
+    *) unset "$variable" ;;
+  esac
+done
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${WALSH_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/walsh}
@@ -34,6 +42,7 @@ stop() {
   trap '' INT TERM HUP # stopping takes a moment; nothing may cut it short
   if [[ -n $up_pid ]] && kill -0 "$up_pid" 2> /dev/null; then
     say "stopping the service"
+    ((code == 0)) || printf 'a job that is not finished goes on when the service is started again\n'
     kill -TERM "$up_pid"
     wait "$up_pid" || true
   fi
@@ -56,21 +65,28 @@ until [[ -s $data/up.txt ]]; do
   sleep 0.2
 done
 cat "$data/up.txt"
-export WALSH_DATA_DIR=$data # the client finds the service there
+# Everything below is for the service that this script has started, wherever another one runs.
+WALSH_SERVER=$(awk '$1 == "gRPC" {print $2}' "$data/up.txt")
+[[ -n $WALSH_SERVER ]] || die "walsh up did not say where it listens"
+export WALSH_SERVER
 
-# Jobs and models of an earlier run. A job that is not finished is cancelled first.
-"$walsh" jobs list --limit 1000 2> /dev/null | awk 'NR > 1 {print $1, $2}' | while read -r id state; do
-  case $state in
-    SUCCEEDED | FAILED | CANCELLED) ;;
-    *)
-      "$walsh" jobs cancel "$id" > /dev/null
-      "$walsh" jobs watch "$id" > /dev/null 2>&1 || true
-      ;;
-  esac
-  "$walsh" jobs delete "$id"
-done
-"$walsh" models list 2> /dev/null | awk 'NR > 1 {print $1}' | while read -r name; do
-  "$walsh" models delete "$name" --force
+# What an earlier run made. A job that is not finished is cancelled first.
+for bits in 4 2; do
+  name=smollm2-${bits}bit
+  "$walsh" jobs list --filter "model_name=$name" --limit 1000 2> /dev/null |
+    awk 'NR > 1 {print $1, $2}' | while read -r id state; do
+    case $state in
+      SUCCEEDED | FAILED | CANCELLED) ;;
+      *)
+        "$walsh" jobs cancel "$id" > /dev/null
+        "$walsh" jobs watch "$id" > /dev/null 2>&1 || true
+        ;;
+    esac
+    "$walsh" jobs delete "$id"
+  done
+  if "$walsh" models get "$name" > /dev/null 2>&1; then
+    "$walsh" models delete "$name" --force
+  fi
 done
 
 for bits in 4 2; do
