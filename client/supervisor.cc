@@ -29,22 +29,22 @@ constexpr absl::Duration kPollInterval = absl::Milliseconds(100);
 constexpr absl::Duration kHealthTimeout = absl::Seconds(2);
 // A daemon that ran so long before it ended is started again at once.
 constexpr absl::Duration kStableAfter = absl::Minutes(1);
+// To hand leases back and close, after the calls have ended.
+constexpr absl::Duration kStopGrace = absl::Seconds(10);
 constexpr int kLogLinesShown = 12;
 constexpr int64_t kLogBytesMax = 64 << 20;
 
-sigset_t WaitSet() {
+// A blocked signal is taken by a wait even when it is ignored, so ignored ones are left out.
+sigset_t AwaitedSignals() {
   sigset_t set;
   sigemptyset(&set);
-  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGCHLD}) sigaddset(&set, number);
+  sigaddset(&set, SIGCHLD);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP}) {
+    struct sigaction current = {};
+    if (sigaction(number, nullptr, &current) == 0 && current.sa_handler == SIG_IGN) continue;
+    sigaddset(&set, number);
+  }
   return set;
-}
-
-// Waits at most `timeout`; true when a signal that asks this process to stop came.
-bool WaitForStopSignal(absl::Duration timeout) {
-  const sigset_t set = WaitSet();
-  const timespec time = absl::ToTimespec(std::max(timeout, absl::ZeroDuration()));
-  const int number = sigtimedwait(&set, nullptr, &time);
-  return number == SIGINT || number == SIGTERM || number == SIGHUP;
 }
 
 // "127.0.0.1:50051" -> "50051"; `otherwise` when there is no such endpoint yet.
@@ -71,9 +71,11 @@ void Say(const std::string& text) {
 Supervisor::Daemon::Daemon(std::string n) : name(std::move(n)), backoff(RestartPauses(), 0) {}
 
 Supervisor::Supervisor(SupervisorOptions options)
-    : options_(std::move(options)), coordinator_("coordinator"), worker_("worker") {
-  const sigset_t set = WaitSet();
-  pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    : options_(std::move(options)),
+      awaited_signals_(AwaitedSignals()),
+      coordinator_("coordinator"),
+      worker_("worker") {
+  pthread_sigmask(SIG_BLOCK, &awaited_signals_, nullptr);
 }
 
 Supervisor::~Supervisor() {
@@ -82,6 +84,12 @@ Supervisor::~Supervisor() {
 
 std::string Supervisor::LogPath(const std::string& daemon) const {
   return absl::StrCat(options_.data_dir, "/log/", daemon, ".log");
+}
+
+bool Supervisor::WaitForStopSignal(absl::Duration timeout) const {
+  const timespec time = absl::ToTimespec(std::max(timeout, absl::ZeroDuration()));
+  const int number = sigtimedwait(&awaited_signals_, nullptr, &time);
+  return number == SIGINT || number == SIGTERM || number == SIGHUP;
 }
 
 absl::Status Supervisor::LockDataDir() {
@@ -111,25 +119,30 @@ std::vector<std::string> Supervisor::CoordinatorArguments() const {
           "--http-port",
           PortOf(known, "http", usual ? 8000 : 0),
           "--metrics-port",
-          PortOf(known, "metrics", usual ? 8002 : 0)};
+          PortOf(known, "metrics", usual ? 8002 : 0),
+          "--shutdown-timeout",
+          absl::StrCat(absl::ToDoubleSeconds(options_.shutdown_timeout))};
 }
 
 std::vector<std::string> Supervisor::WorkerArguments() const {
   const bool usual = options_.port == 50051;
   const Endpoints& known = worker_.endpoints;
-  std::vector<std::string> arguments = {options_.worker_binary,
-                                        "--data-dir",
-                                        options_.data_dir,
-                                        "--host",
-                                        "127.0.0.1",
-                                        "--coordinator",
-                                        coordinator_.endpoints.at("internal"),
-                                        "--grpc-port",
-                                        PortOf(known, "grpc", usual ? 50053 : 0),
-                                        "--metrics-port",
-                                        PortOf(known, "metrics", usual ? 8003 : 0),
-                                        "--device",
-                                        options_.device};
+  std::vector<std::string> arguments = {
+      options_.worker_binary,
+      "--data-dir",
+      options_.data_dir,
+      "--host",
+      "127.0.0.1",
+      "--coordinator",
+      coordinator_.endpoints.at("internal"),
+      "--grpc-port",
+      PortOf(known, "grpc", usual ? 50053 : 0),
+      "--metrics-port",
+      PortOf(known, "metrics", usual ? 8003 : 0),
+      "--device",
+      options_.device,
+      "--shutdown-timeout",
+      absl::StrCat(absl::ToDoubleSeconds(options_.shutdown_timeout))};
   for (const std::string& root : options_.model_roots) {
     arguments.insert(arguments.end(), {"--model-root", root});
   }
@@ -247,7 +260,7 @@ absl::Status Supervisor::Run() {
 absl::Status Supervisor::StopDaemon(Daemon& daemon, bool* kill_now) {
   if (daemon.child == nullptr || daemon.child->Poll().has_value()) return absl::OkStatus();
   daemon.child->Signal(*kill_now ? SIGKILL : SIGTERM);
-  const absl::Time deadline = absl::Now() + options_.stop_timeout;
+  const absl::Time deadline = absl::Now() + options_.shutdown_timeout + kStopGrace;
   bool killed = *kill_now;
   while (!daemon.child->Poll().has_value()) {
     const bool again = WaitForStopSignal(kPollInterval);

@@ -3,12 +3,15 @@
 // The coordinator starts first, the worker when it is ready; a child that ends unasked is started
 // again with growing pauses, on the ports that it had, so that clients and the other daemon find
 // it. SIGTERM, SIGINT and SIGHUP stop the worker first, while the coordinator is still there to
-// take its leases back, then the coordinator; a second signal kills both. Should this process die,
-// the kernel sends both SIGTERM.
+// take its leases back, then the coordinator; a second signal kills both. A signal that was ignored
+// when this process started stays so (nohup). Should this process die, the kernel sends both
+// SIGTERM.
 //
 // Everything happens on the calling thread, which waits for signals with them blocked: there are no
 // handlers and no races between a child's end and a wait.
 #pragma once
+
+#include <signal.h>
 
 #include <memory>
 #include <string>
@@ -34,7 +37,8 @@ struct SupervisorOptions {
   int n_threads = 0;        // 0: the worker's default
   bool log_to_stderr = false;
   absl::Duration ready_timeout = absl::Seconds(60);
-  absl::Duration stop_timeout = absl::Seconds(40);  // of each daemon, then it is killed
+  // That each daemon gives running calls when it stops; one that is not gone 10 s later is killed.
+  absl::Duration shutdown_timeout = absl::Seconds(30);
 };
 
 class Supervisor {
@@ -77,11 +81,14 @@ class Supervisor {
   bool IsReady(const Daemon& daemon);
   // Restarts what ended; sets restart_at. FAILED_PRECONDITION for a usage error, which repeats.
   absl::Status Tend(Daemon& daemon);
+  // Waits at most `timeout`; true when a signal that asks this process to stop came.
+  bool WaitForStopSignal(absl::Duration timeout) const;
   absl::Status Stop();
   absl::Status StopDaemon(Daemon& daemon, bool* kill_now);
   std::string LastLogLines(const Daemon& daemon) const;
 
   const SupervisorOptions options_;
+  const sigset_t awaited_signals_;
   int lock_fd_ = -1;
   Daemon coordinator_;
   Daemon worker_;

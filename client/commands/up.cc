@@ -18,6 +18,7 @@ struct UpFlags {
   int port = 50051;
   int n_threads = 0;
   bool log_to_stderr = false;
+  double shutdown_seconds = 30;
 };
 
 std::string EndpointOr(const Endpoints& endpoints, const std::string& key) {
@@ -61,6 +62,7 @@ int RunUp(const UpFlags& flags, const GlobalFlags& global, const std::string& co
   options.port = flags.port;
   options.n_threads = flags.n_threads;
   options.log_to_stderr = flags.log_to_stderr;
+  options.shutdown_timeout = absl::Seconds(flags.shutdown_seconds);
   Supervisor supervisor(options);
   if (absl::Status status = supervisor.Start(); !status.ok()) return Fail(status);
   PrintOut(Banner(supervisor, options));
@@ -78,8 +80,9 @@ void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
       ->check(CLI::IsMember({"auto", "cpu"}))
       ->capture_default_str();
   command.add_option("--model-root", flags->model_roots,
-                     "Folder that models and texts may be read from; may be repeated; default: the "
-                     "current folder and the data folder");
+                     "Folder that models and texts may be read from; may be repeated, on the "
+                     "command line and in a config file (WALSH_MODEL_ROOT is one folder); default: "
+                     "the current folder and the data folder");
   command
       .add_option("--port", flags->port,
                   "Public gRPC port; any other than 50051 takes free ports for the rest, 0 for "
@@ -90,6 +93,16 @@ void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
       ->check(CLI::PositiveNumber);
   command.add_flag("--log-to-stderr", flags->log_to_stderr,
                    "The daemons' logs on standard error instead of in the data folder");
+  command
+      .add_option("--shutdown-timeout", flags->shutdown_seconds,
+                  "Seconds that running calls have when the service is asked to stop")
+      ->check(CLI::Range(0.0, 3600.0))
+      ->capture_default_str();
+  command.footer(
+      "Both daemons listen on 127.0.0.1. --host, --grpc-port, --internal-port, --http-port and "
+      "--metrics-port,\nas environment variables or in a config file, are for daemons that are "
+      "started by themselves; --port rules here.\nOther settings of the daemons are taken from the "
+      "environment and the config file.");
   command.callback([flags, &app, &global, &chosen] {
     const CLI::Option* config = app.get_config_ptr();
     const std::string config_path = config == nullptr ? "" : config->as<std::string>();

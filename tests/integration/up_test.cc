@@ -7,6 +7,7 @@
 #include <map>
 
 #include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
 #include "common/publish.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
@@ -25,20 +26,16 @@ constexpr absl::Duration kPatience = absl::Seconds(60);
 
 class UpTest : public ::testing::Test {
  protected:
+  // `wrapper` goes before it on the command line.
   absl::StatusOr<client::ChildProcess> Up(
-      const std::map<std::string, std::string>& environment = {}) const {
+      const std::map<std::string, std::string>& environment = {},
+      const std::vector<std::string>& wrapper = {}) const {
     client::SpawnOptions spawn;
     spawn.environment = environment;
-    spawn.argv = {testing::BinaryPath("walsh"),
-                  "up",
-                  "--data-dir",
-                  dir_ / "data",
-                  "--port",
-                  "0",
-                  "--model-root",
-                  dir_.path(),
-                  "--threads",
-                  "1"};
+    spawn.argv = wrapper;
+    spawn.argv.insert(spawn.argv.end(),
+                      {testing::BinaryPath("walsh"), "up", "--data-dir", dir_ / "data", "--port",
+                       "0", "--model-root", dir_.path(), "--threads", "1"});
     spawn.stdout_path = dir_ / "out";
     spawn.stderr_path = dir_ / "err";
     return client::ChildProcess::Spawn(spawn);
@@ -104,6 +101,54 @@ TEST_F(UpTest, AConfigFileServesTheDaemonsToo) {
   }
   up.Signal(SIGTERM);
   EXPECT_TRUE(up.Wait(kPatience).has_value());
+}
+
+TEST_F(UpTest, AnIgnoredHangupStaysIgnored) {
+  // As nohup starts it.
+  ASSERT_OK_AND_ASSIGN(client::ChildProcess up,
+                       Up({}, {"/bin/sh", "-c", "trap '' HUP; exec \"$@\"", "sh"}));
+  ASSERT_TRUE(WaitForBanner()) << Out() << Err();
+  up.Signal(SIGHUP);
+  // That it goes on minding its daemons shows that it has passed the signal by.
+  const pid_t worker = DaemonPid("worker");
+  kill(worker, SIGKILL);
+  EXPECT_TRUE(WaitUntil(
+      [&] {
+        const pid_t next = DaemonPid("worker");
+        return next != 0 && next != worker && IsAlive(next);
+      },
+      kPatience))
+      << Err();
+  up.Signal(SIGTERM);
+  const auto status = up.Wait(kPatience);
+  ASSERT_TRUE(status.has_value());
+  EXPECT_EQ(client::ExitCode(*status), 0) << Err();
+}
+
+// The daemons have so long, and `up` waits for them.
+TEST_F(UpTest, TheShutdownTimeoutReachesTheDaemons) {
+  ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up({{"WALSH_SHUTDOWN_TIMEOUT", "77"}}));
+  ASSERT_TRUE(WaitForBanner()) << Out() << Err();
+  for (const char* daemon : {"coordinator", "worker"}) {
+    const std::string path = absl::StrCat("/proc/", DaemonPid(daemon), "/cmdline");
+    const std::string arguments = ReadFile(path, 1 << 20).value_or("");
+    EXPECT_THAT(arguments, HasSubstr(std::string("--shutdown-timeout\00077", 21))) << daemon;
+  }
+  up.Signal(SIGTERM);
+  EXPECT_TRUE(up.Wait(kPatience).has_value());
+}
+
+TEST_F(UpTest, ADaemonThatDoesNotStopIsKilledAfterItsTime) {
+  ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up({{"WALSH_SHUTDOWN_TIMEOUT", "0"}}));
+  ASSERT_TRUE(WaitForBanner()) << Out() << Err();
+  const pid_t worker = DaemonPid("worker");
+  kill(worker, SIGSTOP);
+  up.Signal(SIGTERM);
+  const auto status = up.Wait(absl::Seconds(35));  // the default would be 40 s
+  ASSERT_TRUE(status.has_value());
+  EXPECT_EQ(client::ExitCode(*status), 1);
+  EXPECT_THAT(Err(), HasSubstr("killing walsh-worker"));
+  EXPECT_FALSE(IsAlive(worker));
 }
 
 TEST_F(UpTest, ASecondOneOnTheSameFolderIsRefused) {
