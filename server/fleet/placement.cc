@@ -76,8 +76,9 @@ absl::StatusOr<WorkerAddress> ChooseForGeneration(const std::string& model_id,
     default:
       break;
   }
-  absl::Status status = absl::FailedPreconditionError(absl::StrCat(
-      "model '", model_id, "' is ", v1::Model::State_Name(best->model.state()), ": load it first"));
+  absl::Status status = absl::FailedPreconditionError(
+      absl::StrCat("model '", model_id, "' is ", v1::Model::State_Name(best->model.state()),
+                   ": load it first (`walsh models load ", model_id, "`)"));
   SetErrorInfo(status, "MODEL_NOT_LOADED", {{"model", model_id}});
   SetPreconditionFailure(status, "MODEL_STATE", ModelName(model_id),
                          v1::Model::State_Name(best->model.state()));
