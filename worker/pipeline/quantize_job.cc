@@ -120,8 +120,9 @@ class Job {
         std::filesystem::absolute(spec_.output_directory).parent_path();
     WALSH_ASSIGN_OR_RETURN(const int64_t free, FreeBytes(parent.string()));
     if (free >= job_.disk_bytes) return absl::OkStatus();
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the model needs ", job_.disk_bytes, " bytes of disk, ", free, " are free"));
+    return absl::ResourceExhaustedError(absl::StrCat("the model needs ", job_.disk_bytes,
+                                                     " bytes of disk, ", free, " are free in ",
+                                                     parent.string()));
   }
 
   void CountStorage() {

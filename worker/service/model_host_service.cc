@@ -32,8 +32,8 @@ absl::Status CheckMemory(int64_t needed, const HostMemory& memory) {
 absl::Status CheckDisk(int64_t needed, const std::string& data_dir) {
   const absl::StatusOr<int64_t> free = FreeBytes(data_dir);
   if (!free.ok() || needed <= *free) return free.status();
-  absl::Status status = absl::ResourceExhaustedError(
-      absl::StrCat("the artifact needs ", needed, " bytes of disk, ", *free, " are free"));
+  absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
+      "the artifact needs ", needed, " bytes of disk, ", *free, " are free in ", data_dir));
   SetErrorInfo(status, "INSUFFICIENT_DISK",
                {{"needed", absl::StrCat(needed)}, {"free", absl::StrCat(*free)}});
   return status;
