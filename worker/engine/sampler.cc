@@ -7,27 +7,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "worker/engine/counter_rng.h"
+#include "worker/engine/logits.h"
 
 namespace walsh::engine {
 namespace {
 
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
-
-// Position of the largest value, the first of equal ones; NaN anywhere gives −1, since a NaN is
-// never a token's score but a fault upstream.
-int64_t ArgMax(std::span<const float> values) {
-  int64_t best = -1;
-  float max = kExcluded;
-  bool has_nan = false;
-  for (size_t i = 0; i < values.size(); ++i) {
-    has_nan |= std::isnan(values[i]);
-    if (values[i] > max) {
-      max = values[i];
-      best = static_cast<int64_t>(i);
-    }
-  }
-  return has_nan ? -1 : best;
-}
 
 double LogSumExp(std::span<const float> logits, float max_logit) {
   double sum = 0;
@@ -90,8 +75,7 @@ absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
     return absl::InternalError(
         absl::StrCat("no token is left to choose for new token ", n_generated_));
   }
-  result.token =
-      options_.temperature == 0.0 ? static_cast<int32_t>(best) : Draw(logits, logits[best]);
+  result.token = options_.temperature == 0.0 ? static_cast<int32_t>(best) : Draw(logits, best);
   if (options_.logprobs) result.logprob = raw[result.token] - log_sum_exp;
   if (wants_penalties()) ++n_output_[result.token];
   ++n_generated_;
@@ -117,17 +101,30 @@ void Sampler::ExcludeEnds(std::span<float> logits) const {
   }
 }
 
-int32_t Sampler::Draw(std::span<const float> logits, float max_logit) {
+int32_t Sampler::Draw(std::span<const float> logits, int64_t best) {
+  const float max_logit = logits[best];
   // min_p as a bound on logits: p / max p = exp((logit − max) / temperature).
   const auto floor = static_cast<float>(
       options_.min_p > 0 ? max_logit + options_.temperature * std::log(options_.min_p) : kExcluded);
+  weights_.resize(logits.size());
+  sums_.resize((logits.size() + kWeightsBlock - 1) / kWeightsBlock);
+  ExpWeights({.logits = logits,
+              .max_logit = max_logit,
+              .temperature = options_.temperature,
+              .floor = floor,
+              .weights = weights_.data(),
+              .sums = sums_.data()});
+  const double uniform = UniformAt(options_.seed, static_cast<uint64_t>(n_generated_));
+  const auto top_k = static_cast<size_t>(options_.top_k);
+  if ((top_k == 0 || top_k >= logits.size()) && options_.top_p >= 1.0) {
+    return DrawFromAll(uniform, best);
+  }
+
   candidates_.clear();
   for (size_t i = 0; i < logits.size(); ++i) {
     if (logits[i] == kExcluded || logits[i] < floor) continue;
-    const auto exponent = static_cast<float>((logits[i] - max_logit) / options_.temperature);
-    candidates_.push_back({static_cast<int32_t>(i), logits[i], std::exp(exponent)});
+    candidates_.push_back({static_cast<int32_t>(i), logits[i], weights_[i]});
   }
-  const auto top_k = static_cast<size_t>(options_.top_k);
   if (options_.top_k > 0 && top_k < candidates_.size()) {
     std::nth_element(candidates_.begin(), candidates_.begin() + options_.top_k, candidates_.end(),
                      MoreProbable{});
@@ -135,17 +132,31 @@ int32_t Sampler::Draw(std::span<const float> logits, float max_logit) {
     std::sort(candidates_.begin(), candidates_.end(), MoreProbable{});
   }
   if (options_.top_p < 1.0) KeepMass(options_.top_p * TotalWeight());
-  const double target =
-      UniformAt(options_.seed, static_cast<uint64_t>(n_generated_)) * TotalWeight();
+  const double target = uniform * TotalWeight();
   double cumulative = 0;
   for (const Candidate& candidate : candidates_) {
     cumulative += candidate.weight;
     if (cumulative > target) return candidate.token;
   }
-  // Rounding let the sum end at the target.
-  return std::max_element(candidates_.begin(), candidates_.end(),
-                          [](const auto& a, const auto& b) { return a.weight < b.weight; })
-      ->token;
+  return static_cast<int32_t>(best);  // rounding let the sum end at the target
+}
+
+int32_t Sampler::DrawFromAll(double uniform, int64_t best) const {
+  const double target = uniform * std::accumulate(sums_.begin(), sums_.end(), 0.0);
+  double cumulative = 0;
+  for (size_t block = 0; block < sums_.size(); ++block) {
+    if (cumulative + sums_[block] <= target) {
+      cumulative += sums_[block];
+      continue;
+    }
+    const size_t end = std::min(weights_.size(), (block + 1) * kWeightsBlock);
+    for (size_t i = block * kWeightsBlock; i < end; ++i) {
+      cumulative += weights_[i];
+      if (cumulative > target) return static_cast<int32_t>(i);
+    }
+    // One by one they round to a little less than the block's sum: the next block begins there.
+  }
+  return static_cast<int32_t>(best);  // rounding let the sum end at the target
 }
 
 double Sampler::TotalWeight() const {

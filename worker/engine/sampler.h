@@ -53,7 +53,10 @@ class Sampler {
   bool wants_penalties() const;
   void Penalize(std::span<float> logits) const;
   void ExcludeEnds(std::span<float> logits) const;
-  int32_t Draw(std::span<const float> logits, float max_logit);
+  // `best`: the position of the largest logit.
+  int32_t Draw(std::span<const float> logits, int64_t best);
+  // By weights_ and sums_, in the order of ids.
+  int32_t DrawFromAll(double uniform, int64_t best) const;
   // Sorts candidates_ until the weight of a prefix reaches `mass`, and drops the rest.
   void KeepMass(double mass);
   double TotalWeight() const;
@@ -63,7 +66,10 @@ class Sampler {
   // Tokens of prompt and output with their number in the output; empty without penalties.
   std::unordered_map<int32_t, int> n_output_;
   int n_generated_ = 0;
-  std::vector<Candidate> candidates_;  // reused between calls
+  // Reused between calls.
+  std::vector<Candidate> candidates_;
+  std::vector<float> weights_;  // exp((logit − max) / temperature) of each token, or 0
+  std::vector<double> sums_;    // of each block of weights_
 };
 
 }  // namespace walsh::engine
