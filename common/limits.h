@@ -41,6 +41,11 @@ inline constexpr int kGenerateSecondsMax = 60 * 60;
 // A stream's chunks that wait for a slow reader, and how long it may stall before it is ended.
 inline constexpr int kStreamChunksMax = 256;
 inline constexpr int kStreamStallSecondsMax = 30;
+// The same chunks in bytes, on a worker; small ones are merged up to the second of these.
+inline constexpr int64_t kStreamQueueBytesMax = 1 << 20;
+inline constexpr int64_t kStreamMergedBytesMax = 32 << 10;
+// Requests whose text waits to become tokens, over all models of a worker.
+inline constexpr int kPreparingRequestsMax = 256;
 
 // -- Jobs
 inline constexpr int kJobIdBytesMax = 63;

@@ -3,22 +3,15 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/limits.h"
 
 namespace walsh::service {
-namespace {
-
-// Merged messages stay well below the message limit.
-constexpr int64_t kMergedBytesMax = 32 << 10;
-constexpr int64_t kQueueBytesMax = 1 << 20;
-
-}  // namespace
-
 bool ChunkQueue::Push(v1::GenerateStreamResponse message) {
   const auto size_bytes = static_cast<int64_t>(message.ByteSizeLong());
-  if (size_bytes_ + size_bytes > kQueueBytesMax) return false;
+  if (size_bytes_ + size_bytes > limits::kStreamQueueBytesMax) return false;
   size_bytes_ += size_bytes;
   if (message.has_delta() && !messages_.empty() && messages_.back().body.has_delta() &&
-      messages_.back().size_bytes + size_bytes <= kMergedBytesMax) {
+      messages_.back().size_bytes + size_bytes <= limits::kStreamMergedBytesMax) {
     Message& last = messages_.back();
     v1::GenerateStreamResponse::Delta& into = *last.body.mutable_delta();
     into.mutable_text()->append(message.delta().text());

@@ -1,8 +1,9 @@
 // Messages of one stream between the engine, which never waits, and a reader, who may.
 //
 // While a message is being written, the deltas that follow are merged into one, so that a reader
-// who keeps up gets each token at once and one who does not gets fewer, larger messages (32 KiB).
-// The queue holds at most 1 MiB; a reader who falls behind further loses the stream.
+// who keeps up gets each token at once and one who does not gets fewer, larger messages (up to
+// limits::kStreamMergedBytesMax). The queue holds at most limits::kStreamQueueBytesMax; a reader
+// who falls behind further loses the stream.
 //
 // Threads: none; the caller locks.
 #pragma once
