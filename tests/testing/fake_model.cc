@@ -1,6 +1,7 @@
 #include "tests/testing/fake_model.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
@@ -46,7 +47,9 @@ class ByteTokenizer final : public Tokenizer {
 // "role: content\n" for each message; a real template is the tokenizer's own business.
 class PlainTemplate final : public ChatTemplate {
  public:
+  explicit PlainTemplate(std::function<void()> before) : before_(std::move(before)) {}
   absl::StatusOr<std::string> Render(const Variables& variables) const override {
+    if (before_) before_();
     std::string text;
     for (const ChatMessage& message : variables.messages) {
       absl::StrAppend(&text, message.role, ": ", message.content, "\n");
@@ -54,6 +57,9 @@ class PlainTemplate final : public ChatTemplate {
     if (variables.add_generation_prompt) text += "assistant: ";
     return text;
   }
+
+ private:
+  const std::function<void()> before_;
 };
 
 uint64_t Hash(std::span<const int32_t> history) {
@@ -88,7 +94,9 @@ FakeModel::FakeModel(Behaviour behaviour)
   config_.vocab = kVocab;
   config_.max_position = behaviour_.max_position;
   config_.eos_tokens = {kFakeEos};
-  if (!behaviour_.chat_template.empty()) chat_template_ = std::make_unique<PlainTemplate>();
+  if (!behaviour_.chat_template.empty()) {
+    chat_template_ = std::make_unique<PlainTemplate>(behaviour_.before_render);
+  }
   constexpr int64_t kPieceBytes = 64 << 10;
   for (int64_t n = 0; n < behaviour_.memory_bytes; n += kPieceBytes) {
     ballast_.emplace_back(static_cast<size_t>(kPieceBytes), 1);

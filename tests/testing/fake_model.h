@@ -31,6 +31,8 @@ class FakeModel final : public engine::LoadedModel {
     std::function<void(std::span<const int32_t> history, std::span<float> logits)> edit = {};
     int64_t memory_bytes = 0;  // really allocated, in pieces of 64 KiB
     std::string chat_template = {};
+    // Called when a chat is rendered, as a long one takes its time.
+    std::function<void()> before_render = {};
   };
   static std::shared_ptr<FakeModel> Create(Behaviour behaviour);
   FakeModel() : FakeModel(Behaviour{}) {}

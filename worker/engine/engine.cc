@@ -1,16 +1,20 @@
 #include "worker/engine/engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <iterator>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <string_view>
 #include <thread>
 #include <unordered_map>
 
 #include "absl/strings/str_cat.h"
+#include "common/log.h"
+#include "common/status_macros.h"
 #include "worker/engine/engine_metrics.h"
 #include "worker/engine/loaded_model.h"
 #include "worker/engine/scheduler.h"
@@ -24,6 +28,13 @@ namespace {
 constexpr auto kIdleTurn = std::chrono::milliseconds(500);
 constexpr int64_t kDefaultKvTokensPerSequence = 2048;
 
+// As many tokens of KV memory as can be reserved.
+int64_t WholeBlocks(int64_t n_tokens) { return n_tokens - n_tokens % KvReservation(1); }
+
+int64_t KvTokenBytes(const ModelConfig& config) {
+  return KvSlot::BytesPerToken(config.n_layers, config.kv_width());
+}
+
 // std::mutex throughout: ThreadSanitizer sees it, unlike the distribution's absl::Mutex.
 class BatchingEngine final : public Engine {
  public:
@@ -31,11 +42,11 @@ class BatchingEngine final : public Engine {
                  const Scheduler::Limits& limits, Clock* clock)
       : model_(std::move(model)),
         clock_(clock),
-        context_tokens_(std::min(model_->config().max_position, limits.kv_tokens / 16 * 16)),
+        context_tokens_(std::min(model_->config().max_position, WholeBlocks(limits.kv_tokens))),
         pool_(options.n_threads > 0 ? options.n_threads : ThreadPool::HardwareThreads()),
         metrics_(options.model_name),
+        heartbeat_ns_(absl::ToInt64Nanoseconds(clock->Monotonic())),
         scheduler_(limits),
-        heartbeat_(clock->Monotonic()),
         thread_([this] { Loop(); }) {}
 
   ~BatchingEngine() override {
@@ -51,9 +62,12 @@ class BatchingEngine final : public Engine {
   absl::Status Submit(Request request, std::shared_ptr<Sink> sink) override;
   void Cancel(const std::string& id) override;
   void Fail(const std::string& id, const absl::Status& why) override;
-  void Drain(absl::Duration timeout) override;
+  void Drain(absl::Duration timeout, const absl::Status& why) override;
   Stats stats() const override;
   int64_t context_tokens() const override { return context_tokens_; }
+  int64_t kv_cache_bytes() const override {
+    return scheduler_.limits().kv_tokens * KvTokenBytes(model_->config());
+  }
   const LoadedModel& model() const override { return *model_; }
 
  private:
@@ -70,9 +84,14 @@ class BatchingEngine final : public Engine {
     absl::Status status = {};
   };
 
+  // What bounds context_tokens_.
+  const char* ContextName() const {
+    return context_tokens_ < model_->config().max_position ? "the KV cache" : "the model's context";
+  }
   // Names the reason of a refusal for the metrics.
   absl::Status CheckRequest(const Request& request, std::string_view* reason) const;
   void Stop(const std::string& id, const absl::Status& status);
+  void Beat() { heartbeat_ns_ = absl::ToInt64Nanoseconds(clock_->Monotonic()); }
   void Loop();
   // One step: who leaves, who runs. The lock is free while the model runs and sinks are called, so
   // that Submit never waits for either.
@@ -80,6 +99,7 @@ class BatchingEngine final : public Engine {
   std::vector<Ending> RunStep(std::vector<Active> active);
   absl::Status RunModel(const std::vector<Active>& active);
   std::vector<Ending> SampleAll(const std::vector<Active>& active);
+  // On a thread of the pool.
   void DeliverToken(Sequence& sequence, Delta delta);
   // Takes the sequences out, then tells their sinks.
   void EndAll(std::unique_lock<std::mutex>& lock, const std::vector<Ending>& endings);
@@ -91,6 +111,8 @@ class BatchingEngine final : public Engine {
   const int64_t context_tokens_;
   ThreadPool pool_;
   mutable EngineMetrics metrics_;
+  // Monotonic; outside mu_, since a step beats while it runs.
+  std::atomic<int64_t> heartbeat_ns_ = 0;
 
   // The engine's thread only.
   ForwardScratch scratch_;
@@ -108,9 +130,10 @@ class BatchingEngine final : public Engine {
   std::unordered_map<SequenceId, absl::Status> stopped_;
   SequenceId next_id_ = 1;
   uint64_t n_steps_ = 0;
-  absl::Duration heartbeat_;
   bool is_turning_ = false;
   bool is_draining_ = false;
+  // What requests are refused or end with while it drains.
+  absl::Status away_ = absl::UnavailableError("the worker is stopping");
   bool is_failing_ = false;  // the drain's time is over
   bool is_stopping_ = false;
 
@@ -134,9 +157,9 @@ absl::Status BatchingEngine::CheckRequest(const Request& request, std::string_vi
   const auto n_prompt = static_cast<int64_t>(request.prompt.size());
   if (n_prompt >= context_tokens_) {
     *reason = "context_length";
-    return absl::InvalidArgumentError(absl::StrCat("the prompt has ", n_prompt,
-                                                   " tokens, the model's context of ",
-                                                   context_tokens_, " leaves none to generate"));
+    return absl::InvalidArgumentError(absl::StrCat("the prompt has ", n_prompt, " tokens, ",
+                                                   ContextName(), " of ", context_tokens_,
+                                                   " leaves none to generate"));
   }
   return absl::OkStatus();
 }
@@ -160,7 +183,7 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   const std::lock_guard lock(mu_);
   if (is_draining_) {
     metrics_.CountRejection("draining");
-    return absl::UnavailableError("the model is being unloaded");
+    return away_;
   }
   const std::string& name = sequence->request().id;
   if (ids_.contains(name)) {
@@ -193,10 +216,11 @@ void BatchingEngine::Stop(const std::string& id, const absl::Status& status) {
   wake_.notify_one();
 }
 
-void BatchingEngine::Drain(absl::Duration timeout) {
+void BatchingEngine::Drain(absl::Duration timeout, const absl::Status& why) {
   const auto is_empty = [this] { return sequences_.empty() && !is_turning_; };
   std::unique_lock lock(mu_);
   is_draining_ = true;
+  away_ = why;
   if (timeout == absl::InfiniteDuration()) {
     idle_.wait(lock, is_empty);
     return;
@@ -220,15 +244,16 @@ Stats BatchingEngine::StatsLocked() const {
           .kv_tokens_used = scheduler_.kv_tokens_used(),
           .kv_tokens_total = scheduler_.limits().kv_tokens,
           .steps = n_steps_,
-          .heartbeat_age_seconds = absl::ToDoubleSeconds(clock_->Monotonic() - heartbeat_)};
+          .heartbeat_age_seconds =
+              absl::ToDoubleSeconds(clock_->Monotonic() - absl::Nanoseconds(heartbeat_ns_.load()))};
 }
 
 void BatchingEngine::Loop() {
   std::unique_lock lock(mu_);
   while (!is_stopping_) {
-    heartbeat_ = clock_->Monotonic();
+    Beat();
     if (is_failing_) {
-      FailAll(lock, absl::UnavailableError("the model is being unloaded"));
+      FailAll(lock, away_);
       is_failing_ = false;
     }
     if (!scheduler_.empty()) {
@@ -237,7 +262,7 @@ void BatchingEngine::Loop() {
       wake_.wait_for(lock, kIdleTurn);
     }
   }
-  FailAll(lock, absl::UnavailableError("the worker is stopping"));
+  FailAll(lock, away_);
 }
 
 void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
@@ -320,6 +345,7 @@ absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
       batch.positions.push_back(static_cast<int32_t>(item.chunk.first + i));
     }
   }
+  batch.on_layer = [this] { Beat(); };
   metrics_.ObserveStep(static_cast<int64_t>(batch.tokens.size()));
   absl::Status status;
   try {
@@ -337,21 +363,23 @@ std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<
     if (item.chunk.samples) sampling.push_back(&item);
   }
   const auto n_sampling = static_cast<int64_t>(sampling.size());
-  std::vector<absl::StatusOr<Sequence::Emission>> emissions(sampling.size());
+  std::vector<std::optional<Ending>> ended(sampling.size());
+  // Delivered here too: what a sink does with a token costs as much as sampling it.
   pool_.ParallelFor(n_sampling, [&](int64_t i) {
+    Sequence& sequence = *sampling[i]->sequence;
+    const SequenceId id = sampling[i]->chunk.id;
     const std::span<float> row(logits_.row(i), static_cast<size_t>(logits_.cols()));
-    emissions[i] = sampling[i]->sequence->Sample(row);
+    absl::StatusOr<Sequence::Emission> emission = sequence.Sample(row);
+    if (!emission.ok()) {
+      ended[i] = Ending{.id = id, .status = emission.status()};
+      return;
+    }
+    DeliverToken(sequence, std::move(emission->delta));
+    if (emission->finish) ended[i] = Ending{.id = id, .reason = *emission->finish};
   });
   std::vector<Ending> endings;
-  for (int64_t i = 0; i < n_sampling; ++i) {
-    if (!emissions[i].ok()) {
-      endings.push_back({.id = sampling[i]->chunk.id, .status = emissions[i].status()});
-      continue;
-    }
-    DeliverToken(*sampling[i]->sequence, std::move(emissions[i]->delta));
-    if (emissions[i]->finish) {
-      endings.push_back({.id = sampling[i]->chunk.id, .reason = *emissions[i]->finish});
-    }
+  for (std::optional<Ending>& ending : ended) {
+    if (ending) endings.push_back(*std::move(ending));
   }
   return endings;
 }
@@ -408,6 +436,33 @@ void BatchingEngine::FailAll(std::unique_lock<std::mutex>& lock, const absl::Sta
   idle_.notify_all();
 }
 
+// Memory is only promised until it is used: a cache that does not fit would be noticed by the
+// system's killer, in the middle of requests.
+absl::Status FitToMemory(const LoadedModel& model, const Options& options,
+                         Scheduler::Limits& limits) {
+  if (!options.free_bytes) return absl::OkStatus();
+  // A tenth is left to the buffers of steps and to the rest of the machine.
+  const int64_t usable_bytes = *options.free_bytes / 10 * 9;
+  const int64_t token_bytes = KvTokenBytes(model.config());
+  const int64_t n_wanted = limits.kv_tokens;
+  limits.kv_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
+  const int64_t n_least = std::min(
+      n_wanted, KvReservation(std::min(model.config().max_position, kDefaultKvTokensPerSequence)));
+  if (limits.kv_tokens < n_least) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the KV cache of one sequence of ", n_least, " tokens needs ",
+                     n_least * token_bytes, " bytes of memory, of the ", *options.free_bytes,
+                     " that are free it may take ", usable_bytes));
+  }
+  if (limits.kv_tokens < n_wanted) {
+    WALSH_LOG(Warning, "the KV cache is made smaller to fit the free memory",
+              {"model", options.model_name}, {"tokens_wanted", n_wanted},
+              {"tokens", limits.kv_tokens}, {"bytes", limits.kv_tokens * token_bytes},
+              {"bytes_free", *options.free_bytes});
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<LoadedModel> model,
@@ -435,6 +490,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<LoadedMod
     return absl::InvalidArgumentError(absl::StrCat("the KV cache has ", limits.kv_tokens,
                                                    " tokens, at least ", KvReservation(2)));
   }
+  WALSH_RETURN_IF_ERROR(FitToMemory(*model, options, limits));
   return std::make_unique<BatchingEngine>(std::move(model), options, limits, clock);
 }
 

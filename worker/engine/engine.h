@@ -4,9 +4,9 @@
 // and all running sequences' last tokens, sample, hand text to the sinks. Knows neither gRPC nor
 // devices.
 //
-// Threads: all public methods are safe from any thread. Sinks are called from the engine's thread
-// and must
-//          not block.
+// Threads: all public methods are safe from any thread. Sinks are called from the engine's threads:
+//          one call at a time for a request, in order, those of several requests side by side. They
+//          must not block, and may call the engine's methods but Drain.
 #pragma once
 
 #include <cstdint>
@@ -97,6 +97,9 @@ struct Options {
   int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks; ≥ max_sequences
   int64_t kv_cache_tokens = 0;     // over all sequences; 0: max_sequences × min(context, 2048)
   int n_threads = 0;               // 0: the machine's
+  // What may still be allocated, once the weights are loaded; unset: not known. A KV cache that
+  // would not fit is made smaller.
+  std::optional<int64_t> free_bytes = {};
 };
 
 struct Stats {
@@ -105,20 +108,24 @@ struct Stats {
   int64_t kv_tokens_used = 0;
   int64_t kv_tokens_total = 0;
   uint64_t steps = 0;
-  double heartbeat_age_seconds = 0;  // since the loop last turned; idle turns count
+  // Since the loop last turned (idle turns count) or a step's pass last went on to another layer.
+  double heartbeat_age_seconds = 0;
 };
 
 class LoadedModel;  // worker/engine/loaded_model.h
 
 class Engine {
  public:
+  // INVALID_ARGUMENT for options that make no engine; RESOURCE_EXHAUSTED when `free_bytes` does not
+  // hold the KV cache of one sequence.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(std::shared_ptr<LoadedModel> model,
                                                         const Options& options, Clock* clock);
+  // Requests that are still here fail with what Drain was given, else with UNAVAILABLE.
   virtual ~Engine() = default;
 
   // Accepts a request or refuses it at once: INVALID_ARGUMENT (empty prompt, ids outside the
   // vocabulary, id in use, prompt of context_tokens() or more), RESOURCE_EXHAUSTED (queue full),
-  // UNAVAILABLE (draining). max_tokens is cut to what the context leaves.
+  // what Drain was given (draining). max_tokens is cut to what the context leaves.
   virtual absl::Status Submit(Request request, std::shared_ptr<Sink> sink) = 0;
   // The sequence leaves before the next step; its sink gets OnFinished with kCancelled. Unknown ids
   // are ignored.
@@ -127,13 +134,16 @@ class Engine {
   // its sink gets OnFailed with `why`, and it is counted as failed. Of a Cancel and a Fail
   // the first counts.
   virtual void Fail(const std::string& id, const absl::Status& why) = 0;
-  // Refuses new requests; returns when the accepted ones are done or at the deadline, after which
-  // they fail with UNAVAILABLE.
-  virtual void Drain(absl::Duration timeout) = 0;
+  // Refuses new requests; returns when the accepted ones are done, which fail after the timeout.
+  // `why`: the status of those that are refused or fail, from now on.
+  virtual void Drain(absl::Duration timeout, const absl::Status& why) = 0;
   // Also brings the gauges up to date: a loop that is stuck cannot do so itself.
   virtual Stats stats() const = 0;
   // Tokens of prompt and output together: the model's context, or the KV cache if that is smaller.
   virtual int64_t context_tokens() const = 0;
+  // Memory that the KV cache takes when all of it is in use. It comes page by page as sequences
+  // need it and goes when they end, so that an idle engine takes none.
+  virtual int64_t kv_cache_bytes() const = 0;
   virtual const LoadedModel& model() const = 0;
 };
 

@@ -1,5 +1,8 @@
 #include "worker/engine/engine_metrics.h"
 
+#include <map>
+#include <mutex>
+
 namespace walsh::engine {
 namespace {
 
@@ -27,6 +30,23 @@ auto& HeartbeatFamily() {
   return family;
 }
 
+// Prometheus has one gauge for equal labels, whoever adds it, and frees it for all at once.
+std::mutex& UsersMutex() {
+  static std::mutex mu;
+  return mu;
+}
+// Guarded by UsersMutex.
+std::map<prometheus::Labels, int>& Users() {
+  static std::map<prometheus::Labels, int> users;
+  return users;
+}
+
+auto& CancelledFamily() {
+  static auto& family = Counter("walsh_request_cancelled_total",
+                                "Requests that their client cancelled before the end.");
+  return family;
+}
+
 }  // namespace
 
 const char* FinishReasonName(FinishReason reason) {
@@ -49,16 +69,11 @@ const char* FinishReasonName(FinishReason reason) {
 
 EngineMetrics::EngineMetrics(const std::string& model_name)
     : labels_{{"model_name", model_name}},
-      running_(RunningFamily().Add(labels_)),
-      waiting_(WaitingFamily().Add(labels_)),
-      kv_usage_(KvUsageFamily().Add(labels_)),
-      heartbeat_age_(HeartbeatFamily().Add(labels_)),
+      load_(labels_),
       prompt_tokens_(Counter("walsh_prompt_tokens_total", "Prompt tokens processed.").Add(labels_)),
       generation_tokens_(
           Counter("walsh_generation_tokens_total", "Tokens generated.").Add(labels_)),
-      cancelled_(Counter("walsh_request_cancelled_total",
-                         "Requests that their client cancelled before the end.")
-                     .Add(labels_)),
+      cancelled_(CancelledFamily().Add(labels_)),
       time_to_first_token_(Histogram("walsh_time_to_first_token_seconds",
                                      "From a request's arrival to its first token.")
                                .Add(labels_, metrics::TimeToFirstTokenBuckets())),
@@ -87,17 +102,42 @@ EngineMetrics::EngineMetrics(const std::string& model_name)
       iteration_tokens_(Histogram("walsh_iteration_tokens", "Tokens of one step of the engine.")
                             .Add(labels_, metrics::TokenCountBuckets())) {}
 
-EngineMetrics::~EngineMetrics() {
-  RunningFamily().Remove(&running_);
-  WaitingFamily().Remove(&waiting_);
-  KvUsageFamily().Remove(&kv_usage_);
-  HeartbeatFamily().Remove(&heartbeat_age_);
+EngineMetrics::LoadGauges::LoadGauges(const prometheus::Labels& labels) : labels_(labels) {
+  const std::lock_guard lock(UsersMutex());
+  ++Users()[labels_];
+  running_ = &RunningFamily().Add(labels_);
+  waiting_ = &WaitingFamily().Add(labels_);
+  kv_usage_ = &KvUsageFamily().Add(labels_);
+  heartbeat_age_ = &HeartbeatFamily().Add(labels_);
+}
+
+EngineMetrics::LoadGauges::~LoadGauges() {
+  const std::lock_guard lock(UsersMutex());
+  if (--Users()[labels_] > 0) return;
+  Users().erase(labels_);
+  RunningFamily().Remove(running_);
+  WaitingFamily().Remove(waiting_);
+  KvUsageFamily().Remove(kv_usage_);
+  HeartbeatFamily().Remove(heartbeat_age_);
+}
+
+void EngineMetrics::LoadGauges::Set(const Stats& stats) {
+  running_->Set(stats.running);
+  waiting_->Set(stats.waiting);
+  kv_usage_->Set(stats.kv_tokens_total == 0
+                     ? 0
+                     : ToDouble(stats.kv_tokens_used) / ToDouble(stats.kv_tokens_total));
+  heartbeat_age_->Set(stats.heartbeat_age_seconds);
 }
 
 void CountRejection(const std::string& model_name, std::string_view reason) {
   static auto& family = Counter("walsh_admission_rejections_total",
                                 "Requests refused before they were queued, by reason.");
   family.Add({{"model_name", model_name}, {"reason", std::string(reason)}}).Increment();
+}
+
+void CountCancellation(const std::string& model_name) {
+  CancelledFamily().Add({{"model_name", model_name}}).Increment();
 }
 
 void EngineMetrics::CountRejection(std::string_view reason) {
@@ -150,15 +190,6 @@ void EngineMetrics::CountFailure(absl::StatusCode code) {
   static auto& family = Counter("walsh_request_failure_total", "Requests that failed, by code.");
   family.Add({{"model_name", labels_.at("model_name")}, {"code", absl::StatusCodeToString(code)}})
       .Increment();
-}
-
-void EngineMetrics::SetLoad(const Stats& stats) {
-  running_.Set(stats.running);
-  waiting_.Set(stats.waiting);
-  kv_usage_.Set(stats.kv_tokens_total == 0
-                    ? 0
-                    : ToDouble(stats.kv_tokens_used) / ToDouble(stats.kv_tokens_total));
-  heartbeat_age_.Set(stats.heartbeat_age_seconds);
 }
 
 }  // namespace walsh::engine

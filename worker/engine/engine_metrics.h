@@ -19,8 +19,8 @@ namespace walsh::engine {
 class EngineMetrics {
  public:
   explicit EngineMetrics(const std::string& model_name);
-  // Gauges of a model that is gone vanish; counters and histograms stay, as rates need them.
-  ~EngineMetrics();
+  // Gauges vanish with the last object of their model; counters and histograms stay, as rates need
+  // them.
   EngineMetrics(const EngineMetrics&) = delete;
   EngineMetrics& operator=(const EngineMetrics&) = delete;
 
@@ -34,16 +34,30 @@ class EngineMetrics {
   // A deadline that came before the first token is a failure, as its client is told.
   void ObserveOutcome(const Outcome& outcome, absl::Duration since_arrival);
   void CountFailure(absl::StatusCode code);
-  void SetLoad(const Stats& stats);
+  void SetLoad(const Stats& stats) { load_.Set(stats); }
 
  private:
+  // Two objects of one model share its gauges.
+  class LoadGauges {
+   public:
+    explicit LoadGauges(const prometheus::Labels& labels);
+    ~LoadGauges();
+    LoadGauges(const LoadGauges&) = delete;
+    LoadGauges& operator=(const LoadGauges&) = delete;
+    void Set(const Stats& stats);
+
+   private:
+    const prometheus::Labels labels_;
+    prometheus::Gauge* running_;
+    prometheus::Gauge* waiting_;
+    prometheus::Gauge* kv_usage_;
+    prometheus::Gauge* heartbeat_age_;
+  };
+
   static double ToDouble(int64_t n) { return static_cast<double>(n); }
 
   const prometheus::Labels labels_;
-  prometheus::Gauge& running_;
-  prometheus::Gauge& waiting_;
-  prometheus::Gauge& kv_usage_;
-  prometheus::Gauge& heartbeat_age_;
+  LoadGauges load_;
   prometheus::Counter& prompt_tokens_;
   prometheus::Counter& generation_tokens_;
   prometheus::Counter& cancelled_;
@@ -61,6 +75,8 @@ class EngineMetrics {
 
 // A request that was refused before it reached the engine of the model: its text gave no tokens.
 void CountRejection(const std::string& model_name, std::string_view reason);
+// A request that its client cancelled before it reached the engine of the model.
+void CountCancellation(const std::string& model_name);
 
 // "stop", "length", "eos", "stop_sequence", "cancelled" or "deadline".
 const char* FinishReasonName(FinishReason reason);

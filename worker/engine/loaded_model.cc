@@ -131,6 +131,7 @@ absl::Status TransformerModel::Forward(const Batch& batch, const kernels::Stream
   context.stream = stream;
   std::vector<SequenceSlice> slices(batch.sequences.size());
   for (size_t l = 0; l < weights_.layers.size(); ++l) {
+    if (batch.on_layer) batch.on_layer();
     for (size_t s = 0; s < slices.size(); ++s) {
       const Batch::Sequence& sequence = batch.sequences[s];
       const int64_t layer_offset = static_cast<int64_t>(l) * sequence.capacity * kv_width;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -57,6 +58,8 @@ class LoadedModel {
       bool needs_logits = false;  // of its last row
     };
     std::vector<Sequence> sequences;
+    // Called before each layer, unless empty: a sign of life, as a pass may take long.
+    std::function<void()> on_layer;
   };
   // logits [n sequences that need them, vocab], in their order.
   virtual absl::Status Forward(const Batch& batch, const kernels::Stream& stream,

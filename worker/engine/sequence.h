@@ -1,6 +1,7 @@
 // One request inside the engine: what it asked for, what it has so far, and when what happened.
 //
-// Threads: the engine's thread only, once the scheduler admitted it.
+// Threads: one at a time once the scheduler admitted it: the engine's, or for Sample and MarkToken
+//          one of its pool while the engine's waits for it.
 #pragma once
 
 #include <memory>

@@ -31,6 +31,7 @@
 #include "worker/service/agent.h"
 #include "worker/service/describe.h"
 #include "worker/service/generation_service.h"
+#include "worker/service/host_memory.h"
 #include "worker/service/job_runner.h"
 #include "worker/service/model_host_service.h"
 #include "worker/service/model_store.h"
@@ -39,7 +40,8 @@ namespace walsh::service {
 namespace {
 
 constexpr char kDaemonName[] = "worker";
-// A step of the engine that takes longer than this is taken for hung.
+// An engine that neither turns nor goes on to another layer of its step for so long is taken for
+// hung.
 constexpr absl::Duration kHungAfter = absl::Seconds(60);
 // After the requests' time: for calls to send their last words.
 constexpr absl::Duration kServerGrace = absl::Seconds(2);
@@ -150,6 +152,7 @@ absl::Status WorkerDaemon::OpenStore() {
   options.loader = [n_threads](const std::string& directory) {
     return engine::LoadedModel::LoadArtifact(directory, {.n_threads = n_threads});
   };
+  options.free_memory = [] { return ReadHostMemory().free_bytes; };
   WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));
   return absl::OkStatus();
 }

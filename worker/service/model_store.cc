@@ -34,6 +34,18 @@ absl::Status UnknownModel(const std::string& id) { return NotFound("model", Mode
 // others.
 void ReturnFreedMemory() { malloc_trim(0); }
 
+// UNAVAILABLE that passes by itself: another try finds another worker, or this one again.
+absl::Status Away(std::string_view message, std::string_view reason) {
+  absl::Status status = absl::UnavailableError(absl::string_view(message.data(), message.size()));
+  SetErrorInfo(status, reason);
+  SetRetryDelay(status, absl::Seconds(1));
+  return status;
+}
+
+absl::Status Unloading(const std::string& id) {
+  return Away(absl::StrCat(ModelName(id), " is being unloaded"), "MODEL_UNLOADING");
+}
+
 }  // namespace
 
 ModelStore::ModelStore(Options options, Clock* clock)
@@ -142,19 +154,19 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
     entry.model.clear_error();
   });
   const absl::Duration start = clock_->Monotonic();
-  absl::StatusOr<std::shared_ptr<engine::Engine>> engine = StartEngine(id);
+  absl::StatusOr<Hosted> hosted = StartEngine(id);
   const absl::Duration elapsed = clock_->Monotonic() - start;
-  if (!engine.ok()) {
+  if (!hosted.ok()) {
     ReturnFreedMemory();
-    CountModelLoadFailure(id, engine.status().code());
-    WALSH_LOG(Error, "a model cannot be loaded", {"model", id}, {"error", engine.status()});
+    CountModelLoadFailure(id, hosted.status().code());
+    WALSH_LOG(Error, "a model cannot be loaded", {"model", id}, {"error", hosted.status()});
     Update(id, [&](Entry& entry) {
       entry.model.set_state(Model::FAILED);
-      *entry.model.mutable_error() = ToProtoStatus(engine.status());
+      *entry.model.mutable_error() = ToProtoStatus(hosted.status());
     });
-    return engine.status();
+    return hosted.status();
   }
-  const int64_t memory_bytes = (*engine)->model().memory_bytes();
+  const int64_t memory_bytes = hosted->engine->model().memory_bytes();
   ObserveModelLoad(id, elapsed, memory_bytes);
   WALSH_LOG(Info, "model loaded", {"model", id}, {"seconds", absl::ToDoubleSeconds(elapsed)},
             {"memory_bytes", memory_bytes});
@@ -162,42 +174,65 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
     entry.model.set_state(Model::READY);
     entry.model.set_worker(WorkerName(options_.worker_id));
     entry.model.set_memory_bytes(memory_bytes);
-    entry.model.set_max_model_len(static_cast<int32_t>((*engine)->context_tokens()));
-    entry.engine = *std::move(engine);
+    entry.model.set_max_model_len(static_cast<int32_t>(hosted->engine->context_tokens()));
+    entry.hosted = *std::move(hosted);
   });
 }
 
-absl::StatusOr<std::shared_ptr<engine::Engine>> ModelStore::StartEngine(
-    const std::string& id) const {
+absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id) const {
   try {
     WALSH_ASSIGN_OR_RETURN(std::shared_ptr<engine::LoadedModel> model,
                            options_.loader(Directory(id)));
     engine::Options options = options_.engine;
     options.model_name = id;
-    WALSH_ASSIGN_OR_RETURN(std::unique_ptr<engine::Engine> engine,
-                           engine::Engine::Create(std::move(model), options, clock_));
-    return std::shared_ptr<engine::Engine>(std::move(engine));
+    options.free_bytes = UnpromisedBytes();
+    absl::StatusOr<std::unique_ptr<engine::Engine>> created =
+        engine::Engine::Create(std::move(model), options, clock_);
+    if (!created.ok()) {
+      absl::Status status = created.status();
+      if (absl::IsResourceExhausted(status)) SetErrorInfo(status, "INSUFFICIENT_MEMORY");
+      return status;
+    }
+    std::unique_ptr<engine::Engine> engine = *std::move(created);
+    auto gone = std::make_shared<std::promise<void>>();
+    std::shared_future<void> is_gone = gone->get_future().share();
+    return Hosted{.engine = {engine.release(),
+                             [gone = std::move(gone)](engine::Engine* last) {
+                               delete last;
+                               gone->set_value();
+                             }},
+                  .is_gone = std::move(is_gone)};
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError(absl::StrCat("no memory to load ", ModelName(id)));
   }
+}
+
+std::optional<int64_t> ModelStore::UnpromisedBytes() const {
+  const int64_t free_bytes = options_.free_memory ? options_.free_memory() : 0;
+  if (free_bytes <= 0) return std::nullopt;
+  int64_t promised_bytes = 0;
+  for (const auto& [id, engine] : Engines()) promised_bytes += engine->kv_cache_bytes();
+  return std::max<int64_t>(0, free_bytes - promised_bytes);
 }
 
 absl::StatusOr<Model> ModelStore::Unload(const std::string& id) {
   const std::lock_guard loading(load_mu_);
   WALSH_ASSIGN_OR_RETURN(const Model before, Get(id));
   if (before.state() != Model::READY) return before;
-  std::shared_ptr<engine::Engine> engine;
+  Hosted hosted;
   Update(id, [&](Entry& entry) {
     entry.model.set_state(Model::DRAINING);
-    engine = entry.engine;
+    hosted = entry.hosted;
   });
-  engine->Drain(options_.drain_timeout);
+  hosted.engine->Drain(options_.drain_timeout, Unloading(id));
   Update(id, [](Entry& entry) {
     entry.model.set_state(Model::UNLOADING);
-    entry.engine = nullptr;
+    entry.hosted = {};
   });
-  // Calls that looked the engine up a moment ago hold it until they were refused.
-  engine.reset();
+  hosted.engine.reset();
+  // Calls that found the engine a moment ago hold it, and with it the weights, until they were
+  // refused.
+  hosted.is_gone.wait();
   ReturnFreedMemory();
   ForgetModelMemory(id);
   WALSH_LOG(Info, "model unloaded", {"model", id});
@@ -241,7 +276,8 @@ void ModelStore::DrainAll(absl::Duration timeout) {
     Update(id, [](Entry& entry) { entry.model.set_state(Model::DRAINING); });
   }
   for (const auto& [id, engine] : Engines()) {
-    engine->Drain(std::max(deadline - clock_->Monotonic(), absl::ZeroDuration()));
+    engine->Drain(std::max(deadline - clock_->Monotonic(), absl::ZeroDuration()),
+                  Away("the worker is stopping", "WORKER_STOPPING"));
   }
 }
 
@@ -250,21 +286,14 @@ absl::StatusOr<std::shared_ptr<engine::Engine>> ModelStore::FindEngine(
   const std::lock_guard lock(mu_);
   const auto it = entries_.find(id);
   if (it == entries_.end()) return UnknownModel(id);
-  const auto unavailable = [&](std::string_view what, std::string_view reason) {
-    absl::Status status = absl::UnavailableError(
-        absl::StrCat(ModelName(id), " is being ", absl::string_view(what.data(), what.size())));
-    SetErrorInfo(status, reason);
-    SetRetryDelay(status, absl::Seconds(1));
-    return status;
-  };
   switch (it->second.model.state()) {
     case Model::READY:
-      return it->second.engine;
+      return it->second.hosted.engine;
     case Model::LOADING:
-      return unavailable("loaded", "MODEL_LOADING");
+      return Away(absl::StrCat(ModelName(id), " is being loaded"), "MODEL_LOADING");
     case Model::DRAINING:
     case Model::UNLOADING:
-      return unavailable("unloaded", "MODEL_UNLOADING");
+      return Unloading(id);
     default: {
       absl::Status status =
           absl::FailedPreconditionError(absl::StrCat(ModelName(id), " is not loaded"));
@@ -278,7 +307,7 @@ std::vector<std::pair<std::string, std::shared_ptr<engine::Engine>>> ModelStore:
   const std::lock_guard lock(mu_);
   std::vector<std::pair<std::string, std::shared_ptr<engine::Engine>>> engines;
   for (const auto& [id, entry] : entries_) {
-    if (entry.engine != nullptr) engines.emplace_back(id, entry.engine);
+    if (entry.hosted.engine != nullptr) engines.emplace_back(id, entry.hosted.engine);
   }
   return engines;
 }

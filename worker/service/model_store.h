@@ -7,16 +7,19 @@
 //
 // States: UNLOADED → LOADING → READY → DRAINING → UNLOADING → UNLOADED; a failed load gives
 //         FAILED with the reason and leaves nothing in memory. Loads and unloads run one at a
-//         time, so that two never need the memory of both.
+//         time, so that two never need the memory of both. UNLOADED means that the engine is gone:
+//         an unload waits for calls that found it before, which are refused at their next step.
 // Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), those of reading artifacts
 // Threads: safe. Load and Unload block; the rest does not wait for them.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <future>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -42,6 +45,8 @@ class ModelStore {
     engine::Options engine;
     absl::Duration drain_timeout = absl::Seconds(30);
     Loader loader;
+    // Bytes that this process may still allocate; 0 or no function: not known.
+    std::function<int64_t()> free_memory = {};
   };
 
   // Creates the root, removes temporaries that a dead process left, and lists the artifacts.
@@ -56,15 +61,18 @@ class ModelStore {
   absl::StatusOr<v1::Model> Get(const std::string& id) const;
   // Returns when the model serves, or with the reason why it cannot. OK when it already does.
   absl::StatusOr<v1::Model> Load(const std::string& id);
-  // Returns when it is unloaded. Running requests finish first; those that still run after the
-  // drain timeout fail with UNAVAILABLE. OK when it is not loaded.
+  // Returns when it is unloaded and its memory is free. Running requests finish first; those that
+  // still run after the drain timeout fail with UNAVAILABLE, reason MODEL_UNLOADING. OK when it is
+  // not loaded. Must not be called by a thread that holds an engine of FindEngine.
   absl::StatusOr<v1::Model> Unload(const std::string& id);
   absl::Status Delete(const std::string& id);
-  // Refuses new requests of all models and waits for the running ones.
+  // Refuses new requests of all models and waits for the running ones; those that still run after
+  // the timeout fail with UNAVAILABLE, reason WORKER_STOPPING.
   void DrainAll(absl::Duration timeout);
 
   // The engine of a loaded model: NOT_FOUND for an unknown one, UNAVAILABLE with reason
-  // MODEL_LOADING or MODEL_UNLOADING, FAILED_PRECONDITION with reason MODEL_NOT_LOADED.
+  // MODEL_LOADING or MODEL_UNLOADING, FAILED_PRECONDITION with reason MODEL_NOT_LOADED. Hold it for
+  // the length of a call's preparation only: an unload waits for it.
   absl::StatusOr<std::shared_ptr<engine::Engine>> FindEngine(const std::string& id) const;
   // Sums over all loaded models; the heartbeat is the oldest one.
   engine::Stats TotalStats() const;
@@ -84,9 +92,15 @@ class ModelStore {
   void set_listener(Listener listener);
 
  private:
+  // An engine, and the future that is ready once its destructor has run: the last who holds it may
+  // be a call's handler.
+  struct Hosted {
+    std::shared_ptr<engine::Engine> engine;
+    std::shared_future<void> is_gone;
+  };
   struct Entry {
     v1::Model model;
-    std::shared_ptr<engine::Engine> engine;
+    Hosted hosted;  // empty unless READY or DRAINING
   };
 
   ModelStore(Options options, Clock* clock);
@@ -95,7 +109,9 @@ class ModelStore {
   std::string OriginPath(const std::string& id) const;
   void RemoveTemporaries();
   absl::StatusOr<v1::Model> ReadArtifact(const std::string& id) const;
-  absl::StatusOr<std::shared_ptr<engine::Engine>> StartEngine(const std::string& id) const;
+  absl::StatusOr<Hosted> StartEngine(const std::string& id) const;
+  // What a new engine may take: free memory, without what the others may still come to use.
+  std::optional<int64_t> UnpromisedBytes() const;
   // Changes a model and tells the listener; the new state.
   v1::Model Update(const std::string& id, const std::function<void(Entry&)>& change);
   std::vector<std::pair<std::string, std::shared_ptr<engine::Engine>>> Engines() const;

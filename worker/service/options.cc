@@ -51,8 +51,9 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
                  "Requests of a model that wait; more are refused")
       ->capture_default_str()
       ->check(CLI::Range(0, kQueueMax));
-  app.add_option("--kv-cache-tokens", options.kv_cache_tokens,
-                 "Tokens of a model's KV cache; 0: 2048 for each sequence")
+  app.add_option(
+         "--kv-cache-tokens", options.kv_cache_tokens,
+         "Tokens of a model's KV cache; 0: 2048 for each sequence. Fewer where memory is short")
       ->capture_default_str()
       ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kSequencesMax));
   app.add_option("--load-model", options.load_models, "Model to load at start; repeatable");

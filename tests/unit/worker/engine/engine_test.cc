@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <future>
 #include <limits>
 #include <mutex>
 #include <random>
@@ -19,6 +20,7 @@
 namespace walsh::engine {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
 using walsh::testing::ByteTokens;
@@ -37,8 +39,9 @@ Options SmallOptions() {
 }
 
 std::unique_ptr<Engine> MakeEngine(FakeModel::Behaviour behaviour = {},
-                                   const Options& options = SmallOptions()) {
-  auto engine = Engine::Create(FakeModel::Create(std::move(behaviour)), options, Clock::Real());
+                                   const Options& options = SmallOptions(),
+                                   Clock* clock = Clock::Real()) {
+  auto engine = Engine::Create(FakeModel::Create(std::move(behaviour)), options, clock);
   EXPECT_OK(engine);
   return *std::move(engine);
 }
@@ -232,6 +235,42 @@ TEST(EngineTest, BadRequestsAreRefused) {
   EXPECT_EQ(engine->stats().running + engine->stats().waiting, 0);
 }
 
+TEST(EngineTest, AKvCacheSmallerThanTheContextIsNamedAsWhatBinds) {
+  Options options = SmallOptions();
+  options.kv_cache_tokens = 32;
+  const auto engine = MakeEngine({.max_position = 256}, options);
+  EXPECT_EQ(engine->context_tokens(), 32);
+  EXPECT_THAT(engine->Submit({.id = "r", .prompt = std::vector<int32_t>(40, 1)},
+                             std::make_shared<RecordingSink>()),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("40 tokens, the KV cache of 32 leaves none")));
+}
+
+// 32 bytes for a token of the fake model.
+TEST(EngineTest, KvCacheFitsTheFreeMemory) {
+  const auto create = [](int64_t kv_cache_tokens, int64_t free_bytes) {
+    Options options = SmallOptions();
+    options.kv_cache_tokens = kv_cache_tokens;
+    options.free_bytes = free_bytes;
+    return Engine::Create(FakeModel::Create({.max_position = 4096}), options, Clock::Real());
+  };
+  // Four sequences of 2048 tokens are 256 KiB.
+  auto engine = create(0, 1 << 20);
+  ASSERT_OK(engine);
+  EXPECT_EQ((*engine)->stats().kv_tokens_total, 4 * 2048);
+  EXPECT_EQ((*engine)->kv_cache_bytes(), 4 * 2048 * 32);
+  engine = create(0, 100000);
+  ASSERT_OK(engine);
+  EXPECT_EQ((*engine)->stats().kv_tokens_total, 90000 / 32 / 16 * 16);
+  EXPECT_EQ((*engine)->context_tokens(), 90000 / 32 / 16 * 16);
+  EXPECT_THAT(create(0, 60000).status(),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr("65536 bytes"), HasSubstr("60000"))));
+  // Who asks for less than a usual sequence gets that.
+  EXPECT_OK(create(64, 3000));
+  EXPECT_FALSE(create(64, 2000).ok());
+}
+
 TEST(EngineTest, BadOptionsAreRefused) {
   const auto create = [](Options options) {
     return Engine::Create(FakeModel::Create({}), options, Clock::Real()).status();
@@ -324,16 +363,17 @@ TEST(EngineTest, NanConcernsItsSequenceAlone) {
 
 TEST(EngineTest, DeadlineEndsWaitingAndRunning) {
   Gate gate;
+  ManualClock clock;
   Options options = SmallOptions();
   options.max_sequences = 1;
-  const auto engine = MakeEngine({.before_forward = gate.Hook()}, options);
+  const auto engine = MakeEngine({.before_forward = gate.Hook()}, options, &clock);
   Request request{.id = "running", .prompt = {1}, .sampling = {.max_tokens = 100}};
-  request.deadline = absl::Now() + absl::Milliseconds(200);
+  request.deadline = clock.Now() + absl::Seconds(5);
   const auto running = Submit(*engine, request);
   request.id = "waiting";
   const auto waiting = Submit(*engine, request);
   gate.AwaitArrival(1);
-  while (absl::Now() < request.deadline) std::this_thread::yield();
+  clock.Advance(absl::Seconds(6));
   gate.Permit(1);  // one step that began before the deadline; none after
   running->WaitForEnd();
   waiting->WaitForEnd();
@@ -351,13 +391,13 @@ TEST(EngineTest, DrainFinishesWhatWasAccepted) {
     sinks.push_back(Submit(
         *engine, {.id = std::to_string(i), .prompt = {1, 2}, .sampling = {.max_tokens = 30}}));
   }
-  engine->Drain(absl::Seconds(60));
+  const absl::Status why = absl::UnavailableError("going away");
+  engine->Drain(absl::Seconds(60), why);
   for (const auto& sink : sinks) {
     EXPECT_TRUE(sink->is_over());
     EXPECT_OK(sink->status());
   }
-  EXPECT_THAT(engine->Submit({.id = "x", .prompt = {1}}, std::make_shared<RecordingSink>()),
-              walsh::testing::HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(engine->Submit({.id = "x", .prompt = {1}}, std::make_shared<RecordingSink>()), why);
 }
 
 TEST(EngineTest, DrainFailsWhatDoesNotFinishInTime) {
@@ -365,14 +405,16 @@ TEST(EngineTest, DrainFailsWhatDoesNotFinishInTime) {
   const auto engine = MakeEngine({.before_forward = gate.Hook()});
   const auto sink = Submit(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 250}});
   gate.AwaitArrival(1);
-  std::thread drain([&] { engine->Drain(absl::Milliseconds(1)); });
+  absl::Status why = absl::UnavailableError("going away");
+  why.SetPayload("reason", absl::Cord("GOING"));
+  std::thread drain([&] { engine->Drain(absl::Milliseconds(1), why); });
   // At least a millisecond for each step: the drain's time is over long before the request's end.
   while (!sink->is_over()) {
     gate.Permit(1);
     walsh::testing::Pause(absl::Milliseconds(1));
   }
   drain.join();
-  EXPECT_THAT(sink->status(), walsh::testing::HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(sink->status(), why) << "with what tells a client why";
   EXPECT_EQ(engine->stats().running, 0);
 }
 
@@ -476,6 +518,23 @@ TEST(EngineMetricsTest, EveryRefusalIsCountedByItsReason) {
   EXPECT_EQ(Rejections("refusals", "context_length"), 1);
 }
 
+// As where a call still holds the engine of a model that is loaded again.
+TEST(EngineMetricsTest, GaugesGoWithTheLastEngineOfTheirModel) {
+  const auto has_gauges = [] {
+    return metrics::Render().find("walsh_num_requests_running{model_name=\"twice\"}") !=
+           std::string::npos;
+  };
+  EXPECT_FALSE(has_gauges());
+  auto first = MakeEngine({}, CountedAs("twice"));
+  auto second = MakeEngine({}, CountedAs("twice"));
+  first.reset();
+  EXPECT_TRUE(has_gauges());
+  EXPECT_OK(Generate(*second, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 2}})->status());
+  second->stats();
+  second.reset();
+  EXPECT_FALSE(has_gauges());
+}
+
 TEST(EngineMetricsTest, ADeadlineBeforeTheFirstTokenIsAFailure) {
   const auto engine = MakeEngine({}, CountedAs("late"));
   const auto sink =
@@ -505,6 +564,70 @@ TEST(EngineMetricsTest, WhatFailsIsNotCancelled) {
   EXPECT_EQ(left->outcome().reason, FinishReason::kCancelled);
   EXPECT_EQ(Failures("unread", "RESOURCE_EXHAUSTED"), 1);
   EXPECT_EQ(Cancellations("unread"), 1);
+}
+
+// A step of a large model may take longer than a hung engine is given.
+TEST(EngineTest, HeartBeatsWithEveryLayerOfAStep) {
+  ManualClock clock;
+  std::vector<double> ages;
+  Engine* engine_in_step = nullptr;
+  std::mutex mu;  // of the pointer above
+  std::unique_lock lock(mu);
+  const auto engine =
+      MakeEngine({.before_forward =
+                      [&](const LoadedModel::Batch& batch) {
+                        const std::lock_guard step(mu);
+                        for (int layer = 0; layer < 3; ++layer) {
+                          batch.on_layer();
+                          clock.Advance(absl::Seconds(50));
+                          ages.push_back(engine_in_step->stats().heartbeat_age_seconds);
+                        }
+                        return absl::OkStatus();
+                      }},
+                 SmallOptions(), &clock);
+  engine_in_step = engine.get();
+  lock.unlock();
+  const auto sink = Generate(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 1}});
+  EXPECT_OK(sink->status());
+  EXPECT_EQ(ages, std::vector<double>({50, 50, 50}));
+}
+
+// Tokens of requests that run together are handed over side by side: each sink waits here for the
+// other's call.
+TEST(EngineTest, SinksOfSeveralRequestsAreCalledSideBySide) {
+  class MeetingSink final : public Sink {
+   public:
+    explicit MeetingSink(std::atomic<int>* n_inside) : n_inside_(n_inside) {}
+    void OnStarted(double) override {}
+    void OnDelta(Delta) override {
+      ++*n_inside_;
+      EXPECT_TRUE(walsh::testing::WaitUntil([this] { return *n_inside_ >= 2; }));
+    }
+    void OnFinished(const Outcome&) override { end_.set_value(); }
+    void OnFailed(const absl::Status& status) override {
+      EXPECT_OK(status);
+      end_.set_value();
+    }
+    void WaitForEnd() { end_.get_future().wait(); }
+
+   private:
+    std::atomic<int>* const n_inside_;
+    std::promise<void> end_;
+  };
+  Gate gate;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()});
+  // Holds the first step until both others wait for the second.
+  const auto opener = Submit(*engine, {.id = "o", .prompt = {1}, .sampling = {.max_tokens = 1}});
+  gate.AwaitArrival(1);
+  std::atomic<int> n_inside = 0;
+  const auto a = std::make_shared<MeetingSink>(&n_inside);
+  const auto b = std::make_shared<MeetingSink>(&n_inside);
+  EXPECT_OK(engine->Submit({.id = "a", .prompt = {1}, .sampling = {.max_tokens = 1}}, a));
+  EXPECT_OK(engine->Submit({.id = "b", .prompt = {1}, .sampling = {.max_tokens = 1}}, b));
+  gate.Permit(100);
+  a->WaitForEnd();
+  b->WaitForEnd();
+  opener->WaitForEnd();
 }
 
 // The age of a dead loop's heartbeat only grows.

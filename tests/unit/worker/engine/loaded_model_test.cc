@@ -63,7 +63,10 @@ Matrix Step(const LoadedModel& model, std::vector<Trial*> trials, std::vector<in
   }
   ForwardScratch scratch;
   Matrix logits;
+  int64_t n_layers = 0;
+  batch.on_layer = [&] { ++n_layers; };
   EXPECT_OK(model.Forward(batch, {}, scratch, logits));
+  EXPECT_EQ(n_layers, model.config().n_layers);
   return logits;
 }
 

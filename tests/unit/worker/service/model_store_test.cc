@@ -2,11 +2,15 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "common/grpc_status.h"
+#include "common/metrics.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
 
 namespace walsh::service {
@@ -18,6 +22,7 @@ using ::testing::HasSubstr;
 using v1::Model;
 using walsh::testing::HasCode;
 using walsh::testing::StatusIs;
+using walsh::testing::WaitUntil;
 
 class ModelStoreTest : public StoreFixture {
  protected:
@@ -115,6 +120,66 @@ TEST_F(ModelStoreTest, FailedLoadIsToldAndCanBeRepeated) {
   is_broken = false;
   ASSERT_OK_AND_ASSIGN(const Model model, store_->Load("m"));
   EXPECT_FALSE(model.has_error());
+}
+
+// A call's handler may have found the engine just before: "unloaded" must not be said while its
+// weights are there.
+TEST_F(ModelStoreTest, UnloadWaitsForWhoFoundTheEngineBefore) {
+  AddArtifact("m");
+  std::atomic<bool> is_destroyed = false;
+  loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    return std::shared_ptr<engine::LoadedModel>(new testing::FakeModel, [&](auto* model) {
+      delete model;
+      is_destroyed = true;
+    });
+  };
+  OpenStore();
+  ASSERT_OK(store_->Load("m"));
+  ASSERT_OK_AND_ASSIGN(std::shared_ptr<engine::Engine> held, store_->FindEngine("m"));
+  std::thread unload([&] {
+    EXPECT_OK(store_->Unload("m"));
+    EXPECT_TRUE(is_destroyed);
+  });
+  EXPECT_TRUE(WaitUntil([&] { return store_->Get("m")->state() == Model::UNLOADING; }));
+  std::thread load([&] { EXPECT_OK(store_->Load("m")); });  // comes after the unload
+  // What a handler does then: it is refused with the reason, and lets go.
+  const absl::Status refused = held->Submit({.id = "late", .prompt = {1}}, nullptr);
+  EXPECT_THAT(refused, HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(ErrorReason(refused), "MODEL_UNLOADING");
+  EXPECT_EQ(store_->Get("m")->state(), Model::UNLOADING);
+  EXPECT_FALSE(is_destroyed);
+  held.reset();
+  unload.join();
+  load.join();
+  store_->TotalStats();
+  EXPECT_THAT(metrics::Render(),
+              HasSubstr("walsh_scheduler_heartbeat_age_seconds{model_name=\"m\"}"));
+}
+
+// 32 bytes for a token of the fake model, whose context is 256.
+TEST_F(ModelStoreTest, KvCacheIsBoundedByTheMemoryThatIsLeft) {
+  AddArtifact("a");
+  AddArtifact("b");
+  AddArtifact("c");
+  engine_options_.kv_cache_tokens = 1024;
+  int64_t free_bytes = 48000;
+  free_memory_ = [&] { return free_bytes; };
+  OpenStore();
+  ASSERT_OK(store_->Load("a"));
+  EXPECT_EQ(store_->FindEngine("a").value()->stats().kv_tokens_total, 1024);
+  // The first may come to use 32 KiB of it.
+  ASSERT_OK(store_->Load("b"));
+  const int64_t n_tokens = store_->FindEngine("b").value()->stats().kv_tokens_total;
+  EXPECT_LE(n_tokens, (48000 - 32768) * 9 / 10 / 32);
+  EXPECT_GT(n_tokens, (48000 - 32768) * 9 / 10 / 32 - 16);
+  const absl::Status refused = store_->Load("c").status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("8192 bytes")));
+  EXPECT_EQ(ErrorReason(refused), "INSUFFICIENT_MEMORY");
+  EXPECT_EQ(store_->Get("c")->state(), Model::LOAD_FAILED);
+  ASSERT_OK(store_->Unload("a"));
+  EXPECT_OK(store_->Load("c"));
+  free_bytes = 0;  // the system does not tell
+  EXPECT_OK(store_->Load("a"));
 }
 
 int64_t ResidentBytes() {

@@ -24,8 +24,9 @@ void StoreFixture::OpenStore() {
   auto store = ModelStore::Open({.root = root_,
                                  .worker_id = "w-1",
                                  .engine = engine_options_,
-                                 .drain_timeout = absl::Seconds(5),
-                                 .loader = loader_},
+                                 .drain_timeout = drain_timeout_,
+                                 .loader = loader_,
+                                 .free_memory = free_memory_},
                                 clock_);
   ASSERT_OK(store);
   store_ = *std::move(store);

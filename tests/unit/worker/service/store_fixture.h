@@ -28,6 +28,8 @@ class StoreFixture : public ::testing::Test {
   engine::Options engine_options_{.max_sequences = 4, .max_waiting = 4, .n_threads = 1};
   testing::FakeModel::Behaviour behaviour_;
   Clock* clock_ = Clock::Real();
+  absl::Duration drain_timeout_ = absl::Seconds(5);
+  std::function<int64_t()> free_memory_ = {};
   ModelStore::Loader loader_ =
       [this](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
     return testing::FakeModel::Create(behaviour_);
