@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
+#include "common/limits.h"
 #include "common/log.h"
 #include "worker/engine/engine_metrics.h"
 #include "worker/service/generation_conversion.h"
@@ -13,17 +14,8 @@
 namespace walsh::service {
 namespace {
 
-void Cancel(const CallInfo& info) {
-  if (const auto engine = info.engine.lock()) engine->Cancel(info.engine_id);
-}
-
-void FailRequest(const CallInfo& info, const absl::Status& why) {
-  if (const auto engine = info.engine.lock()) engine->Fail(info.engine_id, why);
-}
-
-double SecondsSinceArrival(const CallInfo& info) {
-  return absl::ToDoubleSeconds(info.clock->Monotonic() - info.arrival);
-}
+// Of a unary answer beside its text, tokens and log-probabilities: names and figures.
+constexpr int64_t kAnswerFrameBytesMax = 4 << 10;
 
 }  // namespace
 
@@ -37,41 +29,80 @@ absl::Status EndStatus(const engine::Outcome& outcome) {
   return absl::OkStatus();
 }
 
-void LogFinished(const CallInfo& info, const engine::Outcome& outcome) {
-  WALSH_LOG(Info, "request ended", {"request_id", info.request_id}, {"model", info.model},
+// -- Both ---------------------------------------------------------------------------------------
+
+absl::Status GenerationCall::Submit(const std::shared_ptr<engine::Engine>& engine,
+                                    engine::Request request) {
+  seed_ = request.sampling.seed;
+  prompt_tokens_ = static_cast<int>(request.prompt.size());
+  tokenizer_ = &engine->model().tokenizer();
+  const std::string id = request.id;
+  {
+    const std::lock_guard lock(submit_mu_);
+    engine_ = engine;
+    engine_id_ = id;
+  }
+  if (absl::Status status = engine->Submit(std::move(request), shared_from_this()); !status.ok()) {
+    return status;
+  }
+  // The engine did not know the request that a cancel before named.
+  if (is_cancelled()) engine->Cancel(id);
+  return absl::OkStatus();
+}
+
+std::shared_ptr<engine::Engine> GenerationCall::FindEngine() const {
+  const std::lock_guard lock(submit_mu_);
+  return engine_.lock();
+}
+
+void GenerationCall::Cancel() {
+  {
+    const std::lock_guard lock(submit_mu_);
+    is_cancelled_ = true;
+  }
+  if (const auto engine = FindEngine()) engine->Cancel(engine_id_);
+}
+
+bool GenerationCall::is_cancelled() const {
+  const std::lock_guard lock(submit_mu_);
+  return is_cancelled_;
+}
+
+void GenerationCall::FailInEngine(const absl::Status& why) {
+  if (const auto engine = FindEngine()) engine->Fail(engine_id_, why);
+}
+
+void GenerationCall::LogFinished(const engine::Outcome& outcome) const {
+  WALSH_LOG(Info, "request ended", {"request_id", info_.request_id}, {"model", info_.model},
             {"finish_reason", engine::FinishReasonName(outcome.reason)},
             {"prompt_tokens", outcome.prompt_tokens},
             {"completion_tokens", outcome.completion_tokens},
-            {"seconds", SecondsSinceArrival(info)});
+            {"seconds", absl::ToDoubleSeconds(info_.clock->Monotonic() - info_.arrival)});
 }
 
-void LogFailed(const CallInfo& info, const absl::Status& status) {
-  WALSH_LOG(Info, "request failed", {"request_id", info.request_id}, {"model", info.model},
-            {"prompt_tokens", info.prompt_tokens}, {"error", status},
-            {"seconds", SecondsSinceArrival(info)});
+void GenerationCall::Fail(const absl::Status& status) {
+  WALSH_LOG(Info, "request failed", {"request_id", info_.request_id}, {"model", info_.model},
+            {"prompt_tokens", prompt_tokens_}, {"error", status},
+            {"seconds", absl::ToDoubleSeconds(info_.clock->Monotonic() - info_.arrival)});
+  End(status);
 }
 
 // -- Unary --------------------------------------------------------------------------------------
 
 class UnaryCall::Reactor final : public grpc::ServerUnaryReactor {
  public:
-  explicit Reactor(CallInfo info) : info_(std::move(info)) {}
-  void OnCancel() override { Cancel(info_); }
+  explicit Reactor(std::shared_ptr<UnaryCall> call) : call_(std::move(call)) {}
+  void OnCancel() override { call_->Cancel(); }
   void OnDone() override { delete this; }
 
  private:
-  const CallInfo info_;
+  const std::shared_ptr<UnaryCall> call_;
 };
 
 std::shared_ptr<UnaryCall> UnaryCall::Start(CallInfo info, v1::GenerateResponse* response) {
   std::shared_ptr<UnaryCall> call(new UnaryCall(std::move(info), response));
-  call->reactor_ = new Reactor(call->info_);
+  call->reactor_ = new Reactor(call);
   return call;
-}
-
-void UnaryCall::Fail(const absl::Status& status) {
-  LogFailed(info_, status);
-  End(status);
 }
 
 void UnaryCall::End(const absl::Status& status) { reactor_->Finish(ToGrpcStatus(status)); }
@@ -79,18 +110,29 @@ void UnaryCall::End(const absl::Status& status) { reactor_->Finish(ToGrpcStatus(
 void UnaryCall::OnStarted(double) {
   response_->set_request_id(info_.request_id);
   response_->set_model(info_.model);
-  response_->set_seed(info_.seed);
+  response_->set_seed(seed_);
 }
 
 void UnaryCall::OnDelta(engine::Delta delta) {
-  v1::GenerateStreamResponse::Delta part = ToProto(std::move(delta), *info_.tokenizer);
+  if (!overflow_.ok()) return;
+  v1::GenerateStreamResponse::Delta part = ToProto(std::move(delta), *tokenizer_);
+  // Each part's frame is counted though the whole has one of them: an answer that counts as small
+  // enough is.
+  response_bytes_ += static_cast<int64_t>(part.ByteSizeLong());
+  if (response_bytes_ > limits::kMessageBytesMax - kAnswerFrameBytesMax) {
+    overflow_ = absl::ResourceExhaustedError(absl::StrCat(
+        "the answer outgrew the ", limits::kMessageBytesMax, " bytes of a message after ",
+        response_->token_ids_size(), " tokens; use the streaming call"));
+    return FailInEngine(overflow_);
+  }
   response_->mutable_text()->append(part.text());
   response_->mutable_token_ids()->MergeFrom(part.token_ids());
   response_->mutable_logprobs()->MergeFrom(part.logprobs());
 }
 
 void UnaryCall::OnFinished(const engine::Outcome& outcome) {
-  LogFinished(info_, outcome);
+  if (!overflow_.ok()) return Fail(overflow_);
+  LogFinished(outcome);
   if (const absl::Status status = EndStatus(outcome); !status.ok()) return End(status);
   response_->set_finish_reason(ToProto(outcome.reason));
   response_->set_stop_sequence(outcome.matched_stop);
@@ -105,7 +147,7 @@ class StreamCall::Reactor final : public grpc::ServerWriteReactor<v1::GenerateSt
  public:
   explicit Reactor(std::shared_ptr<StreamCall> call) : call_(std::move(call)) {}
   void OnWriteDone(bool ok) override { call_->OnWriteDone(ok); }
-  void OnCancel() override { Cancel(call_->info_); }
+  void OnCancel() override { call_->Cancel(); }
   void OnDone() override { delete this; }
 
  private:
@@ -116,11 +158,6 @@ std::shared_ptr<StreamCall> StreamCall::Start(CallInfo info, grpc::CallbackServe
   std::shared_ptr<StreamCall> call(new StreamCall(std::move(info), context));
   call->reactor_ = new Reactor(call);
   return call;
-}
-
-void StreamCall::Fail(const absl::Status& status) {
-  LogFailed(info_, status);
-  End(status);
 }
 
 void StreamCall::End(const absl::Status& status) {
@@ -136,20 +173,20 @@ void StreamCall::OnStarted(double queue_seconds) {
   v1::GenerateStreamResponse::Started& started = *message.mutable_started();
   started.set_request_id(info_.request_id);
   started.set_model(info_.model);
-  started.set_prompt_tokens(info_.prompt_tokens);
+  started.set_prompt_tokens(prompt_tokens_);
   started.set_queue_seconds(queue_seconds);
-  started.set_seed(info_.seed);
+  started.set_seed(seed_);
   Push(std::move(message));
 }
 
 void StreamCall::OnDelta(engine::Delta delta) {
   v1::GenerateStreamResponse message;
-  *message.mutable_delta() = ToProto(std::move(delta), *info_.tokenizer);
+  *message.mutable_delta() = ToProto(std::move(delta), *tokenizer_);
   Push(std::move(message));
 }
 
 void StreamCall::OnFinished(const engine::Outcome& outcome) {
-  LogFinished(info_, outcome);
+  LogFinished(outcome);
   const absl::Status status = EndStatus(outcome);
   if (status.ok()) {
     v1::GenerateStreamResponse message;
@@ -174,7 +211,7 @@ void StreamCall::Push(v1::GenerateStreamResponse message) {
       end_ = full;
     }
   }
-  if (!full.ok()) FailRequest(info_, full);
+  if (!full.ok()) FailInEngine(full);
   Pump();
 }
 
@@ -213,7 +250,7 @@ void StreamCall::OnWriteDone(bool ok) {
       if (!end_) end_ = absl::CancelledError("the client went away");
     }
   }
-  if (!ok) Cancel(info_);
+  if (!ok) Cancel();
   Pump();
 }
 
@@ -229,7 +266,7 @@ void StreamCall::EndIfStalled(absl::Duration limit) {
     is_pinned_ = true;  // keeps `context_` while it is cancelled
   }
   WALSH_LOG(Warning, "stream ended: its reader is stalled", {"request_id", info_.request_id});
-  FailRequest(info_, status);
+  FailInEngine(status);
   // A status behind a message that is stuck in flow control would never leave, so the call is
   // reset with it.
   grpc_call_cancel_with_status(context_->c_call(), GRPC_STATUS_RESOURCE_EXHAUSTED,

@@ -1,8 +1,11 @@
 #include "worker/service/generation_conversion.h"
 
+#include <algorithm>
 #include <random>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/status_macros.h"
 
@@ -13,6 +16,10 @@ uint64_t DrawSeed() {
   std::random_device device;
   return uint64_t{device()} << 32 | device();
 }
+
+// Of a token in a message: tags, lengths, an id and a probability, and a text of 16 bytes, which
+// hardly any token exceeds. An answer of tokens that do ends when it outgrows the message.
+constexpr int64_t kTokenBytes = 32;
 
 std::string TokenText(const Tokenizer& tokenizer, int32_t id) {
   return id < 0 ? "" : tokenizer.TokenBytes(id, /*skip_special=*/false);
@@ -40,6 +47,20 @@ engine::SamplingOptions ToSamplingOptions(const v1::SamplingParams& params) {
   options.include_stop = params.include_stop_str_in_output();
   options.skip_special_tokens = !params.has_skip_special_tokens() || params.skip_special_tokens();
   return options;
+}
+
+absl::Status CheckAnswerFits(const engine::SamplingOptions& sampling, int64_t n_tokens_left) {
+  const int64_t n_tokens = std::min<int64_t>(sampling.max_tokens, n_tokens_left);
+  const int64_t n_logprobs = sampling.logprobs ? 1 + sampling.top_logprobs : 0;
+  const int64_t n_bytes = n_tokens * (1 + n_logprobs) * kTokenBytes;
+  if (n_bytes <= limits::kMessageBytesMax) return absl::OkStatus();
+  return InvalidField(
+      "sampling.max_tokens",
+      absl::StrCat(n_tokens, " tokens with ", sampling.top_logprobs,
+                   " top_logprobs make an answer of about ", n_bytes, " bytes, more than the ",
+                   limits::kMessageBytesMax, " of a message; ask for fewer than ",
+                   limits::kMessageBytesMax / ((1 + n_logprobs) * kTokenBytes),
+                   " or use the streaming call"));
 }
 
 absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::LoadedModel& model,

@@ -3,7 +3,7 @@
 // Requests were validated before (common/generation_limits.h); what only the model can judge, its
 // vocabulary, context and chat template, is judged here and in Engine::Submit.
 //
-// Errors: INVALID_ARGUMENT, UNIMPLEMENTED for a model without a chat template
+// Errors: INVALID_ARGUMENT; UNIMPLEMENTED for a model without a chat template
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,10 @@ namespace walsh::service {
 
 // Defaults filled in; a seed is drawn when the request has none.
 engine::SamplingOptions ToSamplingOptions(const v1::SamplingParams& params);
+
+// INVALID_ARGUMENT when an answer in one message would outgrow it: max_tokens, or the
+// `n_tokens_left` of the context if they are fewer, with their log-probabilities.
+absl::Status CheckAnswerFits(const engine::SamplingOptions& sampling, int64_t n_tokens_left);
 
 absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::LoadedModel& model,
                                                   const v1::GenerateRequest& request);

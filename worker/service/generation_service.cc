@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <random>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,7 @@
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "worker/engine/engine_metrics.h"
+#include "worker/kernels/thread_pool.h"
 #include "worker/service/generation_conversion.h"
 
 namespace walsh::service {
@@ -68,17 +70,18 @@ absl::StatusOr<std::vector<int32_t>> InputTokens(const engine::LoadedModel& mode
   return ChatTokens(model, request.messages());
 }
 
-// A call that answers at once.
-grpc::ServerUnaryReactor* Answer(grpc::CallbackServerContext* context, const absl::Status& status) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(ToGrpcStatus(status));
-  return reactor;
-}
+// Preparing is short beside generating: a few threads, which leave the machine to the model.
+int PreparingThreads() { return std::clamp(ThreadPool::HardwareThreads() / 2, 2, 8); }
 
 }  // namespace
 
-GenerationService::GenerationService(ModelStore* models, Clock* clock, absl::Duration stall_limit)
-    : models_(models), clock_(clock), stall_monitor_(stall_limit) {}
+GenerationService::GenerationService(ModelStore* models, Clock* clock, const Options& options)
+    : options_(options),
+      models_(models),
+      clock_(clock),
+      stall_monitor_(options.stall_limit),
+      preparing_(options.preparing_threads > 0 ? options.preparing_threads : PreparingThreads(),
+                 static_cast<size_t>(options.preparing_max)) {}
 
 absl::StatusOr<std::shared_ptr<engine::Engine>> GenerationService::EngineOf(
     const std::string& model) const {
@@ -100,16 +103,22 @@ CallInfo GenerationService::Arrive(const grpc::CallbackServerContext& context,
 
 template <typename Request>
 absl::StatusOr<GenerationService::Prepared> GenerationService::Prepare(
-    grpc::CallbackServerContext* context, const Request& request, CallInfo info) {
+    grpc::CallbackServerContext* context, const Request& request, const CallInfo& info,
+    const GenerationCall& call) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
   Prepared prepared;
   WALSH_ASSIGN_OR_RETURN(prepared.engine, EngineOf(request.model()));
+  const std::string id = ParseModelName("model", request.model()).value();
+  if (call.is_cancelled()) {
+    engine::CountCancellation(id);
+    return absl::CancelledError("the request was cancelled");
+  }
   const engine::LoadedModel& model = prepared.engine->model();
 
   engine::Request& out = prepared.request;
   absl::StatusOr<std::vector<int32_t>> tokens = InputTokens(model, request);
   if (!tokens.ok()) {
-    engine::CountRejection(ParseModelName("model", request.model()).value(), "invalid");
+    engine::CountRejection(id, "invalid");
     return tokens.status();
   }
   out.prompt = *std::move(tokens);
@@ -118,13 +127,47 @@ absl::StatusOr<GenerationService::Prepared> GenerationService::Prepare(
   out.arrival = info.arrival;
 
   EchoRequestId(*context, info.request_id);
-  out.id = info.engine_id = absl::StrCat(info.request_id, "#", ++n_requests_);
-  info.seed = out.sampling.seed;
-  info.prompt_tokens = static_cast<int>(out.prompt.size());
-  info.engine = prepared.engine;
-  info.tokenizer = &model.tokenizer();
-  prepared.info = std::move(info);
+  out.id = absl::StrCat(info.request_id, "#", ++n_requests_);
   return prepared;
+}
+
+template <typename Call, typename Request>
+void GenerationService::Run(grpc::CallbackServerContext* context, const Request& request,
+                            const CallInfo& info, const std::shared_ptr<Call>& call) {
+  absl::StatusOr<Prepared> prepared = Prepare(context, request, info, *call);
+  if (!prepared.ok()) return call->Fail(prepared.status());
+  const auto n_prompt = static_cast<int64_t>(prepared->request.prompt.size());
+  if constexpr (std::is_same_v<Call, UnaryCall>) {
+    const absl::Status fits =
+        CheckAnswerFits(prepared->request.sampling, prepared->engine->context_tokens() - n_prompt);
+    if (!fits.ok()) {
+      engine::CountRejection(ParseModelName("model", request.model()).value(), "invalid");
+      return call->Fail(fits);
+    }
+  } else {
+    stall_monitor_.Watch(call);
+  }
+  const absl::Status status = call->Submit(prepared->engine, std::move(prepared->request));
+  if (!status.ok()) call->Fail(Refuse(status, n_prompt, *prepared->engine));
+}
+
+template <typename Call, typename Request>
+void GenerationService::RunSoon(grpc::CallbackServerContext* context, const Request& request,
+                                const CallInfo& info, std::shared_ptr<Call> call) {
+  // Context and request stay until the call has ended, which only Run brings about.
+  const bool is_accepted =
+      preparing_.Run([this, context, &request, info, call] { Run(context, request, info, call); });
+  if (!is_accepted) call->Fail(TooManyPreparing(request.model()));
+}
+
+absl::Status GenerationService::TooManyPreparing(const std::string& model) const {
+  // Only models that exist are labels.
+  const absl::StatusOr<std::string> id = ParseModelName("model", model);
+  if (id.ok() && models_->Get(*id).ok()) engine::CountRejection(*id, "queue_full");
+  absl::Status status = absl::ResourceExhaustedError(
+      absl::StrCat(options_.preparing_max, " requests wait to be tokenized already"));
+  SetRetryDelay(status, kQueueRetryDelay);
+  return status;
 }
 
 template <typename Request>
@@ -132,14 +175,8 @@ grpc::ServerUnaryReactor* GenerationService::RunUnary(grpc::CallbackServerContex
                                                       const Request& request,
                                                       v1::GenerateResponse* response) {
   const CallInfo info = Arrive(*context, request);
-  absl::StatusOr<Prepared> prepared = Prepare(context, request, info);
-  if (!prepared.ok()) {
-    LogFailed(info, prepared.status());
-    return Answer(context, prepared.status());
-  }
-  const std::shared_ptr<UnaryCall> call = UnaryCall::Start(prepared->info, response);
-  const absl::Status status = prepared->engine->Submit(std::move(prepared->request), call);
-  if (!status.ok()) call->Fail(Refuse(status, prepared->info.prompt_tokens, *prepared->engine));
+  const std::shared_ptr<UnaryCall> call = UnaryCall::Start(info, response);
+  RunSoon(context, request, info, call);
   return call->reactor();
 }
 
@@ -147,17 +184,22 @@ template <typename Request>
 grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerationService::RunStream(
     grpc::CallbackServerContext* context, const Request& request) {
   const CallInfo info = Arrive(*context, request);
-  absl::StatusOr<Prepared> prepared = Prepare(context, request, info);
-  const std::shared_ptr<StreamCall> call =
-      StreamCall::Start(prepared.ok() ? prepared->info : info, context);
-  if (!prepared.ok()) {
-    call->Fail(prepared.status());
-    return call->reactor();
-  }
-  stall_monitor_.Watch(call);
-  const absl::Status status = prepared->engine->Submit(std::move(prepared->request), call);
-  if (!status.ok()) call->Fail(Refuse(status, prepared->info.prompt_tokens, *prepared->engine));
+  const std::shared_ptr<StreamCall> call = StreamCall::Start(info, context);
+  RunSoon(context, request, info, call);
   return call->reactor();
+}
+
+grpc::ServerUnaryReactor* GenerationService::AnswerSoon(grpc::CallbackServerContext* context,
+                                                        const std::string& model,
+                                                        std::function<absl::Status()> answer) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const bool is_accepted = preparing_.Run([context, reactor, answer = std::move(answer)] {
+    const absl::Status status =
+        context->IsCancelled() ? absl::CancelledError("the request was cancelled") : answer();
+    reactor->Finish(ToGrpcStatus(status));
+  });
+  if (!is_accepted) reactor->Finish(ToGrpcStatus(TooManyPreparing(model)));
+  return reactor;
 }
 
 grpc::ServerUnaryReactor* GenerationService::Generate(grpc::CallbackServerContext* context,
@@ -185,7 +227,7 @@ grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerationService::ChatStr
 grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContext* context,
                                                       const v1::TokenizeRequest* request,
                                                       v1::TokenizeResponse* response) {
-  const auto tokenize = [&]() -> absl::Status {
+  const auto tokenize = [this, request, response]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(ValidateRequest(*request));
     WALSH_ASSIGN_OR_RETURN(const std::shared_ptr<engine::Engine> engine,
                            EngineOf(request->model()));
@@ -201,13 +243,13 @@ grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContex
     response->set_max_model_len(static_cast<int32_t>(engine->context_tokens()));
     return absl::OkStatus();
   };
-  return Answer(context, tokenize());
+  return AnswerSoon(context, request->model(), tokenize);
 }
 
 grpc::ServerUnaryReactor* GenerationService::Detokenize(grpc::CallbackServerContext* context,
                                                         const v1::DetokenizeRequest* request,
                                                         v1::DetokenizeResponse* response) {
-  const auto detokenize = [&]() -> absl::Status {
+  const auto detokenize = [this, request, response]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(ValidateRequest(*request));
     WALSH_ASSIGN_OR_RETURN(const std::shared_ptr<engine::Engine> engine,
                            EngineOf(request->model()));
@@ -223,7 +265,7 @@ grpc::ServerUnaryReactor* GenerationService::Detokenize(grpc::CallbackServerCont
     response->set_text(tokenizer.Decode(ids, request->skip_special_tokens()));
     return absl::OkStatus();
   };
-  return Answer(context, detokenize());
+  return AnswerSoon(context, request->model(), detokenize);
 }
 
 }  // namespace walsh::service

@@ -45,12 +45,19 @@ class GenerationServiceTest : public StoreFixture {
     service_.reset();
   }
 
+  // More tokens than the model makes while a test looks at it.
+  static constexpr int kEndless = 30000;
+  void LetRequestsBeEndless() {
+    behaviour_.max_position = 40000;
+    engine_options_.kv_cache_tokens = 80000;
+  }
+
   // A worker that serves model "m".
   void Serve() {
     AddArtifact("m");
     OpenStore();
     ASSERT_OK(store_->Load("m"));
-    service_ = std::make_unique<GenerationService>(store_.get(), clock_, stall_limit_);
+    service_ = std::make_unique<GenerationService>(store_.get(), clock_, service_options_);
     grpc::ServerBuilder builder;
     ApplyServerLimits(builder);
     int port = 0;
@@ -108,7 +115,7 @@ class GenerationServiceTest : public StoreFixture {
   }
 
   std::string address_;
-  absl::Duration stall_limit_ = absl::Minutes(10);
+  GenerationService::Options service_options_{.stall_limit = absl::Minutes(10)};
   std::unique_ptr<GenerationService> service_;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<Stub> stub_;
@@ -338,32 +345,188 @@ TEST_F(GenerationServiceTest, FullQueueAnswersAtOnceWithARetryDelay) {
   for (std::thread& thread : accepted) thread.join();
 }
 
-TEST_F(GenerationServiceTest, CancelledStreamLeavesTheEngine) {
-  behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
-    Pause(absl::Milliseconds(2));
-    return absl::OkStatus();
-  };
-  Serve();
-  for (int n_read = 0; n_read < 12; n_read += 3) {
+double Cancellations() {
+  return testing::MetricValue("walsh_request_cancelled_total", {"model_name=\"m\""});
+}
+
+// The model makes no step that the test did not permit, so nothing ends by itself.
+class CancelTest : public GenerationServiceTest {
+ protected:
+  void SetUp() override {
+    GenerationServiceTest::SetUp();
+    LetRequestsBeEndless();
+    behaviour_.before_forward = [this](const engine::LoadedModel::Batch&) {
+      ++n_arrived_;
+      if (!WaitUntil([this] { return n_permitted_ >= n_arrived_; })) {
+        return absl::InternalError("the test did not permit a step");
+      }
+      return absl::OkStatus();
+    };
+    Serve();
+  }
+
+  // The cancel is on its way: lets the model make a step at a time until it has arrived.
+  void ExpectCancelled(double before) {
+    const bool has_left = WaitUntil([&] {
+      if (n_arrived_ > n_permitted_) ++n_permitted_;
+      return Cancellations() > before;
+    });
+    EXPECT_TRUE(has_left) << "the engine goes on with a request that was cancelled";
+    EXPECT_EQ(Cancellations(), before + 1);
+    WaitUntilIdle();
+    EXPECT_LT(n_permitted_, kEndless) << "it ended by itself";
+  }
+
+  std::atomic<int> n_arrived_ = 0;
+  std::atomic<int> n_permitted_ = 0;
+};
+
+TEST_F(CancelTest, CancelledStreamLeavesTheEngine) {
+  for (int n_tokens = 1; n_tokens < 12; n_tokens += 3) {
+    const double before = Cancellations();
     grpc::ClientContext context;
-    const auto reader = stub_->GenerateStream(&context, Request("x", 250));
+    const auto reader = stub_->GenerateStream(&context, Request("x", kEndless));
+    n_permitted_ += n_tokens;
     GenerateStreamResponse message;
-    for (int i = 0; i <= n_read; ++i) ASSERT_TRUE(reader->Read(&message));
+    for (int n_read = 0; n_read < n_tokens; n_read += message.delta().token_ids_size()) {
+      ASSERT_TRUE(reader->Read(&message));
+    }
     context.TryCancel();
     EXPECT_THAT(FromGrpcStatus(reader->Finish()), HasCode(absl::StatusCode::kCancelled));
-    WaitUntilIdle();
+    ExpectCancelled(before);
+    n_permitted_ = n_arrived_.load();
   }
-  // Unary calls as well.
+}
+
+TEST_F(CancelTest, CancelledUnaryCallLeavesTheEngine) {
+  const double before = Cancellations();
   grpc::ClientContext context;
   std::thread canceller([&] {
     EXPECT_TRUE(WaitUntil([this] { return Stats().running > 0; }));
     context.TryCancel();
   });
   v1::GenerateResponse response;
-  EXPECT_THAT(FromGrpcStatus(stub_->Generate(&context, Request("x", 250), &response)),
+  EXPECT_THAT(FromGrpcStatus(stub_->Generate(&context, Request("x", kEndless), &response)),
               HasCode(absl::StatusCode::kCancelled));
   canceller.join();
-  WaitUntilIdle();
+  ExpectCancelled(before);
+}
+
+// -- Preparing: rendering and tokenizing
+
+class PreparingTest : public GenerationServiceTest {
+ protected:
+  void SetUp() override {
+    GenerationServiceTest::SetUp();
+    behaviour_.before_render = [this] {
+      ++n_rendering_;
+      EXPECT_TRUE(WaitUntil([this] { return is_released_.load(); }));
+    };
+  }
+
+  absl::Status Chat() {
+    v1::ChatRequest chat;
+    chat.set_model("m");
+    v1::ChatMessage& message = *chat.add_messages();
+    message.set_role("user");
+    message.set_content("hi");
+    chat.mutable_sampling()->set_max_tokens(3);
+    grpc::ClientContext context;
+    v1::GenerateResponse response;
+    return FromGrpcStatus(stub_->Chat(&context, chat, &response));
+  }
+  absl::Status Tokenize() {
+    v1::TokenizeRequest request;
+    request.set_model("m");
+    request.set_text("hi");
+    grpc::ClientContext context;
+    v1::TokenizeResponse response;
+    return FromGrpcStatus(stub_->Tokenize(&context, request, &response));
+  }
+
+  std::atomic<int> n_rendering_ = 0;
+  std::atomic<bool> is_released_ = false;
+};
+
+TEST_F(PreparingTest, LongPromptsDoNotHoldUpOtherStreams) {
+  LetRequestsBeEndless();
+  behaviour_.before_forward = [](const engine::LoadedModel::Batch&) {
+    Pause(absl::Milliseconds(2));
+    return absl::OkStatus();
+  };
+  engine_options_.max_waiting = 32;
+  Serve();
+  const double before = Cancellations();
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
+  const auto reader = stub_->GenerateStream(&context, Request("x", kEndless));
+  GenerateStreamResponse message;
+  ASSERT_TRUE(reader->Read(&message));
+  // As many as gRPC may have threads for callbacks.
+  std::vector<std::thread> chats;
+  for (int i = 0; i < 16; ++i) chats.emplace_back([this] { EXPECT_OK(Chat()); });
+  EXPECT_TRUE(WaitUntil([this] { return n_rendering_ >= 2; }));
+  for (int n_read = 0; n_read < 100; n_read += message.delta().token_ids_size()) {
+    EXPECT_TRUE(reader->Read(&message)) << "after " << n_read << " tokens";
+    if (HasFailure()) break;
+  }
+  context.TryCancel();
+  EXPECT_THAT(FromGrpcStatus(reader->Finish()), HasCode(absl::StatusCode::kCancelled));
+  EXPECT_TRUE(WaitUntil([&] { return Cancellations() == before + 1; }));
+  EXPECT_EQ(Stats().running, 0);
+  is_released_ = true;
+  for (std::thread& chat : chats) chat.join();
+}
+
+TEST_F(PreparingTest, MoreThanMayWaitAreRefusedAtOnceWithARetryDelay) {
+  service_options_.preparing_threads = 1;
+  service_options_.preparing_max = 1;
+  Serve();
+  const auto rejections = [] {
+    return testing::MetricValue("walsh_admission_rejections_total",
+                                {"model_name=\"m\"", "reason=\"queue_full\""});
+  };
+  const double before = rejections();
+  std::thread running([this] { EXPECT_OK(Chat()); });
+  EXPECT_TRUE(WaitUntil([this] { return n_rendering_ == 1; }));
+  // One waits; which of the two that come is refused is theirs to settle.
+  std::atomic<int> n_refused = 0;
+  const auto come = [&] {
+    const absl::Status status = Tokenize();
+    if (status.ok()) return;
+    ++n_refused;
+    EXPECT_THAT(status, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("1 requests")));
+    const google::rpc::Status details = ToProtoStatus(status);
+    ASSERT_EQ(details.details_size(), 1);
+    EXPECT_TRUE(details.details(0).Is<google::rpc::RetryInfo>());
+  };
+  std::thread first(come);
+  std::thread second(come);
+  EXPECT_TRUE(WaitUntil([&] { return n_refused == 1; }));
+  EXPECT_EQ(rejections(), before + 1);
+  is_released_ = true;
+  first.join();
+  second.join();
+  running.join();
+  EXPECT_EQ(n_refused, 1);
+}
+
+// -- Unary answers have to fit a message
+
+TEST_F(GenerationServiceTest, AnswerThatMayOutgrowAMessageIsRefusedBeforeItIsMade) {
+  LetRequestsBeEndless();
+  Serve();
+  v1::GenerateRequest request = Request("x", 30000);
+  request.mutable_sampling()->set_logprobs(true);
+  request.mutable_sampling()->set_top_logprobs(20);
+  const absl::Status refused = Generate(request).status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("max_tokens")));
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("4194304")));
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("30000 tokens")));
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("streaming")));
+  EXPECT_EQ(Stats().steps, 0u);
+  request.mutable_sampling()->set_max_tokens(5000);  // fits
+  EXPECT_OK(Generate(request));
 }
 
 // A worker's clock in the test's hands: deadlines pass for the engine while gRPC's are far away.
@@ -420,17 +583,75 @@ TEST_F(DeadlineTest, ThereIsOneWithoutOne) {
   EXPECT_EQ(response.finish_reason(), v1::DEADLINE);
 }
 
-TEST_F(GenerationServiceTest, DeadlineBeforeTheFirstTokenIsAnError) {
+// The worker's own answer: gRPC's deadline is far away.
+TEST_F(DeadlineTest, BeforeTheFirstTokenIsAnError) {
+  Brake brake;
+  clock_ = &manual_clock_;
+  behaviour_.before_forward = brake.Hook();
+  engine_options_.max_sequences = 1;
+  Serve();
+  std::thread running([this] {
+    const auto response = GenerateWithin(absl::Minutes(50));
+    EXPECT_OK(response);
+  });
+  EXPECT_TRUE(WaitUntil([this] { return Stats().running == 1; }));
+  std::thread waiting_unary([this] {
+    EXPECT_THAT(GenerateWithin(absl::Minutes(20)).status(),
+                StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("before the first token")));
+  });
+  std::thread waiting_stream([this] {
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Minutes(20)));
+    const auto reader = stub_->GenerateStream(&context, Request("x", 100));
+    GenerateStreamResponse message;
+    EXPECT_FALSE(reader->Read(&message));
+    EXPECT_THAT(FromGrpcStatus(reader->Finish()),
+                StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("before the first token")));
+  });
+  EXPECT_TRUE(WaitUntil([this] { return Stats().waiting == 2; }));
+  manual_clock_.Advance(absl::Minutes(25));
+  brake.Release();
+  running.join();
+  waiting_unary.join();
+  waiting_stream.join();
+  WaitUntilIdle();
+}
+
+TEST_F(GenerationServiceTest, WhatAnUnloadEndsIsToldWhy) {
   Brake brake;
   behaviour_.before_forward = brake.Hook();
+  LetRequestsBeEndless();
+  drain_timeout_ = absl::ZeroDuration();
   Serve();
-  grpc::ClientContext context;
-  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(100));
-  v1::GenerateResponse response;
-  EXPECT_THAT(FromGrpcStatus(stub_->Generate(&context, Request("x", 20), &response)),
-              HasCode(absl::StatusCode::kDeadlineExceeded));
+  std::thread running([this] {
+    const absl::Status status = Generate(Request("x", kEndless)).status();
+    EXPECT_THAT(status, HasCode(absl::StatusCode::kUnavailable));
+    EXPECT_EQ(ErrorReason(status), "MODEL_UNLOADING");
+  });
+  EXPECT_TRUE(WaitUntil([this] { return Stats().running > 0; }));
+  std::thread unload([this] { EXPECT_OK(store_->Unload("m")); });
+  EXPECT_TRUE(WaitUntil([this] { return store_->Get("m")->state() == v1::Model::DRAINING; }));
   brake.Release();
-  WaitUntilIdle();
+  running.join();
+  unload.join();
+}
+
+TEST_F(GenerationServiceTest, WhatAStopEndsIsToldWhy) {
+  Brake brake;
+  behaviour_.before_forward = brake.Hook();
+  LetRequestsBeEndless();
+  Serve();
+  std::thread running([this] {
+    const absl::Status status = Generate(Request("x", kEndless)).status();
+    EXPECT_THAT(status, HasCode(absl::StatusCode::kUnavailable));
+    EXPECT_EQ(ErrorReason(status), "WORKER_STOPPING");
+  });
+  EXPECT_TRUE(WaitUntil([this] { return Stats().running > 0; }));
+  std::thread stop([this] { store_->DrainAll(absl::ZeroDuration()); });
+  EXPECT_TRUE(WaitUntil([this] { return store_->Get("m")->state() == v1::Model::DRAINING; }));
+  brake.Release();
+  running.join();
+  stop.join();
 }
 
 TEST_F(GenerationServiceTest, StepErrorEndsTheStreamWithItsStatus) {
@@ -493,7 +714,7 @@ TEST_F(GenerationServiceTest, EveryRequestLeavesOneLineInTheLog) {
 
 TEST_F(GenerationServiceTest, StalledReaderLosesItsStreamAndOthersGoOn) {
   behaviour_.max_position = 8192;
-  stall_limit_ = absl::Seconds(1);
+  service_options_.stall_limit = absl::Seconds(1);
   Serve();
   grpc::ChannelArguments arguments;
   // As little as possible is read ahead of the application.
@@ -511,7 +732,7 @@ TEST_F(GenerationServiceTest, StalledReaderLosesItsStreamAndOthersGoOn) {
   WaitUntilIdle();
   EXPECT_OK(Stream(Request("y", 20)).status);
   while (reader->Read(&message)) {
-    Pause(stall_limit_ * 2);
+    Pause(service_options_.stall_limit * 2);
   }
   EXPECT_THAT(FromGrpcStatus(reader->Finish()),
               StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("reader")));
