@@ -175,7 +175,7 @@ TEST_F(ModelStoreTest, KvCacheIsBoundedByTheMemoryThatIsLeft) {
   const absl::Status refused = store_->Load("c").status();
   EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("8192 bytes")));
   EXPECT_EQ(ErrorReason(refused), "INSUFFICIENT_MEMORY");
-  EXPECT_EQ(store_->Get("c")->state(), Model::LOAD_FAILED);
+  EXPECT_EQ(store_->Get("c")->state(), Model::FAILED);
   ASSERT_OK(store_->Unload("a"));
   EXPECT_OK(store_->Load("c"));
   free_bytes = 0;  // the system does not tell
