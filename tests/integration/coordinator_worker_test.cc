@@ -1,5 +1,5 @@
 // A real coordinator and a real worker's services in one process, with a fake model behind a real
-// engine: what happens between the two when a worker is full.
+// engine: what happens between the two when a worker is full or stops.
 
 #include <grpcpp/server.h>
 
@@ -158,6 +158,31 @@ TEST_F(CoordinatorWorkerTest, AFullWorkerRefusesAtOnceAndStillLoadsAndValidates)
   is_open_ = true;
   for (std::thread& client : clients) client.join();
   EXPECT_EQ(n_finished, kRunningMax + kWaitingMax);
+}
+
+// What a worker that drains says is its own answer, not a connection that was lost.
+TEST_F(CoordinatorWorkerTest, ARequestThatADrainEndsIsToldWhy) {
+  behaviour_.max_position = 40000;  // it will not end by itself
+  ASSERT_OK(Load("n"));
+  const auto stub = v1::GenerationService::NewStub(MakeChannel(server_->endpoints().at("grpc")));
+  v1::GenerateRequest request;
+  request.set_model("n");
+  request.set_prompt("Once");
+  request.mutable_sampling()->set_max_tokens(30000);
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Minutes(2)));
+  const auto reader = stub->GenerateStream(&context, request);
+  EXPECT_TRUE(WaitUntil([&] { return store_->TotalStats().running == 1; }));
+  std::thread drain([&] { store_->DrainAll(absl::ZeroDuration()); });
+  EXPECT_TRUE(WaitUntil([&] { return store_->Get("n")->state() == Model::DRAINING; }));
+  is_open_ = true;
+  v1::GenerateStreamResponse response;
+  while (reader->Read(&response)) {
+  }
+  const absl::Status status = FromGrpcStatus(reader->Finish());
+  drain.join();
+  EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, HasSubstr("stopping")));
+  EXPECT_EQ(ErrorReason(status), "WORKER_STOPPING");
 }
 
 // It is not listed, so only the worker knows.
