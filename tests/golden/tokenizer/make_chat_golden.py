@@ -257,6 +257,12 @@ SNIPPETS = [
     "{{ [{'a': 1}, {}] | map(attribute='a', default=0) | list }} {{ [[1], [2, 3]] | map('length') | list }} {{ [1, none, 2] | select | list }} {{ ['a', ''] | select('string') | list }}",
     "{{ {'a': [1, 2.5, none, true, 'é\"\\n<>&\\''], 'b': {}, 'c': []} | tojson }}", "{{ {'a': [1, {'b': 2}], 'e': {}, 'f': []} | tojson(indent=2) }}",
     "{{ 'text' | tojson }} {{ 5 | tojson }} {{ none | tojson }} {{ '\\x01\\x7f\\u2028' | tojson }} {{ [[]] | tojson(indent=4) }} {{ (1, 2) | tojson }}",
+    "{{ '42.7' | int }} {{ '1e2' | int }} {{ '1_0' | int }} {{ '-3.9' | int }} {{ '+5' | int }} {{ '_1' | int }} {{ '1__0' | int(9) }} {{ 'inf' | int(9) }} {{ 'nan' | int }} {{ '.5' | int }} {{ '5.' | int }}",
+    "{{ '1e400' | int }} {{ '1e-400' | int(3) }} {{ '0x10' | int }} {{ none | int }} {{ [] | int(4) }} {{ 'é' | int }} {{ '010' | int }} {{ '- 1' | int }} {{ '1 2' | int }} {{ '1_0.5_0' | int }} {{ '1._5' | int }} {{ true | int }} {{ '' | int }}",
+    "{{ undefined_name | int }}", "{{ d.nope | int(3) }}",
+    "{{ 'é😀\\x7f\\u2028' | tojson(4) }} {{ {'a': 'ü'} | tojson(true, 2) }} {{ ['é'] | tojson(false) }} {{ 'é' | tojson(ensure_ascii=true) }} {{ 'é' | tojson(0, sort_keys=false) }}",
+    "{{ 'aXXXb'.rsplit('XX', 1) }} {{ 'a--b--c'.rsplit('--', 1) }} {{ 'aXXX'.rsplit('XX', 5) }} {{ 'aé,bé,é'.rsplit('é,', 9) }} {{ 'aaa'.rfind('aa') }} {{ 'éxé'.rfind('é') }} {{ 'abc'.rfind('') }} {{ ''.find('') }} {{ 'x'.find('xy') }} {{ '' in '' }} {{ 'éaé'.strip('é') }}",
+    "{{ {'a': 1, 'b': [2]} == {'b': [2], 'a': 1} }} {{ {'a': 1} == {'b': 1} }} {{ {'a': 1} == {} }}",
     "{{ {'b': 1, 'a': 2} | items | list }} {{ undefined_name | items | list }} {{ '<b>' | safe }}", "{{ -'3' | int }}",
     # Tests.
     "{{ x is defined }} {{ x is not defined }} {{ s is defined }} {{ d.nope is defined }} {{ d.k is defined }} {{ none is none }} {{ x is none }} {{ x is undefined }}",

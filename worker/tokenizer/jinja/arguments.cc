@@ -42,6 +42,16 @@ absl::StatusOr<std::vector<Value>> Arguments::Bind(
   return values;
 }
 
+absl::Status SpendTexts(const Arguments& arguments, Budget& budget) {
+  const auto spend = [&budget](const Value& value) {
+    return value.string() == nullptr ? absl::OkStatus()
+                                     : budget.SpendCharacters(value.string()->size());
+  };
+  for (const Value& value : arguments.positional) WALSH_RETURN_IF_ERROR(spend(value));
+  for (const auto& [name, value] : arguments.named) WALSH_RETURN_IF_ERROR(spend(value));
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::string> TextArgument(std::string_view callee, const Value& value) {
   if (value.string() == nullptr) return WrongType(callee, "text", value);
   return *value.string();

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "worker/tokenizer/jinja/budget.h"
 #include "worker/tokenizer/jinja/value.h"
 
 namespace walsh::jinja {
@@ -22,6 +23,9 @@ struct Arguments {
   absl::StatusOr<std::vector<Value>> Bind(std::string_view callee,
                                           std::initializer_list<std::string_view> parameters) const;
 };
+
+// For a callee that copies and reads the texts passed to it.
+absl::Status SpendTexts(const Arguments& arguments, Budget& budget);
 
 // Checked types of one argument. INVALID_ARGUMENT names the callee and the type.
 absl::StatusOr<std::string> TextArgument(std::string_view callee, const Value& value);

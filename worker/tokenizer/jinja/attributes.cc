@@ -11,6 +11,9 @@
 namespace walsh::jinja {
 namespace {
 
+// Of a name in a message; a template must not fill memory with messages.
+constexpr size_t kNameBytesMax = 64;
+
 Value Method(const Value& self, const std::string& name) {
   return Value(std::make_shared<const Callable>(
       Callable{.name = name, .self = std::make_shared<const Value>(self)}));
@@ -23,6 +26,7 @@ absl::StatusOr<Value> AttributeOf(const Value& object, const std::string& name, 
     return absl::InvalidArgumentError(std::string(object.undefined_reason()));
   }
   if (const Namespace* names = object.names()) {
+    WALSH_RETURN_IF_ERROR(budget.SpendBytes(names->attributes.size() * (name.size() + 1)));
     if (const Value* found = names->Find(name)) return *found;
   } else if (HasMethod(object, name)) {
     return Method(object, name);
@@ -31,7 +35,8 @@ absl::StatusOr<Value> AttributeOf(const Value& object, const std::string& name, 
     if (!item.is_undefined()) return item;
   }
   return Value::UndefinedBecause(
-      absl::StrCat("a ", std::string(object.TypeName()), " has no attribute '", name, "'"));
+      absl::StrCat("a ", std::string(object.TypeName()), " has no attribute '",
+                   absl::string_view(name).substr(0, kNameBytesMax), "'"));
 }
 
 absl::StatusOr<Value> SubscriptOf(const Value& object, const Value& index, Budget& budget) {

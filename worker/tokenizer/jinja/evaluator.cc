@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -82,22 +83,13 @@ class Evaluator {
   // The variables of the template, of one loop iteration or of one macro call.
   struct Frame {
     Frame* parent = nullptr;
-    std::vector<std::pair<std::string_view, Value>> names = {};
+    absl::flat_hash_map<std::string_view, Value> names = {};
 
-    void Set(std::string_view name, Value value) {
-      for (auto& [known, old] : names) {
-        if (known == name) {
-          old = std::move(value);
-          return;
-        }
-      }
-      names.emplace_back(name, std::move(value));
-    }
+    void Set(std::string_view name, Value value) { names.insert_or_assign(name, std::move(value)); }
     const Value* Find(std::string_view name) const {
       for (const Frame* frame = this; frame != nullptr; frame = frame->parent) {
-        for (const auto& [known, value] : frame->names) {
-          if (known == name) return &value;
-        }
+        const auto found = frame->names.find(name);
+        if (found != frame->names.end()) return &found->second;
       }
       return nullptr;
     }
@@ -198,7 +190,7 @@ class Evaluator {
       return absl::UnimplementedError(absl::StrCat("output of a ", std::string(value.TypeName())));
     }
     if (const std::string* text = value.string()) return Print(*text, out);
-    WALSH_RETURN_IF_ERROR(budget_.AllowText(static_cast<size_t>(value.weight())));
+    WALSH_RETURN_IF_ERROR(AllowTextOf(value, budget_));
     return Print(ToText(value), out);
   }
 
@@ -280,6 +272,8 @@ class Evaluator {
     WALSH_ASSIGN_OR_RETURN(Value value, Evaluate(*statement.expression, frame));
     // The evaluation may have moved the frame's values.
     object = frame.Find(statement.targets[0]);
+    WALSH_RETURN_IF_ERROR(
+        budget_.SpendBytes(object->names()->attributes.size() * (statement.attribute.size() + 1)));
     object->names()->Set(statement.attribute, std::move(value));
     return absl::OkStatus();
   }
@@ -352,7 +346,9 @@ class Evaluator {
         return absl::UnimplementedError(
             absl::StrCat("a key of type ", std::string(key.TypeName())));
       }
-      WALSH_RETURN_IF_ERROR(budget_.SpendBytes(items.attributes.size()));
+      const size_t key_bytes = key.string()->size();
+      WALSH_RETURN_IF_ERROR(
+          budget_.SpendBytes(items.attributes.size() * (key_bytes + 1) + key_bytes));
       items.Set(*key.string(), std::move(value));
     }
     Value map = Value::MakeMap(std::move(items.attributes));
@@ -496,6 +492,7 @@ class Evaluator {
                                                      " arguments, not ",
                                                      arguments.positional.size()));
     }
+    WALSH_RETURN_IF_ERROR(budget_.SpendBytes(8 * n * (arguments.named.size() + 1)));
     for (const auto& [name, value] : arguments.named) {
       const auto known = std::find(macro.parameters.begin(), macro.parameters.end(), name);
       if (known == macro.parameters.end()) {

@@ -1,12 +1,11 @@
 // Runs a parsed template.
 //
 // The template sees its variables and the functions of functions.h, nothing else: no files, no
-// modules, no Python. Work is counted in steps (one for each node, and one for every 256 bytes that
-// an operation touches).
+// modules, no Python. Work is counted in steps (budget.h): one for each node, and more for an
+// operation by what it reads and makes, so that steps bound both time and memory.
 //
-// Errors:  INVALID_ARGUMENT    the template refuses (raise_exception), or uses a value as what it
-// is
-//                              not; with the line
+// Errors:  INVALID_ARGUMENT    the template refuses (raise_exception), or misuses a value; with the
+//                              line
 //          UNIMPLEMENTED       a filter, test, function or method outside the subset, by name
 //          RESOURCE_EXHAUSTED  steps, output or depth (common/limits.h)
 // Threads: safe.

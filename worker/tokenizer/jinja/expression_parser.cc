@@ -350,6 +350,9 @@ ExpressionParser::Result ExpressionParser::ParseSubscript(ExpressionPtr expressi
       if (++n_colons > 2) return tokens_.Unexpected("']'");
       continue;
     }
+    if (tokens_.IsOperator(",") && (n_colons > 0 || parts[0] != nullptr)) {
+      return NotSupported(tokens_.line(), "a tuple in the brackets after a value");
+    }
     if (parts[n_colons] != nullptr) return tokens_.Unexpected("']'");
     WALSH_ASSIGN_OR_RETURN(parts[n_colons], Parse());
   }

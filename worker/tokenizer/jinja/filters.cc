@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
+#include <optional>
+#include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -25,17 +28,19 @@ using Result = absl::StatusOr<Value>;
 constexpr int64_t kIndentMax = 16;
 
 absl::StatusOr<std::string> TextOf(const Value& value, Budget& budget) {
-  WALSH_RETURN_IF_ERROR(budget.AllowText(static_cast<size_t>(value.weight())));
+  WALSH_RETURN_IF_ERROR(AllowTextOf(value, budget));
   return ToText(value);
 }
 
 // a.b.c, where a part may be a number.
 Result AttributePath(const Value& value, const std::string& path, Budget& budget) {
   Value at = value;
+  WALSH_RETURN_IF_ERROR(budget.SpendCharacters(path.size()));
   for (const std::string_view part : SplitAt(path, ".", -1)) {
     const bool is_number = !part.empty() && std::all_of(part.begin(), part.end(), [](char c) {
       return c >= '0' && c <= '9';
     });
+    WALSH_RETURN_IF_ERROR(budget.SpendSteps(1));
     if (is_number) return absl::UnimplementedError("a number in an attribute's path");
     WALSH_ASSIGN_OR_RETURN(at, SubscriptOf(at, Value(std::string(part)), budget));
   }
@@ -57,7 +62,7 @@ Result Length(const Value& value, const Arguments& arguments, Budget& budget) {
   if (value.string() == nullptr) {
     return absl::InvalidArgumentError(absl::StrCat("'length' of ", std::string(value.TypeName())));
   }
-  WALSH_RETURN_IF_ERROR(budget.SpendBytes(value.string()->size()));
+  WALSH_RETURN_IF_ERROR(budget.SpendCharacters(value.string()->size()));
   return Value(static_cast<int64_t>(CountCodePoints(*value.string())));
 }
 
@@ -118,40 +123,102 @@ Result ReplaceText(const Value& value, const Arguments& arguments, Budget& budge
   WALSH_ASSIGN_OR_RETURN(const std::string to, TextArgument("replace", values[1]));
   WALSH_ASSIGN_OR_RETURN(const int64_t count_max, OptionalInteger("replace", values[2], -1));
   WALSH_ASSIGN_OR_RETURN(const std::string text, TextOf(value, budget));
+  WALSH_RETURN_IF_ERROR(budget.SpendCharacters(text.size()));
   const size_t count = text.size() / std::max<size_t>(from.size(), 1) + 1;
   WALSH_RETURN_IF_ERROR(budget.AllowText(text.size() + count * to.size()));
   return Value(Replace(text, from, to, count_max));
 }
 
 Result Json(const Value& value, const Arguments& arguments, Budget& budget) {
-  WALSH_ASSIGN_OR_RETURN(const auto values, arguments.Bind("tojson", {"indent"}));
+  // As Hugging Face defines it, not as Jinja does.
+  WALSH_ASSIGN_OR_RETURN(const auto values, arguments.Bind("tojson", {"ensure_ascii", "indent",
+                                                                      "separators", "sort_keys"}));
+  if (!values[2].is_undefined() && !values[2].is_none()) {
+    return absl::UnimplementedError("argument 'separators' of 'tojson'");
+  }
+  if (values[3].IsTrue()) return absl::UnimplementedError("argument 'sort_keys' of 'tojson'");
   std::optional<int64_t> indent;
-  if (!values[0].is_undefined() && !values[0].is_none()) {
-    WALSH_ASSIGN_OR_RETURN(indent, IntegerArgument("tojson", values[0]));
+  if (!values[1].is_undefined() && !values[1].is_none()) {
+    WALSH_ASSIGN_OR_RETURN(indent, IntegerArgument("tojson", values[1]));
     if (*indent < 0 || *indent > kIndentMax) {
       return absl::UnimplementedError(absl::StrCat("tojson with an indent of ", *indent));
     }
   }
   const int64_t growth = 1 + indent.value_or(0) * value.depth();
+  WALSH_RETURN_IF_ERROR(AllowTextOf(value, budget));
   WALSH_RETURN_IF_ERROR(budget.AllowText(static_cast<size_t>(value.weight() * growth)));
   WALSH_ASSIGN_OR_RETURN(std::string text, ToJson(value, indent));
-  return Value(std::move(text));
+  if (!values[0].IsTrue()) return Value(std::move(text));
+  // Two bytes of UTF-8 become six of ASCII.
+  WALSH_RETURN_IF_ERROR(budget.AllowText(3 * text.size()));
+  return Value(EscapeNonAscii(text));
 }
 
-// int(value, default=0): 0 where Python's int() raises.
-Result ToInteger(const Value& value, const Arguments& arguments, Budget&) {
-  WALSH_ASSIGN_OR_RETURN(const auto values, arguments.Bind("int", {"default"}));
+Result TruncateReal(double real) {
+  if (std::abs(real) < 9e18) return Value(static_cast<int64_t>(real));
+  return absl::UnimplementedError("an integer beyond 64 bits");
+}
+
+// Python's int(text), or int(float(text)) where the text is no integer; nothing where both raise.
+absl::StatusOr<std::optional<Value>> ParseInteger(std::string_view text) {
+  text = Strip(text, std::nullopt, Side::kBoth);
+  if (HasDigitBeyondAscii(text)) return absl::UnimplementedError("'int' of digits beyond ASCII");
+  const auto is_digit = [&](size_t at) {
+    return at < text.size() && text[at] >= '0' && text[at] <= '9';
+  };
+  std::string digits;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] != '_') {
+      digits.push_back(text[i]);
+    } else if (i == 0 || !is_digit(i - 1) || !is_digit(i + 1)) {
+      return std::optional<Value>();
+    }
+  }
+  const bool has_sign = digits.starts_with('+') || digits.starts_with('-');
+  const bool is_negative = digits.starts_with('-');
+  if (has_sign) digits.erase(0, 1);
+  // "inf" and "nan" have no integer.
+  if (!digits.starts_with('.') && (digits.empty() || digits[0] < '0' || digits[0] > '9')) {
+    return std::optional<Value>();
+  }
+  if (digits.find_first_not_of("0123456789") == std::string::npos) {
+    int64_t number = 0;
+    if (!absl::SimpleAtoi(is_negative ? "-" + digits : digits, &number)) {
+      return absl::UnimplementedError("an integer beyond 64 bits");
+    }
+    return std::optional<Value>(Value(number));
+  }
+  double real = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), real);
+  if (end != digits.data() + digits.size() || error == std::errc::invalid_argument) {
+    return std::optional<Value>();
+  }
+  if (error == std::errc::result_out_of_range) {
+    // As good as infinite, or as zero.
+    const bool is_tiny =
+        digits.find("e-") != std::string::npos || digits.find("E-") != std::string::npos;
+    return is_tiny ? std::optional<Value>(Value(int64_t{0})) : std::optional<Value>();
+  }
+  WALSH_ASSIGN_OR_RETURN(const Value number, TruncateReal(is_negative ? -real : real));
+  return std::optional<Value>(number);
+}
+
+// int(value, default=0): the default where Python's int() raises.
+Result ToInteger(const Value& value, const Arguments& arguments, Budget& budget) {
+  WALSH_ASSIGN_OR_RETURN(const auto values, arguments.Bind("int", {"default", "base"}));
+  if (!values[1].is_undefined()) return absl::UnimplementedError("argument 'base' of 'int'");
+  if (value.is_undefined()) {
+    return absl::InvalidArgumentError(std::string(value.undefined_reason()));
+  }
   int64_t number = 0;
   if (value.AsInteger(&number)) return Value(number);
-  if (const double* real = value.real()) {
-    if (std::abs(*real) < 9e18) return Value(static_cast<int64_t>(*real));
-    return absl::UnimplementedError("an integer beyond 64 bits");
+  if (const double* real = value.real(); real != nullptr && !std::isnan(*real)) {
+    return TruncateReal(*real);
   }
   if (const std::string* text = value.string()) {
-    const std::string_view digits = Strip(*text, std::nullopt, Side::kBoth);
-    if (absl::SimpleAtoi(absl::string_view(digits.data(), digits.size()), &number)) {
-      return Value(number);
-    }
+    WALSH_RETURN_IF_ERROR(budget.SpendCharacters(text->size()));
+    WALSH_ASSIGN_OR_RETURN(const std::optional<Value> parsed, ParseInteger(*text));
+    if (parsed) return *parsed;
   }
   return values[0].is_undefined() ? Value(int64_t{0}) : values[0];
 }
@@ -173,6 +240,7 @@ Result Items(const Value& value, const Arguments& arguments, Budget& budget) {
     return absl::InvalidArgumentError(absl::StrCat("'items' of ", std::string(value.TypeName())));
   }
   WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(value.map()->items.size())));
+  WALSH_RETURN_IF_ERROR(budget.SpendBytes(static_cast<size_t>(value.map()->key_bytes)));
   std::vector<Value> out;
   for (const auto& [key, item] : value.map()->items) {
     out.push_back(Value::MakeList({Value(key), item}, /*is_tuple=*/true));
@@ -254,6 +322,7 @@ Result ChangeCase(const std::string& name, const Value& value, const Arguments& 
                   Budget& budget) {
   WALSH_RETURN_IF_ERROR(arguments.Bind(name, {}).status());
   WALSH_ASSIGN_OR_RETURN(const std::string text, TextOf(value, budget));
+  WALSH_RETURN_IF_ERROR(budget.SpendCharacters(text.size()));
   if (name == "upper") return Value(Upper(text));
   if (name == "lower") return Value(Lower(text));
   if (name == "capitalize") return Value(Capitalize(text));
@@ -285,6 +354,7 @@ constexpr std::array<NamedFilter, 16> kFilters = {{{"trim", Trim},
 
 absl::StatusOr<Value> ApplyFilter(const std::string& name, const Value& value,
                                   const Arguments& arguments, Budget& budget) {
+  WALSH_RETURN_IF_ERROR(SpendTexts(arguments, budget));
   const auto found = std::find_if(kFilters.begin(), kFilters.end(),
                                   [&](const NamedFilter& filter) { return filter.name == name; });
   if (found != kFilters.end()) return found->apply(value, arguments, budget);

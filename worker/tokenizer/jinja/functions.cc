@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/tokenizer/jinja/operators.h"
 
 namespace walsh::jinja {
 namespace {
@@ -45,15 +46,22 @@ Result Range(const Arguments& arguments, Budget& budget) {
 
 // Arguments by name, after those of a dictionary if there is one.
 absl::StatusOr<std::vector<std::pair<std::string, Value>>> NamedValues(std::string_view name,
-                                                                       const Arguments& arguments) {
+                                                                       const Arguments& arguments,
+                                                                       Budget& budget) {
   std::vector<std::pair<std::string, Value>> items;
   if (arguments.positional.size() > 1 ||
       (arguments.positional.size() == 1 && arguments.positional[0].map() == nullptr)) {
     return absl::UnimplementedError(
         absl::StrCat("'", std::string(name), "' of anything but a dict and names"));
   }
-  if (!arguments.positional.empty()) items = arguments.positional[0].map()->items;
+  if (!arguments.positional.empty()) {
+    const Map& map = *arguments.positional[0].map();
+    WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(map.items.size())));
+    WALSH_RETURN_IF_ERROR(budget.SpendBytes(static_cast<size_t>(map.key_bytes)));
+    items = map.items;
+  }
   for (const auto& [key, value] : arguments.named) {
+    WALSH_RETURN_IF_ERROR(budget.SpendBytes(items.size() * (key.size() + 1)));
     const auto found = std::find_if(items.begin(), items.end(),
                                     [&key = key](const auto& item) { return item.first == key; });
     if (found == items.end()) {
@@ -65,8 +73,9 @@ absl::StatusOr<std::vector<std::pair<std::string, Value>>> NamedValues(std::stri
   return items;
 }
 
-Result RaiseException(const Arguments& arguments) {
+Result RaiseException(const Arguments& arguments, Budget& budget) {
   WALSH_ASSIGN_OR_RETURN(const auto values, arguments.Bind("raise_exception", {"message"}));
+  WALSH_RETURN_IF_ERROR(AllowTextOf(values[0], budget));
   return absl::InvalidArgumentError(ToText(values[0]));
 }
 
@@ -93,10 +102,11 @@ bool IsFunction(std::string_view name) {
 
 absl::StatusOr<Value> CallFunction(std::string_view name, const Arguments& arguments,
                                    absl::Time now, Budget& budget) {
+  WALSH_RETURN_IF_ERROR(SpendTexts(arguments, budget));
   if (name == "range") return Range(arguments, budget);
-  if (name == "raise_exception") return RaiseException(arguments);
+  if (name == "raise_exception") return RaiseException(arguments, budget);
   if (name == "strftime_now") return StrftimeNow(arguments, now, budget);
-  WALSH_ASSIGN_OR_RETURN(auto items, NamedValues(name, arguments));
+  WALSH_ASSIGN_OR_RETURN(auto items, NamedValues(name, arguments, budget));
   WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(items.size())));
   if (name == "dict") return Value::MakeMap(std::move(items));
   auto names = std::make_shared<Namespace>();

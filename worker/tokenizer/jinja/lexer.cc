@@ -15,6 +15,9 @@
 namespace walsh::jinja {
 namespace {
 
+// A name is hashed wherever it is looked up.
+constexpr size_t kNameBytesMax = 256;
+
 // Longest first, so that "**" is not two "*".
 constexpr std::array<std::string_view, 26> kOperators = {
     "//", "**", "==", "!=", "<=", ">=", "+", "-", "*", "/", "%", "~", "[",
@@ -168,6 +171,7 @@ class Lexer {
     if (IsNameStart(c)) {
       const auto end = std::find_if_not(rest_.begin(), rest_.end(), IsNamePart);
       const size_t n = static_cast<size_t>(end - rest_.begin());
+      if (n > kNameBytesMax) return NotSupported(line_, absl::StrCat("a name of ", n, " bytes"));
       Add(Token::Kind::kName, std::string(rest_.substr(0, n)));
       Take(n);
       return absl::OkStatus();

@@ -59,7 +59,7 @@ class TextMethods {
       : text_(text), name_(name), arguments_(arguments), budget_(budget) {}
 
   Result Call() const {
-    WALSH_RETURN_IF_ERROR(budget_.SpendBytes(text_.size()));
+    WALSH_RETURN_IF_ERROR(budget_.SpendCharacters(text_.size()));
     if (name_ == "strip") return StripSide(Side::kBoth);
     if (name_ == "lstrip") return StripSide(Side::kLeft);
     if (name_ == "rstrip") return StripSide(Side::kRight);
@@ -107,9 +107,11 @@ class TextMethods {
   // One affix or a tuple of them.
   Result HasAffix() const {
     WALSH_ASSIGN_OR_RETURN(const Value argument, OnlyArgument("affix"));
-    const std::vector<Value> affixes =
-        argument.list() != nullptr ? argument.list()->items : std::vector<Value>{argument};
-    for (const Value& affix : affixes) {
+    const size_t n = argument.list() == nullptr ? 1 : argument.list()->items.size();
+    for (size_t i = 0; i < n; ++i) {
+      const Value& affix = argument.list() == nullptr ? argument : argument.list()->items[i];
+      WALSH_RETURN_IF_ERROR(budget_.SpendSteps(1));
+      WALSH_RETURN_IF_ERROR(budget_.SpendBytes(static_cast<size_t>(affix.weight())));
       WALSH_ASSIGN_OR_RETURN(const std::string text, TextArgument(name_, affix));
       if (name_ == "startswith" ? text_.starts_with(text) : text_.ends_with(text)) {
         return Value(true);
@@ -146,8 +148,8 @@ class TextMethods {
   Result Search() const {
     WALSH_ASSIGN_OR_RETURN(const Value argument, OnlyArgument("sub"));
     WALSH_ASSIGN_OR_RETURN(const std::string part, TextArgument(name_, argument));
-    if (name_ == "find") return Position(text_, text_.find(part));
-    if (name_ == "rfind") return Position(text_, text_.rfind(part));
+    if (name_ == "find") return Position(text_, FindText(text_, part));
+    if (name_ == "rfind") return Position(text_, FindLastText(text_, part));
     const size_t count =
         part.empty() ? CountCodePoints(text_) + 1 : SplitAt(text_, part, -1).size() - 1;
     return Value(static_cast<int64_t>(count));
@@ -192,9 +194,9 @@ class TextMethods {
 
 Result CallMapMethod(const Map& map, std::string_view name, const Arguments& arguments,
                      Budget& budget) {
-  WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(map.items.size())));
   if (name == "get") {
     WALSH_ASSIGN_OR_RETURN(const auto values, arguments.Bind(name, {"key", "default"}));
+    WALSH_RETURN_IF_ERROR(SpendLookup(map, values[0], budget));
     const Value* found = values[0].string() == nullptr ? nullptr : map.Find(*values[0].string());
     if (found != nullptr) return *found;
     return values[1].is_undefined() ? Value(None{}) : values[1];
@@ -203,6 +205,8 @@ Result CallMapMethod(const Map& map, std::string_view name, const Arguments& arg
     return absl::UnimplementedError(absl::StrCat("method '", std::string(name), "' of dict"));
   }
   WALSH_RETURN_IF_ERROR(arguments.Bind(name, {}).status());
+  WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(map.items.size())));
+  WALSH_RETURN_IF_ERROR(budget.SpendBytes(static_cast<size_t>(map.key_bytes)));
   std::vector<Value> out;
   for (const auto& [key, value] : map.items) {
     if (name == "items") {
@@ -224,6 +228,7 @@ bool HasMethod(const Value& self, std::string_view name) {
 
 absl::StatusOr<Value> CallMethod(const Value& self, std::string_view name,
                                  const Arguments& arguments, Budget& budget) {
+  WALSH_RETURN_IF_ERROR(SpendTexts(arguments, budget));
   if (self.string() != nullptr) return TextMethods(*self.string(), name, arguments, budget).Call();
   if (self.map() != nullptr) return CallMapMethod(*self.map(), name, arguments, budget);
   return absl::UnimplementedError(

@@ -43,6 +43,14 @@ absl::Status WrongOperands(std::string_view op, const Value& left, const Value& 
       absl::StrCat("'", std::string(op), "' between ", TypeOf(left), " and ", TypeOf(right)));
 }
 
+// For a message; a template must not fill memory with messages.
+std::string ShortRepr(const Value& index) {
+  constexpr size_t kBytesMax = 64;
+  if (index.string() != nullptr && index.string()->size() > kBytesMax) return "of a long name";
+  const bool is_plain = index.string() != nullptr || index.is_number() || index.is_none();
+  return is_plain ? ToRepr(index) : absl::StrCat("at a ", TypeOf(index));
+}
+
 absl::Status TooLarge() { return absl::UnimplementedError("an integer beyond 64 bits"); }
 
 // Rounded down, as Python does.
@@ -112,7 +120,8 @@ absl::StatusOr<Value> ApplyToReals(BinaryOperator op, double a, double b) {
 }
 
 absl::StatusOr<Value> Concatenate(const Value& left, const Value& right, Budget& budget) {
-  WALSH_RETURN_IF_ERROR(budget.AllowText(static_cast<size_t>(left.weight() + right.weight())));
+  WALSH_RETURN_IF_ERROR(AllowTextOf(left, budget));
+  WALSH_RETURN_IF_ERROR(AllowTextOf(right, budget));
   return Value(ToText(left) + ToText(right));
 }
 
@@ -160,17 +169,17 @@ absl::StatusOr<bool> Contains(const Value& container, const Value& item, Budget&
   if (container.is_undefined()) return false;
   if (const std::string* text = container.string()) {
     if (item.string() == nullptr) return WrongOperands("in", item, container);
-    WALSH_RETURN_IF_ERROR(budget.SpendBytes(text->size()));
-    return text->find(*item.string()) != std::string::npos;
+    WALSH_RETURN_IF_ERROR(budget.SpendCharacters(text->size()));
+    return FindText(*text, *item.string()) != std::string::npos;
   }
   if (const List* list = container.list()) {
     WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(list->items.size())));
-    WALSH_RETURN_IF_ERROR(budget.SpendBytes(static_cast<size_t>(container.weight())));
+    WALSH_RETURN_IF_ERROR(budget.SpendCharacters(static_cast<size_t>(container.weight())));
     return std::any_of(list->items.begin(), list->items.end(),
                        [&](const Value& other) { return Equal(item, other); });
   }
   if (const Map* map = container.map()) {
-    WALSH_RETURN_IF_ERROR(budget.SpendBytes(map->items.size()));
+    WALSH_RETURN_IF_ERROR(SpendLookup(*map, item, budget));
     return item.string() != nullptr && map->Find(*item.string()) != nullptr;
   }
   return WrongOperands("in", item, container);
@@ -209,9 +218,13 @@ absl::StatusOr<Value> Apply(BinaryOperator op, const Value& left, const Value& r
   }
   if (op == BinaryOperator::kAdd && left.list() != nullptr && right.list() != nullptr &&
       left.list()->is_tuple == right.list()->is_tuple) {
-    std::vector<Value> items = left.list()->items;
-    items.insert(items.end(), right.list()->items.begin(), right.list()->items.end());
-    WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(items.size())));
+    const size_t n = left.list()->items.size() + right.list()->items.size();
+    WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(n)));
+    std::vector<Value> items;
+    items.reserve(n);
+    for (const Value* part : {&left, &right}) {
+      items.insert(items.end(), part->list()->items.begin(), part->list()->items.end());
+    }
     return Value::MakeList(std::move(items), left.list()->is_tuple);
   }
   if (op == BinaryOperator::kModulo && left.string() != nullptr) {
@@ -222,8 +235,9 @@ absl::StatusOr<Value> Apply(BinaryOperator op, const Value& left, const Value& r
 
 absl::StatusOr<bool> Compare(CompareOperator op, const Value& left, const Value& right,
                              Budget& budget) {
-  WALSH_RETURN_IF_ERROR(
-      budget.SpendBytes(static_cast<size_t>(std::min(left.weight(), right.weight()))));
+  const size_t compared = static_cast<size_t>(std::min(left.weight(), right.weight()));
+  WALSH_RETURN_IF_ERROR(left.string() != nullptr ? budget.SpendBytes(compared)
+                                                 : budget.SpendCharacters(compared));
   switch (op) {
     case CompareOperator::kEqual:
       return Equal(left, right);
@@ -264,7 +278,7 @@ absl::StatusOr<Value> Negate(const Value& value) {
 absl::StatusOr<Value> ItemOf(const Value& container, const Value& index, Budget& budget) {
   WALSH_RETURN_IF_ERROR(CheckDefined(container));
   if (const Map* map = container.map()) {
-    WALSH_RETURN_IF_ERROR(budget.SpendBytes(map->items.size()));
+    WALSH_RETURN_IF_ERROR(SpendLookup(*map, index, budget));
     const Value* found = index.string() == nullptr ? nullptr : map->Find(*index.string());
     if (found != nullptr) return *found;
   }
@@ -280,13 +294,13 @@ absl::StatusOr<Value> ItemOf(const Value& container, const Value& index, Budget&
     if (const List* list = container.list()) {
       if (const auto position = pick(list->items)) return list->items[*position];
     } else {
-      WALSH_RETURN_IF_ERROR(budget.SpendBytes(container.string()->size()));
+      WALSH_RETURN_IF_ERROR(budget.SpendCharacters(container.string()->size()));
       const std::vector<std::string_view> characters = CodePoints(*container.string());
       if (const auto position = pick(characters)) return Value(std::string(characters[*position]));
     }
   }
   return Value::UndefinedBecause(
-      absl::StrCat("a ", TypeOf(container), " has no element ", ToRepr(index)));
+      absl::StrCat("a ", TypeOf(container), " has no element ", ShortRepr(index)));
 }
 
 absl::StatusOr<Value> Slice(const Value& sequence, std::optional<int64_t> start,
@@ -298,12 +312,16 @@ absl::StatusOr<Value> Slice(const Value& sequence, std::optional<int64_t> start,
   }
   const int64_t stride = step.value_or(1);
   if (stride == 0) return absl::InvalidArgumentError("a slice with step 0");
+  if (const std::string* text = sequence.string()) {
+    WALSH_RETURN_IF_ERROR(budget.SpendCharacters(text->size()));
+  } else {
+    WALSH_RETURN_IF_ERROR(budget.SpendBytes(sequence.list()->items.size() * sizeof(Value)));
+  }
   const std::vector<std::string_view> characters = sequence.string() != nullptr
                                                        ? CodePoints(*sequence.string())
                                                        : std::vector<std::string_view>();
   const int64_t n = static_cast<int64_t>(
       sequence.string() != nullptr ? characters.size() : sequence.list()->items.size());
-  WALSH_RETURN_IF_ERROR(budget.SpendBytes(static_cast<size_t>(n)));
   const auto clamp = [n, stride](int64_t at) {
     if (at < 0) at = std::max(at + n, int64_t{-1});
     if (stride > 0) return std::clamp(at, int64_t{0}, n);
@@ -325,12 +343,27 @@ absl::StatusOr<Value> Slice(const Value& sequence, std::optional<int64_t> start,
   return Value::MakeList(std::move(items), sequence.list()->is_tuple);
 }
 
+absl::Status SpendLookup(const Map& map, const Value& key, Budget& budget) {
+  const size_t key_bytes = key.string() == nullptr ? 0 : key.string()->size();
+  return budget.SpendBytes(map.items.size() * (key_bytes + 1));
+}
+
+absl::Status AllowTextOf(const Value& value, Budget& budget) {
+  const size_t weight = static_cast<size_t>(value.weight());
+  WALSH_RETURN_IF_ERROR(budget.AllowText(weight));
+  // Lists, maps and numbers are written item by item.
+  return value.string() != nullptr ? absl::OkStatus() : budget.SpendCharacters(4 * weight);
+}
+
 absl::StatusOr<std::vector<Value>> Iterate(const Value& value, Budget& budget) {
   std::vector<Value> items;
   if (value.is_undefined()) return items;
   if (const List* list = value.list()) {
+    WALSH_RETURN_IF_ERROR(budget.SpendBytes(list->items.size() * sizeof(Value)));
     items = list->items;
   } else if (const Map* map = value.map()) {
+    WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(map->items.size())));
+    WALSH_RETURN_IF_ERROR(budget.SpendBytes(static_cast<size_t>(map->key_bytes)));
     for (const auto& item : map->items) items.emplace_back(item.first);
   } else if (const std::string* text = value.string()) {
     WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(text->size())));
@@ -340,16 +373,14 @@ absl::StatusOr<std::vector<Value>> Iterate(const Value& value, Budget& budget) {
   } else {
     return absl::InvalidArgumentError(absl::StrCat(TypeOf(value), " is not iterable"));
   }
-  WALSH_RETURN_IF_ERROR(budget.SpendBytes(items.size()));
   return items;
 }
 
 absl::StatusOr<Value> JoinTexts(const std::vector<Value>& items, std::string_view separator,
                                 Budget& budget) {
-  size_t size = 0;
-  for (const Value& item : items) size += static_cast<size_t>(item.weight()) + separator.size();
   WALSH_RETURN_IF_ERROR(budget.SpendSteps(static_cast<int64_t>(items.size())));
-  WALSH_RETURN_IF_ERROR(budget.AllowText(size));
+  WALSH_RETURN_IF_ERROR(budget.AllowText(items.size() * separator.size()));
+  for (const Value& item : items) WALSH_RETURN_IF_ERROR(AllowTextOf(item, budget));
   std::string out;
   for (size_t i = 0; i < items.size(); ++i) {
     if (i > 0) out += separator;

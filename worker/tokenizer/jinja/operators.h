@@ -28,6 +28,10 @@ absl::StatusOr<Value> ItemOf(const Value& container, const Value& index, Budget&
 absl::StatusOr<Value> Slice(const Value& sequence, std::optional<int64_t> start,
                             std::optional<int64_t> stop, std::optional<int64_t> step,
                             Budget& budget);
+// Before a key is looked up: a map is searched from its begin.
+absl::Status SpendLookup(const Map& map, const Value& key, Budget& budget);
+// Before the text of `value` is made.
+absl::Status AllowTextOf(const Value& value, Budget& budget);
 // What a for loop goes over: items, keys, code points; nothing for undefined.
 absl::StatusOr<std::vector<Value>> Iterate(const Value& value, Budget& budget);
 // str() of the items with `separator` between them.

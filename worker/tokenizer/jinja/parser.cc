@@ -122,15 +122,20 @@ class Parser {
   }
 
   absl::Status ParseTargets(std::vector<std::string>& targets) {
+    const absl::Status brackets =
+        NotSupported(tokens_.line(), "a name in brackets among the names of a 'for' or 'set'");
     const bool has_parenthesis = tokens_.TakeOperator("(");
     do {
+      if (tokens_.IsOperator("(")) return brackets;
       if (tokens_.IsName("loop")) {
         return SyntaxError(tokens_.line(), "'loop' cannot be assigned");
       }
       WALSH_ASSIGN_OR_RETURN(std::string name, tokens_.ExpectName());
       targets.push_back(std::move(name));
     } while (tokens_.TakeOperator(","));
-    return has_parenthesis ? tokens_.ExpectOperator(")") : absl::OkStatus();
+    if (!has_parenthesis) return absl::OkStatus();
+    WALSH_RETURN_IF_ERROR(tokens_.ExpectOperator(")"));
+    return tokens_.IsOperator(",") ? brackets : absl::OkStatus();
   }
 
   Result ParseFor(std::unique_ptr<Statement> statement) {
@@ -178,7 +183,10 @@ class Parser {
       WALSH_RETURN_IF_ERROR(ExpectBlockEnd());
       return statement;
     }
-    if (statement->kind != Kind::kSet || statement->targets.size() != 1) {
+    if (statement->kind == Kind::kSetAttribute) {
+      return NotSupported(statement->line, "'set' of a namespace's attribute to a block");
+    }
+    if (statement->targets.size() != 1) {
       return tokens_.Unexpected("'='");
     }
     if (tokens_.IsOperator("|"))

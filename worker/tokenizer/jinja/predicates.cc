@@ -78,6 +78,7 @@ absl::StatusOr<Value> Remainder(const std::string& name, const Value& value, int
 
 absl::StatusOr<bool> ApplyTest(const std::string& name, const Value& value,
                                const Arguments& arguments, Budget& budget) {
+  WALSH_RETURN_IF_ERROR(SpendTexts(arguments, budget));
   const auto plain = std::find_if(kPlainTests.begin(), kPlainTests.end(),
                                   [&](const PlainTest& test) { return test.name == name; });
   if (plain != kPlainTests.end()) {

@@ -6,8 +6,10 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "common/utf8.h"
 
 namespace walsh::jinja {
@@ -19,6 +21,8 @@ bool IsSpace(uint32_t c) {
          c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F ||
          c == 0x205F || c == 0x3000;
 }
+
+std::string Reversed(std::string_view text) { return {text.rbegin(), text.rend()}; }
 
 size_t StartOfLast(std::string_view text) {
   size_t pos = text.size() - 1;
@@ -80,21 +84,37 @@ void AppendHex(uint32_t value, int n_digits, std::string& out) {
 
 }  // namespace
 
+size_t FindText(std::string_view text, std::string_view part) {
+  // string_view::find takes the product of the two sizes.
+  const void* found = memmem(text.data(), text.size(), part.data(), part.size());
+  if (found == nullptr && !part.empty()) return std::string_view::npos;
+  return part.empty() ? 0 : static_cast<size_t>(static_cast<const char*>(found) - text.data());
+}
+
+size_t FindLastText(std::string_view text, std::string_view part) {
+  const size_t at = FindText(Reversed(text), Reversed(part));
+  return at == std::string_view::npos ? at : text.size() - at - part.size();
+}
+
 std::string_view Strip(std::string_view text, std::optional<std::string_view> characters,
                        Side side) {
-  const auto is_stripped = [&](size_t begin, size_t end) {
-    if (!characters) return IsSpace(CodePointAt(text, begin));
-    return characters->find(text.substr(begin, end - begin)) != std::string_view::npos;
+  absl::flat_hash_set<uint32_t> stripped;
+  for (size_t pos = 0; characters && pos < characters->size();) {
+    stripped.insert(NextCodePoint(*characters, &pos));
+  }
+  const auto is_stripped = [&](size_t begin) {
+    const uint32_t c = CodePointAt(text, begin);
+    return characters ? stripped.contains(c) : IsSpace(c);
   };
   while (side != Side::kRight && !text.empty()) {
     size_t end = 0;
     NextCodePoint(text, &end);
-    if (!is_stripped(0, end)) break;
+    if (!is_stripped(0)) break;
     text.remove_prefix(end);
   }
   while (side != Side::kLeft && !text.empty()) {
     const size_t begin = StartOfLast(text);
-    if (!is_stripped(begin, text.size())) break;
+    if (!is_stripped(begin)) break;
     text.remove_suffix(text.size() - begin);
   }
   return text;
@@ -122,7 +142,7 @@ std::vector<std::string_view> SplitAt(std::string_view text, std::string_view se
                                       int64_t splits_max) {
   std::vector<std::string_view> parts;
   while (splits_max < 0 || static_cast<int64_t>(parts.size()) < splits_max) {
-    const size_t at = text.find(separator);
+    const size_t at = FindText(text, separator);
     if (at == std::string_view::npos) break;
     parts.push_back(text.substr(0, at));
     text.remove_prefix(at + separator.size());
@@ -133,14 +153,13 @@ std::vector<std::string_view> SplitAt(std::string_view text, std::string_view se
 
 std::vector<std::string_view> SplitAtFromRight(std::string_view text, std::string_view separator,
                                                int64_t splits_max) {
+  const std::string reversed = Reversed(text);
   std::vector<std::string_view> parts;
-  while (splits_max < 0 || static_cast<int64_t>(parts.size()) < splits_max) {
-    const size_t at = text.rfind(separator);
-    if (at == std::string_view::npos) break;
-    parts.push_back(text.substr(at + separator.size()));
-    text = text.substr(0, at);
+  size_t begin = 0;  // in `reversed`
+  for (const std::string_view part : SplitAt(reversed, Reversed(separator), splits_max)) {
+    parts.push_back(text.substr(text.size() - begin - part.size(), part.size()));
+    begin += part.size() + separator.size();
   }
-  parts.push_back(text);
   std::reverse(parts.begin(), parts.end());
   return parts;
 }
@@ -200,6 +219,16 @@ std::string Title(std::string_view text) {
     const bool was_after = std::exchange(after_cased, IsCased(c));
     return was_after ? ToLower(c) : ToUpper(c);
   });
+}
+
+bool HasDigitBeyondAscii(std::string_view text) {
+  for (size_t pos = 0; pos < text.size();) {
+    const uint32_t c = NextCodePoint(text, &pos);
+    if (c >= 0x80 && utf8proc_category(static_cast<utf8proc_int32_t>(c)) == UTF8PROC_CATEGORY_ND) {
+      return true;
+    }
+  }
+  return false;
 }
 
 size_t CountCodePoints(std::string_view text) {
@@ -292,6 +321,24 @@ std::string JsonOfString(std::string_view text) {
     }
   }
   return out + "\"";
+}
+
+std::string EscapeNonAscii(std::string_view json) {
+  std::string out;
+  for (size_t pos = 0; pos < json.size();) {
+    const uint32_t c = NextCodePoint(json, &pos);
+    if (c < 0x7f) {
+      out.push_back(static_cast<char>(c));
+      continue;
+    }
+    const bool is_pair = c >= 0x10000;
+    out += "\\u";
+    AppendHex(is_pair ? 0xD7C0 + (c >> 10) : c, 4, out);
+    if (!is_pair) continue;
+    out += "\\u";
+    AppendHex(0xDC00 + (c & 0x3FF), 4, out);
+  }
+  return out;
 }
 
 }  // namespace walsh::jinja

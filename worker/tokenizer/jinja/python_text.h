@@ -19,6 +19,10 @@ enum class Side { kLeft, kRight, kBoth };
 std::string_view Strip(std::string_view text, std::optional<std::string_view> characters,
                        Side side);
 
+// Where `part` begins first, and last, in `text`; npos if nowhere. Linear in both.
+size_t FindText(std::string_view text, std::string_view part);
+size_t FindLastText(std::string_view text, std::string_view part);
+
 // str.split: at white space, or at a separator that is not empty; at most `splits_max` times, if
 // that is not negative.
 std::vector<std::string_view> SplitAtSpace(std::string_view text, int64_t splits_max);
@@ -37,6 +41,7 @@ std::string Lower(std::string_view text);
 std::string Capitalize(std::string_view text);
 std::string Title(std::string_view text);
 
+bool HasDigitBeyondAscii(std::string_view text);
 size_t CountCodePoints(std::string_view text);
 // One string for each code point.
 std::vector<std::string_view> CodePoints(std::string_view text);
@@ -45,5 +50,7 @@ std::string ReprOfString(std::string_view text);
 std::string ReprOfReal(double value);
 // json.dumps(text, ensure_ascii=False).
 std::string JsonOfString(std::string_view text);
+// What ensure_ascii=True makes of JSON that was written without it.
+std::string EscapeNonAscii(std::string_view json);
 
 }  // namespace walsh::jinja

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "absl/container/flat_hash_map.h"
 #include "worker/tokenizer/jinja/python_text.h"
 
 namespace walsh::jinja {
@@ -59,12 +60,14 @@ Value Value::MakeList(std::vector<Value> items, bool is_tuple) {
 Value Value::MakeMap(std::vector<std::pair<std::string, Value>> items) {
   int depth = 1;
   int64_t weight = 1;
+  int64_t key_bytes = 0;
   for (const auto& [key, item] : items) {
+    key_bytes += static_cast<int64_t>(key.size());
     depth = std::max(depth, item.depth() + 1);
     weight = AddWeights(weight, AddWeights(static_cast<int64_t>(key.size()), item.weight()));
   }
   return Value(std::make_shared<const Map>(
-      Map{.items = std::move(items), .depth = depth, .weight = weight}));
+      Map{.items = std::move(items), .depth = depth, .weight = weight, .key_bytes = key_bytes}));
 }
 
 double Value::AsReal() const {
@@ -143,11 +146,14 @@ bool Equal(const Value& a, const Value& b) {
   if (a.map() != nullptr && b.map() != nullptr) {
     const Map& left = *a.map();
     const Map& right = *b.map();
-    return left.items.size() == right.items.size() &&
-           std::all_of(left.items.begin(), left.items.end(), [&](const auto& item) {
-             const Value* other = right.Find(item.first);
-             return other != nullptr && Equal(item.second, *other);
-           });
+    if (left.items.size() != right.items.size()) return false;
+    // Looking each key up in the list would take the square of their number.
+    absl::flat_hash_map<std::string_view, const Value*> others;
+    for (const auto& [key, value] : right.items) others.emplace(key, &value);
+    return std::all_of(left.items.begin(), left.items.end(), [&](const auto& item) {
+      const auto other = others.find(item.first);
+      return other != others.end() && Equal(item.second, *other->second);
+    });
   }
   if (a.names() != nullptr || b.names() != nullptr) return a.names() == b.names();
   if (a.callable() != nullptr || b.callable() != nullptr) return a.callable() == b.callable();

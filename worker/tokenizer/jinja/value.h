@@ -33,6 +33,7 @@ struct Map {
   std::vector<std::pair<std::string, Value>> items;  // in the order of insertion
   int depth = 1;
   int64_t weight = 1;
+  int64_t key_bytes = 0;  // of all keys
 
   const Value* Find(std::string_view key) const;
 };

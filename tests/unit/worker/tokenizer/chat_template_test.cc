@@ -3,7 +3,9 @@
 #include "worker/tokenizer/chat_template.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <ctime>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -176,6 +178,16 @@ TEST(ChatTemplateTest, WhatTheSubsetLacksIsNamedWithItsLine) {
       {"{{ 99999999999999999999 }}", "the number 99999999999999999999"},
       {"{{ 9223372036854775807 + 1 }}", "an integer beyond 64 bits"},
       {"{{ {} | tojson(sort_keys=true) }}", "argument 'sort_keys' of 'tojson'"},
+      {"{{ {} | tojson(false, 2, (',', ':')) }}", "argument 'separators' of 'tojson'"},
+      {"{{ '0x1f' | int(0, 16) }}", "argument 'base' of 'int'"},
+      {"{{ '\u0663' | int }}", "'int' of digits beyond ASCII"},
+      {"{{ '1e30' | int }}", "an integer beyond 64 bits"},
+      {"{% set ns.b %}x{% endset %}", "'set' of a namespace's attribute to a block"},
+      {"{% for (a, b), c in x %}{% endfor %}", "a name in brackets"},
+      {"{% for a, (b, c) in x %}{% endfor %}", "a name in brackets"},
+      {"{{ a[1, 2] }}", "a tuple in the brackets after a value"},
+      {"{{ a[1:2, 3] }}", "a tuple in the brackets after a value"},
+      {"{{ " + std::string(257, 'x') + " }}", "a name of 257 bytes"},
       {"{{ strftime_now('%q') }}", "strftime_now with '%q'"},
       {"{{ '\\N{BULLET}' }}", "the escape '\\N'"},
       {"{{ namespace() }}", "output of a namespace"},
@@ -238,6 +250,86 @@ TEST(ChatTemplateTest, LimitsHold) {
   for (const auto& [name, source] : cases) {
     EXPECT_THAT(Render(source, Json::object()), HasCode(absl::StatusCode::kResourceExhausted))
         << name;
+  }
+}
+
+// Processor time of this thread: other work on the machine does not count.
+double CpuSeconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+int64_t PeakBytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return int64_t{1024} * usage.ru_maxrss;
+}
+
+// A template that repeats `operation` 20,000 times, with a text of 4 MB in `big`.
+std::string Repeated(const std::string& operation, const std::string& preparation = "") {
+  return "{% set big = 'a' * 4000000 %}{% set half = 'a' * 2000000 %}" + preparation +
+         "{% for i in range(20000) %}{% set x = " + operation + " %}{% endfor %}";
+}
+
+// `names` different pieces of text, joined.
+std::string Numbered(int n, const std::string& before, const std::string& after) {
+  std::string out;
+  for (int i = 0; i < n; ++i) out += before + std::to_string(i) + after;
+  return out;
+}
+
+// However a template spends its steps, they are over soon and with little memory.
+TEST(ChatTemplateTest, HostileTemplatesTakeLittleTimeAndMemory) {
+  constexpr double kSecondsMax = 20.0;  // under a sanitizer; otherwise a few
+  constexpr int64_t kBytesMax = int64_t{1} << 30;
+  const std::string many = "{% set many = range(99999) | list %}";
+  const std::string maps = "{% set one = {" + Numbered(5000, "'", "': 1,") + "} %}{% set two = {" +
+                           Numbered(5000, "'", "': 1,") + "} %}";
+  const std::map<std::string, std::string> cases = {
+      {"in", Repeated("(half ~ 'b') in big")},
+      {"short in", Repeated("('a' * 200 ~ 'b') in big")},
+      {"find", Repeated("big.find(half ~ 'b')")},
+      {"rfind", Repeated("big.rfind('b' ~ half)")},
+      {"split", Repeated("big.split(half ~ 'b')")},
+      {"rsplit", Repeated("big.rsplit('b' ~ half, 9)")},
+      {"count", Repeated("big.count(half ~ 'b')")},
+      {"replace", Repeated("big.replace(half ~ 'b', '')")},
+      {"replace filter", Repeated("big | replace(half ~ 'b', '')")},
+      {"strip", Repeated("big.strip('b' * 1000000 ~ 'a')")},
+      {"strip little", Repeated("''.strip(big)")},
+      {"trim", Repeated("big | trim('b' * 1000000 ~ 'a')")},
+      {"prefix", Repeated("''.startswith(big)")},
+      {"prefixes", Repeated("''.startswith(bigs)", "{% set bigs = ([big] * 99999) %}")},
+      {"upper", Repeated("big.upper()")},
+      {"length", Repeated("big | length")},
+      {"character", Repeated("big[5]")},
+      {"missing element", Repeated("[1][big]")},
+      {"missing attribute",
+       "{{ range(99999) | map(attribute='" + std::string(250'000, 'x') + "') | list }}"},
+      {"repr", Repeated("list ~ ''", many + "{% set list = [many] * 10 %}")},
+      {"many names",
+       Numbered(15'000, "{%set a", "=1%}") + "{% for i in range(99999) %}{{ a14999 }}{% endfor %}"},
+      {"equal maps", maps + "{% for i in range(99999) %}{% set x = one == two %}{% endfor %}"},
+      {"map look-up", maps + "{% for i in range(99999) %}{% set x = one.zz %}{% endfor %}"},
+      {"dict with names", "{% for i in range(99999) %}{% set x = dict(" +
+                              Numbered(20'000, "a", "=1,") + ") %}{% endfor %}"},
+      {"namespace", "{% set ns = namespace() %}" + Numbered(9'000, "{%set ns.a", "=1%}") +
+                        "{% for i in range(99999) %}{% set x = ns.a8999 %}{% endfor %}"},
+      {"slices", many + "{% for i in range(99999) %}{% set ns = many[1:] %}{% endfor %}"},
+      {"kept slices", many + "{{ [" + Repeat("many[1:],", 20'000) + "] | length }}"},
+      {"kept lists", many + "{{ [" + Repeat("many|list,", 20'000) + "] | length }}"},
+      {"kept reverses", many + "{{ [" + Repeat("many|reverse,", 15'000) + "] | length }}"},
+      {"nested loops", many + Repeat("{%for i in many%}", 50) + Repeat("{%endfor%}", 50)},
+  };
+  for (const auto& [name, source] : cases) {
+    const int64_t bytes = PeakBytes();
+    const double start = CpuSeconds();
+    const auto output = Render(source, Json::object());
+    EXPECT_FALSE(absl::IsInvalidArgument(output.status())) << name << ": " << output.status();
+    const double seconds = CpuSeconds() - start;
+    EXPECT_LT(seconds, kSecondsMax) << name;
+    EXPECT_LT(PeakBytes() - bytes, kBytesMax) << name;
   }
 }
 
