@@ -87,6 +87,8 @@ inline constexpr int64_t kConfigFileBytesMax = 4 << 20;
 inline constexpr int64_t kCalibrationFileBytesMax = 512 << 20;
 inline constexpr int64_t kGgufStringBytesMax = 16 << 20;
 inline constexpr int64_t kGgufArrayItemsMax = 4 << 20;
+// Over all strings of one file's metadata.
+inline constexpr int64_t kGgufTextBytesMax = 256 << 20;
 // Over all arrays of one file: bounds the memory that its metadata takes.
 inline constexpr int64_t kGgufItemsMax = 8 << 20;
 inline constexpr int kGgufKeysMax = 65536;

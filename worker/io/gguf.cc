@@ -223,7 +223,7 @@ class Parser {
         return absl::OkStatus();
       }
       case ValueType::kString: {
-        WALSH_ASSIGN_OR_RETURN(out, cursor_.ReadString(where, limits::kGgufStringBytesMax));
+        WALSH_ASSIGN_OR_RETURN(out, ReadText(where));
         return absl::OkStatus();
       }
       case ValueType::kArray:
@@ -233,6 +233,16 @@ class Parser {
         return absl::OkStatus();
       }
     }
+  }
+
+  // A sparse file can claim any number of long strings.
+  absl::StatusOr<std::string> ReadText(const std::string& where) {
+    WALSH_ASSIGN_OR_RETURN(std::string text,
+                           cursor_.ReadString(where, limits::kGgufStringBytesMax));
+    n_text_bytes_ += static_cast<int64_t>(text.size());
+    if (n_text_bytes_ <= limits::kGgufTextBytesMax) return text;
+    return Malformed(absl::StrCat("more than ", limits::kGgufTextBytesMax,
+                                  " bytes of strings in all, at ", where));
   }
 
   template <typename T>
@@ -309,8 +319,7 @@ class Parser {
                                               cursor_.remaining(), " are left"));
     }
     if (type == ValueType::kString) {
-      return ReadItems<std::string>(
-          n, out, [&] { return cursor_.ReadString(where, limits::kGgufStringBytesMax); });
+      return ReadItems<std::string>(n, out, [&] { return ReadText(where); });
     }
     if (type == ValueType::kFloat32 || type == ValueType::kFloat64) {
       return ReadItems<double>(n, out, [&] { return ReadFloat(where, type); });
@@ -441,6 +450,7 @@ class Parser {
   uint64_t n_tensors_ = 0;
   uint64_t n_keys_ = 0;
   int64_t n_items_ = 0;
+  int64_t n_text_bytes_ = 0;
 };
 
 }  // namespace

@@ -136,17 +136,19 @@ absl::Status ReadRope(const RandomAccessFile& file, const GgufContents& contents
                       ModelConfig& out) {
   WALSH_ASSIGN_OR_RETURN(out.rope_theta,
                          keys.GetOr<double>("llama.rope.freq_base", "a float", 10000.0));
+  // As llama.cpp reads them: linear unless the file names another kind, and a factor of 0 is none.
   WALSH_ASSIGN_OR_RETURN(
       const std::string kind,
-      keys.GetOr<std::string>("llama.rope.scaling.type", "a string", std::string("none")));
-  // The key of files older than rope.scaling.*.
-  WALSH_ASSIGN_OR_RETURN(const double old_scale,
-                         keys.GetOr<double>("llama.rope.scale_linear", "a float", 1.0));
-  if (kind == "linear" || (kind == "none" && old_scale != 1.0)) {
-    WALSH_ASSIGN_OR_RETURN(
-        out.rope_scaling.factor,
-        keys.GetOr<double>("llama.rope.scaling.factor", "a float", double{old_scale}));
-    out.rope_scaling.kind = RopeScaling::Kind::kLinear;
+      keys.GetOr<std::string>("llama.rope.scaling.type", "a string", std::string("linear")));
+  if (kind == "linear") {
+    // The key of files older than rope.scaling.*.
+    WALSH_ASSIGN_OR_RETURN(const double old_factor,
+                           keys.GetOr<double>("llama.rope.scale_linear", "a float", 0.0));
+    WALSH_ASSIGN_OR_RETURN(const double factor, keys.GetOr<double>("llama.rope.scaling.factor",
+                                                                   "a float", double{old_factor}));
+    if (factor != 0.0 && factor != 1.0) {
+      out.rope_scaling = {.kind = RopeScaling::Kind::kLinear, .factor = factor};
+    }
   } else if (kind != "none") {
     return keys.Unsupported(absl::StrCat("RoPE scaling '", kind.substr(0, 64),
                                          "' is not supported; supported: none, linear, and "

@@ -174,6 +174,29 @@ TEST(GgufCheckpointTest, ReadsLinearScaling) {
   EXPECT_EQ(checkpoint->config().rope_scaling.factor, 4.0);
 }
 
+// llama.cpp: "linear" is what a file means that names no kind, 0 is no factor, and a kind of "none"
+// switches every factor off.
+TEST(GgufCheckpointTest, ScalesLinearlyWhereNoKindIsNamed) {
+  const auto scaling = [](GgufBuilder gguf) -> RopeScaling {
+    const auto checkpoint = Open(gguf);
+    EXPECT_OK(checkpoint);
+    return checkpoint.ok() ? (*checkpoint)->config().rope_scaling : RopeScaling();
+  };
+  const char* factor = "llama.rope.scaling.factor";
+  const char* old_factor = "llama.rope.scale_linear";
+  EXPECT_EQ(scaling(Whole().Float32(factor, 4.0f)).kind, RopeScaling::Kind::kLinear);
+  EXPECT_EQ(scaling(Whole().Float32(factor, 4.0f)).factor, 4.0);
+  EXPECT_EQ(scaling(Whole().Float32(old_factor, 2.0f)).kind, RopeScaling::Kind::kLinear);
+  EXPECT_EQ(scaling(Whole().Float32(old_factor, 2.0f)).factor, 2.0);
+  EXPECT_EQ(scaling(Whole().Float32(old_factor, 2.0f).Float32(factor, 4.0f)).factor, 4.0);
+  for (const float none : {0.0f, 1.0f}) {
+    EXPECT_EQ(scaling(Whole().Float32(factor, none)).kind, RopeScaling::Kind::kNone);
+    EXPECT_EQ(scaling(Whole().Float32(old_factor, none)).kind, RopeScaling::Kind::kNone);
+  }
+  EXPECT_EQ(scaling(Whole().String("llama.rope.scaling.type", "none").Float32(factor, 4.0f)).kind,
+            RopeScaling::Kind::kNone);
+}
+
 // llama.cpp's formula for rope_freqs.weight, written out again.
 std::vector<float> RopeFreqs(double factor, double theta, int head_dim) {
   std::vector<float> out;

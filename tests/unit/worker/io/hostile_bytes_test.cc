@@ -1,8 +1,10 @@
 // Damaged bytes by the thousand: a status or a result, never a crash (run under ASan and UBSan
 // too), and nothing of the heap in what is written.
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <malloc.h>
+#include <sys/resource.h>
 
 #include <atomic>
 #include <cstring>
@@ -15,6 +17,7 @@
 #include <string>
 #include <thread>
 
+#include "common/limits.h"
 #include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
@@ -29,8 +32,10 @@
 namespace walsh {
 namespace {
 
+using ::testing::HasSubstr;
 using walsh::testing::Raw;
 using walsh::testing::SafetensorsBytes;
+using walsh::testing::StatusIs;
 using walsh::testing::TempDir;
 using walsh::testing::TinyModel;
 using walsh::testing::TinyModelOptions;
@@ -141,6 +146,33 @@ TEST(HostileBytesTest, LargeHeadersTakeLittleTime) {
   EXPECT_LT(seconds(SafetensorsBytes(numbers, "")), kSecondsMax);
   EXPECT_LT(seconds(SafetensorsBytes("{\"" + std::string(kBytes, 'n'), "")), kSecondsMax);
   EXPECT_LT(seconds(SafetensorsBytes("{" + std::string(kBytes, ' '), "")), kSecondsMax);
+}
+
+// A hundred strings at the limit of one are refused before they are all in memory.
+TEST(HostileBytesTest, ASparseFileOfStringsIsRefused) {
+  constexpr int64_t kBytesMax = int64_t{1} << 30;
+  constexpr int kStrings = 200;
+  const TempDir dir;
+  const std::string path = dir / "sparse.gguf";
+  std::ofstream out(path, std::ios::binary);
+  out << "GGUF" << Raw(3u) << Raw(uint64_t{0}) << Raw(uint64_t{1}) << Raw(uint64_t{1}) << "k"
+      << Raw(9u) << Raw(8u) << Raw(uint64_t{kStrings});
+  for (int i = 0; i < kStrings; ++i) {
+    out << Raw(static_cast<uint64_t>(limits::kGgufStringBytesMax));
+    out.seekp(limits::kGgufStringBytesMax, std::ios::cur);
+  }
+  out << "\n";
+  out.close();
+  rusage before{};
+  getrusage(RUSAGE_SELF, &before);
+  const auto file = OpenRandomAccessFile(path);
+  ASSERT_OK(file);
+  EXPECT_THAT(ParseGguf(**file),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("more than 268435456 bytes of strings in all, at key 'k'")));
+  rusage after{};
+  getrusage(RUSAGE_SELF, &after);
+  EXPECT_LT(1024 * (after.ru_maxrss - before.ru_maxrss), kBytesMax);
 }
 
 // A file that is cut and rewritten while it is read gives DATA_LOSS or the right values.
