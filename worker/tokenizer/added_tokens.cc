@@ -3,6 +3,7 @@
 #include <utf8proc.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "absl/strings/str_cat.h"
 #include "common/utf8.h"
@@ -10,7 +11,7 @@
 namespace walsh {
 namespace {
 
-// A search step takes at most this many bytes, so that time stays linear in the text.
+// Bounds how far a search looks ahead.
 constexpr size_t kContentBytesMax = 1024;
 constexpr size_t kAddedBytesMax = 8 << 20;
 
@@ -97,13 +98,18 @@ absl::Status AddedTokens::Add(const AddedToken& token) {
         absl::StrCat("added tokens have more than ", kAddedBytesMax, " bytes in all"));
   }
   int32_t node = 0;
-  for (const char byte : token.content) {
+  for (auto byte = token.content.rbegin(); byte != token.content.rend(); ++byte) {
     const auto [edge, is_new] =
-        edges_.emplace(Edge(node, byte), static_cast<int32_t>(token_of_node_.size()));
-    if (is_new) token_of_node_.push_back(-1);
+        edges_.emplace(Edge(node, *byte), static_cast<int32_t>(token_of_node_.size()));
+    if (is_new) {
+      token_of_node_.push_back(-1);
+      parent_.push_back(node);
+      byte_.push_back(*byte);
+      depth_.push_back(static_cast<uint16_t>(depth_[node] + 1));
+    }
     node = edge->second;
   }
-  begins_token_[static_cast<uint8_t>(token.content[0])] = true;
+  ends_token_[static_cast<uint8_t>(token.content.back())] = true;
   // Of two with one content the first counts.
   if (token_of_node_[node] < 0) {
     token_of_node_[node] = static_cast<int32_t>(tokens_.size());
@@ -112,45 +118,82 @@ absl::Status AddedTokens::Add(const AddedToken& token) {
   return absl::OkStatus();
 }
 
-AddedTokens::Match AddedTokens::LongestAt(std::string_view text) const {
-  Match longest;
-  int32_t node = 0;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const auto edge = edges_.find(Edge(node, text[i]));
-    if (edge == edges_.end()) break;
-    node = edge->second;
-    if (token_of_node_[node] >= 0) longest = {.token = token_of_node_[node], .size = i + 1};
+void AddedTokens::Finish() {
+  // Parents before children: failure links lead to shorter texts.
+  std::vector<int32_t> nodes(depth_.size());
+  std::iota(nodes.begin(), nodes.end(), 0);
+  std::stable_sort(nodes.begin(), nodes.end(),
+                   [this](int32_t a, int32_t b) { return depth_[a] < depth_[b]; });
+  fallback_.assign(depth_.size(), 0);
+  longest_of_node_ = token_of_node_;
+  for (const int32_t node : nodes) {
+    if (depth_[node] > 1) fallback_[node] = Next(fallback_[parent_[node]], byte_[node]);
+    if (longest_of_node_[node] < 0) longest_of_node_[node] = longest_of_node_[fallback_[node]];
   }
-  return longest;
+}
+
+int32_t AddedTokens::Next(int32_t node, char byte) const {
+  while (true) {
+    const auto edge = edges_.find(Edge(node, byte));
+    if (edge != edges_.end()) return edge->second;
+    if (node == 0) return 0;
+    node = fallback_[node];
+  }
+}
+
+void AddedTokens::FindMatches(std::string_view text, size_t begin, size_t end,
+                              std::vector<Match>& matches) const {
+  matches.clear();
+  int32_t node = 0;
+  // What begins before `end` may go on behind it.
+  for (size_t at = std::min(text.size(), end + kContentBytesMax); at-- > begin;) {
+    if (node == 0 && !ends_token_[static_cast<uint8_t>(text[at])]) continue;
+    node = Next(node, text[at]);
+    if (at < end && longest_of_node_[node] >= 0) {
+      matches.push_back({.begin = at, .token = longest_of_node_[node]});
+    }
+  }
+  std::reverse(matches.begin(), matches.end());
 }
 
 std::vector<AddedTokens::Segment> AddedTokens::Split(std::string_view text,
                                                      bool with_special) const {
+  // Matches of so many bytes at a time: a text of half a gigabyte may have one at every byte.
+  constexpr size_t kStretchBytes = 64 << 10;
   std::vector<Segment> segments;
+  std::vector<Match> matches;
   size_t done = 0;
-  for (size_t at = 0; at < text.size();) {
-    Match match;
-    if (begins_token_[static_cast<uint8_t>(text[at])]) match = LongestAt(text.substr(at));
-    if (match.token < 0) {
-      ++at;
-      continue;
+  size_t searched = 0;  // what begins before this has been looked at
+  for (size_t begin = 0; begin < text.size() && !tokens_.empty(); begin += kStretchBytes) {
+    FindMatches(text, begin, std::min(text.size(), begin + kStretchBytes), matches);
+    for (const Match& match : matches) {
+      if (match.begin < searched) continue;
+      const AddedToken& token = tokens_[match.token];
+      searched = match.begin + token.content.size();
+      if (token.is_special && !with_special) continue;
+      if (const std::optional<Segment> found = Cut(text, match.begin, token, done)) {
+        const auto start = static_cast<size_t>(found->text.data() - text.data());
+        if (start > done) segments.push_back({.id = -1, .text = text.substr(done, start - done)});
+        segments.push_back(*found);
+        done = start + found->text.size();
+      }
     }
-    const AddedToken& token = tokens_[match.token];
-    size_t begin = at;
-    size_t end = at + match.size;
-    at = end;
-    if (token.is_special && !with_special) continue;
-    if (token.is_single_word && !IsSingleWord(text.substr(0, begin), text.substr(end))) continue;
-    // White space that the token before took is gone already.
-    if (begin < done) continue;
-    if (token.strips_left) begin -= SpaceBytesAtEnd(text.substr(done, begin - done));
-    if (token.strips_right) end += SpaceBytesAtStart(text.substr(end));
-    if (begin > done) segments.push_back({.id = -1, .text = text.substr(done, begin - done)});
-    segments.push_back({.id = token.id, .text = text.substr(begin, end - begin)});
-    done = end;
   }
   if (done < text.size()) segments.push_back({.id = -1, .text = text.substr(done)});
   return segments;
+}
+
+std::optional<AddedTokens::Segment> AddedTokens::Cut(std::string_view text, size_t begin,
+                                                     const AddedToken& token, size_t done) {
+  size_t end = begin + token.content.size();
+  if (token.is_single_word && !IsSingleWord(text.substr(0, begin), text.substr(end))) {
+    return std::nullopt;
+  }
+  // White space that the token before took is gone already.
+  if (begin < done) return std::nullopt;
+  if (token.strips_left) begin -= SpaceBytesAtEnd(text.substr(done, begin - done));
+  if (token.strips_right) end += SpaceBytesAtStart(text.substr(end));
+  return Segment{.id = token.id, .text = text.substr(begin, end - begin)};
 }
 
 }  // namespace walsh

@@ -10,7 +10,9 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,22 +40,39 @@ class AddedTokens {
   };
 
   absl::Status Add(const AddedToken& token);
+  // After the last Add, before the first Split.
+  void Finish();
   // Cuts `text` at its added tokens. Special ones count as plain text unless `with_special`.
   std::vector<Segment> Split(std::string_view text, bool with_special) const;
 
  private:
   struct Match {
+    size_t begin = 0;
     int32_t token = -1;  // index in tokens_
-    size_t size = 0;
   };
-  Match LongestAt(std::string_view text) const;
+  int32_t Next(int32_t node, char byte) const;
+  // The longest token at each byte of [begin, end) where one begins, in order.
+  void FindMatches(std::string_view text, size_t begin, size_t end,
+                   std::vector<Match>& matches) const;
+  // What `token` at `begin` takes of the text behind `done`; nothing if its options forbid it.
+  static std::optional<Segment> Cut(std::string_view text, size_t begin, const AddedToken& token,
+                                    size_t done);
 
   std::vector<AddedToken> tokens_;
-  // A trie over bytes: node and byte to the next node; node 0 is the root.
+  // Aho and Corasick's automaton over the bytes of the reversed tokens. Texts are read from their
+  // end, so that a state knows what begins at a byte, in time linear in the text. A trie of node
+  // and byte to the next node, node 0 the root:
   absl::flat_hash_map<uint64_t, int32_t> edges_;
   std::vector<int32_t> token_of_node_ = {-1};
-  // Most bytes of a text begin no token; they are skipped without a look into the trie.
-  std::array<bool, 256> begins_token_{};
+  std::vector<int32_t> parent_ = {0};
+  std::vector<char> byte_ = {0};
+  std::vector<uint16_t> depth_ = {0};
+  // The node of the longest proper suffix of a node's text, and the longest token among its
+  // suffixes, itself included.
+  std::vector<int32_t> fallback_ = {0};
+  std::vector<int32_t> longest_of_node_ = {-1};
+  // Most bytes of a text end no token; at the root they are skipped without a look into the trie.
+  std::array<bool, 256> ends_token_{};
   size_t bytes_ = 0;
 };
 

@@ -133,6 +133,8 @@ class BpeTokenizer final : public Tokenizer {
 }  // namespace
 
 std::unique_ptr<Tokenizer> MakeBpeTokenizer(BpeTokenizerParts parts) {
+  parts.raw_added.Finish();
+  parts.normalized_added.Finish();
   return std::make_unique<BpeTokenizer>(std::move(parts));
 }
 
