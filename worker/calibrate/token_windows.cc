@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
+#include "common/utf8.h"
 
 namespace walsh::calibrate {
 
@@ -16,13 +17,19 @@ constexpr std::string_view kWhiteSpace = " \t\r\n\v\f";
 
 bool IsWhiteSpace(char c) { return kWhiteSpace.find(c) != std::string_view::npos; }
 
-// Where the first slice of `text` ends: before a single space between two words, at least
-// `slice_bytes` from the start, or the end of a text that has none.
+// Where the first slice of `text` ends, at least `slice_bytes` from its start: before a single
+// space between two words, or if there is none within as many bytes again, before the first
+// character of a line, or if there is none within twice as many again, between any two characters.
 size_t SliceEnd(std::string_view text, int64_t slice_bytes) {
-  for (auto at = static_cast<size_t>(slice_bytes); at + 1 < text.size(); ++at) {
+  const auto begin = static_cast<size_t>(slice_bytes);
+  const size_t last = text.empty() ? 0 : text.size() - 1;
+  for (size_t at = begin; at < std::min(last, 2 * begin); ++at) {
     if (text[at] == ' ' && !IsWhiteSpace(text[at - 1]) && !IsWhiteSpace(text[at + 1])) return at;
   }
-  return text.size();
+  for (size_t at = begin; at < std::min(last, 4 * begin); ++at) {
+    if (text[at - 1] == '\n' && !IsWhiteSpace(text[at])) return at;
+  }
+  return text.size() <= 4 * begin ? text.size() : Utf8Prefix(text, 4 * begin).size();
 }
 
 // What the tokenizer puts around every text.
@@ -67,7 +74,7 @@ class SampleEncoder {
       WALSH_RETURN_IF_ERROR(AppendSlice(slice, options, ids));
       rest.remove_prefix(slice.size());
       // Such a tokenizer puts a space before every text, which here is there already.
-      if (!rest.empty() && tokenizer_.strips_leading_space()) rest.remove_prefix(1);
+      if (rest.starts_with(' ') && tokenizer_.strips_leading_space()) rest.remove_prefix(1);
     }
     if (rest.empty()) {
       ids.insert(ids.end(), surroundings.after.begin(), surroundings.after.end());

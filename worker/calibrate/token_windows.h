@@ -5,7 +5,10 @@
 // and are cut into windows without overlap. A long sample is encoded in slices, and only as far as
 // it is needed. Slices begin with a single space between two words, where the pre-tokenizers of
 // byte-level BPE begin a new piece and no piece of a SentencePiece vocabulary goes on, so that they
-// give the ids of the whole; tests compare them for every tokenizer at hand. A window that starts
+// give the ids of the whole; tests compare them for every tokenizer at hand. Text without such
+// spaces (Chinese, Japanese) is cut at the start of a line, and in the end between any two
+// characters, every few megabytes: there a token may be in two
+// parts, and a SentencePiece tokenizer puts a space before the slice. A window that starts
 // inside a sample gets no BOS of its own: that is the GPTQ and WikiText convention, where one long
 // text has one BOS at its start.
 #pragma once

@@ -76,6 +76,31 @@ TEST(EncodeSamplesTest, AsksBeforeEachSliceAndStopsWhenTold) {
   EXPECT_EQ(n_asked, 4);
 }
 
+TEST(EncodeSamplesTest, TextWithoutSpacesHasSlicesToo) {
+  std::string text;
+  for (int i = 0; i < 100; ++i) text += "日本語";
+  for (const bool has_lines : {false, true}) {
+    if (has_lines) text.insert(303, "\n");
+    const SampleSet set{{{text, false}}, 0};
+    int n_asked = 0;
+    const auto ask = [&] {
+      ++n_asked;
+      return absl::OkStatus();
+    };
+    const ByteTokenizer tokenizer(false);
+    ASSERT_OK_AND_ASSIGN(const TokenStream whole, EncodeSamples(set, tokenizer, 257, 2, kNoLimit));
+    ASSERT_OK_AND_ASSIGN(const TokenStream sliced,
+                         EncodeSamples(set, tokenizer, 257, 2, kNoLimit, ask, 100));
+    EXPECT_EQ(sliced.ids, whole.ids);
+    // 399, 399 and 102 bytes; or 304, 399 and 198.
+    EXPECT_EQ(n_asked, 3);
+    // No more than the first slice is encoded for a few ids.
+    ASSERT_OK_AND_ASSIGN(const TokenStream start,
+                         EncodeSamples(set, tokenizer, 257, 2, 5, {}, 100));
+    EXPECT_EQ(start.ids.size(), has_lines ? 304 : 399);
+  }
+}
+
 // Slices begin where every tokenizer begins anew.
 void ExpectSlicesGiveTheWhole(const TokenizerSource& source) {
   WALSH_REQUIRE_DATA(path, "corpora/wiki.test.raw");
