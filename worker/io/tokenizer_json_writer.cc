@@ -1,7 +1,6 @@
 #include "worker/io/tokenizer_json_writer.h"
 
 #include <algorithm>
-#include <array>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <tuple>
@@ -13,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
+#include "worker/io/pre_tokenizer_conventions.h"
 
 namespace walsh {
 namespace {
@@ -22,12 +22,6 @@ using nlohmann::json;
 enum TokenType : int32_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5 };
 
 constexpr char kMetaspace[] = "\xE2\x96\x81";  // ▁, a space in SentencePiece's vocabularies
-
-constexpr char kLlama3Pattern[] =
-    R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|)"
-    R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-constexpr char kQwen2Pattern[] = R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|)"
-                                 R"( ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
 using TokenIds = std::unordered_map<std::string_view, int32_t>;
 
@@ -54,37 +48,20 @@ json Sequence(const char* list, std::initializer_list<json> parts) {
   return {{"type", "Sequence"}, {list, json(parts)}};
 }
 
-json SplitThenByteLevel(const char* pattern) {
+json SplitThenByteLevel(std::string_view pattern) {
   const json split = {{"type", "Split"},
-                      {"pattern", {{"Regex", pattern}}},
+                      {"pattern", {{"Regex", std::string(pattern)}}},
                       {"behavior", "Isolated"},
                       {"invert", false}};
   return Sequence("pretokenizers", {split, ByteLevel(false)});
 }
 
-struct ByteLevelConvention {
-  json pre_tokenizer;
-  bool ignores_merges = false;
-  bool adds_bos = false;  // where the file does not say
-};
-
-absl::StatusOr<ByteLevelConvention> ConventionOf(const std::string& pre) {
-  if (pre == "gpt-2") return ByteLevelConvention{.pre_tokenizer = ByteLevel(true)};
-  if (pre == "smollm") {
-    const json digits = {{"type", "Digits"}, {"individual_digits", true}};
-    return ByteLevelConvention{.pre_tokenizer =
-                                   Sequence("pretokenizers", {digits, ByteLevel(true)})};
-  }
-  if (pre == "qwen2")
-    return ByteLevelConvention{.pre_tokenizer = SplitThenByteLevel(kQwen2Pattern)};
-  if (pre == "llama-bpe" || pre == "llama3") {
-    return ByteLevelConvention{.pre_tokenizer = SplitThenByteLevel(kLlama3Pattern),
-                               .ignores_merges = true,
-                               .adds_bos = true};
-  }
-  return absl::UnimplementedError(
-      absl::StrCat("tokenizer.ggml.pre '", pre.substr(0, 64),
-                   "' is not supported; supported: gpt-2, llama-bpe, llama3, qwen2, smollm"));
+json PreTokenizer(const PreTokenizerConvention& convention) {
+  // GPT-2's pattern is HF's own, inside the byte level.
+  const json words =
+      convention.pattern == kGpt2Pattern ? ByteLevel(true) : SplitThenByteLevel(convention.pattern);
+  if (!convention.splits_digits) return words;
+  return Sequence("pretokenizers", {json{{"type", "Digits"}, {"individual_digits", true}}, words});
 }
 
 size_t CodePoints(std::string_view text) {
@@ -101,20 +78,17 @@ struct Merge {
   size_t right_length = 0;
 };
 
-// Every split of a normal token into two that text can become (unused ones only as a single
-// character), best scores first. Among equal scores longer parts
-// come first, and then the order of the tokens: HF's generate_merges.
+// Every split of a token into two that text can become, best scores first. Among equal scores
+// longer parts come first, and then the order of the tokens: HF's generate_merges.
 json MergesFromScores(const GgufVocabulary& v, const TokenIds& ids) {
+  const auto is_text = [&](size_t id) { return v.types[id] == kNormal || v.types[id] == kUnused; };
   const auto part_id = [&](std::string_view token) {
     const auto it = ids.find(token);
-    if (it == ids.end()) return int32_t{-1};
-    const int32_t type = v.types[static_cast<size_t>(it->second)];
-    const bool is_part = type == kNormal || (type == kUnused && CodePoints(token) == 1);
-    return is_part ? it->second : int32_t{-1};
+    return it != ids.end() && is_text(static_cast<size_t>(it->second)) ? it->second : int32_t{-1};
   };
   std::vector<Merge> merges;
   for (size_t i = 0; i < v.tokens.size(); ++i) {
-    if (v.types[i] != kNormal) continue;
+    if (!is_text(i)) continue;
     const std::string_view token = v.tokens[i];
     const size_t first = merges.size();
     for (size_t at = 0; NextCodePoint(token, &at), at < token.size();) {
@@ -229,12 +203,13 @@ json Document(const GgufVocabulary& v, json model, json post_processor) {
 }
 
 absl::StatusOr<json> ByteLevelDocument(const GgufVocabulary& v) {
-  WALSH_ASSIGN_OR_RETURN(ByteLevelConvention convention, ConventionOf(v.pre));
+  WALSH_ASSIGN_OR_RETURN(const PreTokenizerConvention convention,
+                         FindPreTokenizerConvention(v.pre));
   const bool adds_bos = v.has_add_bos ? v.add_bos : convention.adds_bos;
   WALSH_ASSIGN_OR_RETURN(json post_processor, PostProcessor(v, adds_bos));
   json document =
       Document(v, Model(v, json(v.merges), convention.ignores_merges), std::move(post_processor));
-  document["pre_tokenizer"] = std::move(convention.pre_tokenizer);
+  document["pre_tokenizer"] = PreTokenizer(convention);
   document["decoder"] = ByteLevel(true);
   return document;
 }

@@ -52,10 +52,12 @@ absl::StatusOr<std::unique_ptr<BpeModel>> MakeRankedBpe(
     const RankedBpeOptions& options);
 
 // Only tokens whose `is_mergeable` is true come out of merges. The highest score merges first; what
-// is no token in the end becomes bytes, or one unknown token for a run.
+// is an unused token in the end is taken apart again, as it was put together; what is no token
+// becomes bytes, or one unknown token for a run.
 struct ScoredBpeOptions {
   std::vector<float> scores = {};       // [vocabulary]
   std::vector<bool> is_mergeable = {};  // [vocabulary]
+  std::vector<bool> is_unused = {};     // [vocabulary]
   bool has_byte_fallback = false;
   int32_t unknown = -1;
 };

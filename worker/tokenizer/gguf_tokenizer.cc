@@ -1,11 +1,7 @@
 // The vocabulary inside a GGUF file.
 //
-// Source:  the GGUF specification (ggml-org/ggml, docs/gguf.md), section "tokenizer"; which pattern
-// a
-//          name in tokenizer.ggml.pre means, whether it ignores merges and adds BOS by default, is
-//          the convention of llama.cpp's converter.
+// Source:  the GGUF specification (ggml-org/ggml, docs/gguf.md), section "tokenizer".
 #include <algorithm>
-#include <array>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -13,6 +9,7 @@
 #include "common/limits.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
+#include "worker/io/pre_tokenizer_conventions.h"
 #include "worker/tokenizer/bpe_tokenizer.h"
 #include "worker/tokenizer/sentencepiece_vocabulary.h"
 
@@ -20,35 +17,6 @@ namespace walsh {
 namespace {
 
 enum TokenType : int32_t { kUnknown = 2, kControl = 3, kUserDefined = 4 };
-
-struct PreTokenizerConvention {
-  std::string_view name;
-  std::string_view pattern;
-  bool splits_digits = false;  // each digit on its own, before the pattern
-  bool ignores_merges = false;
-  bool adds_bos = false;  // where the file has no tokenizer.ggml.add_bos_token
-};
-
-constexpr std::array kConventions = {
-    PreTokenizerConvention{.name = "gpt-2", .pattern = kGpt2Pattern},
-    PreTokenizerConvention{.name = "smollm", .pattern = kGpt2Pattern, .splits_digits = true},
-    PreTokenizerConvention{.name = "qwen2", .pattern = kQwen2Pattern},
-    PreTokenizerConvention{
-        .name = "llama-bpe", .pattern = kLlama3Pattern, .ignores_merges = true, .adds_bos = true},
-    PreTokenizerConvention{
-        .name = "llama3", .pattern = kLlama3Pattern, .ignores_merges = true, .adds_bos = true},
-};
-
-absl::StatusOr<PreTokenizerConvention> FindConvention(const std::string& pre) {
-  const auto found = std::find_if(kConventions.begin(), kConventions.end(),
-                                  [&](const auto& convention) { return convention.name == pre; });
-  if (found != kConventions.end()) return *found;
-  return absl::UnimplementedError(
-      pre.empty() ? std::string("tokenizer.ggml.pre is missing: there is no telling how this "
-                                "vocabulary cuts text")
-                  : absl::StrCat("tokenizer.ggml.pre '", pre,
-                                 "' is none of gpt-2, smollm, qwen2, llama-bpe, llama3"));
-}
 
 absl::Status CheckSpecialId(std::string_view key, int32_t id, size_t n_tokens) {
   if (id >= -1 && id < static_cast<int64_t>(n_tokens)) return absl::OkStatus();
@@ -121,7 +89,8 @@ absl::Status AddSpecialIds(const GgufVocabulary& gguf, bool adds_bos, BpeTokeniz
 }
 
 absl::StatusOr<BpeTokenizerParts> ReadByteLevel(const GgufVocabulary& gguf) {
-  WALSH_ASSIGN_OR_RETURN(const PreTokenizerConvention convention, FindConvention(gguf.pre));
+  WALSH_ASSIGN_OR_RETURN(const PreTokenizerConvention convention,
+                         FindPreTokenizerConvention(gguf.pre));
   BpeTokenizerParts parts;
   parts.is_byte_level = true;
   parts.vocabulary = std::make_unique<Vocabulary>();
@@ -159,7 +128,11 @@ absl::StatusOr<BpeTokenizerParts> ReadScored(const GgufVocabulary& gguf) {
                                  .scores = gguf.scores,
                                  .types = gguf.types,
                                  .unknown = gguf.unknown,
-                                 .adds_dummy_prefix = gguf.add_space_prefix};
+                                 .adds_dummy_prefix = gguf.add_space_prefix,
+                                 .finds_user_defined_in_raw_text = true};
+  // llama.cpp knows no difference between unused tokens and others, nor does tokenizer.json.
+  std::replace(pieces.types.begin(), pieces.types.end(), static_cast<int32_t>(PieceType::kUnused),
+               static_cast<int32_t>(PieceType::kNormal));
   WALSH_ASSIGN_OR_RETURN(BpeTokenizerParts parts, MakeSentencePieceParts(pieces));
   WALSH_RETURN_IF_ERROR(AddSpecialIds(gguf, /*adds_bos=*/true, parts));
   return parts;

@@ -25,7 +25,6 @@ enum class ModelType : int32_t { kUnigram = 1, kBpe = 2 };
 struct TrainerSpec {
   int32_t model_type = static_cast<int32_t>(ModelType::kUnigram);
   bool treats_space_as_suffix = false;
-  bool has_byte_fallback = false;
   int32_t unknown = 0;
   int32_t bos = 1;
   int32_t eos = 2;
@@ -92,9 +91,6 @@ absl::StatusOr<TrainerSpec> ReadTrainerSpec(std::string_view message) {
         break;
       case 24:
         spec.treats_space_as_suffix = value != 0;
-        break;
-      case 35:
-        spec.has_byte_fallback = value != 0;
         break;
       case 40:
         spec.unknown = value;

@@ -6,16 +6,9 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
-#include "common/utf8.h"
 
 namespace walsh {
 namespace {
-
-bool IsOneCharacter(std::string_view piece) {
-  size_t end = 0;
-  if (!piece.empty()) NextCodePoint(piece, &end);
-  return !piece.empty() && end == piece.size();
-}
 
 absl::Status AddPiece(const SentencePieceVocabulary& source, size_t index, BpeTokenizerParts& parts,
                       ScoredBpeOptions& options) {
@@ -34,15 +27,16 @@ absl::Status AddPiece(const SentencePieceVocabulary& source, size_t index, BpeTo
     // Spelt out in a rendered chat template.
     WALSH_RETURN_IF_ERROR(parts.raw_added.Add({.id = id, .content = piece, .is_special = true}));
   } else if (type == PieceType::kUserDefined) {
-    WALSH_RETURN_IF_ERROR(parts.normalized_added.Add({.id = id, .content = piece}));
+    AddedTokens& added =
+        source.finds_user_defined_in_raw_text ? parts.raw_added : parts.normalized_added;
+    WALSH_RETURN_IF_ERROR(added.Add({.id = id, .content = piece}));
   }
   parts.is_special.push_back(is_special);
   parts.is_added.push_back(is_special || type == PieceType::kUserDefined);
   // A user-defined piece is found before any merging. Bytes and control pieces are never made of
-  // text, and an unused one never by merging: it is taken apart again. What cannot be taken apart,
-  // a single character, stays.
-  options.is_mergeable.push_back(type == PieceType::kNormal ||
-                                 (type == PieceType::kUnused && IsOneCharacter(piece)));
+  // text. Unused ones are, on the way to others.
+  options.is_mergeable.push_back(type == PieceType::kNormal || type == PieceType::kUnused);
+  options.is_unused.push_back(type == PieceType::kUnused);
   options.has_byte_fallback |= type == PieceType::kByte;
   return absl::OkStatus();
 }

@@ -30,6 +30,9 @@ struct SentencePieceVocabulary {
   int32_t unknown = -1;
   // A space before the text, so that words are the same at its start.
   bool adds_dummy_prefix = true;
+  // User-defined pieces are looked for before the text is normalized, so that what follows one
+  // begins like a text of its own: llama.cpp's way. SentencePiece looks for them afterwards.
+  bool finds_user_defined_in_raw_text = false;
 };
 
 // BOS, EOS and the rule for them are left to the caller.

@@ -103,6 +103,29 @@ TEST(TokenizerFilesTest, UnusedTokensOfAScoredVocabulary) {
   ExpectAlike(WithUnusedTokens(vocabulary));
 }
 
+// Type 4: found in the text as it is; what follows begins like a text of its own, in llama.cpp.
+TEST(TokenizerFilesTest, UserDefinedTokensOfAScoredVocabulary) {
+  WALSH_REQUIRE_DATA(path, "tokenizer-vectors/ggml-vocab-llama-spm.gguf");
+  ASSERT_OK_AND_ASSIGN(GgufVocabulary vocabulary, ReadGgufVocabulary(path));
+  for (size_t i = 300; i < vocabulary.types.size(); i += 11) {
+    if (vocabulary.types[i] == 1) vocabulary.types[i] = 4;
+  }
+  ExpectAlike(vocabulary);
+
+  ASSERT_OK_AND_ASSIGN(vocabulary, ReadGgufVocabulary(path));
+  vocabulary.tokens.push_back("<sep>");
+  vocabulary.types.push_back(4);
+  vocabulary.scores.push_back(0.0f);
+  ExpectAlike(vocabulary);
+  TokenizerSource source;
+  source.gguf = vocabulary;
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+  ASSERT_OK_AND_ASSIGN(const std::vector<int32_t> ids,
+                       tokenizer->Encode("a<sep>b", {.add_special_tokens = false}));
+  EXPECT_EQ(ids, (std::vector<int32_t>{tokenizer->TokenId("\u2581a"), tokenizer->TokenId("<sep>"),
+                                       tokenizer->TokenId("\u2581b")}));
+}
+
 TEST(TokenizerFilesTest, SmolLm2EncodesAlike) {
   WALSH_REQUIRE_SMOLLM2(path);
   ASSERT_OK_AND_ASSIGN(const GgufVocabulary vocabulary, ReadGgufVocabulary(path));

@@ -59,6 +59,23 @@ void ExpectVectors(const Tokenizer& tokenizer, const std::string& stem) {
   EXPECT_EQ(n_cases, 47);
 }
 
+// Unused pieces are merged on the way to others, and taken apart where they are left: what the
+// reference gives for made-up vocabularies (tests/golden/tokenizer/make_unused_pieces.py).
+TEST(TokenizerGoldenTest, UnusedPieces) {
+  for (const auto& model : Golden("unused_pieces")) {
+    TokenizerSource source;
+    ASSERT_TRUE(
+        absl::Base64Unescape(model["model"].get<std::string>(), &source.sentencepiece_model));
+    ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+    for (const auto& text_and_ids : model["cases"]) {
+      const std::string text = text_and_ids["text"];
+      EXPECT_EQ(Ids(*tokenizer, text, {.add_special_tokens = false}),
+                text_and_ids["ids"].get<std::vector<int32_t>>())
+          << text;
+    }
+  }
+}
+
 TEST(TokenizerGoldenTest, TinyStories) {
   WALSH_REQUIRE_DATA(folder, "models/TinyStories-656K");
   ASSERT_OK_AND_ASSIGN(const auto tokenizer, LoadTokenizerJson(folder));
