@@ -30,6 +30,7 @@ absl::StatusOr<std::optional<bool>> OptionalBool(const json& root, const char* f
 
 absl::StatusOr<TokenizerConfig> Read(const json& root) {
   TokenizerConfig config;
+  WALSH_ASSIGN_OR_RETURN(config.tokenizer_class, StringField(root, "tokenizer_class", ""));
   WALSH_ASSIGN_OR_RETURN(config.bos_token, SpecialToken(root, "bos_token"));
   WALSH_ASSIGN_OR_RETURN(config.eos_token, SpecialToken(root, "eos_token"));
   WALSH_ASSIGN_OR_RETURN(config.adds_bos, OptionalBool(root, "add_bos_token"));

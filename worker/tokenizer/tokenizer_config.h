@@ -10,8 +10,9 @@
 namespace walsh {
 
 struct TokenizerConfig {
-  std::string bos_token;  // may be empty
-  std::string eos_token;  // may be empty
+  std::string tokenizer_class;  // may be empty
+  std::string bos_token;        // may be empty
+  std::string eos_token;        // may be empty
   std::optional<bool> adds_bos;
   std::optional<bool> adds_eos;
 };

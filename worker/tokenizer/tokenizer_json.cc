@@ -5,6 +5,7 @@
 // batches, not the text.
 //
 // Source:  the serialisation of the `tokenizers` library, version 1.0 of the format.
+#include <algorithm>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -13,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "common/limits.h"
+#include "common/log.h"
 #include "common/status_macros.h"
 #include "worker/io/bounded_json.h"
 #include "worker/tokenizer/bpe_tokenizer.h"
@@ -195,6 +197,27 @@ absl::Status ReadModel(const json& root, BpeTokenizerParts& parts) {
   return absl::OkStatus();
 }
 
+// transformers 4 rebuilds the post-processor of Llama's tokenizers from their configuration,
+// transformers 5 takes the file's. So do we; where the two contradict each other, prompts may
+// differ from those that the model's author saw.
+void WarnOfContradiction(const TokenizerConfig& config, const BpeTokenizerParts& parts) {
+  if (config.tokenizer_class != "LlamaTokenizer" &&
+      config.tokenizer_class != "LlamaTokenizerFast") {
+    return;
+  }
+  const auto check = [](std::string_view field, std::optional<bool> wanted, int32_t id,
+                        const std::vector<int32_t>& around) {
+    const bool is_added = std::find(around.begin(), around.end(), id) != around.end();
+    if (id < 0 || !wanted || *wanted == is_added) return;
+    WALSH_LOG(
+        Warning,
+        "tokenizer_config.json contradicts the post-processor of tokenizer.json, which counts",
+        {"field", std::string(field)}, {"value", *wanted});
+  };
+  check("add_bos_token", config.adds_bos, parts.bos, parts.prefix);
+  check("add_eos_token", config.adds_eos, parts.eos, parts.suffix);
+}
+
 }  // namespace
 
 absl::StatusOr<BpeTokenizerParts> ReadTokenizerJson(const TokenizerSource& source) {
@@ -211,6 +234,7 @@ absl::StatusOr<BpeTokenizerParts> ReadTokenizerJson(const TokenizerSource& sourc
                          ReadTokenizerConfig(source.tokenizer_config_json));
   parts.bos = parts.vocabulary->Find(config.bos_token);
   parts.eos = parts.vocabulary->Find(config.eos_token);
+  WarnOfContradiction(config, parts);
   return parts;
 }
 

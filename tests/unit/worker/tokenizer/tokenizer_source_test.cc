@@ -63,6 +63,24 @@ TEST(TokenizerJsonTest, TheSmallOneWorks) {
   EXPECT_TRUE(tokenizer->strips_leading_space());
 }
 
+// transformers 4 and 5 differ here.
+TEST(TokenizerJsonTest, AConfigurationThatContradictsThePostProcessorIsWarnedOf) {
+  for (const bool adds_bos : {true, false}) {
+    TokenizerSource source;
+    source.tokenizer_json = SmallTokenizer().dump();
+    source.tokenizer_config_json = json{
+        {"tokenizer_class", "LlamaTokenizer"},
+        {"bos_token", "<s>"},
+        {"add_bos_token", adds_bos}}.dump();
+    ::testing::internal::CaptureStderr();
+    ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
+    const bool is_warned =
+        ::testing::internal::GetCapturedStderr().find("add_bos_token") != std::string::npos;
+    EXPECT_EQ(is_warned, !adds_bos);
+    EXPECT_EQ(Ids(*tokenizer, "a"), (std::vector<int32_t>{4, 3, 0}));
+  }
+}
+
 TEST(TokenizerJsonTest, IdsOutsideTheVocabularyAreNothing) {
   ASSERT_OK_AND_ASSIGN(const auto tokenizer, FromJson(SmallTokenizer().dump()));
   for (const int32_t id :
