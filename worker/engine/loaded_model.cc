@@ -173,20 +173,31 @@ absl::Status TransformerModel::Head(const Batch& batch, const Matrix& hidden,
 
 // -- Loading ------------------------------------------------------------------------------------
 
-absl::StatusOr<std::unique_ptr<ChatTemplate>> ParseChatTemplate(const std::string& source) {
+// Answers every chat with what is wrong with the model's own template.
+class UnusableChatTemplate final : public ChatTemplate {
+ public:
+  explicit UnusableChatTemplate(const absl::Status& problem)
+      : status_(absl::StatusCode::kUnimplemented,
+                absl::StrCat("the model's chat template cannot be used; use Generate: ",
+                             problem.message())) {}
+  absl::StatusOr<std::string> Render(const Variables&) const override { return status_; }
+
+ private:
+  const absl::Status status_;
+};
+
+// The model still generates from plain prompts where its template is broken or beyond ours.
+std::unique_ptr<ChatTemplate> ParseChatTemplate(const std::string& source) {
   if (source.empty()) return nullptr;
   absl::StatusOr<std::unique_ptr<ChatTemplate>> parsed = ChatTemplate::Parse(source);
-  if (absl::IsUnimplemented(parsed.status())) {
-    // The model still generates from plain prompts.
-    WALSH_LOG(Warning, "the model's chat template is not supported", {"error", parsed.status()});
-    return nullptr;
-  }
-  return parsed;
+  if (parsed.ok()) return *std::move(parsed);
+  WALSH_LOG(Warning, "the model's chat template cannot be used", {"error", parsed.status()});
+  return std::make_unique<UnusableChatTemplate>(parsed.status());
 }
 
 absl::Status LoadText(const TokenizerSource& source, Weights& weights) {
   WALSH_ASSIGN_OR_RETURN(weights.tokenizer, Tokenizer::Create(source));
-  WALSH_ASSIGN_OR_RETURN(weights.chat_template, ParseChatTemplate(source.chat_template));
+  weights.chat_template = ParseChatTemplate(source.chat_template);
   return absl::OkStatus();
 }
 

@@ -40,7 +40,9 @@ class LoadedModel {
   virtual const ModelConfig& config() const = 0;
   virtual const ArtifactInfo& info() const = 0;
   virtual const Tokenizer& tokenizer() const = 0;
-  virtual const ChatTemplate* chat_template() const = 0;  // null: the model has none
+  virtual const ChatTemplate* chat_template()
+      const = 0;  // null: the model has none. Renders to UNIMPLEMENTED where the template cannot be
+                  // parsed.
   // What ends a text: the configuration's EOS tokens and the tokenizer's.
   std::vector<int32_t> EndTokens() const;
   virtual int64_t memory_bytes() const = 0;

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tensor_compare.h"
@@ -209,6 +210,23 @@ TEST_F(LoadedModelTest, LogitsDoNotDependOnTheBatch) {
       n_tokens.push_back(41);
       EXPECT_EQ(Row(Step(*model, trials, n_tokens), n_others), expected) << n_others << " others";
     }
+  }
+}
+
+TEST_F(LoadedModelTest, AnUnusableChatTemplateIsAProblemOfChatsOnly) {
+  for (const auto& [source, problem] : std::vector<std::pair<std::string, std::string>>{
+           {"{% set ns.b %}x{% endset %}", "'set' of a namespace's attribute to a block"},
+           {"{% if %}", "chat template, line 1"},
+           {std::string(300'000, 'x'), "chat template of 300000 bytes, at most 262144"}}) {
+    TinyModel({}).WriteHf(dir_ / "source");
+    testing::WriteFile(dir_ / "source/chat_template.jinja", source);
+    ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir_ / "source"));
+    ASSERT_OK_AND_ASSIGN(const auto model, LoadedModel::LoadDense(*checkpoint));
+    ASSERT_NE(model->chat_template(), nullptr);
+    EXPECT_THAT(
+        model->chat_template()->Render({}),
+        StatusIs(absl::StatusCode::kUnimplemented,
+                 ::testing::AllOf(HasSubstr("cannot be used; use Generate"), HasSubstr(problem))));
   }
 }
 
