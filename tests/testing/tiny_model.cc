@@ -395,6 +395,40 @@ void TinyModel::WriteHf(const std::string& directory, Damage damage) const {
   SpoilFile(directory + "/" + name_of(n_shards - 1), damage);
 }
 
+namespace {
+
+// As llama.cpp's converter does: its formula for rope_freqs.weight, written out again.
+void AddRopeScaling(const TinyModelOptions& o, GgufBuilder& gguf) {
+  const json scaling = json::parse(o.config_overrides).value("rope_scaling", json::object());
+  const std::string kind = scaling.value("rope_type", "default");
+  if (kind == "linear") {
+    gguf.String("llama.rope.scaling.type", "linear")
+        .Float32("llama.rope.scaling.factor", scaling["factor"].get<float>());
+  } else if (kind == "llama3") {
+    const double factor = scaling["factor"];
+    const double low = scaling["low_freq_factor"];
+    const double high = scaling["high_freq_factor"];
+    const double context = scaling["original_max_position_embeddings"];
+    std::vector<float> divisors;
+    for (int64_t i = 0; i < o.head_dim; i += 2) {
+      const double wavelength =
+          2 * M_PI *
+          std::pow(o.rope_theta, static_cast<double>(i) / static_cast<double>(o.head_dim));
+      const double smooth = (context / wavelength - low) / (high - low);
+      divisors.push_back(static_cast<float>(wavelength < context / high ? 1.0
+                                            : wavelength > context / low
+                                                ? factor
+                                                : 1 / ((1 - smooth) / factor + smooth)));
+    }
+    gguf.Tensor("rope_freqs.weight", {divisors.size()}, GgmlType("F32"),
+                FloatBytes(divisors, "F32"));
+  } else {
+    WALSH_CHECK(kind == "default");
+  }
+}
+
+}  // namespace
+
 void TinyModel::WriteGguf(const std::string& path) const {
   const TinyModelOptions& o = options_;
   const Vocabulary vocabulary = MakeVocabulary(o.vocab);
@@ -425,6 +459,7 @@ void TinyModel::WriteGguf(const std::string& path) const {
       .Uint32("tokenizer.ggml.bos_token_id", u32(vocabulary.first_special))
       .Uint32("tokenizer.ggml.eos_token_id", u32(vocabulary.first_special + 1))
       .Bool("tokenizer.ggml.add_bos_token", true);
+  AddRopeScaling(o, gguf);
   for (const TinyTensor& tensor : tensors_) {
     const std::string name = GgufName(tensor.name);
     TinyTensor stored = tensor;

@@ -35,6 +35,7 @@ struct TinyModelOptions {
   // HF: 1 writes model.safetensors, more write shards and an index.
   int n_shards = 1;
   // Members to set in config.json, as a JSON object: {"rope_scaling": {…}}. null removes a member.
+  // WriteGguf follows rope_scaling (linear and llama3) and no other member.
   std::string config_overrides = "{}";
 };
 
