@@ -18,7 +18,7 @@ constexpr std::string_view kConfigKeys[] = {
     "metrics-port", "min-p", "model-root", "name", "no-eval", "no-load", "no-mse-clip",
     "num-samples", "output", "port", "raw", "request-id", "rotation", "rotation-block",
     "rotation-signs", "seed", "seq-len", "server", "shutdown-timeout", "skip-special-tokens",
-    "stats", "stop", "symmetric", "system", "temperature", "threads", "timeout", "top-k", "top-p",
+    "stats", "stop", "stream-interval-ms", "symmetric", "system", "temperature", "threads", "timeout", "top-k", "top-p",
     "validate-only",
 };
 // clang-format on

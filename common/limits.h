@@ -44,6 +44,8 @@ inline constexpr int kStreamStallSecondsMax = 30;
 // The same chunks in bytes, on a worker; small ones are merged up to the second of these.
 inline constexpr int64_t kStreamQueueBytesMax = 1 << 20;
 inline constexpr int64_t kStreamMergedBytesMax = 32 << 10;
+// Tokens of a stream that come faster than this share a message, unless a worker is told otherwise.
+inline constexpr int kStreamIntervalMsDefault = 8;
 // Requests whose text waits to become tokens, over all models of a worker.
 inline constexpr int kPreparingRequestsMax = 256;
 

@@ -36,6 +36,7 @@
 #include "common/clock.h"
 #include "common/command_line.h"
 #include "common/grpc_server.h"
+#include "common/limits.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "tests/bench/bandwidth.h"
@@ -66,13 +67,15 @@ struct Flags {
   int tokens = 256;
   int64_t prompt = 32;
   std::vector<int> streams = {1, 8};
+  double stream_interval_ms = limits::kStreamIntervalMsDefault;
 };
 
 // The worker's service in this process, on a free port.
 class LocalService {
  public:
   static absl::StatusOr<std::unique_ptr<LocalService>> Start(const std::string& models_dir,
-                                                             int n_threads) {
+                                                             int n_threads,
+                                                             absl::Duration stream_interval) {
     auto service = std::make_unique<LocalService>();
     service::ModelStore::Options options;
     options.root = models_dir;
@@ -85,8 +88,9 @@ class LocalService {
                            service::ModelStore::Open(std::move(options), Clock::Real()));
     WALSH_RETURN_IF_ERROR(service->models_->Load(kModelId).status());
     WALSH_ASSIGN_OR_RETURN(service->engine_, service->models_->FindEngine(kModelId));
-    service->generation_ =
-        std::make_unique<service::GenerationService>(service->models_.get(), Clock::Real());
+    service->generation_ = std::make_unique<service::GenerationService>(
+        service->models_.get(), Clock::Real(),
+        service::GenerationService::Options{.stream_interval = stream_interval});
     grpc::ServerBuilder builder;
     ApplyServerLimits(builder);
     AddServerInterceptors(builder);
@@ -281,8 +285,9 @@ class Comparison {
 };
 
 absl::Status Run(const Flags& flags) {
-  std::printf("%s\nprompts of %d tokens, %d new tokens, %s\n", DescribeRun(flags.threads).c_str(),
-              static_cast<int>(flags.prompt), flags.tokens, flags.artifact.c_str());
+  std::printf("%s\nprompts of %d tokens, %d new tokens, %s; --stream-interval-ms %g\n",
+              DescribeRun(flags.threads).c_str(), static_cast<int>(flags.prompt), flags.tokens,
+              flags.artifact.c_str(), flags.stream_interval_ms);
   // Each service has a folder of models of its own, with the artifact in it.
   const testing::TempDir dir;
   const fs::path artifact = fs::absolute(flags.artifact);
@@ -294,6 +299,8 @@ absl::Status Run(const Flags& flags) {
   }
 
   setenv("WALSH_BIN_DIR", BinDir().c_str(), /*overwrite=*/0);
+  setenv("WALSH_STREAM_INTERVAL_MS", absl::StrCat(flags.stream_interval_ms).c_str(),
+         /*overwrite=*/1);
   testing::ServiceFixture fixture({.n_threads = flags.threads, .worker_data_dir = dir / "worker"});
   WALSH_RETURN_IF_ERROR(fixture.Start());
   // The coordinator hears of the worker's models a moment after the worker itself.
@@ -304,7 +311,8 @@ absl::Status Run(const Flags& flags) {
   };
   if (!testing::WaitUntil(is_loaded, absl::Seconds(30)) || !loaded.ok()) return loaded;
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<LocalService> local,
-                         LocalService::Start(dir / "local", flags.threads));
+                         LocalService::Start(dir / "local", flags.threads,
+                                             absl::Milliseconds(flags.stream_interval_ms)));
 
   client::Client to_local({.address = local->address()});
   client::Client to_worker({.address = fixture.endpoint("worker", "grpc")});
@@ -336,6 +344,8 @@ int Main(int argc, char** argv) {
   app.add_option("--streams", flags.streams, "Requests at once")
       ->delimiter(',')
       ->check(CLI::Range(1, 16));
+  app.add_option("--stream-interval-ms", flags.stream_interval_ms, "As walsh-worker's")
+      ->capture_default_str();
   if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
   if (flags.artifact.empty()) {
     std::printf("skipped: no artifact; name one, set WALSH_BENCH_MODEL, or use ./run bench\n");

@@ -30,6 +30,7 @@ class RecordingSink final : public engine::Sink {
     text_ += delta.text;
     tokens_.insert(tokens_.end(), delta.tokens.begin(), delta.tokens.end());
     logprobs_.insert(logprobs_.end(), delta.logprobs.begin(), delta.logprobs.end());
+    next_in_.push_back(delta.next_in);
     changed_.notify_all();
   }
   void OnFinished(const engine::Outcome& outcome) override { End(absl::OkStatus(), outcome); }
@@ -48,6 +49,7 @@ class RecordingSink final : public engine::Sink {
   const std::string& text() const { return text_; }
   const std::vector<int32_t>& tokens() const { return tokens_; }
   const std::vector<engine::TokenLogprob>& logprobs() const { return logprobs_; }
+  const std::vector<absl::Duration>& next_in() const { return next_in_; }  // by delta
   const engine::Outcome& outcome() const { return outcome_; }
   const absl::Status& status() const { return status_; }
   bool is_over() {
@@ -72,6 +74,7 @@ class RecordingSink final : public engine::Sink {
   std::string text_;
   std::vector<int32_t> tokens_;
   std::vector<engine::TokenLogprob> logprobs_;
+  std::vector<absl::Duration> next_in_;
   engine::Outcome outcome_;
   absl::Status status_;
 };

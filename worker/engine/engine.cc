@@ -96,9 +96,11 @@ class BatchingEngine final : public Engine {
   // One step: who leaves, who runs. The lock is free while the model runs and sinks are called, so
   // that Submit never waits for either.
   void Turn(std::unique_lock<std::mutex>& lock);
-  std::vector<Ending> RunStep(std::vector<Active> active);
+  // `is_steady`: nobody waits, and every sequence samples in this step and so in the next.
+  std::vector<Ending> RunStep(std::vector<Active> active, bool is_steady);
   absl::Status RunModel(const std::vector<Active>& active);
-  std::vector<Ending> SampleAll(const std::vector<Active>& active);
+  // `next_in`: as in Delta.
+  std::vector<Ending> SampleAll(const std::vector<Active>& active, absl::Duration next_in);
   // On a thread of the pool.
   void DeliverToken(Sequence& sequence, Delta delta);
   // Takes the sequences out, then tells their sinks.
@@ -285,8 +287,11 @@ void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
   }
   EndAll(lock, departed);
   if (!active.empty()) {
+    const bool is_steady = scheduler_.n_waiting() == 0 &&
+                           std::all_of(active.begin(), active.end(),
+                                       [](const Active& item) { return item.chunk.samples; });
     lock.unlock();
-    const std::vector<Ending> endings = RunStep(std::move(active));
+    const std::vector<Ending> endings = RunStep(std::move(active), is_steady);
     lock.lock();
     ++n_steps_;
     EndAll(lock, endings);
@@ -296,7 +301,8 @@ void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
   if (sequences_.empty()) idle_.notify_all();
 }
 
-std::vector<BatchingEngine::Ending> BatchingEngine::RunStep(std::vector<Active> active) {
+std::vector<BatchingEngine::Ending> BatchingEngine::RunStep(std::vector<Active> active,
+                                                            bool is_steady) {
   std::vector<Ending> endings;
   const absl::Duration now = clock_->Monotonic();
   const auto has_no_memory = [&](const Active& item) {
@@ -324,7 +330,9 @@ std::vector<BatchingEngine::Ending> BatchingEngine::RunStep(std::vector<Active> 
     for (const Active& item : active) endings.push_back({.id = item.chunk.id, .status = status});
     return endings;
   }
-  std::vector<Ending> sampled = SampleAll(active);
+  // The next step has one token for each sequence: it takes no longer than this one.
+  const absl::Duration next_in = is_steady ? clock_->Monotonic() - now : absl::InfiniteDuration();
+  std::vector<Ending> sampled = SampleAll(active, next_in);
   std::move(sampled.begin(), sampled.end(), std::back_inserter(endings));
   return endings;
 }
@@ -357,7 +365,8 @@ absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
   return absl::InternalError(absl::StrCat("a step of the model failed: ", status.message()));
 }
 
-std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<Active>& active) {
+std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<Active>& active,
+                                                              absl::Duration next_in) {
   std::vector<const Active*> sampling;
   for (const Active& item : active) {
     if (item.chunk.samples) sampling.push_back(&item);
@@ -374,6 +383,7 @@ std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<
       ended[i] = Ending{.id = id, .status = emission.status()};
       return;
     }
+    if (!emission->finish) emission->delta.next_in = next_in;
     DeliverToken(sequence, std::move(emission->delta));
     if (emission->finish) ended[i] = Ending{.id = id, .reason = *emission->finish};
   });

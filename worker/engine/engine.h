@@ -65,6 +65,9 @@ struct Delta {
   std::string text = {};  // whole code points; may be empty
   std::vector<int32_t> tokens = {};
   std::vector<TokenLogprob> logprobs = {};
+  // When the next one is likely to follow: a sink may keep this one until then. Infinite when that
+  // cannot be told, or when none will follow.
+  absl::Duration next_in = absl::InfiniteDuration();
 };
 
 // How a request ended. Cancelled and timed-out requests carry what they had until then.

@@ -158,7 +158,10 @@ absl::Status WorkerDaemon::OpenStore() {
 }
 
 absl::Status WorkerDaemon::StartServer() {
-  generation_ = std::make_unique<GenerationService>(models_.get(), clock_);
+  generation_ = std::make_unique<GenerationService>(
+      models_.get(), clock_,
+      GenerationService::Options{.stream_interval =
+                                     absl::Milliseconds(options_.stream_interval_ms)});
   model_host_ = std::make_unique<ModelHostService>(
       ModelHostService::Options{
           .data_dir = options_.data_dir, .resolve = resolve_, .plan = pipeline::PlanJob},

@@ -154,8 +154,9 @@ class StreamCall::Reactor final : public grpc::ServerWriteReactor<v1::GenerateSt
   const std::shared_ptr<StreamCall> call_;
 };
 
-std::shared_ptr<StreamCall> StreamCall::Start(CallInfo info, grpc::CallbackServerContext* context) {
-  std::shared_ptr<StreamCall> call(new StreamCall(std::move(info), context));
+std::shared_ptr<StreamCall> StreamCall::Start(CallInfo info, grpc::CallbackServerContext* context,
+                                              absl::Duration interval) {
+  std::shared_ptr<StreamCall> call(new StreamCall(std::move(info), context, interval));
   call->reactor_ = new Reactor(call);
   return call;
 }
@@ -179,10 +180,13 @@ void StreamCall::OnStarted(double queue_seconds) {
   Push(std::move(message));
 }
 
+// Each message wakes threads of both ends. Where tokens come faster than they can be seen, that
+// costs more of a small machine than all else around the engine.
 void StreamCall::OnDelta(engine::Delta delta) {
+  const bool may_wait = delta.next_in < interval_;
   v1::GenerateStreamResponse message;
   *message.mutable_delta() = ToProto(std::move(delta), *tokenizer_);
-  Push(std::move(message));
+  Push(std::move(message), may_wait);
 }
 
 void StreamCall::OnFinished(const engine::Outcome& outcome) {
@@ -200,12 +204,16 @@ void StreamCall::OnFinished(const engine::Outcome& outcome) {
   End(status);
 }
 
-void StreamCall::Push(v1::GenerateStreamResponse message) {
+void StreamCall::Push(v1::GenerateStreamResponse message, bool may_wait) {
   absl::Status full;
   {
     const std::lock_guard lock(mu_);
     if (end_) return;
-    if (!queue_.Push(std::move(message))) {
+    may_wait = may_wait && (queue_.empty() || is_holding_) &&
+               info_.clock->Monotonic() - delta_start_ < interval_;
+    if (queue_.Push(std::move(message))) {
+      is_holding_ = may_wait;
+    } else {
       full = absl::ResourceExhaustedError("the stream's reader is too slow: its queue is full");
       queue_.Clear();
       end_ = full;
@@ -221,9 +229,12 @@ void StreamCall::Pump() {
     const std::lock_guard lock(mu_);
     if (is_writing_ || is_pinned_ || is_finished_) return;
     if (!queue_.empty()) {
+      if (is_holding_ && !end_) return;
       writing_ = queue_.Pop();
       is_writing_ = true;
+      is_holding_ = false;
       write_start_ = info_.clock->Monotonic();
+      if (writing_.has_delta()) delta_start_ = write_start_;
     } else if (end_) {
       is_finished_ = true;
       end = end_;

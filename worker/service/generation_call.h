@@ -105,7 +105,10 @@ class UnaryCall final : public GenerationCall {
 // Streams a generation.
 class StreamCall final : public GenerationCall {
  public:
-  static std::shared_ptr<StreamCall> Start(CallInfo info, grpc::CallbackServerContext* context);
+  // A token that comes less than `interval` after those sent last waits for the next one, if the
+  // engine expects that within `interval` too.
+  static std::shared_ptr<StreamCall> Start(CallInfo info, grpc::CallbackServerContext* context,
+                                           absl::Duration interval);
   grpc::ServerWriteReactor<v1::GenerateStreamResponse>* reactor() { return reactor_; }
 
   void OnStarted(double queue_seconds) override;
@@ -117,26 +120,30 @@ class StreamCall final : public GenerationCall {
 
  private:
   class Reactor;
-  StreamCall(CallInfo info, grpc::CallbackServerContext* context)
-      : GenerationCall(std::move(info)), context_(context) {}
+  StreamCall(CallInfo info, grpc::CallbackServerContext* context, absl::Duration interval)
+      : GenerationCall(std::move(info)), context_(context), interval_(interval) {}
 
   void End(const absl::Status& status) override;
-  void Push(v1::GenerateStreamResponse message);
+  // `may_wait`: for the message after this one.
+  void Push(v1::GenerateStreamResponse message, bool may_wait = false);
   // Starts the next write, or ends the call; called after every change, without the lock.
   void Pump();
   void OnWriteDone(bool ok);
 
   grpc::CallbackServerContext* const context_;  // valid until OnDone
+  const absl::Duration interval_;
   grpc::ServerWriteReactor<v1::GenerateStreamResponse>* reactor_ = nullptr;
 
   std::mutex mu_;
   ChunkQueue queue_;
   v1::GenerateStreamResponse writing_;  // while is_writing_: gRPC's
   bool is_writing_ = false;
+  bool is_holding_ = false;   // what is queued waits for the next token
   bool is_pinned_ = false;    // the call must not end just now
   bool is_finished_ = false;  // Finish was called
   absl::Duration write_start_;
-  std::optional<absl::Status> end_;  // sent once the queue is empty
+  absl::Duration delta_start_ = -absl::InfiniteDuration();  // of the last write of tokens
+  std::optional<absl::Status> end_;                         // sent once the queue is empty
 };
 
 }  // namespace walsh::service

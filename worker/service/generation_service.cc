@@ -184,7 +184,8 @@ template <typename Request>
 grpc::ServerWriteReactor<v1::GenerateStreamResponse>* GenerationService::RunStream(
     grpc::CallbackServerContext* context, const Request& request) {
   const CallInfo info = Arrive(*context, request);
-  const std::shared_ptr<StreamCall> call = StreamCall::Start(info, context);
+  const std::shared_ptr<StreamCall> call =
+      StreamCall::Start(info, context, options_.stream_interval);
   RunSoon(context, request, info, call);
   return call->reactor();
 }

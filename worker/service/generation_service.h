@@ -34,6 +34,7 @@ class GenerationService final : public v1::GenerationService::CallbackService {
  public:
   struct Options {
     absl::Duration stall_limit = absl::Seconds(limits::kStreamStallSecondsMax);
+    absl::Duration stream_interval = absl::Milliseconds(limits::kStreamIntervalMsDefault);
     int preparing_threads = 0;                          // 0: by the machine's
     int preparing_max = limits::kPreparingRequestsMax;  // that wait for one of them
   };

@@ -56,6 +56,11 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
          "Tokens of a model's KV cache; 0: 2048 for each sequence. Fewer where memory is short")
       ->capture_default_str()
       ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kSequencesMax));
+  app.add_option("--stream-interval-ms", options.stream_interval_ms,
+                 "Tokens of one stream that come faster than this share a message; 0: each has its "
+                 "own")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1000.0));
   app.add_option("--load-model", options.load_models, "Model to load at start; repeatable");
   app.add_option("--shutdown-timeout", options.shutdown_timeout_seconds,
                  "Seconds that running requests have after SIGTERM")

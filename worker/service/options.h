@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/limits.h"
 #include "common/log.h"
 
 namespace walsh::service {
@@ -25,6 +26,7 @@ struct WorkerOptions {
   int max_num_batched_tokens = 512;
   int max_num_queued_reqs = 64;
   int64_t kv_cache_tokens = 0;
+  double stream_interval_ms = limits::kStreamIntervalMsDefault;
   std::vector<std::string> load_models;
   double shutdown_timeout_seconds = 30;
   std::string log_format = "text";

@@ -21,6 +21,7 @@ namespace walsh::engine {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
 using walsh::testing::ByteTokens;
@@ -359,6 +360,33 @@ TEST(EngineTest, NanConcernsItsSequenceAlone) {
   EXPECT_THAT(bad->status(), StatusIs(absl::StatusCode::kInternal, HasSubstr("not finite")));
   EXPECT_EQ(bad->tokens().size(), 2u);
   EXPECT_OK(good->status());
+}
+
+// Beside a prompt that is computed in chunks, nobody knows when the next token comes.
+TEST(EngineTest, DeltasTellWhenTheNextIsLikely) {
+  constexpr absl::Duration kStep = absl::Milliseconds(5);
+  constexpr absl::Duration kUnknown = absl::InfiniteDuration();
+  Gate gate;
+  ManualClock clock;
+  const auto hook = gate.Hook();
+  const auto engine = MakeEngine({.before_forward =
+                                      [&](const LoadedModel::Batch& batch) {
+                                        const absl::Status status = hook(batch);
+                                        clock.Advance(kStep);
+                                        return status;
+                                      }},
+                                 SmallOptions(), &clock);
+  const SamplingOptions sampling{.max_tokens = 5, .ignore_eos = true};
+  const auto first = Submit(*engine, {.id = "a", .prompt = {1}, .sampling = sampling});
+  gate.AwaitArrival(1);
+  // Takes three of the steps of 16 tokens that it shares with the first.
+  const auto second = Submit(
+      *engine, {.id = "b", .prompt = std::vector<int32_t>(40, 1), .sampling = {.max_tokens = 1}});
+  gate.Permit(20);
+  first->WaitForEnd();
+  second->WaitForEnd();
+  EXPECT_THAT(first->next_in(), ElementsAre(kStep, kUnknown, kUnknown, kStep, kUnknown));
+  EXPECT_THAT(second->next_in(), ElementsAre(kUnknown));
 }
 
 TEST(EngineTest, DeadlineEndsWaitingAndRunning) {

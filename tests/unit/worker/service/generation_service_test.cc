@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <thread>
 
 #include "absl/strings/str_split.h"
@@ -24,6 +25,7 @@
 namespace walsh::service {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using v1::GenerateStreamResponse;
 using walsh::testing::FakeModel;
@@ -527,6 +529,70 @@ TEST_F(GenerationServiceTest, AnswerThatMayOutgrowAMessageIsRefusedBeforeItIsMad
   EXPECT_EQ(Stats().steps, 0u);
   request.mutable_sampling()->set_max_tokens(5000);  // fits
   EXPECT_OK(Generate(request));
+}
+
+// Steps of a known duration, each begun when the test says so.
+class StreamIntervalTest : public GenerationServiceTest {
+ protected:
+  static constexpr int kTokens = 6;
+  void ServeWithSteps(absl::Duration step) {
+    clock_ = &manual_clock_;
+    service_options_.stream_interval = absl::Milliseconds(8);
+    behaviour_.before_forward = [this, step](const engine::LoadedModel::Batch&) {
+      EXPECT_TRUE(WaitUntil([this] { return n_permits_ > 0; }));
+      --n_permits_;
+      manual_clock_.Advance(step);
+      return absl::OkStatus();
+    };
+    Serve();
+  }
+  // Of each message; with `waits_for_each` a step begins when the client has read all before it.
+  std::vector<int> TokensByMessage(bool waits_for_each) {
+    grpc::ClientContext context;
+    const auto reader = stub_->GenerateStream(&context, Request("x", kTokens));
+    n_permits_ = waits_for_each ? 1 : kTokens;
+    std::vector<int> n_tokens;
+    for (GenerateStreamResponse message; reader->Read(&message);) {
+      if (!message.has_delta()) continue;
+      n_tokens.push_back(message.delta().token_ids_size());
+      if (waits_for_each) ++n_permits_;
+    }
+    EXPECT_OK(FromGrpcStatus(reader->Finish()));
+    return n_tokens;
+  }
+
+  ManualClock manual_clock_{absl::Now()};
+  std::atomic<int> n_permits_ = 0;
+};
+
+TEST_F(StreamIntervalTest, SlowTokensAreSentAtOnce) {
+  ServeWithSteps(absl::Milliseconds(9));
+  EXPECT_THAT(TokensByMessage(/*waits_for_each=*/true), ElementsAre(1, 1, 1, 1, 1, 1));
+}
+
+// Nothing is sent before 8 ms are over, and what a write in flight gathered goes with it.
+TEST_F(StreamIntervalTest, FastTokensShareAMessage) {
+  ServeWithSteps(absl::Milliseconds(3));
+  const std::vector<int> n_tokens = TokensByMessage(/*waits_for_each=*/false);
+  EXPECT_EQ(std::accumulate(n_tokens.begin(), n_tokens.end(), 0), kTokens);
+  EXPECT_LE(n_tokens.size(), 3u);
+}
+
+TEST_F(StreamIntervalTest, TheFirstTokenNeverWaits) {
+  ServeWithSteps(absl::ZeroDuration());
+  grpc::ClientContext context;
+  const auto reader = stub_->GenerateStream(&context, Request("x", kTokens));
+  n_permits_ = 1;
+  GenerateStreamResponse message;
+  ASSERT_TRUE(reader->Read(&message));
+  EXPECT_TRUE(message.has_started());
+  ASSERT_TRUE(reader->Read(&message));
+  EXPECT_EQ(message.delta().token_ids_size(), 1);
+  n_permits_ = kTokens;
+  int n_rest = 0;
+  while (reader->Read(&message)) n_rest += message.delta().token_ids_size();
+  EXPECT_EQ(n_rest, kTokens - 1);
+  EXPECT_OK(FromGrpcStatus(reader->Finish()));
 }
 
 // A worker's clock in the test's hands: deadlines pass for the engine while gRPC's are far away.
