@@ -26,7 +26,7 @@
 #include "server/api/model_service.h"
 #include "server/api/quantization_service.h"
 #include "server/api/worker_service.h"
-#include "server/executor.h"
+#include "common/executor.h"
 #include "server/fleet/fleet_metrics.h"
 #include "server/jobs/sqlite_job_store.h"
 

@@ -11,7 +11,7 @@
 #include "absl/status/status.h"
 #include "common/grpc_cancellation.h"
 #include "common/grpc_status.h"
-#include "server/executor.h"
+#include "common/executor.h"
 
 namespace walsh::api {
 

@@ -6,7 +6,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
-#include "server/executor.h"
+#include "common/executor.h"
 #include "server/fleet/model_catalog.h"
 #include "server/fleet/stream_proxy.h"
 #include "server/fleet/worker_client.h"

@@ -19,7 +19,7 @@
 
 #include "absl/time/time.h"
 #include "common/limits.h"
-#include "server/executor.h"
+#include "common/executor.h"
 #include "server/fleet/worker_client.h"
 #include "walsh/v1/generation.pb.h"
 

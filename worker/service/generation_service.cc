@@ -80,8 +80,9 @@ GenerationService::GenerationService(ModelStore* models, Clock* clock, const Opt
       models_(models),
       clock_(clock),
       stall_monitor_(options.stall_limit),
-      preparing_(options.preparing_threads > 0 ? options.preparing_threads : PreparingThreads(),
-                 static_cast<size_t>(options.preparing_max)) {}
+      preparing_({.n_threads = options.preparing_threads > 0 ? options.preparing_threads
+                                                             : PreparingThreads(),
+                  .tasks_max = options.preparing_max}) {}
 
 absl::StatusOr<std::shared_ptr<engine::Engine>> GenerationService::EngineOf(
     const std::string& model) const {
@@ -156,7 +157,7 @@ void GenerationService::RunSoon(grpc::CallbackServerContext* context, const Requ
                                 const CallInfo& info, std::shared_ptr<Call> call) {
   // Context and request stay until the call has ended, which only Run brings about.
   const bool is_accepted =
-      preparing_.Run([this, context, &request, info, call] { Run(context, request, info, call); });
+      preparing_.Post([this, context, &request, info, call] { Run(context, request, info, call); });
   if (!is_accepted) call->Fail(TooManyPreparing(request.model()));
 }
 
@@ -194,7 +195,7 @@ grpc::ServerUnaryReactor* GenerationService::AnswerSoon(grpc::CallbackServerCont
                                                         const std::string& model,
                                                         std::function<absl::Status()> answer) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  const bool is_accepted = preparing_.Run([context, reactor, answer = std::move(answer)] {
+  const bool is_accepted = preparing_.Post([context, reactor, answer = std::move(answer)] {
     const absl::Status status =
         context->IsCancelled() ? absl::CancelledError("the request was cancelled") : answer();
     reactor->Finish(ToGrpcStatus(status));

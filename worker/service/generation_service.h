@@ -22,9 +22,9 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
+#include "common/executor.h"
 #include "common/limits.h"
 #include "walsh/v1/generation.grpc.pb.h"
-#include "worker/service/executor.h"
 #include "worker/service/model_store.h"
 #include "worker/service/stall_monitor.h"
 

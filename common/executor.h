@@ -1,5 +1,5 @@
-// A few threads that run what may wait for the disk, so that gRPC's own threads never do, and
-// timers.
+// A few threads and a bounded queue for what may wait for the disk or takes its time, and timers.
+// gRPC's own threads, of which a process has two on a small machine, would hold up all other calls.
 //
 // Threads: safe. Tasks run in the order of Post on up to `n_threads` threads.
 #pragma once

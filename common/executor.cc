@@ -1,4 +1,4 @@
-#include "server/executor.h"
+#include "common/executor.h"
 
 #include "common/clock.h"
 
