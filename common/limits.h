@@ -45,7 +45,7 @@ inline constexpr int kStreamStallSecondsMax = 30;
 inline constexpr int64_t kStreamQueueBytesMax = 1 << 20;
 inline constexpr int64_t kStreamMergedBytesMax = 32 << 10;
 // Tokens of a stream that come faster than this share a message, unless a worker is told otherwise.
-inline constexpr int kStreamIntervalMsDefault = 8;
+inline constexpr int kStreamIntervalMsDefault = 16;
 // Requests whose text waits to become tokens, over all models of a worker.
 inline constexpr int kPreparingRequestsMax = 256;
 
