@@ -1,9 +1,12 @@
 // The machine's read bandwidth, measured in turns with what is compared with it.
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <ctime>
 #include <vector>
 
@@ -34,15 +37,24 @@ inline double Median(std::vector<double> values) {
 // packed weights.
 class ReadBandwidth {
  public:
-  static constexpr int64_t kBytes = int64_t{256} << 20;
+  ReadBandwidth() : n_tiles_(SizeBytes() / kTileBytes), bytes_(static_cast<size_t>(SizeBytes())) {
+    // Pages that nobody wrote to are all one page of zeros, which every cache holds.
+    std::memset(bytes_.data(), 1, static_cast<size_t>(SizeBytes()));
+  }
 
-  ReadBandwidth() : bytes_(static_cast<size_t>(kBytes)) {}
+  // Twice the last cache, between 256 MiB and 2 GiB.
+  static int64_t SizeBytes() {
+    constexpr int64_t kLeast = int64_t{256} << 20;
+    constexpr int64_t kMost = int64_t{2} << 30;
+    const int64_t cache = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or -1 where it cannot be told
+    return std::clamp(2 * cache / kTileBytes * kTileBytes, kLeast, kMost);
+  }
 
   // Bytes per second of one pass.
   double Measure(ThreadPool& pool) {
     const double start = ClockSeconds(pool);
-    pool.ParallelFor(kBytes / kTileBytes, [&](int64_t tile) { ReadTile(tile); });
-    return static_cast<double>(kBytes) / (ClockSeconds(pool) - start);
+    pool.ParallelFor(n_tiles_, [&](int64_t tile) { ReadTile(tile); });
+    return static_cast<double>(n_tiles_ * kTileBytes) / (ClockSeconds(pool) - start);
   }
 
  private:
@@ -57,6 +69,7 @@ class ReadBandwidth {
     for (const uint64_t sum : sums) sink_ = sink_ + sum;
   }
 
+  const int64_t n_tiles_;
   kernels::cpu::AlignedBytes bytes_;
   volatile uint64_t sink_ = 0;
 };

@@ -80,7 +80,7 @@ void RunCounting(benchmark::State& state, double operations_per_iteration, const
 }
 
 void BM_ReadBandwidth(benchmark::State& state) {
-  RunAgainstBandwidth(state, static_cast<double>(ReadBandwidth::kBytes),
+  RunAgainstBandwidth(state, static_cast<double>(ReadBandwidth::SizeBytes()),
                       [] { Bandwidth().Measure(Pool()); });
 }
 BENCHMARK(BM_ReadBandwidth)->UseManualTime()->Unit(benchmark::kMillisecond);
