@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/clock.h"
+#include "common/executor.h"
 #include "common/grpc_server.h"
 #include "common/http_server.h"
 #include "common/log.h"
@@ -26,7 +27,6 @@
 #include "server/api/model_service.h"
 #include "server/api/quantization_service.h"
 #include "server/api/worker_service.h"
-#include "common/executor.h"
 #include "server/fleet/fleet_metrics.h"
 #include "server/jobs/sqlite_job_store.h"
 

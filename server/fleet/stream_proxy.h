@@ -18,8 +18,8 @@
 #include <memory>
 
 #include "absl/time/time.h"
-#include "common/limits.h"
 #include "common/executor.h"
+#include "common/limits.h"
 #include "server/fleet/worker_client.h"
 #include "walsh/v1/generation.pb.h"
 
