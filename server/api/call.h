@@ -9,9 +9,9 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "common/executor.h"
 #include "common/grpc_cancellation.h"
 #include "common/grpc_status.h"
-#include "common/executor.h"
 
 namespace walsh::api {
 
