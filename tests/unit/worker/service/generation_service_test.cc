@@ -357,6 +357,8 @@ class CancelTest : public GenerationServiceTest {
   void SetUp() override {
     GenerationServiceTest::SetUp();
     LetRequestsBeEndless();
+    // A token must not wait for one that the test does not permit.
+    service_options_.stream_interval = absl::ZeroDuration();
     behaviour_.before_forward = [this](const engine::LoadedModel::Batch&) {
       ++n_arrived_;
       if (!WaitUntil([this] { return n_permitted_ >= n_arrived_; })) {
