@@ -171,7 +171,6 @@ absl::Status JobQueue::Delete(const std::string& id) {
 
 absl::StatusOr<JobQueue::EventBatch> JobQueue::ReadEvents(const std::string& id,
                                                           int64_t after) const {
-  // The record first: what is appended after it was read only makes the batch longer.
   WALSH_ASSIGN_OR_RETURN(const JobRecord record, Find(id));
   if (after < 0 || after > record.last_sequence) {
     return InvalidField("after_sequence", absl::StrCat("must be from 0 to ", record.last_sequence,
@@ -179,6 +178,11 @@ absl::StatusOr<JobQueue::EventBatch> JobQueue::ReadEvents(const std::string& id,
   }
   EventBatch batch;
   WALSH_ASSIGN_OR_RETURN(batch.events, store_->Events(id, after, kEventsPerBatch));
+  // The store has an event a moment before the queue: whoever were given it already could not ask
+  // for what comes after it. Its subscribers are notified when the queue has it, too.
+  while (!batch.events.empty() && batch.events.back().sequence() > record.last_sequence) {
+    batch.events.pop_back();
+  }
   const int64_t reached = batch.events.empty() ? after : batch.events.back().sequence();
   batch.is_final = IsTerminal(record.job.state()) && reached == record.last_sequence;
   return batch;

@@ -83,6 +83,67 @@ class JobQueueTest : public ::testing::Test {
   std::unique_ptr<JobQueue> queue_;
 };
 
+// A store whose changes are seen by readers before its caller hears of them, as a database's are.
+class EarlyReadStore : public JobStore {
+ public:
+  EarlyReadStore(JobStore* store, std::function<void()> read)
+      : store_(store), read_(std::move(read)) {}
+  absl::Status Insert(const JobRecord& record, const QuantizationJobEvent& event,
+                      const RequestKey& key) override {
+    return store_->Insert(record, event, key);
+  }
+  absl::Status CheckNamesAreFree(const std::string& id, const std::string& model) const override {
+    return store_->CheckNamesAreFree(id, model);
+  }
+  absl::Status Update(const JobRecord& record, const QuantizationJobEvent& event,
+                      const v1::Model* model) override {
+    absl::Status status = store_->Update(record, event, model);
+    read_();
+    return status;
+  }
+  absl::Status Delete(const std::string& id) override { return store_->Delete(id); }
+  absl::StatusOr<JobRecord> Get(const std::string& id) const override { return store_->Get(id); }
+  absl::StatusOr<std::vector<JobRecord>> Live() const override { return store_->Live(); }
+  absl::StatusOr<JobPage> List(const JobQuery& query) const override { return store_->List(query); }
+  absl::StatusOr<std::vector<QuantizationJobEvent>> Events(const std::string& id, int64_t after,
+                                                           int n_max) const override {
+    return store_->Events(id, after, n_max);
+  }
+  absl::StatusOr<std::optional<StoredRequest>> FindRequest(
+      const std::string& request_id) const override {
+    return store_->FindRequest(request_id);
+  }
+  absl::Status PutModel(const v1::Model& model) override { return store_->PutModel(model); }
+  absl::Status DeleteModel(const std::string& id) override { return store_->DeleteModel(id); }
+  absl::StatusOr<std::vector<v1::Model>> Models() const override { return store_->Models(); }
+
+ private:
+  JobStore* const store_;
+  const std::function<void()> read_;
+};
+
+// A watcher asks for what comes after the last event that it was given, whenever that was.
+TEST_F(JobQueueTest, EventsAreReadOnlyOnceTheQueueHasThem) {
+  int n_reads = 0;
+  std::unique_ptr<JobQueue> queue;
+  EarlyReadStore store(store_.get(), [&] {
+    const auto batch = queue->ReadEvents("a", 0);
+    ASSERT_OK(batch);
+    ASSERT_FALSE(batch->events.empty());
+    EXPECT_OK(queue->ReadEvents("a", batch->events.back().sequence()));
+    ++n_reads;
+  });
+  auto opened = JobQueue::Open(&store, &clock_, options_, nullptr);
+  ASSERT_OK(opened);
+  queue = *std::move(opened);
+  ASSERT_OK(queue->Submit(SomeJob("a-model"), "a", {}));
+  ASSERT_OK(queue->Acquire("workers/1"));
+  EXPECT_EQ(n_reads, 1);
+  const auto batch = queue->ReadEvents("a", 0);
+  ASSERT_OK(batch);
+  EXPECT_EQ(batch->events.size(), 2u);
+}
+
 TEST_F(JobQueueTest, OldestFirstAndOneLeaseEach) {
   Submit("a");
   Submit("b");
