@@ -2,6 +2,8 @@
 
 #include <grpc/impl/codegen/grpc_types.h>
 #include <grpcpp/create_channel.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/resource_quota.h>
 #include <grpcpp/security/credentials.h>
 #include <grpcpp/support/server_interceptor.h>
@@ -176,6 +178,15 @@ class MalformedRequestInterceptorFactory
   }
 };
 
+class NoReflection : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments*) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    std::erase_if(*plugins,
+                  [](const auto& plugin) { return plugin->name() == "proto_server_reflection"; });
+  }
+};
+
 }  // namespace
 
 void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive) {
@@ -216,6 +227,10 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int conne
   // No proxy from the environment between coordinator and worker.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+}
+
+void DisableReflection(grpc::ServerBuilder& builder) {
+  builder.SetOption(std::make_unique<NoReflection>());
 }
 
 void AddServerInterceptors(grpc::ServerBuilder& builder) {

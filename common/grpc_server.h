@@ -37,6 +37,10 @@ void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection = 0,
                                            const Keepalive& keepalive = kKeepalive);
 
+// gRPC's reflection library registers itself for all servers of a process that has loaded it, asked
+// or not; a server whose builder went through this has none. Call once per builder.
+void DisableReflection(grpc::ServerBuilder& builder);
+
 // For every RPC of a server: the five grpc_server_* metrics, and INVALID_ARGUMENT for requests that
 // do not parse (invalid UTF-8 in a string), which the callback API calls UNIMPLEMENTED. Call before
 // building the server, once per builder.

@@ -126,6 +126,8 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
   AddServerInterceptors(builder);
+  const bool has_reflection = is_public && options.enable_reflection;
+  if (!has_reflection) DisableReflection(builder);
   int bound_port = 0;
   builder.AddListeningPort(HostPort(options.host, port), grpc::InsecureServerCredentials(),
                            &bound_port);
@@ -137,7 +139,7 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   }
   endpoints[name] = HostPort(options.host, bound_port);
   WALSH_LOG(Info, "listening", {"port", name}, {"address", endpoints[name]},
-            {"reflection", is_public && options.enable_reflection});
+            {"reflection", has_reflection});
   return server;
 }
 
@@ -147,11 +149,11 @@ absl::Status Server::Impl::Listen() {
   models = std::make_unique<api::ModelServiceImpl>(core.get());
   generation = std::make_unique<api::GenerationServiceImpl>(core.get());
   workers = std::make_unique<api::WorkerServiceImpl>(core.get());
+  // Called for the linker, which may leave out a library that nothing calls.
+  if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   // Workers first: a client that finds the public port finds them, too.
   WALSH_ASSIGN_OR_RETURN(internal_server, StartGrpc("internal", options.internal_port,
                                                     {workers.get()}, /*is_public=*/false));
-  // For every server of the process that is built from here on, so not for the internal one.
-  if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   WALSH_ASSIGN_OR_RETURN(
       public_server,
       StartGrpc("grpc", options.grpc_port, {quantization.get(), models.get(), generation.get()},

@@ -127,6 +127,15 @@ TEST_F(SurfaceTest, ReflectionListsThePublicServices) {
   }
   EXPECT_EQ(ListServices(service_->endpoint("coordinator", "internal")), "no answer")
       << "workers do not need it";
+  EXPECT_EQ(ListServices(service_->endpoint("worker", "grpc")), "no answer");
+}
+
+TEST(ReflectionTest, IsOffWhenTheFlagSaysSo) {
+  testing::ServiceOptions options;
+  options.coordinator_flags = {"--enable-reflection", "false"};
+  ServiceFixture service(options);
+  ASSERT_OK(service.StartCoordinator());
+  EXPECT_EQ(ListServices(service.endpoint("coordinator", "grpc")), "no answer");
 }
 
 TEST_F(SurfaceTest, HttpRoutesAnswer) {

@@ -1,7 +1,6 @@
 #include "worker/service/daemon.h"
 
 #include <fcntl.h>
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server.h>
 #include <signal.h>
@@ -167,7 +166,6 @@ absl::Status WorkerDaemon::StartServer() {
           .data_dir = options_.data_dir, .resolve = resolve_, .plan = pipeline::PlanJob},
       models_.get());
   grpc::EnableDefaultHealthCheckService(true);
-  if (IsLoopbackHost(options_.host)) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
   AddServerInterceptors(builder);
