@@ -90,7 +90,7 @@ int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
     if (global.json()) {
       PrintOut(JsonText(*job));
     } else if (flags.validate_only) {
-      PrintOut(absl::StrCat("valid: ", RecipeText(*job), "\n"));
+      PrintOut(absl::StrCat("valid: bits ", RecipeText(*job), "\n"));
     } else {
       PrintOut(ResourceId(job->name()) + "\n");
     }

@@ -173,7 +173,7 @@ TEST_F(BadInputTest, ValidateOnlyFindsTheSameAndStartsNothing) {
                                            "--validate-only", "--num-samples", "4", "--seq-len",
                                            "64", "--calibration", *root_ / "text.txt"}));
   EXPECT_EQ(valid.exit_code, 0) << valid.err;
-  EXPECT_THAT(valid.out, HasSubstr("valid: "));
+  EXPECT_THAT(valid.out, HasSubstr("valid: bits "));
   ASSERT_OK_AND_ASSIGN(const v1::ListQuantizationJobsResponse jobs,
                        service_->client().ListJobs("model_name=m AND state=QUEUED", "", 10));
   EXPECT_EQ(jobs.quantization_jobs_size(), 0);
