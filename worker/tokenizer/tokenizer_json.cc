@@ -122,13 +122,13 @@ absl::StatusOr<AddedTokenEntry> ReadAddedToken(const json& item) {
 }
 
 absl::Status ReadAddedTokens(const json& root, BpeTokenizerParts& parts) {
-  const json* list = Find(root, "added_tokens");
-  if (list == nullptr || list->is_null()) return absl::OkStatus();
-  if (!list->is_array()) return Malformed("added_tokens", "is no list");
   std::vector<AddedTokenEntry> entries;
-  for (const json& item : *list) {
-    WALSH_ASSIGN_OR_RETURN(AddedTokenEntry entry, ReadAddedToken(item));
-    entries.push_back(std::move(entry));
+  if (const json* list = Find(root, "added_tokens"); list != nullptr && !list->is_null()) {
+    if (!list->is_array()) return Malformed("added_tokens", "is no list");
+    for (const json& item : *list) {
+      WALSH_ASSIGN_OR_RETURN(AddedTokenEntry entry, ReadAddedToken(item));
+      entries.push_back(std::move(entry));
+    }
   }
   for (const AddedTokenEntry& entry : entries) {
     const AddedToken& token = entry.token;

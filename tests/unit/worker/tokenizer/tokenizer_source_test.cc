@@ -63,6 +63,18 @@ TEST(TokenizerJsonTest, TheSmallOneWorks) {
   EXPECT_TRUE(tokenizer->strips_leading_space());
 }
 
+TEST(TokenizerJsonTest, AddedTokensMayBeMissing) {
+  for (const bool is_null : {false, true}) {
+    json changed = SmallTokenizer();
+    changed.erase("added_tokens");
+    if (is_null) changed["added_tokens"] = nullptr;
+    changed.erase("post_processor");
+    ASSERT_OK_AND_ASSIGN(const auto tokenizer, FromJson(changed.dump()));
+    EXPECT_EQ(tokenizer->Decode(Ids(*tokenizer, "ab b"), true), "ab b");
+    EXPECT_FALSE(tokenizer->IsSpecial(0));
+  }
+}
+
 // transformers 4 and 5 differ here.
 TEST(TokenizerJsonTest, AConfigurationThatContradictsThePostProcessorIsWarnedOf) {
   for (const bool adds_bos : {true, false}) {
