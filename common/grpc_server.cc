@@ -24,6 +24,9 @@ namespace {
 
 using grpc::experimental::InterceptionHookPoints;
 
+constexpr std::string_view kReflectionMethod =
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo";
+
 struct Families {
   prometheus::Family<prometheus::Counter>& started =
       metrics::Counter("grpc_server_started_total", "RPCs that began.");
@@ -75,10 +78,17 @@ std::string CodeName(grpc::StatusCode code) {
   return index >= 0 && index < static_cast<int>(std::size(kNames)) ? kNames[index] : "Unknown";
 }
 
-// "/walsh.v1.ModelService/ListModels" -> service, method. Only registered methods reach an
-// interceptor, so the labels are bounded.
+// gRPC's callback API gives a call of a method that nobody registered to a handler of last resort,
+// which is a bidirectional stream under the caller's name. walsh's services have no such streams.
+bool MayBeUnregistered(const grpc::experimental::ServerRpcInfo& info) {
+  return info.type() == grpc::experimental::ServerRpcInfo::Type::BIDI_STREAMING;
+}
+
+// "/walsh.v1.ModelService/ListModels" -> service, method. Names that a caller made up would be
+// labels without bound; the one known stream is reflection's.
 prometheus::Labels RpcLabels(const grpc::experimental::ServerRpcInfo& info) {
   std::string_view path = info.method();
+  if (MayBeUnregistered(info) && path != kReflectionMethod) path = "unknown/unknown";
   if (!path.empty() && path.front() == '/') path.remove_prefix(1);
   const size_t slash = path.find('/');
   const std::string service(path.substr(0, slash));
@@ -173,8 +183,9 @@ class MalformedRequestInterceptorFactory
     : public grpc::experimental::ServerInterceptorFactoryInterface {
  public:
   grpc::experimental::Interceptor* CreateServerInterceptor(
-      grpc::experimental::ServerRpcInfo*) override {
-    return new MalformedRequestInterceptor;
+      grpc::experimental::ServerRpcInfo* info) override {
+    // That a method does not exist is the truth there.
+    return MayBeUnregistered(*info) ? nullptr : new MalformedRequestInterceptor;
   }
 };
 

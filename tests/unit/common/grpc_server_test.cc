@@ -2,6 +2,7 @@
 #include "common/grpc_server.h"
 
 #include <gmock/gmock.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <gtest/gtest.h>
@@ -98,6 +99,35 @@ TEST(GrpcServerTest, MetadataAboveTheLimitIsRefused) {
   EXPECT_THAT(FromGrpcStatus(stub->Tokenize(&context, {}, &response)),
               HasCode(absl::StatusCode::kResourceExhausted));
   EXPECT_OK(Tokenize(*stub, "still alive"));
+}
+
+// The callback API's handler of last resort passes the interceptors, under the caller's name.
+TEST(GrpcServerTest, UnknownMethodsAreUnimplementedAndNoLabels) {
+  grpc::ServerBuilder builder;
+  AddServerInterceptors(builder);
+  int port = 0;
+  builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+  v1::GenerationService::CallbackService service;
+  builder.RegisterService(&service);
+  const auto server = builder.BuildAndStart();
+  grpc::GenericStub stub(MakeChannel("127.0.0.1:" + std::to_string(port)));
+  for (const char* method : {"/walsh.v1.GenerationService/NoSuchMethod", "/no.such.Service/At"}) {
+    grpc::ClientContext context;
+    const grpc::Slice empty;
+    const grpc::ByteBuffer request(&empty, 1);
+    grpc::ByteBuffer response;
+    grpc::Status status;
+    absl::Notification done;
+    stub.UnaryCall(&context, method, grpc::StubOptions(), &request, &response, [&](grpc::Status s) {
+      status = std::move(s);
+      done.Notify();
+    });
+    done.WaitForNotification();
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::UNIMPLEMENTED) << status.error_message();
+  }
+  server->Shutdown(std::chrono::system_clock::now());
+  EXPECT_THAT(metrics::Render(), Not(HasSubstr("NoSuchMethod")));
+  EXPECT_THAT(metrics::Render(), HasSubstr("grpc_method=\"unknown\""));
 }
 
 TEST(GrpcServerTest, ATakenPortIsNotShared) {
