@@ -51,6 +51,25 @@ struct ArtifactInfo {
 // A shard is closed before it would grow beyond this; one larger tensor has a shard of its own.
 inline constexpr int64_t kShardBytesMax = 2'000'000'000;
 
+// A linear in the tensors of the gptq_v2 convention, as a device packs them.
+struct PackedTensors {
+  int64_t rows = 0;  // outputs
+  int64_t cols = 0;  // inputs
+  int bits = 0;
+  int64_t group_size = 0;         // divides cols; cols itself: one group per output
+  std::vector<uint32_t> qweight;  // [cols / 32 · bits, rows]
+  std::vector<uint32_t> qzeros;   // [groups, rows / 32 · bits]
+  std::vector<uint16_t> scales;   // [groups, rows], half precision
+  int64_t groups() const { return group_size == 0 ? 0 : cols / group_size; }
+};
+
+// 16-bit brain floats by their bits, row-major.
+struct Bf16Matrix {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  std::vector<uint16_t> values;
+};
+
 class ArtifactWriter {
  public:
   // Creates `directory`, which must not exist. `source` gives the configuration and tokenizer
@@ -65,6 +84,11 @@ class ArtifactWriter {
   // `one_dimensional`.
   virtual absl::Status WriteDense(std::string_view name, const Matrix& matrix,
                                   bool one_dimensional) = 0;
+  // The same two from their stored form, to the same bytes. INVALID_ARGUMENT when a size does not
+  // fit the shape; DATA_LOSS names a value that is not finite.
+  virtual absl::Status WritePacked(std::string_view name, const PackedTensors& linear) = 0;
+  virtual absl::Status WriteBf16(std::string_view name, const Bf16Matrix& matrix,
+                                 bool one_dimensional) = 0;
   // Writes the remaining files, `report` as walsh.json (its members "files", "format_version" and
   // "digest" are set here), and syncs. FAILED_PRECONDITION when a tensor of the model was not
   // written. Asks `keep_going` every 64 MiB of the digests.
@@ -97,6 +121,9 @@ class ArtifactReader {
   virtual absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const = 0;
   // `name` in full, as in WriteDense; one-dimensional tensors come as one row.
   virtual absl::StatusOr<Matrix> ReadDense(std::string_view name) const = 0;
+  // The same two in their stored form.
+  virtual absl::StatusOr<PackedTensors> ReadPacked(std::string_view name) const = 0;
+  virtual absl::StatusOr<Bf16Matrix> ReadBf16(std::string_view name) const = 0;
 };
 
 }  // namespace walsh

@@ -19,9 +19,11 @@
 #include "worker/io/expected_tensors.h"
 #include "worker/io/gptq_packing.h"
 #include "worker/io/hf_directory.h"
+#include "worker/io/not_finite.h"
 #include "worker/io/random_access_file.h"
 #include "worker/io/safetensors.h"
 #include "worker/io/stored_tensor.h"
+#include "worker/tensor/half.h"
 
 namespace walsh {
 namespace {
@@ -53,6 +55,11 @@ absl::Status RequireForm(const LocatedEntry& located, const char* dtype,
   return absl::InvalidArgumentError(absl::StrCat("tensor '", entry.name, "' is ", entry.dtype, " ",
                                                  Describe(entry.shape), ", expected ", dtype, " ",
                                                  Describe(shape)));
+}
+
+absl::Status Named(std::string_view linear, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat("linear '", std::string(linear),
+                                                  "': ", std::string(status.message())));
 }
 
 // A quantized linear's four tensors, whose shapes tell bits and groups.
@@ -90,8 +97,7 @@ absl::StatusOr<QuantizedLinear> FindQuantized(const Entries& entries, const std:
   linear.shape.bits = static_cast<int>(words / (cols / 32));
   linear.shape.group_size = cols / groups;
   if (const absl::Status status = ValidateGptqShape(linear.shape); !status.ok()) {
-    return absl::Status(status.code(),
-                        absl::StrCat("linear '", name, "': ", std::string(status.message())));
+    return Named(name, status);
   }
   WALSH_RETURN_IF_ERROR(RequireForm(*linear.qweight, "I32", {linear.shape.weight_words(), rows}));
   WALSH_RETURN_IF_ERROR(RequireForm(*linear.qzeros, "I32", {groups, linear.shape.zero_words()}));
@@ -130,33 +136,45 @@ class Reader final : public ArtifactReader {
   }
 
   absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const override {
-    const auto it = linears_.find(name);
-    if (it == linears_.end()) {
-      return absl::NotFoundError(
-          absl::StrCat("the artifact has no quantized linear '", std::string(name), "'"));
-    }
-    const QuantizedLinear& linear = it->second;
-    GptqTensors tensors;
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qweight, tensors.qweight));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qzeros, tensors.qzeros));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.scales, tensors.scales));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.g_idx, tensors.g_idx));
-    WALSH_RETURN_IF_ERROR(CheckGroupIndex(it->first, linear.shape, tensors.g_idx));
-    absl::StatusOr<QuantizedMatrix> matrix = UnpackGptq(tensors, linear.shape);
+    WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
+    WALSH_ASSIGN_OR_RETURN(const GptqTensors tensors, ReadTensors(name, *linear));
+    absl::StatusOr<QuantizedMatrix> matrix = UnpackGptq(tensors, linear->shape);
     if (matrix.ok()) return matrix;
-    return absl::Status(
-        matrix.status().code(),
-        absl::StrCat("linear '", std::string(name), "': ", std::string(matrix.status().message())));
+    return Named(name, matrix.status());
   }
 
   absl::StatusOr<Matrix> ReadDense(std::string_view name) const override {
-    const auto it = dense_.find(name);
-    if (it == dense_.end()) {
-      return absl::NotFoundError(
-          absl::StrCat("the artifact has no dense tensor '", std::string(name), "'"));
+    WALSH_ASSIGN_OR_RETURN(const DenseTensor* dense, FindDense(name));
+    return ReadStoredRows(*files_[dense->file_index], dense->tensor, 0, dense->tensor.rows);
+  }
+
+  absl::StatusOr<PackedTensors> ReadPacked(std::string_view name) const override {
+    WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
+    WALSH_ASSIGN_OR_RETURN(GptqTensors tensors, ReadTensors(name, *linear));
+    if (const absl::Status status = CheckScales(tensors.scales, linear->shape); !status.ok()) {
+      return Named(name, status);
     }
-    return ReadStoredRows(*files_[it->second.file_index], it->second.tensor, 0,
-                          it->second.tensor.rows);
+    return PackedTensors{.rows = linear->shape.rows,
+                         .cols = linear->shape.cols,
+                         .bits = linear->shape.bits,
+                         .group_size = linear->shape.group_size,
+                         .qweight = std::move(tensors.qweight),
+                         .qzeros = std::move(tensors.qzeros),
+                         .scales = std::move(tensors.scales)};
+  }
+
+  absl::StatusOr<Bf16Matrix> ReadBf16(std::string_view name) const override {
+    WALSH_ASSIGN_OR_RETURN(const DenseTensor* dense, FindDense(name));
+    const RandomAccessFile& file = *files_[dense->file_index];
+    const StoredTensor& tensor = dense->tensor;
+    Bf16Matrix matrix{.rows = tensor.rows, .cols = tensor.cols};
+    matrix.values.resize(static_cast<size_t>(tensor.rows * tensor.cols));
+    WALSH_RETURN_IF_ERROR(
+        ReadStoredBytes(file, tensor, std::as_writable_bytes(std::span(matrix.values))));
+    const std::optional<int64_t> bad = FirstNotFiniteBf16(matrix.values);
+    if (!bad.has_value()) return matrix;
+    return NotFiniteError(file, tensor, 0, *bad,
+                          Bf16ToFloat(matrix.values[static_cast<size_t>(*bad)]));
   }
 
  private:
@@ -164,6 +182,20 @@ class Reader final : public ArtifactReader {
     size_t file_index = 0;
     StoredTensor tensor;
   };
+
+  absl::StatusOr<const QuantizedLinear*> FindLinear(std::string_view name) const {
+    const auto it = linears_.find(name);
+    if (it != linears_.end()) return &it->second;
+    return absl::NotFoundError(
+        absl::StrCat("the artifact has no quantized linear '", std::string(name), "'"));
+  }
+
+  absl::StatusOr<const DenseTensor*> FindDense(std::string_view name) const {
+    const auto it = dense_.find(name);
+    if (it != dense_.end()) return &it->second;
+    return absl::NotFoundError(
+        absl::StrCat("the artifact has no dense tensor '", std::string(name), "'"));
+  }
 
   static absl::Status Differs(const std::string& name, const char* how) {
     return absl::DataLossError(absl::StrCat(name, ": differs from what ", kManifestFile,
@@ -297,6 +329,18 @@ class Reader final : public ArtifactReader {
     return absl::OkStatus();
   }
 
+  // As they are stored; columns are in order.
+  absl::StatusOr<GptqTensors> ReadTensors(std::string_view name,
+                                          const QuantizedLinear& linear) const {
+    GptqTensors tensors;
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qweight, tensors.qweight));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qzeros, tensors.qzeros));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.scales, tensors.scales));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.g_idx, tensors.g_idx));
+    WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear.shape, tensors.g_idx));
+    return tensors;
+  }
+
   template <typename T>
   absl::Status ReadInto(const LocatedEntry& located, std::vector<T>& out) const {
     out.resize(static_cast<size_t>(located.entry.size_bytes) / sizeof(T));
@@ -306,13 +350,13 @@ class Reader final : public ArtifactReader {
     return file.CheckUnchanged();
   }
 
-  static absl::Status CheckGroupIndex(const std::string& name, const GptqShape& shape,
+  static absl::Status CheckGroupIndex(std::string_view name, const GptqShape& shape,
                                       const std::vector<int32_t>& g_idx) {
     for (size_t i = 0; i < g_idx.size(); ++i) {
       const int64_t expected = static_cast<int64_t>(i) / shape.group_size;
       if (g_idx[i] == expected) continue;
-      return absl::UnimplementedError(absl::StrCat("tensor '", name, ".g_idx' is ", g_idx[i],
-                                                   " at [", i, "], expected ", expected,
+      return absl::UnimplementedError(absl::StrCat("tensor '", std::string(name), ".g_idx' is ",
+                                                   g_idx[i], " at [", i, "], expected ", expected,
                                                    ": columns out of order are not supported"));
     }
     return absl::OkStatus();

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <span>
 #include <utility>
@@ -23,6 +24,7 @@
 #include "worker/io/expected_tensors.h"
 #include "worker/io/gptq_packing.h"
 #include "worker/io/hf_directory.h"
+#include "worker/io/not_finite.h"
 #include "worker/io/random_access_file.h"
 #include "worker/io/safetensors_writer.h"
 #include "worker/io/tokenizer_json_writer.h"
@@ -51,15 +53,33 @@ std::string WithoutSuffix(const std::string& name, const std::string& suffix) {
   return has_suffix ? name.substr(0, name.size() - suffix.size()) : name;
 }
 
+absl::Status NotFiniteInBf16(const std::string& tensor, float value, int64_t element) {
+  return absl::DataLossError(absl::StrCat("tensor '", tensor, "' is ", value, " at element ",
+                                          element, ", must be finite in BF16"));
+}
+
 // Large floats round to infinity in BF16.
 absl::Status CheckFiniteInBf16(const std::string& tensor, const Matrix& matrix) {
   for (int64_t i = 0; i < matrix.size(); ++i) {
     const float value = matrix.data()[i];
-    if (std::isfinite(Bf16ToFloat(FloatToBf16(value)))) continue;
-    return absl::DataLossError(absl::StrCat("tensor '", tensor, "' is ", value, " at element ", i,
-                                            ", must be finite in BF16"));
+    if (!std::isfinite(Bf16ToFloat(FloatToBf16(value)))) return NotFiniteInBf16(tensor, value, i);
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckPacked(const PackedTensors& linear, const GptqShape& shape) {
+  WALSH_RETURN_IF_ERROR(ValidateGptqShape(shape));
+  const auto check_size = [](const char* tensor, size_t size, int64_t rows, int64_t cols) {
+    if (static_cast<int64_t>(size) == rows * cols) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(tensor, " has ", size, " values, its shape [",
+                                                   rows, ", ", cols, "] ", rows * cols));
+  };
+  WALSH_RETURN_IF_ERROR(
+      check_size("qweight", linear.qweight.size(), shape.weight_words(), shape.rows));
+  WALSH_RETURN_IF_ERROR(
+      check_size("qzeros", linear.qzeros.size(), shape.groups(), shape.zero_words()));
+  WALSH_RETURN_IF_ERROR(check_size("scales", linear.scales.size(), shape.groups(), shape.rows));
+  return CheckScales(linear.scales, shape);
 }
 
 class Writer final : public ArtifactWriter {
@@ -88,28 +108,26 @@ class Writer final : public ArtifactWriter {
                              .cols = matrix.cols,
                              .bits = matrix.bits,
                              .group_size = matrix.group_size};
-    WALSH_RETURN_IF_ERROR(
-        Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(packed->g_idx))));
-    WALSH_RETURN_IF_ERROR(Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
-                                std::as_bytes(std::span(packed->qweight))));
-    WALSH_RETURN_IF_ERROR(Write(linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()},
-                                std::as_bytes(std::span(packed->qzeros))));
-    WALSH_RETURN_IF_ERROR(Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
-                                std::as_bytes(std::span(packed->scales))));
-    quantized_.insert(linear);
-    return absl::OkStatus();
+    return WriteLinear(linear, shape, packed->qweight, packed->qzeros, packed->scales);
+  }
+
+  absl::Status WritePacked(std::string_view name, const PackedTensors& packed) override {
+    const std::string linear(name);
+    const GptqShape shape = {.rows = packed.rows,
+                             .cols = packed.cols,
+                             .bits = packed.bits,
+                             .group_size = packed.group_size};
+    if (const absl::Status status = CheckPacked(packed, shape); !status.ok()) {
+      return Named(linear, status);
+    }
+    return WriteLinear(linear, shape, packed.qweight, packed.qzeros, packed.scales);
   }
 
   absl::Status WriteDense(std::string_view name, const Matrix& matrix,
                           bool one_dimensional) override {
     const std::string tensor(name);
-    const bool is_vector = one_dimensional && matrix.rows() == 1;
-    const std::vector<int64_t> shape = is_vector
-                                           ? std::vector<int64_t>{matrix.cols()}
-                                           : std::vector<int64_t>{matrix.rows(), matrix.cols()};
     WALSH_RETURN_IF_ERROR(CheckFiniteInBf16(tensor, matrix));
-    WALSH_RETURN_IF_ERROR(
-        Begin(tensor, "BF16", shape, matrix.size() * static_cast<int64_t>(sizeof(uint16_t))));
+    WALSH_RETURN_IF_ERROR(BeginDense(tensor, matrix.rows(), matrix.cols(), one_dimensional));
     constexpr int64_t kPiece = 1 << 20;  // elements
     std::vector<uint16_t> piece;
     for (int64_t first = 0; first < matrix.size(); first += kPiece) {
@@ -118,6 +136,24 @@ class Writer final : public ArtifactWriter {
       std::transform(matrix.data() + first, matrix.data() + first + n, piece.begin(), FloatToBf16);
       WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(piece))));
     }
+    dense_.insert(tensor);
+    return absl::OkStatus();
+  }
+
+  absl::Status WriteBf16(std::string_view name, const Bf16Matrix& matrix,
+                         bool one_dimensional) override {
+    const std::string tensor(name);
+    if (matrix.rows < 0 || matrix.cols < 0 ||
+        static_cast<int64_t>(matrix.values.size()) != matrix.rows * matrix.cols) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor '", tensor, "' has ", matrix.values.size(), " values, its shape [",
+                       matrix.rows, ", ", matrix.cols, "] ", matrix.rows * matrix.cols));
+    }
+    if (const std::optional<int64_t> bad = FirstNotFiniteBf16(matrix.values); bad.has_value()) {
+      return NotFiniteInBf16(tensor, Bf16ToFloat(matrix.values[static_cast<size_t>(*bad)]), *bad);
+    }
+    WALSH_RETURN_IF_ERROR(BeginDense(tensor, matrix.rows, matrix.cols, one_dimensional));
+    WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(matrix.values))));
     dense_.insert(tensor);
     return absl::OkStatus();
   }
@@ -144,6 +180,31 @@ class Writer final : public ArtifactWriter {
   static absl::Status Named(const std::string& name, const absl::Status& status) {
     return absl::Status(status.code(),
                         absl::StrCat("linear '", name, "': ", std::string(status.message())));
+  }
+
+  absl::Status WriteLinear(const std::string& linear, const GptqShape& shape,
+                           std::span<const uint32_t> qweight, std::span<const uint32_t> qzeros,
+                           std::span<const uint16_t> scales) {
+    const std::vector<int32_t> g_idx = GroupIndex(shape);
+    WALSH_RETURN_IF_ERROR(
+        Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
+    WALSH_RETURN_IF_ERROR(Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
+                                std::as_bytes(qweight)));
+    WALSH_RETURN_IF_ERROR(Write(linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()},
+                                std::as_bytes(qzeros)));
+    WALSH_RETURN_IF_ERROR(
+        Write(linear + ".scales", "F16", {shape.groups(), shape.rows}, std::as_bytes(scales)));
+    quantized_.insert(linear);
+    return absl::OkStatus();
+  }
+
+  // The values follow through Append.
+  absl::Status BeginDense(const std::string& tensor, int64_t rows, int64_t cols,
+                          bool one_dimensional) {
+    const std::vector<int64_t> shape = one_dimensional && rows == 1
+                                           ? std::vector<int64_t>{cols}
+                                           : std::vector<int64_t>{rows, cols};
+    return Begin(tensor, "BF16", shape, rows * cols * static_cast<int64_t>(sizeof(uint16_t)));
   }
 
   absl::Status Write(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,

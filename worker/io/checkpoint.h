@@ -14,10 +14,12 @@
 // Threads: const methods are safe from several threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,6 +28,7 @@
 #include "common/keep_going.h"
 #include "worker/io/gguf_vocabulary.h"
 #include "worker/io/model_config.h"
+#include "worker/io/storage_type.h"
 #include "worker/tensor/matrix.h"
 
 namespace walsh {
@@ -37,6 +40,13 @@ struct TokenizerSource {
   std::optional<GgufVocabulary> gguf;  // tokenizer.ggml.* of a GGUF file
   std::string tokenizer_config_json;   // HF; may be empty
   std::string chat_template;           // Jinja source; may be empty
+};
+
+struct StoredForm {
+  StorageType type = StorageType::kF32;
+  int64_t rows = 0;  // 1 for a 1-D tensor
+  int64_t cols = 0;
+  int64_t size_bytes = 0;
 };
 
 class Checkpoint {
@@ -54,6 +64,13 @@ class Checkpoint {
   // Rows [first, first + n) only, for embeddings.
   virtual absl::StatusOr<Matrix> ReadRows(std::string_view tensor, int64_t first,
                                           int64_t n) const = 0;
+
+  // How a tensor is stored, for a reader that converts it itself.
+  virtual absl::StatusOr<StoredForm> FormOf(std::string_view tensor) const = 0;
+  // Its bytes as they are stored, rows in HF order, into `bytes`, which has exactly their number.
+  // Values are not looked at: the reader refuses those that are not finite. A 1-D tensor of a block
+  // format may be UNIMPLEMENTED here; Read has it.
+  virtual absl::Status ReadStored(std::string_view tensor, std::span<std::byte> bytes) const = 0;
 
   // Bytes on disk, and what the weights are stored as: "safetensors BF16", "GGUF Q4_1".
   virtual int64_t size_bytes() const = 0;

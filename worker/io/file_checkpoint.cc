@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <span>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -37,6 +38,19 @@ class FileCheckpoint final : public Checkpoint {
                                   int64_t n) const override {
     WALSH_ASSIGN_OR_RETURN(const auto* located, Find(tensor));
     return ReadStoredRows(*contents_.files[located->file_index], located->tensor, first, n);
+  }
+
+  absl::StatusOr<StoredForm> FormOf(std::string_view tensor) const override {
+    WALSH_ASSIGN_OR_RETURN(const auto* located, Find(tensor));
+    const StoredTensor& stored = located->tensor;
+    return StoredForm{.type = stored.type,
+                      .rows = stored.rows,
+                      .cols = stored.cols,
+                      .size_bytes = stored.size_bytes()};
+  }
+  absl::Status ReadStored(std::string_view tensor, std::span<std::byte> bytes) const override {
+    WALSH_ASSIGN_OR_RETURN(const auto* located, Find(tensor));
+    return ReadStoredBytes(*contents_.files[located->file_index], located->tensor, bytes);
   }
 
   int64_t size_bytes() const override {

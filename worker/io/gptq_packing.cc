@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "worker/io/not_finite.h"
 #include "worker/tensor/half.h"
 
 namespace walsh {
@@ -153,18 +155,13 @@ void UnpackZeros(const std::vector<uint32_t>& qzeros, QuantizedMatrix& m) {
   }
 }
 
-absl::Status UnpackScales(const std::vector<uint16_t>& scales, QuantizedMatrix& m) {
+void UnpackScales(const std::vector<uint16_t>& scales, QuantizedMatrix& m) {
   for (int64_t group = 0; group < m.groups(); ++group) {
     for (int64_t out = 0; out < m.rows; ++out) {
-      const float scale = HalfToFloat(scales[static_cast<size_t>(group * m.rows + out)]);
-      if (!std::isfinite(scale)) {
-        return absl::DataLossError(
-            absl::StrCat("the scale at [", group, ", ", out, "] is ", scale, ", must be finite"));
-      }
-      m.scales[static_cast<size_t>(out * m.groups() + group)] = scale;
+      m.scales[static_cast<size_t>(out * m.groups() + group)] =
+          HalfToFloat(scales[static_cast<size_t>(group * m.rows + out)]);
     }
   }
-  return absl::OkStatus();
 }
 
 }  // namespace
@@ -185,6 +182,22 @@ absl::Status ValidateGptqShape(const GptqShape& shape) {
   return absl::OkStatus();
 }
 
+std::vector<int32_t> GroupIndex(const GptqShape& shape) {
+  std::vector<int32_t> g_idx(static_cast<size_t>(shape.cols));
+  for (int64_t in = 0; in < shape.cols; ++in) {
+    g_idx[static_cast<size_t>(in)] = static_cast<int32_t>(in / shape.group_size);
+  }
+  return g_idx;
+}
+
+absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape) {
+  const std::optional<int64_t> bad = FirstNotFiniteHalf(scales);
+  if (!bad.has_value()) return absl::OkStatus();
+  return absl::DataLossError(
+      absl::StrCat("the scale at [", *bad / shape.rows, ", ", *bad % shape.rows, "] is ",
+                   HalfToFloat(scales[static_cast<size_t>(*bad)]), ", must be finite"));
+}
+
 absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix) {
   WALSH_RETURN_IF_ERROR(CheckMatrix(matrix));
   const GptqShape shape = ShapeOf(matrix);
@@ -192,13 +205,10 @@ absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix) {
   out.qweight.resize(static_cast<size_t>(shape.weight_words() * shape.rows));
   out.qzeros.resize(static_cast<size_t>(shape.groups() * shape.zero_words()));
   out.scales.resize(static_cast<size_t>(shape.groups() * shape.rows));
-  out.g_idx.resize(static_cast<size_t>(shape.cols));
+  out.g_idx = GroupIndex(shape);
   PackCodes(matrix, out.qweight);
   PackZeros(matrix, out.qzeros);
   WALSH_RETURN_IF_ERROR(PackScales(matrix, out.scales));
-  for (int64_t in = 0; in < shape.cols; ++in) {
-    out.g_idx[static_cast<size_t>(in)] = static_cast<int32_t>(in / shape.group_size);
-  }
   return out;
 }
 
@@ -207,6 +217,7 @@ absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const Gpt
   WALSH_CHECK_EQ(static_cast<int64_t>(tensors.qweight.size()), shape.weight_words() * shape.rows);
   WALSH_CHECK_EQ(static_cast<int64_t>(tensors.qzeros.size()), shape.groups() * shape.zero_words());
   WALSH_CHECK_EQ(static_cast<int64_t>(tensors.scales.size()), shape.groups() * shape.rows);
+  WALSH_RETURN_IF_ERROR(CheckScales(tensors.scales, shape));
   QuantizedMatrix out;
   out.rows = shape.rows;
   out.cols = shape.cols;
@@ -218,7 +229,7 @@ absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const Gpt
   out.scales.resize(static_cast<size_t>(shape.rows * shape.groups()));
   UnpackCodes(tensors.qweight, out);
   UnpackZeros(tensors.qzeros, out);
-  WALSH_RETURN_IF_ERROR(UnpackScales(tensors.scales, out));
+  UnpackScales(tensors.scales, out);
   return out;
 }
 

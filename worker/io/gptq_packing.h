@@ -12,11 +12,12 @@
 // Source:  AutoGPTQ's and GPTQModel's pack(); golden against numpy (tests/golden/io)
 // Errors:  INVALID_ARGUMENT  sizes that do not pack (limit and value named), a code or zero beyond
 //                            its bits, a scale that half precision does not hold
-//          DATA_LOSS         (unpacking) a scale that is not finite
+//          DATA_LOSS         (packed already) a scale that is not finite
 // Threads: safe.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -46,6 +47,12 @@ struct GptqShape {
 
 // Whether such a matrix can be stored at all.
 absl::Status ValidateGptqShape(const GptqShape& shape);
+
+// g_idx of columns that are in order.
+std::vector<int32_t> GroupIndex(const GptqShape& shape);
+
+// DATA_LOSS names the first of `scales` [groups, rows] that is not finite.
+absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape);
 
 absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix);
 // `tensors` have the sizes that `shape` implies.

@@ -25,18 +25,20 @@ int64_t InterleavedIndex(int64_t i, int64_t n, int64_t n_heads) {
   return head * head_dim + 2 * (in_head % half) + in_head / half;
 }
 
+// The inverse: HF's index of what lies at `i`.
+int64_t UninterleavedIndex(int64_t i, int64_t n, int64_t n_heads) {
+  const int64_t head_dim = n / n_heads;
+  const int64_t head = i / head_dim;
+  const int64_t in_head = i % head_dim;
+  return head * head_dim + (in_head % 2) * (head_dim / 2) + in_head / 2;
+}
+
 absl::Status CheckFinite(const RandomAccessFile& file, const StoredTensor& tensor,
                          int64_t first_row, const Matrix& values) {
   const std::span<const float> all = values.span();
   const auto bad = std::find_if(all.begin(), all.end(), [](float v) { return !std::isfinite(v); });
   if (bad == all.end()) return absl::OkStatus();
-  const int64_t index = bad - all.begin();
-  const std::string place =
-      tensor.is_one_dimensional
-          ? absl::StrCat("[", index, "]")
-          : absl::StrCat("[", first_row + index / tensor.cols, ", ", index % tensor.cols, "]");
-  return absl::DataLossError(absl::StrCat(file.name(), ": tensor '", tensor.name, "' is ", *bad,
-                                          " at ", place, ", must be finite"));
+  return NotFiniteError(file, tensor, first_row, bad - all.begin(), *bad);
 }
 
 absl::Status ReadPlain(const RandomAccessFile& file, const StoredTensor& tensor, int64_t first,
@@ -74,6 +76,38 @@ Matrix UninterleaveElements(const Matrix& stored, int64_t n_heads) {
   return out;
 }
 
+// One read for each row, to where it belongs. In the order of the file, so that the system reads
+// ahead.
+absl::Status ReadInterleavedBytes(const RandomAccessFile& file, const StoredTensor& tensor,
+                                  std::span<std::byte> bytes) {
+  const auto row_bytes = static_cast<size_t>(tensor.row_bytes());
+  for (int64_t stored = 0; stored < tensor.rows; ++stored) {
+    const int64_t row = UninterleavedIndex(stored, tensor.rows, tensor.n_interleaved_heads);
+    WALSH_RETURN_IF_ERROR(
+        file.ReadAt(tensor.offset + stored * tensor.row_bytes(),
+                    bytes.subspan(static_cast<size_t>(row) * row_bytes, row_bytes)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadInterleavedElements(const RandomAccessFile& file, const StoredTensor& tensor,
+                                     std::span<std::byte> bytes) {
+  const StorageTypeInfo& info = Info(tensor.type);
+  if (info.block_elements != 1) {
+    return absl::UnimplementedError(
+        absl::StrCat(file.name(), ": tensor '", tensor.name, "' is ", std::string(info.name),
+                     ": elements in blocks cannot be put in order as they are stored"));
+  }
+  std::vector<std::byte> stored(bytes.size());
+  WALSH_RETURN_IF_ERROR(file.ReadAt(tensor.offset, stored));
+  for (int64_t i = 0; i < tensor.cols; ++i) {
+    const int64_t from = InterleavedIndex(i, tensor.cols, tensor.n_interleaved_heads);
+    std::copy_n(stored.begin() + from * info.block_bytes, info.block_bytes,
+                bytes.begin() + i * info.block_bytes);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const StoredTensor& tensor,
@@ -102,6 +136,33 @@ absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const Stored
   WALSH_RETURN_IF_ERROR(file.CheckUnchanged());
   WALSH_RETURN_IF_ERROR(CheckFinite(file, tensor, first, out));
   return out;
+}
+
+absl::Status ReadStoredBytes(const RandomAccessFile& file, const StoredTensor& tensor,
+                             std::span<std::byte> bytes) {
+  if (static_cast<int64_t>(bytes.size()) != tensor.size_bytes()) {
+    return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': a buffer of ",
+                                                   bytes.size(), " bytes, it has ",
+                                                   tensor.size_bytes()));
+  }
+  if (tensor.n_interleaved_heads == 0) {
+    WALSH_RETURN_IF_ERROR(file.ReadAt(tensor.offset, bytes));
+  } else if (tensor.is_one_dimensional) {
+    WALSH_RETURN_IF_ERROR(ReadInterleavedElements(file, tensor, bytes));
+  } else {
+    WALSH_RETURN_IF_ERROR(ReadInterleavedBytes(file, tensor, bytes));
+  }
+  return file.CheckUnchanged();
+}
+
+absl::Status NotFiniteError(const RandomAccessFile& file, const StoredTensor& tensor,
+                            int64_t first_row, int64_t index, float value) {
+  const std::string place =
+      tensor.is_one_dimensional
+          ? absl::StrCat("[", index, "]")
+          : absl::StrCat("[", first_row + index / tensor.cols, ", ", index % tensor.cols, "]");
+  return absl::DataLossError(absl::StrCat(file.name(), ": tensor '", tensor.name, "' is ", value,
+                                          " at ", place, ", must be finite"));
 }
 
 }  // namespace walsh

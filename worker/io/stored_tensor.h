@@ -1,7 +1,9 @@
-// A tensor's place in a file, and reading it as floats.
+// A tensor's place in a file, and reading it: as floats, or as it is stored.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 
 #include "absl/status/status.h"
@@ -33,5 +35,17 @@ struct StoredTensor {
 //         finite (tensor and index named); RESOURCE_EXHAUSTED no memory
 absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const StoredTensor& tensor,
                                       int64_t first, int64_t n);
+
+// All of its bytes, straight into `bytes`, which has exactly their number; rows (elements of a
+// permuted bias) in HF's order. The file is examined for changes after reading, values are not.
+//
+// Errors: INVALID_ARGUMENT another number of bytes; DATA_LOSS file changed; UNIMPLEMENTED a
+//         permuted bias in blocks, whose elements cannot change places
+absl::Status ReadStoredBytes(const RandomAccessFile& file, const StoredTensor& tensor,
+                             std::span<std::byte> bytes);
+
+// DATA_LOSS: `value` is not finite, at `index` of the elements that follow `first_row`.
+absl::Status NotFiniteError(const RandomAccessFile& file, const StoredTensor& tensor,
+                            int64_t first_row, int64_t index, float value);
 
 }  // namespace walsh

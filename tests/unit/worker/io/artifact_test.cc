@@ -18,6 +18,7 @@
 #include "tests/testing/test_data.h"
 #include "tests/testing/tiny_model.h"
 #include "worker/io/expected_tensors.h"
+#include "worker/io/gptq_packing.h"
 #include "worker/tensor/half.h"
 
 namespace walsh {
@@ -63,6 +64,26 @@ QuantizedMatrix Quantize(const Matrix& w, int bits, int64_t group_size) {
   return q;
 }
 
+// What a device would hand over for the same integers.
+PackedTensors Pack(const QuantizedMatrix& q) {
+  absl::StatusOr<GptqTensors> tensors = PackGptq(q);
+  EXPECT_OK(tensors);
+  if (!tensors.ok()) return {};
+  return {.rows = q.rows,
+          .cols = q.cols,
+          .bits = q.bits,
+          .group_size = q.group_size,
+          .qweight = std::move(tensors->qweight),
+          .qzeros = std::move(tensors->qzeros),
+          .scales = std::move(tensors->scales)};
+}
+
+Bf16Matrix ToBf16(const Matrix& matrix) {
+  Bf16Matrix out{.rows = matrix.rows(), .cols = matrix.cols()};
+  for (const float value : matrix.span()) out.values.push_back(FloatToBf16(value));
+  return out;
+}
+
 json QuantizationConfig(int bits, int64_t group_size) {
   return {{"quant_method", "gptq"}, {"checkpoint_format", "gptq_v2"},
           {"bits", bits},           {"group_size", group_size},
@@ -80,6 +101,7 @@ struct Options {
   int bits = 4;
   int64_t group_size = 32;
   int64_t shard_bytes_max = kShardBytesMax;
+  bool in_stored_form = false;  // by WritePacked and WriteBf16
 };
 
 bool IsLinear(const ExpectedTensor& tensor) {
@@ -95,10 +117,16 @@ absl::Status WriteTensors(const Checkpoint& source, const Options& options,
     auto matrix = source.Read(tensor.name);
     if (!matrix.ok()) return matrix.status();
     const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
-    const absl::Status status =
-        IsLinear(tensor)
-            ? writer.WriteQuantized(linear, Quantize(*matrix, options.bits, options.group_size))
-            : writer.WriteDense(tensor.name, *matrix, tensor.is_one_dimensional);
+    absl::Status status;
+    if (IsLinear(tensor)) {
+      const QuantizedMatrix quantized = Quantize(*matrix, options.bits, options.group_size);
+      status = options.in_stored_form ? writer.WritePacked(linear, Pack(quantized))
+                                      : writer.WriteQuantized(linear, quantized);
+    } else {
+      status = options.in_stored_form
+                   ? writer.WriteBf16(tensor.name, ToBf16(*matrix), tensor.is_one_dimensional)
+                   : writer.WriteDense(tensor.name, *matrix, tensor.is_one_dimensional);
+    }
     if (!status.ok()) return status;
   }
   return absl::OkStatus();
@@ -183,7 +211,17 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
       EXPECT_EQ(q.scales, expected.scales) << linear;
       EXPECT_EQ(q.zeros, expected.zeros) << linear;
       EXPECT_EQ(q.group_size, expected.group_size) << linear;
+      ASSERT_OK_AND_ASSIGN(const PackedTensors packed, reader->ReadPacked(linear));
+      const PackedTensors expected_packed = Pack(expected);
+      EXPECT_EQ(packed.rows, expected.rows) << linear;
+      EXPECT_EQ(packed.cols, expected.cols) << linear;
+      EXPECT_EQ(packed.bits, expected.bits) << linear;
+      EXPECT_EQ(packed.group_size, expected.group_size) << linear;
+      EXPECT_EQ(packed.qweight, expected_packed.qweight) << linear;
+      EXPECT_EQ(packed.qzeros, expected_packed.qzeros) << linear;
+      EXPECT_EQ(packed.scales, expected_packed.scales) << linear;
       EXPECT_THAT(reader->ReadDense(tensor.name), HasCode(absl::StatusCode::kNotFound));
+      EXPECT_THAT(reader->ReadBf16(tensor.name), HasCode(absl::StatusCode::kNotFound));
     } else {
       EXPECT_FALSE(reader->IsQuantized(tensor.name));
       ASSERT_OK_AND_ASSIGN(const Matrix dense, reader->ReadDense(tensor.name));
@@ -192,9 +230,27 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
       for (int64_t i = 0; i < dense.size(); ++i) {
         ASSERT_EQ(dense.data()[i], Bf16ToFloat(FloatToBf16(original.data()[i]))) << tensor.name;
       }
+      ASSERT_OK_AND_ASSIGN(const Bf16Matrix stored, reader->ReadBf16(tensor.name));
+      EXPECT_EQ(stored.rows, original.rows());
+      EXPECT_EQ(stored.cols, original.cols());
+      EXPECT_EQ(stored.values, ToBf16(original).values) << tensor.name;
       EXPECT_THAT(reader->ReadQuantized(tensor.name), HasCode(absl::StatusCode::kNotFound));
+      EXPECT_THAT(reader->ReadPacked(tensor.name), HasCode(absl::StatusCode::kNotFound));
     }
   }
+}
+
+TEST_P(ArtifactRoundTripTest, TheStoredFormGivesTheSameFiles) {
+  Options options;
+  std::tie(options.bits, options.group_size) = GetParam();
+  options.shard_bytes_max = 50000;
+  const auto source = Source({.has_attention_bias = true});
+  ASSERT_OK(WriteArtifact(*source, dir_ / "floats", options));
+  options.in_stored_form = true;
+  ASSERT_OK(WriteArtifact(*source, dir_ / "stored", options));
+  const auto expected = Contents(dir_ / "floats");
+  EXPECT_GE(expected.size(), 8u);  // three shards at least
+  EXPECT_EQ(Contents(dir_ / "stored"), expected);
 }
 
 INSTANTIATE_TEST_SUITE_P(Widths, ArtifactRoundTripTest,
@@ -302,6 +358,75 @@ TEST_F(ArtifactTest, RefusesToWriteWhatIsNotFinite) {
   bad.codes[0] = 16;
   EXPECT_THAT(writer->WriteQuantized("model.layers.0.mlp.up_proj", bad),
               StatusIs(kInvalid, HasSubstr("linear 'model.layers.0.mlp.up_proj': a code is 16")));
+}
+
+TEST_F(ArtifactTest, RefusesAPackedLinearThatDoesNotFit) {
+  const auto source = Source();
+  ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
+  const std::string name = "model.layers.0.mlp.up_proj";  // [128, 64]
+  const PackedTensors good = Pack(Quantize(*source->Read(name + ".weight"), 4, 32));
+  const auto expect = [&](const PackedTensors& bad, absl::StatusCode code,
+                          const std::string& message) {
+    EXPECT_THAT(writer->WritePacked(name, bad),
+                StatusIs(code, HasSubstr("linear '" + name + "': " + message)));
+  };
+  expect({}, kInvalid, "0 bits, must be 2, 3, 4 or 8");
+  PackedTensors bad = good;
+  bad.bits = 5;
+  expect(bad, kInvalid, "5 bits");
+  bad = good;
+  bad.rows = 120;
+  expect(bad, kInvalid, "a matrix of 120 outputs and 64 inputs: both must be multiples of 32");
+  bad = good;
+  bad.group_size = 0;
+  expect(bad, kInvalid, "groups of 0 do not divide 64 inputs");
+  bad = good;
+  bad.group_size = 48;
+  expect(bad, kInvalid, "groups of 48 do not divide 64 inputs");
+  bad = good;
+  bad.qweight.pop_back();
+  expect(bad, kInvalid, "qweight has 1023 values, its shape [8, 128] 1024");
+  bad = good;
+  bad.qzeros.push_back(0);
+  expect(bad, kInvalid, "qzeros has 33 values, its shape [2, 16] 32");
+  bad = good;
+  bad.group_size = 64;
+  expect(bad, kInvalid, "qzeros has 32 values, its shape [1, 16] 16");
+  bad = good;
+  bad.scales.clear();
+  expect(bad, kInvalid, "scales has 0 values, its shape [2, 128] 256");
+  bad = good;
+  bad.scales[130] = 0x7c00;
+  expect(bad, kDataLoss, "the scale at [1, 2] is inf, must be finite");
+  // Nothing of those was written.
+  EXPECT_EQ(writer->bytes_written(), 0);
+  EXPECT_OK(writer->WritePacked(name, good));
+  EXPECT_THAT(writer->WritePacked(name, good),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("was written already")));
+}
+
+TEST_F(ArtifactTest, RefusesBf16ThatDoesNotFit) {
+  const auto source = Source();
+  ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
+  const Bf16Matrix good{.rows = 1, .cols = 64, .values = std::vector<uint16_t>(64, 0x3f80)};
+  const auto expect = [&](const Bf16Matrix& bad, absl::StatusCode code, const char* message) {
+    EXPECT_THAT(writer->WriteBf16("model.norm.weight", bad, true),
+                StatusIs(code, HasSubstr(message)));
+  };
+  Bf16Matrix bad = good;
+  bad.values.pop_back();
+  expect(bad, kInvalid, "tensor 'model.norm.weight' has 63 values, its shape [1, 64] 64");
+  bad = good;
+  bad.rows = -1;
+  bad.cols = -64;
+  expect(bad, kInvalid, "its shape [-1, -64]");
+  bad = good;
+  bad.values[9] = 0xff80;
+  expect(bad, kDataLoss, "tensor 'model.norm.weight' is -inf at element 9, must be finite in BF16");
+  EXPECT_EQ(writer->bytes_written(), 0);
+  EXPECT_OK(writer->WriteBf16("model.norm.weight", good, true));
+  EXPECT_THAT(writer->WriteBf16("model.norm.weight", good, true),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("was written already")));
 }
 
 TEST_F(ArtifactTest, NeedsAFreshDirectory) {
@@ -480,17 +605,33 @@ TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
   Forge(shard, order);
   {
     ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
-    EXPECT_THAT(reader->ReadQuantized(linear),
-                StatusIs(kUnimplemented, HasSubstr(".g_idx' is 1 at [0], expected 0")));
+    const auto out_of_order = StatusIs(
+        kUnimplemented, HasSubstr("'model.layers.0.mlp.up_proj.g_idx' is 1 at [0], expected 0"));
+    EXPECT_THAT(reader->ReadQuantized(linear), out_of_order);
+    EXPECT_THAT(reader->ReadPacked(linear), out_of_order);
   }
   std::string infinite = good;
   infinite[data_of(linear + ".scales")] = '\0';
   infinite[data_of(linear + ".scales") + 1] = '\x7c';
+  // The same for a value of a dense tensor: row 2, column 3.
+  infinite[data_of("model.embed_tokens.weight") + 2 * (2 * 64 + 3)] = '\x80';
+  infinite[data_of("model.embed_tokens.weight") + 2 * (2 * 64 + 3) + 1] = '\x7f';
+  infinite[data_of("model.norm.weight") + 2 * 5] = '\xc0';
+  infinite[data_of("model.norm.weight") + 2 * 5 + 1] = '\x7f';
   Forge(shard, infinite);
   ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
-  EXPECT_THAT(reader->ReadQuantized(linear),
-              StatusIs(kDataLoss, HasSubstr("linear 'model.layers.0.mlp.up_proj': the scale at "
-                                            "[0, 0] is inf")));
+  const auto infinite_scale = StatusIs(
+      kDataLoss, HasSubstr("linear 'model.layers.0.mlp.up_proj': the scale at [0, 0] is inf"));
+  EXPECT_THAT(reader->ReadQuantized(linear), infinite_scale);
+  EXPECT_THAT(reader->ReadPacked(linear), infinite_scale);
+  const auto infinite_weight = StatusIs(
+      kDataLoss, HasSubstr(shard + ": tensor 'model.embed_tokens.weight' is inf at [2, 3]"));
+  EXPECT_THAT(reader->ReadDense("model.embed_tokens.weight"), infinite_weight);
+  EXPECT_THAT(reader->ReadBf16("model.embed_tokens.weight"), infinite_weight);
+  const auto nan_in_vector =
+      StatusIs(kDataLoss, HasSubstr(shard + ": tensor 'model.norm.weight' is nan at [5]"));
+  EXPECT_THAT(reader->ReadDense("model.norm.weight"), nan_in_vector);
+  EXPECT_THAT(reader->ReadBf16("model.norm.weight"), nan_in_vector);
 }
 
 TEST_F(ForgedArtifactTest, RefusesBadManifests) {
@@ -569,6 +710,8 @@ TEST_F(ForgedArtifactTest, NoticesAShardThatChangesAfterOpening) {
   const std::string shard = artifact() + "/model-00001-of-00001.safetensors";
   fs::resize_file(shard, fs::file_size(shard) - 1);
   EXPECT_THAT(reader->ReadQuantized("model.layers.0.mlp.up_proj"), HasCode(kDataLoss));
+  EXPECT_THAT(reader->ReadPacked("model.layers.0.mlp.up_proj"), HasCode(kDataLoss));
+  EXPECT_THAT(reader->ReadBf16("model.norm.weight"), HasCode(kDataLoss));
 }
 
 // The files that readers of other projects look for, and no others.

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <span>
 #include <string>
 
 #include "tests/testing/checkpoint_bytes.h"
@@ -87,6 +88,27 @@ TEST_P(GgufCheckpointTest, EqualsTheHfForm) {
   EXPECT_EQ(gguf->format(), "GGUF " + GetParam().dtype);
   EXPECT_EQ(gguf->license(), "apache-2.0");
   EXPECT_TRUE(gguf->Has(kLmHeadTensor));
+}
+
+// Q and K are permuted in the file; what comes is HF's order, to the bit.
+TEST_P(GgufCheckpointTest, ReadsWhatIsStoredInHfOrder) {
+  const TempDir dir;
+  const TinyModel model(GetParam());
+  model.WriteGguf(dir / "tiny.gguf");
+  ASSERT_OK_AND_ASSIGN(const auto gguf, Checkpoint::Open(dir / "tiny.gguf"));
+  const auto expect = [&](std::string_view name, const TinyTensor& tensor) {
+    // Norms and biases in GGUF are always F32.
+    const std::string dtype = tensor.shape.size() == 1 ? "F32" : GetParam().dtype;
+    ASSERT_OK_AND_ASSIGN(const StoredForm form, gguf->FormOf(name));
+    EXPECT_EQ(Info(form.type).name, dtype) << name;
+    EXPECT_EQ(form.rows, tensor.shape.size() == 1 ? 1 : tensor.shape[0]) << name;
+    EXPECT_EQ(form.cols, tensor.shape.back()) << name;
+    std::string bytes(static_cast<size_t>(form.size_bytes), '?');
+    ASSERT_OK(gguf->ReadStored(name, std::as_writable_bytes(std::span(bytes))));
+    EXPECT_EQ(bytes, FloatBytes(tensor.values, dtype)) << name;
+  };
+  for (const TinyTensor& tensor : model.tensors()) expect(tensor.name, tensor);
+  if (GetParam().is_tied) expect(kLmHeadTensor, model.tensor("model.embed_tokens.weight"));
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -126,6 +126,8 @@ TEST(GptqPackingTest, RefusesScalesThatAreNotFinite) {
   const QuantizedMatrix m = Small(4, 32);
   ASSERT_OK_AND_ASSIGN(GptqTensors packed, PackGptq(m));
   packed.scales[33] = 0x7e00;
+  EXPECT_THAT(CheckScales(packed.scales, {.rows = 32, .cols = 64, .bits = 4, .group_size = 32}),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("the scale at [1, 1] is nan")));
   EXPECT_THAT(UnpackGptq(packed, {.rows = 32, .cols = 64, .bits = 4, .group_size = 32}),
               StatusIs(absl::StatusCode::kDataLoss, HasSubstr("the scale at [1, 1] is nan")));
 }

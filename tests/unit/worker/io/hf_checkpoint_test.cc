@@ -6,7 +6,10 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <span>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/status_matchers.h"
@@ -25,6 +28,7 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
 using walsh::testing::Damage;
+using walsh::testing::FloatBytes;
 using walsh::testing::StatusIs;
 using walsh::testing::TempDir;
 using walsh::testing::TinyModel;
@@ -39,6 +43,18 @@ void ExpectTensorsEqual(const Checkpoint& checkpoint, const TinyModel& model) {
     ASSERT_EQ(read.size(), static_cast<int64_t>(tensor.values.size()));
     EXPECT_TRUE(std::equal(tensor.values.begin(), tensor.values.end(), read.data())) << tensor.name;
   }
+}
+
+// The bytes of a tensor by FormOf and ReadStored; empty with a failure.
+std::string StoredBytes(const Checkpoint& checkpoint, std::string_view tensor) {
+  const absl::StatusOr<StoredForm> form = checkpoint.FormOf(tensor);
+  EXPECT_OK(form);
+  if (!form.ok()) return "";
+  std::string bytes(static_cast<size_t>(form->size_bytes), '?');
+  const absl::Status status =
+      checkpoint.ReadStored(tensor, std::as_writable_bytes(std::span(bytes)));
+  EXPECT_OK(status);
+  return status.ok() ? bytes : "";
 }
 
 class HfCheckpointTest : public ::testing::TestWithParam<std::tuple<std::string, int>> {};
@@ -63,6 +79,56 @@ TEST_P(HfCheckpointTest, ReadsWhatWasWritten) {
 INSTANTIATE_TEST_SUITE_P(Formats, HfCheckpointTest,
                          ::testing::Combine(::testing::Values("F32", "F16", "BF16"),
                                             ::testing::Values(1, 3)));
+
+TEST_P(HfCheckpointTest, ReadsWhatIsStored) {
+  const auto& [dtype, n_shards] = GetParam();
+  const TempDir dir;
+  const TinyModel model({.has_attention_bias = true, .dtype = dtype, .n_shards = n_shards});
+  model.WriteHf(dir / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
+  for (const TinyTensor& tensor : model.tensors()) {
+    ASSERT_OK_AND_ASSIGN(const StoredForm form, checkpoint->FormOf(tensor.name));
+    EXPECT_EQ(Info(form.type).name, dtype);
+    EXPECT_EQ(form.rows, tensor.shape.size() == 1 ? 1 : tensor.shape[0]) << tensor.name;
+    EXPECT_EQ(form.cols, tensor.shape.back()) << tensor.name;
+    EXPECT_EQ(StoredBytes(*checkpoint, tensor.name), FloatBytes(tensor.values, dtype))
+        << tensor.name;
+  }
+}
+
+TEST(HfCheckpointTest, RefusesToReadWhatIsNotStored) {
+  const TempDir dir;
+  TinyModel({}).WriteHf(dir / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
+  std::vector<std::byte> bytes(256);
+  EXPECT_OK(checkpoint->ReadStored(kFinalNormTensor, bytes));
+  EXPECT_THAT(checkpoint->FormOf("x"),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("no tensor 'x'")));
+  EXPECT_THAT(checkpoint->ReadStored("x", bytes),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("no tensor 'x'")));
+  bytes.pop_back();
+  EXPECT_THAT(checkpoint->ReadStored(kFinalNormTensor, bytes),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("'model.norm.weight': a buffer of 255 bytes, it has 256")));
+}
+
+TEST(HfCheckpointTest, ReadsFromSeveralThreads) {
+  const TempDir dir;
+  const TinyModel model({.dtype = "BF16", .n_shards = 2});
+  model.WriteHf(dir / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
+  std::vector<std::thread> threads;
+  for (size_t first = 0; first < 4; ++first) {
+    threads.emplace_back([&, first] {
+      const size_t n = model.tensors().size();
+      for (size_t i = 0; i < n; ++i) {
+        const TinyTensor& tensor = model.tensors()[(first + i) % n];
+        EXPECT_EQ(StoredBytes(*checkpoint, tensor.name), FloatBytes(tensor.values, "BF16"));
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
 
 TEST(HfCheckpointTest, ReadsRows) {
   const TempDir dir;
@@ -91,6 +157,8 @@ TEST(HfCheckpointTest, TiedHeadAnswersToBothNames) {
   ASSERT_OK_AND_ASSIGN(const Matrix head, checkpoint->Read(kLmHeadTensor));
   ASSERT_OK_AND_ASSIGN(const Matrix embedding, checkpoint->Read(kEmbeddingTensor));
   EXPECT_TRUE(std::equal(head.data(), head.data() + head.size(), embedding.data()));
+  EXPECT_EQ(StoredBytes(*checkpoint, kLmHeadTensor),
+            FloatBytes(model.tensor("model.embed_tokens.weight").values, "F32"));
 }
 
 TEST(HfCheckpointTest, ReadsBiases) {
@@ -195,6 +263,8 @@ TEST(HfCheckpointTest, NamesTheFirstValueThatIsNotFinite) {
                        AllOf(HasSubstr("tensor 'model.layers.1.mlp.up_proj.weight' is nan"),
                              HasSubstr("at [64, 0], must be finite"))));
   EXPECT_OK(checkpoint->ReadRows(walsh::testing::kDamagedTensor, 0, 64));
+  // As it is stored, values are the reader's to judge.
+  EXPECT_NE(StoredBytes(*checkpoint, walsh::testing::kDamagedTensor), "");
 }
 
 TEST(HfCheckpointTest, NoticesAFileThatChangesWhileItIsRead) {
@@ -206,6 +276,9 @@ TEST(HfCheckpointTest, NoticesAFileThatChangesWhileItIsRead) {
   const auto size = std::filesystem::file_size(weights);
   std::filesystem::resize_file(weights, size / 2);
   EXPECT_THAT(checkpoint->Read(kLmHeadTensor),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("changed while it was read")));
+  std::vector<std::byte> bytes(256);
+  EXPECT_THAT(checkpoint->ReadStored("model.layers.0.input_layernorm.weight", bytes),
               StatusIs(absl::StatusCode::kDataLoss, HasSubstr("changed while it was read")));
   EXPECT_THAT(checkpoint->Fingerprint(1), walsh::testing::HasCode(absl::StatusCode::kDataLoss));
 }

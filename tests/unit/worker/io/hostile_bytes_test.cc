@@ -201,6 +201,14 @@ TEST(HostileBytesTest, AFileThatChangesIsNeverMixed) {
       EXPECT_EQ(read.status().code(), absl::StatusCode::kDataLoss) << read.status();
       ++n_lost;
     }
+    std::vector<float> stored(expected.size());
+    const absl::Status status =
+        (*checkpoint)->ReadStored(kEmbeddingTensor, std::as_writable_bytes(std::span(stored)));
+    if (status.ok()) {
+      EXPECT_EQ(stored, expected);
+    } else {
+      EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
+    }
   }
   is_done = true;
   writer.join();
