@@ -27,28 +27,10 @@ absl::Status CheckElements(const Matrix& h, std::string_view name) {
   return absl::OkStatus();
 }
 
-std::vector<int32_t> ColumnSteps(const Matrix& h, const Options& options) {
-  std::vector<int32_t> order(static_cast<size_t>(h.cols()));
-  std::iota(order.begin(), order.end(), 0);
-  if (options.column_order == ColumnOrder::kNatural) return order;
-  const auto by_diagonal = [&](int32_t a, int32_t b) { return h(a, a) > h(b, b); };
-  const int64_t group = options.group_size;
-  const int64_t n_groups = h.cols() / group;
-  std::vector<int32_t> groups(static_cast<size_t>(n_groups));
-  std::iota(groups.begin(), groups.end(), 0);
-  for (int64_t g = 0; g < n_groups; ++g) {
-    std::stable_sort(order.begin() + g * group, order.begin() + (g + 1) * group, by_diagonal);
-  }
-  std::stable_sort(groups.begin(), groups.end(), [&](int32_t a, int32_t b) {
-    return by_diagonal(order[static_cast<size_t>(a * group)],
-                       order[static_cast<size_t>(b * group)]);
-  });
-  std::vector<int32_t> steps;
-  steps.reserve(order.size());
-  for (int32_t g : groups) {
-    steps.insert(steps.end(), order.begin() + g * group, order.begin() + (g + 1) * group);
-  }
-  return steps;
+std::vector<float> Diagonal(const Matrix& h) {
+  std::vector<float> diagonal(static_cast<size_t>(h.rows()));
+  for (int64_t i = 0; i < h.rows(); ++i) diagonal[static_cast<size_t>(i)] = h(i, i);
+  return diagonal;
 }
 
 // U for H + λI in the order of `f`, or an empty matrix when it is not positive definite in `Real`.
@@ -78,6 +60,34 @@ Matrix UpperFactor(const HessianFactor& f, double mean_diagonal, double damp) {
   return upper;
 }
 
+}  // namespace
+
+std::vector<int32_t> ColumnSteps(std::span<const float> diagonal, const Options& options) {
+  std::vector<int32_t> order(diagonal.size());
+  std::iota(order.begin(), order.end(), 0);
+  if (options.column_order == ColumnOrder::kNatural) return order;
+  const auto by_diagonal = [&](int32_t a, int32_t b) {
+    return diagonal[static_cast<size_t>(a)] > diagonal[static_cast<size_t>(b)];
+  };
+  const int64_t group = options.group_size;
+  const int64_t n_groups = static_cast<int64_t>(diagonal.size()) / group;
+  std::vector<int32_t> groups(static_cast<size_t>(n_groups));
+  std::iota(groups.begin(), groups.end(), 0);
+  for (int64_t g = 0; g < n_groups; ++g) {
+    std::stable_sort(order.begin() + g * group, order.begin() + (g + 1) * group, by_diagonal);
+  }
+  std::stable_sort(groups.begin(), groups.end(), [&](int32_t a, int32_t b) {
+    return by_diagonal(order[static_cast<size_t>(a * group)],
+                       order[static_cast<size_t>(b * group)]);
+  });
+  std::vector<int32_t> steps;
+  steps.reserve(order.size());
+  for (int32_t g : groups) {
+    steps.insert(steps.end(), order.begin() + g * group, order.begin() + (g + 1) * group);
+  }
+  return steps;
+}
+
 std::vector<double> DampingLadder(double damp) {
   std::vector<double> ladder = {damp};
   // Products of tens miss kDampMax by a rounding; the last step is kDampMax itself.
@@ -87,8 +97,6 @@ std::vector<double> DampingLadder(double damp) {
   if (damp < kDampMax) ladder.push_back(kDampMax);
   return ladder;
 }
-
-}  // namespace
 
 absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,
                                                std::string_view name, const KeepGoing& keep_going) {
@@ -103,7 +111,7 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
 
   HessianFactor factor;
   factor.hessian = std::move(hessian);
-  factor.order = ColumnSteps(factor.hessian, options);
+  factor.order = ColumnSteps(Diagonal(factor.hessian), options);
   factor.is_dead.assign(static_cast<size_t>(n), 0);
   if (options.method == Method::kRtn) return factor;
 

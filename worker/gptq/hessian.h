@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -45,5 +46,11 @@ struct HessianFactor {
 absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,
                                                std::string_view name,
                                                const KeepGoing& keep_going = {});
+
+// The parts of it that a device needs for its own factorization. The order in which the columns are
+// quantized, from the Hessian's diagonal; options.group_size divides its length.
+std::vector<int32_t> ColumnSteps(std::span<const float> diagonal, const Options& options);
+// Shares of the mean diagonal, tried in order.
+std::vector<double> DampingLadder(double damp);
 
 }  // namespace walsh::gptq

@@ -178,6 +178,10 @@ void Rotation::ApplyRightTransposed(double* x, int64_t rows, int64_t stride) con
   }
 }
 
+Rotation::Parts Rotation::parts() const {
+  return {order_.n(), order_.core, core_, row_order_, signs_, normalizer_};
+}
+
 std::vector<double> Rotation::Dense() const {
   std::vector<double> r(static_cast<size_t>(width_ * width_), 0.0);
   for (int64_t i = 0; i < width_; ++i) r[static_cast<size_t>(i * width_ + i)] = 1.0;

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -48,6 +49,19 @@ class Rotation {
   void ApplyRight(double* x, int64_t rows, int64_t stride) const;
   // x[i, :] ← x[i, :] · Rᵀ.
   void ApplyRightTransposed(double* x, int64_t rows, int64_t stride) const;
+  // What R is made of, for a backend that applies it itself: `scale`, then the rows of H are
+  // gathered, then the butterflies of H_core ⊗ H_2^k, over each block.
+  struct Parts {
+    int64_t block = 0;  // order of H = core · 2^k
+    int64_t core = 1;
+    std::span<const int8_t> core_matrix;  // [core, core], symmetric, ±1; empty when core is 1
+    std::span<const int32_t> row_order;   // [block]: row s of H is this natural row; empty: natural
+    std::span<const double> signs;        // [width] or empty
+    double normalizer = 1;                // 1 / sqrt(block)
+  };
+  // Not of the identity.
+  Parts parts() const;
+
   // R itself, [width, width] row-major, for tests and small widths.
   std::vector<double> Dense() const;
 
