@@ -2,8 +2,8 @@
 # make_bundle.sh BUILD OUT: the binaries of a build folder with every library that they need but
 # glibc's, in a folder that runs wherever glibc is at least as new as here, and OUT.tar.gz to carry.
 #
-# CUDA's libraries are never inside (cuBLASLt alone is 500 MB): cudart is linked statically, the rest and
-# the driver are the machine's, and run-gpu-tests.sh finds them.
+# CUDA's libraries are never inside (cuBLASLt alone is 500 MB): cudart is linked statically, the rest is
+# the machine's and loaded at run time (docs/adr/0011-cuda-libraries-by-dlopen.md).
 set -euo pipefail
 
 build=$1
@@ -11,7 +11,6 @@ out=$2
 readonly bytes_max=$((64 << 20))
 # The C library and its loader belong to the machine.
 readonly glibc='^(ld-linux-x86-64|libc|libm|libmvec|libpthread|libdl|librt|libresolv|libutil|libanl)\.so'
-readonly cuda='^lib(cuda|cublas|cublasLt|cusolver|cusparse|nvJitLink)\.so'
 
 die() {
   printf 'make_bundle: %s\n' "$*" >&2
@@ -23,7 +22,7 @@ needed() {
   local name arrow path
   ldd "$@" 2> /dev/null | while read -r name arrow path _; do
     [[ $arrow == '=>' ]] || continue
-    [[ $name =~ $glibc || $name =~ $cuda ]] && continue
+    [[ $name =~ $glibc ]] && continue
     [[ $path == /* ]] || die "$name is not on this machine"
     printf '%s\n' "$path"
   done | sort -u
@@ -54,7 +53,7 @@ trap 'rm -rf "$moved"' EXIT
 cp -r "$out" "$moved/walsh"
 for file in "$moved"/walsh/bin/* "$moved"/walsh/lib/*; do
   while read -r name _ path _; do
-    [[ $name =~ $glibc || $name =~ $cuda || $name == linux-vdso* || $name == /lib64/* || $name == statically ]] && continue
+    [[ $name =~ $glibc || $name == linux-vdso* || $name == /lib64/* || $name == statically ]] && continue
     [[ $path == "$moved"/walsh/* ]] || die "$(basename "$file") takes $name from $path"
   done < <(env -i ldd "$file")
 done

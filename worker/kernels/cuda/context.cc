@@ -5,33 +5,51 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/libraries.h"
 
 namespace walsh::kernels::cuda {
+namespace {
+
+absl::Status LibraryStatus(bool is_out_of_memory, const std::string& text) {
+  if (is_out_of_memory) return absl::ResourceExhaustedError(text);
+  if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
+    return CudaStatus(error, text);
+  }
+  return absl::InternalError(text);
+}
+
+}  // namespace
+
 absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  const std::string text = absl::StrCat(std::string(what), ": ", cublasGetStatusString(status));
-  if (status == CUBLAS_STATUS_ALLOC_FAILED) return absl::ResourceExhaustedError(text);
-  return absl::InternalError(text);
+  return LibraryStatus(status == CUBLAS_STATUS_ALLOC_FAILED,
+                       absl::StrCat(std::string(what), ": ", cublasGetStatusString(status)));
 }
 
 absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what) {
   if (status == CUSOLVER_STATUS_SUCCESS) return absl::OkStatus();
-  const std::string text =
-      absl::StrCat(std::string(what), ": cuSOLVER status ", static_cast<int>(status));
-  if (status == CUSOLVER_STATUS_ALLOC_FAILED) return absl::ResourceExhaustedError(text);
-  return absl::InternalError(text);
+  return LibraryStatus(
+      status == CUSOLVER_STATUS_ALLOC_FAILED,
+      absl::StrCat(std::string(what), ": cuSOLVER status ", static_cast<int>(status)));
 }
 
 absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
   int n_devices = 0;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDeviceCount(&n_devices));
+  if (const cudaError_t error = cudaGetDeviceCount(&n_devices); error == cudaErrorNoDevice) {
+    cudaGetLastError();
+    n_devices = 0;
+  } else {
+    WALSH_CUDA_RETURN_IF_ERROR(error);
+  }
   if (device < 0 || device >= n_devices) {
     return absl::FailedPreconditionError(
         absl::StrCat("no CUDA device ", device, ": this machine has ", n_devices));
   }
+  WALSH_RETURN_IF_ERROR(LoadLibraries());
   std::unique_ptr<Context> context(new Context());
   context->device_ = device;
   WALSH_CUDA_RETURN_IF_ERROR(cudaSetDevice(device));
+  WALSH_RETURN_IF_ERROR(CheckKernelImage());
   WALSH_CUDA_RETURN_IF_ERROR(cudaGetDeviceProperties(&context->properties_, device));
   cudaMemPool_t pool = nullptr;
   WALSH_CUDA_RETURN_IF_ERROR(cudaDeviceGetDefaultMemPool(&pool, device));
@@ -40,6 +58,7 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
       cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
   WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->stream_, cudaStreamNonBlocking));
   WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->side_, cudaStreamNonBlocking));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->copies_, cudaStreamNonBlocking));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->blas_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->blas_, context->stream_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->side_blas_));
@@ -53,6 +72,7 @@ Context::~Context() {
   if (side_solver_ != nullptr) cusolverDnDestroy(side_solver_);
   if (side_blas_ != nullptr) cublasDestroy(side_blas_);
   if (blas_ != nullptr) cublasDestroy(blas_);
+  if (copies_ != nullptr) cudaStreamDestroy(copies_);
   if (side_ != nullptr) cudaStreamDestroy(side_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
@@ -60,6 +80,20 @@ Context::~Context() {
 absl::Status Context::Synchronize() {
   WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
   WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(side_));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(copies_));
+  return absl::OkStatus();
+}
+
+absl::Status Context::MakeCurrent() const {
+  WALSH_CUDA_RETURN_IF_ERROR(cudaSetDevice(device_));
+  return absl::OkStatus();
+}
+
+absl::Status Context::ReleaseUnusedMemory() {
+  WALSH_RETURN_IF_ERROR(Synchronize());
+  cudaMemPool_t pool = nullptr;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaDeviceGetDefaultMemPool(&pool, device_));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemPoolTrimTo(pool, 0));
   return absl::OkStatus();
 }
 

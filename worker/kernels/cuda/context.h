@@ -1,6 +1,7 @@
 // One device with its streams and library handles.
 //
-// Errors:  FAILED_PRECONDITION  no such device, or one that this build has no code for
+// Errors:  FAILED_PRECONDITION  no such device, or one that this build has no code for; a library
+//                               that LoadLibraries (worker/kernels/cuda/libraries.h) does not find
 // Threads: used by one thread at a time
 #pragma once
 
@@ -25,15 +26,20 @@ class Context {
 
   int device() const { return device_; }
   const cudaDeviceProp& properties() const { return properties_; }
-  // Forward passes and the quantizer run on `stream`, factorizations and copies beside it on
-  // `side`.
+  // Forward passes and the quantizer run on `stream`, factorizations beside it on `side`.
   cudaStream_t stream() const { return stream_; }
   cudaStream_t side() const { return side_; }
+  // Copies from and to the host that run beside both.
+  cudaStream_t copies() const { return copies_; }
   // Bound to `stream` and to `side`.
   cublasHandle_t blas() const { return blas_; }
   cublasHandle_t side_blas() const { return side_blas_; }
   cusolverDnHandle_t side_solver() const { return side_solver_; }
   absl::Status Synchronize();
+  // Makes the device that of the calling thread; Create has done so for its own.
+  absl::Status MakeCurrent() const;
+  // Gives memory that the pool holds without use back to the device, once all work is done.
+  absl::Status ReleaseUnusedMemory();
 
  private:
   Context() = default;
@@ -41,11 +47,17 @@ class Context {
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
   cudaStream_t side_ = nullptr;
+  cudaStream_t copies_ = nullptr;
   cublasHandle_t blas_ = nullptr;
   cublasHandle_t side_blas_ = nullptr;
   cusolverDnHandle_t side_solver_ = nullptr;
 };
 
+// FAILED_PRECONDITION where this build has no code for the calling thread's device.
+absl::Status CheckKernelImage();
+
+// An error of a library is that of the device where the device has one: a fault in a kernel is
+// often seen first by the call after it.
 absl::Status CublasStatus(cublasStatus_t status, std::string_view what);
 absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what);
 

@@ -2,22 +2,25 @@
 
 #include <cstdlib>
 #include <string>
+#include <utility>
 
-#include "absl/strings/cord.h"
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/device_failure.h"
 
 namespace walsh::kernels::cuda {
 namespace {
 
-constexpr char kPoisonedType[] = "walsh/cuda-poisoned";
-
-// The errors that CUDA 13's header documents as leaving the process in an inconsistent state.
+// The errors that CUDA 13's header documents as leaving the process in an inconsistent state, and
+// those after which no call was seen to succeed.
 bool LeavesProcessBroken(cudaError_t error) {
   switch (static_cast<int>(error)) {
+    case 214:  // cudaErrorECCUncorrectable
+    case 220:  // cudaErrorNvlinkUncorrectable
     case 226:  // cudaErrorContained
     case 700:  // cudaErrorIllegalAddress
     case 702:  // cudaErrorLaunchTimeout
+    case 709:  // cudaErrorContextIsDestroyed
     case 710:  // cudaErrorAssert
     case 714:  // cudaErrorHardwareStackError
     case 715:  // cudaErrorIllegalInstruction
@@ -28,6 +31,7 @@ bool LeavesProcessBroken(cudaError_t error) {
     case 721:  // cudaErrorTensorMemoryLeak
     case 810:  // cudaErrorMpsClientTerminated
     case 911:  // cudaErrorExternalDevice
+    case 999:  // cudaErrorUnknown
       return true;
     default:
       return false;
@@ -56,8 +60,7 @@ absl::Status CudaStatus(cudaError_t error, std::string_view what) {
   cudaGetLastError();  // what is not sticky must not be reported by the next call
   absl::Status status(CodeOf(error), absl::StrCat(std::string(what), ": ", cudaGetErrorName(error),
                                                   " (", cudaGetErrorString(error), ")"));
-  if (LeavesProcessBroken(error)) status.SetPayload(kPoisonedType, absl::Cord("1"));
-  return status;
+  return LeavesProcessBroken(error) ? MarkDeviceBroken(std::move(status)) : status;
 }
 
 absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed) {
@@ -68,8 +71,6 @@ absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed) {
       absl::StrCat(std::string(what), ": out of device memory: ", bytes_needed, " bytes needed, ",
                    free, " of ", total, " free"));
 }
-
-bool IsPoisoned(const absl::Status& status) { return status.GetPayload(kPoisonedType).has_value(); }
 
 absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream) {
   static const bool is_synchronous = [] {

@@ -3,8 +3,8 @@
 // Errors:  RESOURCE_EXHAUSTED   device memory
 //          FAILED_PRECONDITION  no driver, or one that is too old for this build
 //          NOT_FOUND            no device
-//          INTERNAL             anything else; IsPoisoned tells the errors after which CUDA says
-//                               that the process must be relaunched
+//          INTERNAL             anything else; IsDeviceBroken (worker/kernels/device_failure.h)
+//                               tells the errors after which the process must be relaunched
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,9 +19,6 @@ namespace walsh::kernels::cuda {
 absl::Status CudaStatus(cudaError_t error, std::string_view what);
 // RESOURCE_EXHAUSTED with what was needed and what is free.
 absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed);
-
-// No CUDA call of this process can succeed any more: report, drain and exit.
-bool IsPoisoned(const absl::Status& status);
 
 // What follows every launch. With WALSH_SYNC_LAUNCHES=1 in the environment it also waits, so that
 // an error inside a kernel is reported by that kernel's name.

@@ -161,6 +161,21 @@ __global__ void ConvertKernel(int64_t n, const From* from, To* to) {
   if (i < n) to[i] = FromFloat<To>(ToFloat(from[i]));
 }
 
+// A difference of two bf16 that float cannot hold is within 2^-15 of the larger, a bf16, far
+// from the middle between two bf16: rounding it twice is rounding it once.
+__global__ void SubtractKernel(int64_t n, const bf16* a, const bf16* b, bf16* y) {
+  const int64_t i = GlobalIndex();
+  if (i < n) y[i] = FromFloat<bf16>(ToFloat(a[i]) - ToFloat(b[i]));
+}
+
+template <typename T>
+__global__ void AddBiasKernel(int64_t dim, const float* bias, T* x) {
+  T* row = x + blockIdx.x * dim;
+  for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
+    row[i] = FromFloat<T>(ToFloat(row[i]) + bias[i]);
+  }
+}
+
 // Copies the blocks below the diagonal (column-major: row > column) to the other side.
 __global__ void MirrorKernel(int64_t dim, float* h) {
   __shared__ float tile[kWarpSize][kWarpSize + 1];
@@ -180,13 +195,44 @@ __global__ void MirrorKernel(int64_t dim, float* h) {
   }
 }
 
+__global__ void DiagonalKernel(int64_t dim, const float* h, float* diagonal) {
+  const int64_t i = GlobalIndex();
+  if (i < dim) diagonal[i] = h[i * dim + i];
+}
+
 }  // namespace
+
+absl::Status CheckKernelImage() {
+  cudaFuncAttributes attributes{};
+  return CudaStatus(cudaFuncGetAttributes(&attributes, DiagonalKernel),
+                    "this build has no code for the device");
+}
+
+absl::Status Diagonal(Context& context, int64_t dim, const float* h, float* diagonal) {
+  if (dim == 0) return absl::OkStatus();
+  DiagonalKernel<<<BlocksFor(dim), kThreads, 0, context.stream()>>>(dim, h, diagonal);
+  return LaunchStatus("Diagonal", context.stream());
+}
 
 absl::Status MirrorGram(Context& context, int64_t dim, float* h) {
   if (dim == 0) return absl::OkStatus();
   const auto tiles = static_cast<unsigned>((dim + kWarpSize - 1) / kWarpSize);
   MirrorKernel<<<dim3(tiles, tiles), dim3(kWarpSize, 8), 0, context.stream()>>>(dim, h);
   return LaunchStatus("MirrorGram", context.stream());
+}
+
+absl::Status Subtract(Context& context, int64_t n, const bf16* a, const bf16* b, bf16* y) {
+  if (n == 0) return absl::OkStatus();
+  SubtractKernel<<<BlocksFor(n), kThreads, 0, context.stream()>>>(n, a, b, y);
+  return LaunchStatus("Subtract", context.stream());
+}
+
+template <typename T>
+absl::Status AddBias(Context& context, int64_t n_tokens, int64_t dim, const float* bias, T* x) {
+  if (n_tokens == 0 || dim == 0) return absl::OkStatus();
+  AddBiasKernel<T>
+      <<<static_cast<unsigned>(n_tokens), kThreads, 0, context.stream()>>>(dim, bias, x);
+  return LaunchStatus("AddBias", context.stream());
 }
 
 template <typename Out>
@@ -251,6 +297,8 @@ absl::Status Convert(Context& context, int64_t n, const From* from, To* to) {
   return LaunchStatus("Convert", context.stream());
 }
 
+template absl::Status AddBias<bf16>(Context&, int64_t, int64_t, const float*, bf16*);
+template absl::Status AddBias<float>(Context&, int64_t, int64_t, const float*, float*);
 template absl::Status RmsNorm<bf16>(Context&, int64_t, int64_t, const float*, const float*, float,
                                     bf16*);
 template absl::Status RmsNorm<float>(Context&, int64_t, int64_t, const float*, const float*, float,

@@ -1,9 +1,9 @@
 // Upper factor of the inverse Hessian without forming the inverse.
 //
 // Bound: arithmetic: n³/3 for the Cholesky and n³/3 for the triangular inverse, in fp32.
+#include <algorithm>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
@@ -40,14 +40,24 @@ __global__ void ReverseInPlace(float* data, int64_t n_elements) {
   data[n_elements - 1 - i] = a;
 }
 
+// Sets `info` where U is not finite or its diagonal not positive, as the CPU's factor may not be.
+__global__ void CheckUpper(const float* u, int64_t n, int* info) {
+  const int64_t n_elements = n * n;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n_elements;
+       i += step) {
+    const bool is_bad = !isfinite(u[i]) || (i % (n + 1) == 0 && !(u[i] > 0.0f));
+    if (is_bad) *info = 1;
+  }
+}
+
 absl::Status Verdict(const DeviceBuffer<int>& info, cudaStream_t stream) {
   int value = 0;
   WALSH_CUDA_RETURN_IF_ERROR(
       cudaMemcpyAsync(&value, info.data(), sizeof(value), cudaMemcpyDeviceToHost, stream));
   WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
   if (value == 0) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      absl::StrCat("not positive definite at position ", value, " from the last column"));
+  return absl::FailedPreconditionError("not positive definite, or its factor is not finite");
 }
 
 }  // namespace
@@ -82,7 +92,11 @@ absl::Status FactorHessian(Context& context, const FactorHessianParams& params) 
   const int64_t half = n * n / 2;
   ReverseInPlace<<<static_cast<unsigned>((half + 255) / 256 + 1), 256, 0, stream>>>(params.u,
                                                                                     n * n);
-  return LaunchStatus("ReverseInPlace", stream);
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ReverseInPlace", stream);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((n * n + 255) / 256, 4096));
+  CheckUpper<<<blocks, 256, 0, stream>>>(params.u, n, info.data());
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("CheckUpper", stream);
+  return Verdict(info, stream);
 }
 
 }  // namespace walsh::kernels::cuda

@@ -58,6 +58,26 @@ struct GramParams {
 };
 absl::Status AccumulateGram(Context& context, const GramParams& params);
 absl::Status MirrorGram(Context& context, int64_t dim, float* h);
+// The diagonal of h [dim, dim] in a row. (A strided copy to the host takes a microsecond an
+// element.)
+absl::Status Diagonal(Context& context, int64_t dim, const float* h, float* diagonal);
+
+// C[d, d] += Xᵀ Y, all of it.
+struct CrossGramParams {
+  int64_t n_tokens = 0;
+  int64_t dim = 0;
+  const bf16* x = nullptr;
+  const bf16* y = nullptr;
+  float* c = nullptr;
+};
+absl::Status AccumulateCrossGram(Context& context, const CrossGramParams& params);
+
+// y = a − b, rounded once.
+absl::Status Subtract(Context& context, int64_t n, const bf16* a, const bf16* b, bf16* y);
+
+// x[i, :] += bias
+template <typename T>
+absl::Status AddBias(Context& context, int64_t n_tokens, int64_t dim, const float* bias, T* x);
 
 // y = x / sqrt(mean(x²) + eps) · weight; `weight` null means ones (folded).
 template <typename Out>

@@ -68,4 +68,16 @@ absl::Status AccumulateGram(Context& context, const GramParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status AccumulateCrossGram(Context& context, const CrossGramParams& p) {
+  if (p.n_tokens == 0 || p.dim == 0) return absl::OkStatus();
+  const float one = 1.0f;
+  const auto dim = static_cast<int>(p.dim);
+  // Column-major Cᵀ = Yᵀ X.
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasGemmEx(context.blas(), CUBLAS_OP_N, CUBLAS_OP_T, dim, dim,
+                                            static_cast<int>(p.n_tokens), &one, p.y, CUDA_R_16BF,
+                                            dim, p.x, CUDA_R_16BF, dim, &one, p.c, CUDA_R_32F, dim,
+                                            CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  return absl::OkStatus();
+}
+
 }  // namespace walsh::kernels::cuda

@@ -46,6 +46,21 @@ absl::Status FactorHessian(Context& context, const FactorHessianParams& params);
 // Work goes to `stream`, to which `blas` is bound.
 absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, float* l);
 
+// The error-propagated target, W += β W D (H + λI)⁻¹ with (H + λI)⁻¹ = Uᵀ U in processing order:
+// see worker/gptq/error_propagation.h. In fp32 without TF32: the inverse amplifies what rounding
+// leaves in D's large directions.
+struct PropagateErrorParams {
+  int64_t rows = 0;
+  int64_t cols = 0;
+  float* w = nullptr;             // [rows, cols], natural order, updated
+  const float* cross = nullptr;   // [cols, cols]: Dᵀ = Σ x (x_original − x)ᵀ, natural order
+  const float* u = nullptr;       // [cols, cols] of FactorHessian
+  const int32_t* perm = nullptr;  // [cols]
+  double beta = 0;
+};
+// Memory: 2 · rows · cols floats; on the context's stream.
+absl::Status PropagateError(Context& context, const PropagateErrorParams& params);
+
 struct QuantizeColumnsParams {
   int64_t rows = 0;
   int64_t cols = 0;
@@ -61,7 +76,7 @@ struct QuantizeColumnsParams {
   uint8_t* codes = nullptr;  // [rows, cols]
   float* scales = nullptr;   // [rows, cols / group_size], exact in half precision
   uint8_t* zeros = nullptr;  // [rows, cols / group_size]
-  // [rows]: Σ ((w − q) / U_jj)² = the row's share of tr(ΔW (H + damping) ΔWᵀ).
+  // [rows]: Σ ((w − q) / U_jj)² = the row's share of tr(ΔW (H + damping) ΔWᵀ); or null.
   float* loss = nullptr;
 };
 absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& params);

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kRowsPerCta* kLanes) QuantizeBlock(const Block
     }
     if constexpr (kFeedback) args.error[row * kGptqBlock + c] = error[k];
   }
-  if (kFeedback && lane == 0) args.loss[row] += loss;
+  if (kFeedback && lane == 0 && args.loss != nullptr) args.loss[row] += loss;
 }
 
 template <bool kFeedback>
