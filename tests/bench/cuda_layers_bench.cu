@@ -3,7 +3,7 @@
 //
 // Prints a Markdown table: seconds by kind of work summed over the layers, each beside its floor
 // (FLOPs over the ceilings measured in this run), and the peak of device memory. Usage:
-// cuda_layers_bench [model] [bits] [layers].
+// cuda_layers_bench [model] [bits] [layers] [share of error propagation].
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -17,10 +17,17 @@
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/device_buffer.h"
 #include "worker/kernels/cuda/forward.h"
-#include "worker/kernels/cuda/layer_quantizer.h"
+#include "worker/pipeline/cuda/layer_quantizer.h"
 
-namespace walsh::kernels::cuda {
+namespace walsh::pipeline::cuda {
 namespace {
+
+using kernels::cuda::Convert;
+using kernels::cuda::DeviceMemoryUse;
+using kernels::cuda::Gemm;
+using kernels::cuda::GemmFp32;
+using kernels::cuda::GemmParams;
+using kernels::cuda::ResetDeviceMemoryPeak;
 
 void CheckOk(const absl::Status& status) {
   if (!status.ok()) {
@@ -117,6 +124,7 @@ int Main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "Llama-2-7B";
   const int bits = argc > 2 ? std::atoi(argv[2]) : 2;
   const int layer_limit = argc > 3 ? std::atoi(argv[3]) : 1000;
+  const double propagation = argc > 4 ? std::atof(argv[4]) : gptq::Options().error_propagation;
   const double bf16_rate = GemmRate(context, false);
   const double fp32_rate = GemmRate(context, true);
   for (const Model& model : models) {
@@ -124,7 +132,8 @@ int Main(int argc, char** argv) {
     const LayerShape& s = model.shape;
     const int n_layers = std::min(model.n_layers, layer_limit);
     LayerQuantizerOptions options;
-    options.bits = bits;
+    options.gptq.bits = bits;
+    options.gptq.error_propagation = propagation;
     options.group_size = model.group_size;
     options.n_windows = 128;
     options.window = 2048;
@@ -139,44 +148,35 @@ int Main(int argc, char** argv) {
     const int64_t n_tokens = options.n_windows * options.window;
     FillNormal<<<static_cast<unsigned>((n_tokens * s.hidden + 255) / 256), 256, 0,
                  context.stream()>>>((*quantizer)->hidden(), n_tokens * s.hidden, 7, 1.0f);
-    LayerTimes total;
     double wall = 0;
     double error = 0;
     double output = 0;
     for (int layer = 0; layer < n_layers; ++layer) {
       const auto seed = static_cast<uint32_t>(layer * 16);
       const auto sigma = [](int64_t in) { return 1.0f / std::sqrt(static_cast<float>(in)); };
-      auto qkv =
-          Normal(context, (s.q_width() + 2 * s.kv_width()) * s.hidden, seed, sigma(s.hidden));
-      auto o = Normal(context, s.hidden * s.q_width(), seed + 1, sigma(s.q_width()) * 0.1f);
-      auto gate_up = Normal(context, 2 * s.intermediate * s.hidden, seed + 2, sigma(s.hidden));
-      auto down =
+      DeviceLayer weights;
+      weights.qkv = Normal(context, s.qkv_rows() * s.hidden, seed, sigma(s.hidden));
+      weights.o = Normal(context, s.hidden * s.q_width(), seed + 1, sigma(s.q_width()) * 0.1f);
+      weights.gate_up = Normal(context, 2 * s.intermediate * s.hidden, seed + 2, sigma(s.hidden));
+      weights.down =
           Normal(context, s.hidden * s.intermediate, seed + 3, sigma(s.intermediate) * 0.1f);
       CheckOk(context.Synchronize());
       const auto begin = std::chrono::steady_clock::now();
       CheckOk((*quantizer)
-                  ->QuantizeLayer({.qkv = qkv.data(),
-                                   .o = o.data(),
-                                   .gate_up = gate_up.data(),
-                                   .down = down.data()},
-                                  [&](QuantizedSet set) -> absl::Status {
-                                    for (const double e : set.row_error) error += e;
-                                    for (const double e : set.row_output) output += e;
-                                    if (!set.fallback.empty())
-                                      std::printf("fallback: %s\n", set.fallback.c_str());
-                                    return absl::OkStatus();
-                                  }));
+                  ->QuantizeLayer(
+                      "layer", weights, /*is_last=*/layer + 1 == n_layers,
+                      [](LayerQuantizer::Step) { return absl::OkStatus(); },
+                      [&](QuantizedSet set) -> absl::Status {
+                        for (const double e : set.row_error) error += e;
+                        for (const double e : set.row_output) output += e;
+                        if (!set.fallback.empty())
+                          std::printf("fallback: %s\n", set.fallback.c_str());
+                        return absl::OkStatus();
+                      }));
       CheckOk(context.Synchronize());
       wall += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-      const LayerTimes& t = (*quantizer)->times();
-      total.forward_ms += t.forward_ms;
-      total.attention_ms += t.attention_ms;
-      total.hessian_ms += t.hessian_ms;
-      total.factor_ms += t.factor_ms;
-      total.columns_ms += t.columns_ms;
-      total.report_ms += t.report_ms;
-      total.other_ms += t.other_ms;
     }
+    const LayerTimes& total = (*quantizer)->times();
     const auto d = [](int64_t x) { return static_cast<double>(x); };
     const double n = d(n_tokens);
     const double layers = n_layers;
@@ -189,15 +189,22 @@ int Main(int argc, char** argv) {
     const double attention = 4 * n * d(options.window) / 2 * q_width * layers / bf16_rate / 1e12;
     const double squares = 2 * hidden * hidden + q_width * q_width + inter * inter;
     const double hessian = n * squares * layers / bf16_rate / 1e12;
+    const bool propagates = propagation > 0;
+    // The original flow, the full sums of input differences, and W D (H + λI)⁻¹ by triangular
+    // products.
+    const double original = propagates ? forward + attention : 0;
+    const double cross = propagates ? 2 * hessian : 0;
     const double cubes = 2 * std::pow(hidden, 3) + std::pow(q_width, 3) + std::pow(inter, 3);
     const double factor = 2.0 / 3.0 * cubes * layers / fp32_rate / 1e12;
     const double updates = (qkv_rows * hidden * hidden + hidden * q_width * q_width +
                             2 * inter * hidden * hidden + hidden * inter * inter) *
                            layers / fp32_rate / 1e12;
+    const double target = propagates ? 4 * updates : 0;
     std::printf(
-        "\n%s, %d layers, %d bits, group %lld, 128 x 2048 tokens; GPU %s; ceilings of this run: "
+        "\n%s, %d layers, %d bits, group %lld, error propagation %g, 128 x 2048 tokens; GPU %s; "
+        "ceilings of this run: "
         "bf16 %.0f, fp32 %.1f TFLOP/s\n\n",
-        model.name, n_layers, bits, static_cast<long long>(model.group_size),
+        model.name, n_layers, bits, static_cast<long long>(model.group_size), propagation,
         context.properties().name, bf16_rate, fp32_rate);
     std::printf("| step | seconds | floor | ratio |\n| --- | ---: | ---: | ---: |\n");
     const auto row = [](const char* what, double seconds, double floor) {
@@ -209,21 +216,26 @@ int Main(int argc, char** argv) {
     };
     row("forward (linears, norms, RoPE, SiLU)", total.forward_ms / 1e3, forward);
     row("attention", total.attention_ms / 1e3, attention);
+    row("original flow", total.original_ms / 1e3, original);
     row("Hessian", total.hessian_ms / 1e3, hessian);
+    row("sums of input differences", total.cross_ms / 1e3, cross);
     row("factorization", total.factor_ms / 1e3, factor);
+    row("error-propagated target", total.propagate_ms / 1e3, target);
     row("column loop with clip search", total.columns_ms / 1e3, updates);
     row("error report", total.report_ms / 1e3, 0);
     row("other", total.other_ms / 1e3, 0);
-    row("all, wall", wall, forward + attention + hessian + factor + updates);
+    row("all, wall", wall,
+        forward + attention + original + hessian + cross + factor + target + updates);
     std::printf("\npeak device memory %.2f GB (estimate %.2f GB); relative output error %.4f\n",
                 d(DeviceMemoryUse().bytes_peak) / 1e9,
-                d(LayerQuantizer::MemoryNeeded(s, options)) / 1e9, error / output);
+                d(LayerQuantizer::BytesNeeded(s, options) + 4 * static_cast<int64_t>(params)) / 1e9,
+                error / output);
     std::fflush(stdout);
   }
   return 0;
 }
 
 }  // namespace
-}  // namespace walsh::kernels::cuda
+}  // namespace walsh::pipeline::cuda
 
-int main(int argc, char** argv) { return walsh::kernels::cuda::Main(argc, argv); }
+int main(int argc, char** argv) { return walsh::pipeline::cuda::Main(argc, argv); }

@@ -5,6 +5,7 @@
 #include "tests/testing/status_matchers.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device.h"
+#include "worker/kernels/device_failure.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -42,10 +43,10 @@ TEST(CudaStatusTest, CodesOfCuda) {
   EXPECT_THAT(CudaStatus(cudaErrorNoDevice, "x"), HasCode(absl::StatusCode::kNotFound));
   EXPECT_THAT(CudaStatus(cudaErrorInsufficientDriver, "x"),
               HasCode(absl::StatusCode::kFailedPrecondition));
-  EXPECT_FALSE(IsPoisoned(CudaStatus(cudaErrorInvalidValue, "x")));
-  EXPECT_TRUE(IsPoisoned(CudaStatus(cudaErrorIllegalAddress, "x")));
-  EXPECT_TRUE(IsPoisoned(CudaStatus(cudaErrorLaunchFailure, "x")));
-  EXPECT_FALSE(IsPoisoned(absl::InternalError("x")));
+  EXPECT_FALSE(IsDeviceBroken(CudaStatus(cudaErrorInvalidValue, "x")));
+  EXPECT_TRUE(IsDeviceBroken(CudaStatus(cudaErrorIllegalAddress, "x")));
+  EXPECT_TRUE(IsDeviceBroken(CudaStatus(cudaErrorLaunchFailure, "x")));
+  EXPECT_FALSE(IsDeviceBroken(absl::InternalError("x")));
 }
 
 }  // namespace

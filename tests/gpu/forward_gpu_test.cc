@@ -90,6 +90,97 @@ TEST_F(ForwardGpuTest, GramSumsExactProducts) {
   }
 }
 
+TEST_F(ForwardGpuTest, CrossGramSumsExactProducts) {
+  for (const auto& [n, dim] :
+       std::vector<std::array<int64_t, 2>>{{0, 32}, {1, 1}, {5, 7}, {130, 33}, {1000, 576}}) {
+    const std::vector<bf16> x = ToBf16(RandomNormal(n * dim, 7));
+    const std::vector<bf16> y = ToBf16(RandomNormal(n * dim, 8));
+    const std::vector<double> xd = ToDouble(x);
+    const std::vector<double> yd = ToDouble(y);
+    const auto dx = Upload(x);
+    const auto dy = Upload(y);
+    auto c = Upload(std::vector<float>(static_cast<size_t>(dim * dim), 1.0f));
+    // Twice, to see that it accumulates.
+    for (int i = 0; i < 2; ++i) {
+      ASSERT_OK(AccumulateCrossGram(
+          context(), {.n_tokens = n, .dim = dim, .x = dx.data(), .y = dy.data(), .c = c.data()}));
+    }
+    std::vector<double> expected(static_cast<size_t>(dim * dim), 1.0);
+    for (int64_t t = 0; t < n; ++t) {
+      for (int64_t i = 0; i < dim; ++i) {
+        for (int64_t j = 0; j < dim; ++j) {
+          expected[i * dim + j] += 2 * xd[t * dim + i] * yd[t * dim + j];
+        }
+      }
+    }
+    EXPECT_LE(NormalizedSquaredError(Download(c), expected), kFp32Limit) << n << " " << dim;
+  }
+}
+
+TEST_F(ForwardGpuTest, SubtractRoundsOnce) {
+  for (const int64_t n : {0, 1, 255, 257, 4099}) {
+    const std::vector<float> a_values = RandomNormal(n, 9, 8.0f);
+    std::vector<float> b_values = RandomNormal(n, 10);
+    // From equal sizes to 2^-32 of each other.
+    for (size_t i = 0; i < b_values.size(); ++i) {
+      b_values[i] = std::ldexp(b_values[i], -static_cast<int>(i % 33));
+    }
+    const std::vector<bf16> a = ToBf16(a_values);
+    const std::vector<bf16> b = ToBf16(b_values);
+    const auto da = Upload(a);
+    const auto db = Upload(b);
+    auto y = Poisoned<bf16>(n);
+    ASSERT_OK(Subtract(context(), n, da.data(), db.data(), y.data()));
+    const std::vector<bf16> actual = Download(y);
+    const std::vector<double> exact_a = ToDouble(a);
+    const std::vector<double> exact_b = ToDouble(b);
+    for (int64_t i = 0; i < n; ++i) {
+      const double exact = exact_a[i] - exact_b[i];
+      const float value = __bfloat162float(actual[i]);
+      // No neighbour is nearer.
+      const uint16_t bits = FloatToBf16(value);
+      const double error = std::abs(exact - value);
+      for (const int step : {-1, 1}) {
+        const float neighbour = Bf16ToFloat(static_cast<uint16_t>(bits + step));
+        if (std::isfinite(neighbour)) {
+          EXPECT_LE(error, std::abs(exact - neighbour)) << i;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ForwardGpuTest, AddBiasToEveryRow) {
+  for (const auto& [n, dim] : std::vector<std::array<int64_t, 2>>{
+           {0, 5}, {3, 0}, {1, 1}, {7, 255}, {3, 257}, {131, 576}}) {
+    const std::vector<float> x = RandomNormal(n * dim, 11);
+    const std::vector<float> bias = RandomNormal(dim, 12);
+    const auto db = Upload(bias);
+    auto y = Upload(x);
+    ASSERT_OK(AddBias<float>(context(), n, dim, db.data(), y.data()));
+    auto yb = Upload(ToBf16(x));
+    ASSERT_OK(AddBias<bf16>(context(), n, dim, db.data(), yb.data()));
+    const std::vector<float> actual = Download(y);
+    const std::vector<bf16> actual_bf16 = Download(yb);
+    for (int64_t i = 0; i < n * dim; ++i) {
+      ASSERT_EQ(actual[i], x[i] + bias[i % dim]) << n << " " << dim;
+      const float sum = Bf16ToFloat(FloatToBf16(x[i])) + bias[i % dim];
+      ASSERT_EQ(__bfloat162float(actual_bf16[i]), Bf16ToFloat(FloatToBf16(sum))) << n << " " << dim;
+    }
+  }
+}
+
+TEST_F(ForwardGpuTest, DiagonalInARow) {
+  for (const int64_t dim : {0, 1, 31, 257, 1000}) {
+    const std::vector<float> h = RandomNormal(dim * dim, 9);
+    const auto dh = Upload(h);
+    auto diagonal = Poisoned<float>(dim);
+    ASSERT_OK(Diagonal(context(), dim, dh.data(), diagonal.data()));
+    const std::vector<float> actual = Download(diagonal);
+    for (int64_t i = 0; i < dim; ++i) EXPECT_EQ(actual[i], h[i * dim + i]) << dim;
+  }
+}
+
 TEST_F(ForwardGpuTest, RmsNormSweep) {
   for (const int64_t dim : {1, 2, 31, 32, 33, 576, 4096}) {
     const int64_t n = 5;

@@ -104,7 +104,7 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
 }
 
 json QualityReport(const JobTexts& texts, const JobReport& report) {
-  return {
+  json quality = {
       {"perplexity_before", report.perplexity_before},
       {"perplexity_after", report.perplexity_after},
       {"text", "windows without overlap, first token of each not predicted"},
@@ -114,6 +114,9 @@ json QualityReport(const JobTexts& texts, const JobReport& report) {
       {"window_losses_before", report.window_losses_before},
       {"window_losses_after", report.window_losses_after},
   };
+  if (report.kl_divergence >= 0) quality["kl_divergence"] = report.kl_divergence;
+  if (report.top1_agreement >= 0) quality["top1_agreement"] = report.top1_agreement;
+  return quality;
 }
 
 }  // namespace walsh::pipeline

@@ -10,6 +10,7 @@
 #include "common/status_macros.h"
 #include "worker/calibrate/self_text.h"
 #include "worker/evaluate/perplexity.h"
+#include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/rotation_gate.h"
 
@@ -21,6 +22,8 @@ constexpr int64_t kPerChannel = -1;
 // Packed formats store 32 codes of any width in whole 32-bit words.
 constexpr int64_t kPackingUnit = 32;
 constexpr int64_t kMiB = 1 << 20;
+// In operations of a matrix product: reading, dequantizing and rotating a weight.
+constexpr double kWorkPerWeightRead = 150;
 // Code, libraries, allocator: measured on an idle worker.
 constexpr int64_t kProcessBytes = 128 * kMiB;
 
@@ -116,11 +119,14 @@ class Memory {
   }
 
   int64_t Peak() const {
-    const int64_t token_ids = (tokens_ + evaluation_tokens_) * kId;
-    int64_t peak = std::max({Texts() + token_ids, Embedding(), Calibration(), Evaluation()});
+    int64_t peak = std::max({Embedding(), Calibration(), Evaluation()});
     if (spec_.rotation != rotate::Kind::kNone) peak = std::max(peak, Gate());
+    return std::max(Preparation(), kProcessBytes + TokenIds() + peak);
+  }
+  int64_t Preparation() const {
+    int64_t peak = Texts() + TokenIds();
     if (spec_.calibration_path.empty()) peak = std::max(peak, SelfText());
-    return kProcessBytes + token_ids + peak;
+    return kProcessBytes + TokenIds() + peak;
   }
 
  private:
@@ -138,6 +144,7 @@ class Memory {
     const std::string extension = std::filesystem::path(path).extension();
     return static_cast<int64_t>(size) * (extension == ".json" ? 4 : extension == ".jsonl" ? 2 : 1);
   }
+  int64_t TokenIds() const { return (tokens_ + evaluation_tokens_) * kId; }
   int64_t Texts() const {
     return std::max(TextBytes(spec_.calibration_path), TextBytes(spec_.evaluation_path));
   }
@@ -254,6 +261,17 @@ double LayerFlopsPerToken(const ModelConfig& config) {
   return 2.0 * static_cast<double>(LayerWeights(config));
 }
 
+double ModelFlopsPerToken(const ModelConfig& config) {
+  return LayerFlopsPerToken(config) * static_cast<double>(config.n_layers) +
+         2.0 * static_cast<double>(config.vocab * config.hidden);
+}
+
+double ReadWork(const ModelConfig& config) {
+  return kWorkPerWeightRead *
+         (LayerFlopsPerToken(config) / 2 * static_cast<double>(config.n_layers) +
+          2.0 * static_cast<double>(config.vocab * config.hidden));
+}
+
 absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint) {
   const ModelConfig& config = checkpoint.config();
   ResolvedJob job;
@@ -293,21 +311,40 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
                                         widest, " inputs: their Hessians are singular"));
   }
   WALSH_RETURN_IF_ERROR(ResolveRotation(spec, config, job));
-  job.memory_bytes = Memory(spec, config, job).Peak();
   job.disk_bytes = DiskBytes(config, job);
   return job;
 }
 
-absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec) {
+int64_t HostMemoryNeeded(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job) {
+  return Memory(spec, config, job).Peak();
+}
+
+int64_t ProcessMemory(const JobSpec& spec, const ResolvedJob& job) {
+  const int64_t tokens = spec.n_calibration_windows * job.sequence_length +
+                         (spec.evaluate ? spec.n_evaluation_windows * job.evaluation_length : 0);
+  return kProcessBytes + tokens * static_cast<int64_t>(sizeof(int32_t));
+}
+
+int64_t PreparationMemoryNeeded(const JobSpec& spec, const ModelConfig& config,
+                                const ResolvedJob& job) {
+  return Memory(spec, config, job).Preparation();
+}
+
+absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec) { return PlanJob(spec, *MakeCpuBackend()); }
+
+absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec, const Backend& backend) {
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
                          Checkpoint::Open(spec.source_path));
   WALSH_ASSIGN_OR_RETURN(const ResolvedJob job, Resolve(spec, *checkpoint));
+  WALSH_RETURN_IF_ERROR(backend.CheckSupported(checkpoint->config(), job));
+  const MemoryNeeds needs = backend.Needs(spec, checkpoint->config(), job);
   JobPlan plan;
   plan.architecture = checkpoint->config().architecture;
   plan.layers = checkpoint->config().n_layers;
   plan.group_size = job.group_size;
   plan.rotation_block = job.rotation_block;
-  plan.memory_bytes_needed = job.memory_bytes;
+  plan.memory_bytes_needed = needs.host_bytes;
+  plan.device_memory_bytes_needed = needs.device_bytes;
   plan.disk_bytes_needed = job.disk_bytes;
   plan.warnings = job.warnings;
   return plan;

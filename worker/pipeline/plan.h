@@ -26,6 +26,12 @@ struct LinearShape {
 // In the order in which they are quantized: q, k, v, o, gate, up, down.
 std::vector<LinearShape> LinearShapes(const ModelConfig& config);
 
+// At most this much memory.
+struct MemoryNeeds {
+  int64_t host_bytes = 0;
+  int64_t device_bytes = 0;  // of a backend with memory of its own
+};
+
 struct ResolvedJob {
   gptq::Options quantizer;      // but for the group: OptionsFor() has it
   int64_t group_size = 0;       // 32, 64 or 128; −1 per channel
@@ -33,7 +39,6 @@ struct ResolvedJob {
   rotate::Rotation r1, r2;      // of the residual stream and of a head
   int64_t sequence_length = 0;  // reduced to the model's context
   int64_t evaluation_length = 0;
-  int64_t memory_bytes = 0;
   int64_t disk_bytes = 0;
   std::vector<std::string> warnings;
 
@@ -42,6 +47,16 @@ struct ResolvedJob {
 
 absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint);
 
+// Of the CPU backend.
+int64_t HostMemoryNeeded(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job);
+// The part of it that is there before the layers and is no backend's: texts, token ids, and the
+// model that writes its own calibration text.
+int64_t PreparationMemoryNeeded(const JobSpec& spec, const ModelConfig& config,
+                                const ResolvedJob& job);
+
+// Code, libraries and the token ids, which are there all the time.
+int64_t ProcessMemory(const JobSpec& spec, const ResolvedJob& job);
+
 // Sublayer outputs that wait for their linear's quantization: those of all calibration tokens, as
 // far as there is room.
 inline constexpr int64_t kKeptBytesMax = int64_t{2} << 30;
@@ -49,5 +64,9 @@ int64_t KeptBytes(const ModelConfig& config, int64_t n_tokens);
 
 // Floating-point operations of one token's way through the layers.
 double LayerFlopsPerToken(const ModelConfig& config);
+// Of one token's way through the whole model, head included.
+double ModelFlopsPerToken(const ModelConfig& config);
+// Reading all weights once, in the units of Progress.
+double ReadWork(const ModelConfig& config);
 
 }  // namespace walsh::pipeline

@@ -42,6 +42,15 @@ absl::Status Progress::Enter(Stage stage, int64_t layer, std::string message) {
   return Report(work_done_);
 }
 
+absl::Status Progress::Pass(Stage stage, int64_t layer) {
+  if (!was_shown_[static_cast<int>(stage)]) return Enter(stage, layer);
+  Charge(stage);
+  current_.stage = stage;
+  current_.layer = layer;
+  current_.message.clear();
+  return Within(0);
+}
+
 absl::Status Progress::Advance(double work) {
   work_done_ += work;
   return Within(0);
@@ -56,6 +65,7 @@ absl::Status Progress::Within(double work) {
 
 absl::Status Progress::Report(double work_done) {
   last_report_ = steady_clock::now();
+  was_shown_[static_cast<int>(current_.stage)] = true;
   if (!observer_) return absl::OkStatus();
   if (work_total_ > 0) {
     // Never back, even where a step turns out smaller than planned.

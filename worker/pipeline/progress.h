@@ -2,8 +2,8 @@
 //
 // Work is counted in floating-point operations of matrix products or what takes as long, planned
 // before the job starts. The fraction is work done over work planned, the ETA the rest at the rate
-// so far. The observer hears of every change of stage or layer at once and otherwise at most twice
-// a second.
+// so far. The observer hears of a change of stage or layer at once, where it is entered and
+// not passed, and otherwise at most twice a second.
 //
 // Threads: used by the job's thread.
 #pragma once
@@ -27,6 +27,10 @@ class Progress {
 
   // Tells the observer of a new stage or layer. Time from here on is charged to `stage`.
   absl::Status Enter(Stage stage, int64_t layer, std::string message = "");
+  // As Enter where the job has not been in that stage before; else the observer hears of it with
+  // the next report. For steps of milliseconds, which an observer across the network would slow
+  // down.
+  absl::Status Pass(Stage stage, int64_t layer);
   // Time from here on is charged to another stage than the one that is shown.
   void Charge(Stage stage);
   // `work` more is done.
@@ -52,6 +56,7 @@ class Progress {
   double work_total_ = 0;
   double work_done_ = 0;
   double seconds_[kStages] = {};
+  bool was_shown_[kStages] = {};
   Stage charged_ = Stage::kValidating;
   JobProgress current_;
 };

@@ -12,22 +12,19 @@
 #include "absl/strings/str_cat.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
-#include "worker/evaluate/perplexity.h"
 #include "worker/pipeline/artifact_report.h"
+#include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/layer_quantizer.h"
 #include "worker/pipeline/plan.h"
 #include "worker/pipeline/progress.h"
-#include "worker/pipeline/rotated_source.h"
 #include "worker/pipeline/rotation_gate.h"
 #include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::pipeline {
 namespace {
 
-// In operations of a matrix product: reading, dequantizing and rotating a weight; hashing a byte;
-// generating a token, which is bound by memory.
-constexpr double kWorkPerWeightRead = 150;
+// In operations of a matrix product: hashing a byte; generating a token, which is bound by memory.
 constexpr double kWorkPerByteHashed = 30;
 constexpr double kGenerationPenalty = 3;
 
@@ -69,25 +66,30 @@ class OutputGuard {
 
 class Job {
  public:
-  Job(const JobSpec& spec, ThreadPool& pool, const Observer& observer)
-      : spec_(spec), pool_(pool), progress_(observer), output_(spec.output_directory) {}
+  Job(const JobSpec& spec, Backend& backend, ThreadPool& pool, const Observer& observer)
+      : spec_(spec),
+        backend_(backend),
+        pool_(pool),
+        progress_(observer),
+        output_(spec.output_directory) {}
 
   absl::StatusOr<JobReport> Run() {
     ResetPeakMemory();
+    backend_.TakePeakDeviceBytes();
     WALSH_RETURN_IF_ERROR(Validate());
     WALSH_RETURN_IF_ERROR(Load());
-    RotatedSource rotated(*checkpoint_, job_.r1, job_.r2, pool_);
-    WALSH_RETURN_IF_ERROR(CheckEquivalence(rotated));
+    WALSH_RETURN_IF_ERROR(CheckEquivalence());
     if (spec_.calibration_path.empty()) {
       WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, -1, "writing calibration text"));
       WALSH_RETURN_IF_ERROR(ReadTexts());
     }
     ReturnFreedMemory();
-    WALSH_RETURN_IF_ERROR(Quantize(rotated));
+    WALSH_RETURN_IF_ERROR(Quantize());
     ReturnFreedMemory();
     WALSH_RETURN_IF_ERROR(Evaluate());
     progress_.FinishTimes(report_.stage_seconds);
     report_.peak_memory_bytes = PeakMemoryBytes();
+    report_.peak_device_memory_bytes = backend_.TakePeakDeviceBytes();
     output_.Keep();
     return std::move(report_);
   }
@@ -102,6 +104,8 @@ class Job {
     WALSH_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(spec_.source_path));
     WALSH_ASSIGN_OR_RETURN(job_, Resolve(spec_, *checkpoint_));
     WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(checkpoint_->tokenizer()));
+    WALSH_RETURN_IF_ERROR(backend_.CheckSupported(checkpoint_->config(), job_));
+    WALSH_RETURN_IF_ERROR(CheckDeviceMemory());
     WALSH_RETURN_IF_ERROR(CheckDisk());
     report_.source_size_bytes = checkpoint_->size_bytes();
     report_.source_format = checkpoint_->format();
@@ -113,6 +117,16 @@ class Job {
     PlanWork(spec_.n_calibration_windows * job_.sequence_length,
              spec_.evaluate ? spec_.n_evaluation_windows * job_.evaluation_length : 0);
     return absl::OkStatus();
+  }
+
+  absl::Status CheckDeviceMemory() {
+    const int64_t needed = backend_.Needs(spec_, checkpoint_->config(), job_).device_bytes;
+    if (needed == 0) return absl::OkStatus();
+    WALSH_ASSIGN_OR_RETURN(const DeviceMemory memory, backend_.memory());
+    if (needed <= memory.free_bytes) return absl::OkStatus();
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the job needs ", needed, " bytes of memory on ", backend_.name(), ", ",
+                     memory.free_bytes, " of ", memory.total_bytes, " are free"));
   }
 
   absl::Status CheckDisk() {
@@ -142,17 +156,9 @@ class Job {
 
   // The forward passes of evaluation, once before and once after.
   double EvaluationWork(int64_t n_tokens) const {
-    const ModelConfig& config = checkpoint_->config();
-    const double layers = LayerFlopsPerToken(config) * static_cast<double>(config.n_layers);
-    const double head = 2.0 * static_cast<double>(config.vocab * config.hidden);
-    return static_cast<double>(n_tokens) * (layers + head);
+    return static_cast<double>(n_tokens) * ModelFlopsPerToken(checkpoint_->config());
   }
-  double ReadWork() const {
-    const ModelConfig& config = checkpoint_->config();
-    return kWorkPerWeightRead *
-           (LayerFlopsPerToken(config) / 2 * static_cast<double>(config.n_layers) +
-            2.0 * static_cast<double>(config.vocab * config.hidden));
-  }
+  double ReadWork() const { return pipeline::ReadWork(checkpoint_->config()); }
   double HashWork() const {
     return kWorkPerByteHashed * static_cast<double>(checkpoint_->size_bytes());
   }
@@ -198,24 +204,26 @@ class Job {
     return progress_.Advance(spec_.calibration_path.empty() ? SelfTextWork() : 0);
   }
 
-  absl::Status CheckEquivalence(RotatedSource& rotated) {
+  JobInputs Inputs() { return {spec_, job_, *checkpoint_, pool_}; }
+
+  absl::Status CheckEquivalence() {
     if (spec_.rotation == rotate::Kind::kNone) return absl::OkStatus();
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1));
     const ModelConfig& config = checkpoint_->config();
     WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows, GateWindows(config, *tokenizer_));
     const double work_per_layer = ReadWork() / static_cast<double>(config.n_layers);
-    WALSH_ASSIGN_OR_RETURN(report_.rotation_gate,
-                           CheckRotation(*checkpoint_, rotated, windows, pool_,
-                                         [&] { return progress_.Advance(work_per_layer); }));
+    WALSH_ASSIGN_OR_RETURN(report_.rotation_gate, backend_.CheckRotation(Inputs(), windows, [&] {
+      return progress_.Advance(work_per_layer);
+    }));
     return absl::OkStatus();
   }
 
-  absl::Status Quantize(RotatedSource& rotated) {
+  absl::Status Quantize() {
     WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactWriter> writer,
                            ArtifactWriter::Create(spec_.output_directory, *checkpoint_));
     output_.Arm();  // not before: a directory that Create() refused is somebody else's
-    LayerQuantizer quantizer(job_, rotated, texts_.calibration, *writer, pool_, progress_);
-    WALSH_RETURN_IF_ERROR(quantizer.Run(report_));
+    WALSH_RETURN_IF_ERROR(
+        backend_.Quantize(Inputs(), texts_.calibration, *writer, progress_, report_));
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
     WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
     const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
@@ -229,29 +237,19 @@ class Job {
   // Reads the artifact back, so that what is evaluated is what was stored.
   absl::Status Evaluate() {
     if (texts_.evaluation.count() == 0) return absl::OkStatus();
-    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "original"));
-    const double work = EvaluationWork(texts_.evaluation.count() * texts_.evaluation.length);
-    const auto show = [&](double fraction) { return progress_.Within(fraction * work); };
-
-    evaluate::CheckpointSource original(*checkpoint_);
-    WALSH_ASSIGN_OR_RETURN(evaluate::WindowLosses before,
-                           evaluate::EvaluateWindows(original, texts_.evaluation, pool_, show));
-    WALSH_RETURN_IF_ERROR(progress_.Advance(work));
-
-    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "quantized"));
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "stored files"));
     WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> artifact,
                            ArtifactReader::Open(spec_.output_directory, /*verify=*/true,
                                                 pool_.n_threads(), keep_going_));
-    evaluate::ArtifactSource quantized(*artifact);
-    WALSH_ASSIGN_OR_RETURN(evaluate::WindowLosses after,
-                           evaluate::EvaluateWindows(quantized, texts_.evaluation, pool_, show));
-    WALSH_RETURN_IF_ERROR(progress_.Advance(work));
-
-    report_.perplexity_before = before.Perplexity();
-    report_.perplexity_after = after.Perplexity();
-    report_.evaluation_tokens = before.n_tokens;
-    report_.window_losses_before = std::move(before.losses);
-    report_.window_losses_after = std::move(after.losses);
+    WALSH_ASSIGN_OR_RETURN(Quality quality,
+                           backend_.Evaluate(Inputs(), *artifact, texts_.evaluation, progress_));
+    report_.perplexity_before = quality.before.Perplexity();
+    report_.perplexity_after = quality.after.Perplexity();
+    report_.evaluation_tokens = quality.before.n_tokens;
+    report_.kl_divergence = quality.kl_divergence;
+    report_.top1_agreement = quality.top1_agreement;
+    report_.window_losses_before = std::move(quality.before.losses);
+    report_.window_losses_after = std::move(quality.after.losses);
     WALSH_RETURN_IF_ERROR(
         ReplaceReportMember(spec_.output_directory, "quality", QualityReport(texts_, report_)));
     WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));
@@ -260,6 +258,7 @@ class Job {
   }
 
   const JobSpec& spec_;
+  Backend& backend_;
   ThreadPool& pool_;
   Progress progress_;
   const KeepGoing keep_going_ = [this] { return progress_.Within(0); };
@@ -280,8 +279,13 @@ const char* StageName(Stage stage) {
   return kNames[static_cast<int>(stage)];
 }
 
+absl::StatusOr<JobReport> RunJob(const JobSpec& spec, Backend& backend, ThreadPool& pool,
+                                 const Observer& observer) {
+  return Job(spec, backend, pool, observer).Run();
+}
+
 absl::StatusOr<JobReport> RunJob(const JobSpec& spec, ThreadPool& pool, const Observer& observer) {
-  return Job(spec, pool, observer).Run();
+  return RunJob(spec, *MakeCpuBackend(), pool, observer);
 }
 
 }  // namespace walsh::pipeline

@@ -24,6 +24,8 @@
 
 namespace walsh::pipeline {
 
+class Backend;  // worker/pipeline/backend.h
+
 enum class Stage {
   kValidating,
   kLoading,
@@ -77,6 +79,8 @@ struct JobReport {
   double perplexity_before = 0;  // 0: not evaluated
   double perplexity_after = 0;
   int64_t evaluation_tokens = 0;
+  double kl_divergence = -1;  // negative: not measured; see Quality in backend.h
+  double top1_agreement = -1;
   // Loss per token of each evaluation window before and after, for paired statistics.
   std::vector<double> window_losses_before, window_losses_after;
   double rotation_gate = 0;
@@ -94,6 +98,7 @@ struct JobReport {
   // Of the whole process while the job ran (since its start, where the kernel does not let it count
   // anew); 0 where it cannot be told.
   int64_t peak_memory_bytes = 0;
+  int64_t peak_device_memory_bytes = 0;  // of the job's own buffers; 0 on the CPU
   std::vector<std::string> warnings;
 };
 
@@ -108,7 +113,8 @@ struct JobProgress {
   std::vector<LinearReport> linears;  // finished since the last report
 };
 
-// Called from the job's thread at every change of stage or layer and at least every few seconds. A
+// Called from the job's thread at every change of stage or layer (on a device, where a layer takes
+// less than a second, at some of them) and at least every few seconds. A
 // status that is not OK stops the job and becomes its result (CANCELLED to cancel, ABORTED for a
 // lost lease).
 using Observer = std::function<absl::Status(const JobProgress&)>;
@@ -120,12 +126,18 @@ struct JobPlan {
   int64_t layers = 0;
   int64_t group_size = 0;
   int64_t rotation_block = 0;
-  int64_t memory_bytes_needed = 0;
+  int64_t memory_bytes_needed = 0;         // of the host
+  int64_t device_memory_bytes_needed = 0;  // of the backend's device; 0 on the CPU
   int64_t disk_bytes_needed = 0;
   std::vector<std::string> warnings;
 };
-absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec);
+absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec, const Backend& backend);
 
+absl::StatusOr<JobReport> RunJob(const JobSpec& spec, Backend& backend, ThreadPool& pool,
+                                 const Observer& observer);
+
+// The same on the CPU.
+absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec);
 absl::StatusOr<JobReport> RunJob(const JobSpec& spec, ThreadPool& pool, const Observer& observer);
 
 }  // namespace walsh::pipeline

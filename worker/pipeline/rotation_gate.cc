@@ -40,6 +40,27 @@ absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
   return windows;
 }
 
+absl::StatusOr<double> CompareLogits(const Matrix& logits, const Matrix& rotated_logits) {
+  double largest = 0, difference = 0;
+  for (int64_t i = 0; i < logits.size(); ++i) {
+    const double a = logits.data()[i], b = rotated_logits.data()[i];
+    if (!std::isfinite(a) || !std::isfinite(b)) {
+      return absl::DataLossError(absl::StrCat("rotation gate: logit ", i % logits.cols(),
+                                              " of token ", i / logits.cols(), " is ", a,
+                                              " before and ", b, " after the rotation"));
+    }
+    largest = std::max(largest, std::abs(a));
+    difference = std::max(difference, std::abs(a - b));
+  }
+  const double relative = largest == 0 ? 0 : difference / largest;
+  if (relative > kRotationGateMax) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the rotated model is not equivalent: its logits differ by ", relative,
+                     " of the largest, the limit is ", kRotationGateMax));
+  }
+  return relative;
+}
+
 absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource& rotated,
                                      const calibrate::TokenWindows& windows, ThreadPool& pool,
                                      const std::function<absl::Status()>& progress) {
@@ -80,24 +101,7 @@ absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource
     WALSH_RETURN_IF_ERROR(evaluate::Logits(context, norm, head, rotated_hidden.data(),
                                            rotated_hidden.rows(), rotated_logits));
   }
-  double largest = 0, difference = 0;
-  for (int64_t i = 0; i < logits.size(); ++i) {
-    const double a = logits.data()[i], b = rotated_logits.data()[i];
-    if (!std::isfinite(a) || !std::isfinite(b)) {
-      return absl::DataLossError(absl::StrCat("rotation gate: logit ", i % logits.cols(),
-                                              " of token ", i / logits.cols(), " is ", a,
-                                              " before and ", b, " after the rotation"));
-    }
-    largest = std::max(largest, std::abs(a));
-    difference = std::max(difference, std::abs(a - b));
-  }
-  const double relative = largest == 0 ? 0 : difference / largest;
-  if (relative > kRotationGateMax) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("the rotated model is not equivalent: its logits differ by ", relative,
-                     " of the largest, the limit is ", kRotationGateMax));
-  }
-  return relative;
+  return CompareLogits(logits, rotated_logits);
 }
 
 }  // namespace walsh::pipeline

@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "worker/calibrate/token_windows.h"
 #include "worker/pipeline/rotated_source.h"
+#include "worker/tensor/matrix.h"
 #include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::pipeline {
@@ -26,7 +27,10 @@ inline constexpr int64_t kGateTokensMax = 4 * 32;
 absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
                                                     const Tokenizer& tokenizer);
 
-// max |Δ logit| / max |logit|. `progress` is called after each layer.
+// The gate itself: max |Δ logit| / max |logit| of the same rows before and after the rotation.
+absl::StatusOr<double> CompareLogits(const Matrix& logits, const Matrix& rotated_logits);
+
+// The same of whole models, on the CPU. `progress` is called after each layer.
 absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource& rotated,
                                      const calibrate::TokenWindows& windows, ThreadPool& pool,
                                      const std::function<absl::Status()>& progress);

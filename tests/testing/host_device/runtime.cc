@@ -1,0 +1,78 @@
+// The part of CUDA's runtime that worker/pipeline/cuda calls, on the host: device memory is the
+// heap's, and every call has finished when it returns.
+//
+// So the orchestration of a job on a device is tested without one, under AddressSanitizer, too:
+// buffers have exactly their size there, and what is used after it was freed is found. What it
+// cannot find is a missing dependency between streams; compute-sanitizer and tests/gpu can.
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+constexpr size_t kTotalBytes = size_t{64} << 30;
+
+}  // namespace
+
+extern "C" {
+
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheHost"; }
+const char* cudaGetErrorString(cudaError_t) { return "error of the host's device"; }
+
+cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+  *free_bytes = kTotalBytes;
+  *total_bytes = kTotalBytes;
+  return cudaSuccess;
+}
+cudaError_t cudaMallocAsync(void** pointer, size_t n_bytes, cudaStream_t) {
+  // The pool's alignment, which vectorized loads rely on.
+  return posix_memalign(pointer, 256, n_bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) {
+  std::free(pointer);
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** pointer, size_t n_bytes, unsigned) {
+  *pointer = std::malloc(n_bytes);
+  return *pointer != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFreeHost(void* pointer) {
+  std::free(pointer);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n_bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+  if (n_bytes > 0) std::memcpy(to, from, n_bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t n_bytes, cudaStream_t) {
+  if (n_bytes > 0) std::memset(to, value, n_bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t* event) {
+  // Something that the leak checker sees when it is not destroyed.
+  *event = static_cast<cudaEvent_t>(std::malloc(1));
+  return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return cudaEventCreate(event);
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  std::free(event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
+  *ms = 0.001f;
+  return cudaSuccess;
+}
+
+}  // extern "C"

@@ -1,0 +1,66 @@
+#include <utility>
+
+#include "common/status_macros.h"
+#include "worker/evaluate/layer_source.h"
+#include "worker/pipeline/backend.h"
+#include "worker/pipeline/layer_quantizer.h"
+#include "worker/pipeline/rotated_source.h"
+#include "worker/pipeline/rotation_gate.h"
+
+namespace walsh::pipeline {
+namespace {
+
+class CpuBackend final : public Backend {
+ public:
+  std::string name() const override { return "cpu"; }
+
+  MemoryNeeds Needs(const JobSpec& spec, const ModelConfig& config,
+                    const ResolvedJob& job) const override {
+    return {.host_bytes = HostMemoryNeeded(spec, config, job)};
+  }
+  absl::StatusOr<DeviceMemory> memory() const override { return DeviceMemory(); }
+  int64_t TakePeakDeviceBytes() override { return 0; }
+  absl::Status CheckSupported(const ModelConfig&, const ResolvedJob&) const override {
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<double> CheckRotation(const JobInputs& inputs,
+                                       const calibrate::TokenWindows& windows,
+                                       const std::function<absl::Status()>& progress) override {
+    RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool);
+    return pipeline::CheckRotation(inputs.checkpoint, rotated, windows, inputs.pool, progress);
+  }
+
+  absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,
+                        ArtifactWriter& writer, Progress& progress, JobReport& report) override {
+    RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool);
+    return LayerQuantizer(inputs.job, rotated, windows, writer, inputs.pool, progress).Run(report);
+  }
+
+  absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
+                                   const calibrate::TokenWindows& windows,
+                                   Progress& progress) override {
+    const double work = static_cast<double>(windows.count() * windows.length) *
+                        ModelFlopsPerToken(inputs.checkpoint.config());
+    const auto show = [&](double fraction) { return progress.Within(fraction * work); };
+    Quality quality;
+    WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "original"));
+    evaluate::CheckpointSource original(inputs.checkpoint);
+    WALSH_ASSIGN_OR_RETURN(quality.before,
+                           evaluate::EvaluateWindows(original, windows, inputs.pool, show));
+    WALSH_RETURN_IF_ERROR(progress.Advance(work));
+
+    WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "quantized"));
+    evaluate::ArtifactSource quantized(artifact);
+    WALSH_ASSIGN_OR_RETURN(quality.after,
+                           evaluate::EvaluateWindows(quantized, windows, inputs.pool, show));
+    WALSH_RETURN_IF_ERROR(progress.Advance(work));
+    return quality;
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeCpuBackend() { return std::make_unique<CpuBackend>(); }
+
+}  // namespace walsh::pipeline

@@ -1,0 +1,544 @@
+#include "worker/pipeline/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/forward.h"
+#include "worker/kernels/cuda/gptq.h"
+#include "worker/model/decoder_layer.h"
+#include "worker/pipeline/cuda/artifact_queue.h"
+#include "worker/pipeline/cuda/evaluator.h"
+#include "worker/pipeline/cuda/layer_forward.h"
+#include "worker/pipeline/cuda/layer_quantizer.h"
+#include "worker/pipeline/cuda/model_source.h"
+#include "worker/pipeline/cuda/weight_loader.h"
+#include "worker/pipeline/layer_quantizer.h"
+#include "worker/pipeline/rotation_gate.h"
+
+namespace walsh::pipeline {
+namespace cuda {
+namespace {
+
+namespace ops = kernels::cuda;
+
+// Workspaces of cuBLAS and cuSOLVER, and what the pool loses by rounding.
+constexpr int64_t kLibraryBytes = int64_t{512} << 20;
+// The largest finite number of half precision, to which scales are clamped.
+constexpr uint16_t kHalfMaxBits = 0x7bff;
+
+// Gives back what a call took when it ends, however it ends.
+class ReleaseMemory {
+ public:
+  explicit ReleaseMemory(Context& context) : context_(context) {}
+  // A device that fails here fails the next call, too, which says so.
+  ~ReleaseMemory() { context_.ReleaseUnusedMemory().IgnoreError(); }
+
+ private:
+  Context& context_;
+};
+
+template <typename T, typename Host>
+absl::StatusOr<std::vector<Host>> Download(Context& context, const T* from, int64_t n) {
+  static_assert(sizeof(T) == sizeof(Host));
+  std::vector<Host> host(static_cast<size_t>(n));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(host.data(), from, host.size() * sizeof(T),
+                                             cudaMemcpyDeviceToHost, context.stream()));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context.stream()));
+  return host;
+}
+
+// A linear's place in its set.
+struct SetPart {
+  const char* suffix;
+  int64_t rows;
+};
+std::vector<SetPart> PartsOf(LinearSet set, const LayerShape& s) {
+  switch (set) {
+    case LinearSet::kQkv:
+      return {{"self_attn.q_proj", s.q_width()},
+              {"self_attn.k_proj", s.kv_width()},
+              {"self_attn.v_proj", s.kv_width()}};
+    case LinearSet::kO:
+      return {{"self_attn.o_proj", s.hidden}};
+    case LinearSet::kGateUp:
+      return {{"mlp.gate_proj", s.intermediate}, {"mlp.up_proj", s.intermediate}};
+    case LinearSet::kDown:
+      break;
+  }
+  return {{"mlp.down_proj", s.hidden}};
+}
+
+// The quantization of one job.
+class QuantizeRun {
+ public:
+  QuantizeRun(Context& context, const JobInputs& inputs, const calibrate::TokenWindows& windows,
+              ArtifactWriter& writer, Progress& progress, JobReport& report)
+      : context_(context),
+        inputs_(inputs),
+        config_(inputs.checkpoint.config()),
+        shape_(LayerShape::Of(config_)),
+        windows_(windows),
+        queue_(writer, [&progress] { return progress.Within(0); }),
+        progress_(progress),
+        report_(report) {}
+
+  static LayerQuantizerOptions Options(const ResolvedJob& job, int64_t n_windows, int64_t window) {
+    return {.gptq = job.quantizer,
+            .group_size = job.group_size,
+            .n_windows = n_windows,
+            .window = window,
+            .windows_at_once = std::max<int64_t>(1, kForwardTokens / window)};
+  }
+
+  absl::Status Run() {
+    WALSH_ASSIGN_OR_RETURN(loader_, WeightLoader::Create(&context_, inputs_.checkpoint,
+                                                         inputs_.job.r1, inputs_.job.r2));
+    WALSH_ASSIGN_OR_RETURN(
+        quantizer_, LayerQuantizer::Create(&context_, shape_,
+                                           Options(inputs_.job, windows_.count(), windows_.length),
+                                           RopeInverseFrequencies(config_)));
+    WALSH_RETURN_IF_ERROR(Embedding());
+    const double work =
+        QuantizationWork(config_, inputs_.job.quantizer, windows_.count() * windows_.length) /
+        static_cast<double>(config_.n_layers);
+    for (int64_t l = 0; l < config_.n_layers; ++l) {
+      WALSH_RETURN_IF_ERROR(Layer(l));
+      WALSH_RETURN_IF_ERROR(progress_.Advance(work));
+      progress_.LayerDone();
+    }
+    const LayerTimes& times = quantizer_->times();
+    report_.forward_seconds = (times.forward_ms + times.attention_ms) / 1e3;
+    report_.original_forward_seconds = times.original_ms / 1e3;
+    quantizer_.reset();
+    WALSH_RETURN_IF_ERROR(Head());
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
+    return queue_.Finish();
+  }
+
+ private:
+  absl::Status Embedding() {
+    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1, "embedding"));
+    WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader_->Embedding());
+    WALSH_RETURN_IF_ERROR(loader_->RotateEmbedding(embedding));
+    const auto n = static_cast<int64_t>(windows_.ids.size());
+    WALSH_ASSIGN_OR_RETURN(auto ids, DeviceBuffer<int32_t>::Allocate(n, context_.stream()));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ids.data(), windows_.ids.data(),
+                                               windows_.ids.size() * sizeof(int32_t),
+                                               cudaMemcpyHostToDevice, context_.stream()));
+    WALSH_RETURN_IF_ERROR(ops::Embed<float>(context_, n, config_.hidden, ids.data(),
+                                            embedding.data(), quantizer_->hidden()));
+    return WriteBf16(std::string(kEmbeddingTensor), config_.vocab, embedding);
+  }
+
+  absl::Status Layer(int64_t index) {
+    WALSH_RETURN_IF_ERROR(progress_.Pass(Stage::kCalibrating, index));
+    progress_.Charge(Stage::kRotating);
+    WALSH_ASSIGN_OR_RETURN(DeviceLayer layer, loader_->Layer(index));
+    WALSH_RETURN_IF_ERROR(loader_->Rotate(layer));
+    WALSH_RETURN_IF_ERROR(ReadBiases(layer));
+    progress_.Charge(Stage::kCalibrating);
+    WALSH_RETURN_IF_ERROR(quantizer_->QuantizeLayer(
+        absl::StrCat("layers.", index), layer, /*is_last=*/index + 1 == config_.n_layers,
+        [&](LayerQuantizer::Step step) {
+          const Stage stage =
+              step == LayerQuantizer::Step::kQuantizing ? Stage::kQuantizing : Stage::kCalibrating;
+          return progress_.Pass(stage, index);
+        },
+        [&](QuantizedSet set) { return WriteSet(index, set); }));
+    progress_.Charge(Stage::kPacking);
+    WALSH_RETURN_IF_ERROR(
+        WriteNorm(LayerTensor(index, "input_layernorm.weight"), layer.input_norm));
+    return WriteNorm(LayerTensor(index, "post_attention_layernorm.weight"),
+                     layer.post_attention_norm);
+  }
+
+  // A layer's biases in the order of its linears; empty: none.
+  absl::Status ReadBiases(const DeviceLayer& layer) {
+    for (const auto& [set, bias] :
+         {std::pair(LinearSet::kQkv, &layer.qkv_bias), std::pair(LinearSet::kO, &layer.o_bias),
+          std::pair(LinearSet::kGateUp, &layer.gate_up_bias),
+          std::pair(LinearSet::kDown, &layer.down_bias)}) {
+      WALSH_ASSIGN_OR_RETURN(biases_[static_cast<size_t>(set)],
+                             (Download<float, float>(context_, bias->data(), bias->size())));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status WriteSet(int64_t index, const QuantizedSet& set) {
+    progress_.Charge(Stage::kPacking);
+    int64_t first_row = 0;
+    for (const SetPart& part : PartsOf(set.set, shape_)) {
+      WALSH_ASSIGN_OR_RETURN(PackedTensors packed, PackPart(set, first_row, part.rows));
+      ReportLinear(index, part.suffix, set, first_row, packed);
+      const std::string name = LayerTensor(index, part.suffix);
+      const auto n_bytes =
+          static_cast<int64_t>(sizeof(uint32_t) * (packed.qweight.size() + packed.qzeros.size()) +
+                               sizeof(uint16_t) * packed.scales.size());
+      WALSH_RETURN_IF_ERROR(
+          queue_.Push(n_bytes, [name, packed = std::move(packed)](ArtifactWriter& writer) {
+            return writer.WritePacked(name, packed);
+          }));
+      const std::vector<float>& biases = biases_[static_cast<size_t>(set.set)];
+      if (!biases.empty()) {
+        WALSH_RETURN_IF_ERROR(WriteRow(
+            name + ".bias", {biases.begin() + first_row, biases.begin() + first_row + part.rows}));
+      }
+      first_row += part.rows;
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<PackedTensors> PackPart(const QuantizedSet& set, int64_t first_row, int64_t rows) {
+    const cudaStream_t stream = context_.stream();
+    const int bits = inputs_.job.quantizer.bits;
+    const int64_t groups = set.cols / set.group_size;
+    WALSH_ASSIGN_OR_RETURN(auto qweight,
+                           DeviceBuffer<uint32_t>::Allocate(set.cols / 32 * bits * rows, stream));
+    WALSH_ASSIGN_OR_RETURN(auto qzeros,
+                           DeviceBuffer<uint32_t>::Allocate(groups * rows / 32 * bits, stream));
+    WALSH_ASSIGN_OR_RETURN(auto scales, DeviceBuffer<__half>::Allocate(groups * rows, stream));
+    WALSH_RETURN_IF_ERROR(ops::Pack({.rows = rows,
+                                     .cols = set.cols,
+                                     .bits = bits,
+                                     .group_size = set.group_size,
+                                     .codes = set.codes.data() + first_row * set.cols,
+                                     .scales = set.scales.data() + first_row * groups,
+                                     .zeros = set.zeros.data() + first_row * groups,
+                                     .qweight = qweight.data(),
+                                     .qzeros = qzeros.data(),
+                                     .half_scales = scales.data(),
+                                     .stream = stream}));
+    PackedTensors packed;
+    packed.rows = rows;
+    packed.cols = set.cols;
+    packed.bits = bits;
+    packed.group_size = set.group_size;
+    WALSH_ASSIGN_OR_RETURN(
+        packed.qweight, (Download<uint32_t, uint32_t>(context_, qweight.data(), qweight.size())));
+    WALSH_ASSIGN_OR_RETURN(packed.qzeros,
+                           (Download<uint32_t, uint32_t>(context_, qzeros.data(), qzeros.size())));
+    WALSH_ASSIGN_OR_RETURN(packed.scales,
+                           (Download<__half, uint16_t>(context_, scales.data(), scales.size())));
+    return packed;
+  }
+
+  void ReportLinear(int64_t index, const char* suffix, const QuantizedSet& set, int64_t first_row,
+                    const PackedTensors& packed) {
+    LinearReport linear;
+    linear.name = absl::StrCat("layers.", index, ".", suffix);
+    linear.layer = index;
+    linear.bits = packed.bits;
+    double error = 0, output = 0;
+    for (int64_t row = first_row; row < first_row + packed.rows; ++row) {
+      error += set.row_error[static_cast<size_t>(row)];
+      output += set.row_output[static_cast<size_t>(row)];
+    }
+    // Rounding can leave a tiny negative form where H has no full rank.
+    error = std::max(error, 0.0);
+    linear.relative_error = error == 0 ? 0 : (output == 0 ? 1 : error / std::abs(output));
+    linear.damp = set.damp;
+    linear.dead_columns = set.dead_columns;
+    linear.fallback = set.fallback;
+    if (!set.fallback.empty()) {
+      report_.warnings.push_back(
+          absl::StrCat(linear.name, " was rounded to nearest: ", set.fallback));
+    }
+    const auto clamped = std::count(packed.scales.begin(), packed.scales.end(), kHalfMaxBits);
+    if (clamped > 0) {
+      report_.warnings.push_back(absl::StrCat(linear.name, ": ", clamped,
+                                              " groups exceed the range of half-precision scales "
+                                              "and were clamped"));
+    }
+    progress_.LinearDone(linear);
+    report_.linears.push_back(std::move(linear));
+  }
+
+  absl::Status WriteRow(const std::string& name, std::vector<float> values) {
+    Matrix row(1, static_cast<int64_t>(values.size()));
+    std::copy(values.begin(), values.end(), row.data());
+    return queue_.Push(row.size() * 4,
+                       [name, row = std::make_shared<Matrix>(std::move(row))](
+                           ArtifactWriter& writer) { return writer.WriteDense(name, *row, true); });
+  }
+
+  absl::Status WriteNorm(const std::string& name, const DeviceBuffer<float>& norm) {
+    if (norm.size() == 0) {
+      return WriteRow(name, std::vector<float>(static_cast<size_t>(config_.hidden), 1.0f));
+    }
+    WALSH_ASSIGN_OR_RETURN(std::vector<float> values,
+                           (Download<float, float>(context_, norm.data(), norm.size())));
+    return WriteRow(name, std::move(values));
+  }
+
+  absl::Status WriteBf16(const std::string& name, int64_t rows, const DeviceBuffer<float>& values) {
+    WALSH_ASSIGN_OR_RETURN(const auto rounded, ToBf16(context_, values));
+    Bf16Matrix matrix;
+    matrix.rows = rows;
+    matrix.cols = values.size() / rows;
+    WALSH_ASSIGN_OR_RETURN(matrix.values,
+                           (Download<bf16, uint16_t>(context_, rounded.data(), rounded.size())));
+    return queue_.Push(rounded.size_bytes(),
+                       [name, matrix = std::move(matrix)](ArtifactWriter& writer) {
+                         return writer.WriteBf16(name, matrix, /*one_dimensional=*/false);
+                       });
+  }
+
+  absl::Status Head() {
+    progress_.Charge(Stage::kRotating);
+    WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> norm, loader_->FinalNorm());
+    WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> head, loader_->Head());
+    WALSH_RETURN_IF_ERROR(loader_->RotateHead(norm, head));
+    if (loader_->is_rotated()) norm.Reset();
+    progress_.Charge(Stage::kPacking);
+    WALSH_RETURN_IF_ERROR(WriteNorm(std::string(kFinalNormTensor), norm));
+    return WriteBf16(std::string(kLmHeadTensor), config_.vocab, head);
+  }
+
+  Context& context_;
+  const JobInputs& inputs_;
+  const ModelConfig& config_;
+  const LayerShape shape_;
+  const calibrate::TokenWindows& windows_;
+  ArtifactQueue queue_;
+  Progress& progress_;
+  JobReport& report_;
+  std::unique_ptr<WeightLoader> loader_;
+  std::unique_ptr<LayerQuantizer> quantizer_;
+  std::vector<float> biases_[kLinearSets];  // of the running layer
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::unique_ptr<Context> context, int64_t usable_bytes)
+      : context_(std::move(context)), usable_bytes_(usable_bytes) {}
+
+  std::string name() const override { return absl::StrCat("cuda:", context_->device()); }
+  MemoryNeeds Needs(const JobSpec& spec, const ModelConfig& config,
+                    const ResolvedJob& job) const override {
+    return {.host_bytes = HostBytes(spec, config, job),
+            .device_bytes = DeviceBytes(spec, config, job)};
+  }
+
+  absl::StatusOr<DeviceMemory> memory() const override {
+    WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
+    size_t free = 0;
+    size_t total = 0;
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&free, &total));
+    return DeviceMemory{usable_bytes_, static_cast<int64_t>(free)};
+  }
+
+  int64_t TakePeakDeviceBytes() override {
+    const int64_t peak = ops::DeviceMemoryUse().bytes_peak;
+    ops::ResetDeviceMemoryPeak();
+    return peak;
+  }
+
+  absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const override {
+    constexpr int64_t kHeadDims[] = {16, 32, 64, 128};
+    if (std::find(std::begin(kHeadDims), std::end(kHeadDims), config.head_dim) ==
+        std::end(kHeadDims)) {
+      return absl::UnimplementedError(
+          absl::StrCat("head_dim ", config.head_dim,
+                       ": attention on the CUDA backend takes 16, 32, 64 or 128; a worker with "
+                       "--device cpu takes it"));
+    }
+    // Rows of a set are a dimension of some kernels' grids, and so are the columns of a Hessian.
+    const LayerShape shape = LayerShape::Of(config);
+    const int64_t widest = std::max({shape.qkv_rows(), shape.hidden, 2 * shape.intermediate});
+    if (widest > kGridMax) {
+      return absl::UnimplementedError(
+          absl::StrCat("a width of ", widest,
+                       " (of q, k and v together, of gate and up together, or of the "
+                       "residual stream): the CUDA backend takes at most ",
+                       kGridMax));
+    }
+    const int64_t group = job.group_size < 0
+                              ? std::max({shape.hidden, shape.q_width(), shape.intermediate})
+                              : job.group_size;
+    const auto shared = static_cast<int64_t>(context_->properties().sharedMemPerBlockOptin);
+    if (group * static_cast<int64_t>(sizeof(float)) > shared) {
+      return absl::UnimplementedError(absl::StrCat("groups of ", group, " weights: ", name(),
+                                                   " takes at most ",
+                                                   shared / static_cast<int64_t>(sizeof(float))));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<double> CheckRotation(const JobInputs& inputs,
+                                       const calibrate::TokenWindows& windows,
+                                       const std::function<absl::Status()>& progress) override;
+
+  absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,
+                        ArtifactWriter& writer, Progress& progress, JobReport& report) override {
+    WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
+    const ReleaseMemory release(*context_);
+    ops::ResetDeviceMemoryPeak();
+    WALSH_RETURN_IF_ERROR(QuantizeRun(*context_, inputs, windows, writer, progress, report).Run());
+    report.peak_device_memory_bytes = ops::DeviceMemoryUse().bytes_peak;
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
+                                   const calibrate::TokenWindows& windows,
+                                   Progress& progress) override {
+    WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
+    const ReleaseMemory release(*context_);
+    const ModelConfig& config = inputs.checkpoint.config();
+    const double work =
+        static_cast<double>(windows.count() * windows.length) * ModelFlopsPerToken(config);
+    const auto show = [&](double fraction) { return progress.Within(fraction * work); };
+    Evaluator evaluator(context_.get(), config, windows);
+    Evaluator::Outcome before, after;
+    WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "original"));
+    {
+      WALSH_ASSIGN_OR_RETURN(
+          const rotate::Rotation none,
+          rotate::Rotation::Create(config.hidden, {.kind = rotate::Kind::kNone}));
+      WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoader> loader,
+                             WeightLoader::Create(context_.get(), inputs.checkpoint, none, none));
+      const std::unique_ptr<ModelSource> original =
+          MakeCheckpointSource(context_.get(), loader.get());
+      WALSH_ASSIGN_OR_RETURN(before, evaluator.Forward(*original, show));
+    }
+    WALSH_RETURN_IF_ERROR(progress.Advance(work));
+    WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "quantized"));
+    {
+      const std::unique_ptr<ModelSource> quantized = MakeArtifactSource(context_.get(), artifact);
+      WALSH_ASSIGN_OR_RETURN(after, evaluator.Forward(*quantized, show));
+    }
+    WALSH_ASSIGN_OR_RETURN(Quality quality,
+                           evaluator.Compare(before, after, [&] { return show(1.0); }));
+    WALSH_RETURN_IF_ERROR(progress.Advance(work));
+    return quality;
+  }
+
+ private:
+  static int64_t DeviceBytes(const JobSpec& spec, const ModelConfig& config,
+                             const ResolvedJob& job) {
+    const LayerShape shape = LayerShape::Of(config);
+    const int64_t vocabulary = WeightLoader::VocabularyBytes(config);
+    const int64_t layer = WeightLoader::LayerBytes(shape);
+    // Either a layer in floats, or embedding or head, being converted and rounded.
+    const int64_t weights =
+        WeightLoader::SlabsBytes(shape) + std::max(layer, vocabulary + vocabulary / 4);
+    int64_t peak = LayerQuantizer::BytesNeeded(
+        shape, QuantizeRun::Options(job, spec.n_calibration_windows, job.sequence_length));
+    if (spec.rotation != rotate::Kind::kNone) {
+      peak = std::max(peak, LayerForward<float>::ScratchBytes(shape, kGateTokensMax) +
+                                kGateTokensMax * kFloat * (3 * config.hidden + config.vocab));
+    }
+    if (spec.evaluate) {
+      // A layer is there in floats and, as it is rounded, in half of that.
+      peak =
+          std::max(peak, layer / 2 + Evaluator::EvaluationBytes(
+                                         config, spec.n_evaluation_windows * job.evaluation_length,
+                                         job.evaluation_length));
+    }
+    return peak + weights + kLibraryBytes;
+  }
+
+  // The texts and the model that writes them are gone before anything is read for the device.
+  static int64_t HostBytes(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job) {
+    const LayerShape shape = LayerShape::Of(config);
+    const int64_t widest = std::max({shape.hidden, shape.q_width(), shape.intermediate});
+    // Stored (as floats at most) beside its copy of 16 bits that is being written.
+    const int64_t vocabulary = config.vocab * config.hidden * (kFloat + kFloat / 2);
+    // Two stored layers, and one in floats where it is dequantized here.
+    const int64_t reading = WeightLoader::PinnedBytes(shape) + WeightLoader::LayerBytes(shape);
+    // A Hessian that float does not factorize: its floats, a copy in double, the factor.
+    const int64_t factorizing = 4 * widest * widest * kFloat;
+    const int64_t gate = 2 * kGateTokensMax * config.vocab * kFloat;
+    const int64_t working =
+        ArtifactQueue::kBytesMax + reading + std::max({vocabulary, factorizing, gate});
+    return std::max(PreparationMemoryNeeded(spec, config, job), ProcessMemory(spec, job) + working);
+  }
+
+  static constexpr int64_t kFloat = sizeof(float);
+  static constexpr int64_t kGridMax = 65535;
+  const std::unique_ptr<Context> context_;
+  const int64_t usable_bytes_;
+};
+
+// Both models side by side in floats, without TF32: a layer is used as it is, then rotated and used
+// again.
+absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
+                                                  const calibrate::TokenWindows& windows,
+                                                  const std::function<absl::Status()>& progress) {
+  WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
+  const ReleaseMemory release(*context_);
+  const ModelConfig& config = inputs.checkpoint.config();
+  const LayerShape shape = LayerShape::Of(config);
+  const cudaStream_t stream = context_->stream();
+  const auto n = static_cast<int64_t>(windows.ids.size());
+  WALSH_ASSIGN_OR_RETURN(
+      const std::unique_ptr<WeightLoader> loader,
+      WeightLoader::Create(context_.get(), inputs.checkpoint, inputs.job.r1, inputs.job.r2));
+  WALSH_ASSIGN_OR_RETURN(
+      auto forward, LayerForward<float>::Create(context_.get(), shape,
+                                                RopeInverseFrequencies(config), windows.length, n));
+  DeviceBuffer<float> hidden[2];  // original, rotated
+  WALSH_ASSIGN_OR_RETURN(auto ids, DeviceBuffer<int32_t>::Allocate(n, stream));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ids.data(), windows.ids.data(),
+                                             windows.ids.size() * sizeof(int32_t),
+                                             cudaMemcpyHostToDevice, stream));
+  {
+    WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader->Embedding());
+    for (DeviceBuffer<float>& rows : hidden) {
+      if (&rows != hidden) WALSH_RETURN_IF_ERROR(loader->RotateEmbedding(embedding));
+      WALSH_ASSIGN_OR_RETURN(rows, DeviceBuffer<float>::Allocate(n * config.hidden, stream));
+      WALSH_RETURN_IF_ERROR(ops::Embed<float>(*context_, n, config.hidden, ids.data(),
+                                              embedding.data(), rows.data()));
+    }
+  }
+  for (int64_t l = 0; l < config.n_layers; ++l) {
+    WALSH_ASSIGN_OR_RETURN(DeviceLayer layer, loader->Layer(l));
+    WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[0].data()));
+    WALSH_RETURN_IF_ERROR(loader->Rotate(layer));
+    WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[1].data()));
+    WALSH_RETURN_IF_ERROR(progress());
+  }
+  WALSH_ASSIGN_OR_RETURN(const DeviceBuffer<float> norm, loader->FinalNorm());
+  WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> head, loader->Head());
+  WALSH_ASSIGN_OR_RETURN(auto normed, DeviceBuffer<float>::Allocate(n * config.hidden, stream));
+  WALSH_ASSIGN_OR_RETURN(auto device_logits,
+                         DeviceBuffer<float>::Allocate(n * config.vocab, stream));
+  Matrix logits[2] = {Matrix(n, config.vocab), Matrix(n, config.vocab)};
+  for (const int which : {0, 1}) {
+    if (which == 1) WALSH_RETURN_IF_ERROR(loader->RotateHead(norm, head));
+    WALSH_RETURN_IF_ERROR(ops::RmsNorm<float>(*context_, n, config.hidden, hidden[which].data(),
+                                              which == 0 ? norm.data() : nullptr,
+                                              shape.rms_norm_eps, normed.data()));
+    WALSH_RETURN_IF_ERROR(ops::GemmFp32(*context_, {.n_tokens = n,
+                                                    .in = config.hidden,
+                                                    .out = config.vocab,
+                                                    .x = normed.data(),
+                                                    .weights = head.data(),
+                                                    .y = device_logits.data()}));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(logits[which].data(), device_logits.data(),
+                                               static_cast<size_t>(device_logits.size_bytes()),
+                                               cudaMemcpyDeviceToHost, stream));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+  }
+  return CompareLogits(logits[0], logits[1]);
+}
+
+}  // namespace
+}  // namespace cuda
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(int device) {
+  WALSH_ASSIGN_OR_RETURN(std::unique_ptr<kernels::cuda::Context> context,
+                         kernels::cuda::Context::Create(device));
+  size_t free = 0;
+  size_t total = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&free, &total));
+  return std::make_unique<cuda::CudaBackend>(std::move(context), static_cast<int64_t>(free));
+}
+
+}  // namespace walsh::pipeline

@@ -1,0 +1,166 @@
+#include "worker/pipeline/cuda/evaluator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/forward.h"
+#include "worker/model/decoder_layer.h"
+
+namespace walsh::pipeline::cuda {
+namespace {
+
+namespace ops = kernels::cuda;
+
+constexpr int64_t kLogitTokens = 2048;  // 2,048 × 128k vocabulary are 1 GB
+
+int64_t ForwardTokens(int64_t n_tokens, int64_t window) {
+  return std::min(std::max(int64_t{1}, kForwardTokens / window) * window, n_tokens);
+}
+
+template <typename T>
+absl::Status Download(Context& context, const DeviceBuffer<T>& from, T* to, int64_t n) {
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to, from.data(), static_cast<size_t>(n) * sizeof(T),
+                                             cudaMemcpyDeviceToHost, context.stream()));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<Evaluator::Outcome> Evaluator::Forward(ModelSource& source,
+                                                      const EvaluationProgress& progress) {
+  const cudaStream_t stream = context_.stream();
+  const int64_t n = n_tokens();
+  const LayerShape shape = LayerShape::Of(config_);
+  WALSH_ASSIGN_OR_RETURN(
+      auto forward, LayerForward<bf16>::Create(&context_, shape, RopeInverseFrequencies(config_),
+                                               windows_.length, ForwardTokens(n, windows_.length)));
+  WALSH_ASSIGN_OR_RETURN(auto hidden, DeviceBuffer<float>::Allocate(n * shape.hidden, stream));
+  {
+    WALSH_ASSIGN_OR_RETURN(const auto embedding, source.Embedding());
+    WALSH_ASSIGN_OR_RETURN(auto ids, DeviceBuffer<int32_t>::Allocate(n, stream));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ids.data(), windows_.ids.data(),
+                                               windows_.ids.size() * sizeof(int32_t),
+                                               cudaMemcpyHostToDevice, stream));
+    WALSH_RETURN_IF_ERROR(
+        ops::Embed<float>(context_, n, shape.hidden, ids.data(), embedding.data(), hidden.data()));
+  }
+  for (int64_t l = 0; l < config_.n_layers; ++l) {
+    WALSH_ASSIGN_OR_RETURN(const Bf16Layer layer, source.Layer(l));
+    WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden.data()));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+    WALSH_RETURN_IF_ERROR(
+        progress(static_cast<double>(l + 1) / static_cast<double>(config_.n_layers)));
+  }
+  Outcome outcome;
+  WALSH_ASSIGN_OR_RETURN(const auto final_norm, source.FinalNorm());
+  WALSH_ASSIGN_OR_RETURN(outcome.normed, DeviceBuffer<bf16>::Allocate(n * shape.hidden, stream));
+  WALSH_RETURN_IF_ERROR(ops::RmsNorm<bf16>(context_, n, shape.hidden, hidden.data(),
+                                           final_norm.data(), shape.rms_norm_eps,
+                                           outcome.normed.data()));
+  WALSH_ASSIGN_OR_RETURN(outcome.head, source.Head());
+  WALSH_RETURN_IF_ERROR(context_.Synchronize());
+  return outcome;
+}
+
+absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome& after,
+                                           const KeepGoing& keep_going) {
+  const cudaStream_t stream = context_.stream();
+  const int64_t n = n_tokens();
+  const int64_t vocab = config_.vocab;
+  const int64_t chunk = std::min(kLogitTokens, n);
+  // The last token of a window predicts nothing; its target is any id, and its figures are left
+  // out.
+  std::vector<int32_t> targets(windows_.ids.begin() + 1, windows_.ids.end());
+  targets.push_back(0);
+  WALSH_ASSIGN_OR_RETURN(auto device_targets, DeviceBuffer<int32_t>::Allocate(n, stream));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device_targets.data(), targets.data(),
+                                             targets.size() * sizeof(int32_t),
+                                             cudaMemcpyHostToDevice, stream));
+  WALSH_ASSIGN_OR_RETURN(auto logits, DeviceBuffer<float>::Allocate(2 * chunk * vocab, stream));
+  WALSH_ASSIGN_OR_RETURN(auto device_losses, DeviceBuffer<double>::Allocate(2 * n, stream));
+  WALSH_ASSIGN_OR_RETURN(auto device_kl, DeviceBuffer<double>::Allocate(n, stream));
+  WALSH_ASSIGN_OR_RETURN(auto device_top1, DeviceBuffer<int32_t>::Allocate(n, stream));
+  for (int64_t first = 0; first < n; first += chunk) {
+    // Waits, so that not more is queued than what is asked about.
+    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+    WALSH_RETURN_IF_ERROR(Ask(keep_going));
+    const int64_t rows = std::min(chunk, n - first);
+    for (const int which : {0, 1}) {
+      const Outcome& outcome = which == 0 ? before : after;
+      float* y = logits.data() + which * chunk * vocab;
+      WALSH_RETURN_IF_ERROR(ops::Gemm(
+          context_, ops::GemmParams<float>{.n_tokens = rows,
+                                           .in = config_.hidden,
+                                           .out = vocab,
+                                           .x = outcome.normed.data() + first * config_.hidden,
+                                           .weights = outcome.head.data(),
+                                           .y = y}));
+      WALSH_RETURN_IF_ERROR(ops::CrossEntropy(context_, rows, vocab, y,
+                                              device_targets.data() + first,
+                                              device_losses.data() + which * n + first));
+    }
+    WALSH_RETURN_IF_ERROR(ops::KlDivergence(context_, rows, vocab, logits.data(),
+                                            logits.data() + chunk * vocab, device_kl.data() + first,
+                                            device_top1.data() + first));
+  }
+  std::vector<double> losses(static_cast<size_t>(2 * n)), kl(static_cast<size_t>(n));
+  std::vector<int32_t> top1(static_cast<size_t>(n));
+  WALSH_RETURN_IF_ERROR(Download(context_, device_losses, losses.data(), 2 * n));
+  WALSH_RETURN_IF_ERROR(Download(context_, device_kl, kl.data(), n));
+  WALSH_RETURN_IF_ERROR(Download(context_, device_top1, top1.data(), n));
+  WALSH_RETURN_IF_ERROR(context_.Synchronize());
+
+  Quality quality;
+  double kl_sum = 0;
+  int64_t agreeing = 0;
+  for (int64_t w = 0; w < windows_.count(); ++w) {
+    double sums[2] = {0, 0};
+    for (int64_t i = w * windows_.length; i < (w + 1) * windows_.length - 1; ++i) {
+      for (const int which : {0, 1}) sums[which] += losses[static_cast<size_t>(which * n + i)];
+      kl_sum += kl[static_cast<size_t>(i)];
+      agreeing += top1[static_cast<size_t>(i)];
+    }
+    for (const int which : {0, 1}) {
+      if (!std::isfinite(sums[which])) {
+        return absl::DataLossError(
+            absl::StrCat("the loss of evaluation window ", w, " is ", sums[which]));
+      }
+      evaluate::WindowLosses& result = which == 0 ? quality.before : quality.after;
+      result.losses.push_back(sums[which] / static_cast<double>(windows_.length - 1));
+      result.n_tokens += windows_.length - 1;
+    }
+  }
+  if (!std::isfinite(kl_sum)) {
+    return absl::DataLossError(absl::StrCat("the divergence of the models is ", kl_sum));
+  }
+  const auto n_predicted = static_cast<double>(quality.before.n_tokens);
+  // Rounding can leave a tiny negative sum where the models agree.
+  quality.kl_divergence = std::max(0.0, kl_sum / n_predicted);
+  quality.top1_agreement = static_cast<double>(agreeing) / n_predicted;
+  return quality;
+}
+
+int64_t Evaluator::EvaluationBytes(const ModelConfig& config, int64_t n_tokens, int64_t window) {
+  if (n_tokens == 0) return 0;
+  const LayerShape shape = LayerShape::Of(config);
+  const int64_t vocabulary = config.vocab * config.hidden;
+  const int64_t outcome =
+      static_cast<int64_t>(sizeof(bf16)) * (n_tokens * shape.hidden + vocabulary);
+  // The first model's outcome is there while the second runs.
+  const int64_t forward = outcome + n_tokens * shape.hidden * static_cast<int64_t>(sizeof(float)) +
+                          LayerForward<bf16>::ScratchBytes(shape, ForwardTokens(n_tokens, window)) +
+                          WeightLoader::VocabularyBytes(config) +
+                          vocabulary * static_cast<int64_t>(sizeof(bf16));
+  const int64_t compare =
+      2 * outcome +
+      2 * std::min(kLogitTokens, n_tokens) * config.vocab * static_cast<int64_t>(sizeof(float)) +
+      n_tokens * 32;
+  return std::max(forward, compare);
+}
+
+}  // namespace walsh::pipeline::cuda
