@@ -118,7 +118,7 @@ std::string ValueText(const std::string& key, const json& value) {
   if (value.is_array()) {
     std::vector<std::string> items;
     for (const json& item : value) items.push_back(ValueText(key, item));
-    return absl::StrJoin(items, " ");
+    return absl::StrJoin(items, "; ");
   }
   return value.dump();
 }

@@ -8,6 +8,7 @@
 #include "client/address.h"
 #include "client/supervisor.h"
 #include "common/command_line.h"
+#include "common/device_choice.h"
 
 namespace walsh::client {
 namespace {
@@ -76,8 +77,13 @@ int RunUp(const UpFlags& flags, const GlobalFlags& global, const std::string& co
 void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
   auto flags = std::make_shared<UpFlags>();
   CLI::App& command = *app.add_subcommand("up", "Run a coordinator and a worker on this machine");
-  command.add_option("--device", flags->device, "Where models run")
-      ->check(CLI::IsMember({"auto", "cpu"}))
+  command
+      .add_option("--device", flags->device,
+                  "Where the worker's jobs run: auto (CUDA device 0, or the CPU where there is "
+                  "none), cpu, cuda or cuda:N")
+      ->check([](const std::string& text) {
+        return std::string(ParseDeviceChoice(text).status().message());
+      })
       ->capture_default_str();
   command.add_option("--model-root", flags->model_roots,
                      "Folder that models and texts may be read from; may be repeated, on the "

@@ -59,6 +59,26 @@ std::string PerplexityText(const Job::Result& result) {
                          CountText(result.evaluation_tokens()));
 }
 
+// "0.0123 nats a token from the original; the likeliest token is the same at 95.2 %"
+std::string DivergenceText(const Job::Result& result) {
+  std::string text =
+      absl::StrCat(SignificantText(result.kl_divergence(), 3), " nats a token from the original");
+  if (result.has_top1_agreement()) {
+    absl::StrAppendFormat(&text, "; the likeliest token is the same at %.1f %%",
+                          100 * result.top1_agreement());
+  }
+  return text;
+}
+
+std::string MemoryText(const Job::Result& result) {
+  std::string text = BytesText(result.peak_memory_bytes()) + " at most";
+  if (result.peak_device_memory_bytes() > 0) {
+    absl::StrAppend(&text, ", and ", BytesText(result.peak_device_memory_bytes()),
+                    " on the device");
+  }
+  return text;
+}
+
 std::string LinearBytesText(const Job::Result& result) {
   std::string text =
       absl::StrCat("linears ", BytesText(result.linear_bytes_before()), " as 16-bit floats, ",
@@ -134,13 +154,13 @@ std::string ResultText(const Job& job) {
   AppendFact(text, "size", LinearBytesText(result));
   AppendFact(text, "", FileBytesText(result));
   AppendFact(text, "perplexity", PerplexityText(result));
+  if (result.has_kl_divergence()) AppendFact(text, "divergence", DivergenceText(result));
   AppendFact(text, "rotation gate",
              absl::StrCat(SignificantText(result.rotation_gate(), 2),
                           " of the largest logit, before anything was quantized"));
   AppendFact(text, "calibration", CalibrationText(job));
-  if (result.peak_memory_bytes() > 0) {
-    AppendFact(text, "memory", BytesText(result.peak_memory_bytes()) + " at most");
-  }
+  if (!result.device().empty()) AppendFact(text, "device", result.device());
+  if (result.peak_memory_bytes() > 0) AppendFact(text, "memory", MemoryText(result));
   if (result.stage_times_size() > 0) text += "\n" + StageTable(result);
   if (result.per_layer_size() > 0) text += "\n" + WorstLinearsTable(result);
   if (result.warnings_size() > 0) text += "\n  warnings\n";

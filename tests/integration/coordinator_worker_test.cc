@@ -57,7 +57,9 @@ class CoordinatorWorkerTest : public CoordinatorFixture {
         ModelHostService::Options{
             .data_dir = dir_.path(),
             .resolve = [](std::string_view path) { return std::string(path); },
-            .plan = [](const pipeline::JobSpec&) { return pipeline::JobPlan(); }},
+            .plan = [](const pipeline::JobSpec&) { return pipeline::JobPlan(); },
+            .memory = [] { return service::WorkerMemory(); },
+            .on_device_broken = [](const absl::Status&) {}},
         store_.get());
     grpc::ServerBuilder builder;
     ApplyServerLimits(builder);

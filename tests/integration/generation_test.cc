@@ -13,6 +13,7 @@
 #include "absl/strings/match.h"
 #include "common/grpc_status.h"
 #include "common/utf8.h"
+#include "tests/testing/http_get.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_model.h"
@@ -299,7 +300,7 @@ TEST_F(GenerationTest, ACancelledStreamFreesItsSlot) {
   const std::string metrics = service_->endpoint("worker", "metrics");
   // The engine's own counts, without the heartbeat's delay; -1 when there is none.
   const auto metric = [&](const std::string& name) {
-    const std::string text = service_->HttpGet(metrics, "/metrics").value_or("");
+    const std::string text = testing::HttpGet(metrics, "/metrics").value_or("");
     const size_t begin = text.find("\n" + name + "{");
     return begin == std::string::npos ? -1.0 : std::atof(text.c_str() + text.find(' ', begin));
   };

@@ -11,6 +11,7 @@
 #include "common/config_keys.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
+#include "tests/testing/http_get.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
@@ -61,7 +62,7 @@ class SurfaceTest : public ::testing::Test {
   }
 
   static std::string Metrics(const std::string& daemon) {
-    const auto text = service_->HttpGet(service_->endpoint(daemon, "metrics"), "/metrics");
+    const auto text = testing::HttpGet(service_->endpoint(daemon, "metrics"), "/metrics");
     EXPECT_OK(text);
     return text.value_or("");
   }
@@ -152,9 +153,9 @@ TEST(ReflectionTest, IsOffWhenTheFlagSaysSo) {
 TEST_F(SurfaceTest, HttpRoutesAnswer) {
   const std::string http = service_->endpoint("coordinator", "http");
   for (const char* path : {"/livez", "/readyz", "/health", "/version", "/metrics"}) {
-    EXPECT_OK(service_->HttpGet(http, path)) << path;
+    EXPECT_OK(testing::HttpGet(http, path)) << path;
   }
-  EXPECT_FALSE(service_->HttpGet(http, "/no/such/route").ok());
+  EXPECT_FALSE(testing::HttpGet(http, "/no/such/route").ok());
 }
 
 TEST_F(SurfaceTest, CoordinatorMetricsHaveTheirNames) {
@@ -233,6 +234,9 @@ TEST_F(SurfaceTest, DoctorDescribesThisMachine) {
   ASSERT_OK_AND_ASSIGN(const client::Output output, service_->RunWalsh({"doctor"}));
   EXPECT_EQ(output.exit_code, 0) << output.out << output.err;
   EXPECT_THAT(output.out, HasSubstr("this machine, as a worker sees it"));
+  EXPECT_THAT(output.out, ::testing::ContainsRegex("jobs on +(cpu|cuda:0 )"));
+  EXPECT_THAT(output.out, ::testing::ContainsRegex("generation on +cpu\n"));
+  EXPECT_THAT(output.out, ::testing::ContainsRegex("available +(yes|no)\n"));
 }
 
 TEST_F(SurfaceTest, DaemonsStopCleanly) {

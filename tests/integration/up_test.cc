@@ -212,6 +212,26 @@ TEST_F(UpTest, DaemonsGoWithAKilledParent) {
   EXPECT_TRUE(WaitUntil([&] { return !IsAlive(coordinator) && !IsAlive(worker); }, kPatience));
 }
 
+TEST_F(UpTest, ADeviceThatIsNotThereIsNamed) {
+  client::SpawnOptions spawn;
+  spawn.argv = {testing::BinaryPath("walsh"),
+                "up",
+                "--data-dir",
+                dir_ / "data",
+                "--port",
+                "0",
+                "--device",
+                "cuda:1000"};
+  ASSERT_OK_AND_ASSIGN(const client::Output missing, client::RunCommand(spawn, "", kPatience));
+  EXPECT_EQ(missing.exit_code, 1);
+  EXPECT_THAT(missing.err, HasSubstr("walsh-worker ended while starting"));
+  EXPECT_THAT(missing.err, HasSubstr("--device cuda:1000: "));
+  spawn.argv.back() = "cuda:x";
+  ASSERT_OK_AND_ASSIGN(const client::Output wrong, client::RunCommand(spawn, "", kPatience));
+  EXPECT_EQ(wrong.exit_code, 2);
+  EXPECT_THAT(wrong.err, HasSubstr("'cuda:x' is not auto, cpu, cuda or cuda:N"));
+}
+
 TEST_F(UpTest, APortThatIsTakenIsNamed) {
   ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up());
   ASSERT_TRUE(WaitForBanner()) << Out() << Err();

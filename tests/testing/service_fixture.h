@@ -63,8 +63,6 @@ class ServiceFixture {
   const std::string& data_dir() const { return data_dir_.path(); }
   const std::string& worker_data_dir() const { return worker_data_dir_; }
 
-  // Body of http://{endpoint}{path}; UNAVAILABLE unless it is answered with 200.
-  absl::StatusOr<std::string> HttpGet(const std::string& endpoint, const std::string& path) const;
   // Runs `walsh` with --server set.
   absl::StatusOr<client::Output> RunWalsh(std::vector<std::string> arguments,
                                           const std::string& input = "",

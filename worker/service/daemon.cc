@@ -9,13 +9,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <iostream>
+#include <mutex>
+#include <optional>
 #include <random>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "common/command_line.h"
+#include "common/device_choice.h"
 #include "common/endpoints.h"
 #include "common/grpc_server.h"
 #include "common/http_server.h"
@@ -32,6 +37,7 @@
 #include "worker/service/generation_service.h"
 #include "worker/service/host_memory.h"
 #include "worker/service/job_runner.h"
+#include "worker/service/memory_check.h"
 #include "worker/service/model_host_service.h"
 #include "worker/service/model_store.h"
 
@@ -79,8 +85,10 @@ std::string NewWorkerId() {
 
 class WorkerDaemon final : public Daemon {
  public:
-  WorkerDaemon(const WorkerOptions& options, DataFolderLock lock, ModelRoots roots)
+  WorkerDaemon(const WorkerOptions& options, const Surroundings& surroundings, DataFolderLock lock,
+               ModelRoots roots)
       : options_(options),
+        surroundings_(surroundings),
         worker_id_(NewWorkerId()),
         lock_(std::move(lock)),
         roots_(std::move(roots)),
@@ -92,6 +100,7 @@ class WorkerDaemon final : public Daemon {
   void Stop() override;
 
  private:
+  absl::Status OpenDevice();
   absl::Status OpenStore();
   absl::Status StartServer();
   absl::Status StartHttp();
@@ -99,18 +108,25 @@ class WorkerDaemon final : public Daemon {
   void MakeAgent();
   void LoadModels();
   void OnModelChanged(const v1::Model& model);
+  // Also called by a coordinator's check of a job while this worker starts.
+  void OnDeviceBroken(const absl::Status& cause);
+  void RefuseWork();
+  absl::StatusOr<pipeline::JobPlan> PlanJob(const pipeline::JobSpec& spec) const;
+  absl::StatusOr<WorkerMemory> ReadMemory() const;
   absl::Status CheckLive() const;
   absl::Status CheckReady() const;
   Agent::Load MakeLoad() const;
   std::string AdvertisedAddress() const;
 
   const WorkerOptions options_;
+  const Surroundings surroundings_;
   const std::string worker_id_;
   const DataFolderLock lock_;
   const ModelRoots roots_;
   const PathResolver resolve_;
   Clock* const clock_ = Clock::Real();
 
+  JobDevice device_;
   std::unique_ptr<ModelStore> models_;
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelHostService> model_host_;
@@ -122,10 +138,12 @@ class WorkerDaemon final : public Daemon {
   std::unique_ptr<Agent> agent_;
   std::thread loader_;
   std::atomic<bool> is_stopping_ = false;
+  std::atomic<bool> is_device_broken_ = false;
 };
 
 absl::Status WorkerDaemon::Start() {
   metrics::RegisterBuildInfo();
+  WALSH_RETURN_IF_ERROR(OpenDevice());
   WALSH_RETURN_IF_ERROR(OpenStore());
   WALSH_RETURN_IF_ERROR(StartServer());
   MakeAgent();
@@ -134,6 +152,17 @@ absl::Status WorkerDaemon::Start() {
   WALSH_RETURN_IF_ERROR(Announce());
   agent_->Start();
   loader_ = std::thread([this] { LoadModels(); });
+  return absl::OkStatus();
+}
+
+absl::Status WorkerDaemon::OpenDevice() {
+  WALSH_ASSIGN_OR_RETURN(const DeviceChoice choice, ParseDeviceChoice(options_.device));
+  WALSH_ASSIGN_OR_RETURN(device_, OpenJobDevice(choice, surroundings_.cuda));
+  if (device_.no_cuda.ok()) {
+    WALSH_LOG(Info, "jobs run here", {"device", device_.name});
+  } else {
+    WALSH_LOG(Info, "jobs run here", {"device", device_.name}, {"no_cuda", device_.no_cuda});
+  }
   return absl::OkStatus();
 }
 
@@ -163,7 +192,12 @@ absl::Status WorkerDaemon::StartServer() {
                                      absl::Milliseconds(options_.stream_interval_ms)});
   model_host_ = std::make_unique<ModelHostService>(
       ModelHostService::Options{
-          .data_dir = options_.data_dir, .resolve = resolve_, .plan = pipeline::PlanJob},
+          .data_dir = options_.data_dir,
+          .device = device_.name,
+          .resolve = resolve_,
+          .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
+          .memory = [this] { return ReadMemory(); },
+          .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); }},
       models_.get());
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
@@ -209,13 +243,25 @@ void WorkerDaemon::MakeAgent() {
                          .results_directory = options_.data_dir + "/results",
                          .n_threads = options_.threads,
                          .resolve = resolve_,
-                         .quantize = pipeline::RunJob},
+                         .device = device_.name,
+                         .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
+                         .memory = [this] { return ReadMemory(); },
+                         .quantize =
+                             [this](const pipeline::JobSpec& spec, ThreadPool& pool,
+                                    const pipeline::Observer& observer) {
+                               return pipeline::RunJob(spec, *device_.backend, pool, observer);
+                             },
+                         .on_device_broken =
+                             [this](const absl::Status& cause) {
+                               RefuseWork();  // before the agent asks for the next lease
+                               OnDeviceBroken(cause);
+                             }},
       coordinator_.get(), models_.get(), clock_);
   const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();
   agent_ = std::make_unique<Agent>(
       Agent::Identity{.worker_id = worker_id_,
                       .address = AdvertisedAddress(),
-                      .device = DescribeDevice(n_threads)},
+                      .device = DescribeDevice(device_, n_threads)},
       coordinator_.get(),
       Agent::Hooks{.load = [this] { return MakeLoad(); },
                    .run_job = [this](const internal::v1::Lease& lease,
@@ -243,7 +289,24 @@ void WorkerDaemon::OnModelChanged(const v1::Model& model) {
   agent_->Poke();
 }
 
+void WorkerDaemon::OnDeviceBroken(const absl::Status& cause) {
+  if (is_device_broken_.exchange(true)) return;
+  WALSH_LOG(Error, "the device is broken; this worker stops", {"device", device_.name},
+            {"error", cause});
+  surroundings_.on_device_broken();
+}
+
+absl::StatusOr<pipeline::JobPlan> WorkerDaemon::PlanJob(const pipeline::JobSpec& spec) const {
+  return pipeline::PlanJob(spec, *device_.backend);
+}
+
+absl::StatusOr<WorkerMemory> WorkerDaemon::ReadMemory() const {
+  WALSH_ASSIGN_OR_RETURN(const pipeline::DeviceMemory device, device_.backend->memory());
+  return WorkerMemory{.host = ReadHostMemory(), .device = device, .device_name = device_.name};
+}
+
 absl::Status WorkerDaemon::CheckLive() const {
+  if (is_device_broken_) return absl::UnavailableError(device_.name + " is broken");
   const double age = models_->TotalStats().heartbeat_age_seconds;
   if (absl::Seconds(age) < kHungAfter) return absl::OkStatus();
   return absl::UnavailableError(absl::StrFormat("an engine has not turned for %.0f s", age));
@@ -270,16 +333,18 @@ std::string WorkerDaemon::AdvertisedAddress() const {
   return HostPort(AdvertisedHost(options_).value_or(options_.host), grpc_port_);
 }
 
+void WorkerDaemon::RefuseWork() {
+  if (server_ != nullptr) server_->GetHealthCheckService()->SetServingStatus(false);
+  if (agent_ != nullptr) agent_->Drain();
+}
+
 void WorkerDaemon::Stop() {
   if (is_stopping_.exchange(true)) return;
   WALSH_LOG(Info, "stopping");
-  if (server_ != nullptr) server_->GetHealthCheckService()->SetServingStatus(false);
+  RefuseWork();
   // The job goes back while requests finish.
   std::thread goodbye;
-  if (agent_ != nullptr) {
-    agent_->Drain();
-    goodbye = std::thread([this] { agent_->Stop(); });
-  }
+  if (agent_ != nullptr) goodbye = std::thread([this] { agent_->Stop(); });
   if (models_ != nullptr) {
     models_->DrainAll(absl::Seconds(options_.shutdown_timeout_seconds));
   }
@@ -291,22 +356,44 @@ void WorkerDaemon::Stop() {
   WALSH_LOG(Info, "stopped");
 }
 
+// What the process waits for: the exit code of the first reason to end.
+class End {
+ public:
+  void Tell(int exit_code) {
+    const std::lock_guard lock(mu_);
+    if (!exit_code_.has_value()) exit_code_ = exit_code;
+    told_.notify_all();
+  }
+  int Wait() {
+    std::unique_lock lock(mu_);
+    told_.wait(lock, [this] { return exit_code_.has_value(); });
+    return *exit_code_;
+  }
+
+ private:
+  std::mutex mu_;
+  std::condition_variable told_;
+  std::optional<int> exit_code_;
+};
+
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& options) {
+absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& options,
+                                                      const Surroundings& surroundings) {
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
   WALSH_ASSIGN_OR_RETURN(DataFolderLock lock, DataFolderLock::Take(options.data_dir));
   const std::vector<std::string> roots = options.model_roots.empty()
                                              ? std::vector<std::string>{options.data_dir}
                                              : options.model_roots;
   WALSH_ASSIGN_OR_RETURN(ModelRoots model_roots, ModelRoots::Create(roots));
-  auto daemon = std::make_unique<WorkerDaemon>(options, std::move(lock), std::move(model_roots));
+  auto daemon = std::make_unique<WorkerDaemon>(options, surroundings, std::move(lock),
+                                               std::move(model_roots));
   WALSH_RETURN_IF_ERROR(daemon->Start());
   return daemon;
 }
 
-int RunUntilSignal(const WorkerOptions& options) {
-  // Blocked before any thread starts, so that only this one takes them.
+int RunUntilSignal(const WorkerOptions& options, const CudaDevices& cuda) {
+  // Blocked before any thread starts, so that only the one below takes them.
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
@@ -317,22 +404,26 @@ int RunUntilSignal(const WorkerOptions& options) {
   // thread can read it.
   (void)kernels::DescribeCpuBackend();
 
-  absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Start(options);
+  // The thread below has a share of it, since it outlives this function.
+  const auto end = std::make_shared<End>();
+  absl::StatusOr<std::unique_ptr<Daemon>> daemon = Daemon::Start(
+      options, {.cuda = cuda, .on_device_broken = [end] { end->Tell(kExitDeviceBroken); }});
   if (!daemon.ok()) {
     WALSH_LOG(Error, "the worker cannot start", {"error", daemon.status()});
-    return 1;
+    return kExitFailed;
   }
-  int received = 0;
-  sigwait(&signals, &received);
-  std::thread([&signals] {
-    int second = 0;
-    sigwait(&signals, &second);
+  std::thread([end, signals] {
+    int received = 0;
+    sigwait(&signals, &received);
+    end->Tell(kExitOk);
+    sigwait(&signals, &received);
     WALSH_LOG(Warning, "second signal: leaving at once");
-    _exit(1);
+    _exit(kExitFailed);
   }).detach();
+  const int exit_code = end->Wait();
   (*daemon)->Stop();
   daemon->reset();
-  return 0;
+  return exit_code;
 }
 
 }  // namespace walsh::service

@@ -3,12 +3,18 @@
 
 #include <string>
 
+#include "common/device_choice.h"
+#include "worker/service/job_device.h"
+
 namespace walsh::service {
 
 // One JSON object: version, revision, cpu {backend, threads}, memory {total_bytes, free_bytes},
-// cuda {available, reason}.
-std::string DescribeMachine();
-// For people: "cpu (AVX-512 VNNI; OpenBLAS core SkylakeX, 2 threads)".
-std::string DescribeDevice(int n_threads);
+// cuda {available, devices, reason}, jobs_on, generation_on. `devices` are all that the driver
+// shows; `available` is whether the chosen one (or, without a choice, device 0) can run jobs, and
+// `reason` says why not.
+std::string DescribeMachine(const DeviceChoice& choice, const CudaDevices& cuda);
+// For people: "cpu (AVX-512 VNNI; OpenBLAS core SkylakeX, 2 threads)", "jobs on cuda:0 NVIDIA H200,
+// generation on cpu (…)".
+std::string DescribeDevice(const JobDevice& device, int n_threads);
 
 }  // namespace walsh::service

@@ -205,6 +205,8 @@ QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::s
   result.set_bits_per_weight(report.bits_per_weight);
   result.set_perplexity_before(report.perplexity_before);
   result.set_perplexity_after(report.perplexity_after);
+  if (report.kl_divergence >= 0) result.set_kl_divergence(report.kl_divergence);
+  if (report.top1_agreement >= 0) result.set_top1_agreement(report.top1_agreement);
   result.set_evaluation_tokens(report.evaluation_tokens);
   result.set_rotation_gate(report.rotation_gate);
   for (int stage = 0; stage < pipeline::kStages; ++stage) {
@@ -226,6 +228,7 @@ QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::s
   result.set_group_size(static_cast<int32_t>(report.group_size));
   result.set_rotation_block_size(static_cast<int32_t>(report.rotation_block));
   result.set_peak_memory_bytes(report.peak_memory_bytes);
+  result.set_peak_device_memory_bytes(report.peak_device_memory_bytes);
   for (const std::string& warning : report.warnings) result.add_warnings(warning);
   return result;
 }
@@ -237,6 +240,7 @@ internal::v1::ValidateJobResponse ToResponse(const pipeline::JobPlan& plan) {
   response.set_group_size(static_cast<int32_t>(plan.group_size));
   response.set_rotation_block_size(static_cast<int32_t>(plan.rotation_block));
   response.set_memory_bytes_needed(plan.memory_bytes_needed);
+  response.set_device_memory_bytes_needed(plan.device_memory_bytes_needed);
   response.set_disk_bytes_needed(plan.disk_bytes_needed);
   for (const std::string& warning : plan.warnings) response.add_warnings(warning);
   return response;

@@ -35,7 +35,12 @@ void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Du
           .Add({}, metrics::JobDurationBuckets());
   for (const pipeline::LinearReport& linear : progress.linears) ObserveLinear(linear);
   if (progress.layers_done > layers_done_) {
-    layer_seconds.Observe(absl::ToDoubleSeconds(now - layer_start_));
+    // Fast layers are reported several at a time.
+    const int64_t n_layers = progress.layers_done - layers_done_;
+    const double seconds = absl::ToDoubleSeconds(now - layer_start_);
+    for (int64_t i = 0; i < n_layers; ++i) {
+      layer_seconds.Observe(seconds / static_cast<double>(n_layers));
+    }
     layers_done_ = progress.layers_done;
     layer_start_ = now;
   } else if (layer_start_ == absl::InfiniteDuration() && progress.layer >= 0) {

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <filesystem>
 #include <memory>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -16,7 +17,9 @@
 #include "common/publish.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "worker/kernels/device_failure.h"
 #include "worker/kernels/thread_pool.h"
+#include "worker/service/job_device.h"
 #include "worker/service/job_metrics.h"
 
 namespace walsh::service {
@@ -103,6 +106,10 @@ JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface
 void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
   absl::StatusOr<Outcome> outcome = FindEarlier(lease);
   if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held);
+  if (IsDeviceBroken(outcome.status())) {
+    options_.on_device_broken(outcome.status());
+    outcome = DeviceBrokenError(options_.device, outcome.status());
+  }
   if (outcome.ok()) LoadIfWanted(lease, *outcome);
   Complete(outcome, held);
 }
@@ -154,6 +161,7 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobReport report,
                          QuantizeInto(directory, lease.job(), held));
   Outcome outcome{.result = ToResult(report, lease.job().model_name()), .model = {}};
+  outcome.result.set_device(options_.device);
   WALSH_RETURN_IF_ERROR(MakeDirectories(options_.results_directory));
   WALSH_RETURN_IF_ERROR(
       PublishFile(ResultPath(held.job_name()), outcome.result.SerializeAsString()));
@@ -195,15 +203,31 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
     // privileges, hence a thread for each job.
     setpriority(PRIO_PROCESS, 0, kJobNice);
     try {
+      if (const absl::Status fits = CheckFits(spec); !fits.ok()) {
+        report = fits;
+        return;
+      }
       ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
       report = options_.quantize(spec, pool, std::ref(reporter));
     } catch (const std::bad_alloc&) {
       report = absl::ResourceExhaustedError("no memory left for the job");
+    } catch (const std::system_error& e) {
+      report = absl::ResourceExhaustedError(absl::StrCat("no thread for the job: ", e.what()));
     }
   });
   quantizing.join();
   if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
   return report;
+}
+
+absl::Status JobRunner::CheckFits(const pipeline::JobSpec& spec) const {
+  WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
+  WALSH_ASSIGN_OR_RETURN(const WorkerMemory memory, options_.memory());
+  WALSH_RETURN_IF_ERROR(CheckMemory(plan, memory));
+  for (const std::string& warning : MemoryWarnings(plan, memory)) {
+    WALSH_LOG(Warning, "memory is short", {"job", spec.job_name}, {"reason", warning});
+  }
+  return absl::OkStatus();
 }
 
 absl::Status JobRunner::ReportPublishing(HeldLease& held) {
@@ -251,7 +275,9 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held
     return;
   } else if (absl::IsCancelled(stop)) {
     request.mutable_cancelled();
-  } else if (absl::IsUnavailable(stop)) {
+  } else if (absl::IsUnavailable(stop) && ErrorReason(outcome.status()) != kDeviceBroken) {
+    // The worker stops because of a broken device, too, but then the failure counts: a job that
+    // breaks every device must not go round for ever.
     request.mutable_returned();
   } else {
     *request.mutable_error() = ToProtoStatus(outcome.status());

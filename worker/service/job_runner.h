@@ -6,6 +6,9 @@
 // gets the job next on this data folder finds the published model, made by the same job, and
 // completes with its result.
 //
+// A failure that has broken the device is told to the worker before it is told to the coordinator,
+// so that no other lease is taken in between.
+//
 // Threads: Run is called from one thread. It quantizes on threads of its own that are nicer than
 //          the engine's, so that traffic keeps its latency beside a job; what it loads afterwards
 //          runs as nice as the caller.
@@ -22,6 +25,7 @@
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/held_lease.h"
 #include "worker/service/job_conversion.h"
+#include "worker/service/memory_check.h"
 #include "worker/service/model_store.h"
 
 namespace walsh::service {
@@ -35,7 +39,12 @@ class JobRunner {
     std::string results_directory;  // where results wait for the coordinator
     int n_threads = 0;              // 0: the machine's
     PathResolver resolve;
+    std::string device = "cpu";  // of results and messages
+    std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)> plan;
+    std::function<absl::StatusOr<WorkerMemory>()> memory;
     Quantize quantize;  // pipeline::RunJob
+    // Called with a status that IsDeviceBroken, on the thread of Run. No job can run any more.
+    std::function<void(const absl::Status&)> on_device_broken;
   };
   JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
             ModelStore* models, Clock* clock);
@@ -54,6 +63,8 @@ class JobRunner {
   absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
                                                    const v1::QuantizationJob& job, HeldLease& held);
+  // Fails a job now that would not fit later: it may have waited since it was validated.
+  absl::Status CheckFits(const pipeline::JobSpec& spec) const;
   // Returns once the coordinator accepted, or why it never will.
   absl::Status ReportPublishing(HeldLease& held);
   absl::Status Publish(const std::string& directory, const internal::v1::Lease& lease,

@@ -3,8 +3,10 @@
 #include <iostream>
 
 #include "common/command_line.h"
+#include "common/device_choice.h"
 #include "worker/service/daemon.h"
 #include "worker/service/describe.h"
+#include "worker/service/job_device.h"
 #include "worker/service/options.h"
 
 int main(int argc, char** argv) {
@@ -16,9 +18,11 @@ int main(int argc, char** argv) {
     std::cerr << "walsh-worker: " << status.message() << "\n";
     return walsh::kExitUsage;
   }
+  const walsh::service::CudaDevices cuda = walsh::service::InstalledCudaDevices();
   if (options.describe) {
-    std::cout << walsh::service::DescribeMachine() << "\n";
+    const auto choice = walsh::ParseDeviceChoice(options.device);
+    std::cout << walsh::service::DescribeMachine(*choice, cuda) << "\n";
     return walsh::kExitOk;
   }
-  return walsh::service::RunUntilSignal(options);
+  return walsh::service::RunUntilSignal(options, cuda);
 }

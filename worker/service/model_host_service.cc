@@ -7,7 +7,8 @@
 #include "common/publish.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
-#include "worker/service/host_memory.h"
+#include "worker/kernels/device_failure.h"
+#include "worker/service/job_device.h"
 
 namespace walsh::service {
 namespace {
@@ -18,15 +19,6 @@ grpc::Status Answer(absl::StatusOr<T> result, T* response) {
   if (!result.ok()) return ToGrpcStatus(result.status());
   *response = *std::move(result);
   return grpc::Status::OK;
-}
-
-absl::Status CheckMemory(int64_t needed, const HostMemory& memory) {
-  if (memory.total_bytes == 0 || needed <= memory.total_bytes) return absl::OkStatus();
-  absl::Status status = absl::FailedPreconditionError(absl::StrCat(
-      "the job needs ", needed, " bytes of memory, the worker has ", memory.total_bytes));
-  SetErrorInfo(status, "INSUFFICIENT_MEMORY",
-               {{"needed", absl::StrCat(needed)}, {"total", absl::StrCat(memory.total_bytes)}});
-  return status;
 }
 
 absl::Status CheckDisk(int64_t needed, const std::string& data_dir) {
@@ -49,23 +41,25 @@ absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
   WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(job.model_name()));
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
-  const HostMemory memory = ReadHostMemory();
-  WALSH_RETURN_IF_ERROR(CheckMemory(plan.memory_bytes_needed, memory));
+  WALSH_ASSIGN_OR_RETURN(const WorkerMemory memory, options_.memory());
+  WALSH_RETURN_IF_ERROR(CheckMemory(plan, memory));
   WALSH_RETURN_IF_ERROR(CheckDisk(plan.disk_bytes_needed, options_.data_dir));
   internal::v1::ValidateJobResponse response = ToResponse(plan);
-  response.set_memory_bytes_free(memory.free_bytes);
-  if (plan.memory_bytes_needed > memory.free_bytes) {
-    response.add_warnings(absl::StrCat("the job needs ", plan.memory_bytes_needed,
-                                       " bytes of memory, of which ", memory.free_bytes,
-                                       " are free now"));
-  }
+  response.set_memory_bytes_free(memory.host.free_bytes);
+  response.set_device_memory_bytes_free(memory.device.free_bytes);
+  for (const std::string& warning : MemoryWarnings(plan, memory)) response.add_warnings(warning);
   return response;
 }
 
 grpc::Status ModelHostService::ValidateJob(grpc::ServerContext*,
                                            const internal::v1::ValidateJobRequest* request,
                                            internal::v1::ValidateJobResponse* response) {
-  return Answer(Validate(request->job()), response);
+  absl::StatusOr<internal::v1::ValidateJobResponse> validated = Validate(request->job());
+  if (IsDeviceBroken(validated.status())) {
+    options_.on_device_broken(validated.status());
+    validated = DeviceBrokenError(options_.device, validated.status());
+  }
+  return Answer(std::move(validated), response);
 }
 
 grpc::Status ModelHostService::LoadModel(grpc::ServerContext*,

@@ -4,7 +4,8 @@
 // one of the threads that streams need.
 //
 // Errors:  as ModelStore and pipeline::PlanJob give them; for a job also FAILED_PRECONDITION with
-//          reason INSUFFICIENT_MEMORY and RESOURCE_EXHAUSTED with reason INSUFFICIENT_DISK
+//          reason INSUFFICIENT_MEMORY, RESOURCE_EXHAUSTED with reason INSUFFICIENT_DISK and
+//          UNAVAILABLE with reason DEVICE_BROKEN
 // Threads: gRPC's
 #pragma once
 
@@ -15,6 +16,7 @@
 #include "walsh/internal/v1/worker.grpc.pb.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/job_conversion.h"
+#include "worker/service/memory_check.h"
 #include "worker/service/model_store.h"
 
 namespace walsh::service {
@@ -24,8 +26,12 @@ class ModelHostService final : public internal::v1::ModelHostService::Service {
   using Plan = std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)>;
   struct Options {
     std::string data_dir;
+    std::string device = "cpu";  // of messages
     PathResolver resolve;
     Plan plan;  // pipeline::PlanJob
+    std::function<absl::StatusOr<WorkerMemory>()> memory;
+    // Called with a status that IsDeviceBroken.
+    std::function<void(const absl::Status&)> on_device_broken;
   };
   ModelHostService(Options options, ModelStore* models);
 

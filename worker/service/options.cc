@@ -1,6 +1,7 @@
 #include "worker/service/options.h"
 
 #include "absl/strings/str_cat.h"
+#include "common/device_choice.h"
 #include "common/endpoints.h"
 #include "common/limits.h"
 #include "common/resource_name.h"
@@ -36,7 +37,10 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
   app.add_option("--data-dir", options.data_dir, "Folder of the models")->capture_default_str();
   app.add_option("--model-root", options.model_roots,
                  "Folder that source models and texts may be read from; repeatable");
-  app.add_option("--device", options.device, "auto, cpu or cuda:N")->capture_default_str();
+  app.add_option("--device", options.device,
+                 "Where jobs run: auto (CUDA device 0, or the CPU where there is none), cpu, cuda "
+                 "or cuda:N")
+      ->capture_default_str();
   app.add_option("--threads", options.threads, "CPU threads of jobs and of each engine; 0: all")
       ->capture_default_str()
       ->check(CLI::Range(0, kThreadsMax));
@@ -79,14 +83,7 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
   WALSH_RETURN_IF_ERROR(log::ParseFormat(options.log_format, &format));
   WALSH_RETURN_IF_ERROR(log::ParseLevel(options.log_level, &level));
   log::Configure("worker", format, level);
-  if (options.device.starts_with("cuda")) {
-    return absl::UnimplementedError(
-        absl::StrCat("--device ", options.device, ": this build has no CUDA quantization yet"));
-  }
-  if (options.device != "auto" && options.device != "cpu") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--device '", options.device, "' is not auto, cpu or cuda:N"));
-  }
+  WALSH_RETURN_IF_ERROR(ParseDeviceChoice(options.device).status());
   if (options.max_num_batched_tokens < options.max_num_seqs) {
     return absl::InvalidArgumentError(
         absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,

@@ -73,6 +73,26 @@ TEST(JobReportTest, AFinishedJobShowsEverythingThatWasMeasured) {
   EXPECT_THAT(report, HasSubstr("- only 32 of 128 windows\n"));
 }
 
+TEST(JobReportTest, ShowsTheDeviceAndWhatOnlyItMeasures) {
+  Job job = FinishedJob();
+  EXPECT_THAT(JobReport(job), Not(HasSubstr("divergence")));
+  EXPECT_THAT(JobReport(job), Not(HasSubstr("device")));
+  EXPECT_THAT(JobReport(job), HasSubstr("memory         1.20 GB at most\n"));
+  Job::Result& result = *job.mutable_result();
+  result.set_device("cuda:0 NVIDIA H200");
+  result.set_peak_device_memory_bytes(14'100'000'000);
+  result.set_kl_divergence(0.01234);
+  result.set_top1_agreement(0.9518);
+  const std::string report = JobReport(job);
+  EXPECT_THAT(report, HasSubstr("device         cuda:0 NVIDIA H200\n"));
+  EXPECT_THAT(report, HasSubstr("memory         1.20 GB at most, and 14.1 GB on the device\n"));
+  EXPECT_THAT(report,
+              HasSubstr("divergence     0.0123 nats a token from the original; the likeliest "
+                        "token is the same at 95.2 %\n"));
+  result.set_kl_divergence(0);
+  EXPECT_THAT(JobReport(job), HasSubstr("divergence")) << "a measured 0 is a result";
+}
+
 TEST(JobReportTest, ShowsTheFiveWorstLinearsWorstFirst) {
   const std::string report = JobReport(FinishedJob());
   const size_t worst = report.find("layers.7.mlp.down_proj");

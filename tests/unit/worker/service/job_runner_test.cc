@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <thread>
 
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
@@ -17,6 +18,7 @@
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
+#include "worker/kernels/device_failure.h"
 #include "worker/service/agent.h"
 
 namespace walsh::service {
@@ -51,10 +53,18 @@ class JobRunnerTest : public StoreFixture {
             .results_directory = dir_ / "results",
             .n_threads = 1,
             .resolve = [](std::string_view path) { return "/roots/" + std::string(path); },
+            .device = "cuda:0 NVIDIA H200",
+            .plan = [this](const JobSpec&) { return plan_; },
+            .memory = [this] { return memory_; },
             .quantize =
                 [this](const JobSpec& spec, ThreadPool&, const pipeline::Observer& observer) {
                   ++n_runs_;
                   return quantize_(spec, observer);
+                },
+            .on_device_broken =
+                [this](const absl::Status& cause) {
+                  broken_ = cause;
+                  agent_->Drain();
                 }},
         stub_.get(), store_.get(), Clock::Real());
     agent_ = std::make_unique<Agent>(
@@ -111,6 +121,9 @@ class JobRunnerTest : public StoreFixture {
   std::function<absl::StatusOr<JobReport>(const JobSpec&, const pipeline::Observer&)> quantize_ =
       QuantizeTwoLayers;
   std::atomic<int> n_runs_ = 0;
+  absl::StatusOr<pipeline::JobPlan> plan_ = pipeline::JobPlan();
+  absl::StatusOr<WorkerMemory> memory_ = WorkerMemory();
+  absl::Status broken_;  // read after the outcome
   std::unique_ptr<internal::v1::WorkerService::Stub> stub_;
   std::unique_ptr<JobRunner> runner_;
   std::unique_ptr<Agent> agent_;
@@ -125,6 +138,7 @@ TEST_F(JobRunnerTest, JobIsReportedPublishedAndCompleted) {
   ASSERT_TRUE(outcome.has_result());
   EXPECT_EQ(outcome.result().artifact_uri(), "models/m");
   EXPECT_EQ(outcome.result().perplexity_after(), 12.5);
+  EXPECT_EQ(outcome.result().device(), "cuda:0 NVIDIA H200");
   ASSERT_EQ(outcome.result().stage_times_size(), 1) << "the script has none of its own";
   EXPECT_EQ(outcome.result().stage_times(0).stage(), v1::QuantizationJob::PUBLISHING);
   EXPECT_GT(outcome.result().stage_times(0).seconds(), 0);
@@ -209,6 +223,91 @@ TEST_F(JobRunnerTest, FailureIsTheJobsErrorAndLeavesNothing) {
   EXPECT_THAT(outcome.error().message(), HasSubstr("index 7"));
   EXPECT_FALSE(fs::exists(root_ + "/m"));
   EXPECT_EQ(NumTemporaries(), 0);
+}
+
+TEST_F(JobRunnerTest, AFailureOfTheDeviceLeavesAWorkerThatRunsTheNextJob) {
+  quantize_ = [this](const JobSpec& spec,
+                     const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+    if (n_runs_ > 1) return QuantizeTwoLayers(spec, observer);
+    WriteFakeArtifact(spec.output_directory);
+    return absl::ResourceExhaustedError("5 bytes of device memory are needed, 4 are free");
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete failure = AwaitOutcome();
+  ASSERT_TRUE(failure.has_error());
+  EXPECT_EQ(failure.error().code(), static_cast<int>(absl::StatusCode::kResourceExhausted));
+  EXPECT_EQ(NumTemporaries(), 0);
+  // The coordinator tries it again; the name is free.
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome(2).has_result());
+  EXPECT_OK(broken_);
+}
+
+TEST_F(JobRunnerTest, ABrokenDeviceIsAFailureThatIsRetriedAndTheLastJobOfTheWorker) {
+  quantize_ = [](const JobSpec& spec, const pipeline::Observer&) -> absl::StatusOr<JobReport> {
+    WriteFakeArtifact(spec.output_directory);
+    return MarkDeviceBroken(absl::InternalError("an illegal memory access"));
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  coordinator_.Offer(Job("k", "n"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(outcome.error_reason(), "DEVICE_BROKEN");
+  EXPECT_THAT(outcome.error().message(), HasSubstr("cuda:0 NVIDIA H200 is broken"));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("INTERNAL: an illegal memory access"));
+  ASSERT_EQ(outcome.error().details_size(), 1) << "the mark of this process stays here";
+  EXPECT_THAT(outcome.error().details(0).type_url(), HasSubstr("ErrorInfo"));
+  EXPECT_TRUE(IsDeviceBroken(broken_));
+  EXPECT_EQ(NumTemporaries(), 0);
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.heartbeats.back().draining(); }));
+  const size_t n_heartbeats = coordinator_.record().heartbeats.size();
+  ASSERT_TRUE(coordinator_.WaitFor(
+      [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 10; }));
+  EXPECT_EQ(n_runs_, 1) << "the second job is for another worker";
+}
+
+// Else a job that breaks every device would go round for ever, since a hand-back does not count.
+TEST_F(JobRunnerTest, ABrokenDeviceIsAFailureAlsoWhenTheWorkerStopsForIt) {
+  std::thread stopping;
+  quantize_ = [&](const JobSpec&, const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+    stopping = std::thread([this] { agent_->Stop(); });
+    // Until the lease is handed back.
+    while (observer({.stage = pipeline::Stage::kQuantizing}).ok()) {
+      walsh::testing::Pause(absl::Milliseconds(2));
+    }
+    return MarkDeviceBroken(absl::InternalError("an illegal memory access"));
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_EQ(AwaitOutcome().error_reason(), "DEVICE_BROKEN");
+  stopping.join();
+}
+
+TEST_F(JobRunnerTest, AJobThatCannotFitFailsBeforeTheWork) {
+  plan_->device_memory_bytes_needed = 100;
+  memory_->device = {.total_bytes = 80, .free_bytes = 70};
+  memory_->device_name = "cuda:0 NVIDIA H200";
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(outcome.error_reason(), "INSUFFICIENT_MEMORY");
+  EXPECT_THAT(outcome.error().message(),
+              HasSubstr("needs 100 bytes of device memory, cuda:0 NVIDIA H200 has 80"));
+  EXPECT_EQ(n_runs_, 0);
+}
+
+TEST_F(JobRunnerTest, ADeviceThatBrokeWhileIdleIsNoticedBeforeTheWork) {
+  memory_ = MarkDeviceBroken(absl::InternalError("fell off the bus"));
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_EQ(AwaitOutcome().error_reason(), "DEVICE_BROKEN");
+  EXPECT_TRUE(IsDeviceBroken(broken_));
+  EXPECT_EQ(n_runs_, 0);
 }
 
 // Works until its observer says otherwise.

@@ -32,5 +32,15 @@ TEST(AdvertisedHostTest, AllAddressesAreNone) {
   }
 }
 
+TEST(WorkerOptionsTest, DevicesAreSpelledInOneWayOnly) {
+  for (const char* device : {"auto", "cpu", "cuda", "cuda:1"}) {
+    EXPECT_OK(CheckWorkerOptions({.device = device}));
+  }
+  for (const char* device : {"", "gpu", "cuda:", "cuda:01", "cuda:1,2"}) {
+    EXPECT_THAT(CheckWorkerOptions({.device = device}),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--device '")));
+  }
+}
+
 }  // namespace
 }  // namespace walsh::service
