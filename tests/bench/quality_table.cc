@@ -3,10 +3,11 @@
 //   quality_table MODEL --calibration FILE --evaluation FILE --bits 4,2
 //       --rotations none,hadamard,walsh,local-hadamard,gsr --threads 16
 //
-// Runs the whole pipeline in this process for each combination and evaluates the artifact that it
-// wrote. All see the same windows, so differences are paired: Δ is the mean over windows of the
-// difference of their losses in nats per token, ± its standard error. Prints Markdown, each row
-// when it is known; name `none` first, since the rows after it are compared with it.
+// Runs the whole job in this process for each combination, on the CPU or with --device cuda:N on a
+// GPU, evaluation included. All see the same windows, so differences are paired: Δ is the mean over
+// windows of the difference of their losses in nats per token, ± its standard error. Prints
+// Markdown, each row when it is known; name `none` first, since the rows after it are compared with
+// it.
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -17,12 +18,14 @@
 
 #include "absl/strings/str_format.h"
 #include "common/command_line.h"
+#include "common/device_choice.h"
 #include "common/status_macros.h"
 #include "tests/bench/work_directory.h"
-#include "worker/calibrate/samples.h"
 #include "worker/evaluate/perplexity.h"
+#include "worker/kernels/kernels.h"
+#include "worker/pipeline/backend.h"
+#include "worker/pipeline/cuda/cuda_backend.h"
 #include "worker/pipeline/quantize_job.h"
-#include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::bench {
 namespace {
@@ -31,7 +34,7 @@ struct Flags {
   std::string model, calibration, evaluation, work_directory;
   std::vector<int> bits = {4, 2};
   std::vector<std::string> rotations = {"none", "hadamard", "walsh", "local-hadamard", "gsr"};
-  std::string method = "gptq";
+  std::string method = "gptq", device = "cpu";
   int64_t group = 0;
   int64_t windows = 128, length = 2048, evaluation_windows = 20, evaluation_length = 2048;
   bool symmetric = false, natural_order = false, no_clip = false, signs = false;
@@ -67,23 +70,8 @@ double Perplexity(const std::vector<double>& losses) {
   return evaluate::WindowLosses{losses, 0}.Perplexity();
 }
 
-absl::StatusOr<calibrate::TokenWindows> EvaluationWindows(const Flags& flags,
-                                                          const Checkpoint& checkpoint) {
-  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer,
-                         Tokenizer::Create(checkpoint.tokenizer()));
-  WALSH_ASSIGN_OR_RETURN(
-      const calibrate::SampleSet samples,
-      calibrate::ReadSamples(flags.evaluation, *tokenizer, checkpoint.tokenizer().chat_template));
-  WALSH_ASSIGN_OR_RETURN(
-      const calibrate::TokenStream stream,
-      calibrate::EncodeSamples(samples, *tokenizer, checkpoint.config().vocab,
-                               flags.evaluation_length,
-                               flags.evaluation_windows * flags.evaluation_length));
-  return calibrate::CutWindows(stream.ids, flags.evaluation_length, flags.evaluation_windows);
-}
-
 absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rotation,
-                           const calibrate::TokenWindows& windows, ThreadPool& pool) {
+                           pipeline::Backend& backend, ThreadPool& pool) {
   pipeline::JobSpec spec;
   spec.job_name = "quality";
   spec.model_name = "quality";
@@ -102,7 +90,9 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
   WALSH_ASSIGN_OR_RETURN(spec.rotation, rotate::ParseKind(rotation));
   spec.rotation_signs = flags.signs && spec.rotation != rotate::Kind::kNone;
   spec.seed = flags.seed;
-  spec.evaluate = false;
+  spec.evaluation_path = flags.evaluation;
+  spec.n_evaluation_windows = flags.evaluation_windows;
+  spec.evaluation_length = flags.evaluation_length;
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<WorkDirectory> work,
                          WorkDirectory::Create(flags.work_directory));
   spec.output_directory = *work / "artifact";
@@ -111,47 +101,42 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
   row.bits = bits;
   row.rotation = rotation;
   const auto start = std::chrono::steady_clock::now();
-  WALSH_ASSIGN_OR_RETURN(row.report, pipeline::RunJob(spec, pool, {}));
-  row.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  WALSH_ASSIGN_OR_RETURN(row.report, pipeline::RunJob(spec, backend, pool, {}));
+  row.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() -
+                row.report.stage_seconds[static_cast<int>(pipeline::Stage::kEvaluating)];
   for (const pipeline::LinearReport& linear : row.report.linears) {
     row.error += std::log(linear.relative_error) / static_cast<double>(row.report.linears.size());
   }
   row.error = std::exp(row.error);
 
-  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> artifact,
-                         ArtifactReader::Open(spec.output_directory, false, pool.n_threads()));
-  evaluate::ArtifactSource source(*artifact);
-  WALSH_ASSIGN_OR_RETURN(
-      evaluate::WindowLosses losses,
-      evaluate::EvaluateWindows(source, windows, pool, [](double) { return absl::OkStatus(); }));
-  row.losses = std::move(losses.losses);
+  row.losses = row.report.window_losses_after;
   std::fprintf(stderr, "%d bits, %s: perplexity %.4f, E %.5f, %.1f s\n", bits, rotation.c_str(),
                Perplexity(row.losses), row.error, row.seconds);
   return row;
 }
 
-void PrintHeading(const Flags& flags, const Row& first, const calibrate::TokenWindows& windows,
-                  const std::vector<double>& baseline) {
-  const pipeline::JobReport& report = first.report;
+void PrintHeading(const Flags& flags, const pipeline::JobReport& report) {
   std::printf(
       "Source %s; %s, error propagation %g, group %ld; calibrated on %ld windows of %ld tokens, "
       "fingerprint "
-      "%.12s; evaluated on %ld windows of %ld tokens; kernels %s; %d threads.\n\n",
+      "%.12s; evaluated on %ld windows of %ld tokens; on %s, kernels of the CPU %s; %d "
+      "threads.\n\n",
       report.source_format.c_str(), flags.method.c_str(),
       flags.method == "rtn" ? 0.0 : flags.error_propagation, static_cast<long>(report.group_size),
       static_cast<long>(report.calibration_windows),
       static_cast<long>(report.calibration_tokens / report.calibration_windows),
-      report.calibration_fingerprint.c_str(), static_cast<long>(windows.count()),
-      static_cast<long>(windows.length), kernels::DescribeCpuBackend().c_str(), flags.threads);
+      report.calibration_fingerprint.c_str(), static_cast<long>(report.window_losses_before.size()),
+      static_cast<long>(flags.evaluation_length), flags.device.c_str(),
+      kernels::DescribeCpuBackend().c_str(), flags.threads);
   std::printf(
       "| bits | rotation | bits a weight | perplexity | Δ to the original, nat | Δ to none, "
       "nat | E, geometric mean | seconds |\n|---|---|---|---|---|---|---|---|\n");
-  std::printf("| 16 | – | 16 | %.3f | – | – | – | – |\n", Perplexity(baseline));
+  std::printf("| 16 | – | 16 | %.3f | – | – | – | – |\n", Perplexity(report.window_losses_before));
 }
 
 // `none` is the row without rotation of the same bits, or null.
-void PrintRow(const Row& row, const std::vector<double>& baseline, const Row* none) {
-  const Paired to_baseline = Difference(row.losses, baseline);
+void PrintRow(const Row& row, const Row* none) {
+  const Paired to_baseline = Difference(row.losses, row.report.window_losses_before);
   std::string to_none = "–";
   if (none != nullptr) {
     const Paired d = Difference(row.losses, none->losses);
@@ -166,25 +151,19 @@ void PrintRow(const Row& row, const std::vector<double>& baseline, const Row* no
 
 absl::Status Run(const Flags& flags) {
   ThreadPool pool(flags.threads);
-  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint,
-                         Checkpoint::Open(flags.model));
-  WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows,
-                         EvaluationWindows(flags, *checkpoint));
-  evaluate::CheckpointSource original(*checkpoint);
-  WALSH_ASSIGN_OR_RETURN(
-      const evaluate::WindowLosses baseline,
-      evaluate::EvaluateWindows(original, windows, pool, [](double) { return absl::OkStatus(); }));
-  std::fprintf(stderr, "original: perplexity %.4f on %ld windows of %ld tokens\n",
-               baseline.Perplexity(), static_cast<long>(windows.count()),
-               static_cast<long>(windows.length));
+  std::unique_ptr<pipeline::Backend> backend = pipeline::MakeCpuBackend();
+  WALSH_ASSIGN_OR_RETURN(const DeviceChoice device, ParseDeviceChoice(flags.device));
+  if (device.kind == DeviceChoice::Kind::kCuda) {
+    WALSH_ASSIGN_OR_RETURN(backend, pipeline::MakeCudaBackend(device.cuda_device));
+  }
   bool has_heading = false;
   for (int bits : flags.bits) {
     std::optional<Row> none;
     for (const std::string& rotation : flags.rotations) {
-      WALSH_ASSIGN_OR_RETURN(Row row, RunOne(flags, bits, rotation, windows, pool));
-      if (!has_heading) PrintHeading(flags, row, windows, baseline.losses);
+      WALSH_ASSIGN_OR_RETURN(Row row, RunOne(flags, bits, rotation, *backend, pool));
+      if (!has_heading) PrintHeading(flags, row.report);
       has_heading = true;
-      PrintRow(row, baseline.losses, none ? &*none : nullptr);
+      PrintRow(row, none ? &*none : nullptr);
       if (rotation == "none") none = std::move(row);
     }
   }
@@ -197,6 +176,7 @@ int Main(int argc, char** argv) {
   app.add_option("model", flags.model, "HF directory or .gguf file");
   app.add_option("--calibration", flags.calibration, "Calibration text");
   app.add_option("--evaluation", flags.evaluation, "Evaluation text");
+  app.add_option("--device", flags.device, "cpu or cuda:N");
   app.add_option("--bits", flags.bits)->delimiter(',');
   app.add_option("--rotations", flags.rotations)->delimiter(',');
   app.add_option("--method", flags.method, "gptq or rtn");

@@ -35,11 +35,13 @@ absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what) {
 
 absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
   int n_devices = 0;
-  if (const cudaError_t error = cudaGetDeviceCount(&n_devices); error == cudaErrorNoDevice) {
+  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  // A driver without a device has none of this number, like any other.
+  if (error == cudaErrorNoDevice) {
     cudaGetLastError();
     n_devices = 0;
   } else {
-    WALSH_CUDA_RETURN_IF_ERROR(error);
+    WALSH_RETURN_IF_ERROR(CudaStatus(error, "cudaGetDeviceCount"));
   }
   if (device < 0 || device >= n_devices) {
     return absl::FailedPreconditionError(
