@@ -161,8 +161,8 @@ std::string ResultText(const Job& job) {
   AppendFact(text, "calibration", CalibrationText(job));
   if (!result.device().empty()) AppendFact(text, "device", result.device());
   if (result.peak_memory_bytes() > 0) AppendFact(text, "memory", MemoryText(result));
-  if (result.stage_times_size() > 0) text += "\n" + StageTable(result);
-  if (result.per_layer_size() > 0) text += "\n" + WorstLinearsTable(result);
+  if (result.stage_times_size() > 0) absl::StrAppend(&text, "\n", StageTable(result));
+  if (result.per_layer_size() > 0) absl::StrAppend(&text, "\n", WorstLinearsTable(result));
   if (result.warnings_size() > 0) text += "\n  warnings\n";
   for (const std::string& warning : result.warnings()) {
     absl::StrAppend(&text, "  - ", SafeText(warning), "\n");

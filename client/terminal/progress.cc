@@ -51,8 +51,8 @@ std::string EtaText(const v1::QuantizationJobEvent& event) {
 std::string Bar(double fraction, int width) {
   const int inner = width - 2;
   const int filled = static_cast<int>(std::clamp(fraction, 0.0, 1.0) * inner + 0.5);
-  return "[" + std::string(static_cast<size_t>(filled), '#') +
-         std::string(static_cast<size_t>(inner - filled), '-') + "]";
+  return absl::StrCat("[", std::string(static_cast<size_t>(filled), '#'),
+                      std::string(static_cast<size_t>(inner - filled), '-'), "]");
 }
 
 }  // namespace
