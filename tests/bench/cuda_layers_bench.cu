@@ -154,7 +154,7 @@ int Main(int argc, char** argv) {
     for (int layer = 0; layer < n_layers; ++layer) {
       const auto seed = static_cast<uint32_t>(layer * 16);
       const auto sigma = [](int64_t in) { return 1.0f / std::sqrt(static_cast<float>(in)); };
-      DeviceLayer weights;
+      DeviceLayer<float> weights;
       weights.qkv = Normal(context, s.qkv_rows() * s.hidden, seed, sigma(s.hidden));
       weights.o = Normal(context, s.hidden * s.q_width(), seed + 1, sigma(s.q_width()) * 0.1f);
       weights.gate_up = Normal(context, 2 * s.intermediate * s.hidden, seed + 2, sigma(s.hidden));

@@ -58,8 +58,7 @@ struct GramParams {
 };
 absl::Status AccumulateGram(Context& context, const GramParams& params);
 absl::Status MirrorGram(Context& context, int64_t dim, float* h);
-// The diagonal of h [dim, dim] in a row. (A strided copy to the host takes a microsecond an
-// element.)
+// The diagonal of h [dim, dim] in a row, for one copy to the host instead of a strided one.
 absl::Status Diagonal(Context& context, int64_t dim, const float* h, float* diagonal);
 
 // C[d, d] += Xᵀ Y, all of it.

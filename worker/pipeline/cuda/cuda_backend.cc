@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "worker/pipeline/cuda/layer_forward.h"
 #include "worker/pipeline/cuda/layer_quantizer.h"
 #include "worker/pipeline/cuda/model_source.h"
+#include "worker/pipeline/cuda/transfer.h"
 #include "worker/pipeline/cuda/weight_loader.h"
 #include "worker/pipeline/layer_quantizer.h"
 #include "worker/pipeline/rotation_gate.h"
@@ -44,35 +46,20 @@ class ReleaseMemory {
   Context& context_;
 };
 
-template <typename T, typename Host>
-absl::StatusOr<std::vector<Host>> Download(Context& context, const T* from, int64_t n) {
-  static_assert(sizeof(T) == sizeof(Host));
-  std::vector<Host> host(static_cast<size_t>(n));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(host.data(), from, host.size() * sizeof(T),
-                                             cudaMemcpyDeviceToHost, context.stream()));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context.stream()));
-  return host;
-}
-
-// A linear's place in its set.
-struct SetPart {
-  const char* suffix;
-  int64_t rows;
-};
-std::vector<SetPart> PartsOf(LinearSet set, const LayerShape& s) {
+// The linears of a set, in the order of their rows.
+std::vector<LinearShape> PartsOf(LinearSet set, const ModelConfig& config) {
+  const std::vector<LinearShape> all = LinearShapes(config);  // q, k, v, o, gate, up, down
   switch (set) {
     case LinearSet::kQkv:
-      return {{"self_attn.q_proj", s.q_width()},
-              {"self_attn.k_proj", s.kv_width()},
-              {"self_attn.v_proj", s.kv_width()}};
+      return {all[0], all[1], all[2]};
     case LinearSet::kO:
-      return {{"self_attn.o_proj", s.hidden}};
+      return {all[3]};
     case LinearSet::kGateUp:
-      return {{"mlp.gate_proj", s.intermediate}, {"mlp.up_proj", s.intermediate}};
+      return {all[4], all[5]};
     case LinearSet::kDown:
       break;
   }
-  return {{"mlp.down_proj", s.hidden}};
+  return {all[6]};
 }
 
 // The quantization of one job.
@@ -128,10 +115,7 @@ class QuantizeRun {
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader_->Embedding());
     WALSH_RETURN_IF_ERROR(loader_->RotateEmbedding(embedding));
     const auto n = static_cast<int64_t>(windows_.ids.size());
-    WALSH_ASSIGN_OR_RETURN(auto ids, DeviceBuffer<int32_t>::Allocate(n, context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ids.data(), windows_.ids.data(),
-                                               windows_.ids.size() * sizeof(int32_t),
-                                               cudaMemcpyHostToDevice, context_.stream()));
+    WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(context_, windows_.ids));
     WALSH_RETURN_IF_ERROR(ops::Embed<float>(context_, n, config_.hidden, ids.data(),
                                             embedding.data(), quantizer_->hidden()));
     return WriteBf16(std::string(kEmbeddingTensor), config_.vocab, embedding);
@@ -140,7 +124,7 @@ class QuantizeRun {
   absl::Status Layer(int64_t index) {
     WALSH_RETURN_IF_ERROR(progress_.Pass(Stage::kCalibrating, index));
     progress_.Charge(Stage::kRotating);
-    WALSH_ASSIGN_OR_RETURN(DeviceLayer layer, loader_->Layer(index));
+    WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> layer, loader_->Layer(index));
     WALSH_RETURN_IF_ERROR(loader_->Rotate(layer));
     WALSH_RETURN_IF_ERROR(ReadBiases(layer));
     progress_.Charge(Stage::kCalibrating);
@@ -160,13 +144,13 @@ class QuantizeRun {
   }
 
   // A layer's biases in the order of its linears; empty: none.
-  absl::Status ReadBiases(const DeviceLayer& layer) {
+  absl::Status ReadBiases(const DeviceLayer<float>& layer) {
     for (const auto& [set, bias] :
          {std::pair(LinearSet::kQkv, &layer.qkv_bias), std::pair(LinearSet::kO, &layer.o_bias),
           std::pair(LinearSet::kGateUp, &layer.gate_up_bias),
           std::pair(LinearSet::kDown, &layer.down_bias)}) {
       WALSH_ASSIGN_OR_RETURN(biases_[static_cast<size_t>(set)],
-                             (Download<float, float>(context_, bias->data(), bias->size())));
+                             (Download<float>(context_, bias->data(), bias->size())));
     }
     return absl::OkStatus();
   }
@@ -174,8 +158,8 @@ class QuantizeRun {
   absl::Status WriteSet(int64_t index, const QuantizedSet& set) {
     progress_.Charge(Stage::kPacking);
     int64_t first_row = 0;
-    for (const SetPart& part : PartsOf(set.set, shape_)) {
-      WALSH_ASSIGN_OR_RETURN(PackedTensors packed, PackPart(set, first_row, part.rows));
+    for (const LinearShape& part : PartsOf(set.set, config_)) {
+      WALSH_ASSIGN_OR_RETURN(PackedTensors packed, PackPart(set, first_row, part.out));
       ReportLinear(index, part.suffix, set, first_row, packed);
       const std::string name = LayerTensor(index, part.suffix);
       const auto n_bytes =
@@ -188,9 +172,9 @@ class QuantizeRun {
       const std::vector<float>& biases = biases_[static_cast<size_t>(set.set)];
       if (!biases.empty()) {
         WALSH_RETURN_IF_ERROR(WriteRow(
-            name + ".bias", {biases.begin() + first_row, biases.begin() + first_row + part.rows}));
+            name + ".bias", {biases.begin() + first_row, biases.begin() + first_row + part.out}));
       }
-      first_row += part.rows;
+      first_row += part.out;
     }
     return absl::OkStatus();
   }
@@ -220,19 +204,19 @@ class QuantizeRun {
     packed.cols = set.cols;
     packed.bits = bits;
     packed.group_size = set.group_size;
-    WALSH_ASSIGN_OR_RETURN(
-        packed.qweight, (Download<uint32_t, uint32_t>(context_, qweight.data(), qweight.size())));
+    WALSH_ASSIGN_OR_RETURN(packed.qweight,
+                           (Download<uint32_t>(context_, qweight.data(), qweight.size())));
     WALSH_ASSIGN_OR_RETURN(packed.qzeros,
-                           (Download<uint32_t, uint32_t>(context_, qzeros.data(), qzeros.size())));
+                           (Download<uint32_t>(context_, qzeros.data(), qzeros.size())));
     WALSH_ASSIGN_OR_RETURN(packed.scales,
-                           (Download<__half, uint16_t>(context_, scales.data(), scales.size())));
+                           (Download<uint16_t>(context_, scales.data(), scales.size())));
     return packed;
   }
 
-  void ReportLinear(int64_t index, const char* suffix, const QuantizedSet& set, int64_t first_row,
-                    const PackedTensors& packed) {
+  void ReportLinear(int64_t index, std::string_view suffix, const QuantizedSet& set,
+                    int64_t first_row, const PackedTensors& packed) {
     LinearReport linear;
-    linear.name = absl::StrCat("layers.", index, ".", suffix);
+    linear.name = absl::StrCat("layers.", index, ".", std::string(suffix));
     linear.layer = index;
     linear.bits = packed.bits;
     double error = 0, output = 0;
@@ -273,7 +257,7 @@ class QuantizeRun {
       return WriteRow(name, std::vector<float>(static_cast<size_t>(config_.hidden), 1.0f));
     }
     WALSH_ASSIGN_OR_RETURN(std::vector<float> values,
-                           (Download<float, float>(context_, norm.data(), norm.size())));
+                           (Download<float>(context_, norm.data(), norm.size())));
     return WriteRow(name, std::move(values));
   }
 
@@ -283,7 +267,7 @@ class QuantizeRun {
     matrix.rows = rows;
     matrix.cols = values.size() / rows;
     WALSH_ASSIGN_OR_RETURN(matrix.values,
-                           (Download<bf16, uint16_t>(context_, rounded.data(), rounded.size())));
+                           (Download<uint16_t>(context_, rounded.data(), rounded.size())));
     return queue_.Push(rounded.size_bytes(),
                        [name, matrix = std::move(matrix)](ArtifactWriter& writer) {
                          return writer.WriteBf16(name, matrix, /*one_dimensional=*/false);
@@ -484,10 +468,7 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
       auto forward, LayerForward<float>::Create(context_.get(), shape,
                                                 RopeInverseFrequencies(config), windows.length, n));
   DeviceBuffer<float> hidden[2];  // original, rotated
-  WALSH_ASSIGN_OR_RETURN(auto ids, DeviceBuffer<int32_t>::Allocate(n, stream));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ids.data(), windows.ids.data(),
-                                             windows.ids.size() * sizeof(int32_t),
-                                             cudaMemcpyHostToDevice, stream));
+  WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(*context_, windows.ids));
   {
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader->Embedding());
     for (DeviceBuffer<float>& rows : hidden) {
@@ -498,7 +479,7 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
     }
   }
   for (int64_t l = 0; l < config.n_layers; ++l) {
-    WALSH_ASSIGN_OR_RETURN(DeviceLayer layer, loader->Layer(l));
+    WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> layer, loader->Layer(l));
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[0].data()));
     WALSH_RETURN_IF_ERROR(loader->Rotate(layer));
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[1].data()));

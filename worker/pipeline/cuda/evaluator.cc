@@ -10,6 +10,7 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/model/decoder_layer.h"
+#include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
@@ -20,13 +21,6 @@ constexpr int64_t kLogitTokens = 2048;  // 2,048 × 128k vocabulary are 1 GB
 
 int64_t ForwardTokens(int64_t n_tokens, int64_t window) {
   return std::min(std::max(int64_t{1}, kForwardTokens / window) * window, n_tokens);
-}
-
-template <typename T>
-absl::Status Download(Context& context, const DeviceBuffer<T>& from, T* to, int64_t n) {
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to, from.data(), static_cast<size_t>(n) * sizeof(T),
-                                             cudaMemcpyDeviceToHost, context.stream()));
-  return absl::OkStatus();
 }
 
 }  // namespace
@@ -42,15 +36,12 @@ absl::StatusOr<Evaluator::Outcome> Evaluator::Forward(ModelSource& source,
   WALSH_ASSIGN_OR_RETURN(auto hidden, DeviceBuffer<float>::Allocate(n * shape.hidden, stream));
   {
     WALSH_ASSIGN_OR_RETURN(const auto embedding, source.Embedding());
-    WALSH_ASSIGN_OR_RETURN(auto ids, DeviceBuffer<int32_t>::Allocate(n, stream));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ids.data(), windows_.ids.data(),
-                                               windows_.ids.size() * sizeof(int32_t),
-                                               cudaMemcpyHostToDevice, stream));
+    WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(context_, windows_.ids));
     WALSH_RETURN_IF_ERROR(
         ops::Embed<float>(context_, n, shape.hidden, ids.data(), embedding.data(), hidden.data()));
   }
   for (int64_t l = 0; l < config_.n_layers; ++l) {
-    WALSH_ASSIGN_OR_RETURN(const Bf16Layer layer, source.Layer(l));
+    WALSH_ASSIGN_OR_RETURN(const DeviceLayer<bf16> layer, source.Layer(l));
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden.data()));
     WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
     WALSH_RETURN_IF_ERROR(
@@ -77,10 +68,7 @@ absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome&
   // out.
   std::vector<int32_t> targets(windows_.ids.begin() + 1, windows_.ids.end());
   targets.push_back(0);
-  WALSH_ASSIGN_OR_RETURN(auto device_targets, DeviceBuffer<int32_t>::Allocate(n, stream));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(device_targets.data(), targets.data(),
-                                             targets.size() * sizeof(int32_t),
-                                             cudaMemcpyHostToDevice, stream));
+  WALSH_ASSIGN_OR_RETURN(const auto device_targets, Upload<int32_t>(context_, targets));
   WALSH_ASSIGN_OR_RETURN(auto logits, DeviceBuffer<float>::Allocate(2 * chunk * vocab, stream));
   WALSH_ASSIGN_OR_RETURN(auto device_losses, DeviceBuffer<double>::Allocate(2 * n, stream));
   WALSH_ASSIGN_OR_RETURN(auto device_kl, DeviceBuffer<double>::Allocate(n, stream));
@@ -108,12 +96,12 @@ absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome&
                                             logits.data() + chunk * vocab, device_kl.data() + first,
                                             device_top1.data() + first));
   }
-  std::vector<double> losses(static_cast<size_t>(2 * n)), kl(static_cast<size_t>(n));
-  std::vector<int32_t> top1(static_cast<size_t>(n));
-  WALSH_RETURN_IF_ERROR(Download(context_, device_losses, losses.data(), 2 * n));
-  WALSH_RETURN_IF_ERROR(Download(context_, device_kl, kl.data(), n));
-  WALSH_RETURN_IF_ERROR(Download(context_, device_top1, top1.data(), n));
-  WALSH_RETURN_IF_ERROR(context_.Synchronize());
+  WALSH_ASSIGN_OR_RETURN(const std::vector<double> losses,
+                         Download<double>(context_, device_losses.data(), 2 * n));
+  WALSH_ASSIGN_OR_RETURN(const std::vector<double> kl,
+                         Download<double>(context_, device_kl.data(), n));
+  WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> top1,
+                         Download<int32_t>(context_, device_top1.data(), n));
 
   Quality quality;
   double kl_sum = 0;

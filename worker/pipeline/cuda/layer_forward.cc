@@ -51,6 +51,14 @@ absl::Status AddBiasIfAny(Context& context, int64_t n, int64_t dim, const float*
   return bias == nullptr ? absl::OkStatus() : ops::AddBias<T>(context, n, dim, bias, x);
 }
 
+// One of the linears that lie behind each other from `row` on: y = x · Wᵀ + b.
+template <typename T>
+absl::Status ReadPart(Context& context, int64_t n, int64_t in, const T* weights, const float* bias,
+                      int64_t row, int64_t width, const T* x, T* y) {
+  WALSH_RETURN_IF_ERROR(Product(context, n, in, width, x, weights + row * in, y));
+  return AddBiasIfAny(context, n, width, bias == nullptr ? nullptr : bias + row, y);
+}
+
 int64_t WideWidth(const LayerShape& s) { return std::max(s.intermediate, s.q_width()); }
 int64_t NarrowWidth(const LayerShape& s) { return std::max(s.intermediate, 2 * s.kv_width()); }
 
@@ -127,10 +135,8 @@ absl::Status LayerForward<T>::Project(const LayerTensors<T>& layer, const float*
                {kv_width, narrow_.data() + n_tokens * kv_width, 0}};
   int64_t row = 0;
   for (const auto& part : parts) {
-    WALSH_RETURN_IF_ERROR(Product(*context_, n_tokens, shape_.hidden, part.width, normed,
-                                  layer.qkv + row * shape_.hidden, part.y));
-    const float* bias = layer.qkv_bias == nullptr ? nullptr : layer.qkv_bias + row;
-    WALSH_RETURN_IF_ERROR(AddBiasIfAny(*context_, n_tokens, part.width, bias, part.y));
+    WALSH_RETURN_IF_ERROR(ReadPart(*context_, n_tokens, shape_.hidden, layer.qkv, layer.qkv_bias,
+                                   row, part.width, normed, part.y));
     if (part.n_heads > 0) {
       WALSH_RETURN_IF_ERROR(ops::Rope<T>(*context_, n_tokens, part.n_heads, shape_.head_dim,
                                          window_, frequencies_.data(), part.y));
@@ -175,10 +181,8 @@ absl::Status LayerForward<T>::MlpActivation(const LayerTensors<T>& layer, const 
   const int64_t width = shape_.intermediate;
   int64_t row = 0;
   for (T* y : {wide_.data(), narrow_.data()}) {
-    WALSH_RETURN_IF_ERROR(Product(*context_, n_tokens, shape_.hidden, width, normed,
-                                  layer.gate_up + row * shape_.hidden, y));
-    const float* bias = layer.gate_up_bias == nullptr ? nullptr : layer.gate_up_bias + row;
-    WALSH_RETURN_IF_ERROR(AddBiasIfAny(*context_, n_tokens, width, bias, y));
+    WALSH_RETURN_IF_ERROR(ReadPart(*context_, n_tokens, shape_.hidden, layer.gate_up,
+                                   layer.gate_up_bias, row, width, normed, y));
     row += width;
   }
   return ops::SiluMultiply<T>(*context_, n_tokens * width, wide_.data(), narrow_.data(),

@@ -59,6 +59,27 @@ struct LayerTensors {
   const float* down_bias = nullptr;
 };
 
+// Their owner; empty biases: none, empty norms: ones.
+template <typename T>
+struct DeviceLayer {
+  DeviceBuffer<T> qkv, o, gate_up, down;
+  DeviceBuffer<float> qkv_bias, o_bias, gate_up_bias, down_bias;
+  DeviceBuffer<float> input_norm, post_attention_norm;
+
+  LayerTensors<T> tensors() const {
+    return {.input_norm = input_norm.data(),
+            .post_attention_norm = post_attention_norm.data(),
+            .qkv = qkv.data(),
+            .o = o.data(),
+            .gate_up = gate_up.data(),
+            .down = down.data(),
+            .qkv_bias = qkv_bias.data(),
+            .o_bias = o_bias.data(),
+            .gate_up_bias = gate_up_bias.data(),
+            .down_bias = down_bias.data()};
+  }
+};
+
 template <typename T>
 class LayerForward {
  public:

@@ -12,13 +12,14 @@
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/kernels/cuda/row_forms.h"
 #include "worker/pipeline/cuda/stage_clock.h"
+#include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
 
 namespace ops = kernels::cuda;
 
-// Batches that the device may have before it: a second of work on a fast one.
+// Batches that the device may have before it: under a second of a 7B layer's on an H200.
 constexpr int kBatchesQueued = 16;
 
 int64_t SetRows(const LayerShape& s, LinearSet set) {
@@ -115,7 +116,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   float* hidden() override { return hidden_.data(); }
   const LayerTimes& times() const override { return times_; }
 
-  absl::Status QuantizeLayer(std::string_view name, DeviceLayer& layer, bool is_last,
+  absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, bool is_last,
                              const OnStep& on_step, const Emit& emit) override {
     name_ = std::string(name);
     on_step_ = &on_step;
@@ -317,29 +318,15 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     return tensors.down;
   }
 
-  template <typename T>
-  absl::StatusOr<DeviceBuffer<T>> Upload(const std::vector<T>& host) {
-    WALSH_ASSIGN_OR_RETURN(auto buffer, DeviceBuffer<T>::Allocate(static_cast<int64_t>(host.size()),
-                                                                  context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(buffer.data(), host.data(), host.size() * sizeof(T),
-                                               cudaMemcpyHostToDevice, context_.stream()));
-    // `host` may go before a truly asynchronous copy has read it.
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.stream()));
-    return buffer;
-  }
-
   // Completes the Hessian and waits for all that it is made of.
   absl::StatusOr<std::vector<float>> HessianDiagonal(LinearSet set) {
     const int64_t dim = SetCols(shape_, set);
     const cudaStream_t stream = context_.stream();
-    std::vector<float> diagonal(static_cast<size_t>(dim), 0.0f);
     WALSH_RETURN_IF_ERROR(ops::MirrorGram(context_, dim, hessian_.data()));
     WALSH_ASSIGN_OR_RETURN(auto in_a_row, DeviceBuffer<float>::Allocate(dim, stream));
     WALSH_RETURN_IF_ERROR(ops::Diagonal(context_, dim, hessian_.data(), in_a_row.data()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(diagonal.data(), in_a_row.data(),
-                                               diagonal.size() * sizeof(float),
-                                               cudaMemcpyDeviceToHost, stream));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+    WALSH_ASSIGN_OR_RETURN(std::vector<float> diagonal,
+                           Download<float>(context_, in_a_row.data(), dim));
     for (size_t i = 0; i < diagonal.size(); ++i) {
       if (std::isfinite(diagonal[i])) continue;
       return absl::DataLossError(
@@ -354,7 +341,8 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                                    const std::vector<float>& diagonal) {
     const int64_t dim = SetCols(shape_, set);
     Factor factor;
-    WALSH_ASSIGN_OR_RETURN(factor.perm, Upload(gptq::ColumnSteps(diagonal, options)));
+    WALSH_ASSIGN_OR_RETURN(factor.perm,
+                           Upload<int32_t>(context_, gptq::ColumnSteps(diagonal, options)));
     if (!is_gptq_) return factor;
     std::vector<uint8_t> dead(diagonal.size(), 0);
     double sum = 0;
@@ -365,7 +353,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     }
     if (factor.dead_columns < dim) {
       const double mean = sum / static_cast<double>(dim - factor.dead_columns);
-      WALSH_ASSIGN_OR_RETURN(factor.dead, Upload(dead));
+      WALSH_ASSIGN_OR_RETURN(factor.dead, Upload<uint8_t>(context_, dead));
       // Of the stream that reads it last; Upload() has synchronized that before `side` writes.
       WALSH_ASSIGN_OR_RETURN(factor.u, DeviceBuffer<float>::Allocate(dim * dim, context_.stream()));
       for (const double damp : gptq::DampingLadder(options.damp)) {
@@ -373,7 +361,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
         for (size_t i = 0; i < add.size(); ++i) {
           add[i] = static_cast<float>(dead[i] != 0 ? mean : damp * mean);
         }
-        WALSH_ASSIGN_OR_RETURN(auto device_add, Upload(add));
+        WALSH_ASSIGN_OR_RETURN(auto device_add, Upload<float>(context_, add));
         factor.damp = damp;
         const absl::Status status = ops::FactorHessian(context_, {.dim = dim,
                                                                   .h = hessian_.data(),
@@ -405,9 +393,9 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     factor.damp = on_host.damp;
     factor.dead_columns = on_host.dead_columns;
     factor.fallback = on_host.fallback;
-    WALSH_ASSIGN_OR_RETURN(factor.perm, Upload(on_host.order));
+    WALSH_ASSIGN_OR_RETURN(factor.perm, Upload<int32_t>(context_, on_host.order));
     if (on_host.upper.empty()) return factor;
-    WALSH_ASSIGN_OR_RETURN(factor.dead, Upload(on_host.is_dead));
+    WALSH_ASSIGN_OR_RETURN(factor.dead, Upload<uint8_t>(context_, on_host.is_dead));
     WALSH_ASSIGN_OR_RETURN(factor.u, DeviceBuffer<float>::Allocate(dim * dim, context_.stream()));
     WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(factor.u.data(), on_host.upper.data(),
                                                static_cast<size_t>(factor.u.size_bytes()),

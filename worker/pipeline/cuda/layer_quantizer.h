@@ -98,7 +98,7 @@ class LayerQuantizer {
   // Quantizes the next layer and moves the residual stream behind it (not behind the last one,
   // which nothing reads). `layer` is used up: error propagation moves its weights. `emit` is called
   // once a set, as soon as its integers are there. `name` is the layer's, for messages.
-  virtual absl::Status QuantizeLayer(std::string_view name, DeviceLayer& layer, bool is_last,
+  virtual absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, bool is_last,
                                      const OnStep& on_step, const Emit& emit) = 0;
   virtual const LayerTimes& times() const = 0;
 

@@ -12,14 +12,14 @@
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/stored_weights.h"
+#include "worker/pipeline/cuda/transfer.h"
+#include "worker/pipeline/plan.h"
 #include "worker/tensor/half.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
 
 namespace ops = kernels::cuda;
-
-constexpr int kReaders = 8;
 
 class CheckpointModel final : public ModelSource {
  public:
@@ -31,9 +31,9 @@ class CheckpointModel final : public ModelSource {
     WALSH_ASSIGN_OR_RETURN(const DeviceBuffer<float> head, loader_.Head());
     return ToBf16(context_, head);
   }
-  absl::StatusOr<Bf16Layer> Layer(int64_t index) override {
-    WALSH_ASSIGN_OR_RETURN(DeviceLayer floats, loader_.Layer(index));
-    Bf16Layer layer;
+  absl::StatusOr<DeviceLayer<bf16>> Layer(int64_t index) override {
+    WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> floats, loader_.Layer(index));
+    DeviceLayer<bf16> layer;
     const std::pair<DeviceBuffer<float>*, DeviceBuffer<bf16>*> weights[] = {
         {&floats.qkv, &layer.qkv},
         {&floats.o, &layer.o},
@@ -87,10 +87,10 @@ class ArtifactModel final : public ModelSource {
   }
   absl::StatusOr<DeviceBuffer<bf16>> Head() override {
     WALSH_ASSIGN_OR_RETURN(const Bf16Matrix stored, artifact_.ReadBf16(std::string(kLmHeadTensor)));
-    return Upload<bf16>(stored.values);
+    return Upload<bf16>(context_, stored.values);
   }
 
-  absl::StatusOr<Bf16Layer> Layer(int64_t index) override {
+  absl::StatusOr<DeviceLayer<bf16>> Layer(int64_t index) override {
     absl::StatusOr<StoredLayer> stored =
         reading_.valid() && read_index_ == index ? reading_.get() : Read(index);
     WALSH_RETURN_IF_ERROR(stored.status());
@@ -99,7 +99,7 @@ class ArtifactModel final : public ModelSource {
       read_index_ = index + 1;
       reading_ = std::async(std::launch::async, [this, index] { return Read(index + 1); });
     }
-    Bf16Layer layer;
+    DeviceLayer<bf16> layer;
     const struct {
       DeviceBuffer<bf16>* weights;
       DeviceBuffer<float>* biases;
@@ -123,7 +123,7 @@ class ArtifactModel final : public ModelSource {
         for (const uint16_t bits : stored->biases[i].values) biases.push_back(Bf16ToFloat(bits));
       }
       if (!biases.empty()) {
-        WALSH_ASSIGN_OR_RETURN(*set.biases, Upload<float>(biases));
+        WALSH_ASSIGN_OR_RETURN(*set.biases, Upload<float>(context_, biases));
       }
     }
     WALSH_ASSIGN_OR_RETURN(layer.input_norm, Floats(stored->input_norm));
@@ -133,14 +133,12 @@ class ArtifactModel final : public ModelSource {
 
  private:
   absl::StatusOr<StoredLayer> Read(int64_t index) {
-    static constexpr const char* kLinears[] = {
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
+    const std::vector<LinearShape> shapes = LinearShapes(artifact_.config());
     StoredLayer stored;
-    std::array<absl::Status, std::size(kLinears)> statuses;
-    readers_.ParallelFor(std::size(kLinears), [&](int64_t i) {
+    std::vector<absl::Status> statuses(shapes.size());
+    readers_.ParallelFor(static_cast<int64_t>(shapes.size()), [&](int64_t i) {
       const auto at = static_cast<size_t>(i);
-      statuses[at] = ReadLinear(LayerTensor(index, kLinears[at]), at < 4, stored.linears[at],
+      statuses[at] = ReadLinear(LayerTensor(index, shapes[at].suffix), at < 4, stored.linears[at],
                                 stored.biases[at]);
     });
     for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
@@ -162,20 +160,8 @@ class ArtifactModel final : public ModelSource {
     return absl::OkStatus();
   }
 
-  // The host's copy is of pageable memory: it has been read when the call returns.
-  template <typename T, typename Host>
-  absl::StatusOr<DeviceBuffer<T>> Upload(const std::vector<Host>& host) {
-    static_assert(sizeof(T) == sizeof(Host));
-    WALSH_ASSIGN_OR_RETURN(auto buffer, DeviceBuffer<T>::Allocate(static_cast<int64_t>(host.size()),
-                                                                  context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(buffer.data(), host.data(), host.size() * sizeof(T),
-                                               cudaMemcpyHostToDevice, context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.stream()));
-    return buffer;
-  }
-
   absl::StatusOr<DeviceBuffer<float>> Floats(const Bf16Matrix& stored) {
-    WALSH_ASSIGN_OR_RETURN(const auto rounded, Upload<bf16>(stored.values));
+    WALSH_ASSIGN_OR_RETURN(const auto rounded, Upload<bf16>(context_, stored.values));
     WALSH_ASSIGN_OR_RETURN(auto values,
                            DeviceBuffer<float>::Allocate(rounded.size(), context_.stream()));
     WALSH_RETURN_IF_ERROR(
@@ -184,9 +170,9 @@ class ArtifactModel final : public ModelSource {
   }
 
   absl::Status Unpack(const PackedTensors& linear, bf16* y) {
-    WALSH_ASSIGN_OR_RETURN(const auto qweight, Upload<uint32_t>(linear.qweight));
-    WALSH_ASSIGN_OR_RETURN(const auto qzeros, Upload<uint32_t>(linear.qzeros));
-    WALSH_ASSIGN_OR_RETURN(const auto scales, Upload<__half>(linear.scales));
+    WALSH_ASSIGN_OR_RETURN(const auto qweight, Upload<uint32_t>(context_, linear.qweight));
+    WALSH_ASSIGN_OR_RETURN(const auto qzeros, Upload<uint32_t>(context_, linear.qzeros));
+    WALSH_ASSIGN_OR_RETURN(const auto scales, Upload<__half>(context_, linear.scales));
     return ops::Unpack({.rows = linear.rows,
                         .cols = linear.cols,
                         .bits = linear.bits,
@@ -207,19 +193,6 @@ class ArtifactModel final : public ModelSource {
 };
 
 }  // namespace
-
-LayerTensors<bf16> Bf16Layer::tensors() const {
-  return {.input_norm = input_norm.data(),
-          .post_attention_norm = post_attention_norm.data(),
-          .qkv = qkv.data(),
-          .o = o.data(),
-          .gate_up = gate_up.data(),
-          .down = down.data(),
-          .qkv_bias = qkv_bias.data(),
-          .o_bias = o_bias.data(),
-          .gate_up_bias = gate_up_bias.data(),
-          .down_bias = down_bias.data()};
-}
 
 std::unique_ptr<ModelSource> MakeCheckpointSource(Context* context, WeightLoader* loader) {
   return std::make_unique<CheckpointModel>(context, loader);

@@ -16,19 +16,11 @@
 
 namespace walsh::pipeline::cuda {
 
-struct Bf16Layer {
-  DeviceBuffer<bf16> qkv, o, gate_up, down;
-  DeviceBuffer<float> qkv_bias, o_bias, gate_up_bias, down_bias;  // empty: none
-  DeviceBuffer<float> input_norm, post_attention_norm;            // empty: ones
-
-  LayerTensors<bf16> tensors() const;
-};
-
 class ModelSource {
  public:
   virtual ~ModelSource() = default;
   virtual absl::StatusOr<DeviceBuffer<float>> Embedding() = 0;  // [vocab, hidden]
-  virtual absl::StatusOr<Bf16Layer> Layer(int64_t index) = 0;
+  virtual absl::StatusOr<DeviceLayer<bf16>> Layer(int64_t index) = 0;
   virtual absl::StatusOr<DeviceBuffer<float>> FinalNorm() = 0;  // [hidden]
   virtual absl::StatusOr<DeviceBuffer<bf16>> Head() = 0;        // [vocab, hidden]
 };

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstring>
 #include <future>
-#include <limits>
 #include <optional>
 #include <utility>
 
@@ -21,9 +20,6 @@ namespace {
 
 namespace ops = kernels::cuda;
 
-// Files of a layer are read by so many threads at once: pread copies out of the page cache at a few
-// GB/s a thread, the device takes fifty.
-constexpr int kReaders = 8;
 constexpr int kSlabs = 2;
 // Every tensor starts where vectorized loads may.
 constexpr int64_t kAlignment = 256;
@@ -78,30 +74,31 @@ absl::Status Fill(const Checkpoint& checkpoint, const Piece& piece, std::span<st
   return absl::OkStatus();
 }
 
-// Tensors of a layer in the order of DeviceLayer's buffers, with the buffer that takes each.
+// Tensors of a layer in the order of the layer's buffers, with the buffer that takes each.
+using FloatLayer = DeviceLayer<float>;
 struct Part {
   const char* suffix;
-  DeviceBuffer<float> DeviceLayer::*buffer;
+  DeviceBuffer<float> FloatLayer::*buffer;
   bool is_first;  // of its buffer
   bool is_optional;
 };
 constexpr std::array<Part, 16> kParts = {{
-    {"self_attn.q_proj.weight", &DeviceLayer::qkv, true, false},
-    {"self_attn.k_proj.weight", &DeviceLayer::qkv, false, false},
-    {"self_attn.v_proj.weight", &DeviceLayer::qkv, false, false},
-    {"self_attn.o_proj.weight", &DeviceLayer::o, true, false},
-    {"mlp.gate_proj.weight", &DeviceLayer::gate_up, true, false},
-    {"mlp.up_proj.weight", &DeviceLayer::gate_up, false, false},
-    {"mlp.down_proj.weight", &DeviceLayer::down, true, false},
-    {"input_layernorm.weight", &DeviceLayer::input_norm, true, false},
-    {"post_attention_layernorm.weight", &DeviceLayer::post_attention_norm, true, false},
-    {"self_attn.q_proj.bias", &DeviceLayer::qkv_bias, true, true},
-    {"self_attn.k_proj.bias", &DeviceLayer::qkv_bias, false, true},
-    {"self_attn.v_proj.bias", &DeviceLayer::qkv_bias, false, true},
-    {"self_attn.o_proj.bias", &DeviceLayer::o_bias, true, true},
-    {"mlp.gate_proj.bias", &DeviceLayer::gate_up_bias, true, true},
-    {"mlp.up_proj.bias", &DeviceLayer::gate_up_bias, false, true},
-    {"mlp.down_proj.bias", &DeviceLayer::down_bias, true, true},
+    {"self_attn.q_proj.weight", &FloatLayer::qkv, true, false},
+    {"self_attn.k_proj.weight", &FloatLayer::qkv, false, false},
+    {"self_attn.v_proj.weight", &FloatLayer::qkv, false, false},
+    {"self_attn.o_proj.weight", &FloatLayer::o, true, false},
+    {"mlp.gate_proj.weight", &FloatLayer::gate_up, true, false},
+    {"mlp.up_proj.weight", &FloatLayer::gate_up, false, false},
+    {"mlp.down_proj.weight", &FloatLayer::down, true, false},
+    {"input_layernorm.weight", &FloatLayer::input_norm, true, false},
+    {"post_attention_layernorm.weight", &FloatLayer::post_attention_norm, true, false},
+    {"self_attn.q_proj.bias", &FloatLayer::qkv_bias, true, true},
+    {"self_attn.k_proj.bias", &FloatLayer::qkv_bias, false, true},
+    {"self_attn.v_proj.bias", &FloatLayer::qkv_bias, false, true},
+    {"self_attn.o_proj.bias", &FloatLayer::o_bias, true, true},
+    {"mlp.gate_proj.bias", &FloatLayer::gate_up_bias, true, true},
+    {"mlp.up_proj.bias", &FloatLayer::gate_up_bias, false, true},
+    {"mlp.down_proj.bias", &FloatLayer::down_bias, true, true},
 }};
 
 int64_t LayerElements(const LayerShape& s) {
@@ -181,7 +178,7 @@ class Loader final : public WeightLoader {
     return context_.Synchronize();
   }
 
-  absl::StatusOr<DeviceLayer> Layer(int64_t index) override {
+  absl::StatusOr<DeviceLayer<float>> Layer(int64_t index) override {
     WALSH_RETURN_IF_ERROR(Await());
     Slab* slab = std::find_if(std::begin(slabs_), std::end(slabs_),
                               [&](const Slab& s) { return s.layer == index; });
@@ -199,7 +196,7 @@ class Loader final : public WeightLoader {
     return Convert(*slab);
   }
 
-  absl::Status Rotate(DeviceLayer& layer) override {
+  absl::Status Rotate(DeviceLayer<float>& layer) override {
     if (!is_rotated()) return absl::OkStatus();
     const LayerShape& s = shape_;
     WALSH_RETURN_IF_ERROR(r1_->RotateRows(context_, s.qkv_rows(), s.hidden, layer.input_norm.data(),
@@ -303,10 +300,10 @@ class Loader final : public WeightLoader {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<DeviceLayer> Convert(Slab& slab) {
+  absl::StatusOr<DeviceLayer<float>> Convert(Slab& slab) {
     const cudaStream_t stream = context_.stream();
     WALSH_CUDA_RETURN_IF_ERROR(cudaStreamWaitEvent(stream, slab.arrived.get()));
-    DeviceLayer layer;
+    DeviceLayer<float> layer;
     for (size_t i = 0; i < slab.pieces.size(); ++i) {
       if (!slab.parts[i]->is_first) continue;
       int64_t n = slab.pieces[i].n;
@@ -381,19 +378,6 @@ class Loader final : public WeightLoader {
 };
 
 }  // namespace
-
-LayerTensors<float> DeviceLayer::tensors() const {
-  return {.input_norm = input_norm.data(),
-          .post_attention_norm = post_attention_norm.data(),
-          .qkv = qkv.data(),
-          .o = o.data(),
-          .gate_up = gate_up.data(),
-          .down = down.data(),
-          .qkv_bias = qkv_bias.data(),
-          .o_bias = o_bias.data(),
-          .gate_up_bias = gate_up_bias.data(),
-          .down_bias = down_bias.data()};
-}
 
 absl::StatusOr<std::unique_ptr<WeightLoader>> WeightLoader::Create(Context* context,
                                                                    const Checkpoint& checkpoint,

@@ -27,14 +27,9 @@
 
 namespace walsh::pipeline::cuda {
 
-// One layer's floats; empty biases: none, empty norms: ones.
-struct DeviceLayer {
-  DeviceBuffer<float> qkv, o, gate_up, down;
-  DeviceBuffer<float> qkv_bias, o_bias, gate_up_bias, down_bias;
-  DeviceBuffer<float> input_norm, post_attention_norm;
-
-  LayerTensors<float> tensors() const;
-};
+// Threads that read the tensors of a layer: pread copies out of the page cache at a few GB/s a
+// thread, the device takes fifty.
+inline constexpr int kReaders = 8;
 
 class WeightLoader {
  public:
@@ -46,9 +41,9 @@ class WeightLoader {
   virtual ~WeightLoader() = default;
 
   // Layer `index` as it is stored. The next one is read meanwhile; any order works.
-  virtual absl::StatusOr<DeviceLayer> Layer(int64_t index) = 0;
+  virtual absl::StatusOr<DeviceLayer<float>> Layer(int64_t index) = 0;
   // Folds the norms and rotates; nothing when r1 is the identity.
-  virtual absl::Status Rotate(DeviceLayer& layer) = 0;
+  virtual absl::Status Rotate(DeviceLayer<float>& layer) = 0;
 
   // [vocab, hidden], [hidden], [vocab, hidden]. RotateHead folds the final norm and rotates.
   virtual absl::StatusOr<DeviceBuffer<float>> Embedding() = 0;
