@@ -47,18 +47,18 @@ absl::Status FactorHessian(Context& context, const FactorHessianParams& params);
 absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, float* l);
 
 // The error-propagated target, W += β W D (H + λI)⁻¹ with (H + λI)⁻¹ = Uᵀ U in processing order:
-// see worker/gptq/error_propagation.h. In fp32 without TF32: the inverse amplifies what rounding
-// leaves in D's large directions.
+// see worker/gptq/error_propagation.h. In fp32 (products with W by 3×TF32, which keeps its
+// precision): the inverse amplifies what rounding leaves in D's large directions.
 struct PropagateErrorParams {
   int64_t rows = 0;
   int64_t cols = 0;
   float* w = nullptr;             // [rows, cols], natural order, updated
-  const float* cross = nullptr;   // [cols, cols]: Dᵀ = Σ x (x_original − x)ᵀ, natural order
+  float* cross = nullptr;         // [cols, cols]: Dᵀ = Σ x (x_original − x)ᵀ, natural order; used up
   const float* u = nullptr;       // [cols, cols] of FactorHessian
   const int32_t* perm = nullptr;  // [cols]
   double beta = 0;
 };
-// Memory: 2 · rows · cols floats; on the context's stream.
+// Memory: 3 · rows · cols + 2 · cols² floats; on the context's stream.
 absl::Status PropagateError(Context& context, const PropagateErrorParams& params);
 
 struct QuantizeColumnsParams {

@@ -5,13 +5,13 @@
 //
 // cuBLAS is column-major: a row-major matrix is its transpose there, and U lower triangular.
 //
-// Bound: arithmetic, in fp32: 4 · rows · cols² flop, or 2 · cols³ + 2 · rows · cols².
+// Bound: arithmetic: 2 · rows · cols² flop by 3×TF32 and as many, or 2 · cols³, in fp32.
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
+#include "worker/kernels/cuda/tf32x3.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -89,17 +89,33 @@ absl::Status AddSteps(Context& context, const PropagateErrorParams& p, const flo
   return LaunchStatus("AddStep", context.stream());
 }
 
+// y = W · Bᵀ by 3×TF32, for the weights of `p` and `b` [cols, cols], which becomes its high part.
+absl::Status MultiplyWeights(Context& context, const PropagateErrorParams& p, float* b,
+                             float* b_low, float* y) {
+  const cudaStream_t stream = context.stream();
+  WALSH_ASSIGN_OR_RETURN(auto high, DeviceBuffer<float>::Allocate(p.rows * p.cols, stream));
+  WALSH_ASSIGN_OR_RETURN(auto low, DeviceBuffer<float>::Allocate(p.rows * p.cols, stream));
+  WALSH_RETURN_IF_ERROR(SplitTf32(context, p.rows * p.cols, p.w, high.data(), low.data()));
+  WALSH_RETURN_IF_ERROR(SplitTf32(context, p.cols * p.cols, b, b, b_low));
+  return GemmTf32x3(context, {.n_tokens = p.rows,
+                              .in = p.cols,
+                              .out = p.cols,
+                              .x_high = high.data(),
+                              .x_low = low.data(),
+                              .weights_high = b,
+                              .weights_low = b_low,
+                              .y = y});
+}
+
 // W D, then times Uᵀ and U in processing order.
 absl::Status PropagateByRows(Context& context, const PropagateErrorParams& p) {
   const cudaStream_t stream = context.stream();
   WALSH_ASSIGN_OR_RETURN(auto a, DeviceBuffer<float>::Allocate(p.rows * p.cols, stream));
+  {
+    WALSH_ASSIGN_OR_RETURN(auto cross_low, DeviceBuffer<float>::Allocate(p.cols * p.cols, stream));
+    WALSH_RETURN_IF_ERROR(MultiplyWeights(context, p, p.cross, cross_low.data(), a.data()));
+  }
   WALSH_ASSIGN_OR_RETURN(auto b, DeviceBuffer<float>::Allocate(p.rows * p.cols, stream));
-  WALSH_RETURN_IF_ERROR(GemmFp32(context, {.n_tokens = p.rows,
-                                           .in = p.cols,
-                                           .out = p.cols,
-                                           .x = p.w,
-                                           .weights = p.cross,
-                                           .y = a.data()}));
   GatherColumns<<<BlocksForRows(p.rows, p.cols), kThreads, 0, stream>>>(a.data(), p.perm, p.cols,
                                                                         b.data());
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("GatherColumns", stream);
@@ -116,16 +132,14 @@ absl::Status PropagateByMatrix(Context& context, const PropagateErrorParams& p) 
   const unsigned square_blocks = BlocksForRows(n, n);
   WALSH_ASSIGN_OR_RETURN(auto a, DeviceBuffer<float>::Allocate(n * n, stream));
   WALSH_ASSIGN_OR_RETURN(auto b, DeviceBuffer<float>::Allocate(n * n, stream));
-  WALSH_ASSIGN_OR_RETURN(auto step, DeviceBuffer<float>::Allocate(p.rows * n, stream));
   PermuteRows<false><<<square_blocks, kThreads, 0, stream>>>(p.cross, p.perm, n, a.data());
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("GatherRows", stream);
   WALSH_RETURN_IF_ERROR(MultiplyFactorBy(context, false, n, p.u, a.data(), b.data()));
   WALSH_RETURN_IF_ERROR(MultiplyFactorBy(context, true, n, p.u, b.data(), a.data()));
   PermuteRows<true><<<square_blocks, kThreads, 0, stream>>>(a.data(), p.perm, n, b.data());
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ScatterRows", stream);
-  WALSH_RETURN_IF_ERROR(GemmFp32(
-      context,
-      {.n_tokens = p.rows, .in = n, .out = n, .x = p.w, .weights = b.data(), .y = step.data()}));
+  WALSH_ASSIGN_OR_RETURN(auto step, DeviceBuffer<float>::Allocate(p.rows * n, stream));
+  WALSH_RETURN_IF_ERROR(MultiplyWeights(context, p, b.data(), a.data(), step.data()));
   return AddSteps(context, p, step.data(), nullptr);
 }
 

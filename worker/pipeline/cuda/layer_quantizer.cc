@@ -556,7 +556,8 @@ int64_t LayerQuantizer::BytesNeeded(const LayerShape& s, const LayerQuantizerOpt
   // the last set beside that of this one.
   bytes += largest * (3 * kFloat + 1 + 2 * kBf16);
   if (propagates) {
-    bytes += n * kFloat * s.hidden + batch * widest * kBf16 + widest * widest * kFloat +
+    // The second residual stream, a batch's inputs, the sums with their low parts, the weights.
+    bytes += n * kFloat * s.hidden + batch * widest * kBf16 + 2 * widest * widest * kFloat +
              2 * largest * kBf16;
   }
   return bytes;
