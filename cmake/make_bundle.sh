@@ -45,7 +45,16 @@ done < <({ printf '%s\n' "$openblas"; needed "$out"/bin/* "$openblas"; } | sort 
 strip --strip-unneeded "$out"/bin/* "$out"/lib/*
 for library in "$out"/lib/*; do patchelf --set-rpath "\$ORIGIN" "$library"; done
 for program in "$out"/bin/*; do patchelf --set-rpath "\$ORIGIN/../lib" "$program"; done
-install -m 755 "$(dirname "${BASH_SOURCE[0]}")/../tests/gpu/run-gpu-tests.sh" "$out/"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+install -m 755 "$root/tests/gpu/run-gpu-tests.sh" "$out/"
+mkdir "$out/bench"
+install -m 755 "$root"/tests/bench/*.sh "$root"/tests/bench/*.py "$out/bench/"
+# Texts for the tests of a real model. They are test data, not ours to ship: a bundle that is made
+# where they are missing has none, and those tests then skip.
+data=${WALSH_TEST_DATA:-$root/../shared/data}
+for text in corpora/wikitext-train-1000.json corpora/wiki.test.raw; do
+  if [[ -f $data/$text ]]; then install -D -m 644 "$data/$text" "$out/data/$text"; fi
+done
 
 # From another place and an empty environment, every library must come from the bundle.
 moved=$(mktemp -d)

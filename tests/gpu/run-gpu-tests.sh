@@ -1,7 +1,22 @@
 #!/usr/bin/env bash
-# In the bundle: every GPU test, then the benches. Fails where there is no GPU or a test is skipped.
+# run-gpu-tests.sh [--sanitize | --bench]
+#
+# In the bundle: every GPU test, or each of them under compute-sanitizer's memcheck and racecheck, or the
+# benches of the kernels. Fails where a test is skipped; says why and succeeds where there is no GPU.
+#
+# SmolLM2 on the GPU beside the CPU needs WALSH_SMOLLM2, the GGUF file; texts come with the bundle.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+what=${1:-}
+[[ -z $what || $what == --sanitize || $what == --bench ]] || {
+  sed -n '2,7p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+if ! nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2> /dev/null; then
+  echo "skipped: there is no GPU (nvidia-smi finds none)"
+  exit 0
+fi
 
 # The worker finds a toolkit by itself (worker/kernels/cuda/libraries.h), but not the nvidia-* Python
 # packages: their folders are appended to what the environment names.
@@ -13,21 +28,38 @@ for path in nvidia.__path__:
 }
 packages=$(python_folders | paste -sd:)
 export WALSH_CUDA_LIBRARY_PATH=${WALSH_CUDA_LIBRARY_PATH:-}${packages:+:$packages}
+export WALSH_TEST_DATA=${WALSH_TEST_DATA:-$here/data}
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-for test in "$here"/bin/*gpu_test; do
-  if [[ $test == */smollm2_gpu_test && (-z ${WALSH_SMOLLM2:-} || -z ${WALSH_TEST_DATA:-}) ]]; then
-    echo "smollm2_gpu_test is left out: WALSH_SMOLLM2 (the GGUF file) and WALSH_TEST_DATA are not set"
-    continue
-  fi
-  WALSH_SYNC_LAUNCHES=1 "$test" | tee "$log"
+run() {
+  echo "== $*"
+  "$@" 2>&1 | tee "$log"
   # A skipped test here would be a test that nobody ran.
   if grep -q '^\[  SKIPPED \]' "$log"; then
-    echo "run-gpu-tests: $(basename "$test") skipped tests" >&2
+    echo "run-gpu-tests: $* skipped tests" >&2
     exit 1
   fi
+}
+
+if [[ $what == --bench ]]; then
+  run "$here/bin/block_walsh_cuda_bench"
+  run "$here/bin/cuda_quantize_bench"
+  exit
+fi
+for test in "$here"/bin/*gpu_test; do
+  if [[ $what == --sanitize ]]; then
+    [[ $test == */smollm2_gpu_test ]] && continue  # the same kernels, for hours
+    # Errors of the API are part of what is tested. Only walsh's own kernels are looked at for races:
+    # the libraries' are not ours to mend, and take hours.
+    run compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 "$test"
+    run compute-sanitizer --tool racecheck --kernel-regex kns=walsh --error-exitcode 1 "$test"
+    continue
+  fi
+  if [[ $test == */smollm2_gpu_test && -z ${WALSH_SMOLLM2:-} ]]; then
+    echo "smollm2_gpu_test is left out: WALSH_SMOLLM2 (the GGUF file) is not set"
+    continue
+  fi
+  WALSH_SYNC_LAUNCHES=1 run "$test"
 done
-"$here/bin/block_walsh_cuda_bench"
-"$here/bin/walsh" doctor
+[[ $what == --sanitize ]] || "$here/bin/walsh" doctor
