@@ -49,6 +49,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 install -m 755 "$root/tests/gpu/run-gpu-tests.sh" "$out/"
 mkdir "$out/bench"
 install -m 755 "$root"/tests/bench/*.sh "$root"/tests/bench/*.py "$out/bench/"
+install -D -m 644 -t "$out/tests/golden/pipeline" "$root/tests/golden/pipeline/smollm2_cpu_jobs.json"
 # Texts for the tests of a real model. They are test data, not ours to ship: a bundle that is made
 # where they are missing has none, and those tests then skip.
 data=${WALSH_TEST_DATA:-$root/../shared/data}

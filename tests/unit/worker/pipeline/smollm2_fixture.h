@@ -5,12 +5,26 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <fstream>
+#include <string>
 #include <utility>
 
+#include "common/sha256.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/pipeline/plan.h"
 
 namespace walsh::pipeline {
+
+// docs/quality.md: rows with their line ends, blank ones made empty, joined by a blank line.
+inline std::string WikiText2Test(const std::string& raw_path) {
+  std::ifstream raw(raw_path, std::ios::binary);
+  std::string text, row;
+  for (bool is_first = true; std::getline(raw, row); is_first = false) {
+    if (!is_first) text += "\n\n";
+    if (row.find_first_not_of(" \t\r") != std::string::npos) text += row + "\n";
+  }
+  return text;
+}
 
 class SmolLm2Test : public testing::JobTest {
  protected:
@@ -26,6 +40,16 @@ class SmolLm2Test : public testing::JobTest {
     spec_.sequence_length = 256;
     spec_.evaluate = false;
     spec_.output_directory = directory_ / "out";
+  }
+
+  // On the test set of WikiText-2.
+  void EvaluateOnWikiText2() {
+    WALSH_REQUIRE_DATA(raw, "corpora/wiki.test.raw");
+    const std::string text = WikiText2Test(raw);
+    ASSERT_EQ(Sha256Hex(text), "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83");
+    spec_.evaluation_path = directory_ / "wikitext-2-test.txt";
+    std::ofstream(spec_.evaluation_path, std::ios::binary) << text;
+    spec_.evaluate = true;
   }
 
   JobReport RunOnce() {

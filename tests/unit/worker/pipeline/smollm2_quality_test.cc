@@ -2,35 +2,19 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <string>
 
-#include "common/sha256.h"
 #include "tests/unit/worker/pipeline/smollm2_fixture.h"
 
 namespace walsh::pipeline {
 namespace {
 
-// docs/quality.md: rows with their line ends, blank ones made empty, joined by a blank line.
-std::string WikiText2Test(const std::string& raw_path) {
-  std::ifstream raw(raw_path, std::ios::binary);
-  std::string text, row;
-  for (bool is_first = true; std::getline(raw, row); is_first = false) {
-    if (!is_first) text += "\n\n";
-    if (row.find_first_not_of(" \t\r") != std::string::npos) text += row + "\n";
-  }
-  return text;
-}
-
 class SmolLm2QualityTest : public SmolLm2Test {
  protected:
   // The first 20 windows of 2,048 tokens of the WikiText-2 test; 32 windows of calibration.
   void ExpectFourBitsWithin(double ratio_max, int64_t calibration_length) {
-    WALSH_REQUIRE_DATA(raw, "corpora/wiki.test.raw");
-    const std::string text = WikiText2Test(raw);
-    ASSERT_EQ(Sha256Hex(text), "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83");
-    spec_.evaluation_path = directory_ / "wikitext-2-test.txt";
-    std::ofstream(spec_.evaluation_path, std::ios::binary) << text;
+    EvaluateOnWikiText2();
+    if (IsSkipped() || HasFatalFailure()) return;
     spec_.quantizer.bits = 4;
     spec_.quantizer.group_size = 64;
     spec_.n_calibration_windows = 32;
