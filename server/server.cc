@@ -197,6 +197,11 @@ void Server::Impl::Tick() {
     WALSH_LOG(Error, "job store failed", {"status", ticked});
   }
   for (const std::string& id : registry.Tick()) clients.Forget(id);
+  if (const auto workers = registry.TakingJobs(); workers.has_value()) {
+    if (absl::Status failed = queue->FailRefusedByAll(*workers); !failed.ok()) {
+      WALSH_LOG(Error, "job store failed", {"status", failed});
+    }
+  }
   UpdateModelHealth();
   executor.PostAfter(kTickInterval, [this] { Tick(); });
 }

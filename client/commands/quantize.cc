@@ -90,7 +90,7 @@ int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
     if (global.json()) {
       PrintOut(JsonText(*job));
     } else if (flags.validate_only) {
-      PrintOut(absl::StrCat("valid: bits ", RecipeText(*job), "\n"));
+      PrintOut(absl::StrCat("valid: bits ", RecipeText(*job), "\n", PreflightText(*job)));
     } else {
       PrintOut(ResourceId(job->name()) + "\n");
     }
@@ -153,7 +153,8 @@ void AddJobFlags(CLI::App& command, QuantizeFlags& flags) {
       "--load,!--no-load", [&flags](int64_t count) { flags.load = count > 0; },
       "Load the model when it is done; default: when one worker runs on this machine");
   command.add_flag("--detach", flags.detach, "Print the job's id and do not wait");
-  command.add_flag("--validate-only", flags.validate_only, "Check everything, start nothing");
+  command.add_flag("--validate-only", flags.validate_only,
+                   "Check everything, print what the job needs and the worker has, start nothing");
   command.add_option("--request-id", flags.request_id,
                      "Idempotency key: the same key and flags give the same job");
 }

@@ -144,6 +144,25 @@ std::string WorstLinearsTable(const Job::Result& result) {
   return table.Text(2);
 }
 
+// "1.2 GB needed, 20.1 GB of 24.7 GB free"
+std::string SupplyText(const Job::Preflight::Supply& supply) {
+  std::string text = BytesText(supply.bytes_needed()) + " needed";
+  if (supply.bytes_free() > 0) {
+    absl::StrAppend(&text, ", ", BytesText(supply.bytes_free()));
+    if (supply.bytes_total() > 0) absl::StrAppend(&text, " of ", BytesText(supply.bytes_total()));
+    text += " free";
+  }
+  return text;
+}
+
+std::string WarningsText(const google::protobuf::RepeatedPtrField<std::string>& warnings) {
+  std::string text = warnings.empty() ? "" : "\n  warnings\n";
+  for (const std::string& warning : warnings) {
+    absl::StrAppend(&text, "  - ", SafeText(warning), "\n");
+  }
+  return text;
+}
+
 std::string ResultText(const Job& job) {
   const Job::Result& result = job.result();
   std::string text;
@@ -163,11 +182,7 @@ std::string ResultText(const Job& job) {
   if (result.peak_memory_bytes() > 0) AppendFact(text, "memory", MemoryText(result));
   if (result.stage_times_size() > 0) absl::StrAppend(&text, "\n", StageTable(result));
   if (result.per_layer_size() > 0) absl::StrAppend(&text, "\n", WorstLinearsTable(result));
-  if (result.warnings_size() > 0) text += "\n  warnings\n";
-  for (const std::string& warning : result.warnings()) {
-    absl::StrAppend(&text, "  - ", SafeText(warning), "\n");
-  }
-  return text;
+  return text + WarningsText(result.warnings());
 }
 
 std::string ErrorFact(const Job& job) {
@@ -190,6 +205,22 @@ std::string RecipeText(const Job& job) {
                       method, config.symmetric() ? " symmetric, " : ", ",
                       RotationText(config.rotation(), resolved ? job.result().rotation_block_size()
                                                                : config.rotation().block_size()));
+}
+
+std::string PreflightText(const Job& job) {
+  const Job::Preflight& preflight = job.preflight();
+  std::string text;
+  if (!preflight.worker().empty()) {
+    std::string worker = ResourceId(preflight.worker());
+    if (!preflight.device().empty()) absl::StrAppend(&worker, ", jobs on ", preflight.device());
+    AppendFact(text, "worker", worker);
+  }
+  if (preflight.has_memory()) AppendFact(text, "memory", SupplyText(preflight.memory()));
+  if (preflight.has_device_memory()) {
+    AppendFact(text, "device memory", SupplyText(preflight.device_memory()));
+  }
+  if (preflight.has_disk()) AppendFact(text, "disk", SupplyText(preflight.disk()));
+  return text + WarningsText(preflight.warnings());
 }
 
 std::string JobReport(const Job& job) {

@@ -83,6 +83,9 @@ void ProgressPrinter::OnEvent(const v1::QuantizationJobEvent& event) {
     if (attempt_ > 0) PrintLine(absl::StrCat("attempt ", event.attempt(), " begins"));
     attempt_ = event.attempt();
   }
+  // Back in the queue: why, for it may stay there.
+  const bool is_back = event.state() == v1::QuantizationJob::QUEUED && event.attempt() > 0;
+  if (is_back && !event.heartbeat()) PrintLine(SafeText(event.message()));
   if (options_.redraw) {
     Draw(event);
   } else if (!event.heartbeat()) {

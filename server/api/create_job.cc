@@ -1,13 +1,17 @@
 #include "server/api/create_job.h"
 
+#include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "common/grpc_status.h"
 #include "common/log.h"
+#include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "server/fleet/forwarding.h"
 #include "server/jobs/job_validation.h"
+#include "server/jobs/refusals.h"
 
 namespace walsh::api {
 namespace {
@@ -22,6 +26,8 @@ struct Creation {
   v1::QuantizationJob* response;
   v1::QuantizationJob job;  // validated
   jobs::RequestKey key;
+  std::vector<fleet::WorkerAddress> workers;  // asked one after the other
+  jobs::Refusals refusals;                    // of the first of them
 };
 
 absl::Status Store(const Creation& creation) {
@@ -47,8 +53,39 @@ bool GaveNoAnswer(const absl::Status& status) {
   return absl::IsDeadlineExceeded(status) || ErrorReason(status) == "WORKER_LOST";
 }
 
-absl::Status OnValidated(const Creation& creation,
-                         const absl::StatusOr<ValidateJobResponse>& validated) {
+void SetSupply(int64_t needed, int64_t total, int64_t free,
+               v1::QuantizationJob::Preflight::Supply* supply) {
+  supply->set_bytes_needed(needed);
+  supply->set_bytes_total(total);
+  supply->set_bytes_free(free);
+}
+
+// The validated job with what `worker` found.
+void Describe(const Creation& creation, const std::string& worker,
+              const ValidateJobResponse& validated) {
+  *creation.response = creation.job;
+  v1::QuantizationConfig* config = creation.response->mutable_config();
+  if (config->group_size() == 0) config->set_group_size(validated.group_size());
+  if (config->rotation().block_size() == 0) {
+    config->mutable_rotation()->set_block_size(validated.rotation_block_size());
+  }
+  v1::QuantizationJob::Preflight* preflight = creation.response->mutable_preflight();
+  preflight->set_worker(worker);
+  preflight->set_device(validated.device());
+  SetSupply(validated.memory_bytes_needed(), validated.memory_bytes_total(),
+            validated.memory_bytes_free(), preflight->mutable_memory());
+  if (validated.device_memory_bytes_needed() > 0) {
+    SetSupply(validated.device_memory_bytes_needed(), validated.device_memory_bytes_total(),
+              validated.device_memory_bytes_free(), preflight->mutable_device_memory());
+  }
+  SetSupply(validated.disk_bytes_needed(), 0, validated.disk_bytes_free(),
+            preflight->mutable_disk());
+  *preflight->mutable_warnings() = validated.warnings();
+}
+
+// `validated` is the last word: no other worker is asked.
+absl::Status Conclude(const Creation& creation, const std::string& worker,
+                      const absl::StatusOr<ValidateJobResponse>& validated) {
   const bool is_unchecked = GaveNoAnswer(validated.status());
   if (!validated.ok() && !is_unchecked) return EarlierResultOr(creation, validated.status());
   if (!creation.request->validate_only()) {
@@ -59,13 +96,37 @@ absl::Status OnValidated(const Creation& creation,
     return Store(creation);
   }
   if (is_unchecked) return fleet::NoWorker();
-  *creation.response = creation.job;
-  v1::QuantizationConfig* config = creation.response->mutable_config();
-  if (config->group_size() == 0) config->set_group_size(validated->group_size());
-  if (config->rotation().block_size() == 0) {
-    config->mutable_rotation()->set_block_size(validated->rotation_block_size());
-  }
+  Describe(creation, worker, *validated);
   return absl::OkStatus();
+}
+
+void AskNextWorker(const std::shared_ptr<Creation>& creation);
+
+void OnAnswer(const std::shared_ptr<Creation>& creation, const std::string& worker,
+              const absl::StatusOr<ValidateJobResponse>& validated) {
+  if (!jobs::IsRefusal(validated.status())) {
+    return creation->call.Finish(Conclude(*creation, worker, validated));
+  }
+  creation->refusals[worker] = validated.status();
+  if (creation->refusals.size() < creation->workers.size()) return AskNextWorker(creation);
+  creation->call.Finish(EarlierResultOr(*creation, creation->refusals.size() == 1
+                                                       ? validated.status()
+                                                       : jobs::RefusedByAll(creation->refusals)));
+}
+
+void AskNextWorker(const std::shared_ptr<Creation>& creation) {
+  const fleet::WorkerAddress& address = creation->workers[creation->refusals.size()];
+  ValidateJobRequest validate;
+  *validate.mutable_job() = creation->job;
+  creation->core->clients->Get(address)->ValidateJob(
+      validate, fleet::kValidateTimeout, creation->call.cancellation(),
+      [creation, worker = WorkerName(address.worker_id)](
+          const absl::StatusOr<ValidateJobResponse>& validated) {
+        // Off gRPC's thread: the store may wait for the disk.
+        creation->call.RunAsync(creation->core->executor, [creation, worker, validated] {
+          OnAnswer(creation, worker, validated);
+        });
+      });
 }
 
 // False: the answer is in the response; a worker need not be asked.
@@ -94,22 +155,15 @@ absl::StatusOr<bool> CheckHere(Creation* creation) {
 
 void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
                v1::QuantizationJob* response) {
-  Creation creation = {core, call, request, response, {}, {}};
-  const absl::StatusOr<bool> must_go_on = CheckHere(&creation);
+  const auto creation =
+      std::make_shared<Creation>(Creation{core, call, request, response, {}, {}, {}, {}});
+  const absl::StatusOr<bool> must_go_on = CheckHere(creation.get());
   if (!must_go_on.ok() || !*must_go_on) return call.Finish(must_go_on.status());
-  const std::optional<fleet::WorkerAddress> worker = core->registry->AnyOnline();
-  if (!worker.has_value()) {
-    return call.Finish(request->validate_only() ? fleet::NoWorker() : Store(creation));
+  creation->workers = core->registry->Online();
+  if (creation->workers.empty()) {
+    return call.Finish(request->validate_only() ? fleet::NoWorker() : Store(*creation));
   }
-  ValidateJobRequest validate;
-  *validate.mutable_job() = creation.job;
-  core->clients->Get(*worker)->ValidateJob(
-      validate, fleet::kValidateTimeout, call.cancellation(),
-      [creation](absl::StatusOr<ValidateJobResponse> validated) {
-        // Off gRPC's thread: the store may wait for the disk.
-        creation.call.Run(creation.core->executor,
-                          [creation, validated] { return OnValidated(creation, validated); });
-      });
+  AskNextWorker(creation);
 }
 
 }  // namespace walsh::api

@@ -1,5 +1,5 @@
 // CreateQuantizationJob: field checks here, the rest on a worker when one is connected, then the
-// store.
+// store. A worker that cannot run the job has the next one asked: one is enough.
 #pragma once
 
 #include "server/api/call.h"
@@ -10,7 +10,8 @@ namespace walsh::api {
 
 // On the executor. Finishes the call, now or when the worker has answered; `request` and `response`
 // live until then. Without a connected worker a job is queued unchecked, and validate_only is
-// UNAVAILABLE; so it is when the worker is lost or too busy to answer in time.
+// UNAVAILABLE; so it is when the worker is lost or too busy to answer in time. A job that every
+// worker refuses is refused with what each said.
 void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
                v1::QuantizationJob* response);
 

@@ -28,6 +28,9 @@ absl::StatusOr<jobs::JobEvent> OutcomeOf(const CompleteJobRequest& request) {
     case CompleteJobRequest::kResult:
       return jobs::JobEvent(jobs::Succeed{token, request.result()});
     case CompleteJobRequest::kError: {
+      if (request.refused()) {
+        return jobs::JobEvent(jobs::Refuse{token, request.error(), request.error_reason()});
+      }
       thread_local absl::BitGen random;
       return jobs::JobEvent(jobs::Fail{token, request.error(), request.error_reason(),
                                        absl::Uniform(absl::IntervalClosed, random, -1.0, 1.0)});

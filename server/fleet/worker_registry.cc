@@ -1,6 +1,7 @@
 #include "server/fleet/worker_registry.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
@@ -184,18 +185,28 @@ std::map<std::string, std::vector<Replica>> WorkerRegistry::AllReplicas() const 
   return replicas;
 }
 
-std::optional<WorkerAddress> WorkerRegistry::AnyOnline() const {
+std::vector<WorkerAddress> WorkerRegistry::Online() const {
   const absl::MutexLock lock(&mu_);
-  const Entry* best = nullptr;
-  std::string best_id;
+  std::vector<std::pair<int, WorkerAddress>> by_load;
   for (const auto& [id, entry] : workers_) {
     if (entry.worker.state() != v1::Worker::ONLINE) continue;
-    if (best != nullptr && Load(*best) <= Load(entry)) continue;
-    best = &entry;
-    best_id = id;
+    by_load.emplace_back(Load(entry), WorkerAddress{.worker_id = id, .address = entry.address});
   }
-  if (best == nullptr) return std::nullopt;
-  return WorkerAddress{.worker_id = best_id, .address = best->address};
+  std::stable_sort(by_load.begin(), by_load.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<WorkerAddress> online;
+  for (auto& [load, worker] : by_load) online.push_back(std::move(worker));
+  return online;
+}
+
+std::optional<std::set<std::string>> WorkerRegistry::TakingJobs() const {
+  if (clock_->Monotonic() - start_ < options_.offline_after) return std::nullopt;
+  const absl::MutexLock lock(&mu_);
+  std::set<std::string> names;
+  for (const auto& [id, entry] : workers_) {
+    if (entry.worker.state() == v1::Worker::ONLINE) names.insert(entry.worker.name());
+  }
+  return names;
 }
 
 bool WorkerRegistry::IsDraining(const std::string& worker_id) const {

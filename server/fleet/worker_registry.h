@@ -10,6 +10,7 @@
 
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,8 @@ class WorkerRegistry {
     absl::Duration offline_after = absl::Seconds(30);
     absl::Duration forget_after = absl::Hours(1);
   };
-  WorkerRegistry(const Clock* clock, const Options& options) : clock_(clock), options_(options) {}
+  WorkerRegistry(const Clock* clock, const Options& options)
+      : clock_(clock), options_(options), start_(clock->Monotonic()) {}
 
   // The ids of workers that had the same address: processes that are no more.
   absl::StatusOr<std::vector<std::string>> Register(const internal_v1::RegisterRequest& request);
@@ -48,8 +50,12 @@ class WorkerRegistry {
   std::vector<Replica> Replicas(const std::string& model_id) const;
   // All of them, by model id.
   std::map<std::string, std::vector<Replica>> AllReplicas() const;
-  // The least busy worker that is ONLINE.
-  std::optional<WorkerAddress> AnyOnline() const;
+  // The workers that are ONLINE, the least busy one first.
+  std::vector<WorkerAddress> Online() const;
+  // The names of those that take jobs, now or when the one that they run is over. None can be told
+  // within `offline_after` of the start: workers of before a restart are given the time to come
+  // back that a silent one has.
+  std::optional<std::set<std::string>> TakingJobs() const;
   bool IsDraining(const std::string& worker_id) const;
 
   // What a call to or from the worker brought about, ahead of its next heartbeat. Models carry
@@ -89,6 +95,7 @@ class WorkerRegistry {
 
   const Clock* const clock_;
   const Options options_;
+  const absl::Duration start_;  // monotonic
   mutable absl::Mutex mu_;
   std::map<std::string, Entry> workers_ ABSL_GUARDED_BY(mu_);  // by id
 };

@@ -72,6 +72,17 @@ google::rpc::Status Error(absl::StatusCode code, std::string message) {
   return error;
 }
 
+// What a worker said, fit to be shown: it must have a code of an error.
+google::rpc::Status Shown(google::rpc::Status error) {
+  error.set_message(Cut(error.message()));
+  if (error.code() <= 0 || error.code() > 16) error.set_code(13);
+  return error;
+}
+
+std::string CodeName(const google::rpc::Status& error) {
+  return absl::StatusCodeToString(static_cast<absl::StatusCode>(error.code()));
+}
+
 // One instance per call of Apply. Each On… answers for one kind of event in every state.
 class Step {
  public:
@@ -121,10 +132,7 @@ class Step {
     if (absl::Status held = CheckHeld(event.token, event); !held.ok()) return held;
     record_.completed_token = event.token;
     if (state() == QuantizationJob::CANCELLING) return Cancelled("cancelled");
-    google::rpc::Status error = event.error;
-    error.set_message(Cut(error.message()));
-    // A failure must have a code of an error.
-    if (error.code() <= 0 || error.code() > 16) error.set_code(13);
+    google::rpc::Status error = Shown(event.error);
     const auto code = static_cast<absl::StatusCode>(error.code());
     if (!IsRetried(code) || record_.retries >= limits::kJobRetriesMax) {
       return Finish(std::move(record_), now_, std::move(error), Cut(event.reason));
@@ -132,7 +140,30 @@ class Step {
     const absl::Duration delay = Backoff(record_.retries++, event.jitter);
     return Requeue(std::move(record_), now_, now_ + delay,
                    absl::StrCat("retried in ", absl::ToInt64Seconds(delay), " s after ",
-                                absl::StatusCodeToString(code), ": ", error.message()));
+                                CodeName(error), ": ", error.message()));
+  }
+
+  StatusOrTransition operator()(const Refuse& event) {
+    if (IsRepeat(event.token)) return Unchanged();
+    if (absl::Status held = CheckHeld(event.token, event); !held.ok()) return held;
+    record_.completed_token = event.token;
+    if (state() == QuantizationJob::CANCELLING) return Cancelled("cancelled");
+    const google::rpc::Status error = Shown(event.error);
+    const std::string worker = record_.job.worker();
+    absl::Status& refusal = record_.refusals[worker];
+    refusal = FromProtoStatus(error);
+    if (ErrorReason(refusal).empty() && !event.reason.empty()) {
+      SetErrorInfo(refusal, Cut(event.reason));
+    }
+    return Requeue(std::move(record_), now_, absl::InfinitePast(),
+                   absl::StrCat("left to other workers, ", worker,
+                                " cannot run it: ", CodeName(error), ": ", error.message()));
+  }
+
+  StatusOrTransition operator()(const RunOutOfWorkers& event) {
+    if (state() != QuantizationJob::QUEUED || record_.refusals.empty()) return Illegal(event);
+    const absl::Status refused = RefusedByAll(record_.refusals);
+    return Finish(std::move(record_), now_, ToProtoStatus(refused), ErrorReason(refused));
   }
 
   StatusOrTransition operator()(const AcknowledgeCancel& event) {
@@ -311,6 +342,8 @@ std::string_view EventName(const JobEvent& event) {
     std::string_view operator()(const Report&) { return "Report"; }
     std::string_view operator()(const Succeed&) { return "Succeed"; }
     std::string_view operator()(const Fail&) { return "Fail"; }
+    std::string_view operator()(const Refuse&) { return "Refuse"; }
+    std::string_view operator()(const RunOutOfWorkers&) { return "RunOutOfWorkers"; }
     std::string_view operator()(const AcknowledgeCancel&) { return "AcknowledgeCancel"; }
     std::string_view operator()(const GiveBack&) { return "GiveBack"; }
     std::string_view operator()(const LoseLease&) { return "LoseLease"; }

@@ -22,6 +22,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "google/rpc/status.pb.h"
+#include "server/jobs/refusals.h"
 #include "walsh/v1/quantization.pb.h"
 
 namespace walsh::jobs {
@@ -39,6 +40,9 @@ struct JobRecord {
   std::set<std::string> crash_workers;
   int retries = 0;  // of failures that may pass
   absl::Time not_before = absl::InfinitePast();
+  // Of workers that are connected. In memory only: after a restart of the coordinator they are
+  // offered the job once more, and say the same.
+  Refusals refusals;
 };
 
 // -- Events
@@ -61,6 +65,14 @@ struct Fail {
   std::string reason;
   double jitter = 0;  // -1 to 1, spreads the retry
 };
+// The worker cannot run the job, though another one might.
+struct Refuse {
+  int64_t token = 0;
+  google::rpc::Status error;
+  std::string reason;
+};
+// No worker is left that has not refused the job.
+struct RunOutOfWorkers {};
 // The worker stopped because it was asked to.
 struct AcknowledgeCancel {
   int64_t token = 0;
@@ -74,8 +86,8 @@ struct LoseLease {};
 struct RequestCancel {};
 struct Delete {};
 
-using JobEvent = std::variant<Grant, Report, Succeed, Fail, AcknowledgeCancel, GiveBack, LoseLease,
-                              RequestCancel, Delete>;
+using JobEvent = std::variant<Grant, Report, Succeed, Fail, Refuse, RunOutOfWorkers,
+                              AcknowledgeCancel, GiveBack, LoseLease, RequestCancel, Delete>;
 
 struct Transition {
   JobRecord next;

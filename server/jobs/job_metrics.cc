@@ -53,6 +53,10 @@ struct JobMetrics::Families {
       metrics::Counter("walsh_worker_lease_expirations_total",
                        "Leases whose worker stopped its heartbeats.")
           .Add({});
+  prometheus::Counter& refusals =
+      metrics::Counter("walsh_quantization_job_refusals_total",
+                       "Jobs that a worker could not run and left to the others.")
+          .Add({});
 
   prometheus::Gauge& State(QuantizationJob::State state) {
     return jobs.Add({{"state", std::string(StateName(state))}});
@@ -88,6 +92,7 @@ void JobMetrics::OnTransition(const JobRecord& before, const JobRecord& after) {
   families_.State(before.job.state()).Decrement();
   families_.State(after.job.state()).Increment();
   if (!IsLeased(after.job.state())) families_.layers_done.Remove(&families_.Layers(after.job));
+  if (after.refusals.size() > before.refusals.size()) families_.refusals.Increment();
   if (after.job.state() == QuantizationJob::RUNNING) {
     families_.queue_seconds.Observe(Seconds(before.job.update_time(), after.job.update_time()));
   }

@@ -197,19 +197,32 @@ absl::StatusOr<std::optional<JobQueue::GrantedLease>> JobQueue::Acquire(const st
   }
   // Unconfirmed: the answer that granted it was lost on its way, and nothing has crashed.
   if (held.has_value()) WALSH_RETURN_IF_ERROR(EndLeaseOf(worker, held->is_confirmed));
-  const std::optional<std::string> id = NextDue();
+  const std::optional<std::string> id = NextDue(worker);
   if (!id.has_value()) return std::nullopt;
   WALSH_ASSIGN_OR_RETURN(Transition granted, Transit(*id, Grant{worker}));
   return GrantedLease{.token = granted.next.fencing_token, .job = std::move(granted.next.job)};
 }
 
-std::optional<std::string> JobQueue::NextDue() const {
+std::optional<std::string> JobQueue::NextDue(const std::string& worker) const {
   const absl::Duration now = clock_->Monotonic();
   const absl::MutexLock lock(&mu_);
   for (const auto& [order, id] : queued_) {
-    if (live_.at(id).due <= now) return id;
+    const LiveJob& live = live_.at(id);
+    if (live.due <= now && !live.record.refusals.contains(worker)) return id;
   }
   return std::nullopt;
+}
+
+// Not whether any is due: one that waits for a worker which is busy must not wake all others at
+// every tick.
+bool JobQueue::HasNewlyDue() {
+  const absl::Duration now = clock_->Monotonic();
+  const absl::MutexLock lock(&mu_);
+  const absl::Duration before = std::exchange(looked_for_due_, now);
+  return std::any_of(queued_.begin(), queued_.end(), [&](const auto& queued) {
+    const absl::Duration due = live_.at(queued.second).due;
+    return due > before && due <= now;
+  });
 }
 
 JobQueue::LeaseState JobQueue::Renew(const std::string& worker, const std::string& id,
@@ -291,8 +304,31 @@ absl::Status JobQueue::Tick() {
   const absl::MutexLock write_lock(&write_mu_);
   WALSH_RETURN_IF_ERROR(LoseExpiredLeases());
   WALSH_RETURN_IF_ERROR(StoreHeldBackProgress());
-  if (NextDue().has_value()) work_subscriptions_.NotifyAll();
+  if (HasNewlyDue()) work_subscriptions_.NotifyAll();
   return absl::OkStatus();
+}
+
+absl::Status JobQueue::FailRefusedByAll(const std::set<std::string>& workers) {
+  const absl::MutexLock write_lock(&write_mu_);
+  std::vector<std::string> refused;
+  {
+    const absl::MutexLock lock(&mu_);
+    for (auto& [id, live] : live_) {
+      Refusals& refusals = live.record.refusals;
+      std::erase_if(refusals,
+                    [&](const auto& refusal) { return !workers.contains(refusal.first); });
+      const bool is_left_to_nobody = !refusals.empty() && refusals.size() == workers.size();
+      if (is_left_to_nobody && live.record.job.state() == QuantizationJob::QUEUED) {
+        refused.push_back(id);
+      }
+    }
+  }
+  // What the disk does not take now is found again by the next call.
+  absl::Status first_failure;
+  for (const std::string& id : refused) {
+    first_failure.Update(Transit(id, RunOutOfWorkers{}).status());
+  }
+  return first_failure;
 }
 
 absl::Status JobQueue::LoseExpiredLeases() {

@@ -83,8 +83,9 @@ class JobQueue {
     int64_t token = 0;
     QuantizationJob job;
   };
-  // The oldest job that is due, or none. A worker that asks while it holds a lease has dropped it;
-  // that is a crash only when it has used the lease's token since this process granted or found it.
+  // The oldest job that is due and that the worker has not refused, or none. A worker that asks
+  // while it holds a lease has dropped it; that is a crash only when it has used the lease's token
+  // since this process granted or found it.
   absl::StatusOr<std::optional<GrantedLease>> Acquire(const std::string& worker);
   // Notified, under any key, when a job may be there to acquire.
   Subscriptions& work_subscriptions() { return work_subscriptions_; }
@@ -95,13 +96,17 @@ class JobQueue {
   };
   LeaseState Renew(const std::string& worker, const std::string& id, int64_t token);
   absl::Status Report(const std::string& worker, const std::string& id, const jobs::Report& report);
-  // `outcome` is Succeed, Fail, AcknowledgeCancel or GiveBack with `token`; `model` goes with
-  // Succeed.
+  // `outcome` is Succeed, Fail, Refuse, AcknowledgeCancel or GiveBack with `token`; `model` goes
+  // with Succeed.
   absl::Status Complete(const std::string& worker, const std::string& id, int64_t token,
                         const JobEvent& outcome, const v1::Model* model);
   // The worker says goodbye, or has certainly died.
   absl::Status ReturnLease(const std::string& worker);
   absl::Status LoseLease(const std::string& worker);
+  // `workers` are those that take jobs now. A queued job that all of them have refused fails; one
+  // that another of them might run, busy as it may be, waits for that one. Without any worker jobs
+  // wait. What other workers refused is forgotten: one that comes back is asked again.
+  absl::Status FailRefusedByAll(const std::set<std::string>& workers);
 
   // To be called a few times a second: takes expired leases, stores progress that was held back,
   // wakes workers for jobs whose pause is over.
@@ -138,7 +143,9 @@ class JobQueue {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   absl::Status LoseExpiredLeases() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   absl::Status StoreHeldBackProgress() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
-  std::optional<std::string> NextDue() const ABSL_LOCKS_EXCLUDED(mu_);
+  std::optional<std::string> NextDue(const std::string& worker) const ABSL_LOCKS_EXCLUDED(mu_);
+  // Whether a queued job has become due since this was last asked.
+  bool HasNewlyDue() ABSL_LOCKS_EXCLUDED(mu_);
   std::string NewId() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
 
   JobStore* const store_;
@@ -157,6 +164,7 @@ class JobQueue {
   std::map<std::string, LiveJob> live_ ABSL_GUARDED_BY(mu_);
   std::set<std::pair<int64_t, std::string>> queued_ ABSL_GUARDED_BY(mu_);  // (order, id)
   int64_t next_order_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::Duration looked_for_due_ ABSL_GUARDED_BY(mu_) = -absl::InfiniteDuration();  // monotonic
   LeaseTable leases_ ABSL_GUARDED_BY(mu_);
 };
 

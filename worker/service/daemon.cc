@@ -108,7 +108,7 @@ class WorkerDaemon final : public Daemon {
   void MakeAgent();
   void LoadModels();
   void OnModelChanged(const v1::Model& model);
-  // Also called by a coordinator's check of a job while this worker starts.
+  // From a job or from the check of one. No more leases are taken when it returns.
   void OnDeviceBroken(const absl::Status& cause);
   void RefuseWork();
   absl::StatusOr<pipeline::JobPlan> PlanJob(const pipeline::JobSpec& spec) const;
@@ -139,6 +139,9 @@ class WorkerDaemon final : public Daemon {
   std::thread loader_;
   std::atomic<bool> is_stopping_ = false;
   std::atomic<bool> is_device_broken_ = false;
+  // A coordinator may have a job checked here, and find a broken device, while this worker starts.
+  std::mutex mu_;
+  bool is_complete_ = false;  // guarded by mu_; server_ and agent_ are there
 };
 
 absl::Status WorkerDaemon::Start() {
@@ -150,6 +153,11 @@ absl::Status WorkerDaemon::Start() {
   models_->set_listener([this](const v1::Model& model) { OnModelChanged(model); });
   WALSH_RETURN_IF_ERROR(StartHttp());
   WALSH_RETURN_IF_ERROR(Announce());
+  {
+    const std::lock_guard lock(mu_);
+    is_complete_ = true;
+  }
+  if (is_device_broken_) RefuseWork();
   agent_->Start();
   loader_ = std::thread([this] { LoadModels(); });
   return absl::OkStatus();
@@ -239,23 +247,20 @@ absl::Status WorkerDaemon::Announce() {
 void WorkerDaemon::MakeAgent() {
   coordinator_ = internal::v1::WorkerService::NewStub(MakeChannel(options_.coordinator));
   runner_ = std::make_unique<JobRunner>(
-      JobRunner::Options{.worker_id = worker_id_,
-                         .results_directory = options_.data_dir + "/results",
-                         .n_threads = options_.threads,
-                         .resolve = resolve_,
-                         .device = device_.name,
-                         .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
-                         .memory = [this] { return ReadMemory(); },
-                         .quantize =
-                             [this](const pipeline::JobSpec& spec, ThreadPool& pool,
-                                    const pipeline::Observer& observer) {
-                               return pipeline::RunJob(spec, *device_.backend, pool, observer);
-                             },
-                         .on_device_broken =
-                             [this](const absl::Status& cause) {
-                               RefuseWork();  // before the agent asks for the next lease
-                               OnDeviceBroken(cause);
-                             }},
+      JobRunner::Options{
+          .worker_id = worker_id_,
+          .results_directory = options_.data_dir + "/results",
+          .n_threads = options_.threads,
+          .resolve = resolve_,
+          .device = device_.name,
+          .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
+          .memory = [this] { return ReadMemory(); },
+          .quantize =
+              [this](const pipeline::JobSpec& spec, ThreadPool& pool,
+                     const pipeline::Observer& observer) {
+                return pipeline::RunJob(spec, *device_.backend, pool, observer);
+              },
+          .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); }},
       coordinator_.get(), models_.get(), clock_);
   const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();
   agent_ = std::make_unique<Agent>(
@@ -290,7 +295,9 @@ void WorkerDaemon::OnModelChanged(const v1::Model& model) {
 }
 
 void WorkerDaemon::OnDeviceBroken(const absl::Status& cause) {
-  if (is_device_broken_.exchange(true)) return;
+  const bool was_known = is_device_broken_.exchange(true);
+  RefuseWork();  // in any case before the agent asks for the next lease
+  if (was_known) return;
   WALSH_LOG(Error, "the device is broken; this worker stops", {"device", device_.name},
             {"error", cause});
   surroundings_.on_device_broken();
@@ -334,8 +341,10 @@ std::string WorkerDaemon::AdvertisedAddress() const {
 }
 
 void WorkerDaemon::RefuseWork() {
-  if (server_ != nullptr) server_->GetHealthCheckService()->SetServingStatus(false);
-  if (agent_ != nullptr) agent_->Drain();
+  const std::lock_guard lock(mu_);
+  if (!is_complete_) return;
+  server_->GetHealthCheckService()->SetServingStatus(false);
+  agent_->Drain();
 }
 
 void WorkerDaemon::Stop() {

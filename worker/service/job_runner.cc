@@ -42,6 +42,12 @@ void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
   context.set_deadline(std::chrono::system_clock::now() + absl::ToChronoMicroseconds(timeout));
 }
 
+// Whether another worker might run what this one cannot: one with more memory, or whose device or
+// version takes the model. All this is found out before the work.
+bool IsRefusal(const absl::Status& error) {
+  return absl::IsUnimplemented(error) || ErrorReason(error) == kInsufficientMemory;
+}
+
 // Whether the coordinator may take later what it did not take now. Everything else is its last
 // word: a store that is damaged or a request that it does not understand stays so.
 bool MayPass(const absl::Status& status) {
@@ -150,6 +156,8 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Le
 
 absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1::Lease& lease,
                                                              HeldLease& held) {
+  WALSH_RETURN_IF_ERROR(
+      held.Check());  // a worker that stops, or whose device broke, begins nothing
   const std::string directory =
       models_->TemporaryDirectory(JobId(held.job_name()), held.fencing_token());
   const auto remove_directory = [](const std::string* path) {
@@ -282,7 +290,13 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held
   } else {
     *request.mutable_error() = ToProtoStatus(outcome.status());
     request.set_error_reason(ErrorReason(outcome.status()));
-    WALSH_LOG(Error, "job failed", {"job", held.job_name()}, {"error", outcome.status()});
+    request.set_refused(IsRefusal(outcome.status()));
+    if (request.refused()) {
+      WALSH_LOG(Warning, "this worker cannot run the job; left to others", {"job", held.job_name()},
+                {"error", outcome.status()});
+    } else {
+      WALSH_LOG(Error, "job failed", {"job", held.job_name()}, {"error", outcome.status()});
+    }
   }
 
   absl::Status taken = Deliver(request, held);

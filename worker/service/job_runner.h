@@ -6,6 +6,9 @@
 // gets the job next on this data folder finds the published model, made by the same job, and
 // completes with its result.
 //
+// A job that this worker cannot run, for want of memory or because its device or version does not
+// take the model, is refused before its work, and left to other workers.
+//
 // A failure that has broken the device is told to the worker before it is told to the coordinator,
 // so that no other lease is taken in between.
 //
@@ -63,7 +66,8 @@ class JobRunner {
   absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
                                                    const v1::QuantizationJob& job, HeldLease& held);
-  // Fails a job now that would not fit later: it may have waited since it was validated.
+  // Refuses a job now that would not fit later: it may have been validated by another worker, or by
+  // none.
   absl::Status CheckFits(const pipeline::JobSpec& spec) const;
   // Returns once the coordinator accepted, or why it never will.
   absl::Status ReportPublishing(HeldLease& held);

@@ -16,7 +16,7 @@ absl::Status CheckTotal(int64_t needed, int64_t total, const std::string& kind,
   absl::Status status = absl::FailedPreconditionError(
       absl::StrCat("the job needs ", needed, " bytes of ", kind, ", ", owner, " has ", total));
   SetErrorInfo(
-      status, "INSUFFICIENT_MEMORY",
+      status, kInsufficientMemory,
       {{"needed", absl::StrCat(needed)}, {"total", absl::StrCat(total)}, {"memory", kind}});
   return status;
 }

@@ -19,6 +19,7 @@ struct WorkerMemory {
   std::string device_name;  // of messages
 };
 
+inline constexpr char kInsufficientMemory[] = "INSUFFICIENT_MEMORY";
 absl::Status CheckMemory(const pipeline::JobPlan& plan, const WorkerMemory& memory);
 // What must become free before the job can run, one text for each memory.
 std::vector<std::string> MemoryWarnings(const pipeline::JobPlan& plan, const WorkerMemory& memory);

@@ -21,13 +21,12 @@ grpc::Status Answer(absl::StatusOr<T> result, T* response) {
   return grpc::Status::OK;
 }
 
-absl::Status CheckDisk(int64_t needed, const std::string& data_dir) {
-  const absl::StatusOr<int64_t> free = FreeBytes(data_dir);
-  if (!free.ok() || needed <= *free) return free.status();
+absl::Status CheckDisk(int64_t needed, int64_t free, const std::string& data_dir) {
+  if (needed <= free) return absl::OkStatus();
   absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
-      "the artifact needs ", needed, " bytes of disk, ", *free, " are free in ", data_dir));
+      "the artifact needs ", needed, " bytes of disk, ", free, " are free in ", data_dir));
   SetErrorInfo(status, "INSUFFICIENT_DISK",
-               {{"needed", absl::StrCat(needed)}, {"free", absl::StrCat(*free)}});
+               {{"needed", absl::StrCat(needed)}, {"free", absl::StrCat(free)}});
   return status;
 }
 
@@ -43,10 +42,15 @@ absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
   WALSH_ASSIGN_OR_RETURN(const WorkerMemory memory, options_.memory());
   WALSH_RETURN_IF_ERROR(CheckMemory(plan, memory));
-  WALSH_RETURN_IF_ERROR(CheckDisk(plan.disk_bytes_needed, options_.data_dir));
+  WALSH_ASSIGN_OR_RETURN(const int64_t free_disk_bytes, FreeBytes(options_.data_dir));
+  WALSH_RETURN_IF_ERROR(CheckDisk(plan.disk_bytes_needed, free_disk_bytes, options_.data_dir));
   internal::v1::ValidateJobResponse response = ToResponse(plan);
+  response.set_device(options_.device);
+  response.set_memory_bytes_total(memory.host.total_bytes);
   response.set_memory_bytes_free(memory.host.free_bytes);
+  response.set_device_memory_bytes_total(memory.device.total_bytes);
   response.set_device_memory_bytes_free(memory.device.free_bytes);
+  response.set_disk_bytes_free(free_disk_bytes);
   for (const std::string& warning : MemoryWarnings(plan, memory)) response.add_warnings(warning);
   return response;
 }

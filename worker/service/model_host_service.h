@@ -26,7 +26,7 @@ class ModelHostService final : public internal::v1::ModelHostService::Service {
   using Plan = std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)>;
   struct Options {
     std::string data_dir;
-    std::string device = "cpu";  // of messages
+    std::string device = "cpu";  // of answers and messages
     PathResolver resolve;
     Plan plan;  // pipeline::PlanJob
     std::function<absl::StatusOr<WorkerMemory>()> memory;

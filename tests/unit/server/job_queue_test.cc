@@ -69,6 +69,15 @@ class JobQueueTest : public ::testing::Test {
     report.event.mutable_progress()->set_fraction(fraction);
     return report;
   }
+  // `worker` acquires `id` and refuses it.
+  void Refuse(const std::string& worker, const std::string& id) {
+    const auto [acquired, token] = Acquire(worker);
+    ASSERT_EQ(acquired, id);
+    jobs::Refuse refuse{.token = token, .error = {}, .reason = "INSUFFICIENT_MEMORY"};
+    refuse.error.set_code(static_cast<int>(absl::StatusCode::kFailedPrecondition));
+    refuse.error.set_message(worker + " has 80 bytes");
+    EXPECT_OK(queue_->Complete(worker, id, token, refuse, nullptr));
+  }
   absl::Status Succeeded(const std::string& worker, const std::string& id, int64_t token) {
     v1::Model model;
     model.set_name("models/" + id + "-model");
@@ -397,6 +406,140 @@ TEST_F(JobQueueTest, FullQueueRefusesAtOnce) {
   EXPECT_OK(queue_->Submit(SomeJob("c-model"), "c", {}));
 }
 
+// -- Refusals
+
+TEST_F(JobQueueTest, ARefusedJobIsOfferedToOthersAndNeverAgainToTheSame) {
+  Submit("a");
+  Submit("b");
+  int n_woken = 0;
+  queue_->work_subscriptions().Add("w", [&] { ++n_woken; });
+  Refuse("workers/1", "a");
+  EXPECT_EQ(n_woken, 1) << "somebody else may have it at once";
+  const auto [b, b_token] = Acquire("workers/1");
+  EXPECT_EQ(b, "b") << "a refused job holds up no other";
+  EXPECT_OK(Succeeded("workers/1", b, b_token));
+  const size_t n_events = queue_->ReadEvents("a", 0)->events.size();
+  Wait(absl::Milliseconds(250));
+  n_woken = 0;
+  for (int i = 0; i < 1000; ++i) {
+    Wait(absl::Milliseconds(250));
+    EXPECT_EQ(Acquire("workers/1").first, "");
+  }
+  EXPECT_EQ(n_woken, 0) << "the job waits for another worker and disturbs none";
+  EXPECT_EQ(queue_->ReadEvents("a", 0)->events.size(), n_events) << "nothing goes round";
+  const auto [id, token] = Acquire("workers/2");
+  EXPECT_EQ(id, "a");
+  EXPECT_OK(Succeeded("workers/2", id, token));
+  EXPECT_EQ(State("a"), QuantizationJob::SUCCEEDED);
+}
+
+TEST_F(JobQueueTest, ARefusalIsFencedAndIdempotent) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  jobs::Refuse refuse{.token = token, .error = {}, .reason = ""};
+  refuse.error.set_code(static_cast<int>(absl::StatusCode::kUnimplemented));
+  EXPECT_THAT(queue_->Complete("workers/2", id, token, refuse, nullptr), HasCode(kAborted));
+  EXPECT_OK(queue_->Complete("workers/1", id, token, refuse, nullptr));
+  EXPECT_OK(queue_->Complete("workers/1", id, token, refuse, nullptr)) << "its answer was lost";
+  const auto [again, higher] = Acquire("workers/2");
+  EXPECT_EQ(again, "a");
+  EXPECT_GT(higher, token);
+  EXPECT_THAT(Succeeded("workers/1", id, token), HasCode(absl::StatusCode::kOk))
+      << "a repeated completion changes nothing";
+  EXPECT_EQ(State("a"), QuantizationJob::RUNNING);
+}
+
+TEST_F(JobQueueTest, AJobFailsOnceEveryWorkerHasRefusedIt) {
+  Submit("a");
+  Refuse("workers/1", "a");
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1", "workers/2"}));
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED) << "workers/2 is busy, but there";
+  Refuse("workers/2", "a");
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1", "workers/2"}));
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, queue_->Get("a"));
+  EXPECT_EQ(job.state(), QuantizationJob::FAILED);
+  EXPECT_EQ(job.error_reason(), "INSUFFICIENT_MEMORY");
+  EXPECT_EQ(job.error().message(),
+            "no worker can run the job: workers/1: workers/1 has 80 bytes; workers/2: workers/2 "
+            "has 80 bytes");
+  EXPECT_EQ(Acquire("workers/3").first, "");
+}
+
+TEST_F(JobQueueTest, AJobFailsWhenTheLastWorkerThatMightRunItLeaves) {
+  Submit("a");
+  Refuse("workers/1", "a");
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1", "workers/2"}));
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1"}));
+  EXPECT_EQ(State("a"), QuantizationJob::FAILED);
+}
+
+TEST_F(JobQueueTest, OnlyQueuedJobsFailForWantOfAWorker) {
+  Submit("a");
+  Refuse("workers/1", "a");
+  const auto [id, token] = Acquire("workers/2");
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1"}));  // workers/2 drains
+  EXPECT_EQ(State("a"), QuantizationJob::RUNNING);
+  EXPECT_OK(Succeeded("workers/2", id, token));
+}
+
+TEST_F(JobQueueTest, WithoutAnyWorkerARefusedJobWaitsForTheNext) {
+  Submit("a");
+  Refuse("workers/1", "a");
+  EXPECT_OK(queue_->FailRefusedByAll({}));
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  EXPECT_EQ(Acquire("workers/1").first, "a") << "one that comes back is asked again";
+}
+
+TEST_F(JobQueueTest, RefusalsCountNeitherAsRetriesNorAsCrashes) {
+  Submit("a");
+  for (int i = 0; i < 3 * limits::kJobRetriesMax; ++i) {
+    Refuse("workers/" + std::to_string(i), "a");
+  }
+  const auto [id, token] = Acquire("workers/good");
+  Fail fail{.token = token, .error = {}, .reason = "", .jitter = 0};
+  fail.error.set_code(static_cast<int>(absl::StatusCode::kUnavailable));
+  EXPECT_OK(queue_->Complete("workers/good", id, token, fail, nullptr));
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  Wait(absl::Seconds(10));
+  EXPECT_EQ(Acquire("workers/good").first, "a");
+}
+
+TEST_F(JobQueueTest, RefusalsThatARestartForgetsAreMadeAgain) {
+  Submit("a");
+  Refuse("workers/1", "a");
+  Restart();
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1", "workers/2"}));
+  Refuse("workers/1", "a");
+  EXPECT_EQ(Acquire("workers/1").first, "");
+  EXPECT_EQ(Acquire("workers/2").first, "a");
+}
+
+TEST_F(JobQueueTest, ARefusedJobThatTheDiskDoesNotLetFailFailsLater) {
+  Submit("a");
+  Refuse("workers/1", "a");
+  {
+    FaultyDisk disk;
+    disk.FailWrites(ENOSPC);
+    EXPECT_THAT(queue_->FailRefusedByAll({"workers/1"}),
+                HasCode(absl::StatusCode::kResourceExhausted));
+    EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  }
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1"}));
+  EXPECT_EQ(State("a"), QuantizationJob::FAILED);
+}
+
+TEST_F(JobQueueTest, ACancelledJobThatIsRefusedIsCancelled) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  EXPECT_OK(queue_->Cancel("a"));
+  jobs::Refuse refuse{.token = token, .error = {}, .reason = ""};
+  refuse.error.set_code(static_cast<int>(absl::StatusCode::kUnimplemented));
+  EXPECT_OK(queue_->Complete("workers/1", id, token, refuse, nullptr));
+  EXPECT_EQ(State("a"), QuantizationJob::CANCELLED);
+}
+
 // -- Idempotency
 
 TEST_F(JobQueueTest, RepeatedRequestGivesTheSameJob) {
@@ -587,10 +730,11 @@ TEST_F(JobQueueTest, RandomHistoriesKeepTheInvariants) {
     std::map<std::string, QuantizationJob::State> known;
     std::map<std::string, int64_t> tokens;
     std::map<std::string, int> n_succeeded;
+    std::set<std::pair<std::string, std::string>> refused;  // since the last restart
     const std::string prefix = "s" + std::to_string(seed) + "-";
     for (int step = 0; step < 300; ++step) {
       const std::string worker = "workers/" + std::to_string(pick(3));
-      switch (pick(12)) {
+      switch (pick(13)) {
         case 0: {
           const std::string id = prefix + std::to_string(step);
           if (queue_->Submit(SomeJob(id + "-model"), id, {}).ok()) {
@@ -604,6 +748,7 @@ TEST_F(JobQueueTest, RandomHistoriesKeepTheInvariants) {
           const auto [id, token] = Acquire(worker);
           held.erase(worker);
           if (id.empty()) break;
+          EXPECT_FALSE(refused.contains({worker, id}));
           EXPECT_GT(token, tokens[id]);
           tokens[id] = token;
           if (pick(8) != 0) held[worker] = {id, token};  // else: the answer was lost
@@ -630,10 +775,14 @@ TEST_F(JobQueueTest, RandomHistoriesKeepTheInvariants) {
             const Held h = held[worker];
             Fail fail{.token = h.token, .error = {}, .reason = "R", .jitter = 0};
             fail.error.set_code(pick(2) == 0 ? 14 : 3);
-            const bool succeeds = pick(2) == 0;
+            const bool refuses = pick(4) == 0;
+            const bool succeeds = !refuses && pick(2) == 0;
+            const JobEvent failure =
+                refuses ? JobEvent(jobs::Refuse{h.token, fail.error, "R"}) : JobEvent(fail);
             const absl::Status status =
                 succeeds ? Succeeded(worker, h.id, h.token)
-                         : queue_->Complete(worker, h.id, h.token, fail, nullptr);
+                         : queue_->Complete(worker, h.id, h.token, failure, nullptr);
+            if (status.ok() && refuses) refused.insert({worker, h.id});
             if (status.ok()) {
               EXPECT_EQ(tokens[h.id], h.token);
             }
@@ -653,7 +802,12 @@ TEST_F(JobQueueTest, RandomHistoriesKeepTheInvariants) {
           held.erase(worker);  // kill -9
           break;
         case 10:
-          if (pick(4) == 0) Restart();
+          if (pick(4) != 0) break;
+          Restart();
+          refused.clear();
+          break;
+        case 11:
+          EXPECT_OK(queue_->FailRefusedByAll({"workers/0", "workers/1", "workers/2"}));
           break;
         default:
           Wait(absl::Seconds(pick(12)));

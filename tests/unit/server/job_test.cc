@@ -51,6 +51,13 @@ Fail Failed(int64_t token, absl::StatusCode code) {
   return fail;
 }
 
+Refuse Refused(int64_t token) {
+  Refuse refuse{.token = token, .error = {}, .reason = "INSUFFICIENT_MEMORY"};
+  refuse.error.set_code(static_cast<int>(absl::StatusCode::kFailedPrecondition));
+  refuse.error.set_message("the job needs 100 bytes of memory, the worker has 80");
+  return refuse;
+}
+
 // The rows of docs/job-states.md: what is applied, and to which record.
 struct Case {
   JobEvent event;
@@ -70,6 +77,8 @@ std::map<std::string, Case> Cases() {
       {"Fail for ever", {Failed(kToken, forever)}},
       {"Fail that may pass", {Failed(kToken, passing), limits::kJobRetriesMax - 1}},
       {"Fail that may pass, retries used up", {Failed(kToken, passing), limits::kJobRetriesMax}},
+      {"Refuse", {Refused(kToken)}},
+      {"RunOutOfWorkers", {RunOutOfWorkers{}}},
       {"AcknowledgeCancel", {AcknowledgeCancel{kToken}}},
       {"GiveBack", {GiveBack{kToken}}},
       {"LoseLease", {LoseLease{}}},
@@ -79,11 +88,13 @@ std::map<std::string, Case> Cases() {
       {"Delete", {Delete{}}},
       {"Succeed, repeated", {Succeed{kCompleted, {}}}},
       {"Fail, repeated", {Failed(kCompleted, forever)}},
+      {"Refuse, repeated", {Refused(kCompleted)}},
       {"AcknowledgeCancel, repeated", {AcknowledgeCancel{kCompleted}}},
       {"GiveBack, repeated", {GiveBack{kCompleted}}},
       {"Report with an old token", {Reported(kOld, QuantizationJob::LOADING)}},
       {"Succeed with an old token", {Succeed{kOld, {}}}},
       {"Fail with an old token", {Failed(kOld, forever)}},
+      {"Refuse with an old token", {Refused(kOld)}},
       {"AcknowledgeCancel with an old token", {AcknowledgeCancel{kOld}}},
       {"GiveBack with an old token", {GiveBack{kOld}}},
   };
@@ -94,6 +105,7 @@ std::string Outcome(const Case& c, QuantizationJob::State state) {
   record.retries = c.retries;
   record.crashes = c.crashes;
   record.job.set_stage(c.stage);
+  record.refusals["workers/w3"] = absl::UnimplementedError("head_dim 80");
   const absl::StatusOr<Transition> applied = Apply(record, c.event, kNow);
   if (!applied.ok()) return absl::StatusCodeToString(applied.status().code());
   if (!applied->event.has_value()) {
@@ -200,6 +212,56 @@ TEST(JobTest, BackoffDoublesToSixMinutes) {
   EXPECT_EQ(Backoff(0, 1), absl::Seconds(12.5));
   EXPECT_EQ(Backoff(0, -1), absl::Seconds(7.5));
   EXPECT_EQ(Backoff(0, 99), absl::Seconds(12.5));
+}
+
+TEST(JobTest, ARefusedJobWaitsForOtherWorkersAndCountsNothing) {
+  JobRecord record = InState(QuantizationJob::RUNNING);
+  record.retries = 2;
+  record.job.set_stage(QuantizationJob::VALIDATING);
+  ASSERT_OK_AND_ASSIGN(const Transition refused, Apply(record, Refused(kToken), kNow));
+  EXPECT_EQ(refused.next.job.state(), QuantizationJob::QUEUED);
+  EXPECT_EQ(refused.next.job.worker(), "");
+  EXPECT_EQ(refused.next.job.stage(), QuantizationJob::STAGE_UNSPECIFIED);
+  EXPECT_EQ(refused.next.job.error().code(), 0);
+  EXPECT_EQ(refused.next.retries, 2);
+  EXPECT_EQ(refused.next.crashes, 0);
+  EXPECT_EQ(refused.next.not_before, absl::InfinitePast()) << "back at once";
+  ASSERT_TRUE(refused.next.refusals.contains("workers/w1"));
+  EXPECT_EQ(ErrorReason(refused.next.refusals.at("workers/w1")), "INSUFFICIENT_MEMORY");
+  EXPECT_EQ(refused.event->message(),
+            "left to other workers, workers/w1 cannot run it: FAILED_PRECONDITION: the job needs "
+            "100 bytes of memory, the worker has 80");
+}
+
+TEST(JobTest, AJobThatRunsOutOfWorkersFailsWithWhatTheySaid) {
+  JobRecord record = InState(QuantizationJob::RUNNING);
+  record = Apply(record, Refused(kToken), kNow)->next;
+  ASSERT_OK_AND_ASSIGN(Transition failed, Apply(record, RunOutOfWorkers{}, kNow));
+  EXPECT_EQ(failed.next.job.state(), QuantizationJob::FAILED);
+  EXPECT_EQ(failed.next.job.error().code(),
+            static_cast<int>(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(failed.next.job.error().message(),
+            "no worker can run the job: workers/w1: the job needs 100 bytes of memory, the worker "
+            "has 80");
+  EXPECT_EQ(failed.next.job.error_reason(), "INSUFFICIENT_MEMORY");
+  EXPECT_TRUE(failed.next.job.has_end_time());
+  record.refusals.clear();
+  EXPECT_THAT(Apply(record, RunOutOfWorkers{}, kNow),
+              HasCode(absl::StatusCode::kFailedPrecondition));
+}
+
+TEST(JobTest, AbsurdRefusalsAreBounded) {
+  Refuse refuse = Refused(kToken);
+  refuse.error.set_code(-3);
+  refuse.error.set_message("\xff" + std::string(5000, 'x'));
+  refuse.reason = std::string(5000, 'R') + "\xff";
+  ASSERT_OK_AND_ASSIGN(Transition refused, Apply(InState(QuantizationJob::RUNNING), refuse, kNow));
+  const absl::Status& kept = refused.next.refusals.at("workers/w1");
+  EXPECT_TRUE(absl::IsInternal(kept));
+  EXPECT_LE(kept.message().size(), size_t{limits::kStatusMessageBytesMax});
+  EXPECT_LE(ErrorReason(kept).size(), size_t{limits::kStatusMessageBytesMax});
+  ASSERT_OK_AND_ASSIGN(Transition failed, Apply(refused.next, RunOutOfWorkers{}, kNow));
+  EXPECT_LE(failed.next.job.error().message().size(), size_t{limits::kStatusMessageBytesMax});
 }
 
 JobRecord CrashOn(JobRecord record, const std::string& worker) {

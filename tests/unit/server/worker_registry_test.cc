@@ -84,7 +84,8 @@ TEST_F(WorkerRegistryTest, SilenceIsOfflineThenForgotten) {
   EXPECT_THAT(registry_.Tick(), IsEmpty()) << "told once";
   EXPECT_EQ(StateOf("w1"), Worker::OFFLINE);
   EXPECT_THAT(registry_.Replicas("m"), IsEmpty());
-  EXPECT_FALSE(registry_.AnyOnline().has_value());
+  EXPECT_THAT(registry_.Online(), IsEmpty());
+  EXPECT_THAT(*registry_.TakingJobs(), IsEmpty());
   EXPECT_OK(Beat("w1"));
   EXPECT_EQ(StateOf("w1"), Worker::ONLINE);
   EXPECT_EQ(registry_.Replicas("m").size(), 1u);
@@ -109,8 +110,34 @@ TEST_F(WorkerRegistryTest, DrainingWorkerTakesNothingNew) {
   ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
   EXPECT_OK(Beat("w1", Model::READY, 0, /*draining=*/true));
   EXPECT_TRUE(registry_.IsDraining("w1"));
-  EXPECT_FALSE(registry_.AnyOnline().has_value());
+  EXPECT_THAT(registry_.Online(), IsEmpty());
   EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::DRAINING);
+}
+
+TEST_F(WorkerRegistryTest, OnlineWorkersAreListedTheLeastBusyFirst) {
+  for (const char* id : {"w1", "w2", "w3"}) {
+    ASSERT_OK(registry_.Register(Registration(id, std::string("h:") + id)));
+  }
+  EXPECT_OK(Beat("w1", Model::READY, 5));
+  EXPECT_OK(Beat("w2", Model::READY, 2));
+  EXPECT_OK(Beat("w3", Model::READY, 2));
+  std::vector<std::string> ids;
+  for (const WorkerAddress& worker : registry_.Online()) ids.push_back(worker.worker_id);
+  EXPECT_THAT(ids, ElementsAre("w2", "w3", "w1"));
+  EXPECT_EQ(registry_.Online()[2].address, "h:w1");
+}
+
+// A coordinator that has just started does not know who is still to come back.
+TEST_F(WorkerRegistryTest, WhoTakesJobsCanBeToldOnceWorkersHadTimeToComeBack) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  clock_.Advance(absl::Seconds(29));
+  EXPECT_FALSE(registry_.TakingJobs().has_value());
+  ASSERT_OK(registry_.Register(Registration("w2", "h:2")));
+  EXPECT_OK(Beat("w1"));
+  clock_.Advance(absl::Seconds(1));
+  EXPECT_THAT(*registry_.TakingJobs(), ElementsAre("workers/w1", "workers/w2"));
+  EXPECT_OK(Beat("w2", Model::READY, 0, /*draining=*/true));
+  EXPECT_THAT(*registry_.TakingJobs(), ElementsAre("workers/w1"));
 }
 
 TEST_F(WorkerRegistryTest, LoadIsWhatIsReportedOrSentWhicheverIsMore) {
