@@ -197,8 +197,8 @@ void Server::Impl::Tick() {
     WALSH_LOG(Error, "job store failed", {"status", ticked});
   }
   for (const std::string& id : registry.Tick()) clients.Forget(id);
-  if (const auto workers = registry.TakingJobs(); workers.has_value()) {
-    if (absl::Status failed = queue->FailRefusedByAll(*workers); !failed.ok()) {
+  if (const auto taking_jobs = registry.TakingJobs(); taking_jobs.has_value()) {
+    if (absl::Status failed = queue->FailRefusedByAll(*taking_jobs); !failed.ok()) {
       WALSH_LOG(Error, "job store failed", {"status", failed});
     }
   }

@@ -219,9 +219,10 @@ bool JobQueue::HasNewlyDue() {
   const absl::Duration now = clock_->Monotonic();
   const absl::MutexLock lock(&mu_);
   const absl::Duration before = std::exchange(looked_for_due_, now);
-  return std::any_of(queued_.begin(), queued_.end(), [&](const auto& queued) {
-    const absl::Duration due = live_.at(queued.second).due;
-    return due > before && due <= now;
+  return std::any_of(live_.begin(), live_.end(), [&](const auto& entry) {
+    const LiveJob& live = entry.second;
+    return live.record.job.state() == QuantizationJob::QUEUED && live.due > before &&
+           live.due <= now;
   });
 }
 

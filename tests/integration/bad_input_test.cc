@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
@@ -21,7 +22,9 @@ namespace walsh {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 using ::walsh::testing::Damage;
 using ::walsh::testing::ServiceFixture;
 using ::walsh::testing::StatusIs;
@@ -168,12 +171,31 @@ TEST_F(BadInputTest, CalibrationThatIsNoJson) {
 
 TEST_F(BadInputTest, ValidateOnlyFindsTheSameAndStartsNothing) {
   ExpectError("good", {"--group-size", "128", "--validate-only"}, "INVALID_ARGUMENT", "128");
-  ASSERT_OK_AND_ASSIGN(const client::Output valid,
-                       service_->RunWalsh({"quantize", *root_ / "good", "--name", "m",
-                                           "--validate-only", "--num-samples", "4", "--seq-len",
-                                           "64", "--calibration", *root_ / "text.txt"}));
+  std::vector<std::string> command = {"quantize",
+                                      *root_ / "good",
+                                      "--name",
+                                      "m",
+                                      "--validate-only",
+                                      "--num-samples",
+                                      "4",
+                                      "--seq-len",
+                                      "64",
+                                      "--calibration",
+                                      *root_ / "text.txt"};
+  ASSERT_OK_AND_ASSIGN(const client::Output valid, service_->RunWalsh(command));
   EXPECT_EQ(valid.exit_code, 0) << valid.err;
   EXPECT_THAT(valid.out, HasSubstr("valid: bits "));
+  EXPECT_THAT(valid.out, ContainsRegex("memory  .* needed, .* of .* free"));
+  EXPECT_THAT(valid.out, ContainsRegex("disk  .* needed, .* free"));
+  command.insert(command.end(), {"--output", "json"});
+  ASSERT_OK_AND_ASSIGN(const client::Output described, service_->RunWalsh(command));
+  const nlohmann::json preflight = nlohmann::json::parse(described.out)["preflight"];
+  EXPECT_EQ(preflight["device"], "cpu");
+  EXPECT_THAT(preflight["worker"].get<std::string>(), StartsWith("workers/"));
+  EXPECT_GT(std::stoll(preflight["memory"]["bytes_needed"].get<std::string>()), 0);
+  EXPECT_GT(std::stoll(preflight["memory"]["bytes_total"].get<std::string>()), 0);
+  EXPECT_GT(std::stoll(preflight["disk"]["bytes_needed"].get<std::string>()), 0);
+  EXPECT_FALSE(preflight.contains("device_memory")) << "jobs run on the CPU";
   ASSERT_OK_AND_ASSIGN(const v1::ListQuantizationJobsResponse jobs,
                        service_->client().ListJobs("model_name=m AND state=QUEUED", "", 10));
   EXPECT_EQ(jobs.quantization_jobs_size(), 0);

@@ -193,6 +193,82 @@ TEST_F(CoordinatorJobsTest, FailureIsReportedWithItsReason) {
   EXPECT_EQ(job.error_reason(), "BAD_CHECKPOINT");
 }
 
+// -- Refusals
+
+// A coordinator that has been up for its lease time, so that it knows who is there.
+class SettledCoordinatorTest : public CoordinatorJobsTest {
+ protected:
+  SettledCoordinatorTest() { options_.lease_duration = absl::Seconds(5); }
+  void SetUp() override {
+    CoordinatorJobsTest::SetUp();
+    const absl::Time settled = absl::Now() + options_.lease_duration;
+    ASSERT_TRUE(WaitUntil([&] { return absl::Now() >= settled; }));
+  }
+};
+
+TEST_F(SettledCoordinatorTest, AJobThatEveryWorkerRefusesFailsAtOnceWithTheFiguresOfEach) {
+  ASSERT_OK(Create(NewJob("a")));  // nobody there to ask
+  const auto first = NewWorker("w1");
+  const auto second = NewWorker("w2");
+  ASSERT_OK(first->Refuse(first->MustAcquire(), absl::StatusCode::kFailedPrecondition,
+                          "100 bytes are needed, w1 has 80", "INSUFFICIENT_MEMORY"));
+  EXPECT_TRUE(IsInState("a", QuantizationJob::QUEUED)) << "w2 is there";
+  const FakeWorker::Lease lease = second->MustAcquire();
+  EXPECT_EQ(lease.fencing_token(), 2);
+  ASSERT_OK(second->Refuse(lease, absl::StatusCode::kFailedPrecondition,
+                           "100 bytes are needed, w2 has 90", "INSUFFICIENT_MEMORY"));
+  EXPECT_TRUE(WaitUntil([&] { return IsInState("a", QuantizationJob::FAILED); }));
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Get("a"));
+  EXPECT_EQ(job.error().code(), static_cast<int>(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(job.error_reason(), "INSUFFICIENT_MEMORY");
+  EXPECT_EQ(job.error().message(),
+            "no worker can run the job: workers/w1: 100 bytes are needed, w1 has 80; workers/w2: "
+            "100 bytes are needed, w2 has 90");
+}
+
+TEST_F(CoordinatorJobsTest, AJobThatABusyWorkerMightRunWaitsForItAndGoesRoundNowhere) {
+  ASSERT_OK(Create(NewJob("a")));
+  ASSERT_OK(Create(NewJob("b")));
+  const auto large = NewWorker("w2");
+  const FakeWorker::Lease busy = large->MustAcquire();
+  EXPECT_EQ(busy.job_name(), "quantizationJobs/a");
+  const auto small = NewWorker("w1");
+  ASSERT_OK(
+      small->Refuse(small->MustAcquire(), absl::StatusCode::kUnimplemented, "head_dim 80", ""));
+  ASSERT_OK_AND_ASSIGN(const auto none, small->Acquire(absl::Seconds(1)));
+  EXPECT_FALSE(none.has_value());
+  EXPECT_TRUE(IsInState("b", QuantizationJob::QUEUED));
+  ASSERT_OK(large->Succeed(busy));
+  const FakeWorker::Lease lease = large->MustAcquire();
+  EXPECT_EQ(lease.job_name(), "quantizationJobs/b");
+  ASSERT_OK(large->Succeed(lease));
+  EXPECT_EQ(Get("b")->attempt(), 2);
+  std::vector<QuantizationJobEvent> events;
+  EXPECT_TRUE(Watch("b", 0, &events).ok());
+  ASSERT_EQ(events.size(), 5u) << "queued, started, refused, started, succeeded";
+  EXPECT_EQ(events[2].message(),
+            "left to other workers, workers/w1 cannot run it: UNIMPLEMENTED: head_dim 80");
+}
+
+// The small worker is back first; the one that can run the job is on its way.
+TEST_F(CoordinatorJobsTest, ARefusalJustAfterARestartIsNotTheLastWord) {
+  ASSERT_OK(Create(NewJob("a")));
+  const auto small = NewWorker("w1");
+  const auto refuse = [&] {
+    return small->Refuse(small->MustAcquire(), absl::StatusCode::kUnimplemented, "head_dim 80", "");
+  };
+  ASSERT_OK(refuse());
+  Restart();
+  ASSERT_TRUE(WaitUntil([&] { return small->Register().ok(); }));
+  ASSERT_OK(refuse()) << "it is asked once more";
+  ASSERT_OK_AND_ASSIGN(const auto none, small->Acquire(absl::Seconds(1)));
+  EXPECT_FALSE(none.has_value());
+  EXPECT_TRUE(IsInState("a", QuantizationJob::QUEUED));
+  const auto large = NewWorker("w2");
+  ASSERT_OK(large->Succeed(large->MustAcquire()));
+  EXPECT_TRUE(IsInState("a", QuantizationJob::SUCCEEDED));
+}
+
 // -- Creation
 
 TEST_F(CoordinatorJobsTest, WorkersVerdictIsPassedOn) {
@@ -216,13 +292,70 @@ TEST_F(CoordinatorJobsTest, ValidateOnlyStoresNothingAndShowsWhatAutoMeans) {
   worker->on_validate = [](const auto&, auto* response) {
     response->set_group_size(64);
     response->set_rotation_block_size(64);
+    response->set_device("cuda:0 NVIDIA H200");
+    response->set_memory_bytes_needed(11);
+    response->set_memory_bytes_total(13);
+    response->set_memory_bytes_free(12);
+    response->set_device_memory_bytes_needed(21);
+    response->set_device_memory_bytes_total(23);
+    response->set_device_memory_bytes_free(22);
+    response->set_disk_bytes_needed(31);
+    response->set_disk_bytes_free(32);
+    response->add_warnings("few tokens");
     return grpc::Status::OK;
   };
-  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Create(request));
+  request.mutable_quantization_job()->mutable_preflight()->set_worker("workers/mine");
+  ASSERT_OK_AND_ASSIGN(QuantizationJob job, Create(request));
+  const QuantizationJob::Preflight& preflight = job.preflight();
+  EXPECT_EQ(preflight.worker(), "workers/w1") << "output only";
+  EXPECT_EQ(preflight.device(), "cuda:0 NVIDIA H200");
+  EXPECT_EQ(preflight.memory().bytes_needed(), 11);
+  EXPECT_EQ(preflight.memory().bytes_free(), 12);
+  EXPECT_EQ(preflight.memory().bytes_total(), 13);
+  EXPECT_EQ(preflight.device_memory().bytes_needed(), 21);
+  EXPECT_EQ(preflight.device_memory().bytes_free(), 22);
+  EXPECT_EQ(preflight.device_memory().bytes_total(), 23);
+  EXPECT_EQ(preflight.disk().bytes_needed(), 31);
+  EXPECT_EQ(preflight.disk().bytes_free(), 32);
+  ASSERT_EQ(preflight.warnings_size(), 1);
+  EXPECT_EQ(preflight.warnings(0), "few tokens");
   EXPECT_EQ(job.name(), "");
   EXPECT_EQ(job.config().group_size(), 64);
   EXPECT_EQ(job.config().rotation().block_size(), 64);
   EXPECT_THAT(Get("a"), HasCode(absl::StatusCode::kNotFound));
+  // A job that is created has none.
+  request.set_validate_only(false);
+  ASSERT_OK_AND_ASSIGN(job, Create(request));
+  EXPECT_FALSE(job.has_preflight());
+}
+
+// One worker that can run it is enough, whichever is asked first.
+TEST_F(CoordinatorJobsTest, AJobThatOneOfManyWorkersTakesIsAccepted) {
+  const auto small = NewWorker("w1");
+  const auto other = NewWorker("w2");
+  const auto large = NewWorker("w3");
+  small->on_validate = [](const auto&, auto*) {
+    absl::Status refused = absl::FailedPreconditionError("100 bytes are needed, w1 has 80");
+    SetErrorInfo(refused, "INSUFFICIENT_MEMORY");
+    return ToGrpcStatus(refused);
+  };
+  other->on_validate = [](const auto&, auto*) {
+    return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "head_dim 80");
+  };
+  v1::CreateQuantizationJobRequest request = NewJob("a");
+  request.set_validate_only(true);
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob validated, Create(request));
+  EXPECT_EQ(validated.preflight().worker(), "workers/w3");
+  ASSERT_OK(Create(NewJob("a")));
+
+  ASSERT_OK(large->Deregister());
+  const absl::Status refused = Create(NewJob("b")).status();
+  EXPECT_THAT(refused,
+              StatusIs(absl::StatusCode::kFailedPrecondition,
+                       "no worker can run the job: workers/w1: 100 bytes are needed, w1 has 80; "
+                       "workers/w2: head_dim 80"));
+  EXPECT_EQ(ErrorReason(refused), "NO_SUITABLE_WORKER");
+  EXPECT_THAT(Get("b"), HasCode(absl::StatusCode::kNotFound)) << "nothing was stored";
 }
 
 TEST_F(CoordinatorJobsTest, JobIsQueuedWhenTheWorkerIsLostDuringTheCheck) {

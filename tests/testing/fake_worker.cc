@@ -239,6 +239,16 @@ absl::Status FakeWorker::Fail(const Lease& lease, absl::StatusCode code,
   return Send<google::protobuf::Empty>(stub_.get(), &WorkerStub::CompleteJob, request).status();
 }
 
+absl::Status FakeWorker::Refuse(const Lease& lease, absl::StatusCode code,
+                                const std::string& message, const std::string& reason) {
+  internal_v1::CompleteJobRequest request = Completion(id_, lease);
+  request.mutable_error()->set_code(static_cast<int>(code));
+  request.mutable_error()->set_message(message);
+  request.set_error_reason(reason);
+  request.set_refused(true);
+  return Send<google::protobuf::Empty>(stub_.get(), &WorkerStub::CompleteJob, request).status();
+}
+
 absl::Status FakeWorker::AcknowledgeCancel(const Lease& lease) {
   internal_v1::CompleteJobRequest request = Completion(id_, lease);
   request.mutable_cancelled();

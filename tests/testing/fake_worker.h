@@ -56,6 +56,9 @@ class FakeWorker {
                       const std::string& message = "");
   absl::Status Succeed(const Lease& lease);
   absl::Status Fail(const Lease& lease, absl::StatusCode code, const std::string& reason);
+  // It cannot run the job, another one might.
+  absl::Status Refuse(const Lease& lease, absl::StatusCode code, const std::string& message,
+                      const std::string& reason);
   absl::Status AcknowledgeCancel(const Lease& lease);
   absl::Status Deregister();
 

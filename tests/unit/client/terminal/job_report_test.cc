@@ -131,6 +131,38 @@ TEST(JobReportTest, ARunningJobShowsItsProgress) {
   EXPECT_THAT(JobReport(job), HasSubstr("QUANTIZING, 50 %, 3 of 6 layers"));
 }
 
+TEST(PreflightTextTest, ShowsWhatTheJobNeedsAndTheWorkerHas) {
+  Job job;
+  EXPECT_EQ(PreflightText(job), "") << "an older service";
+  Job::Preflight& preflight = *job.mutable_preflight();
+  preflight.set_worker("workers/w-1");
+  preflight.set_device("cuda:0 NVIDIA H200");
+  preflight.mutable_memory()->set_bytes_needed(1'200'000'000);
+  preflight.mutable_memory()->set_bytes_total(24'700'000'000);
+  preflight.mutable_memory()->set_bytes_free(20'100'000'000);
+  preflight.mutable_device_memory()->set_bytes_needed(10'100'000'000);
+  preflight.mutable_device_memory()->set_bytes_total(140'000'000'000);
+  preflight.mutable_device_memory()->set_bytes_free(9'000'000'000);
+  preflight.mutable_disk()->set_bytes_needed(98'400'000);
+  preflight.mutable_disk()->set_bytes_free(50'000'000'000);
+  preflight.add_warnings("the job needs 10100000000 bytes\x1b[2J");
+  EXPECT_EQ(PreflightText(job),
+            "  worker         w-1, jobs on cuda:0 NVIDIA H200\n"
+            "  memory         1.20 GB needed, 20.1 GB of 24.7 GB free\n"
+            "  device memory  10.1 GB needed, 9.00 GB of 140 GB free\n"
+            "  disk           98.4 MB needed, 50.0 GB free\n"
+            "\n"
+            "  warnings\n"
+            "  - the job needs 10100000000 bytes\xef\xbf\xbd[2J\n");
+  // A worker whose system does not tell, with jobs on the CPU.
+  preflight.Clear();
+  preflight.set_worker("workers/w-2");
+  preflight.mutable_memory()->set_bytes_needed(1'200'000'000);
+  EXPECT_EQ(PreflightText(job),
+            "  worker         w-2\n"
+            "  memory         1.20 GB needed\n");
+}
+
 TEST(RecipeTextTest, NamesDefaultsAndChoices) {
   Job job;
   EXPECT_EQ(RecipeText(job), "4, group auto, GPTQ, GSR rotation");

@@ -117,6 +117,29 @@ TEST(ProgressPrinterTest, AHeartbeatWithoutAStateRedrawsWhatWasKnown) {
   EXPECT_EQ(recorder.text(), line + line);
 }
 
+TEST(ProgressPrinterTest, TellsWhyAJobIsBackInTheQueue) {
+  Recorder recorder;
+  ProgressPrinter printer({.out = recorder.file(), .redraw = false});
+  v1::QuantizationJobEvent queued;
+  queued.set_state(Job::QUEUED);
+  queued.set_message("queued");
+  printer.OnEvent(queued);
+  v1::QuantizationJobEvent running;
+  running.set_state(Job::RUNNING);
+  running.set_attempt(1);
+  printer.OnEvent(running);
+  queued.set_attempt(1);
+  queued.set_message("left to other workers, workers/w1 cannot run it: head_dim 80");
+  printer.OnEvent(queued);
+  queued.set_heartbeat(true);
+  printer.OnEvent(queued);
+  EXPECT_EQ(recorder.text(),
+            "QUEUED, 0 %\n"
+            "RUNNING, 0 %\n"
+            "left to other workers, workers/w1 cannot run it: head_dim 80\n"
+            "QUEUED, 0 %\n");
+}
+
 TEST(ProgressPrinterTest, TellsOfNewAttemptsAndLostConnections) {
   Recorder recorder;
   ProgressPrinter printer({.out = recorder.file(), .redraw = false});

@@ -9,6 +9,7 @@
 
 #include "common/endpoints.h"
 #include "common/grpc_server.h"
+#include "common/grpc_status.h"
 #include "common/resource_name.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "tests/testing/fake_coordinator.h"
@@ -113,6 +114,35 @@ TEST_F(WorkerDaemonTest, ABrokenDeviceEndsItsWork) {
   EXPECT_EQ(coordinator_.record().goodbyes.size(), 1u);
 }
 
+// Seen by a coordinator's check while no job runs: the worker must not wait for one to find it
+// again.
+TEST_F(WorkerDaemonTest, ADeviceThatIsFoundBrokenTakesNoMoreLeases) {
+  device_.memory = MarkDeviceBroken(absl::InternalError("fell off the bus"));
+  std::atomic<int> n_told = 0;
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Daemon> daemon,
+                       Daemon::Start(Options(), {.cuda = FakeCudaDevices(&device_),
+                                                 .on_device_broken = [&] { ++n_told; }}));
+  ASSERT_OK_AND_ASSIGN(const Endpoints endpoints, ReadEndpoints(dir_ / "data", "worker"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return !r.heartbeats.empty(); }));
+  const auto host = internal::v1::ModelHostService::NewStub(MakeChannel(endpoints.at("grpc")));
+  internal::v1::ValidateJobRequest request;
+  *request.mutable_job() = Job("j");
+  for (int i = 0; i < 2; ++i) {
+    internal::v1::ValidateJobResponse response;
+    grpc::ClientContext context;
+    const absl::Status refused = FromGrpcStatus(host->ValidateJob(&context, request, &response));
+    EXPECT_EQ(ErrorReason(refused), "DEVICE_BROKEN") << refused;
+  }
+  EXPECT_EQ(n_told, 1);
+  EXPECT_EQ(Health(endpoints.at("grpc")), ServingStatus::NOT_SERVING);
+  coordinator_.Offer(Job("j"));
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.heartbeats.back().draining(); }));
+  const size_t n_heartbeats = coordinator_.record().heartbeats.size();
+  ASSERT_TRUE(coordinator_.WaitFor(
+      [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 10; }));
+  EXPECT_TRUE(coordinator_.record().completions.empty()) << "the job is for another worker";
+}
+
 TEST_F(WorkerDaemonTest, AFullDeviceDoesNot) {
   std::atomic<int> n_jobs = 0;
   device_.quantize = [&] {
@@ -131,6 +161,7 @@ TEST_F(WorkerDaemonTest, AFullDeviceDoesNot) {
   device_.needs.device_bytes = int64_t{81} << 30;
   coordinator_.Offer(Job("l"));
   EXPECT_EQ(AwaitOutcome(3).error_reason(), "INSUFFICIENT_MEMORY");
+  EXPECT_TRUE(AwaitOutcome(3).refused());
   EXPECT_EQ(n_jobs, 2);
 }
 
@@ -151,9 +182,13 @@ TEST_F(WorkerDaemonDeathTest, ABrokenDeviceHasAnExitCodeOfItsOwn) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   device_.quantize = [] { return MarkDeviceBroken(absl::InternalError("an illegal address")); };
   coordinator_.Offer(Job("j"));
-  EXPECT_EXIT(std::exit(RunUntilSignal(Options(), FakeCudaDevices(&device_))),
+  WorkerOptions options = Options();
+  options.shutdown_timeout_seconds = 3600;  // for requests; there are none
+  const absl::Time start = absl::Now();
+  EXPECT_EXIT(std::exit(RunUntilSignal(options, FakeCudaDevices(&device_))),
               ::testing::ExitedWithCode(kExitDeviceBroken),
               "this worker stops.*an illegal address(.|\n)*stopped");
+  EXPECT_LT(absl::Now() - start, absl::Minutes(2));
 }
 
 }  // namespace

@@ -15,7 +15,9 @@ struct FakeDevice {
   std::string name = "cuda:0";
   absl::Status opened;
   pipeline::MemoryNeeds needs;
-  pipeline::DeviceMemory memory{.total_bytes = int64_t{80} << 30, .free_bytes = int64_t{79} << 30};
+  absl::StatusOr<pipeline::DeviceMemory> memory =
+      pipeline::DeviceMemory{.total_bytes = int64_t{80} << 30, .free_bytes = int64_t{79} << 30};
+  absl::Status supported;
   std::function<absl::Status()> quantize;  // a job's outcome; must fail, as nothing is written
 };
 
@@ -31,7 +33,7 @@ class FakeBackend final : public pipeline::Backend {
   }
   absl::StatusOr<pipeline::DeviceMemory> memory() const override { return device_->memory; }
   absl::Status CheckSupported(const ModelConfig&, const pipeline::ResolvedJob&) const override {
-    return absl::OkStatus();
+    return device_->supported;
   }
   absl::StatusOr<double> CheckRotation(const pipeline::JobInputs&, const calibrate::TokenWindows&,
                                        const std::function<absl::Status()>&) override {

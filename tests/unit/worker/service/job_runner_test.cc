@@ -286,7 +286,7 @@ TEST_F(JobRunnerTest, ABrokenDeviceIsAFailureAlsoWhenTheWorkerStopsForIt) {
   stopping.join();
 }
 
-TEST_F(JobRunnerTest, AJobThatCannotFitFailsBeforeTheWork) {
+TEST_F(JobRunnerTest, AJobThatCannotFitIsRefusedBeforeTheWork) {
   plan_->device_memory_bytes_needed = 100;
   memory_->device = {.total_bytes = 80, .free_bytes = 70};
   memory_->device_name = "cuda:0 NVIDIA H200";
@@ -298,6 +298,49 @@ TEST_F(JobRunnerTest, AJobThatCannotFitFailsBeforeTheWork) {
   EXPECT_EQ(outcome.error_reason(), "INSUFFICIENT_MEMORY");
   EXPECT_THAT(outcome.error().message(),
               HasSubstr("needs 100 bytes of device memory, cuda:0 NVIDIA H200 has 80"));
+  EXPECT_TRUE(outcome.refused()) << "another worker may have more";
+  EXPECT_EQ(n_runs_, 0);
+}
+
+TEST_F(JobRunnerTest, AModelThatTheDeviceDoesNotTakeIsRefusedBeforeTheWork) {
+  plan_ = absl::UnimplementedError("head_dim 80: attention on the CUDA backend takes 16 to 128");
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kUnimplemented));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("head_dim 80"));
+  EXPECT_TRUE(outcome.refused());
+  EXPECT_EQ(n_runs_, 0);
+  // It goes on with what it can run.
+  plan_ = pipeline::JobPlan();
+  coordinator_.Offer(Job("k", "n"));
+  EXPECT_TRUE(AwaitOutcome(2).has_result());
+}
+
+TEST_F(JobRunnerTest, WhatIsWrongWithTheJobIsNotRefusedButFailed) {
+  plan_ = absl::DataLossError("tensor 'x' is cut short");
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kDataLoss));
+  EXPECT_FALSE(outcome.refused());
+}
+
+// A lease that was granted while the worker began to stop, because of a broken device, too: the job
+// was not touched, and no failure of it is counted.
+TEST_F(JobRunnerTest, AWorkerThatStopsBeginsNothing) {
+  memory_ = MarkDeviceBroken(absl::InternalError("fell off the bus"));
+  StartWorker();
+  internal::v1::Lease lease;
+  lease.set_job_name(JobName("j"));
+  *lease.mutable_job() = Job("j", "m");
+  HeldLease held(lease.job_name(), 1, absl::Seconds(30), Clock::Real());
+  held.HandBack();
+  runner_->Run(lease, held);
+  EXPECT_TRUE(AwaitOutcome().has_returned());
+  EXPECT_OK(broken_) << "nobody looked";
   EXPECT_EQ(n_runs_, 0);
 }
 

@@ -51,13 +51,27 @@ class ValidateJobTest : public StoreFixture {
   absl::Status broken_;
 };
 
-TEST_F(ValidateJobTest, TellsBothMemories) {
+TEST_F(ValidateJobTest, TellsWhatTheJobNeedsAndTheWorkerHas) {
+  plan_->disk_bytes_needed = 10;
   ASSERT_OK_AND_ASSIGN(const Response response, Validate());
   EXPECT_EQ(response.memory_bytes_needed(), 1000);
   EXPECT_EQ(response.memory_bytes_free(), 1500);
   EXPECT_EQ(response.device_memory_bytes_needed(), 500);
   EXPECT_EQ(response.device_memory_bytes_free(), 700);
+  EXPECT_EQ(response.memory_bytes_total(), 2000);
+  EXPECT_EQ(response.device_memory_bytes_total(), 800);
+  EXPECT_EQ(response.disk_bytes_needed(), 10);
+  EXPECT_GT(response.disk_bytes_free(), 10);
+  EXPECT_EQ(response.device(), "cuda:0 NVIDIA H200");
   EXPECT_THAT(response.warnings(), IsEmpty());
+}
+
+TEST_F(ValidateJobTest, WhatFindsNoRoomOnTheDiskIsRefused) {
+  plan_->disk_bytes_needed = int64_t{1} << 60;
+  const absl::Status refused = Validate().status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted,
+                                HasSubstr("the artifact needs 1152921504606846976 bytes of disk")));
+  EXPECT_EQ(ErrorReason(refused), "INSUFFICIENT_DISK");
 }
 
 TEST_F(ValidateJobTest, WhatFitsOnceMemoryIsFreeIsWarnedOf) {
