@@ -6,15 +6,14 @@
 //
 // No inverse is formed: with P the reversal, P H P = L Lᵀ gives U = P L⁻¹ P (one Cholesky and one
 // triangular inverse; potri costs six times potrf). The rows of W are independent, so one kernel
-// takes a block of 128 columns through all its sequential steps on chip, a warp per row, the clip
-// search included; a GEMM then updates the trailing columns.
+// takes a block of 128 columns through all its sequential steps on chip, a lane per row, the clip
+// search included; a GEMM then updates the trailing columns. Grids and codes are those of
+// worker/gptq/tile.h but for ties, which rounding decides.
 //
 // Shapes:  row-major; cols a multiple of 32; groups never cross a 128-column block unless they are
-// a
-//          multiple of 128 or the whole row
+//          a multiple of 128 or the whole row
 // Errors:  INVALID_ARGUMENT, RESOURCE_EXHAUSTED; FAILED_PRECONDITION when H is not positive
-// definite
-//          with the damping given
+//          definite with the damping given
 // Memory:  FactorHessian cols² / 4 floats; QuantizeColumns rows × (cols + 128) floats
 #pragma once
 
@@ -64,8 +63,9 @@ absl::Status PropagateError(Context& context, const PropagateErrorParams& params
 struct QuantizeColumnsParams {
   int64_t rows = 0;
   int64_t cols = 0;
-  const float* w = nullptr;       // [rows, cols], natural order
-  const float* u = nullptr;       // [cols, cols] of FactorHessian; null: round to nearest
+  const float* w = nullptr;  // [rows, cols], natural order
+  // [cols, cols] of FactorHessian, aligned to 16 bytes; null: round to nearest.
+  const float* u = nullptr;
   const int32_t* perm = nullptr;  // [cols]
   const uint8_t* dead = nullptr;  // [cols] by column: 1 sets the column's weights to 0; or null
   int bits = 4;

@@ -1,8 +1,14 @@
-// The sequential columns of GPTQ: one fused kernel per 128-column block, a warp per row.
+// The sequential columns of GPTQ: one fused kernel per 128-column block.
 //
-// Bound: instruction issue. Per row and block 128 steps of one shuffle, one rounding and up to four
-// FMAs a lane, plus 80 clip steps over 4 weights a lane (two special-function operations each); the
-// block of U (64 KB) is read once per 16 rows. Bytes are negligible beside the trailing GEMM.
+// A CTA takes 32 rows (16 of few) through the block, 32 columns at a time. Those 32 are sequential:
+// one warp does them, a lane a row, with the row's weights in registers, so that no instruction is
+// done twice and nothing is exchanged between lanes. All warps then take the errors of the 32 from
+// the rest of the block as a small matrix product, and they share the clip search of the rows.
+//
+// Bound: latency, a chain of seven dependent operations for each of 128 columns; with clip search
+// the special functions of group_grid.cuh, by far. Bytes are negligible beside the trailing GEMM.
+#include <cuda_pipeline.h>
+
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
@@ -15,10 +21,13 @@
 namespace walsh::kernels::cuda {
 namespace {
 
-constexpr int kRowsPerCta = 16;
-constexpr int kLanes = kWarpSize;
-constexpr int kGridWarps = 8;                  // of WideGroupGrid
-constexpr int kPerLane = kGptqBlock / kLanes;  // columns of a block that a lane holds
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kSlice = kWarpSize;  // columns that one warp does in sequence
+constexpr int kSlices = kGptqBlock / kSlice;
+// Rows of 16 bytes more than 128 columns: lanes that read one column of 32 rows, 16 bytes each,
+// then meet no bank twice.
+constexpr int kRowStride = kGptqBlock + 4;
 
 struct BlockArgs {
   int64_t rows;
@@ -28,7 +37,8 @@ struct BlockArgs {
   float* w;    // [rows, cols], columns in `perm` order, updated by earlier blocks
   const float* u;
   const int32_t* perm;
-  int64_t group_size;
+  int group_size;
+  int64_t groups;  // of a row
   float max_code;
   bool symmetric;
   bool mse_clip;
@@ -49,164 +59,339 @@ __global__ void GatherColumns(const float* w, const int32_t* perm, const uint8_t
   }
 }
 
-// Grids of groups that are wider than a block, at the group's first column. One CTA per row; the
-// row's part of the group lies in shared memory.
-__global__ void WideGroupGrid(const float* w, const int32_t* perm, int64_t cols, int64_t first_col,
-                              int64_t group_size, float max_code, bool symmetric, bool mse_clip,
-                              float* scales, uint8_t* zeros) {
-  extern __shared__ float values[];
-  __shared__ float scratch[kGridWarps];
+// Grids of groups that are wider than a block, at the group's first column. One CTA per row.
+__global__ void __launch_bounds__(kThreads)
+    WideGroupGrid(const float* w, const int32_t* perm, int64_t cols, int64_t first_col,
+                  int64_t group_size, float max_code, bool symmetric, bool mse_clip, float* scales,
+                  uint8_t* zeros) {
+  constexpr int kParts = kThreads / kClipLanes;  // of the group, each with all steps
+  __shared__ float sums[kParts][kClipSteps];
+  __shared__ float scratch[kWarps];
   const int64_t row = blockIdx.x;
+  const float* values = w + row * cols + first_col;
   const int n = static_cast<int>(group_size);
   float low = 0.0f;
   float high = 0.0f;
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    const float v = w[row * cols + first_col + i];
-    values[i] = v;
-    low = fminf(low, v);
-    high = fmaxf(high, v);
+  for (int i = threadIdx.x; i < n; i += kThreads) {
+    low = fminf(low, values[i]);
+    high = fmaxf(high, values[i]);
   }
   low = BlockReduce<Min>(low, scratch);
   high = BlockReduce<Max>(high, scratch);
-  const GroupGrid best =
-      SearchGrid(low, high, max_code, symmetric, mse_clip, [&](const GroupGrid& grid) {
-        float error = 0.0f;
-        for (int i = threadIdx.x; i < n; i += blockDim.x) {
-          error += ScaledError(values[i], grid, max_code);
-        }
-        return BlockReduce<Sum>(error, scratch);
-      });
+  const ClipSearch search(low, high, max_code, symmetric);
+  ClipChoice best;
+  if (mse_clip) {
+    const int part = threadIdx.x / kClipLanes;
+    for (int step = threadIdx.x % kClipLanes; step < kClipSteps; step += kClipLanes) {
+      const GroupGrid grid = search.Grid(step);
+      float error = 0.0f;
+      for (int i = 4 * part; i < n; i += 4 * kParts) {
+        error = search.AddErrors<4>(values + i, grid, error);
+      }
+      sums[part][step] = error;
+    }
+    __syncthreads();
+    if (threadIdx.x >= kWarpSize) return;
+    for (int step = threadIdx.x; step < kClipSteps; step += kWarpSize) {
+      float error = 0.0f;
+      for (int i = 0; i < kParts; ++i) error += sums[i][step];
+      error *= search.ErrorUnit(search.Grid(step));
+      if (error < best.error) best = {error, step};
+    }
+    best = BestChoice<kWarpSize>(best);
+  }
   if (threadIdx.x == 0) {
+    const GroupGrid chosen = search.Chosen(best.step);
     const int64_t group = row * (cols / group_size) + perm[first_col] / group_size;
-    scales[group] = best.scale;
-    zeros[group] = static_cast<uint8_t>(best.zero);
+    scales[group] = chosen.scale;
+    zeros[group] = static_cast<uint8_t>(chosen.zero);
   }
 }
 
-// kGroup: 32, 64 or 128: grids are taken inside, from the block's updated weights; 0: wider groups,
-// whose grids are there already.
-template <int kGroup, bool kFeedback>
-__global__ void __launch_bounds__(kRowsPerCta* kLanes) QuantizeBlock(const BlockArgs args) {
-  extern __shared__ float u_block[];  // [kGptqBlock, kGptqBlock], zero below the diagonal
-  if constexpr (kFeedback) {
-    for (int i = threadIdx.x; i < kGptqBlock * kGptqBlock; i += blockDim.x) {
-      const int r = i / kGptqBlock;
-      const int c = i % kGptqBlock;
-      float value = 0.0f;
-      if (c >= r && c < args.n_cols) {
-        value = args.u[(args.first_col + r) * args.cols + args.first_col + c];
+// threadIdx.x, read anew by each step of QuantizeBlock: kept from one to the next, what is derived
+// from it would be spilled by QuantizeSlice, which needs all registers there are.
+__device__ __forceinline__ int Thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// What a CTA of kRows rows keeps in shared memory.
+template <int kRows>
+struct alignas(16) RowTile {
+  // Weights; from the left they become the errors of columns that are done.
+  float w[kRows][kRowStride];
+  uint32_t codes[kRows][kRowStride / 4];  // four of a row in a word
+  GroupGrid grid[kRows];                  // of the group that is worked on
+};
+// The block of U by tiles of 32 × 32, those on and above the diagonal, row by row.
+struct alignas(16) FactorTiles {
+  float tile[kSlices * (kSlices + 1) / 2][kSlice][kSlice];
+  float inverse_diagonal[kSlice];  // of the slice that is worked on
+};
+__device__ __forceinline__ int TileIndex(int slice_row, int slice_col) {
+  return slice_row * kSlices - slice_row * (slice_row + 1) / 2 + slice_col;
+}
+
+// Whole blocks are read and written a row a warp, four columns a lane.
+template <int kRows>
+__device__ void LoadWeights(const BlockArgs& args, int64_t row0, RowTile<kRows>& tile) {
+  const int thread = Thread();
+  const int c = 4 * (thread % kWarpSize);
+  for (int r = thread / kWarpSize; r < kRows; r += kWarps) {
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (row0 + r < args.rows && c < args.n_cols) {
+      four = *reinterpret_cast<const float4*>(args.w + (row0 + r) * args.cols + args.first_col + c);
+    }
+    *reinterpret_cast<float4*>(&tile.w[r][c]) = four;
+  }
+}
+
+// Starts the copies; they are there after __pipeline_wait_prior(0) and a barrier.
+__device__ void LoadFactor(const BlockArgs& args, FactorTiles& factor) {
+  const int thread = Thread();
+  const int c = 4 * (thread % kWarpSize);
+  for (int r = thread / kWarpSize; r < args.n_cols; r += kWarps) {
+    if (c < r / kSlice * kSlice || c >= args.n_cols) continue;
+    __pipeline_memcpy_async(&factor.tile[TileIndex(r / kSlice, c / kSlice)][r % kSlice][c % kSlice],
+                            args.u + (args.first_col + r) * args.cols + args.first_col + c,
+                            sizeof(float4));
+  }
+  __pipeline_commit();
+}
+
+// The grids of the group that begins at column `first` of the block.
+template <int kRows>
+__device__ void SetGrids(const BlockArgs& args, int64_t row0, int first, RowTile<kRows>& tile) {
+  const int thread = Thread();
+  const int64_t group = args.perm[args.first_col + first] / args.group_size;
+  if (args.group_size > kGptqBlock) {
+    const int64_t row = row0 + thread;
+    if (thread < kRows && row < args.rows) {
+      const float scale = args.scales[row * args.groups + group];
+      tile.grid[thread] = {scale, 1.0f / scale,
+                           static_cast<float>(args.zeros[row * args.groups + group])};
+    }
+    return;
+  }
+  for (int r = thread / kClipLanes; r < kRows; r += kThreads / kClipLanes) {
+    const GroupGrid grid = HalfWarpGrid(thread % kClipLanes, &tile.w[r][first], args.group_size,
+                                        args.max_code, args.symmetric, args.mse_clip);
+    if (thread % kClipLanes != 0) continue;
+    tile.grid[r] = grid;
+    if (row0 + r < args.rows) {
+      args.scales[(row0 + r) * args.groups + group] = grid.scale;
+      args.zeros[(row0 + r) * args.groups + group] = static_cast<uint8_t>(grid.zero);
+    }
+  }
+}
+
+// Rounds 32 columns to the nearest codes.
+template <int kRows>
+__device__ void RoundSlice(const BlockArgs& args, int first, RowTile<kRows>& tile) {
+  const int thread = Thread();
+  const int r = thread % kWarpSize;
+  if (r >= kRows) return;
+  const int c = first + 4 * (thread / kWarpSize);
+  const GroupGrid grid = tile.grid[r];
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float code = QuantizeToCode(tile.w[r][c + i], grid, args.max_code);
+    word |= static_cast<uint32_t>(code) << (8 * i);
+  }
+  tile.codes[r][c / 4] = word;
+}
+
+// Takes one row through 32 columns: codes, and errors in place of the weights.
+//
+// Where tile.cc divides by the scale and by U's diagonal, this multiplies by their reciprocals.
+// That is at most twice the rounding error of the quotients, so that codes differ at ties alone.
+__device__ __forceinline__ void QuantizeSlice(float* __restrict__ row, uint32_t* __restrict__ codes,
+                                              const GroupGrid grid, float max_code,
+                                              const float (*__restrict__ u)[kSlice],
+                                              const float* __restrict__ inverse_diagonal) {
+  float w[kSlice];
+#pragma unroll
+  for (int j = 0; j < kSlice; j += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(row + j);
+    w[j] = four.x;
+    w[j + 1] = four.y;
+    w[j + 2] = four.z;
+    w[j + 3] = four.w;
+  }
+  const float first_code = kRounding - grid.zero;
+  const float last_code = first_code + max_code;
+  const auto zero = static_cast<uint32_t>(grid.zero);
+  uint32_t words[kSlice / 4] = {};
+#pragma unroll
+  for (int i = 0; i < kSlice; ++i) {
+    // kRounding + (code − zero): its last bits are those of the integer.
+    const float rounded =
+        fminf(fmaxf(fmaf(w[i], grid.inverse_scale, kRounding), first_code), last_code);
+    const float error = fmaf(-grid.scale, rounded - kRounding, w[i]) * inverse_diagonal[i];
+    w[i] = error;
+#pragma unroll
+    for (int j = i + 1; j < kSlice; ++j) w[j] = fmaf(-error, u[i][j], w[j]);
+    const uint32_t code = (__float_as_uint(rounded) + zero) & 0xffu;
+    words[i / 4] |= code << (8 * (i % 4));
+  }
+#pragma unroll
+  for (int j = 0; j < kSlice; j += 4) {
+    *reinterpret_cast<float4*>(row + j) = make_float4(w[j], w[j + 1], w[j + 2], w[j + 3]);
+    codes[j / 4] = words[j / 4];
+  }
+}
+
+// Takes the errors of the slice at column `first` from the block's columns after it. Two warps have
+// 32 columns, a thread four of them in every eighth row. Errors are taken in the order of their
+// columns, as if each had been when it arose.
+template <int kRows>
+__device__ void UpdateColumns(int first, int n_cols, const FactorTiles& factor,
+                              RowTile<kRows>& tile) {
+  const int thread = Thread();
+  const int warp = thread / kWarpSize;
+  const int lane = thread % kWarpSize;
+  const int slice = first / kSlice + 1 + warp / 2;
+  if (slice * kSlice >= n_cols) return;
+  const int row = lane / 8 + 4 * (warp % 2);
+  const int c = 4 * (lane % 8);
+  const float(*u)[kSlice] = factor.tile[TileIndex(first / kSlice, slice)];
+  float4 sum[kRows / 8];
+#pragma unroll
+  for (int i = 0; i < kRows / 8; ++i) {
+    sum[i] = *reinterpret_cast<const float4*>(&tile.w[row + 8 * i][slice * kSlice + c]);
+  }
+#pragma unroll 2
+  for (int k = 0; k < kSlice; k += 4) {
+    float error[kRows / 8][4];
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const float4 four = *reinterpret_cast<const float4*>(&tile.w[row + 8 * i][first + k]);
+      error[i][0] = four.x;
+      error[i][1] = four.y;
+      error[i][2] = four.z;
+      error[i][3] = four.w;
+    }
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk) {
+      const float4 four = *reinterpret_cast<const float4*>(&u[k + kk][c]);
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        sum[i].x = fmaf(-error[i][kk], four.x, sum[i].x);
+        sum[i].y = fmaf(-error[i][kk], four.y, sum[i].y);
+        sum[i].z = fmaf(-error[i][kk], four.z, sum[i].z);
+        sum[i].w = fmaf(-error[i][kk], four.w, sum[i].w);
       }
-      u_block[i] = value;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows / 8; ++i) {
+    *reinterpret_cast<float4*>(&tile.w[row + 8 * i][slice * kSlice + c]) = sum[i];
+  }
+}
+
+// Codes to their columns in natural order, errors to the trailing update and, squared, to the loss.
+template <int kRows, bool kFeedback>
+__device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kRows>& tile) {
+  const int thread = Thread();
+  const int c = thread % kGptqBlock;
+  if (c < args.n_cols) {
+    const int32_t column = args.perm[args.first_col + c];
+    for (int r = thread / kGptqBlock; r < kRows && row0 + r < args.rows;
+         r += kThreads / kGptqBlock) {
+      const auto* codes = reinterpret_cast<const uint8_t*>(tile.codes[r]);
+      args.codes[(row0 + r) * args.cols + column] = codes[c];
+    }
+  }
+  if constexpr (kFeedback) {
+    const int lane = thread % kWarpSize;
+    for (int r = thread / kWarpSize; r < kRows && row0 + r < args.rows; r += kWarps) {
+      float loss = 0.0f;
+      if (4 * lane < args.n_cols) {
+        const float4 error = *reinterpret_cast<const float4*>(&tile.w[r][4 * lane]);
+        *reinterpret_cast<float4*>(args.error + (row0 + r) * kGptqBlock + 4 * lane) = error;
+        loss = error.x * error.x + error.y * error.y + error.z * error.z + error.w * error.w;
+      }
+      loss = WarpReduce<Sum>(loss);
+      if (lane == 0 && args.loss != nullptr) args.loss[row0 + r] += loss;
+    }
+  }
+}
+
+template <int kRows, bool kFeedback>
+constexpr size_t SharedBytes() {
+  return sizeof(RowTile<kRows>) + (kFeedback ? sizeof(FactorTiles) : 0);
+}
+
+template <int kRows, bool kFeedback>
+__global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs args) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  auto& tile = *reinterpret_cast<RowTile<kRows>*>(shared);
+  auto& factor = *reinterpret_cast<FactorTiles*>(shared + sizeof(RowTile<kRows>));
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
+  if constexpr (kFeedback) LoadFactor(args, factor);
+  LoadWeights(args, row0, tile);
+  __syncthreads();
+
+  int next_group = 0;
+  for (int first = 0; first < args.n_cols; first += kSlice) {
+    if (first == next_group) {
+      next_group += args.group_size;
+      SetGrids(args, row0, first, tile);
+      if constexpr (kFeedback) __pipeline_wait_prior(0);
+      __syncthreads();
+    }
+    if constexpr (!kFeedback) {
+      RoundSlice(args, first, tile);
+    } else {
+      if (const int lane = Thread(); lane < kWarpSize) {
+        const int slice = first / kSlice;
+        const float(*u)[kSlice] = factor.tile[TileIndex(slice, slice)];
+        factor.inverse_diagonal[lane] = 1.0f / u[lane][lane];
+        __syncwarp();
+        if (lane < kRows) {
+          QuantizeSlice(&tile.w[lane][first], &tile.codes[lane][first / 4], tile.grid[lane],
+                        args.max_code, u, factor.inverse_diagonal);
+        }
+      }
+      __syncthreads();
+      UpdateColumns(first, args.n_cols, factor, tile);
     }
     __syncthreads();
   }
-  const int lane = threadIdx.x % kLanes;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerCta + threadIdx.x / kLanes;
-  if (row >= args.rows) return;
+  StoreBlock<kRows, kFeedback>(args, row0, tile);
+}
 
-  float w[kPerLane];
-  float error[kPerLane];
-  float code[kPerLane];
-#pragma unroll
-  for (int k = 0; k < kPerLane; ++k) {
-    const int c = k * kLanes + lane;
-    w[k] = c < args.n_cols ? args.w[row * args.cols + args.first_col + c] : 0.0f;
-    error[k] = 0.0f;
-    code[k] = 0.0f;
-  }
-  const int64_t groups = args.cols / args.group_size;
-  GroupGrid grid;
-  if constexpr (kGroup == 0) {
-    const int64_t group = args.perm[args.first_col] / args.group_size;
-    grid.scale = args.scales[row * groups + group];
-    grid.inverse_scale = 1.0f / grid.scale;
-    grid.zero = args.zeros[row * groups + group];
-  }
-  float loss = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kPerLane; ++k) {
-    if (k * kLanes >= args.n_cols) break;
-    if constexpr (kGroup != 0) {
-      constexpr int kGroupRegisters = kGroup / kLanes;
-      if (k % kGroupRegisters == 0) {
-        grid = WarpGroupGrid<kGroupRegisters>(w + k, args.max_code, args.symmetric, args.mse_clip);
-        if (lane == 0) {
-          const int64_t group = args.perm[args.first_col + k * kLanes] / args.group_size;
-          args.scales[row * groups + group] = grid.scale;
-          args.zeros[row * groups + group] = static_cast<uint8_t>(grid.zero);
-        }
-      }
-    }
-    if constexpr (!kFeedback) {
-      code[k] = QuantizeToCode(w[k], grid, args.max_code);
-    } else {
-      for (int l = 0; l < kLanes; ++l) {
-        const int i = k * kLanes + l;
-        const float wi = __shfl_sync(~0u, w[k], l);
-        const float ci = QuantizeToCode(wi, grid, args.max_code);
-        const float err = (wi - DequantizeCode(ci, grid)) / u_block[i * kGptqBlock + i];
-        loss += err * err;
-        if (lane == l) {
-          code[k] = ci;
-          error[k] = err;
-        }
-#pragma unroll
-        for (int kk = k; kk < kPerLane; ++kk) {
-          w[kk] = fmaf(-err, u_block[i * kGptqBlock + kk * kLanes + lane], w[kk]);
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kPerLane; ++k) {
-    const int c = k * kLanes + lane;
-    if (c < args.n_cols) {
-      args.codes[row * args.cols + args.perm[args.first_col + c]] = static_cast<uint8_t>(code[k]);
-    }
-    if constexpr (kFeedback) args.error[row * kGptqBlock + c] = error[k];
-  }
-  if (kFeedback && lane == 0 && args.loss != nullptr) args.loss[row] += loss;
+template <int kRows, bool kFeedback>
+absl::Status LaunchBlock(const BlockArgs& args, cudaStream_t stream) {
+  constexpr size_t kShared = SharedBytes<kRows, kFeedback>();
+  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(QuantizeBlock<kRows, kFeedback>,
+                                                  cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                  static_cast<int>(kShared)));
+  const auto grid = static_cast<unsigned>((args.rows + kRows - 1) / kRows);
+  QuantizeBlock<kRows, kFeedback><<<grid, kThreads, kShared, stream>>>(args);
+  return LaunchStatus("QuantizeBlock", stream);
 }
 
 template <bool kFeedback>
-absl::Status LaunchBlock(const BlockArgs& args, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((args.rows + kRowsPerCta - 1) / kRowsPerCta);
-  constexpr int kThreads = kRowsPerCta * kLanes;
-  constexpr int kShared = kFeedback ? kGptqBlock * kGptqBlock * static_cast<int>(sizeof(float)) : 0;
-  const auto launch = [&](auto kernel) -> absl::Status {
-    if (kShared > 0) {
-      WALSH_CUDA_RETURN_IF_ERROR(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-    }
-    kernel<<<grid, kThreads, kShared, stream>>>(args);
-    return LaunchStatus("QuantizeBlock", stream);
-  };
-  switch (args.group_size) {
-    case 32:
-      return launch(QuantizeBlock<32, kFeedback>);
-    case 64:
-      return launch(QuantizeBlock<64, kFeedback>);
-    case 128:
-      return launch(QuantizeBlock<128, kFeedback>);
-    default:
-      return launch(QuantizeBlock<0, kFeedback>);
+absl::Status LaunchBlock(Context& context, const BlockArgs& args) {
+  // Few rows are spread over more multiprocessors.
+  if (args.rows <= int64_t{16} * context.properties().multiProcessorCount) {
+    return LaunchBlock<16, kFeedback>(args, context.stream());
   }
-}
-
-// Groups whose grids QuantizeBlock takes itself.
-bool FitsBlock(int64_t group_size) {
-  return group_size == 32 || group_size == 64 || group_size == kGptqBlock;
+  return LaunchBlock<32, kFeedback>(args, context.stream());
 }
 
 absl::Status Validate(const QuantizeColumnsParams& p) {
-  if (p.cols % kLanes != 0) {
+  if (p.cols % kSlice != 0) {
     return absl::InvalidArgumentError(absl::StrCat("cols: ", p.cols, " is not a multiple of 32"));
   }
   if (p.bits != 2 && p.bits != 3 && p.bits != 4 && p.bits != 8) {
     return absl::InvalidArgumentError(absl::StrCat("bits: ", p.bits, ", must be 2, 3, 4 or 8"));
   }
   const int64_t g = p.group_size;
-  const bool fits = FitsBlock(g) || (g > 0 && g % kGptqBlock == 0) || g == p.cols;
+  const bool fits = g > 0 && (g == 32 || g == 64 || g % kGptqBlock == 0 || g == p.cols);
   if (!fits || p.cols % g != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("group_size: ", g, " does not fit ", p.cols, " columns"));
@@ -233,15 +418,12 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
         cudaMemsetAsync(params.loss, 0, static_cast<size_t>(params.rows) * sizeof(float), stream));
   }
   const auto max_code = static_cast<float>((1 << params.bits) - 1);
-  const bool wide = !FitsBlock(params.group_size);
   for (int64_t c0 = 0; c0 < params.cols; c0 += kGptqBlock) {
     const int64_t n_cols = std::min<int64_t>(kGptqBlock, params.cols - c0);
-    if (wide && c0 % params.group_size == 0) {
+    // QuantizeBlock takes the grids of narrower groups itself.
+    if (params.group_size > kGptqBlock && c0 % params.group_size == 0) {
       // Wide groups are static sets of adjacent positions: `perm` keeps a group together.
-      const auto shared = static_cast<size_t>(params.group_size) * sizeof(float);
-      WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-          WideGroupGrid, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
-      WideGroupGrid<<<static_cast<unsigned>(params.rows), kGridWarps * kLanes, shared, stream>>>(
+      WideGroupGrid<<<static_cast<unsigned>(params.rows), kThreads, 0, stream>>>(
           w.data(), params.perm, params.cols, c0, params.group_size, max_code, params.symmetric,
           params.mse_clip, params.scales, params.zeros);
       WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("WideGroupGrid", stream);
@@ -253,7 +435,8 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
                          .w = w.data(),
                          .u = params.u,
                          .perm = params.perm,
-                         .group_size = params.group_size,
+                         .group_size = static_cast<int>(params.group_size),
+                         .groups = params.cols / params.group_size,
                          .max_code = max_code,
                          .symmetric = params.symmetric,
                          .mse_clip = params.mse_clip,
@@ -263,10 +446,10 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
                          .error = error.data(),
                          .loss = params.loss};
     if (params.u == nullptr) {
-      WALSH_RETURN_IF_ERROR(LaunchBlock<false>(args, stream));
+      WALSH_RETURN_IF_ERROR(LaunchBlock<false>(context, args));
       continue;
     }
-    WALSH_RETURN_IF_ERROR(LaunchBlock<true>(args, stream));
+    WALSH_RETURN_IF_ERROR(LaunchBlock<true>(context, args));
     const int64_t rest = params.cols - c0 - n_cols;
     if (rest == 0) continue;
     // W[:, c1:] −= error · U[c0:c1, c1:], seen column-major: all three transposed.
