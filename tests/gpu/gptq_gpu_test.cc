@@ -1,10 +1,15 @@
 // GPTQ on the device against the algorithm written out in double.
+#include <gmock/gmock.h>
+
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 #include "tests/gpu/gpu_fixture.h"
+#include "worker/gptq/tile.h"
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/tensor/half.h"
+#include "worker/tensor/matrix.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -91,12 +96,17 @@ Grid FindGrid(const std::vector<double>& values, double max_code, const Problem&
   return best;
 }
 
+struct Reference {
+  std::vector<double> dequantized;  // [rows, cols]
+  double loss = 0;
+};
 // Algorithm 1 of the paper with lazy updates left out: every column updates all that follow.
 // `u` [n, n] upper with H⁻¹ = UᵀU in processing order.
-std::vector<double> ReferenceGptq(const Problem& p, const std::vector<float>& w,
-                                  const std::vector<double>& u, const std::vector<int32_t>& perm) {
+Reference ReferenceGptq(const Problem& p, const std::vector<float>& w, const std::vector<double>& u,
+                        const std::vector<int32_t>& perm) {
   const double max_code = (1 << p.bits) - 1;
-  std::vector<double> dequantized(w.size());
+  Reference result;
+  result.dequantized.resize(w.size());
   for (int64_t r = 0; r < p.rows; ++r) {
     std::vector<double> row(static_cast<size_t>(p.cols));
     for (int64_t c = 0; c < p.cols; ++c) row[c] = w[r * p.cols + perm[c]];
@@ -106,12 +116,13 @@ std::vector<double> ReferenceGptq(const Problem& p, const std::vector<float>& w,
         grid = FindGrid({row.begin() + c, row.begin() + c + p.group_size}, max_code, p);
       }
       const double back = grid.scale * (ToCode(row[c], grid, max_code) - grid.zero);
-      dequantized[r * p.cols + perm[c]] = back;
+      result.dequantized[r * p.cols + perm[c]] = back;
       const double error = (row[c] - back) / u[c * p.cols + c];
+      result.loss += error * error;
       for (int64_t j = c; j < p.cols; ++j) row[j] -= error * u[c * p.cols + j];
     }
   }
-  return dequantized;
+  return result;
 }
 
 // U of a symmetric positive definite matrix, through the reversed Cholesky factor, in double.
@@ -136,9 +147,63 @@ std::vector<double> ReferenceFactor(const std::vector<double>& h, int64_t n) {
   return inverse;
 }
 
-using GptqFixture = GpuTest;
+struct Quantized {
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  std::vector<uint8_t> zeros;
+  std::vector<float> loss;
 
-class GptqGpuTest : public GpuTest, public ::testing::WithParamInterface<Problem> {};
+  bool operator==(const Quantized& other) const {
+    const auto same_bits = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    };
+    return codes == other.codes && zeros == other.zeros && same_bits(scales, other.scales) &&
+           same_bits(loss, other.loss);
+  }
+};
+
+class GptqFixture : public GpuTest {
+ protected:
+  // Rounds to nearest without `u`.
+  Quantized Quantize(const Problem& p, const std::vector<float>& w, const DeviceBuffer<float>* u,
+                     const std::vector<int32_t>& perm, const std::vector<uint8_t>& dead = {}) {
+    const int64_t groups = p.rows * (p.cols / p.group_size);
+    const auto device_w = Upload(w);
+    const auto device_perm = Upload(perm);
+    DeviceBuffer<uint8_t> device_dead;
+    if (!dead.empty()) device_dead = Upload(dead);
+    auto codes = Poisoned<uint8_t>(p.rows * p.cols);
+    auto scales = Poisoned<float>(groups);
+    auto zeros = Poisoned<uint8_t>(groups);
+    auto loss = Poisoned<float>(p.rows);
+    EXPECT_OK(QuantizeColumns(context(), {.rows = p.rows,
+                                          .cols = p.cols,
+                                          .w = device_w.data(),
+                                          .u = u == nullptr ? nullptr : u->data(),
+                                          .perm = device_perm.data(),
+                                          .dead = device_dead.data(),
+                                          .bits = p.bits,
+                                          .group_size = p.group_size,
+                                          .symmetric = p.symmetric,
+                                          .mse_clip = p.mse_clip,
+                                          .codes = codes.data(),
+                                          .scales = scales.data(),
+                                          .zeros = zeros.data(),
+                                          .loss = loss.data()}));
+    return {Download(codes), Download(scales), Download(zeros), Download(loss)};
+  }
+  // An upper factor with a diagonal near 1, not one of any Hessian; NaN where none is read.
+  DeviceBuffer<float> SomeFactor(int64_t cols, float off_diagonal) {
+    std::vector<float> u = RandomNormal(cols * cols, 11);
+    for (int64_t i = 0; i < cols; ++i) {
+      for (int64_t j = 0; j < cols; ++j) u[i * cols + j] *= j < i ? NAN : off_diagonal;
+      u[i * cols + i] = 1.0f + std::abs(u[i * cols + i]);
+    }
+    return Upload(u);
+  }
+};
+
+class GptqGpuTest : public GptqFixture, public ::testing::WithParamInterface<Problem> {};
 
 // Rounding differs between float and double near ties, so single codes may differ and then move
 // their successors; what must agree is nearly all codes and the error that the method minimises.
@@ -188,27 +253,8 @@ TEST_P(GptqGpuTest, AgreesWithReference) {
   EXPECT_LE(NormalizedSquaredError(u_actual, u_expected), 1e-8);
 
   const int64_t groups = p.cols / p.group_size;
-  auto codes = Poisoned<uint8_t>(p.rows * p.cols);
-  auto scales = Poisoned<float>(p.rows * groups);
-  auto zeros = Poisoned<uint8_t>(p.rows * groups);
-  auto loss = Poisoned<float>(p.rows);
-  ASSERT_OK(QuantizeColumns(context(), {.rows = p.rows,
-                                        .cols = p.cols,
-                                        .w = device_w.data(),
-                                        .u = u.data(),
-                                        .perm = device_perm.data(),
-                                        .bits = p.bits,
-                                        .group_size = p.group_size,
-                                        .symmetric = p.symmetric,
-                                        .mse_clip = p.mse_clip,
-                                        .codes = codes.data(),
-                                        .scales = scales.data(),
-                                        .zeros = zeros.data(),
-                                        .loss = loss.data()}));
-  const std::vector<uint8_t> host_codes = Download(codes);
-  const std::vector<float> host_scales = Download(scales);
-  const std::vector<uint8_t> host_zeros = Download(zeros);
-  const std::vector<double> expected = ReferenceGptq(p, w, u_expected, perm);
+  const Quantized actual = Quantize(p, w, &u, perm);
+  const Reference expected = ReferenceGptq(p, w, u_expected, perm);
 
   const auto output_error = [&](auto&& dequantized) {
     double sum = 0.0;
@@ -224,21 +270,23 @@ TEST_P(GptqGpuTest, AgreesWithReference) {
   };
   const auto actual_weight = [&](int64_t r, int64_t c) {
     const int64_t g = r * groups + c / p.group_size;
-    return static_cast<double>(host_scales[g]) *
-           (static_cast<int>(host_codes[r * p.cols + c]) - static_cast<int>(host_zeros[g]));
+    return static_cast<double>(actual.scales[g]) *
+           (static_cast<int>(actual.codes[r * p.cols + c]) - static_cast<int>(actual.zeros[g]));
   };
   int64_t n_equal = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
     for (int64_t c = 0; c < p.cols; ++c) {
-      ASSERT_LT(host_codes[r * p.cols + c], 1 << p.bits);
-      n_equal += std::abs(actual_weight(r, c) - expected[r * p.cols + c]) <
-                 1e-3 * host_scales[r * groups + c / p.group_size];
+      ASSERT_LT(actual.codes[r * p.cols + c], 1 << p.bits);
+      n_equal += std::abs(actual_weight(r, c) - expected.dequantized[r * p.cols + c]) <
+                 1e-3 * actual.scales[r * groups + c / p.group_size];
     }
   }
   EXPECT_GE(static_cast<double>(n_equal) / static_cast<double>(p.rows * p.cols), 0.97);
   const double expected_error =
-      output_error([&](int64_t r, int64_t c) { return expected[r * p.cols + c]; });
+      output_error([&](int64_t r, int64_t c) { return expected.dequantized[r * p.cols + c]; });
   EXPECT_NEAR(output_error(actual_weight) / expected_error, 1.0, 0.01);
+  const double loss = std::accumulate(actual.loss.begin(), actual.loss.end(), 0.0);
+  EXPECT_NEAR(loss / expected.loss, 1.0, 0.01);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -253,7 +301,153 @@ INSTANTIATE_TEST_SUITE_P(
         Problem{.rows = 16, .cols = 256, .bits = 4, .group_size = 256},
         Problem{.rows = 16, .cols = 288, .bits = 8, .group_size = 288},
         Problem{.rows = 16, .cols = 256, .bits = 4, .group_size = 64, .symmetric = true},
-        Problem{.rows = 16, .cols = 256, .bits = 4, .group_size = 64, .mse_clip = false}));
+        Problem{.rows = 16, .cols = 256, .bits = 4, .group_size = 64, .mse_clip = false},
+        // Last blocks of 32 and 96 columns, groups of one block that is none of the usual sizes.
+        Problem{.rows = 37, .cols = 160, .bits = 2, .group_size = 32},
+        Problem{.rows = 3, .cols = 224, .bits = 3, .group_size = 224, .permute = true},
+        Problem{.rows = 5, .cols = 96, .bits = 4, .group_size = 96},
+        Problem{.rows = 40, .cols = 256, .bits = 2, .group_size = 128, .symmetric = true}));
+
+class RoundToNearestGpuTest : public GptqFixture, public ::testing::WithParamInterface<Problem> {};
+
+// Ties of the clip search aside, whose powers are approximate on both sides, the arithmetic is that
+// of the CPU.
+TEST_P(RoundToNearestGpuTest, AgreesWithTheCpu) {
+  const Problem p = GetParam();
+  const std::vector<float> w = RandomNormal(p.rows * p.cols, 4, 0.02f);
+  const Quantized actual = Quantize(p, w, nullptr, MakePermutation(p, 5));
+  EXPECT_THAT(actual.loss, ::testing::Each(0.0f));
+
+  const int64_t groups = p.cols / p.group_size;
+  int64_t n_other_grids = 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    for (int64_t g = 0; g < groups; ++g) {
+      // The row in lane 0 of a tile of zeros.
+      Matrix tile(p.group_size, gptq::kTileRows), codes(p.group_size, gptq::kTileRows);
+      for (int64_t c = 0; c < p.group_size; ++c) {
+        tile(c, 0) = w[r * p.cols + g * p.group_size + c];
+      }
+      gptq::TileGrid grid;
+      gptq::FindGrid({.bits = p.bits, .symmetric = p.symmetric, .mse_clip = p.mse_clip},
+                     tile.data(), p.group_size, grid);
+      if (actual.scales[r * groups + g] != grid.scales[0] ||
+          static_cast<float>(actual.zeros[r * groups + g]) != grid.zeros[0]) {
+        ++n_other_grids;
+        continue;
+      }
+      gptq::QuantizeColumns({.bits = p.bits,
+                             .n = p.group_size,
+                             .first = 0,
+                             .last = p.group_size,
+                             .grid = &grid,
+                             .weights = tile.data(),
+                             .codes = codes.data()});
+      for (int64_t c = 0; c < p.group_size; ++c) {
+        ASSERT_EQ(static_cast<float>(actual.codes[r * p.cols + g * p.group_size + c]), codes(c, 0))
+            << "row " << r << ", column " << g * p.group_size + c;
+      }
+    }
+  }
+  EXPECT_LE(n_other_grids, 1 + p.rows * groups / 100);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, RoundToNearestGpuTest,
+    ::testing::Values(
+        Problem{.rows = 33, .cols = 256, .bits = 2, .group_size = 128},
+        Problem{.rows = 64, .cols = 192, .bits = 4, .group_size = 64, .permute = true},
+        Problem{.rows = 7, .cols = 96, .bits = 8, .group_size = 32, .symmetric = true},
+        Problem{.rows = 5, .cols = 1056, .bits = 3, .group_size = 1056, .permute = true},
+        Problem{.rows = 5, .cols = 1024, .bits = 2, .group_size = 512, .symmetric = true},
+        Problem{.rows = 17, .cols = 128, .bits = 3, .group_size = 128, .mse_clip = false}));
+
+// Rows share a warp in the clip search and a CTA, of which there are two sizes; what one row holds,
+// a NaN included, and how many there are changes no other.
+TEST_F(GptqFixture, RowsDoNotDependOnEachOther) {
+  const int64_t rows = 16 * context().properties().multiProcessorCount + 17;
+  for (Problem p : {Problem{.cols = 128, .bits = 2, .group_size = 128},
+                    Problem{.cols = 96, .bits = 4, .group_size = 32, .symmetric = true}}) {
+    p.rows = rows;
+    SCOPED_TRACE(p);
+    std::vector<float> w = RandomNormal(rows * p.cols, 6, 0.02f);
+    w[5 * p.cols + 40] = NAN;
+    w[8 * p.cols + 3] = INFINITY;
+    const std::vector<int32_t> perm = MakePermutation(p, 7);
+    const auto u = SomeFactor(p.cols, 0.05f);
+    const Quantized whole = Quantize(p, w, &u, perm);
+    Quantized pieces;
+    for (int64_t first = 0; first < rows;) {
+      p.rows = std::min<int64_t>(first == 0 ? 7 : 1001, rows - first);
+      const Quantized piece = Quantize(
+          p, {w.begin() + first * p.cols, w.begin() + (first + p.rows) * p.cols}, &u, perm);
+      pieces.codes.insert(pieces.codes.end(), piece.codes.begin(), piece.codes.end());
+      pieces.scales.insert(pieces.scales.end(), piece.scales.begin(), piece.scales.end());
+      pieces.zeros.insert(pieces.zeros.end(), piece.zeros.begin(), piece.zeros.end());
+      pieces.loss.insert(pieces.loss.end(), piece.loss.begin(), piece.loss.end());
+      first += p.rows;
+    }
+    EXPECT_TRUE(whole == pieces);
+    EXPECT_EQ(std::count_if(whole.loss.begin(), whole.loss.end(),
+                            [](float loss) { return !std::isfinite(loss); }),
+              2);
+  }
+}
+
+TEST_F(GptqFixture, RepeatsBitForBit) {
+  const Problem p{.rows = 100, .cols = 384, .bits = 2, .group_size = 64, .permute = true};
+  const std::vector<float> w = RandomNormal(p.rows * p.cols, 8, 0.02f);
+  const auto u = SomeFactor(p.cols, 0.02f);
+  const Quantized first = Quantize(p, w, &u, MakePermutation(p, 9));
+  EXPECT_TRUE(first == Quantize(p, w, &u, MakePermutation(p, 9)));
+}
+
+// Zero rows, zero groups and groups of dead columns, with feedback that brings no error to them.
+TEST_F(GptqFixture, GroupsOfZerosAreZeroOnTheGridOfScaleOne) {
+  for (const int64_t group_size : {32, 128, 256}) {
+    for (const bool symmetric : {false, true}) {
+      const Problem p{.rows = 35, .cols = 512, .group_size = group_size, .symmetric = symmetric};
+      SCOPED_TRACE(p);
+      const int64_t groups = p.cols / group_size;
+      std::vector<float> w = RandomNormal(p.rows * p.cols, 10, 0.02f);
+      std::vector<uint8_t> dead(static_cast<size_t>(p.cols), 0);
+      std::fill_n(dead.begin() + group_size, group_size, uint8_t{1});
+      const auto is_zero = [&](int64_t r, int64_t g) { return g == 1 || r == 3; };
+      std::fill_n(w.begin() + 3 * p.cols, p.cols, 0.0f);
+      const auto u = SomeFactor(p.cols, 0.0f);
+      for (const auto* factor : {static_cast<const DeviceBuffer<float>*>(nullptr), &u}) {
+        const Quantized q = Quantize(p, w, factor, MakePermutation(p, 0), dead);
+        for (int64_t r = 0; r < p.rows; ++r) {
+          for (int64_t c = 0; c < p.cols; ++c) {
+            const int64_t g = r * groups + c / group_size;
+            if (!is_zero(r, c / group_size)) continue;
+            ASSERT_EQ(q.scales[g], 1.0f) << "row " << r << ", column " << c;
+            ASSERT_EQ(q.zeros[g], symmetric ? 8 : 0) << "row " << r << ", column " << c;
+            ASSERT_EQ(q.codes[r * p.cols + c], q.zeros[g]) << "row " << r << ", column " << c;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_F(GptqFixture, TiesGoToTheEvenMultipleOfTheScale) {
+  const Problem p{.rows = 3, .cols = 64, .group_size = 64, .mse_clip = false};
+  std::vector<float> w(static_cast<size_t>(p.rows * p.cols), 0.0f);
+  for (int64_t i = 0; i < p.rows * p.cols; ++i) w[i] = static_cast<float>(i % 15) - 7.5f;
+  for (int64_t r = 0; r < p.rows; ++r) {  // from −8 to 7: scale 1, zero 8
+    w[r * p.cols] = -8.0f;
+    w[r * p.cols + 63] = 7.0f;
+  }
+  const auto u = SomeFactor(p.cols, 0.0f);
+  for (const auto* factor : {static_cast<const DeviceBuffer<float>*>(nullptr), &u}) {
+    const Quantized q = Quantize(p, w, factor, MakePermutation(p, 0));
+    EXPECT_THAT(q.scales, ::testing::Each(1.0f));
+    EXPECT_THAT(q.zeros, ::testing::Each(8));
+    for (int64_t i = 0; i < p.rows * p.cols; ++i) {
+      ASSERT_EQ(q.codes[i], std::clamp(std::nearbyint(w[i]) + 8, 0.0f, 15.0f)) << w[i];
+    }
+  }
+}
 
 TEST_F(GptqFixture, RefusesWhatIsNotPositiveDefinite) {
   std::vector<float> h(64 * 64, 0.0f);
