@@ -14,7 +14,7 @@
 //          a multiple of 128 or the whole row
 // Errors:  INVALID_ARGUMENT, RESOURCE_EXHAUSTED; FAILED_PRECONDITION when H is not positive
 //          definite with the damping given
-// Memory:  FactorHessian cols² / 4 floats; QuantizeColumns rows × (cols + 128) floats
+// Memory:  FactorHessian cols² / 4 floats; QuantizeColumns rows · cols + 384 · (rows + cols) floats
 #pragma once
 
 #include <cuda_bf16.h>
@@ -51,8 +51,8 @@ absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, fl
 struct PropagateErrorParams {
   int64_t rows = 0;
   int64_t cols = 0;
-  float* w = nullptr;             // [rows, cols], natural order, updated
-  float* cross = nullptr;         // [cols, cols]: Dᵀ = Σ x (x_original − x)ᵀ, natural order; used up
+  float* w = nullptr;      // [rows, cols], natural order, updated
+  float* cross = nullptr;  // [cols, cols]: Dᵀ = Σ x (x_original − x)ᵀ, natural order; used up
   const float* u = nullptr;       // [cols, cols] of FactorHessian
   const int32_t* perm = nullptr;  // [cols]
   double beta = 0;

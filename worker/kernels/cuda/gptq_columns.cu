@@ -17,6 +17,7 @@
 #include "worker/kernels/cuda/device_buffer.h"
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/kernels/cuda/group_grid.cuh"
+#include "worker/kernels/cuda/tf32.cuh"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -28,6 +29,9 @@ constexpr int kSlices = kGptqBlock / kSlice;
 // Rows of 16 bytes more than 128 columns: lanes that read one column of 32 rows, 16 bytes each,
 // then meet no bank twice.
 constexpr int kRowStride = kGptqBlock + 4;
+// The trailing update is a product by 3×TF32 (tf32x3.h) in one: what stands on its left is
+// [low, high, high], on its right [high, low, high].
+constexpr int kTermWidth = 3 * kGptqBlock;
 
 struct BlockArgs {
   int64_t rows;
@@ -45,7 +49,7 @@ struct BlockArgs {
   uint8_t* codes;
   float* scales;
   uint8_t* zeros;
-  float* error;  // [rows, kGptqBlock]: err of each column of the block
+  float* error;  // [rows, kTermWidth]: err of each column of the block, as three terms
   float* loss;
 };
 
@@ -56,6 +60,28 @@ __global__ void GatherColumns(const float* w, const int32_t* perm, const uint8_t
     const int32_t source = perm[c];
     const bool is_dead = dead != nullptr && dead[source] != 0;
     out[row * cols + c] = is_dead ? 0.0f : w[row * cols + source];
+  }
+}
+
+// The right side of a block's trailing update, transposed: tensor cores take TF32 with the summed
+// dimension contiguous. terms[j] is U[first_row + 0 … 127, first_col + j]. A CTA takes 32 × 32.
+__global__ void SplitFactor(const float* u, int64_t cols, int64_t first_row, int64_t first_col,
+                            float* terms) {
+  __shared__ float tile[kWarpSize][kWarpSize + 1];
+  const int lane = threadIdx.x;
+  const int64_t row0 = first_row + blockIdx.y * kWarpSize;
+  const int64_t col0 = first_col + static_cast<int64_t>(blockIdx.x) * kWarpSize;
+  for (int r = threadIdx.y; r < kWarpSize; r += blockDim.y) {
+    tile[r][lane] = u[(row0 + r) * cols + col0 + lane];
+  }
+  __syncthreads();
+  for (int c = threadIdx.y; c < kWarpSize; c += blockDim.y) {
+    float* out = terms + (col0 - first_col + c) * kTermWidth + blockIdx.y * kWarpSize + lane;
+    const float value = tile[lane][c];
+    const float high = RoundToTf32(value);
+    out[0] = high;
+    out[kGptqBlock] = RoundToTf32(value - high);
+    out[2 * kGptqBlock] = high;
   }
 }
 
@@ -291,6 +317,17 @@ __device__ void UpdateColumns(int first, int n_cols, const FactorTiles& factor,
   }
 }
 
+// Four errors as the left side of the trailing update.
+__device__ __forceinline__ void StoreTerms(const float4& error, float* terms) {
+  const float4 high = make_float4(RoundToTf32(error.x), RoundToTf32(error.y), RoundToTf32(error.z),
+                                  RoundToTf32(error.w));
+  const float4 low = make_float4(RoundToTf32(error.x - high.x), RoundToTf32(error.y - high.y),
+                                 RoundToTf32(error.z - high.z), RoundToTf32(error.w - high.w));
+  *reinterpret_cast<float4*>(terms) = low;
+  *reinterpret_cast<float4*>(terms + kGptqBlock) = high;
+  *reinterpret_cast<float4*>(terms + 2 * kGptqBlock) = high;
+}
+
 // Codes to their columns in natural order, errors to the trailing update and, squared, to the loss.
 template <int kRows, bool kFeedback>
 __device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kRows>& tile) {
@@ -310,7 +347,7 @@ __device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kR
       float loss = 0.0f;
       if (4 * lane < args.n_cols) {
         const float4 error = *reinterpret_cast<const float4*>(&tile.w[r][4 * lane]);
-        *reinterpret_cast<float4*>(args.error + (row0 + r) * kGptqBlock + 4 * lane) = error;
+        StoreTerms(error, args.error + (row0 + r) * kTermWidth + 4 * lane);
         loss = error.x * error.x + error.y * error.y + error.z * error.z + error.w * error.w;
       }
       loss = WarpReduce<Sum>(loss);
@@ -406,8 +443,10 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
   if (params.rows == 0 || params.cols == 0) return absl::OkStatus();
   const cudaStream_t stream = context.stream();
   WALSH_ASSIGN_OR_RETURN(auto w, DeviceBuffer<float>::Allocate(params.rows * params.cols, stream));
-  WALSH_ASSIGN_OR_RETURN(auto error,
-                         DeviceBuffer<float>::Allocate(params.rows * kGptqBlock, stream));
+  WALSH_ASSIGN_OR_RETURN(
+      auto terms, DeviceBuffer<float>::Allocate((params.rows + params.cols) * kTermWidth, stream));
+  float* const error_terms = terms.data();
+  float* const factor_terms = error_terms + params.rows * kTermWidth;
   const dim3 gather_grid(static_cast<unsigned>(std::min<int64_t>((params.cols + 255) / 256, 64)),
                          static_cast<unsigned>(params.rows));
   GatherColumns<<<gather_grid, 256, 0, stream>>>(params.w, params.perm, params.dead, params.rows,
@@ -443,7 +482,7 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
                          .codes = params.codes,
                          .scales = params.scales,
                          .zeros = params.zeros,
-                         .error = error.data(),
+                         .error = error_terms,
                          .loss = params.loss};
     if (params.u == nullptr) {
       WALSH_RETURN_IF_ERROR(LaunchBlock<false>(context, args));
@@ -452,14 +491,19 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
     WALSH_RETURN_IF_ERROR(LaunchBlock<true>(context, args));
     const int64_t rest = params.cols - c0 - n_cols;
     if (rest == 0) continue;
+    const int64_t c1 = c0 + n_cols;
+    const dim3 tiles(static_cast<unsigned>(rest / kWarpSize), kGptqBlock / kWarpSize);
+    SplitFactor<<<tiles, dim3(kWarpSize, 8), 0, stream>>>(params.u, params.cols, c0, c1,
+                                                          factor_terms);
+    WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor", stream);
     // W[:, c1:] −= error · U[c0:c1, c1:], seen column-major: all three transposed.
     const float minus_one = -1.0f;
     const float one = 1.0f;
-    WALSH_CUBLAS_RETURN_IF_ERROR(cublasSgemm(
-        context.blas(), CUBLAS_OP_N, CUBLAS_OP_N, static_cast<int>(rest),
-        static_cast<int>(params.rows), static_cast<int>(n_cols), &minus_one,
-        params.u + c0 * params.cols + c0 + n_cols, static_cast<int>(params.cols), error.data(),
-        kGptqBlock, &one, w.data() + c0 + n_cols, static_cast<int>(params.cols)));
+    WALSH_CUBLAS_RETURN_IF_ERROR(cublasGemmEx(
+        context.blas(), CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(rest),
+        static_cast<int>(params.rows), kTermWidth, &minus_one, factor_terms, CUDA_R_32F, kTermWidth,
+        error_terms, CUDA_R_32F, kTermWidth, &one, w.data() + c1, CUDA_R_32F,
+        static_cast<int>(params.cols), CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
   }
   return absl::OkStatus();
 }
