@@ -1,12 +1,16 @@
 // Causal attention over calibration windows: FlashAttention-2's loop with mma.sync.
 //
 // Source:  Dao 2023, "FlashAttention-2" (arXiv 2307.08691), algorithm 1.
-// A CTA takes 64 queries of one head, a warp 16 of them; keys and values pass through shared memory
-// 64 at a time. Scores live in registers only: the accumulator fragment of Q Kᵀ is at once the
-// operand fragment of P V. Keys beyond the diagonal block are not visited.
+// A CTA takes 128 queries of one head; keys and values pass through shared memory 64 at a time.
+// A warp has two tiles of 16 queries, one in either half of the CTA's, so that a fragment of keys
+// or values that it loads feeds two products, and all warps have the same work at the diagonal.
+// Scores live in registers only: the accumulator fragment of Q Kᵀ is at once the operand fragment
+// of P V. Keys beyond the diagonal block are not visited.
 //
-// Bound: tensor cores, 4 · window² / 2 · head_dim flop a head and window.
-#include <algorithm>
+// Bound: tensor cores, 4 · window² / 2 · head_dim flop a head and window. mma.sync reaches some
+// 60 % of what wgmma does on sm_90, and is there from sm_80 on.
+#include <climits>
+#include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "worker/kernels/cuda/cuda_status.h"
@@ -16,24 +20,32 @@
 namespace walsh::kernels::cuda {
 namespace {
 
-constexpr int kQueries = 64;  // of a CTA
-constexpr int kKeys = 64;     // of a step
-constexpr int kAttentionThreads = 128;
+constexpr int kAttentionWarps = 4;
+constexpr int kAttentionThreads = kAttentionWarps * kWarpSize;
+constexpr int kTileRows = 16;                                   // queries of an mma's accumulator
+constexpr int kTiles = 2;                                       // of a warp
+constexpr int kKeys = 64;                                       // of a step
+constexpr int kQueries = kTiles * kAttentionWarps * kTileRows;  // of a CTA
+static_assert(kQueries == kTiles * kKeys, "a step's keys are those of one tile's diagonal");
 constexpr int kPad = 8;  // bf16 of padding a row: ldmatrix then meets no bank twice
+// Heads whose CTAs follow one another, those with the most keys first: enough for the short ones to
+// fill the end, few enough for their keys and values to stay in the second-level cache.
+constexpr int kHeadsTogether = 16;
 constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ unsigned SharedAddress(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
-__device__ __forceinline__ void LoadMatrix4(unsigned (&r)[4], const bf16* p) {
+// `address` is this lane's, in shared memory, as in all that follows.
+__device__ __forceinline__ void LoadMatrix4(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(p)));
+               : "r"(address));
 }
-__device__ __forceinline__ void LoadMatrix4Transposed(unsigned (&r)[4], const bf16* p) {
+__device__ __forceinline__ void LoadMatrix4Transposed(unsigned (&r)[4], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(p)));
+               : "r"(address));
 }
 // d[16, 8] += a[16, 16] · b[16, 8]
 __device__ __forceinline__ void Mma(float (&d)[4], const unsigned (&a)[4], unsigned b0,
@@ -48,164 +60,283 @@ __device__ __forceinline__ unsigned PackBf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const unsigned*>(&pair);
 }
-__device__ __forceinline__ void CopyAsync16(bf16* to, const bf16* from, bool valid) {
+__device__ __forceinline__ void CopyAsync16(unsigned to, const bf16* from, bool valid) {
   // A source size of 0 fills the 16 bytes with zeros.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)), "l"(from),
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0));
 }
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void WaitForCopies() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+// Flushes what underflows to zero, which exp2f would spend four more instructions on.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
-// Rows [first, first + 64) of one head's keys, values or queries to shared memory, zeros past the
-// end.
+// Bytes of `rows` rows and `columns` columns in a tile.
 template <int kDim>
-__device__ __forceinline__ void LoadTile(bf16* tile, const bf16* base, int64_t stride, int first,
+__device__ __forceinline__ constexpr unsigned TileBytes(int rows, int columns) {
+  return static_cast<unsigned>(rows * (kDim + kPad) + columns) * sizeof(bf16);
+}
+
+// Starts the copy of rows [first, first + kRows) of one head's keys, values or queries to shared
+// memory, zeros past the end. `tile` is the whole tile's address.
+template <int kDim, int kRows>
+__device__ __forceinline__ void LoadTile(unsigned tile, const bf16* base, int stride, int first,
                                          int n_rows) {
   constexpr int kPieces = kDim / 8;
-  for (int i = threadIdx.x; i < kKeys * kPieces; i += kAttentionThreads) {
-    const int r = i / kPieces;
-    const int piece = i % kPieces;
-    const bool valid = first + r < n_rows;
-    const int row = valid ? first + r : 0;
-    CopyAsync16(tile + r * (kDim + kPad) + piece * 8, base + row * stride + piece * 8, valid);
+  constexpr int kRowsAtOnce = kAttentionThreads / kPieces;
+  static_assert(kRows % kRowsAtOnce == 0);
+  const int first_row = static_cast<int>(threadIdx.x) / kPieces;
+  const int column = static_cast<int>(threadIdx.x) % kPieces * 8;
+  const bf16* from = base + static_cast<int64_t>(first + first_row) * stride + column;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kRowsAtOnce) {
+    const bool valid = first + first_row + i < n_rows;
+    CopyAsync16(tile + TileBytes<kDim>(first_row + i, column), valid ? from : base, valid);
+    from += kRowsAtOnce * stride;
   }
 }
 
+// What a warp holds of its queries; elements of tiles as in mma's accumulator: row lane / 4 + 8 h,
+// columns 8 n + lane % 4 · 2 + {0, 1} for element 2 h + {0, 1} of fragment n.
 template <int kDim>
-__global__ void __launch_bounds__(kAttentionThreads)
-    AttentionKernel(const WindowAttentionParams<bf16> p, float scale) {
-  constexpr int kStride = kDim + kPad;
-  extern __shared__ __align__(16) unsigned char shared[];
-  bf16* q_tile = reinterpret_cast<bf16*>(shared);
-  bf16* k_tile = q_tile + kQueries * kStride;  // two stages
-  bf16* v_tile = k_tile + 2 * kKeys * kStride;
+struct WarpQueries {
+  float out[kTiles][kDim / 8][4];  // Σ of p v, not normalized
+  float row_max[kTiles][2];        // of scores before scaling
+  float row_sum[kTiles][2];        // of this lane's columns
+};
 
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
-  const int window = static_cast<int>(p.window);
-  // Long rows of work first: the last query block has the most keys.
-  const int query0 = (static_cast<int>(gridDim.x) - 1 - static_cast<int>(blockIdx.x)) * kQueries;
-  const int64_t head = blockIdx.y;
-  const int64_t kv_head = head / (p.n_heads / p.n_kv_heads);
-  const int64_t q_stride = p.n_heads * kDim;
-  const int64_t kv_stride = p.n_kv_heads * kDim;
-  const int64_t row0 = static_cast<int64_t>(blockIdx.z) * window;
-  const bf16* q = p.q + row0 * q_stride + head * kDim;
-  const bf16* k = p.k + row0 * kv_stride + kv_head * kDim;
-  const bf16* v = p.v + row0 * kv_stride + kv_head * kDim;
+// One head's tensors and the CTA's tiles of them in shared memory.
+struct HeadTiles {
+  const bf16* k;
+  const bf16* v;
+  int kv_stride;
+  int window;
+  int keys_end;  // of the CTA's queries
+  int warp_row;  // of the warp's first tile among the queries; the next tile's is kKeys further
+  unsigned k_tile;
+  unsigned v_tile;
+  // Where this lane's rows of the warp's operands begin, for ldmatrix.
+  unsigned q_lane;
+  unsigned k_lane;
+  unsigned v_lane;
+  float scale_log2;
+};
 
-  const int n_steps = min(query0 + kQueries, window) / kKeys +
-                      (min(query0 + kQueries, window) % kKeys != 0 ? 1 : 0);
-  LoadTile<kDim>(q_tile, q, q_stride, query0, window);
-  LoadTile<kDim>(k_tile, k, kv_stride, 0, window);
-  LoadTile<kDim>(v_tile, v, kv_stride, 0, window);
-  asm volatile("cp.async.commit_group;");
+constexpr int kNoTile = -1;
 
-  float out[kDim / 8][4] = {};
-  float row_max[2] = {-INFINITY, -INFINITY};
-  float row_sum[2] = {0.0f, 0.0f};
-  const int my_row = query0 + warp * 16 + lane / 4;  // and my_row + 8
+// Takes keys [key0, key0 + kKeys), whose copy is under way. On the diagonal of a tile, that tile
+// sees a part of them, those before it none and those after it all.
+template <int kDim, int kOnDiagonal>
+__device__ __forceinline__ void Step(const HeadTiles& head, int key0, WarpQueries<kDim>& queries) {
+  constexpr int kFirst = kOnDiagonal == kNoTile ? 0 : kOnDiagonal;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  WaitForCopies();
+  __syncthreads();  // the keys are there, and the values of the step before are done with
+  LoadTile<kDim, kKeys>(head.v_tile, head.v, head.kv_stride, key0, head.window);
+  CommitCopies();
 
-  for (int step = 0; step < n_steps; ++step) {
-    const int stage = step % 2;
-    if (step + 1 < n_steps) {
-      LoadTile<kDim>(k_tile + (1 - stage) * kKeys * kStride, k, kv_stride, (step + 1) * kKeys,
-                     window);
-      LoadTile<kDim>(v_tile + (1 - stage) * kKeys * kStride, v, kv_stride, (step + 1) * kKeys,
-                     window);
-      asm volatile("cp.async.commit_group;");
-      asm volatile("cp.async.wait_group 1;");
-    } else {
-      asm volatile("cp.async.wait_group 0;");
+  float score[kTiles][kKeys / 8][4] = {};
+#pragma unroll
+  for (int d = 0; d < kDim; d += 16) {
+    unsigned a[kTiles][4];
+#pragma unroll
+    for (int t = kFirst; t < kTiles; ++t) {
+      LoadMatrix4(a[t], head.q_lane + TileBytes<kDim>(t * kKeys, d));
     }
-    __syncthreads();
-    const bf16* keys = k_tile + stage * kKeys * kStride;
-    const bf16* values = v_tile + stage * kKeys * kStride;
-
-    float score[kKeys / 8][4] = {};
 #pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      unsigned a[4];
-      LoadMatrix4(a, q_tile + (warp * 16 + lane % 16) * kStride + d + lane / 16 * 8);
+    for (int n = 0; n < kKeys; n += 16) {
+      unsigned b[4];
+      LoadMatrix4(b, head.k_lane + TileBytes<kDim>(n, d));
 #pragma unroll
-      for (int n = 0; n < kKeys; n += 16) {
-        unsigned b[4];
-        LoadMatrix4(b, keys + (n + lane % 8 + lane / 16 * 8) * kStride + d + lane / 8 % 2 * 8);
-        Mma(score[n / 8], a, b[0], b[1]);
-        Mma(score[n / 8 + 1], a, b[2], b[3]);
+      for (int t = kFirst; t < kTiles; ++t) {
+        Mma(score[t][n / 8], a[t], b[0], b[1]);
+        Mma(score[t][n / 8 + 1], a[t], b[2], b[3]);
       }
     }
-    const int key0 = step * kKeys;
-    const bool masked = key0 + kKeys > query0;  // touches the diagonal or the end
+  }
+  WaitForCopies();
+  __syncthreads();  // the values are there, and the keys are done with
+  if (key0 + kKeys < head.keys_end) {
+    LoadTile<kDim, kKeys>(head.k_tile, head.k, head.kv_stride, key0 + kKeys, head.window);
+    CommitCopies();
+  }
+
+  unsigned weights[kTiles][kKeys / 16][4];  // operand fragments of P V
+#pragma unroll
+  for (int t = kFirst; t < kTiles; ++t) {
+    float(&row_max)[2] = queries.row_max[t];
+    float(&row_sum)[2] = queries.row_sum[t];
     float new_max[2] = {row_max[0], row_max[1]};
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        score[n][e] *= scale * kLog2E;
-        if (masked) {
-          const int key = key0 + n * 8 + lane % 4 * 2 + e % 2;
-          if (key > my_row + e / 2 * 8) score[n][e] = -INFINITY;
+        if (t == kOnDiagonal) {
+          const int key = n * 8 + lane % 4 * 2 + e % 2;
+          if (key > head.warp_row + lane / 4 + e / 2 * 8) score[t][n][e] = -INFINITY;
         }
-        new_max[e / 2] = fmaxf(new_max[e / 2], score[n][e]);
+        new_max[e / 2] = fmaxf(new_max[e / 2], score[t][n][e]);
       }
     }
     float correction[2];
+    float offset[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       new_max[h] = fmaxf(new_max[h], __shfl_xor_sync(~0u, new_max[h], 1));
       new_max[h] = fmaxf(new_max[h], __shfl_xor_sync(~0u, new_max[h], 2));
-      correction[h] = exp2f(row_max[h] - new_max[h]);
+      correction[h] = Exp2((row_max[h] - new_max[h]) * head.scale_log2);
+      offset[h] = new_max[h] * head.scale_log2;
       row_max[h] = new_max[h];
       row_sum[h] *= correction[h];
     }
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
+      float weight[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        score[n][e] = exp2f(score[n][e] - new_max[e / 2]);
-        row_sum[e / 2] += score[n][e];
+        weight[e] = Exp2(fmaf(score[t][n][e], head.scale_log2, -offset[e / 2]));
+        row_sum[e / 2] += weight[e];
+      }
+      weights[t][n / 2][n % 2 * 2] = PackBf16(weight[0], weight[1]);
+      weights[t][n / 2][n % 2 * 2 + 1] = PackBf16(weight[2], weight[3]);
+    }
+    // Maxima move seldom once the largest keys have passed.
+    if (__any_sync(~0u, correction[0] != 1.0f || correction[1] != 1.0f)) {
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) queries.out[t][d][e] *= correction[e / 2];
       }
     }
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[d][e] *= correction[e / 2];
-    }
-#pragma unroll
-    for (int n = 0; n < kKeys; n += 16) {
-      const unsigned a[4] = {PackBf16(score[n / 8][0], score[n / 8][1]),
-                             PackBf16(score[n / 8][2], score[n / 8][3]),
-                             PackBf16(score[n / 8 + 1][0], score[n / 8 + 1][1]),
-                             PackBf16(score[n / 8 + 1][2], score[n / 8 + 1][3])};
-#pragma unroll
-      for (int d = 0; d < kDim; d += 16) {
-        unsigned b[4];
-        LoadMatrix4Transposed(b, values + (n + lane % 16) * kStride + d + lane / 16 * 8);
-        Mma(out[d / 8], a, b[0], b[1]);
-        Mma(out[d / 8 + 1], a, b[2], b[3]);
-      }
-    }
-    __syncthreads();
   }
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 1);
-    row_sum[h] += __shfl_xor_sync(~0u, row_sum[h], 2);
-    const int row = my_row + h * 8;
-    if (row >= window) continue;
-    const float inverse = 1.0f / row_sum[h];
-    bf16* y = p.y + (row0 + row) * q_stride + head * kDim + lane % 4 * 2;
+  for (int n = 0; n < kKeys; n += 16) {
 #pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      *reinterpret_cast<unsigned*>(y + d * 8) =
-          PackBf16(out[d][h * 2] * inverse, out[d][h * 2 + 1] * inverse);
+    for (int d = 0; d < kDim; d += 16) {
+      unsigned b[4];
+      LoadMatrix4Transposed(b, head.v_lane + TileBytes<kDim>(n, d));
+#pragma unroll
+      for (int t = kFirst; t < kTiles; ++t) {
+        Mma(queries.out[t][d / 8], weights[t][n / 16], b[0], b[1]);
+        Mma(queries.out[t][d / 8 + 1], weights[t][n / 16], b[2], b[3]);
+      }
     }
   }
 }
 
-// fp32 form: a warp per query and head, two passes over the keys. For the few tokens of the gate.
-__global__ void AttentionFp32Kernel(const WindowAttentionParams<float> p, float scale) {
-  extern __shared__ float scores[];  // [window] of this query
-  __shared__ float scratch[8];
+// Two CTAs a multiprocessor where registers hold 128 columns of the result, else three.
+template <int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, kDim == 128 ? 2 : 3)
+    AttentionKernel(const WindowAttentionParams<bf16> p, int queries_per_key, float scale_log2) {
+  constexpr int kStride = kDim + kPad;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int window = static_cast<int>(p.window);
+  const int head_index =
+      static_cast<int>(blockIdx.y * kHeadsTogether + blockIdx.x % kHeadsTogether);
+  if (head_index >= p.n_heads) return;  // the last heads may be fewer
+  const int block = static_cast<int>((gridDim.x - 1 - blockIdx.x) / kHeadsTogether);
+  const int query0 = block * kQueries;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.z) * window;
+  // A shuffle's result is known to be the same in all lanes, and what follows is computed once.
+  const int kv_head = __shfl_sync(~0u, head_index / queries_per_key, 0);
+  const int q_stride = static_cast<int>(p.n_heads) * kDim;
+  const int kv_stride = static_cast<int>(p.n_kv_heads) * kDim;
+
+  bf16* q_tile = reinterpret_cast<bf16*>(shared);
+  const unsigned q_address = SharedAddress(q_tile);
+  HeadTiles head;
+  head.k = p.k + row0 * kv_stride + kv_head * kDim;
+  head.v = p.v + row0 * kv_stride + kv_head * kDim;
+  head.kv_stride = kv_stride;
+  head.window = window;
+  head.keys_end = min(query0 + kQueries, window);
+  head.warp_row = warp * kTileRows;
+  head.k_tile = q_address + TileBytes<kDim>(kQueries, 0);
+  head.v_tile = head.k_tile + TileBytes<kDim>(kKeys, 0);
+  head.q_lane = q_address + TileBytes<kDim>(head.warp_row + lane % 16, lane / 16 * 8);
+  head.k_lane = head.k_tile + TileBytes<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
+  head.v_lane = head.v_tile + TileBytes<kDim>(lane % 16, lane / 16 * 8);
+  head.scale_log2 = scale_log2;
+  LoadTile<kDim, kQueries>(q_address, p.q + row0 * q_stride + head_index * kDim, q_stride, query0,
+                           window);
+  LoadTile<kDim, kKeys>(head.k_tile, head.k, kv_stride, 0, window);
+  CommitCopies();
+
+  WarpQueries<kDim> queries;
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int d = 0; d < kDim / 8; ++d) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) queries.out[t][d][e] = 0.0f;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      queries.row_max[t][h] = -INFINITY;
+      queries.row_sum[t][h] = 0.0f;
+    }
+  }
+  int key0 = 0;
+#pragma unroll 1
+  for (; key0 < query0; key0 += kKeys) Step<kDim, kNoTile>(head, key0, queries);
+  Step<kDim, 0>(head, key0, queries);
+  if (key0 + kKeys < window) Step<kDim, 1>(head, key0 + kKeys, queries);
+
+  // Through the warp's own rows of q_tile, so that a row is written 16 bytes at a time.
+  __syncwarp();
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = queries.row_sum[t][h];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      const float inverse = 1.0f / sum;
+      bf16* row = q_tile + (head.warp_row + t * kKeys + lane / 4 + h * 8) * kStride;
+#pragma unroll
+      for (int d = 0; d < kDim / 8; ++d) {
+        *reinterpret_cast<unsigned*>(row + d * 8 + lane % 4 * 2) =
+            PackBf16(queries.out[t][d][h * 2] * inverse, queries.out[t][d][h * 2 + 1] * inverse);
+      }
+    }
+  }
+  __syncwarp();
+  bf16* y = p.y + (row0 + query0) * q_stride + head_index * kDim;
+  constexpr int kPieces = kDim / 8;
+#pragma unroll
+  for (int i = lane; i < kTiles * kTileRows * kPieces; i += kWarpSize) {
+    const int tile_row = i / kPieces;
+    const int row = head.warp_row + tile_row / kTileRows * kKeys + tile_row % kTileRows;
+    const int column = i % kPieces * 8;
+    if (query0 + row < window) {
+      *reinterpret_cast<uint4*>(y + row * q_stride + column) =
+          *reinterpret_cast<const uint4*>(q_tile + row * kStride + column);
+    }
+  }
+}
+
+// The compiler reads the last scores of a row as a vector of up to this many.
+constexpr int kScoresAtOnce = 4;
+constexpr int kFp32Threads = 128;
+constexpr int kFp32Warps = kFp32Threads / kWarpSize;
+// Scores of a query that fit beside BlockReduce's scratch in what every device has without asking.
+constexpr int64_t kFp32WindowMax =
+    (48 * 1024 / static_cast<int64_t>(sizeof(float)) - kFp32Warps) / kScoresAtOnce * kScoresAtOnce;
+
+// fp32 form: a CTA per query and head, two passes over the keys. For the few tokens of the gate.
+__global__ void __launch_bounds__(kFp32Threads)
+    AttentionFp32Kernel(const WindowAttentionParams<float> p, float scale) {
+  extern __shared__ __align__(16) float scores[];  // [window] of this query, and room for a vector
+  __shared__ float scratch[kFp32Warps];
   const int query = static_cast<int>(blockIdx.x);
   const int64_t head = blockIdx.y;
   const int64_t kv_head = head / (p.n_heads / p.n_kv_heads);
@@ -216,7 +347,7 @@ __global__ void AttentionFp32Kernel(const WindowAttentionParams<float> p, float 
   const float* k = p.k + row0 * kv_stride + kv_head * p.head_dim;
   const float* v = p.v + row0 * kv_stride + kv_head * p.head_dim;
   float largest = -INFINITY;
-  for (int key = threadIdx.x; key <= query; key += blockDim.x) {
+  for (int key = threadIdx.x; key <= query; key += kFp32Threads) {
     float sum = 0.0f;
     for (int64_t d = 0; d < p.head_dim; ++d) sum = fmaf(q[d], k[key * kv_stride + d], sum);
     scores[key] = sum * scale;
@@ -224,13 +355,14 @@ __global__ void AttentionFp32Kernel(const WindowAttentionParams<float> p, float 
   }
   largest = BlockReduce<Max>(largest, scratch);
   float total = 0.0f;
-  for (int key = threadIdx.x; key <= query; key += blockDim.x) {
+  for (int key = threadIdx.x; key <= query; key += kFp32Threads) {
     scores[key] = expf(scores[key] - largest);
     total += scores[key];
   }
   total = BlockReduce<Sum>(total, scratch);
-  for (int64_t d = threadIdx.x; d < p.head_dim; d += blockDim.x) {
+  for (int64_t d = threadIdx.x; d < p.head_dim; d += kFp32Threads) {
     float sum = 0.0f;
+#pragma unroll kScoresAtOnce
     for (int key = 0; key <= query; ++key) sum = fmaf(scores[key], v[key * kv_stride + d], sum);
     p.y[(row0 + query) * q_stride + head * p.head_dim + d] = sum / total;
   }
@@ -247,13 +379,15 @@ absl::Status Validate(const WindowAttentionParams<T>& p) {
 
 template <int kDim>
 absl::Status Launch(Context& context, const WindowAttentionParams<bf16>& p) {
-  constexpr int kShared = (kQueries + 4 * kKeys) * (kDim + kPad) * static_cast<int>(sizeof(bf16));
+  constexpr int kShared = (kQueries + 2 * kKeys) * (kDim + kPad) * static_cast<int>(sizeof(bf16));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
       AttentionKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  const dim3 grid(static_cast<unsigned>((p.window + kQueries - 1) / kQueries),
-                  static_cast<unsigned>(p.n_heads), static_cast<unsigned>(p.n_windows));
+  const int64_t n_blocks = (p.window + kQueries - 1) / kQueries;
+  const dim3 grid(static_cast<unsigned>(n_blocks * kHeadsTogether),
+                  static_cast<unsigned>((p.n_heads + kHeadsTogether - 1) / kHeadsTogether),
+                  static_cast<unsigned>(p.n_windows));
   AttentionKernel<kDim><<<grid, kAttentionThreads, kShared, context.stream()>>>(
-      p, 1.0f / sqrtf(static_cast<float>(kDim)));
+      p, static_cast<int>(p.n_heads / p.n_kv_heads), kLog2E / sqrtf(static_cast<float>(kDim)));
   return LaunchStatus("WindowAttention", context.stream());
 }
 
@@ -261,7 +395,7 @@ absl::Status Launch(Context& context, const WindowAttentionParams<bf16>& p) {
 
 absl::Status WindowAttention(Context& context, const WindowAttentionParams<bf16>& p) {
   if (absl::Status status = Validate(p); !status.ok()) return status;
-  if (p.n_windows == 0 || p.window == 0) return absl::OkStatus();
+  if (p.n_windows == 0 || p.window == 0 || p.n_heads == 0) return absl::OkStatus();
   switch (p.head_dim) {
     case 16:
       return Launch<16>(context, p);
@@ -279,15 +413,17 @@ absl::Status WindowAttention(Context& context, const WindowAttentionParams<bf16>
 
 absl::Status WindowAttention(Context& context, const WindowAttentionParams<float>& p) {
   if (absl::Status status = Validate(p); !status.ok()) return status;
-  if (p.n_windows == 0 || p.window == 0) return absl::OkStatus();
-  const auto shared = static_cast<size_t>(p.window) * sizeof(float);
-  if (shared > 48 * 1024) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("window: ", p.window, ", the fp32 form takes at most 12288 tokens"));
+  if (p.n_windows == 0 || p.window == 0 || p.n_heads == 0) return absl::OkStatus();
+  if (p.window > kFp32WindowMax) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "window: ", p.window, ", the fp32 form takes at most ", kFp32WindowMax, " tokens"));
   }
+  const auto shared =
+      static_cast<size_t>((p.window + kScoresAtOnce - 1) / kScoresAtOnce * kScoresAtOnce) *
+      sizeof(float);
   const dim3 grid(static_cast<unsigned>(p.window), static_cast<unsigned>(p.n_heads),
                   static_cast<unsigned>(p.n_windows));
-  AttentionFp32Kernel<<<grid, 128, shared, context.stream()>>>(
+  AttentionFp32Kernel<<<grid, kFp32Threads, shared, context.stream()>>>(
       p, 1.0f / sqrtf(static_cast<float>(p.head_dim)));
   return LaunchStatus("WindowAttention (fp32)", context.stream());
 }
