@@ -1,7 +1,6 @@
 // Upper factor of the inverse Hessian without forming the inverse.
 //
 // Bound: arithmetic: n³/3 for the Cholesky and n³/3 for the triangular inverse, in fp32.
-#include <algorithm>
 #include <vector>
 
 #include "common/status_macros.h"
@@ -14,12 +13,13 @@ namespace {
 
 constexpr int kTile = 32;
 
-// out = reverse(H[perm, perm] + diag): element (i, j) of `out` comes from positions n−1−i, n−1−j.
+// out = reverse(H[perm, perm] + diag), of which a triangle is written: element (i, j) comes from
+// positions n−1−i, n−1−j.
 __global__ void GatherReversed(const float* h, const int32_t* perm, const float* diagonal_add,
                                int64_t n, float* out) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
   const int64_t i0 = static_cast<int64_t>(blockIdx.y) * kTile;
-  if (j >= n) return;
+  if (j >= n || blockIdx.x > blockIdx.y) return;
   const int64_t column = perm[n - 1 - j];
   for (int k = threadIdx.y; k < kTile; k += blockDim.y) {
     const int64_t i = i0 + k;
@@ -31,24 +31,22 @@ __global__ void GatherReversed(const float* h, const int32_t* perm, const float*
   }
 }
 
-// Reverses the memory of an n² matrix: with L⁻¹ of the reversed problem this is U, row-major.
-__global__ void ReverseInPlace(float* data, int64_t n_elements) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n_elements / 2) return;
-  const float a = data[i];
-  data[i] = data[n_elements - 1 - i];
-  data[n_elements - 1 - i] = a;
-}
-
-// Sets `info` where U is not finite or its diagonal not positive, as the CPU's factor may not be.
-__global__ void CheckUpper(const float* u, int64_t n, int* info) {
-  const int64_t n_elements = n * n;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n_elements;
-       i += step) {
-    const bool is_bad = !isfinite(u[i]) || (i % (n + 1) == 0 && !(u[i] > 0.0f));
-    if (is_bad) *info = 1;
-  }
+// Reverses the memory of an n² matrix: with L⁻¹ of the reversed problem this is U, row-major. Sets
+// `info` where U is not finite or its diagonal not positive, as the CPU's factor may not be.
+__global__ void ReverseAndCheck(float* data, int64_t n, int* info) {
+  const int64_t row = blockIdx.y;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  // The middle row of an odd n is its own partner.
+  if (column >= (2 * row + 1 == n ? row + 1 : n)) return;
+  float& first = data[row * n + column];
+  float& second = data[(n - 1 - row) * n + n - 1 - column];
+  const float a = first;
+  const float b = second;
+  first = b;
+  second = a;
+  const bool is_finite = isfinite(a) && isfinite(b);
+  const bool is_positive = a > 0.0f && b > 0.0f;
+  if (!is_finite || (row == column && !is_positive)) *info = 1;
 }
 
 absl::Status Verdict(const DeviceBuffer<int>& info, cudaStream_t stream) {
@@ -87,15 +85,11 @@ absl::Status FactorHessian(Context& context, const FactorHessianParams& params) 
   WALSH_CUSOLVER_RETURN_IF_ERROR(
       cusolverDnXpotrf(solver, nullptr, kOurLower, n, CUDA_R_32F, params.u, n, CUDA_R_32F,
                        work.data(), device_bytes, host_work.data(), host_bytes, info.data()));
-  WALSH_RETURN_IF_ERROR(Verdict(info, stream));
+  // Where it has failed, `info` keeps that, and the rest is computed for nothing.
   WALSH_RETURN_IF_ERROR(InvertLower(context.side_blas(), stream, n, params.u));
-  const int64_t half = n * n / 2;
-  ReverseInPlace<<<static_cast<unsigned>((half + 255) / 256 + 1), 256, 0, stream>>>(params.u,
-                                                                                    n * n);
-  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ReverseInPlace", stream);
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>((n * n + 255) / 256, 4096));
-  CheckUpper<<<blocks, 256, 0, stream>>>(params.u, n, info.data());
-  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("CheckUpper", stream);
+  const dim3 grid(static_cast<unsigned>((n + 255) / 256), static_cast<unsigned>((n + 1) / 2));
+  ReverseAndCheck<<<grid, 256, 0, stream>>>(params.u, n, info.data());
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ReverseAndCheck", stream);
   return Verdict(info, stream);
 }
 

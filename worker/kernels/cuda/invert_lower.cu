@@ -4,8 +4,13 @@
 // blocks:
 //     | A  0 |⁻¹    |  A⁻¹          0  |
 //     | B  C |    = | −C⁻¹ B A⁻¹   C⁻¹ |
-// with two batched products a level. cuSOLVER's trtri takes 11 ms for n = 4096 on an H200, where
-// this is bound by the products: 2/3·n³ flop, twice the least possible, at the fp32 rate.
+// Small levels take two batched products, which count the zeros of A⁻¹ and C⁻¹ as work; large ones,
+// with nearly all of it, two products with triangular matrices for each of their few pairs.
+// cuSOLVER's trtri takes 11 ms for n = 4096 on an H200.
+//
+// cuBLAS is column-major: a row-major matrix is its transpose there, and a lower one upper.
+//
+// Bound: arithmetic: n³/3 flop in fp32.
 #include <algorithm>
 
 #include "common/status_macros.h"
@@ -17,6 +22,9 @@ namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kBlock = 64;
+// Least size of A from which a pair fills the device alone.
+constexpr int64_t kTriangularMin = 2048;
+constexpr cublasFillMode_t kOurLower = CUBLAS_FILL_MODE_UPPER;
 
 // One CTA a diagonal block, a thread a column of the inverse; the strict upper part becomes zero.
 __global__ void __launch_bounds__(kBlock) InvertDiagonalBlocks(int64_t n, float* l) {
@@ -68,9 +76,14 @@ absl::Status Multiply(cublasHandle_t blas, const Product& p) {
   return absl::OkStatus();
 }
 
-// Joins `batch` pairs, the first at offset `first`; A is [s, s], C [r, r].
-absl::Status JoinPairs(cublasHandle_t blas, int64_t n, int64_t first, int64_t s, int64_t r,
-                       int64_t batch, float* l, float* scratch) {
+// `batch` pairs, the first at offset `first`; A is [s, s], C [r, r]. Both are inverted.
+struct Pairs {
+  int64_t first, s, r, batch;
+};
+
+absl::Status JoinByProducts(cublasHandle_t blas, int64_t n, const Pairs& pairs, float* l,
+                            float* scratch) {
+  const auto [first, s, r, batch] = pairs;
   const int64_t step = 2 * s * (n + 1);
   float* a = l + first * (n + 1);
   float* b = a + s * n;
@@ -105,6 +118,33 @@ absl::Status JoinPairs(cublasHandle_t blas, int64_t n, int64_t first, int64_t s,
                          .batch = batch});
 }
 
+absl::Status JoinTriangular(cublasHandle_t blas, int64_t n, const Pairs& pairs, float* l,
+                            float* scratch) {
+  const float one = 1.0f;
+  const float minus_one = -1.0f;
+  const auto ld = static_cast<int>(n);
+  const auto s = static_cast<int>(pairs.s);
+  const auto r = static_cast<int>(pairs.r);
+  for (int64_t i = 0; i < pairs.batch; ++i) {
+    float* a = l + (pairs.first + i * 2 * pairs.s) * (n + 1);
+    float* b = a + pairs.s * n;
+    const float* c = a + pairs.s * (n + 1);
+    WALSH_CUBLAS_RETURN_IF_ERROR(cublasStrmm(blas, CUBLAS_SIDE_RIGHT, kOurLower, CUBLAS_OP_N,
+                                             CUBLAS_DIAG_NON_UNIT, s, r, &one, c, ld, b, ld,
+                                             scratch, s));
+    WALSH_CUBLAS_RETURN_IF_ERROR(cublasStrmm(blas, CUBLAS_SIDE_LEFT, kOurLower, CUBLAS_OP_N,
+                                             CUBLAS_DIAG_NON_UNIT, s, r, &minus_one, a, ld, scratch,
+                                             s, b, ld));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Join(cublasHandle_t blas, int64_t n, const Pairs& pairs, float* l, float* scratch) {
+  if (pairs.batch == 0 || pairs.r == 0) return absl::OkStatus();
+  if (pairs.s >= kTriangularMin) return JoinTriangular(blas, n, pairs, l, scratch);
+  return JoinByProducts(blas, n, pairs, l, scratch);
+}
+
 }  // namespace
 
 absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, float* l) {
@@ -115,17 +155,16 @@ absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, fl
   InvertDiagonalBlocks<<<static_cast<unsigned>((n + kBlock - 1) / kBlock), kBlock, 0, stream>>>(n,
                                                                                                 l);
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("InvertDiagonalBlocks", stream);
-  // The last level has the largest products: at most n/2 × n/2 rounded up to blocks.
-  WALSH_ASSIGN_OR_RETURN(
-      auto scratch, DeviceBuffer<float>::Allocate((n / 2 + kBlock) * (n / 2 + kBlock), stream));
+  // A level's results, all of them: r · s where r + s ≤ n, or half of its blocks of s ≤ n/2.
+  WALSH_ASSIGN_OR_RETURN(auto scratch, DeviceBuffer<float>::Allocate(n * n / 4, stream));
   for (int64_t s = kBlock; s < n; s *= 2) {
-    const int64_t full_pairs = n / (2 * s);
-    if (full_pairs > 0) {
-      WALSH_RETURN_IF_ERROR(JoinPairs(blas, n, 0, s, s, full_pairs, l, scratch.data()));
-    }
-    const int64_t first = full_pairs * 2 * s;
-    const int64_t rest = n - first - s;
-    if (rest > 0) WALSH_RETURN_IF_ERROR(JoinPairs(blas, n, first, s, rest, 1, l, scratch.data()));
+    const int64_t n_pairs = n / (2 * s);
+    const int64_t rest = n % (2 * s);
+    WALSH_RETURN_IF_ERROR(
+        Join(blas, n, {.first = 0, .s = s, .r = s, .batch = n_pairs}, l, scratch.data()));
+    WALSH_RETURN_IF_ERROR(
+        Join(blas, n, {.first = n - rest, .s = s, .r = std::max<int64_t>(rest - s, 0), .batch = 1},
+             l, scratch.data()));
   }
   return absl::OkStatus();
 }
