@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "tests/gpu/gpu_fixture.h"
@@ -449,15 +450,120 @@ TEST_F(GptqFixture, TiesGoToTheEvenMultipleOfTheScale) {
   }
 }
 
-TEST_F(GptqFixture, RefusesWhatIsNotPositiveDefinite) {
-  std::vector<float> h(64 * 64, 0.0f);
+// Diagonal plus a few outer products, so that it is made fast and every element counts.
+std::vector<float> MakeHessian(int64_t n, uint32_t seed) {
+  constexpr int64_t kTerms = 4;
+  const std::vector<float> v = RandomNormal(kTerms * n, seed);
+  std::vector<float> h(static_cast<size_t>(n * n), 0.0f);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      float sum = 0;
+      for (int64_t t = 0; t < kTerms; ++t) sum += v[t * n + i] * v[t * n + j];
+      h[i * n + j] = h[j * n + i] = sum;
+    }
+    h[i * n + i] += 0.5f + static_cast<float>(i % 7);
+  }
+  return h;
+}
+
+class FactorGpuTest : public GpuTest, public ::testing::WithParamInterface<int64_t> {};
+
+// H⁻¹ = Uᵀ U is U H Uᵀ = I. A row of that product sees every element of U; some rows are taken.
+TEST_P(FactorGpuTest, InvertsTheHessian) {
+  const int64_t n = GetParam();
+  const std::vector<float> h = MakeHessian(n, 21);
+  std::vector<int32_t> perm(static_cast<size_t>(n));
+  std::iota(perm.begin(), perm.end(), 0);
+  std::shuffle(perm.begin(), perm.end(), std::mt19937(22));
+  std::vector<float> add = RandomNormal(n, 23);
+  for (float& x : add) x = 0.25f + std::abs(x);
   const auto device_h = Upload(h);
-  std::vector<int32_t> perm(64);
+  const auto device_perm = Upload(perm);
+  const auto device_add = Upload(add);
+  auto u = Poisoned<float>(n * n);
+  ResetDeviceMemoryPeak();
+  const int64_t before = DeviceMemoryUse().bytes_now;
+  ASSERT_OK(FactorHessian(context(), {.dim = n,
+                                      .h = device_h.data(),
+                                      .perm = device_perm.data(),
+                                      .diagonal_add = device_add.data(),
+                                      .u = u.data()}));
+  // A quarter of the matrix beside it, where that is more than a block of the factorization.
+  EXPECT_LE(DeviceMemoryUse().bytes_peak - before,
+            std::max<int64_t>(n * n / 4, 128 * 128) * static_cast<int64_t>(sizeof(float)) + 4);
+  const std::vector<float> actual = Download(u);
+  int64_t n_below = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    ASSERT_GT(actual[i * n + i], 0) << i;
+    for (int64_t j = 0; j < i; ++j) n_below += actual[i * n + j] == 0 ? 0 : 1;
+  }
+  EXPECT_EQ(n_below, 0) << "what is not zero below the diagonal";
+  for (int64_t r = 0; r < n; r += std::max<int64_t>(1, n / 11)) {
+    std::vector<double> row(static_cast<size_t>(n), 0.0);  // of U H, in processing order
+    for (int64_t i = r; i < n; ++i) {
+      const double factor = actual[r * n + i];
+      const float* h_row = h.data() + perm[i] * n;
+      for (int64_t j = 0; j < n; ++j) row[j] += factor * h_row[perm[j]];
+      row[i] += factor * add[perm[i]];
+    }
+    for (int64_t s = 0; s < n; ++s) {
+      double product = 0;
+      for (int64_t j = s; j < n; ++j) product += row[j] * actual[s * n + j];
+      ASSERT_NEAR(product, r == s ? 1.0 : 0.0, 1e-4) << r << " " << s;
+    }
+  }
+}
+
+// Around the blocks of 128 and panels of 512 of the factorization, and the levels of the inverse.
+// From 2048 on these take other products: a rest (2112, 3000), a pair (4224), two and a rest.
+INSTANTIATE_TEST_SUITE_P(Sizes, FactorGpuTest,
+                         ::testing::Values(1, 2, 31, 64, 65, 127, 128, 129, 255, 257, 511, 512, 513,
+                                           641, 1023, 1024, 1088, 2047, 2048, 2112, 3000, 4224,
+                                           6211, 8320));
+
+TEST_F(GptqFixture, FactorOfNothing) { EXPECT_OK(FactorHessian(context(), {.dim = 0})); }
+
+// A diagonal element that is zero, negative or not finite, wherever it stands: the one verdict is
+// read after all of the work.
+TEST_F(GptqFixture, RefusesWhatIsNotPositiveDefinite) {
+  for (const int64_t n : {1, 64, 300, 700}) {
+    for (const int64_t at : {int64_t{0}, n / 2, n - 1}) {
+      for (const float value : {0.0f, -1.0f, std::numeric_limits<float>::infinity(),
+                                std::numeric_limits<float>::quiet_NaN()}) {
+        std::vector<float> h(static_cast<size_t>(n * n), 0.0f);
+        for (int64_t i = 0; i < n; ++i) h[i * n + i] = 2.0f;
+        h[at * n + at] = value;
+        const auto device_h = Upload(h);
+        std::vector<int32_t> perm(static_cast<size_t>(n));
+        std::iota(perm.begin(), perm.end(), 0);
+        const auto device_perm = Upload(perm);
+        const auto add = Upload(std::vector<float>(static_cast<size_t>(n), 0.0f));
+        auto u = Poisoned<float>(n * n);
+        EXPECT_THAT(FactorHessian(context(), {.dim = n,
+                                              .h = device_h.data(),
+                                              .perm = device_perm.data(),
+                                              .diagonal_add = add.data(),
+                                              .u = u.data()}),
+                    testing::HasCode(absl::StatusCode::kFailedPrecondition))
+            << n << " " << at << " " << value;
+      }
+    }
+  }
+}
+
+// Indefinite, though its diagonal is positive.
+TEST_F(GptqFixture, RefusesWhatIsIndefinite) {
+  const int64_t n = 300;
+  std::vector<float> h(static_cast<size_t>(n * n), 0.0f);
+  for (int64_t i = 0; i < n; ++i) h[i * n + i] = 1.0f;
+  h[290 * n + 3] = h[3 * n + 290] = 1.5f;
+  const auto device_h = Upload(h);
+  std::vector<int32_t> perm(static_cast<size_t>(n));
   std::iota(perm.begin(), perm.end(), 0);
   const auto device_perm = Upload(perm);
-  const auto add = Upload(std::vector<float>(64, 0.0f));
-  auto u = Poisoned<float>(64 * 64);
-  EXPECT_THAT(FactorHessian(context(), {.dim = 64,
+  const auto add = Upload(std::vector<float>(static_cast<size_t>(n), 0.0f));
+  auto u = Poisoned<float>(n * n);
+  EXPECT_THAT(FactorHessian(context(), {.dim = n,
                                         .h = device_h.data(),
                                         .perm = device_perm.data(),
                                         .diagonal_add = add.data(),

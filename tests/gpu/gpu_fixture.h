@@ -34,6 +34,7 @@ class GpuTest : public ::testing::Test {
     EXPECT_EQ(cudaMemsetAsync(buffer.data(), 0xff, static_cast<size_t>(buffer.size_bytes()),
                               context_->stream()),
               cudaSuccess);
+    EXPECT_OK(context_->Synchronize());  // some operations run on the other stream
     return buffer;
   }
   template <typename T>

@@ -1,12 +1,11 @@
 // Upper factor of the inverse Hessian without forming the inverse.
 //
 // Bound: arithmetic: n³/3 for the Cholesky and n³/3 for the triangular inverse, in fp32.
-#include <vector>
-
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
 #include "worker/kernels/cuda/gptq.h"
+#include "worker/kernels/cuda/triangular.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -64,29 +63,17 @@ absl::Status FactorHessian(Context& context, const FactorHessianParams& params) 
   const int64_t n = params.dim;
   if (n == 0) return absl::OkStatus();
   const cudaStream_t stream = context.side();
-  const cusolverDnHandle_t solver = context.side_solver();
+  const cublasHandle_t blas = context.side_blas();
   const auto tiles = static_cast<unsigned>((n + kTile - 1) / kTile);
   GatherReversed<<<dim3(tiles, tiles), dim3(kTile, 8), 0, stream>>>(
       params.h, params.perm, params.diagonal_add, n, params.u);
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("GatherReversed", stream);
 
-  // cuSOLVER is column-major: its upper triangle is our lower one.
-  constexpr cublasFillMode_t kOurLower = CUBLAS_FILL_MODE_UPPER;
-  size_t device_bytes = 0;
-  size_t host_bytes = 0;
-  WALSH_CUSOLVER_RETURN_IF_ERROR(cusolverDnXpotrf_bufferSize(solver, nullptr, kOurLower, n,
-                                                             CUDA_R_32F, params.u, n, CUDA_R_32F,
-                                                             &device_bytes, &host_bytes));
-  WALSH_ASSIGN_OR_RETURN(
-      auto work, DeviceBuffer<unsigned char>::Allocate(static_cast<int64_t>(device_bytes), stream));
+  WALSH_RETURN_IF_ERROR(FactorLower(blas, stream, n, params.u));
+  WALSH_RETURN_IF_ERROR(InvertLower(blas, stream, n, params.u));
+  // A factorization that has failed goes through all of that, and shows in the diagonal.
   WALSH_ASSIGN_OR_RETURN(auto info, DeviceBuffer<int>::Allocate(1, stream));
-  std::vector<unsigned char> host_work(host_bytes);
-
-  WALSH_CUSOLVER_RETURN_IF_ERROR(
-      cusolverDnXpotrf(solver, nullptr, kOurLower, n, CUDA_R_32F, params.u, n, CUDA_R_32F,
-                       work.data(), device_bytes, host_work.data(), host_bytes, info.data()));
-  // Where it has failed, `info` keeps that, and the rest is computed for nothing.
-  WALSH_RETURN_IF_ERROR(InvertLower(context.side_blas(), stream, n, params.u));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(info.data(), 0, sizeof(int), stream));
   const dim3 grid(static_cast<unsigned>((n + 255) / 256), static_cast<unsigned>((n + 1) / 2));
   ReverseAndCheck<<<grid, 256, 0, stream>>>(params.u, n, info.data());
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ReverseAndCheck", stream);

@@ -41,10 +41,6 @@ struct FactorHessianParams {
 // Runs on the context's side stream and synchronizes it to read the factorization's verdict.
 absl::Status FactorHessian(Context& context, const FactorHessianParams& params);
 
-// Inverse of the lower triangular `l` [n, n] in place; what stands above the diagonal becomes zero.
-// Work goes to `stream`, to which `blas` is bound.
-absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, float* l);
-
 // The error-propagated target, W += β W D (H + λI)⁻¹ with (H + λI)⁻¹ = Uᵀ U in processing order:
 // see worker/gptq/error_propagation.h. In fp32 (products with W by 3×TF32, which keeps its
 // precision): the inverse amplifies what rounding leaves in D's large directions.

@@ -1,7 +1,6 @@
 // Inverse of a lower triangular matrix, in place, by doubling.
 //
-// Diagonal blocks of 64 are inverted on chip, all at once; then each level joins pairs of inverted
-// blocks:
+// The diagonal blocks come inverted; each level joins pairs of inverted blocks:
 //     | A  0 |⁻¹    |  A⁻¹          0  |
 //     | B  C |    = | −C⁻¹ B A⁻¹   C⁻¹ |
 // Small levels take two batched products, which count the zeros of A⁻¹ and C⁻¹ as work; large ones,
@@ -14,42 +13,21 @@
 #include <algorithm>
 
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/kernels/cuda/gptq.h"
+#include "worker/kernels/cuda/triangular.h"
 
 namespace walsh::kernels::cuda {
 namespace {
 
-constexpr int kBlock = 64;
 // Least size of A from which a pair fills the device alone.
 constexpr int64_t kTriangularMin = 2048;
 constexpr cublasFillMode_t kOurLower = CUBLAS_FILL_MODE_UPPER;
 
-// One CTA a diagonal block, a thread a column of the inverse; the strict upper part becomes zero.
-__global__ void __launch_bounds__(kBlock) InvertDiagonalBlocks(int64_t n, float* l) {
-  __shared__ float block[kBlock][kBlock + 1];
-  __shared__ float inverse[kBlock][kBlock + 1];
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock;
-  const int size = static_cast<int>(min(static_cast<int64_t>(kBlock), n - first));
-  const int column = static_cast<int>(threadIdx.x);
-  for (int i = 0; i < size; ++i) {
-    if (column < size) block[i][column] = l[(first + i) * n + first + column];
-  }
-  __syncthreads();
-  if (column < size) {
-    for (int i = 0; i < size; ++i) {
-      float sum = i == column ? 1.0f : 0.0f;
-      for (int k = column; k < i; ++k) sum = fmaf(-block[i][k], inverse[k][column], sum);
-      inverse[i][column] = i < column ? 0.0f : sum / block[i][i];
-    }
-    for (int i = 0; i < size; ++i) l[(first + i) * n + first + column] = inverse[i][column];
-  }
-}
-
 __global__ void ZeroAboveDiagonalBlocks(int64_t n, float* l) {
   const int64_t row = blockIdx.y;
-  const int64_t begin = (row / kBlock + 1) * kBlock;
+  const int64_t begin = (row / kFactorBlock + 1) * kFactorBlock;
   const int64_t column = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (column < n) l[row * n + column] = 0.0f;
 }
@@ -152,12 +130,9 @@ absl::Status InvertLower(cublasHandle_t blas, cudaStream_t stream, int64_t n, fl
   ZeroAboveDiagonalBlocks<<<dim3(static_cast<unsigned>((n + 255) / 256), static_cast<unsigned>(n)),
                             256, 0, stream>>>(n, l);
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("ZeroAboveDiagonalBlocks", stream);
-  InvertDiagonalBlocks<<<static_cast<unsigned>((n + kBlock - 1) / kBlock), kBlock, 0, stream>>>(n,
-                                                                                                l);
-  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("InvertDiagonalBlocks", stream);
   // A level's results, all of them: r · s where r + s ≤ n, or half of its blocks of s ≤ n/2.
   WALSH_ASSIGN_OR_RETURN(auto scratch, DeviceBuffer<float>::Allocate(n * n / 4, stream));
-  for (int64_t s = kBlock; s < n; s *= 2) {
+  for (int64_t s = kFactorBlock; s < n; s *= 2) {
     const int64_t n_pairs = n / (2 * s);
     const int64_t rest = n % (2 * s);
     WALSH_RETURN_IF_ERROR(

@@ -64,6 +64,11 @@ WALSH_FORWARD_CUBLAS(cublasSgemmStridedBatched,
                       const float* beta, float* c, int c_ld, long long int c_stride, int batch),
                      (handle, op_a, op_b, m, n, k, alpha, a, a_ld, a_stride, b, b_ld, b_stride,
                       beta, c, c_ld, c_stride, batch))
+WALSH_FORWARD_CUBLAS(cublasSsyrk_v2,
+                     (cublasHandle_t handle, cublasFillMode_t triangle, cublasOperation_t op_a,
+                      int n, int k, const float* alpha, const float* a, int a_ld, const float* beta,
+                      float* c, int c_ld),
+                     (handle, triangle, op_a, n, k, alpha, a, a_ld, beta, c, c_ld))
 WALSH_FORWARD_CUBLAS(cublasStrmm_v2,
                      (cublasHandle_t handle, cublasSideMode_t side, cublasFillMode_t triangle,
                       cublasOperation_t op_a, cublasDiagType_t diagonal, int m, int n,
