@@ -122,6 +122,15 @@ std::string StageTable(const Job::Result& result) {
   return table.Text(2);
 }
 
+// Where a job on a device spent its time: cuts across the stages, and is finer.
+std::string StepTable(const Job::Result& result) {
+  Table table({{"device work"}, {"seconds", Align::kRight}});
+  for (const auto& time : result.step_times()) {
+    table.AddRow({time.name(), absl::StrFormat("%.2f", time.seconds())});
+  }
+  return table.Text(2);
+}
+
 std::string WorstLinearsTable(const Job::Result& result) {
   std::vector<const Job::LinearResult*> linears;
   for (const auto& linear : result.per_layer()) linears.push_back(&linear);
@@ -181,6 +190,7 @@ std::string ResultText(const Job& job) {
   if (!result.device().empty()) AppendFact(text, "device", result.device());
   if (result.peak_memory_bytes() > 0) AppendFact(text, "memory", MemoryText(result));
   if (result.stage_times_size() > 0) absl::StrAppend(&text, "\n", StageTable(result));
+  if (result.step_times_size() > 0) absl::StrAppend(&text, "\n", StepTable(result));
   if (result.per_layer_size() > 0) absl::StrAppend(&text, "\n", WorstLinearsTable(result));
   return text + WarningsText(result.warnings());
 }

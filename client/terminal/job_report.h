@@ -10,7 +10,7 @@
 namespace walsh::client {
 
 // Everything worth knowing about a job in any state; of a finished one: bits, sizes, perplexities,
-// seconds per stage, the worst linears, warnings.
+// seconds per stage and per kind of work on a device, the worst linears, warnings.
 std::string JobReport(const v1::QuantizationJob& job);
 std::string JobTable(const std::vector<v1::QuantizationJob>& jobs);
 // "4 bits, group 64, GPTQ, GSR rotation" with what the job resolved, where it did.

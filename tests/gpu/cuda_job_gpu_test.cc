@@ -9,7 +9,9 @@
 #include <memory>
 #include <ostream>
 #include <random>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
@@ -200,6 +202,35 @@ INSTANTIATE_TEST_SUITE_P(
         Variant{"BiasesUnrotated", WithBiases(), rotate::Kind::kNone, false, Quantizer(8, 64)},
         Variant{"OddWidth", Odd(), rotate::Kind::kWalsh, false, Quantizer(4, 32)}),
     [](const auto& variant) { return std::string(variant.param.name); });
+
+TEST_F(CudaJobTest, SaysWhereItsTimeWent) {
+  ASSERT_OK_AND_ASSIGN(const JobReport report, RunOnCuda(Job()));
+  std::vector<std::string> names;
+  double total = 0;
+  for (const StepTime& step : report.steps) {
+    names.push_back(step.name);
+    EXPECT_GT(step.seconds, 0) << step.name;
+    total += step.seconds;
+  }
+  for (const char* name : {"gate", "forward", "attention", "original_flow", "hessian", "cross",
+                           "factorization", "error_propagation", "columns", "report", "pack",
+                           "other", "evaluate_original", "evaluate_stored", "evaluate_logits"}) {
+    EXPECT_THAT(names, ::testing::Contains(name));
+  }
+  EXPECT_EQ(std::set<std::string>(names.begin(), names.end()).size(), names.size());
+  // The steps take turns: nothing is counted twice.
+  double all_stages = 0;
+  for (const double seconds : report.stage_seconds) all_stages += seconds;
+  EXPECT_LT(total, all_stages);
+
+  JobSpec plain = Job();
+  plain.rotation = rotate::Kind::kNone;
+  plain.evaluate = false;
+  ASSERT_OK_AND_ASSIGN(const JobReport without, RunOnCuda(plain, "plain"));
+  for (const StepTime& step : without.steps) {
+    EXPECT_THAT(step.name, ::testing::Not(::testing::AnyOf("gate", ::testing::StartsWith("eval"))));
+  }
+}
 
 TEST_F(CudaJobTest, TwoRunsGiveTheSameBytes) {
   JobSpec spec = Job();

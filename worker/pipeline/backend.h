@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -54,6 +55,12 @@ struct DeviceMemory {
   int64_t free_bytes = 0;
 };
 
+// What a job took of its backend.
+struct JobUse {
+  int64_t peak_device_bytes = 0;  // the largest sum of the backend's own buffers
+  std::vector<StepTime> steps;    // JobReport::steps
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -64,8 +71,6 @@ class Backend {
   virtual MemoryNeeds Needs(const JobSpec& spec, const ModelConfig& config,
                             const ResolvedJob& job) const = 0;
   virtual absl::StatusOr<DeviceMemory> memory() const = 0;
-  // The most device memory that the backend's own buffers took since the last call.
-  virtual int64_t TakePeakDeviceBytes() = 0;
   // UNIMPLEMENTED names what the backend cannot do for this model.
   virtual absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const = 0;
 
@@ -81,6 +86,9 @@ class Backend {
   virtual absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
                                            const calibrate::TokenWindows& windows,
                                            Progress& progress) = 0;
+  // Called after each job, however it ended: gives back what the backend kept from one of the calls
+  // above to the next.
+  virtual JobUse EndJob() = 0;
 };
 
 std::unique_ptr<Backend> MakeCpuBackend();

@@ -19,7 +19,7 @@ class CpuBackend final : public Backend {
     return {.host_bytes = HostMemoryNeeded(spec, config, job)};
   }
   absl::StatusOr<DeviceMemory> memory() const override { return DeviceMemory(); }
-  int64_t TakePeakDeviceBytes() override { return 0; }
+  JobUse EndJob() override { return {}; }
   absl::Status CheckSupported(const ModelConfig&, const ResolvedJob&) const override {
     return absl::OkStatus();
   }

@@ -64,18 +64,37 @@ class OutputGuard {
   bool is_armed_ = false;
 };
 
+// Ends the job on its backend, however the job ends.
+class BackendRun {
+ public:
+  explicit BackendRun(Backend& backend) : backend_(backend) {}
+  ~BackendRun() {
+    if (!has_ended_) backend_.EndJob();
+  }
+  BackendRun(const BackendRun&) = delete;
+  BackendRun& operator=(const BackendRun&) = delete;
+  JobUse End() {
+    has_ended_ = true;
+    return backend_.EndJob();
+  }
+
+ private:
+  Backend& backend_;
+  bool has_ended_ = false;
+};
+
 class Job {
  public:
   Job(const JobSpec& spec, Backend& backend, ThreadPool& pool, const Observer& observer)
       : spec_(spec),
         backend_(backend),
+        backend_run_(backend),
         pool_(pool),
         progress_(observer),
         output_(spec.output_directory) {}
 
   absl::StatusOr<JobReport> Run() {
     ResetPeakMemory();
-    backend_.TakePeakDeviceBytes();
     WALSH_RETURN_IF_ERROR(Validate());
     WALSH_RETURN_IF_ERROR(Load());
     WALSH_RETURN_IF_ERROR(CheckEquivalence());
@@ -89,7 +108,9 @@ class Job {
     WALSH_RETURN_IF_ERROR(Evaluate());
     progress_.FinishTimes(report_.stage_seconds);
     report_.peak_memory_bytes = PeakMemoryBytes();
-    report_.peak_device_memory_bytes = backend_.TakePeakDeviceBytes();
+    JobUse use = backend_run_.End();
+    report_.peak_device_memory_bytes = use.peak_device_bytes;
+    report_.steps = std::move(use.steps);
     output_.Keep();
     return std::move(report_);
   }
@@ -227,9 +248,8 @@ class Job {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
     WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
     const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
-    WALSH_ASSIGN_OR_RETURN(report_.artifact,
-                           writer->Finish(QuantizationConfig(spec_, job_),
-                                          ArtifactReport(inputs, report_), keep_going_));
+    WALSH_ASSIGN_OR_RETURN(report_.artifact, writer->Finish(QuantizationConfig(spec_, job_),
+                                                            ArtifactReport(inputs, report_), keep_going_));
     report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }
@@ -259,6 +279,7 @@ class Job {
 
   const JobSpec& spec_;
   Backend& backend_;
+  BackendRun backend_run_;
   ThreadPool& pool_;
   Progress progress_;
   const KeepGoing keep_going_ = [this] { return progress_.Within(0); };

@@ -69,6 +69,12 @@ struct LinearReport {
   std::string fallback;  // reason of a fall-back to round-to-nearest; empty without one
 };
 
+// Seconds of one kind of work; names as in walsh/v1/quantization.proto, step_times.
+struct StepTime {
+  std::string name;
+  double seconds = 0;
+};
+
 struct JobReport {
   ArtifactInfo artifact;
   int64_t source_size_bytes = 0;
@@ -89,6 +95,7 @@ struct JobReport {
   // avoid, and of the original's beside them, which error propagation adds.
   double forward_seconds = 0;
   double original_forward_seconds = 0;
+  std::vector<StepTime> steps;  // finer than the stages, on a device; empty on the CPU
   std::vector<LinearReport> linears;
   int64_t samples_kept = 0, samples_dropped = 0, samples_short = 0;
   int64_t calibration_windows = 0, calibration_tokens = 0;

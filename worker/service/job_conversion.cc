@@ -215,6 +215,11 @@ QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::s
     time.set_stage(ToProto(static_cast<pipeline::Stage>(stage)));
     time.set_seconds(report.stage_seconds[stage]);
   }
+  for (const pipeline::StepTime& step : report.steps) {
+    QuantizationJob::StepTime& time = *result.add_step_times();
+    time.set_name(step.name);
+    time.set_seconds(step.seconds);
+  }
   for (const pipeline::LinearReport& linear : report.linears) {
     *result.add_per_layer() = ToProto(linear);
   }

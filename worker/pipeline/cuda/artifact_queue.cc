@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "worker/pipeline/cuda/wait_timer.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
@@ -30,6 +31,7 @@ ArtifactQueue::~ArtifactQueue() {
 
 absl::Status ArtifactQueue::WaitUntil(std::unique_lock<std::mutex>& lock,
                                       const std::function<bool()>& is_so) {
+  const WaitTimer timer(&seconds_waited_);
   while (!changed_.wait_for(lock, kAskInterval, is_so)) {
     lock.unlock();
     const absl::Status status = Ask(keep_going_);

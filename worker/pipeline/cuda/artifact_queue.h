@@ -36,6 +36,8 @@ class ArtifactQueue {
   absl::Status Push(int64_t n_bytes, Write write);
   // Waits for all of them.
   absl::Status Finish();
+  // That Push and Finish have waited so far.
+  double seconds_waited() const { return seconds_waited_; }
 
  private:
   struct Entry {
@@ -52,7 +54,8 @@ class ArtifactQueue {
   std::deque<Entry> entries_;  // the front one is being written
   int64_t bytes_ = 0;          // of all entries
   bool is_done_ = false;
-  absl::Status status_;  // of the first write that failed; nothing is written after it
+  double seconds_waited_ = 0;  // of the caller's thread
+  absl::Status status_;        // of the first write that failed; nothing is written after it
   std::thread thread_;
 };
 

@@ -19,6 +19,7 @@
 #include "worker/pipeline/cuda/layer_forward.h"
 #include "worker/pipeline/cuda/layer_quantizer.h"
 #include "worker/pipeline/cuda/model_source.h"
+#include "worker/pipeline/cuda/stage_clock.h"
 #include "worker/pipeline/cuda/transfer.h"
 #include "worker/pipeline/cuda/weight_loader.h"
 #include "worker/pipeline/layer_quantizer.h"
@@ -46,6 +47,19 @@ class ReleaseMemory {
   Context& context_;
 };
 
+// Seconds by kind of work; the names are those of walsh/v1/quantization.proto, step_times.
+class StepTimes {
+ public:
+  // Rounding of differences can leave less than nothing.
+  void Add(const char* name, double seconds) {
+    if (seconds > 0) steps_.push_back({name, seconds});
+  }
+  std::vector<StepTime> Take() { return std::exchange(steps_, {}); }
+
+ private:
+  std::vector<StepTime> steps_;
+};
+
 // The linears of a set, in the order of their rows.
 std::vector<LinearShape> PartsOf(LinearSet set, const ModelConfig& config) {
   const std::vector<LinearShape> all = LinearShapes(config);  // q, k, v, o, gate, up, down
@@ -66,7 +80,7 @@ std::vector<LinearShape> PartsOf(LinearSet set, const ModelConfig& config) {
 class QuantizeRun {
  public:
   QuantizeRun(Context& context, const JobInputs& inputs, const calibrate::TokenWindows& windows,
-              ArtifactWriter& writer, Progress& progress, JobReport& report)
+              ArtifactWriter& writer, Progress& progress, JobReport& report, StepTimes& steps)
       : context_(context),
         inputs_(inputs),
         config_(inputs.checkpoint.config()),
@@ -74,7 +88,8 @@ class QuantizeRun {
         windows_(windows),
         queue_(writer, [&progress] { return progress.Within(0); }),
         progress_(progress),
-        report_(report) {}
+        report_(report),
+        steps_(steps) {}
 
   static LayerQuantizerOptions Options(const ResolvedJob& job, int64_t n_windows, int64_t window) {
     return {.gptq = job.quantizer,
@@ -100,18 +115,45 @@ class QuantizeRun {
       WALSH_RETURN_IF_ERROR(progress_.Advance(work));
       progress_.LayerDone();
     }
-    const LayerTimes& times = quantizer_->times();
-    report_.forward_seconds = (times.forward_ms + times.attention_ms) / 1e3;
-    report_.original_forward_seconds = times.original_ms / 1e3;
-    quantizer_.reset();
     WALSH_RETURN_IF_ERROR(Head());
+    WALSH_RETURN_IF_ERROR(clock().Finish());
+    const LayerTimes times = quantizer_->times();
+    quantizer_.reset();
+    const double waited_between = queue_.seconds_waited();
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
-    return queue_.Finish();
+    WALSH_RETURN_IF_ERROR(queue_.Finish());
+    ReportTimes(times, waited_between);
+    return absl::OkStatus();
   }
 
  private:
+  StageClock& clock() { return quantizer_->clock(); }
+
+  // `waited_between`: seconds that the layers waited for the artifact's files.
+  void ReportTimes(const LayerTimes& times, double waited_between) {
+    report_.forward_seconds = (times.forward_ms + times.attention_ms) / 1e3;
+    report_.original_forward_seconds = times.original_ms / 1e3;
+    const double read_wait = loader_->seconds_waited();
+    steps_.Add("read_wait", read_wait);
+    // The stream waits for what the host waits for.
+    steps_.Add("fold_rotate", fold_ms_ / 1e3 - read_wait);
+    steps_.Add("forward", times.forward_ms / 1e3);
+    steps_.Add("attention", times.attention_ms / 1e3);
+    steps_.Add("original_flow", times.original_ms / 1e3);
+    steps_.Add("hessian", times.hessian_ms / 1e3);
+    steps_.Add("cross", times.cross_ms / 1e3);
+    steps_.Add("factorization", times.factor_ms / 1e3);
+    steps_.Add("error_propagation", times.propagate_ms / 1e3);
+    steps_.Add("columns", times.columns_ms / 1e3);
+    steps_.Add("report", times.report_ms / 1e3);
+    steps_.Add("pack", pack_ms_ / 1e3 - waited_between);
+    steps_.Add("other", times.other_ms / 1e3);
+    steps_.Add("write_wait", queue_.seconds_waited());
+  }
+
   absl::Status Embedding() {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1, "embedding"));
+    WALSH_RETURN_IF_ERROR(clock().Enter(&fold_ms_));
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader_->Embedding());
     WALSH_RETURN_IF_ERROR(loader_->RotateEmbedding(embedding));
     const auto n = static_cast<int64_t>(windows_.ids.size());
@@ -124,6 +166,7 @@ class QuantizeRun {
   absl::Status Layer(int64_t index) {
     WALSH_RETURN_IF_ERROR(progress_.Pass(Stage::kCalibrating, index));
     progress_.Charge(Stage::kRotating);
+    WALSH_RETURN_IF_ERROR(clock().Enter(&fold_ms_));
     WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> layer, loader_->Layer(index));
     WALSH_RETURN_IF_ERROR(loader_->Rotate(layer));
     WALSH_RETURN_IF_ERROR(ReadBiases(layer));
@@ -157,6 +200,7 @@ class QuantizeRun {
 
   absl::Status WriteSet(int64_t index, const QuantizedSet& set) {
     progress_.Charge(Stage::kPacking);
+    WALSH_RETURN_IF_ERROR(clock().Enter(&pack_ms_));
     int64_t first_row = 0;
     for (const LinearShape& part : PartsOf(set.set, config_)) {
       WALSH_ASSIGN_OR_RETURN(PackedTensors packed, PackPart(set, first_row, part.out));
@@ -262,6 +306,7 @@ class QuantizeRun {
   }
 
   absl::Status WriteBf16(const std::string& name, int64_t rows, const DeviceBuffer<float>& values) {
+    WALSH_RETURN_IF_ERROR(clock().Enter(&pack_ms_));
     WALSH_ASSIGN_OR_RETURN(const auto rounded, ToBf16(context_, values));
     Bf16Matrix matrix;
     matrix.rows = rows;
@@ -276,6 +321,7 @@ class QuantizeRun {
 
   absl::Status Head() {
     progress_.Charge(Stage::kRotating);
+    WALSH_RETURN_IF_ERROR(clock().Enter(&fold_ms_));
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> norm, loader_->FinalNorm());
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> head, loader_->Head());
     WALSH_RETURN_IF_ERROR(loader_->RotateHead(norm, head));
@@ -293,6 +339,9 @@ class QuantizeRun {
   ArtifactQueue queue_;
   Progress& progress_;
   JobReport& report_;
+  StepTimes& steps_;
+  double fold_ms_ = 0;  // on the stream, as LayerTimes
+  double pack_ms_ = 0;
   std::unique_ptr<WeightLoader> loader_;
   std::unique_ptr<LayerQuantizer> quantizer_;
   std::vector<float> biases_[kLinearSets];  // of the running layer
@@ -318,10 +367,10 @@ class CudaBackend final : public Backend {
     return DeviceMemory{usable_bytes_, static_cast<int64_t>(free)};
   }
 
-  int64_t TakePeakDeviceBytes() override {
-    const int64_t peak = ops::DeviceMemoryUse().bytes_peak;
+  JobUse EndJob() override {
+    JobUse use = {.peak_device_bytes = ops::DeviceMemoryUse().bytes_peak, .steps = steps_.Take()};
     ops::ResetDeviceMemoryPeak();
-    return peak;
+    return use;
   }
 
   absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const override {
@@ -363,10 +412,7 @@ class CudaBackend final : public Backend {
                         ArtifactWriter& writer, Progress& progress, JobReport& report) override {
     WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
     const ReleaseMemory release(*context_);
-    ops::ResetDeviceMemoryPeak();
-    WALSH_RETURN_IF_ERROR(QuantizeRun(*context_, inputs, windows, writer, progress, report).Run());
-    report.peak_device_memory_bytes = ops::DeviceMemoryUse().bytes_peak;
-    return absl::OkStatus();
+    return QuantizeRun(*context_, inputs, windows, writer, progress, report, steps_).Run();
   }
 
   absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
@@ -380,7 +426,10 @@ class CudaBackend final : public Backend {
     const auto show = [&](double fraction) { return progress.Within(fraction * work); };
     Evaluator evaluator(context_.get(), config, windows);
     Evaluator::Outcome before, after;
+    StageClock clock(context_->stream());
+    double before_ms = 0, after_ms = 0, compare_ms = 0;
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "original"));
+    WALSH_RETURN_IF_ERROR(clock.Enter(&before_ms));
     {
       WALSH_ASSIGN_OR_RETURN(
           const rotate::Rotation none,
@@ -393,12 +442,18 @@ class CudaBackend final : public Backend {
     }
     WALSH_RETURN_IF_ERROR(progress.Advance(work));
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "quantized"));
+    WALSH_RETURN_IF_ERROR(clock.Enter(&after_ms));
     {
       const std::unique_ptr<ModelSource> quantized = MakeArtifactSource(context_.get(), artifact);
       WALSH_ASSIGN_OR_RETURN(after, evaluator.Forward(*quantized, show));
     }
+    WALSH_RETURN_IF_ERROR(clock.Enter(&compare_ms));
     WALSH_ASSIGN_OR_RETURN(Quality quality,
                            evaluator.Compare(before, after, [&] { return show(1.0); }));
+    WALSH_RETURN_IF_ERROR(clock.Finish());
+    steps_.Add("evaluate_original", before_ms / 1e3);
+    steps_.Add("evaluate_stored", after_ms / 1e3);
+    steps_.Add("evaluate_logits", compare_ms / 1e3);
     WALSH_RETURN_IF_ERROR(progress.Advance(work));
     return quality;
   }
@@ -448,6 +503,7 @@ class CudaBackend final : public Backend {
   static constexpr int64_t kGridMax = 65535;
   const std::unique_ptr<Context> context_;
   const int64_t usable_bytes_;
+  StepTimes steps_;  // of the running job
 };
 
 // Both models side by side in floats, without TF32: a layer is used as it is, then rotated and used
@@ -467,6 +523,9 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
   WALSH_ASSIGN_OR_RETURN(
       auto forward, LayerForward<float>::Create(context_.get(), shape,
                                                 RopeInverseFrequencies(config), windows.length, n));
+  StageClock clock(stream);
+  double gate_ms = 0;
+  WALSH_RETURN_IF_ERROR(clock.Enter(&gate_ms));
   DeviceBuffer<float> hidden[2];  // original, rotated
   WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(*context_, windows.ids));
   {
@@ -507,6 +566,8 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
                                                cudaMemcpyDeviceToHost, stream));
     WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
   }
+  WALSH_RETURN_IF_ERROR(clock.Finish());
+  steps_.Add("gate", gate_ms / 1e3);
   return CompareLogits(logits[0], logits[1]);
 }
 

@@ -11,7 +11,6 @@
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/kernels/cuda/row_forms.h"
-#include "worker/pipeline/cuda/stage_clock.h"
 #include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
@@ -115,6 +114,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
 
   float* hidden() override { return hidden_.data(); }
   const LayerTimes& times() const override { return times_; }
+  StageClock& clock() override { return clock_; }
 
   absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, bool is_last,
                              const OnStep& on_step, const Emit& emit) override {

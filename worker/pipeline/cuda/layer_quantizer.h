@@ -31,6 +31,7 @@
 #include "absl/status/statusor.h"
 #include "worker/gptq/options.h"
 #include "worker/pipeline/cuda/layer_forward.h"
+#include "worker/pipeline/cuda/stage_clock.h"
 #include "worker/pipeline/cuda/weight_loader.h"
 
 namespace walsh::pipeline::cuda {
@@ -101,6 +102,9 @@ class LayerQuantizer {
   virtual absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, bool is_last,
                                      const OnStep& on_step, const Emit& emit) = 0;
   virtual const LayerTimes& times() const = 0;
+  // Runs while `emit` is called, and is finished when QuantizeLayer returns: the caller may enter
+  // totals of its own before and in between.
+  virtual StageClock& clock() = 0;
 
   // Upper bound of the device bytes for this shape: residual streams, kept activations, Hessian and
   // factor, what quantizing the largest set takes. A layer's weights are the loader's.

@@ -14,6 +14,7 @@
 #include "worker/kernels/cuda/stored_weights.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/pipeline/cuda/pinned_buffer.h"
+#include "worker/pipeline/cuda/wait_timer.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
@@ -179,13 +180,7 @@ class Loader final : public WeightLoader {
   }
 
   absl::StatusOr<DeviceLayer<float>> Layer(int64_t index) override {
-    WALSH_RETURN_IF_ERROR(Await());
-    Slab* slab = std::find_if(std::begin(slabs_), std::end(slabs_),
-                              [&](const Slab& s) { return s.layer == index; });
-    if (slab == std::end(slabs_)) {
-      slab = &slabs_[static_cast<size_t>(index % kSlabs)];
-      WALSH_RETURN_IF_ERROR(Read(index, *slab));
-    }
+    WALSH_ASSIGN_OR_RETURN(Slab * slab, Await(index));
     if (index + 1 < checkpoint_.config().n_layers) {
       Slab* next = slab == slabs_.data() ? &slabs_[1] : &slabs_[0];
       reading_ = std::async(std::launch::async, [this, index, next]() -> absl::Status {
@@ -245,10 +240,21 @@ class Loader final : public WeightLoader {
     return r1_->RotateRows(context_, checkpoint_.config().vocab, shape_.hidden, final_norm.data(),
                            head.data());
   }
+  double seconds_waited() const override { return seconds_waited_; }
   bool is_rotated() const override { return r1_.has_value(); }
 
  private:
-  absl::Status Await() { return reading_.valid() ? reading_.get() : absl::OkStatus(); }
+  // The slab with a layer that has been read.
+  absl::StatusOr<Slab*> Await(int64_t index) {
+    const WaitTimer timer(&seconds_waited_);
+    if (reading_.valid()) WALSH_RETURN_IF_ERROR(reading_.get());
+    Slab* slab = std::find_if(std::begin(slabs_), std::end(slabs_),
+                              [&](const Slab& s) { return s.layer == index; });
+    if (slab != std::end(slabs_)) return slab;
+    slab = &slabs_[static_cast<size_t>(index % kSlabs)];
+    WALSH_RETURN_IF_ERROR(Read(index, *slab));
+    return slab;
+  }
 
   // The pieces of a layer, one behind the other.
   absl::Status PlaceLayer(int64_t index, std::vector<Piece>& pieces,
@@ -334,7 +340,10 @@ class Loader final : public WeightLoader {
     const cudaStream_t stream = context_.stream();
     WALSH_ASSIGN_OR_RETURN(const Piece piece, Place(checkpoint_, std::move(name), 0));
     std::vector<std::byte> host(static_cast<size_t>(piece.n_bytes));
-    WALSH_RETURN_IF_ERROR(Fill(checkpoint_, piece, host));
+    {
+      const WaitTimer timer(&seconds_waited_);
+      WALSH_RETURN_IF_ERROR(Fill(checkpoint_, piece, host));
+    }
     WALSH_ASSIGN_OR_RETURN(auto stored, DeviceBuffer<std::byte>::Allocate(piece.n_bytes, stream));
     WALSH_ASSIGN_OR_RETURN(auto values, DeviceBuffer<float>::Allocate(piece.n, stream));
     WALSH_CUDA_RETURN_IF_ERROR(
@@ -375,6 +384,7 @@ class Loader final : public WeightLoader {
   std::array<Slab, kSlabs> slabs_;
   DeviceBuffer<int64_t> first_bad_;  // [kParts]
   std::future<absl::Status> reading_;
+  double seconds_waited_ = 0;
 };
 
 }  // namespace

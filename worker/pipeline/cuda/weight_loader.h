@@ -52,6 +52,8 @@ class WeightLoader {
   virtual absl::Status RotateEmbedding(DeviceBuffer<float>& embedding) = 0;
   virtual absl::Status RotateHead(const DeviceBuffer<float>& final_norm,
                                   DeviceBuffer<float>& head) = 0;
+  // That the calls above have waited for reading so far.
+  virtual double seconds_waited() const = 0;
   // Whether anything is folded and rotated.
   virtual bool is_rotated() const = 0;
 

@@ -93,6 +93,19 @@ TEST(JobReportTest, ShowsTheDeviceAndWhatOnlyItMeasures) {
   EXPECT_THAT(JobReport(job), HasSubstr("divergence")) << "a measured 0 is a result";
 }
 
+TEST(JobReportTest, ShowsWhereADeviceSpentItsTime) {
+  Job job = FinishedJob();
+  EXPECT_THAT(JobReport(job), Not(HasSubstr("device work")));
+  for (const auto& [name, seconds] : {std::pair("hessian", 1.25), std::pair("columns", 12.5)}) {
+    auto* time = job.mutable_result()->add_step_times();
+    time->set_name(name);
+    time->set_seconds(seconds);
+  }
+  EXPECT_THAT(JobReport(job), HasSubstr("\n  device work  seconds\n"
+                                        "  hessian         1.25\n"
+                                        "  columns        12.50\n"));
+}
+
 TEST(JobReportTest, ShowsTheFiveWorstLinearsWorstFirst) {
   const std::string report = JobReport(FinishedJob());
   const size_t worst = report.find("layers.7.mlp.down_proj");

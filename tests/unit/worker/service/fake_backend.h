@@ -26,7 +26,7 @@ class FakeBackend final : public pipeline::Backend {
   explicit FakeBackend(FakeDevice* device) : device_(device) {}
 
   std::string name() const override { return device_->name; }
-  int64_t TakePeakDeviceBytes() override { return 0; }
+  pipeline::JobUse EndJob() override { return {}; }
   pipeline::MemoryNeeds Needs(const pipeline::JobSpec&, const ModelConfig&,
                               const pipeline::ResolvedJob&) const override {
     return device_->needs;
