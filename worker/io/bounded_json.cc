@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <exception>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -17,52 +16,74 @@ namespace {
 
 using nlohmann::json;
 
-// Walks the events of a document without keeping it; the first violation ends the walk.
-class BoundsChecker {
+// Builds a document from its events; the first violation ends the walk.
+class BoundedBuilder {
  public:
-  BoundsChecker(std::string name, int depth_max) : name_(std::move(name)), depth_max_(depth_max) {}
+  BoundedBuilder(std::string name, int depth_max) : name_(std::move(name)), depth_max_(depth_max) {}
   const absl::Status& status() const { return status_; }
+  json TakeDocument() { return std::move(document_); }
 
-  bool null() { return Scalar(); }
-  bool boolean(bool) { return Scalar(); }
-  bool number_integer(json::number_integer_t) { return Scalar(); }
-  bool number_unsigned(json::number_unsigned_t) { return Scalar(); }
-  bool number_float(json::number_float_t, const std::string&) { return Scalar(); }
-  bool string(std::string&) { return Scalar(); }
-  bool binary(json::binary_t&) { return Scalar(); }
-  bool start_object(size_t) { return Enter(true); }
-  bool start_array(size_t) { return Enter(false); }
+  bool null() { return Scalar(nullptr); }
+  bool boolean(bool value) { return Scalar(value); }
+  bool number_integer(json::number_integer_t value) { return Scalar(value); }
+  bool number_unsigned(json::number_unsigned_t value) { return Scalar(value); }
+  bool number_float(json::number_float_t value, const std::string&) { return Scalar(value); }
+  bool string(std::string& value) { return Scalar(std::move(value)); }
+  bool binary(json::binary_t&) { return Fail("binary values"); }  // text has none
+  bool start_object(size_t) { return Enter(json::value_t::object); }
+  bool start_array(size_t) { return Enter(json::value_t::array); }
   bool end_object() { return Leave(); }
   bool end_array() { return Leave(); }
 
   bool key(std::string& key) {
-    if (keys_.back().insert(key).second) return true;
-    return Fail(absl::StrCat("key '", key, "' appears twice in one object"));
+    auto& members = open_.back()->get_ref<json::object_t&>();
+    const auto [member, is_new] = members.try_emplace(std::move(key));
+    member_ = &member->second;
+    return is_new || Fail(absl::StrCat("key '", member->first, "' appears twice in one object"));
   }
   bool parse_error(size_t position, const std::string&, const json::exception&) {
     return Fail(absl::StrCat("invalid JSON at byte ", position));
   }
 
  private:
-  bool Scalar() {
-    if (keys_.empty()) return Fail("the top level is not an object");
+  template <typename T>
+  bool Scalar(T&& value) {
+    if (open_.empty()) return Fail("the top level is not an object");
+    Place(std::forward<T>(value));
     return Count();
+  }
+  bool Enter(json::value_t type) {
+    if (open_.empty() && type != json::value_t::object) {
+      return Fail("the top level is not an object");
+    }
+    if (static_cast<int>(open_.size()) == depth_max_) {
+      return Fail(absl::StrCat("nested deeper than ", depth_max_, " levels"));
+    }
+    open_.push_back(Place(json(type)));
+    return Count();
+  }
+  bool Leave() {
+    open_.pop_back();
+    return true;
+  }
+
+  // A value where the document has come to. Nothing is added to an array while a value in it is
+  // open, so that what is returned stays where it is for as long.
+  template <typename T>
+  json* Place(T&& value) {
+    if (open_.empty()) {
+      document_ = std::forward<T>(value);
+      return &document_;
+    }
+    if (open_.back()->is_array()) {
+      return &open_.back()->get_ref<json::array_t&>().emplace_back(std::forward<T>(value));
+    }
+    *member_ = std::forward<T>(value);
+    return member_;
   }
   bool Count() {
     if (++n_values_ <= kJsonValuesMax) return true;
     return Fail(absl::StrCat("more than ", kJsonValuesMax, " values"));
-  }
-  bool Enter(bool is_object) {
-    if (keys_.empty() && !is_object) return Fail("the top level is not an object");
-    if (static_cast<int>(keys_.size()) == depth_max_) {
-      return Fail(absl::StrCat("nested deeper than ", depth_max_, " levels"));
-    }
-    keys_.emplace_back();
-    return Count();
-  }
-  bool Leave() {
-    keys_.pop_back();
-    return true;
   }
   bool Fail(std::string_view message) {
     status_ = absl::InvalidArgumentError(absl::StrCat(name_, ": ", std::string(message)));
@@ -71,8 +92,9 @@ class BoundsChecker {
 
   const std::string name_;
   const int depth_max_;
-  std::vector<std::set<std::string>>
-      keys_;  // one set for each open object; arrays have an empty one
+  json document_;
+  std::vector<json*> open_;  // objects and arrays, the innermost last
+  json* member_ = nullptr;   // of the innermost object, whose value comes next
   int64_t n_values_ = 0;
   absl::Status status_;
 };
@@ -87,9 +109,9 @@ absl::StatusOr<json> ParseBoundedJson(const std::string& name, std::string_view 
   }
   if (!IsValidUtf8(text)) return absl::InvalidArgumentError(absl::StrCat(name, ": not UTF-8"));
   try {
-    BoundsChecker checker(name, bounds.depth_max);
-    if (!json::sax_parse(text.begin(), text.end(), &checker)) return checker.status();
-    return json::parse(text.begin(), text.end());
+    BoundedBuilder builder(name, bounds.depth_max);
+    if (!json::sax_parse(text.begin(), text.end(), &builder)) return builder.status();
+    return builder.TakeDocument();
   } catch (const std::exception& e) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": invalid JSON: ", e.what()));
   }

@@ -1,6 +1,6 @@
 // JSON from strangers: bounded in bytes, depth and values, valid UTF-8, no key twice in one object.
 //
-// All of that is checked by events, before a document is built.
+// All of that is checked while the document is built, in one pass: a tokenizer has megabytes.
 //
 // Errors:  INVALID_ARGUMENT, with the name that the caller gives, the limit and the value
 // Threads: safe.
