@@ -51,8 +51,10 @@ float Load(const Stored& stored, const uint8_t* bytes) {
 
 class ConvertStoredGpuTest : public GpuTest, public ::testing::WithParamInterface<Stored> {
  protected:
-  // What first_bad becomes from `before`, for values that begin `offset` values into memory.
-  int64_t Convert(const std::vector<float>& values, int64_t offset, int64_t before) {
+  // What first_bad becomes from `before`, for values that begin `offset` values into memory and
+  // `first` values into their tensor.
+  int64_t Convert(const std::vector<float>& values, int64_t offset, int64_t before,
+                  int64_t first = 0) {
     const Stored& stored = GetParam();
     const auto n = static_cast<int64_t>(values.size());
     std::vector<uint8_t> bytes((values.size() + static_cast<size_t>(offset)) * stored.n_bytes);
@@ -64,8 +66,13 @@ class ConvertStoredGpuTest : public GpuTest, public ::testing::WithParamInterfac
     auto y = Poisoned<float>(n + offset + 1);
     const auto poison = Download(y);
     auto first_bad = Upload(std::vector<int64_t>{before});
-    EXPECT_OK(ConvertStored(n, stored.type, x.data() + skipped, y.data() + offset, first_bad.data(),
-                            context().stream()));
+    EXPECT_OK(ConvertStored({.n = n,
+                             .type = stored.type,
+                             .x = x.data() + skipped,
+                             .y = y.data() + offset,
+                             .first = first,
+                             .first_bad = first_bad.data(),
+                             .stream = context().stream()}));
     const std::vector<float> actual = Download(y);
     for (int64_t i = 0; i < n + offset + 1; ++i) {
       const auto at = static_cast<size_t>(i);
@@ -102,6 +109,10 @@ TEST_P(ConvertStoredGpuTest, FindsTheFirstThatIsNotFinite) {
     values[17] = std::numeric_limits<float>::quiet_NaN();
     values[16] = kInfinity;
     EXPECT_EQ(Convert(values, offset, kNone), 16);
+    // Counted in the tensor, beyond 2^32, too.
+    EXPECT_EQ(Convert(values, offset, kNone, 100), 116);
+    EXPECT_EQ(Convert(values, offset, 115, 100), 115);
+    EXPECT_EQ(Convert(values, offset, kNone, int64_t{1} << 33), (int64_t{1} << 33) + 16);
     values[0] = kInfinity;
     EXPECT_EQ(Convert(values, offset, kNone), 0);
     values[0] = 1;
@@ -113,12 +124,18 @@ TEST_P(ConvertStoredGpuTest, RefusesHalvesOfValues) {
   const auto x = Upload(std::vector<uint8_t>(16));
   auto y = Poisoned<float>(4);
   auto first_bad = Upload(std::vector<int64_t>{kNone});
-  EXPECT_THAT(ConvertStored(1, GetParam().type, x.data() + 1, y.data(), first_bad.data(),
-                            context().stream()),
+  ConvertStoredParams params{.n = 1,
+                             .type = GetParam().type,
+                             .x = x.data() + 1,
+                             .y = y.data(),
+                             .first_bad = first_bad.data(),
+                             .stream = context().stream()};
+  EXPECT_THAT(ConvertStored(params),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("1 bytes off")));
-  EXPECT_THAT(
-      ConvertStored(-1, GetParam().type, x.data(), y.data(), first_bad.data(), context().stream()),
-      StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("-1 values")));
+  params.n = -1;
+  params.x = x.data();
+  EXPECT_THAT(ConvertStored(params),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("-1 values")));
 }
 
 INSTANTIATE_TEST_SUITE_P(Types, ConvertStoredGpuTest,

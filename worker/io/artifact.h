@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -29,7 +30,9 @@
 #include "absl/status/statusor.h"
 #include "common/keep_going.h"
 #include "worker/io/checkpoint.h"
+#include "worker/io/gptq_packing.h"
 #include "worker/tensor/quantized_matrix.h"
+#include "worker/tensor/uninitialized_vector.h"
 
 namespace walsh {
 
@@ -56,18 +59,23 @@ struct PackedTensors {
   int64_t rows = 0;  // outputs
   int64_t cols = 0;  // inputs
   int bits = 0;
-  int64_t group_size = 0;         // divides cols; cols itself: one group per output
-  std::vector<uint32_t> qweight;  // [cols / 32 · bits, rows]
-  std::vector<uint32_t> qzeros;   // [groups, rows / 32 · bits]
-  std::vector<uint16_t> scales;   // [groups, rows], half precision
-  int64_t groups() const { return group_size == 0 ? 0 : cols / group_size; }
+  int64_t group_size = 0;                 // divides cols; cols itself: one group per output
+  UninitializedVector<uint32_t> qweight;  // [cols / 32 · bits, rows]
+  UninitializedVector<uint32_t> qzeros;   // [groups, rows / 32 · bits]
+  UninitializedVector<uint16_t> scales;   // [groups, rows], half precision
+};
+
+// Where a reader wants those tensors: of the sizes that the linear's shape gives.
+struct PackedSpans {
+  std::span<uint32_t> qweight, qzeros;
+  std::span<uint16_t> scales;
 };
 
 // 16-bit brain floats by their bits, row-major.
 struct Bf16Matrix {
   int64_t rows = 0;
   int64_t cols = 0;
-  std::vector<uint16_t> values;
+  UninitializedVector<uint16_t> values;
 };
 
 class ArtifactWriter {
@@ -91,9 +99,9 @@ class ArtifactWriter {
                                  bool one_dimensional) = 0;
   // Writes the remaining files, `report` as walsh.json (its members "files", "format_version" and
   // "digest" are set here), and syncs. FAILED_PRECONDITION when a tensor of the model was not
-  // written. Asks `keep_going` every 64 MiB of the digests.
+  // written. The digests are taken by `n_threads`, which ask `keep_going` every 64 MiB.
   virtual absl::StatusOr<ArtifactInfo> Finish(const nlohmann::json& quantization_config,
-                                              nlohmann::json report,
+                                              nlohmann::json report, int n_threads,
                                               const KeepGoing& keep_going = {}) = 0;
   virtual int64_t bytes_written() const = 0;
 };
@@ -121,9 +129,12 @@ class ArtifactReader {
   virtual absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const = 0;
   // `name` in full, as in WriteDense; one-dimensional tensors come as one row.
   virtual absl::StatusOr<Matrix> ReadDense(std::string_view name) const = 0;
-  // The same two in their stored form.
-  virtual absl::StatusOr<PackedTensors> ReadPacked(std::string_view name) const = 0;
-  virtual absl::StatusOr<Bf16Matrix> ReadBf16(std::string_view name) const = 0;
+  // The same two in their stored form, into memory of exactly its size (INVALID_ARGUMENT else): a
+  // linear, and rows [first, first + n) of a dense tensor.
+  virtual absl::StatusOr<GptqShape> ShapeOf(std::string_view name) const = 0;
+  virtual absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const = 0;
+  virtual absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,
+                                std::span<uint16_t> into) const = 0;
 };
 
 }  // namespace walsh

@@ -148,33 +148,32 @@ class Reader final : public ArtifactReader {
     return ReadStoredRows(*files_[dense->file_index], dense->tensor, 0, dense->tensor.rows);
   }
 
-  absl::StatusOr<PackedTensors> ReadPacked(std::string_view name) const override {
+  absl::StatusOr<GptqShape> ShapeOf(std::string_view name) const override {
     WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
-    WALSH_ASSIGN_OR_RETURN(GptqTensors tensors, ReadTensors(name, *linear));
-    if (const absl::Status status = CheckScales(tensors.scales, linear->shape); !status.ok()) {
-      return Named(name, status);
-    }
-    return PackedTensors{.rows = linear->shape.rows,
-                         .cols = linear->shape.cols,
-                         .bits = linear->shape.bits,
-                         .group_size = linear->shape.group_size,
-                         .qweight = std::move(tensors.qweight),
-                         .qzeros = std::move(tensors.qzeros),
-                         .scales = std::move(tensors.scales)};
+    return linear->shape;
   }
 
-  absl::StatusOr<Bf16Matrix> ReadBf16(std::string_view name) const override {
+  absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const override {
+    WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear->qweight, into.qweight));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear->qzeros, into.qzeros));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear->scales, into.scales));
+    std::vector<int32_t> g_idx(ValuesIn<int32_t>(*linear->g_idx));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear->g_idx, std::span(g_idx)));
+    WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear->shape, g_idx));
+    const absl::Status status = CheckScales(into.scales, linear->shape);
+    return status.ok() ? status : Named(name, status);
+  }
+
+  absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,
+                        std::span<uint16_t> into) const override {
     WALSH_ASSIGN_OR_RETURN(const DenseTensor* dense, FindDense(name));
     const RandomAccessFile& file = *files_[dense->file_index];
     const StoredTensor& tensor = dense->tensor;
-    Bf16Matrix matrix{.rows = tensor.rows, .cols = tensor.cols};
-    matrix.values.resize(static_cast<size_t>(tensor.rows * tensor.cols));
-    WALSH_RETURN_IF_ERROR(
-        ReadStoredBytes(file, tensor, std::as_writable_bytes(std::span(matrix.values))));
-    const std::optional<int64_t> bad = FirstNotFiniteBf16(matrix.values);
-    if (!bad.has_value()) return matrix;
-    return NotFiniteError(file, tensor, 0, *bad,
-                          Bf16ToFloat(matrix.values[static_cast<size_t>(*bad)]));
+    WALSH_RETURN_IF_ERROR(ReadStoredBytes(file, tensor, first, n, std::as_writable_bytes(into)));
+    const std::optional<int64_t> bad = FirstNotFiniteBf16(into);
+    if (!bad.has_value()) return absl::OkStatus();
+    return NotFiniteError(file, tensor, first, *bad, Bf16ToFloat(into[static_cast<size_t>(*bad)]));
   }
 
  private:
@@ -333,20 +332,32 @@ class Reader final : public ArtifactReader {
   absl::StatusOr<GptqTensors> ReadTensors(std::string_view name,
                                           const QuantizedLinear& linear) const {
     GptqTensors tensors;
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qweight, tensors.qweight));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qzeros, tensors.qzeros));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.scales, tensors.scales));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.g_idx, tensors.g_idx));
+    tensors.qweight.resize(ValuesIn<uint32_t>(*linear.qweight));
+    tensors.qzeros.resize(ValuesIn<uint32_t>(*linear.qzeros));
+    tensors.scales.resize(ValuesIn<uint16_t>(*linear.scales));
+    tensors.g_idx.resize(ValuesIn<int32_t>(*linear.g_idx));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qweight, std::span(tensors.qweight)));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qzeros, std::span(tensors.qzeros)));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.scales, std::span(tensors.scales)));
+    WALSH_RETURN_IF_ERROR(ReadInto(*linear.g_idx, std::span(tensors.g_idx)));
     WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear.shape, tensors.g_idx));
     return tensors;
   }
 
   template <typename T>
-  absl::Status ReadInto(const LocatedEntry& located, std::vector<T>& out) const {
-    out.resize(static_cast<size_t>(located.entry.size_bytes) / sizeof(T));
+  static size_t ValuesIn(const LocatedEntry& located) {
+    return static_cast<size_t>(located.entry.size_bytes) / sizeof(T);
+  }
+
+  template <typename T>
+  absl::Status ReadInto(const LocatedEntry& located, std::span<T> out) const {
+    if (out.size() != ValuesIn<T>(located)) {
+      return absl::InvalidArgumentError(absl::StrCat("tensor '", located.entry.name, "': room for ",
+                                                     out.size(), " values, it has ",
+                                                     ValuesIn<T>(located)));
+    }
     const RandomAccessFile& file = *files_[located.file_index];
-    WALSH_RETURN_IF_ERROR(
-        file.ReadAt(located.entry.offset, std::as_writable_bytes(std::span(out))));
+    WALSH_RETURN_IF_ERROR(file.ReadAt(located.entry.offset, std::as_writable_bytes(out)));
     return file.CheckUnchanged();
   }
 

@@ -36,8 +36,6 @@ namespace {
 using nlohmann::json;
 
 constexpr char kConfigFile[] = "config.json";
-// The digests are taken when nothing else of the job runs.
-constexpr int kHashThreads = 2;
 
 std::string TemporaryShardName(size_t index) { return absl::StrCat("shard-", index, ".partial"); }
 
@@ -158,7 +156,7 @@ class Writer final : public ArtifactWriter {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report,
+  absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report, int n_threads,
                                       const KeepGoing& keep_going) override {
     WALSH_RETURN_IF_ERROR(failure_);
     WALSH_RETURN_IF_ERROR(CheckComplete());
@@ -168,7 +166,7 @@ class Writer final : public ArtifactWriter {
     side_files_[kConfigFile] = config_.dump(2) + "\n";
     for (const auto& [name, text] : side_files_) WALSH_RETURN_IF_ERROR(WriteSmall(name, text));
     WALSH_ASSIGN_OR_RETURN(const auto digests,
-                           DigestFiles(directory_, files_, kHashThreads, keep_going));
+                           DigestFiles(directory_, files_, n_threads, keep_going));
     WALSH_ASSIGN_OR_RETURN(const std::string manifest, ManifestText(std::move(report), digests));
     WALSH_RETURN_IF_ERROR(WriteSmall(kManifestFile, manifest));
     return ArtifactReader::ReadInfo(directory_);

@@ -67,10 +67,11 @@ class Checkpoint {
 
   // How a tensor is stored, for a reader that converts it itself.
   virtual absl::StatusOr<StoredForm> FormOf(std::string_view tensor) const = 0;
-  // Its bytes as they are stored, rows in HF order, into `bytes`, which has exactly their number.
-  // Values are not looked at: the reader refuses those that are not finite. A 1-D tensor of a block
-  // format may be UNIMPLEMENTED here; Read has it.
-  virtual absl::Status ReadStored(std::string_view tensor, std::span<std::byte> bytes) const = 0;
+  // The bytes of rows [first, first + n) as they are stored, in HF order, into `bytes`, which has
+  // exactly their number. Values are not looked at: the reader refuses those that are not finite. A
+  // 1-D tensor of a block format may be UNIMPLEMENTED here; Read has it.
+  virtual absl::Status ReadStored(std::string_view tensor, int64_t first, int64_t n,
+                                  std::span<std::byte> bytes) const = 0;
 
   // Bytes on disk, and what the weights are stored as: "safetensors BF16", "GGUF Q4_1".
   virtual int64_t size_bytes() const = 0;

@@ -48,9 +48,10 @@ class FileCheckpoint final : public Checkpoint {
                       .cols = stored.cols,
                       .size_bytes = stored.size_bytes()};
   }
-  absl::Status ReadStored(std::string_view tensor, std::span<std::byte> bytes) const override {
+  absl::Status ReadStored(std::string_view tensor, int64_t first, int64_t n,
+                          std::span<std::byte> bytes) const override {
     WALSH_ASSIGN_OR_RETURN(const auto* located, Find(tensor));
-    return ReadStoredBytes(*contents_.files[located->file_index], located->tensor, bytes);
+    return ReadStoredBytes(*contents_.files[located->file_index], located->tensor, first, n, bytes);
   }
 
   int64_t size_bytes() const override {

@@ -75,7 +75,18 @@ absl::Status SafetensorsWriter::Append(std::span<const std::byte> bytes) {
   WALSH_RETURN_IF_ERROR(WriteAll(fd_, kLengthBytes + header_bytes_ + data_bytes_,
                                  reinterpret_cast<const char*>(bytes.data()), n_bytes));
   data_bytes_ += n_bytes;
+  StartWriteback();
   return absl::OkStatus();
+}
+
+// What waits in the page cache until Finish() syncs would all have to reach the disk then.
+void SafetensorsWriter::StartWriteback() {
+  constexpr int64_t kPieceBytes = int64_t{32} << 20;
+  if (data_bytes_ - handed_over_bytes_ < kPieceBytes) return;
+  // A hint: where the system refuses it, Finish() waits longer.
+  (void)sync_file_range(fd_, kLengthBytes + header_bytes_ + handed_over_bytes_,
+                        data_bytes_ - handed_over_bytes_, SYNC_FILE_RANGE_WRITE);
+  handed_over_bytes_ = data_bytes_;
 }
 
 absl::Status SafetensorsWriter::Finish() {

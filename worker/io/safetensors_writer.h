@@ -46,13 +46,15 @@ class SafetensorsWriter {
 
  private:
   SafetensorsWriter(int fd, int64_t header_bytes) : fd_(fd), header_bytes_(header_bytes) {}
+  void StartWriteback();
 
   int fd_;
   int64_t header_bytes_;
   nlohmann::json header_ = nlohmann::json::object();
   int64_t header_bytes_used_ = 2;  // "{}"
   int64_t data_bytes_ = 0;
-  int64_t expected_end_ = 0;  // of the tensor that is being written
+  int64_t handed_over_bytes_ = 0;  // of the data, to the system for writing
+  int64_t expected_end_ = 0;       // of the tensor that is being written
   std::vector<std::string> tensors_;
 };
 

@@ -33,6 +33,14 @@ int64_t UninterleavedIndex(int64_t i, int64_t n, int64_t n_heads) {
   return head * head_dim + (in_head % 2) * (head_dim / 2) + in_head / 2;
 }
 
+absl::Status CheckRows(const StoredTensor& tensor, int64_t first, int64_t n) {
+  if (first >= 0 && n >= 0 && first <= tensor.rows && n <= tensor.rows - first) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': rows ", first, " to ",
+                                                 first + n, " asked for, it has ", tensor.rows));
+}
+
 absl::Status CheckFinite(const RandomAccessFile& file, const StoredTensor& tensor,
                          int64_t first_row, const Matrix& values) {
   const std::span<const float> all = values.span();
@@ -79,10 +87,16 @@ Matrix UninterleaveElements(const Matrix& stored, int64_t n_heads) {
 // One read for each row, to where it belongs. In the order of the file, so that the system reads
 // ahead.
 absl::Status ReadInterleavedBytes(const RandomAccessFile& file, const StoredTensor& tensor,
-                                  std::span<std::byte> bytes) {
+                                  int64_t first, int64_t n, std::span<std::byte> bytes) {
+  if (n == 0) return absl::OkStatus();
   const auto row_bytes = static_cast<size_t>(tensor.row_bytes());
-  for (int64_t stored = 0; stored < tensor.rows; ++stored) {
-    const int64_t row = UninterleavedIndex(stored, tensor.rows, tensor.n_interleaved_heads);
+  const int64_t head_dim = tensor.rows / tensor.n_interleaved_heads;
+  // The heads that have rows of these.
+  const int64_t begin = first / head_dim * head_dim;
+  const int64_t end = ((first + n - 1) / head_dim + 1) * head_dim;
+  for (int64_t stored = begin; stored < end; ++stored) {
+    const int64_t row = UninterleavedIndex(stored, tensor.rows, tensor.n_interleaved_heads) - first;
+    if (row < 0 || row >= n) continue;
     WALSH_RETURN_IF_ERROR(
         file.ReadAt(tensor.offset + stored * tensor.row_bytes(),
                     bytes.subspan(static_cast<size_t>(row) * row_bytes, row_bytes)));
@@ -112,11 +126,7 @@ absl::Status ReadInterleavedElements(const RandomAccessFile& file, const StoredT
 
 absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const StoredTensor& tensor,
                                       int64_t first, int64_t n) {
-  if (first < 0 || n < 0 || first > tensor.rows || n > tensor.rows - first) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': rows ", first,
-                                                   " to ", first + n, " asked for, it has ",
-                                                   tensor.rows));
-  }
+  WALSH_RETURN_IF_ERROR(CheckRows(tensor, first, n));
   Matrix out;
   try {
     out = Matrix(n, tensor.cols);
@@ -139,18 +149,19 @@ absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const Stored
 }
 
 absl::Status ReadStoredBytes(const RandomAccessFile& file, const StoredTensor& tensor,
-                             std::span<std::byte> bytes) {
-  if (static_cast<int64_t>(bytes.size()) != tensor.size_bytes()) {
+                             int64_t first, int64_t n, std::span<std::byte> bytes) {
+  WALSH_RETURN_IF_ERROR(CheckRows(tensor, first, n));
+  if (static_cast<int64_t>(bytes.size()) != n * tensor.row_bytes()) {
     return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': a buffer of ",
-                                                   bytes.size(), " bytes, it has ",
-                                                   tensor.size_bytes()));
+                                                   bytes.size(), " bytes, rows ", first, " to ",
+                                                   first + n, " have ", n * tensor.row_bytes()));
   }
   if (tensor.n_interleaved_heads == 0) {
-    WALSH_RETURN_IF_ERROR(file.ReadAt(tensor.offset, bytes));
+    WALSH_RETURN_IF_ERROR(file.ReadAt(tensor.offset + first * tensor.row_bytes(), bytes));
   } else if (tensor.is_one_dimensional) {
-    WALSH_RETURN_IF_ERROR(ReadInterleavedElements(file, tensor, bytes));
+    if (n > 0) WALSH_RETURN_IF_ERROR(ReadInterleavedElements(file, tensor, bytes));
   } else {
-    WALSH_RETURN_IF_ERROR(ReadInterleavedBytes(file, tensor, bytes));
+    WALSH_RETURN_IF_ERROR(ReadInterleavedBytes(file, tensor, first, n, bytes));
   }
   return file.CheckUnchanged();
 }

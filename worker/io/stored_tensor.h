@@ -36,13 +36,14 @@ struct StoredTensor {
 absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const StoredTensor& tensor,
                                       int64_t first, int64_t n);
 
-// All of its bytes, straight into `bytes`, which has exactly their number; rows (elements of a
-// permuted bias) in HF's order. The file is examined for changes after reading, values are not.
+// The bytes of rows [first, first + n), straight into `bytes`, which has exactly their number; rows
+// (elements of a permuted bias) in HF's order. The file is examined for changes after reading,
+// values are not.
 //
-// Errors: INVALID_ARGUMENT another number of bytes; DATA_LOSS file changed; UNIMPLEMENTED a
-//         permuted bias in blocks, whose elements cannot change places
+// Errors: INVALID_ARGUMENT rows outside the tensor, another number of bytes; DATA_LOSS file
+//         changed; UNIMPLEMENTED a permuted bias in blocks, whose elements cannot change places
 absl::Status ReadStoredBytes(const RandomAccessFile& file, const StoredTensor& tensor,
-                             std::span<std::byte> bytes);
+                             int64_t first, int64_t n, std::span<std::byte> bytes);
 
 // DATA_LOSS: `value` is not finite, at `index` of the elements that follow `first_row`.
 absl::Status NotFiniteError(const RandomAccessFile& file, const StoredTensor& tensor,

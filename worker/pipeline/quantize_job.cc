@@ -249,7 +249,8 @@ class Job {
     WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
     const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
     WALSH_ASSIGN_OR_RETURN(report_.artifact, writer->Finish(QuantizationConfig(spec_, job_),
-                                                            ArtifactReport(inputs, report_), keep_going_));
+                                                            ArtifactReport(inputs, report_),
+                                                            pool_.n_threads(), keep_going_));
     report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }

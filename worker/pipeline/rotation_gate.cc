@@ -40,18 +40,7 @@ absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
   return windows;
 }
 
-absl::StatusOr<double> CompareLogits(const Matrix& logits, const Matrix& rotated_logits) {
-  double largest = 0, difference = 0;
-  for (int64_t i = 0; i < logits.size(); ++i) {
-    const double a = logits.data()[i], b = rotated_logits.data()[i];
-    if (!std::isfinite(a) || !std::isfinite(b)) {
-      return absl::DataLossError(absl::StrCat("rotation gate: logit ", i % logits.cols(),
-                                              " of token ", i / logits.cols(), " is ", a,
-                                              " before and ", b, " after the rotation"));
-    }
-    largest = std::max(largest, std::abs(a));
-    difference = std::max(difference, std::abs(a - b));
-  }
+absl::StatusOr<double> JudgeDifference(double largest, double difference) {
   const double relative = largest == 0 ? 0 : difference / largest;
   if (relative > kRotationGateMax) {
     return absl::FailedPreconditionError(
@@ -59,6 +48,24 @@ absl::StatusOr<double> CompareLogits(const Matrix& logits, const Matrix& rotated
                      " of the largest, the limit is ", kRotationGateMax));
   }
   return relative;
+}
+
+absl::Status NotFiniteLogit(int64_t token, int64_t id, double before, double after) {
+  return absl::DataLossError(absl::StrCat("rotation gate: logit ", id, " of token ", token, " is ",
+                                          before, " before and ", after, " after the rotation"));
+}
+
+absl::StatusOr<double> CompareLogits(const Matrix& logits, const Matrix& rotated_logits) {
+  double largest = 0, difference = 0;
+  for (int64_t i = 0; i < logits.size(); ++i) {
+    const double a = logits.data()[i], b = rotated_logits.data()[i];
+    if (!std::isfinite(a) || !std::isfinite(b)) {
+      return NotFiniteLogit(i / logits.cols(), i % logits.cols(), a, b);
+    }
+    largest = std::max(largest, std::abs(a));
+    difference = std::max(difference, std::abs(a - b));
+  }
+  return JudgeDifference(largest, difference);
 }
 
 absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource& rotated,

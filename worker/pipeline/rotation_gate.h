@@ -30,6 +30,10 @@ absl::StatusOr<calibrate::TokenWindows> GateWindows(const ModelConfig& config,
 // The gate itself: max |Δ logit| / max |logit| of the same rows before and after the rotation.
 absl::StatusOr<double> CompareLogits(const Matrix& logits, const Matrix& rotated_logits);
 
+// The same for who has found max |logit| and max |Δ logit|, or a logit that is not finite.
+absl::StatusOr<double> JudgeDifference(double largest, double difference);
+absl::Status NotFiniteLogit(int64_t token, int64_t id, double before, double after);
+
 // The same of whole models, on the CPU. `progress` is called after each layer.
 absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource& rotated,
                                      const calibrate::TokenWindows& windows, ThreadPool& pool,

@@ -15,6 +15,7 @@
 #include "worker/gptq/hessian.h"
 #include "worker/gptq/quantize_linear.h"
 #include "worker/io/gptq_packing.h"
+#include "worker/kernels/cuda/compare.h"
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
@@ -466,14 +467,27 @@ absl::Status DeviceRotation::Rotate(Context&, bool columns, int64_t rows, int64_
   return absl::OkStatus();
 }
 
-absl::Status ConvertStored(int64_t n, ScalarType type, const void* x, float* y, int64_t* first_bad,
-                           cudaStream_t) {
-  const auto* halves = static_cast<const uint16_t*>(x);
+absl::StatusOr<Difference> Compare(Context&, int64_t n, const float* a, const float* b) {
+  Difference found;
   for (int64_t i = 0; i < n; ++i) {
-    y[i] = type == ScalarType::kF32   ? static_cast<const float*>(x)[i]
-           : type == ScalarType::kF16 ? HalfToFloat(halves[i])
-                                      : Bf16ToFloat(halves[i]);
-    if (!std::isfinite(y[i])) *first_bad = std::min(*first_bad, i);
+    const double x = a[i], y = b[i];
+    if (!std::isfinite(x) || !std::isfinite(y)) {
+      if (found.first_bad < 0) found.first_bad = i;
+      continue;
+    }
+    found.largest = std::max(found.largest, std::abs(x));
+    found.difference = std::max(found.difference, std::abs(x - y));
+  }
+  return found;
+}
+
+absl::Status ConvertStored(const ConvertStoredParams& p) {
+  const auto* halves = static_cast<const uint16_t*>(p.x);
+  for (int64_t i = 0; i < p.n; ++i) {
+    p.y[i] = p.type == ScalarType::kF32   ? static_cast<const float*>(p.x)[i]
+             : p.type == ScalarType::kF16 ? HalfToFloat(halves[i])
+                                          : Bf16ToFloat(halves[i]);
+    if (!std::isfinite(p.y[i])) *p.first_bad = std::min(*p.first_bad, p.first + i);
   }
   return absl::OkStatus();
 }

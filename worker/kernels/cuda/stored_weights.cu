@@ -28,7 +28,7 @@ struct alignas(kVectorBytes) Vector {
 // A thread takes one vector's worth of elements. kAligned: x and y are, to 16 bytes.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
-    ConvertStoredKernel(int64_t n, const T* x, float* y, int64_t* first_bad) {
+    ConvertStoredKernel(int64_t n, const T* x, float* y, int64_t first_index, int64_t* first_bad) {
   constexpr int kSize = Vector<T>::kSize;
   const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kSize;
   if (first >= n) return;
@@ -56,15 +56,15 @@ __global__ void __launch_bounds__(kThreads)
     if (!isfinite(values[i])) bad = i;
   }
   if (bad < kSize) {
-    atomicMin(reinterpret_cast<long long*>(first_bad), static_cast<long long>(first + bad));
+    atomicMin(reinterpret_cast<long long*>(first_bad),
+              static_cast<long long>(first_index + first + bad));
   }
 }
 
 template <typename T>
-absl::Status ConvertStoredAs(int64_t n, const void* x, float* y, int64_t* first_bad,
-                             cudaStream_t stream) {
-  const auto x_address = reinterpret_cast<uintptr_t>(x);
-  const auto y_address = reinterpret_cast<uintptr_t>(y);
+absl::Status ConvertStoredAs(const ConvertStoredParams& p) {
+  const auto x_address = reinterpret_cast<uintptr_t>(p.x);
+  const auto y_address = reinterpret_cast<uintptr_t>(p.y);
   if (x_address % sizeof(T) != 0 || y_address % sizeof(float) != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("ConvertStored: values of ", sizeof(T), " bytes at an address that is ",
@@ -72,14 +72,16 @@ absl::Status ConvertStoredAs(int64_t n, const void* x, float* y, int64_t* first_
                      y_address % sizeof(float), " bytes off"));
   }
   constexpr int64_t kPerBlock = int64_t{kThreads} * Vector<T>::kSize;
-  const auto blocks = static_cast<unsigned>((n + kPerBlock - 1) / kPerBlock);
-  const auto* values = static_cast<const T*>(x);
+  const auto blocks = static_cast<unsigned>((p.n + kPerBlock - 1) / kPerBlock);
+  const auto* values = static_cast<const T*>(p.x);
   if (x_address % kVectorBytes == 0 && y_address % kVectorBytes == 0) {
-    ConvertStoredKernel<T, true><<<blocks, kThreads, 0, stream>>>(n, values, y, first_bad);
+    ConvertStoredKernel<T, true>
+        <<<blocks, kThreads, 0, p.stream>>>(p.n, values, p.y, p.first, p.first_bad);
   } else {
-    ConvertStoredKernel<T, false><<<blocks, kThreads, 0, stream>>>(n, values, y, first_bad);
+    ConvertStoredKernel<T, false>
+        <<<blocks, kThreads, 0, p.stream>>>(p.n, values, p.y, p.first, p.first_bad);
   }
-  return LaunchStatus("ConvertStored", stream);
+  return LaunchStatus("ConvertStored", p.stream);
 }
 
 // 32 codes are kBits words.
@@ -166,20 +168,19 @@ absl::Status UnpackAs(const UnpackParams& p) {
 
 }  // namespace
 
-absl::Status ConvertStored(int64_t n, ScalarType type, const void* x, float* y, int64_t* first_bad,
-                           cudaStream_t stream) {
-  if (n < 0) return absl::InvalidArgumentError(absl::StrCat("ConvertStored: ", n, " values"));
-  if (n == 0) return absl::OkStatus();
-  switch (type) {
+absl::Status ConvertStored(const ConvertStoredParams& p) {
+  if (p.n < 0) return absl::InvalidArgumentError(absl::StrCat("ConvertStored: ", p.n, " values"));
+  if (p.n == 0) return absl::OkStatus();
+  switch (p.type) {
     case ScalarType::kF32:
-      return ConvertStoredAs<float>(n, x, y, first_bad, stream);
+      return ConvertStoredAs<float>(p);
     case ScalarType::kF16:
-      return ConvertStoredAs<__half>(n, x, y, first_bad, stream);
+      return ConvertStoredAs<__half>(p);
     case ScalarType::kBf16:
-      return ConvertStoredAs<__nv_bfloat16>(n, x, y, first_bad, stream);
+      return ConvertStoredAs<__nv_bfloat16>(p);
   }
   return absl::InvalidArgumentError(
-      absl::StrCat("ConvertStored: scalar type ", static_cast<int>(type), " is unknown"));
+      absl::StrCat("ConvertStored: scalar type ", static_cast<int>(p.type), " is unknown"));
 }
 
 absl::Status Unpack(const UnpackParams& p) {

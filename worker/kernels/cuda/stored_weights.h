@@ -17,10 +17,19 @@ namespace walsh::kernels::cuda {
 
 enum class ScalarType { kF32, kF16, kBf16 };
 
-// y[i] = x[i] as a float. `first_bad` (device) becomes the least index of a value that is not
-// finite, where that is less than what it holds: set it to INT64_MAX before, once for many tensors.
-absl::Status ConvertStored(int64_t n, ScalarType type, const void* x, float* y, int64_t* first_bad,
-                           cudaStream_t stream);
+// y[i] = x[i] as a float. `first_bad` (device) becomes first + the least i of a value that is not
+// finite, where that is less than what it holds: set it to INT64_MAX before, once for all pieces of
+// a tensor.
+struct ConvertStoredParams {
+  int64_t n = 0;
+  ScalarType type = ScalarType::kF32;
+  const void* x = nullptr;
+  float* y = nullptr;
+  int64_t first = 0;  // index of x[0] in its tensor
+  int64_t* first_bad = nullptr;
+  cudaStream_t stream = nullptr;
+};
+absl::Status ConvertStored(const ConvertStoredParams& params);
 
 // The gptq_v2 tensors of a linear to bf16 [rows, cols], scale · (code − zero) in float and rounded
 // once.

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/compare.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
@@ -19,7 +20,9 @@
 #include "worker/pipeline/cuda/layer_forward.h"
 #include "worker/pipeline/cuda/layer_quantizer.h"
 #include "worker/pipeline/cuda/model_source.h"
+#include "worker/pipeline/cuda/pinned_pool.h"
 #include "worker/pipeline/cuda/stage_clock.h"
+#include "worker/pipeline/cuda/staged_download.h"
 #include "worker/pipeline/cuda/transfer.h"
 #include "worker/pipeline/cuda/weight_loader.h"
 #include "worker/pipeline/layer_quantizer.h"
@@ -36,12 +39,21 @@ constexpr int64_t kLibraryBytes = int64_t{512} << 20;
 // The largest finite number of half precision, to which scales are clamped.
 constexpr uint16_t kHalfMaxBits = 0x7bff;
 
-// Gives back what a call took when it ends, however it ends.
-class ReleaseMemory {
+// Where a job has taken more than half of the device, gives back what a call took when it ends,
+// however it ends: pieces that the pool keeps for one step may not be those that the next one
+// needs. Smaller jobs keep it until they end, as memory costs time to get.
+class BoundMemory {
  public:
-  explicit ReleaseMemory(Context& context) : context_(context) {}
-  // A device that fails here fails the next call, too, which says so.
-  ~ReleaseMemory() { context_.ReleaseUnusedMemory().IgnoreError(); }
+  explicit BoundMemory(Context& context) : context_(context) {}
+  ~BoundMemory() {
+    size_t free = 0;
+    size_t total = 0;
+    if (cudaMemGetInfo(&free, &total) == cudaSuccess && free > total / 2) return;
+    // A device that fails here fails the next call, too, which says so.
+    context_.ReleaseUnusedMemory().IgnoreError();
+  }
+  BoundMemory(const BoundMemory&) = delete;
+  BoundMemory& operator=(const BoundMemory&) = delete;
 
  private:
   Context& context_;
@@ -79,9 +91,11 @@ std::vector<LinearShape> PartsOf(LinearSet set, const ModelConfig& config) {
 // The quantization of one job.
 class QuantizeRun {
  public:
-  QuantizeRun(Context& context, const JobInputs& inputs, const calibrate::TokenWindows& windows,
-              ArtifactWriter& writer, Progress& progress, JobReport& report, StepTimes& steps)
+  QuantizeRun(Context& context, PinnedPool& pinned, const JobInputs& inputs,
+              const calibrate::TokenWindows& windows, ArtifactWriter& writer, Progress& progress,
+              JobReport& report, StepTimes& steps)
       : context_(context),
+        pinned_(pinned),
         inputs_(inputs),
         config_(inputs.checkpoint.config()),
         shape_(LayerShape::Of(config_)),
@@ -100,7 +114,7 @@ class QuantizeRun {
   }
 
   absl::Status Run() {
-    WALSH_ASSIGN_OR_RETURN(loader_, WeightLoader::Create(&context_, inputs_.checkpoint,
+    WALSH_ASSIGN_OR_RETURN(loader_, WeightLoader::Create(&context_, &pinned_, inputs_.checkpoint,
                                                          inputs_.job.r1, inputs_.job.r2));
     WALSH_ASSIGN_OR_RETURN(
         quantizer_, LayerQuantizer::Create(&context_, shape_,
@@ -114,8 +128,10 @@ class QuantizeRun {
       WALSH_RETURN_IF_ERROR(Layer(l));
       WALSH_RETURN_IF_ERROR(progress_.Advance(work));
       progress_.LayerDone();
+      // Early, so that its hundreds of megabytes are written while the device has layers to do, and
+      // not beside the embedding's, so that both do not wait in memory.
+      if (l == 0) WALSH_RETURN_IF_ERROR(Head());
     }
-    WALSH_RETURN_IF_ERROR(Head());
     WALSH_RETURN_IF_ERROR(clock().Finish());
     const LayerTimes times = quantizer_->times();
     quantizer_.reset();
@@ -156,6 +172,7 @@ class QuantizeRun {
     WALSH_RETURN_IF_ERROR(clock().Enter(&fold_ms_));
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader_->Embedding());
     WALSH_RETURN_IF_ERROR(loader_->RotateEmbedding(embedding));
+    WALSH_RETURN_IF_ERROR(loader_->CheckFinite());
     const auto n = static_cast<int64_t>(windows_.ids.size());
     WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(context_, windows_.ids));
     WALSH_RETURN_IF_ERROR(ops::Embed<float>(context_, n, config_.hidden, ids.data(),
@@ -169,6 +186,7 @@ class QuantizeRun {
     WALSH_RETURN_IF_ERROR(clock().Enter(&fold_ms_));
     WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> layer, loader_->Layer(index));
     WALSH_RETURN_IF_ERROR(loader_->Rotate(layer));
+    WALSH_RETURN_IF_ERROR(loader_->CheckFinite());
     WALSH_RETURN_IF_ERROR(ReadBiases(layer));
     progress_.Charge(Stage::kCalibrating);
     WALSH_RETURN_IF_ERROR(quantizer_->QuantizeLayer(
@@ -201,17 +219,20 @@ class QuantizeRun {
   absl::Status WriteSet(int64_t index, const QuantizedSet& set) {
     progress_.Charge(Stage::kPacking);
     WALSH_RETURN_IF_ERROR(clock().Enter(&pack_ms_));
+    const std::vector<LinearShape> parts = PartsOf(set.set, config_);
+    std::vector<PackedTensors> packed;
+    WALSH_RETURN_IF_ERROR(Pack(set, parts, packed));
     int64_t first_row = 0;
-    for (const LinearShape& part : PartsOf(set.set, config_)) {
-      WALSH_ASSIGN_OR_RETURN(PackedTensors packed, PackPart(set, first_row, part.out));
-      ReportLinear(index, part.suffix, set, first_row, packed);
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const LinearShape& part = parts[i];
+      ReportLinear(index, part.suffix, set, first_row, packed[i]);
       const std::string name = LayerTensor(index, part.suffix);
-      const auto n_bytes =
-          static_cast<int64_t>(sizeof(uint32_t) * (packed.qweight.size() + packed.qzeros.size()) +
-                               sizeof(uint16_t) * packed.scales.size());
+      const auto n_bytes = static_cast<int64_t>(
+          sizeof(uint32_t) * (packed[i].qweight.size() + packed[i].qzeros.size()) +
+          sizeof(uint16_t) * packed[i].scales.size());
       WALSH_RETURN_IF_ERROR(
-          queue_.Push(n_bytes, [name, packed = std::move(packed)](ArtifactWriter& writer) {
-            return writer.WritePacked(name, packed);
+          queue_.Push(n_bytes, [name, linear = std::move(packed[i])](ArtifactWriter& writer) {
+            return writer.WritePacked(name, linear);
           }));
       const std::vector<float>& biases = biases_[static_cast<size_t>(set.set)];
       if (!biases.empty()) {
@@ -223,38 +244,53 @@ class QuantizeRun {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<PackedTensors> PackPart(const QuantizedSet& set, int64_t first_row, int64_t rows) {
+  // The linears of a set as the artifact has them, all in one copy to the host.
+  absl::Status Pack(const QuantizedSet& set, const std::vector<LinearShape>& parts,
+                    std::vector<PackedTensors>& packed) {
+    struct OnDevice {
+      DeviceBuffer<uint32_t> qweight, qzeros;
+      DeviceBuffer<__half> scales;
+    };
     const cudaStream_t stream = context_.stream();
     const int bits = inputs_.job.quantizer.bits;
     const int64_t groups = set.cols / set.group_size;
-    WALSH_ASSIGN_OR_RETURN(auto qweight,
-                           DeviceBuffer<uint32_t>::Allocate(set.cols / 32 * bits * rows, stream));
-    WALSH_ASSIGN_OR_RETURN(auto qzeros,
-                           DeviceBuffer<uint32_t>::Allocate(groups * rows / 32 * bits, stream));
-    WALSH_ASSIGN_OR_RETURN(auto scales, DeviceBuffer<__half>::Allocate(groups * rows, stream));
-    WALSH_RETURN_IF_ERROR(ops::Pack({.rows = rows,
-                                     .cols = set.cols,
-                                     .bits = bits,
-                                     .group_size = set.group_size,
-                                     .codes = set.codes.data() + first_row * set.cols,
-                                     .scales = set.scales.data() + first_row * groups,
-                                     .zeros = set.zeros.data() + first_row * groups,
-                                     .qweight = qweight.data(),
-                                     .qzeros = qzeros.data(),
-                                     .half_scales = scales.data(),
-                                     .stream = stream}));
-    PackedTensors packed;
-    packed.rows = rows;
-    packed.cols = set.cols;
-    packed.bits = bits;
-    packed.group_size = set.group_size;
-    WALSH_ASSIGN_OR_RETURN(packed.qweight,
-                           (Download<uint32_t>(context_, qweight.data(), qweight.size())));
-    WALSH_ASSIGN_OR_RETURN(packed.qzeros,
-                           (Download<uint32_t>(context_, qzeros.data(), qzeros.size())));
-    WALSH_ASSIGN_OR_RETURN(packed.scales,
-                           (Download<uint16_t>(context_, scales.data(), scales.size())));
-    return packed;
+    std::vector<OnDevice> on_device(parts.size());
+    packed.resize(parts.size());
+    std::vector<DownloadPart> downloads;
+    int64_t first_row = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      const int64_t rows = parts[i].out;
+      auto& [qweight, qzeros, scales] = on_device[i];
+      WALSH_ASSIGN_OR_RETURN(qweight,
+                             DeviceBuffer<uint32_t>::Allocate(set.cols / 32 * bits * rows, stream));
+      WALSH_ASSIGN_OR_RETURN(qzeros,
+                             DeviceBuffer<uint32_t>::Allocate(groups * rows / 32 * bits, stream));
+      WALSH_ASSIGN_OR_RETURN(scales, DeviceBuffer<__half>::Allocate(groups * rows, stream));
+      WALSH_RETURN_IF_ERROR(ops::Pack({.rows = rows,
+                                       .cols = set.cols,
+                                       .bits = bits,
+                                       .group_size = set.group_size,
+                                       .codes = set.codes.data() + first_row * set.cols,
+                                       .scales = set.scales.data() + first_row * groups,
+                                       .zeros = set.zeros.data() + first_row * groups,
+                                       .qweight = qweight.data(),
+                                       .qzeros = qzeros.data(),
+                                       .half_scales = scales.data(),
+                                       .stream = stream}));
+      PackedTensors& linear = packed[i];
+      linear.rows = rows;
+      linear.cols = set.cols;
+      linear.bits = bits;
+      linear.group_size = set.group_size;
+      linear.qweight.resize(static_cast<size_t>(qweight.size()));
+      linear.qzeros.resize(static_cast<size_t>(qzeros.size()));
+      linear.scales.resize(static_cast<size_t>(scales.size()));
+      downloads.push_back({qweight.data(), linear.qweight.data(), qweight.size_bytes()});
+      downloads.push_back({qzeros.data(), linear.qzeros.data(), qzeros.size_bytes()});
+      downloads.push_back({scales.data(), linear.scales.data(), scales.size_bytes()});
+      first_row += rows;
+    }
+    return Fetch(downloads);
   }
 
   void ReportLinear(int64_t index, std::string_view suffix, const QuantizedSet& set,
@@ -311,8 +347,8 @@ class QuantizeRun {
     Bf16Matrix matrix;
     matrix.rows = rows;
     matrix.cols = values.size() / rows;
-    WALSH_ASSIGN_OR_RETURN(matrix.values,
-                           (Download<uint16_t>(context_, rounded.data(), rounded.size())));
+    matrix.values.resize(static_cast<size_t>(rounded.size()));
+    WALSH_RETURN_IF_ERROR(Fetch({{rounded.data(), matrix.values.data(), rounded.size_bytes()}}));
     return queue_.Push(rounded.size_bytes(),
                        [name, matrix = std::move(matrix)](ArtifactWriter& writer) {
                          return writer.WriteBf16(name, matrix, /*one_dimensional=*/false);
@@ -325,13 +361,19 @@ class QuantizeRun {
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> norm, loader_->FinalNorm());
     WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> head, loader_->Head());
     WALSH_RETURN_IF_ERROR(loader_->RotateHead(norm, head));
+    WALSH_RETURN_IF_ERROR(loader_->CheckFinite());
     if (loader_->is_rotated()) norm.Reset();
     progress_.Charge(Stage::kPacking);
     WALSH_RETURN_IF_ERROR(WriteNorm(std::string(kFinalNormTensor), norm));
     return WriteBf16(std::string(kLmHeadTensor), config_.vocab, head);
   }
 
+  absl::Status Fetch(const std::vector<DownloadPart>& downloads) {
+    return DownloadStaged(context_, pinned_, inputs_.pool, downloads);
+  }
+
   Context& context_;
+  PinnedPool& pinned_;
   const JobInputs& inputs_;
   const ModelConfig& config_;
   const LayerShape shape_;
@@ -368,6 +410,10 @@ class CudaBackend final : public Backend {
   }
 
   JobUse EndJob() override {
+    // A device that fails here fails the next job, too, which says so.
+    context_->MakeCurrent().IgnoreError();
+    context_->ReleaseUnusedMemory().IgnoreError();
+    pinned_.Clear();
     JobUse use = {.peak_device_bytes = ops::DeviceMemoryUse().bytes_peak, .steps = steps_.Take()};
     ops::ResetDeviceMemoryPeak();
     return use;
@@ -411,15 +457,15 @@ class CudaBackend final : public Backend {
   absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,
                         ArtifactWriter& writer, Progress& progress, JobReport& report) override {
     WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
-    const ReleaseMemory release(*context_);
-    return QuantizeRun(*context_, inputs, windows, writer, progress, report, steps_).Run();
+    const BoundMemory bound(*context_);
+    return QuantizeRun(*context_, pinned_, inputs, windows, writer, progress, report, steps_).Run();
   }
 
   absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
                                    const calibrate::TokenWindows& windows,
                                    Progress& progress) override {
     WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
-    const ReleaseMemory release(*context_);
+    const BoundMemory bound(*context_);
     const ModelConfig& config = inputs.checkpoint.config();
     const double work =
         static_cast<double>(windows.count() * windows.length) * ModelFlopsPerToken(config);
@@ -434,8 +480,9 @@ class CudaBackend final : public Backend {
       WALSH_ASSIGN_OR_RETURN(
           const rotate::Rotation none,
           rotate::Rotation::Create(config.hidden, {.kind = rotate::Kind::kNone}));
-      WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoader> loader,
-                             WeightLoader::Create(context_.get(), inputs.checkpoint, none, none));
+      WALSH_ASSIGN_OR_RETURN(
+          const std::unique_ptr<WeightLoader> loader,
+          WeightLoader::Create(context_.get(), &pinned_, inputs.checkpoint, none, none));
       const std::unique_ptr<ModelSource> original =
           MakeCheckpointSource(context_.get(), loader.get());
       WALSH_ASSIGN_OR_RETURN(before, evaluator.Forward(*original, show));
@@ -444,7 +491,8 @@ class CudaBackend final : public Backend {
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "quantized"));
     WALSH_RETURN_IF_ERROR(clock.Enter(&after_ms));
     {
-      const std::unique_ptr<ModelSource> quantized = MakeArtifactSource(context_.get(), artifact);
+      WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ModelSource> quantized,
+                             MakeArtifactSource(context_.get(), &pinned_, artifact));
       WALSH_ASSIGN_OR_RETURN(after, evaluator.Forward(*quantized, show));
     }
     WALSH_RETURN_IF_ERROR(clock.Enter(&compare_ms));
@@ -464,38 +512,36 @@ class CudaBackend final : public Backend {
     const LayerShape shape = LayerShape::Of(config);
     const int64_t vocabulary = WeightLoader::VocabularyBytes(config);
     const int64_t layer = WeightLoader::LayerBytes(shape);
-    // Either a layer in floats, or embedding or head, being converted and rounded.
-    const int64_t weights =
-        WeightLoader::SlabsBytes(shape) + std::max(layer, vocabulary + vocabulary / 4);
-    int64_t peak = LayerQuantizer::BytesNeeded(
-        shape, QuantizeRun::Options(job, spec.n_calibration_windows, job.sequence_length));
+    // Either a layer in floats, or embedding or head, being rounded to half of that.
+    int64_t peak =
+        LayerQuantizer::BytesNeeded(
+            shape, QuantizeRun::Options(job, spec.n_calibration_windows, job.sequence_length)) +
+        std::max(layer, vocabulary + vocabulary / 2);
     if (spec.rotation != rotate::Kind::kNone) {
       peak = std::max(peak, LayerForward<float>::ScratchBytes(shape, kGateTokensMax) +
-                                kGateTokensMax * kFloat * (3 * config.hidden + config.vocab));
+                                kGateTokensMax * kFloat * (3 * config.hidden + 2 * config.vocab) +
+                                std::max(layer, vocabulary));
     }
     if (spec.evaluate) {
       // A layer is there in floats and, as it is rounded, in half of that.
-      peak =
-          std::max(peak, layer / 2 + Evaluator::EvaluationBytes(
-                                         config, spec.n_evaluation_windows * job.evaluation_length,
-                                         job.evaluation_length));
+      peak = std::max(peak, layer + layer / 2 +
+                                Evaluator::EvaluationBytes(
+                                    config, spec.n_evaluation_windows * job.evaluation_length,
+                                    job.evaluation_length));
     }
-    return peak + weights + kLibraryBytes;
+    return peak + WeightLoader::StoredBytes(shape) + kLibraryBytes;
   }
 
   // The texts and the model that writes them are gone before anything is read for the device.
   static int64_t HostBytes(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job) {
     const LayerShape shape = LayerShape::Of(config);
     const int64_t widest = std::max({shape.hidden, shape.q_width(), shape.intermediate});
-    // Stored (as floats at most) beside its copy of 16 bits that is being written.
-    const int64_t vocabulary = config.vocab * config.hidden * (kFloat + kFloat / 2);
-    // Two stored layers, and one in floats where it is dequantized here.
-    const int64_t reading = WeightLoader::PinnedBytes(shape) + WeightLoader::LayerBytes(shape);
+    // Embedding or head that waits for room in the queue.
+    const int64_t vocabulary = config.vocab * config.hidden * (kFloat / 2);
     // A Hessian that float does not factorize: its floats, a copy in double, the factor.
     const int64_t factorizing = 4 * widest * widest * kFloat;
-    const int64_t gate = 2 * kGateTokensMax * config.vocab * kFloat;
-    const int64_t working =
-        ArtifactQueue::kBytesMax + reading + std::max({vocabulary, factorizing, gate});
+    const int64_t working = ArtifactQueue::kBytesMax + WeightLoader::HostBytes(shape) +
+                            std::max(vocabulary, factorizing);
     return std::max(PreparationMemoryNeeded(spec, config, job), ProcessMemory(spec, job) + working);
   }
 
@@ -503,7 +549,9 @@ class CudaBackend final : public Backend {
   static constexpr int64_t kGridMax = 65535;
   const std::unique_ptr<Context> context_;
   const int64_t usable_bytes_;
-  StepTimes steps_;  // of the running job
+  // Of the running job.
+  PinnedPool pinned_;
+  StepTimes steps_;
 };
 
 // Both models side by side in floats, without TF32: a layer is used as it is, then rotated and used
@@ -512,31 +560,27 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
                                                   const calibrate::TokenWindows& windows,
                                                   const std::function<absl::Status()>& progress) {
   WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
-  const ReleaseMemory release(*context_);
+  const BoundMemory bound(*context_);
   const ModelConfig& config = inputs.checkpoint.config();
   const LayerShape shape = LayerShape::Of(config);
   const cudaStream_t stream = context_->stream();
   const auto n = static_cast<int64_t>(windows.ids.size());
-  WALSH_ASSIGN_OR_RETURN(
-      const std::unique_ptr<WeightLoader> loader,
-      WeightLoader::Create(context_.get(), inputs.checkpoint, inputs.job.r1, inputs.job.r2));
-  WALSH_ASSIGN_OR_RETURN(
-      auto forward, LayerForward<float>::Create(context_.get(), shape,
-                                                RopeInverseFrequencies(config), windows.length, n));
   StageClock clock(stream);
   double gate_ms = 0;
   WALSH_RETURN_IF_ERROR(clock.Enter(&gate_ms));
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoader> loader,
+                         WeightLoader::Create(context_.get(), &pinned_, inputs.checkpoint,
+                                              inputs.job.r1, inputs.job.r2));
+  WALSH_ASSIGN_OR_RETURN(
+      auto forward, LayerForward<float>::Create(context_.get(), shape,
+                                                RopeInverseFrequencies(config), windows.length, n));
   DeviceBuffer<float> hidden[2];  // original, rotated
-  WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(*context_, windows.ids));
-  {
-    WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> embedding, loader->Embedding());
-    for (DeviceBuffer<float>& rows : hidden) {
-      if (&rows != hidden) WALSH_RETURN_IF_ERROR(loader->RotateEmbedding(embedding));
-      WALSH_ASSIGN_OR_RETURN(rows, DeviceBuffer<float>::Allocate(n * config.hidden, stream));
-      WALSH_RETURN_IF_ERROR(ops::Embed<float>(*context_, n, config.hidden, ids.data(),
-                                              embedding.data(), rows.data()));
-    }
-  }
+  WALSH_ASSIGN_OR_RETURN(hidden[0], loader->Embedded(windows.ids));
+  WALSH_ASSIGN_OR_RETURN(hidden[1], DeviceBuffer<float>::Allocate(n * config.hidden, stream));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(hidden[1].data(), hidden[0].data(),
+                                             static_cast<size_t>(hidden[0].size_bytes()),
+                                             cudaMemcpyDeviceToDevice, stream));
+  WALSH_RETURN_IF_ERROR(loader->RotateEmbedding(hidden[1]));
   for (int64_t l = 0; l < config.n_layers; ++l) {
     WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> layer, loader->Layer(l));
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[0].data()));
@@ -547,28 +591,35 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
   WALSH_ASSIGN_OR_RETURN(const DeviceBuffer<float> norm, loader->FinalNorm());
   WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> head, loader->Head());
   WALSH_ASSIGN_OR_RETURN(auto normed, DeviceBuffer<float>::Allocate(n * config.hidden, stream));
-  WALSH_ASSIGN_OR_RETURN(auto device_logits,
-                         DeviceBuffer<float>::Allocate(n * config.vocab, stream));
-  Matrix logits[2] = {Matrix(n, config.vocab), Matrix(n, config.vocab)};
+  DeviceBuffer<float> logits[2];
   for (const int which : {0, 1}) {
     if (which == 1) WALSH_RETURN_IF_ERROR(loader->RotateHead(norm, head));
     WALSH_RETURN_IF_ERROR(ops::RmsNorm<float>(*context_, n, config.hidden, hidden[which].data(),
                                               which == 0 ? norm.data() : nullptr,
                                               shape.rms_norm_eps, normed.data()));
+    WALSH_ASSIGN_OR_RETURN(logits[which], DeviceBuffer<float>::Allocate(n * config.vocab, stream));
     WALSH_RETURN_IF_ERROR(ops::GemmFp32(*context_, {.n_tokens = n,
                                                     .in = config.hidden,
                                                     .out = config.vocab,
                                                     .x = normed.data(),
                                                     .weights = head.data(),
-                                                    .y = device_logits.data()}));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(logits[which].data(), device_logits.data(),
-                                               static_cast<size_t>(device_logits.size_bytes()),
-                                               cudaMemcpyDeviceToHost, stream));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+                                                    .y = logits[which].data()}));
   }
+  WALSH_RETURN_IF_ERROR(loader->CheckFinite());
+  WALSH_ASSIGN_OR_RETURN(
+      const ops::Difference found,
+      ops::Compare(*context_, n * config.vocab, logits[0].data(), logits[1].data()));
   WALSH_RETURN_IF_ERROR(clock.Finish());
   steps_.Add("gate", gate_ms / 1e3);
-  return CompareLogits(logits[0], logits[1]);
+  if (found.first_bad < 0) return JudgeDifference(found.largest, found.difference);
+  float values[2] = {};
+  for (const int which : {0, 1}) {
+    WALSH_ASSIGN_OR_RETURN(const std::vector<float> value,
+                           (Download<float>(*context_, logits[which].data() + found.first_bad, 1)));
+    values[which] = value[0];
+  }
+  return NotFiniteLogit(found.first_bad / config.vocab, found.first_bad % config.vocab, values[0],
+                        values[1]);
 }
 
 }  // namespace

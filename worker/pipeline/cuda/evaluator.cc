@@ -1,6 +1,7 @@
 #include "worker/pipeline/cuda/evaluator.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -10,6 +11,8 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/model/decoder_layer.h"
+#include "worker/pipeline/cuda/event.h"
+#include "worker/pipeline/cuda/row_stream.h"
 #include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
@@ -33,19 +36,19 @@ absl::StatusOr<Evaluator::Outcome> Evaluator::Forward(ModelSource& source,
   WALSH_ASSIGN_OR_RETURN(
       auto forward, LayerForward<bf16>::Create(&context_, shape, RopeInverseFrequencies(config_),
                                                windows_.length, ForwardTokens(n, windows_.length)));
-  WALSH_ASSIGN_OR_RETURN(auto hidden, DeviceBuffer<float>::Allocate(n * shape.hidden, stream));
-  {
-    WALSH_ASSIGN_OR_RETURN(const auto embedding, source.Embedding());
-    WALSH_ASSIGN_OR_RETURN(const auto ids, Upload<int32_t>(context_, windows_.ids));
-    WALSH_RETURN_IF_ERROR(
-        ops::Embed<float>(context_, n, shape.hidden, ids.data(), embedding.data(), hidden.data()));
-  }
+  WALSH_ASSIGN_OR_RETURN(auto hidden, source.Embedded(windows_.ids));
+  const auto share = [&](int64_t n_layers) {
+    return static_cast<double>(n_layers) / static_cast<double>(config_.n_layers);
+  };
+  std::array<Event, 2> queued;  // behind a layer's work
   for (int64_t l = 0; l < config_.n_layers; ++l) {
     WALSH_ASSIGN_OR_RETURN(const DeviceLayer<bf16> layer, source.Layer(l));
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden.data()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
-    WALSH_RETURN_IF_ERROR(
-        progress(static_cast<double>(l + 1) / static_cast<double>(config_.n_layers)));
+    WALSH_RETURN_IF_ERROR(queued[static_cast<size_t>(l % 2)].Record(stream));
+    // Waits for the layer before, so that the device always has one to do and what is shown is of
+    // work that has been done.
+    WALSH_RETURN_IF_ERROR(queued[static_cast<size_t>((l + 1) % 2)].Wait());
+    WALSH_RETURN_IF_ERROR(progress(share(l)));
   }
   Outcome outcome;
   WALSH_ASSIGN_OR_RETURN(const auto final_norm, source.FinalNorm());
@@ -54,7 +57,9 @@ absl::StatusOr<Evaluator::Outcome> Evaluator::Forward(ModelSource& source,
                                            final_norm.data(), shape.rms_norm_eps,
                                            outcome.normed.data()));
   WALSH_ASSIGN_OR_RETURN(outcome.head, source.Head());
+  WALSH_RETURN_IF_ERROR(source.CheckFinite());
   WALSH_RETURN_IF_ERROR(context_.Synchronize());
+  WALSH_RETURN_IF_ERROR(progress(1.0));
   return outcome;
 }
 
@@ -139,11 +144,11 @@ int64_t Evaluator::EvaluationBytes(const ModelConfig& config, int64_t n_tokens, 
   const int64_t vocabulary = config.vocab * config.hidden;
   const int64_t outcome =
       static_cast<int64_t>(sizeof(bf16)) * (n_tokens * shape.hidden + vocabulary);
-  // The first model's outcome is there while the second runs.
-  const int64_t forward = outcome + n_tokens * shape.hidden * static_cast<int64_t>(sizeof(float)) +
+  // The first model's outcome is there while the second runs; a piece of its head is in floats.
+  const int64_t forward = 2 * outcome +
+                          n_tokens * shape.hidden * static_cast<int64_t>(sizeof(float)) +
                           LayerForward<bf16>::ScratchBytes(shape, ForwardTokens(n_tokens, window)) +
-                          WeightLoader::VocabularyBytes(config) +
-                          vocabulary * static_cast<int64_t>(sizeof(bf16));
+                          2 * PieceBytes(shape.hidden * static_cast<int64_t>(sizeof(float)));
   const int64_t compare =
       2 * outcome +
       2 * std::min(kLogitTokens, n_tokens) * config.vocab * static_cast<int64_t>(sizeof(float)) +

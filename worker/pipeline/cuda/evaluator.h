@@ -21,7 +21,7 @@
 
 namespace walsh::pipeline::cuda {
 
-// Called after each layer of a model with the share of it that is done, 0 … 1.
+// Called as layers of a model are done, with their share of it, 0 … 1.
 using EvaluationProgress = std::function<absl::Status(double fraction)>;
 
 class Evaluator {

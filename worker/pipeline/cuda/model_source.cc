@@ -2,19 +2,21 @@
 
 #include <algorithm>
 #include <array>
-#include <future>
-#include <optional>
+#include <cstddef>
+#include <functional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/stored_weights.h"
+#include "worker/kernels/thread_pool.h"
+#include "worker/pipeline/cuda/read_ahead.h"
+#include "worker/pipeline/cuda/row_stream.h"
 #include "worker/pipeline/cuda/transfer.h"
 #include "worker/pipeline/plan.h"
-#include "worker/tensor/half.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
@@ -25,12 +27,12 @@ class CheckpointModel final : public ModelSource {
  public:
   CheckpointModel(Context* context, WeightLoader* loader) : context_(*context), loader_(*loader) {}
 
-  absl::StatusOr<DeviceBuffer<float>> Embedding() override { return loader_.Embedding(); }
-  absl::StatusOr<DeviceBuffer<float>> FinalNorm() override { return loader_.FinalNorm(); }
-  absl::StatusOr<DeviceBuffer<bf16>> Head() override {
-    WALSH_ASSIGN_OR_RETURN(const DeviceBuffer<float> head, loader_.Head());
-    return ToBf16(context_, head);
+  absl::StatusOr<DeviceBuffer<float>> Embedded(std::span<const int32_t> ids) override {
+    return loader_.Embedded(ids);
   }
+  absl::StatusOr<DeviceBuffer<float>> FinalNorm() override { return loader_.FinalNorm(); }
+  absl::StatusOr<DeviceBuffer<bf16>> Head() override { return loader_.RoundedHead(); }
+  absl::Status CheckFinite() override { return loader_.CheckFinite(); }
   absl::StatusOr<DeviceLayer<bf16>> Layer(int64_t index) override {
     WALSH_ASSIGN_OR_RETURN(DeviceLayer<float> floats, loader_.Layer(index));
     DeviceLayer<bf16> layer;
@@ -57,48 +59,90 @@ class CheckpointModel final : public ModelSource {
   WeightLoader& loader_;
 };
 
-// The stored tensors of an artifact's layer, read on the host.
-struct StoredLayer {
-  std::array<PackedTensors, 7> linears;  // in LinearShapes' order
-  std::array<Bf16Matrix, 7> biases;      // empty: none
-  Bf16Matrix input_norm, post_attention_norm;
-};
+constexpr int64_t kAlignment = 256;
+int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+template <typename T>
+std::span<T> SpanAt(std::span<std::byte> memory, int64_t offset, int64_t n) {
+  return {reinterpret_cast<T*>(memory.data() + offset), static_cast<size_t>(n)};
+}
 
 class ArtifactModel final : public ModelSource {
  public:
-  ArtifactModel(Context* context, const ArtifactReader& artifact)
+  ArtifactModel(Context* context, PinnedPool* pinned, const ArtifactReader& artifact)
       : context_(*context),
+        pinned_(*pinned),
         artifact_(artifact),
-        shape_(LayerShape::Of(artifact.config())),
+        config_(artifact.config()),
+        shape_(LayerShape::Of(config_)),
         readers_(std::min(kReaders, ThreadPool::HardwareThreads())) {}
-  ~ArtifactModel() override {
-    if (reading_.valid()) reading_.wait();
+
+  absl::Status Prepare() {
+    int64_t largest = 0;
+    for (int64_t l = 0; l < config_.n_layers; ++l) {
+      WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(l));
+      largest = std::max(largest, layer.n_bytes);
+    }
+    WALSH_ASSIGN_OR_RETURN(layers_,
+                           ReadAhead::Create(&context_, &pinned_, config_.n_layers, largest,
+                                             [this](int64_t index, std::span<std::byte> host) {
+                                               return FillLayer(index, host);
+                                             }));
+    return absl::OkStatus();
   }
 
-  absl::StatusOr<DeviceBuffer<float>> Embedding() override {
-    WALSH_ASSIGN_OR_RETURN(const Bf16Matrix stored,
-                           artifact_.ReadBf16(std::string(kEmbeddingTensor)));
-    return Floats(stored);
+  absl::StatusOr<DeviceBuffer<float>> Embedded(std::span<const int32_t> ids) override {
+    const int64_t width = config_.hidden;
+    const auto n_ids = static_cast<int64_t>(ids.size());
+    WALSH_ASSIGN_OR_RETURN(auto rows,
+                           DeviceBuffer<float>::Allocate(n_ids * width, context_.stream()));
+    const auto read = [&](int64_t first, int64_t n, std::byte* to) -> absl::Status {
+      for (int64_t i = 0; i < n; ++i) {
+        WALSH_RETURN_IF_ERROR(
+            artifact_.ReadBf16(kEmbeddingTensor, ids[static_cast<size_t>(first + i)], 1,
+                               {reinterpret_cast<uint16_t*>(to) + i * width, RowSize()}));
+      }
+      return absl::OkStatus();
+    };
+    WALSH_RETURN_IF_ERROR(
+        Stream(n_ids, read, [&](const std::byte* stored, int64_t first, int64_t n) {
+          return ops::Convert<bf16, float>(context_, n * width,
+                                           reinterpret_cast<const bf16*>(stored),
+                                           rows.data() + first * width);
+        }));
+    return rows;
   }
+
   absl::StatusOr<DeviceBuffer<float>> FinalNorm() override {
-    WALSH_ASSIGN_OR_RETURN(const Bf16Matrix stored,
-                           artifact_.ReadBf16(std::string(kFinalNormTensor)));
-    return Floats(stored);
+    std::vector<uint16_t> norm(static_cast<size_t>(config_.hidden));
+    WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(kFinalNormTensor, 0, 1, norm));
+    WALSH_ASSIGN_OR_RETURN(const auto stored, Upload<bf16>(context_, norm));
+    return Floats(stored.data(), stored.size());
   }
+
   absl::StatusOr<DeviceBuffer<bf16>> Head() override {
-    WALSH_ASSIGN_OR_RETURN(const Bf16Matrix stored, artifact_.ReadBf16(std::string(kLmHeadTensor)));
-    return Upload<bf16>(context_, stored.values);
+    const int64_t width = config_.hidden;
+    WALSH_ASSIGN_OR_RETURN(auto head,
+                           DeviceBuffer<bf16>::Allocate(config_.vocab * width, context_.stream()));
+    const auto read = [&](int64_t first, int64_t n, std::byte* to) {
+      return artifact_.ReadBf16(
+          kLmHeadTensor, first, n,
+          {reinterpret_cast<uint16_t*>(to), static_cast<size_t>(n) * RowSize()});
+    };
+    WALSH_RETURN_IF_ERROR(Stream(
+        config_.vocab, read,
+        [&](const std::byte* stored, int64_t first, int64_t n) -> absl::Status {
+          WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(head.data() + first * width, stored,
+                                                     static_cast<size_t>(n * RowBytes()),
+                                                     cudaMemcpyDeviceToDevice, context_.stream()));
+          return absl::OkStatus();
+        }));
+    return head;
   }
 
   absl::StatusOr<DeviceLayer<bf16>> Layer(int64_t index) override {
-    absl::StatusOr<StoredLayer> stored =
-        reading_.valid() && read_index_ == index ? reading_.get() : Read(index);
-    WALSH_RETURN_IF_ERROR(stored.status());
-    if (index + 1 < artifact_.config().n_layers) {
-      if (reading_.valid()) reading_.wait();
-      read_index_ = index + 1;
-      reading_ = std::async(std::launch::async, [this, index] { return Read(index + 1); });
-    }
+    WALSH_ASSIGN_OR_RETURN(const std::byte* stored, layers_->Take(index));
+    WALSH_ASSIGN_OR_RETURN(const PlacedLayer placed, PlaceLayer(index));
     DeviceLayer<bf16> layer;
     const struct {
       DeviceBuffer<bf16>* weights;
@@ -114,82 +158,138 @@ class ArtifactModel final : public ModelSource {
     for (const auto& set : sets) {
       WALSH_ASSIGN_OR_RETURN(*set.weights,
                              DeviceBuffer<bf16>::Allocate(set.rows * set.cols, context_.stream()));
-      std::vector<float> biases;
-      bf16* rows = set.weights->data();
-      for (size_t i = set.first; i <= set.last; ++i) {
-        const PackedTensors& linear = stored->linears[i];
-        WALSH_RETURN_IF_ERROR(Unpack(linear, rows));
-        rows += linear.rows * linear.cols;
-        for (const uint16_t bits : stored->biases[i].values) biases.push_back(Bf16ToFloat(bits));
+      if (placed.linears[set.first].bias >= 0) {
+        WALSH_ASSIGN_OR_RETURN(*set.biases,
+                               DeviceBuffer<float>::Allocate(set.rows, context_.stream()));
       }
-      if (!biases.empty()) {
-        WALSH_ASSIGN_OR_RETURN(*set.biases, Upload<float>(context_, biases));
+      int64_t row = 0;
+      for (size_t i = set.first; i <= set.last; ++i) {
+        const PlacedLinear& linear = placed.linears[i];
+        WALSH_RETURN_IF_ERROR(Unpack(linear, stored, set.weights->data() + row * set.cols));
+        if (linear.bias >= 0) {
+          WALSH_RETURN_IF_ERROR((ops::Convert<bf16, float>(
+              context_, linear.shape.rows, reinterpret_cast<const bf16*>(stored + linear.bias),
+              set.biases->data() + row)));
+        }
+        row += linear.shape.rows;
       }
     }
-    WALSH_ASSIGN_OR_RETURN(layer.input_norm, Floats(stored->input_norm));
-    WALSH_ASSIGN_OR_RETURN(layer.post_attention_norm, Floats(stored->post_attention_norm));
+    for (const auto& [norm, offset] :
+         {std::pair(&layer.input_norm, placed.input_norm),
+          std::pair(&layer.post_attention_norm, placed.post_attention_norm)}) {
+      WALSH_ASSIGN_OR_RETURN(*norm,
+                             Floats(reinterpret_cast<const bf16*>(stored + offset), shape_.hidden));
+    }
     return layer;
   }
 
+  // The reader has looked at all values.
+  absl::Status CheckFinite() override { return absl::OkStatus(); }
+
  private:
-  absl::StatusOr<StoredLayer> Read(int64_t index) {
-    const std::vector<LinearShape> shapes = LinearShapes(artifact_.config());
-    StoredLayer stored;
-    std::vector<absl::Status> statuses(shapes.size());
-    readers_.ParallelFor(static_cast<int64_t>(shapes.size()), [&](int64_t i) {
+  // Where the stored tensors of a layer lie behind each other, in bytes.
+  struct PlacedLinear {
+    std::string name;
+    GptqShape shape;
+    int64_t qweight = 0, qzeros = 0, scales = 0;
+    int64_t bias = -1;  // -1: none
+    int64_t weight_words() const { return shape.weight_words() * shape.rows; }
+    int64_t zero_words() const { return shape.groups() * shape.zero_words(); }
+    int64_t n_scales() const { return shape.groups() * shape.rows; }
+  };
+  struct PlacedLayer {
+    std::array<PlacedLinear, 7> linears;  // in LinearShapes' order
+    int64_t input_norm = 0, post_attention_norm = 0;
+    int64_t n_bytes = 0;
+  };
+
+  absl::StatusOr<PlacedLayer> PlaceLayer(int64_t index) const {
+    PlacedLayer layer;
+    const auto place = [&layer](int64_t n_bytes) {
+      return std::exchange(layer.n_bytes, layer.n_bytes + Aligned(n_bytes));
+    };
+    const std::vector<LinearShape> linears = LinearShapes(config_);
+    for (size_t i = 0; i < linears.size(); ++i) {
+      PlacedLinear& linear = layer.linears[i];
+      linear.name = LayerTensor(index, linears[i].suffix);
+      WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
+      linear.qweight = place(linear.weight_words() * static_cast<int64_t>(sizeof(uint32_t)));
+      linear.qzeros = place(linear.zero_words() * static_cast<int64_t>(sizeof(uint32_t)));
+      linear.scales = place(linear.n_scales() * static_cast<int64_t>(sizeof(uint16_t)));
+      const bool is_attention = i < 4;
+      if (is_attention ? config_.attention_bias : config_.mlp_bias) {
+        linear.bias = place(linear.shape.rows * static_cast<int64_t>(sizeof(uint16_t)));
+      }
+    }
+    const int64_t norm_bytes = config_.hidden * static_cast<int64_t>(sizeof(uint16_t));
+    layer.input_norm = place(norm_bytes);
+    layer.post_attention_norm = place(norm_bytes);
+    return layer;
+  }
+
+  absl::StatusOr<int64_t> FillLayer(int64_t index, std::span<std::byte> host) {
+    WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(index));
+    std::array<absl::Status, 7> statuses;
+    readers_.ParallelFor(static_cast<int64_t>(statuses.size()), [&](int64_t i) {
       const auto at = static_cast<size_t>(i);
-      statuses[at] = ReadLinear(LayerTensor(index, shapes[at].suffix), at < 4, stored.linears[at],
-                                stored.biases[at]);
+      statuses[at] = ReadLinear(layer.linears[at], host);
     });
     for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
-    WALSH_ASSIGN_OR_RETURN(stored.input_norm,
-                           artifact_.ReadBf16(LayerTensor(index, "input_layernorm.weight")));
-    WALSH_ASSIGN_OR_RETURN(
-        stored.post_attention_norm,
-        artifact_.ReadBf16(LayerTensor(index, "post_attention_layernorm.weight")));
-    return stored;
-  }
-
-  absl::Status ReadLinear(const std::string& name, bool is_attention, PackedTensors& linear,
-                          Bf16Matrix& bias) const {
-    WALSH_ASSIGN_OR_RETURN(linear, artifact_.ReadPacked(name));
-    const ModelConfig& config = artifact_.config();
-    if (is_attention ? config.attention_bias : config.mlp_bias) {
-      WALSH_ASSIGN_OR_RETURN(bias, artifact_.ReadBf16(name + ".bias"));
+    for (const auto& [suffix, offset] :
+         {std::pair("input_layernorm.weight", layer.input_norm),
+          std::pair("post_attention_layernorm.weight", layer.post_attention_norm)}) {
+      WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(LayerTensor(index, suffix), 0, 1,
+                                               SpanAt<uint16_t>(host, offset, config_.hidden)));
     }
-    return absl::OkStatus();
+    return layer.n_bytes;
   }
 
-  absl::StatusOr<DeviceBuffer<float>> Floats(const Bf16Matrix& stored) {
-    WALSH_ASSIGN_OR_RETURN(const auto rounded, Upload<bf16>(context_, stored.values));
-    WALSH_ASSIGN_OR_RETURN(auto values,
-                           DeviceBuffer<float>::Allocate(rounded.size(), context_.stream()));
-    WALSH_RETURN_IF_ERROR(
-        (ops::Convert<bf16, float>(context_, rounded.size(), rounded.data(), values.data())));
+  absl::Status ReadLinear(const PlacedLinear& linear, std::span<std::byte> host) const {
+    WALSH_RETURN_IF_ERROR(artifact_.ReadPacked(
+        linear.name, {SpanAt<uint32_t>(host, linear.qweight, linear.weight_words()),
+                      SpanAt<uint32_t>(host, linear.qzeros, linear.zero_words()),
+                      SpanAt<uint16_t>(host, linear.scales, linear.n_scales())}));
+    if (linear.bias < 0) return absl::OkStatus();
+    return artifact_.ReadBf16(linear.name + ".bias", 0, 1,
+                              SpanAt<uint16_t>(host, linear.bias, linear.shape.rows));
+  }
+
+  absl::StatusOr<DeviceBuffer<float>> Floats(const bf16* stored, int64_t n) {
+    WALSH_ASSIGN_OR_RETURN(auto values, DeviceBuffer<float>::Allocate(n, context_.stream()));
+    WALSH_RETURN_IF_ERROR((ops::Convert<bf16, float>(context_, n, stored, values.data())));
     return values;
   }
 
-  absl::Status Unpack(const PackedTensors& linear, bf16* y) {
-    WALSH_ASSIGN_OR_RETURN(const auto qweight, Upload<uint32_t>(context_, linear.qweight));
-    WALSH_ASSIGN_OR_RETURN(const auto qzeros, Upload<uint32_t>(context_, linear.qzeros));
-    WALSH_ASSIGN_OR_RETURN(const auto scales, Upload<__half>(context_, linear.scales));
-    return ops::Unpack({.rows = linear.rows,
-                        .cols = linear.cols,
-                        .bits = linear.bits,
-                        .group_size = linear.group_size,
-                        .qweight = qweight.data(),
-                        .qzeros = qzeros.data(),
-                        .scales = scales.data(),
+  absl::Status Unpack(const PlacedLinear& linear, const std::byte* stored, bf16* y) {
+    return ops::Unpack({.rows = linear.shape.rows,
+                        .cols = linear.shape.cols,
+                        .bits = linear.shape.bits,
+                        .group_size = linear.shape.group_size,
+                        .qweight = reinterpret_cast<const uint32_t*>(stored + linear.qweight),
+                        .qzeros = reinterpret_cast<const uint32_t*>(stored + linear.qzeros),
+                        .scales = reinterpret_cast<const __half*>(stored + linear.scales),
                         .y = y,
                         .stream = context_.stream()});
   }
 
+  size_t RowSize() const { return static_cast<size_t>(config_.hidden); }
+  int64_t RowBytes() const { return config_.hidden * static_cast<int64_t>(sizeof(bf16)); }
+
+  // Rows of embedding or head.
+  absl::Status Stream(
+      int64_t rows, const std::function<absl::Status(int64_t, int64_t, std::byte*)>& read,
+      const std::function<absl::Status(const std::byte*, int64_t, int64_t)>& consume) {
+    return StreamRows(context_, pinned_, readers_,
+                      {.rows = rows, .row_bytes = RowBytes(), .read = read, .consume = consume});
+  }
+
   Context& context_;
+  PinnedPool& pinned_;
   const ArtifactReader& artifact_;
+  const ModelConfig& config_;
   const LayerShape shape_;
   ThreadPool readers_;
-  std::future<absl::StatusOr<StoredLayer>> reading_;
-  int64_t read_index_ = -1;
+  std::unique_ptr<ReadAhead> layers_;  // reads with what stands above
 };
 
 }  // namespace
@@ -197,8 +297,12 @@ class ArtifactModel final : public ModelSource {
 std::unique_ptr<ModelSource> MakeCheckpointSource(Context* context, WeightLoader* loader) {
   return std::make_unique<CheckpointModel>(context, loader);
 }
-std::unique_ptr<ModelSource> MakeArtifactSource(Context* context, const ArtifactReader& artifact) {
-  return std::make_unique<ArtifactModel>(context, artifact);
+absl::StatusOr<std::unique_ptr<ModelSource>> MakeArtifactSource(Context* context,
+                                                                PinnedPool* pinned,
+                                                                const ArtifactReader& artifact) {
+  auto model = std::make_unique<ArtifactModel>(context, pinned, artifact);
+  WALSH_RETURN_IF_ERROR(model->Prepare());
+  return model;
 }
 
 absl::StatusOr<DeviceBuffer<bf16>> ToBf16(Context& context, const DeviceBuffer<float>& values) {

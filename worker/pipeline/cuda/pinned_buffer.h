@@ -40,6 +40,7 @@ class PinnedBuffer {
     return *this;
   }
 
+  int64_t size() const { return size_; }
   std::span<std::byte> span() {
     return {static_cast<std::byte*>(data_), static_cast<size_t>(size_)};
   }

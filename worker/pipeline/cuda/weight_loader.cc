@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <future>
+#include <functional>
 #include <optional>
 #include <utility>
 
@@ -13,15 +13,20 @@
 #include "worker/kernels/cuda/rotate.h"
 #include "worker/kernels/cuda/stored_weights.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/pipeline/cuda/pinned_buffer.h"
-#include "worker/pipeline/cuda/wait_timer.h"
+#include "worker/pipeline/cuda/read_ahead.h"
+#include "worker/pipeline/cuda/row_stream.h"
+#include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
 namespace {
 
 namespace ops = kernels::cuda;
 
-constexpr int kSlabs = 2;
+// Layers that are read ahead, and pieces of what is read as a whole.
+constexpr int kSlots = 2;
+// What first_bad_ holds where nothing is bad: each byte is this.
+constexpr int kNoneBadByte = 0x7f;
+constexpr int64_t kNoneBad = 0x7f7f7f7f7f7f7f7f;
 // Every tensor starts where vectorized loads may.
 constexpr int64_t kAlignment = 256;
 constexpr int64_t kWidestElement = sizeof(float);
@@ -41,36 +46,40 @@ std::optional<ops::ScalarType> ScalarTypeOf(StorageType type) {
   }
 }
 
-// A tensor's place in a slab and on the device.
+// A tensor's form, and its place in a slab and on the device.
 struct Piece {
   std::string name;
-  int64_t n = 0;  // elements
+  int64_t rows = 0;
   int64_t cols = 0;
-  int64_t offset = 0;
-  int64_t n_bytes = 0;
+  int64_t row_bytes = 0;
+  int64_t offset = 0;  // of the first row
   ops::ScalarType type = ops::ScalarType::kF32;
   bool is_dequantized_here = false;
+
+  int64_t n() const { return rows * cols; }
+  int64_t n_bytes() const { return rows * row_bytes; }
 };
 
 absl::StatusOr<Piece> Place(const Checkpoint& checkpoint, std::string name, int64_t offset) {
   WALSH_ASSIGN_OR_RETURN(const StoredForm form, checkpoint.FormOf(name));
   Piece piece;
   piece.name = std::move(name);
-  piece.n = form.rows * form.cols;
+  piece.rows = form.rows;
   piece.cols = form.cols;
   piece.offset = offset;
   const std::optional<ops::ScalarType> type = ScalarTypeOf(form.type);
   piece.is_dequantized_here = !type.has_value();
   piece.type = type.value_or(ops::ScalarType::kF32);
-  piece.n_bytes = type.has_value() ? form.size_bytes : piece.n * kWidestElement;
+  piece.row_bytes = type.has_value() ? form.size_bytes / form.rows : form.cols * kWidestElement;
   return piece;
 }
 
-absl::Status Fill(const Checkpoint& checkpoint, const Piece& piece, std::span<std::byte> slab) {
-  const std::span<std::byte> bytes =
-      slab.subspan(static_cast<size_t>(piece.offset), static_cast<size_t>(piece.n_bytes));
-  if (!piece.is_dequantized_here) return checkpoint.ReadStored(piece.name, bytes);
-  WALSH_ASSIGN_OR_RETURN(const Matrix values, checkpoint.Read(piece.name));
+// Rows [first, first + n) of a tensor, to `to`.
+absl::Status ReadRows(const Checkpoint& checkpoint, const Piece& piece, int64_t first, int64_t n,
+                      std::byte* to) {
+  const std::span<std::byte> bytes(to, static_cast<size_t>(n * piece.row_bytes));
+  if (!piece.is_dequantized_here) return checkpoint.ReadStored(piece.name, first, n, bytes);
+  WALSH_ASSIGN_OR_RETURN(const Matrix values, checkpoint.ReadRows(piece.name, first, n));
   std::memcpy(bytes.data(), values.data(), bytes.size());
   return absl::OkStatus();
 }
@@ -110,44 +119,18 @@ int64_t LayerElements(const LayerShape& s) {
 int64_t SlabBytes(const LayerShape& s) {
   return LayerElements(s) * kWidestElement + static_cast<int64_t>(kParts.size()) * kAlignment;
 }
-
-class Event {
- public:
-  absl::Status Create() {
-    WALSH_CUDA_RETURN_IF_ERROR(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
-    return absl::OkStatus();
-  }
-  ~Event() {
-    if (event_ != nullptr) cudaEventDestroy(event_);
-  }
-  cudaEvent_t get() const { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
-// A layer on its way from the file to the device.
-struct Slab {
-  PinnedBuffer host;
-  DeviceBuffer<std::byte> device;
-  Event arrived;   // of the copy
-  Event consumed;  // of the conversion that read the device's form
-  int64_t layer = -1;
-  std::vector<Piece> pieces;
-  std::vector<const Part*> parts;  // of the pieces
-};
+// Tensors beside the layers', by their places behind those in first_bad_.
+enum Beside { kEmbedding, kFinalNorm, kHead, kEmbeddedRows, kBeside };
 
 class Loader final : public WeightLoader {
  public:
-  Loader(Context* context, const Checkpoint& checkpoint)
+  Loader(Context* context, PinnedPool* pinned, const Checkpoint& checkpoint)
       : context_(*context),
+        pinned_(*pinned),
         checkpoint_(checkpoint),
+        n_layers_(checkpoint.config().n_layers),
         shape_(LayerShape::Of(checkpoint.config())),
         readers_(std::min(kReaders, ThreadPool::HardwareThreads())) {}
-  ~Loader() override {
-    if (reading_.valid()) reading_.wait();
-    (void)context_.Synchronize();
-  }
 
   absl::Status Prepare(const rotate::Rotation& r1, const rotate::Rotation& r2) {
     const auto tables = [](const rotate::Rotation& rotation) {
@@ -166,29 +149,45 @@ class Loader final : public WeightLoader {
         WALSH_ASSIGN_OR_RETURN(r2_, ops::DeviceRotation::Create(context_, tables(r2)));
       }
     }
-    WALSH_RETURN_IF_ERROR(PlaceLargestLayer());
-    for (Slab& slab : slabs_) {
-      WALSH_RETURN_IF_ERROR(slab.arrived.Create());
-      WALSH_RETURN_IF_ERROR(slab.consumed.Create());
-      WALSH_ASSIGN_OR_RETURN(slab.host, PinnedBuffer::Allocate(slab_bytes_));
-      WALSH_ASSIGN_OR_RETURN(slab.device,
-                             DeviceBuffer<std::byte>::Allocate(slab_bytes_, context_.stream()));
-    }
-    WALSH_ASSIGN_OR_RETURN(first_bad_, DeviceBuffer<int64_t>::Allocate(
-                                           static_cast<int64_t>(kParts.size()), context_.stream()));
-    return context_.Synchronize();
+    WALSH_ASSIGN_OR_RETURN(first_bad_, DeviceBuffer<int64_t>::Allocate(BadIndex(n_layers_, kBeside),
+                                                                       context_.stream()));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(first_bad_.data(), kNoneBadByte,
+                                               static_cast<size_t>(first_bad_.size_bytes()),
+                                               context_.stream()));
+    WALSH_ASSIGN_OR_RETURN(const int64_t slab_bytes, LargestLayerBytes());
+    WALSH_ASSIGN_OR_RETURN(layers_,
+                           ReadAhead::Create(&context_, &pinned_, n_layers_, slab_bytes,
+                                             [this](int64_t index, std::span<std::byte> host) {
+                                               return FillLayer(index, host);
+                                             }));
+    return absl::OkStatus();
   }
 
   absl::StatusOr<DeviceLayer<float>> Layer(int64_t index) override {
-    WALSH_ASSIGN_OR_RETURN(Slab * slab, Await(index));
-    if (index + 1 < checkpoint_.config().n_layers) {
-      Slab* next = slab == slabs_.data() ? &slabs_[1] : &slabs_[0];
-      reading_ = std::async(std::launch::async, [this, index, next]() -> absl::Status {
-        WALSH_RETURN_IF_ERROR(context_.MakeCurrent());
-        return Read(index + 1, *next);
-      });
+    WALSH_ASSIGN_OR_RETURN(const std::byte* stored, layers_->Take(index));
+    WALSH_ASSIGN_OR_RETURN(const PlacedLayer placed, PlaceLayer(index));
+    const cudaStream_t stream = context_.stream();
+    DeviceLayer<float> layer;
+    for (size_t i = 0; i < placed.pieces.size(); ++i) {
+      if (!placed.parts[i]->is_first) continue;
+      int64_t n = placed.pieces[i].n();
+      for (size_t j = i + 1; j < placed.pieces.size() && !placed.parts[j]->is_first; ++j) {
+        n += placed.pieces[j].n();
+      }
+      WALSH_ASSIGN_OR_RETURN(layer.*placed.parts[i]->buffer,
+                             DeviceBuffer<float>::Allocate(n, stream));
     }
-    return Convert(*slab);
+    int64_t offset = 0;
+    for (size_t i = 0; i < placed.pieces.size(); ++i) {
+      const Piece& piece = placed.pieces[i];
+      if (placed.parts[i]->is_first) offset = 0;
+      DeviceBuffer<float>& buffer = layer.*placed.parts[i]->buffer;
+      WALSH_RETURN_IF_ERROR(Convert(piece, 0, piece.rows, stored + piece.offset,
+                                    buffer.data() + offset,
+                                    BadIndex(index, static_cast<int64_t>(i))));
+      offset += piece.n();
+    }
+    return layer;
   }
 
   absl::Status Rotate(DeviceLayer<float>& layer) override {
@@ -222,17 +221,58 @@ class Loader final : public WeightLoader {
   }
 
   absl::StatusOr<DeviceBuffer<float>> Embedding() override {
-    return Whole(std::string(kEmbeddingTensor));
+    return Floats(kEmbeddingTensor, kEmbedding);
   }
   absl::StatusOr<DeviceBuffer<float>> FinalNorm() override {
-    return Whole(std::string(kFinalNormTensor));
+    return Floats(kFinalNormTensor, kFinalNorm);
   }
-  absl::StatusOr<DeviceBuffer<float>> Head() override { return Whole(std::string(kLmHeadTensor)); }
+  absl::StatusOr<DeviceBuffer<float>> Head() override { return Floats(kLmHeadTensor, kHead); }
 
-  absl::Status RotateEmbedding(DeviceBuffer<float>& embedding) override {
+  absl::StatusOr<DeviceBuffer<bf16>> RoundedHead() override {
+    WALSH_ASSIGN_OR_RETURN(const Piece piece, Place(checkpoint_, std::string(kLmHeadTensor), 0));
+    WALSH_ASSIGN_OR_RETURN(auto head, DeviceBuffer<bf16>::Allocate(piece.n(), context_.stream()));
+    const int64_t at_once = std::min(piece.rows, RowsOf(kPieceBytes, piece.row_bytes));
+    WALSH_ASSIGN_OR_RETURN(auto floats,
+                           DeviceBuffer<float>::Allocate(at_once * piece.cols, context_.stream()));
+    const auto round = [&](const std::byte* stored, int64_t first, int64_t n) -> absl::Status {
+      WALSH_RETURN_IF_ERROR(
+          Convert(piece, first, n, stored, floats.data(), BadIndex(n_layers_, kHead)));
+      return ops::Convert<float, bf16>(context_, n * piece.cols, floats.data(),
+                                       head.data() + first * piece.cols);
+    };
+    WALSH_RETURN_IF_ERROR(Stream(piece, round));
+    return head;
+  }
+
+  absl::StatusOr<DeviceBuffer<float>> Embedded(std::span<const int32_t> ids) override {
+    WALSH_ASSIGN_OR_RETURN(const Piece piece, Place(checkpoint_, std::string(kEmbeddingTensor), 0));
+    embedded_ids_.assign(ids.begin(), ids.end());
+    const auto n_ids = static_cast<int64_t>(ids.size());
+    WALSH_ASSIGN_OR_RETURN(auto rows,
+                           DeviceBuffer<float>::Allocate(n_ids * piece.cols, context_.stream()));
+    // Ids follow each other as they like: each row is read on its own.
+    const auto read = [&](int64_t first, int64_t n, std::byte* to) -> absl::Status {
+      for (int64_t i = 0; i < n; ++i) {
+        const int32_t id = ids[static_cast<size_t>(first + i)];
+        WALSH_RETURN_IF_ERROR(ReadRows(checkpoint_, piece, id, 1, to + i * piece.row_bytes));
+      }
+      return absl::OkStatus();
+    };
+    const auto convert = [&](const std::byte* stored, int64_t first, int64_t n) {
+      return Convert(piece, first, n, stored, rows.data() + first * piece.cols,
+                     BadIndex(n_layers_, kEmbeddedRows));
+    };
+    WALSH_RETURN_IF_ERROR(
+        StreamRows(context_, pinned_, readers_,
+                   {.rows = n_ids, .row_bytes = piece.row_bytes, .read = read, .consume = convert},
+                   &seconds_waited_));
+    return rows;
+  }
+
+  absl::Status RotateEmbedding(DeviceBuffer<float>& rows) override {
     if (!is_rotated()) return absl::OkStatus();
-    return r1_->RotateRows(context_, checkpoint_.config().vocab, shape_.hidden, nullptr,
-                           embedding.data());
+    return r1_->RotateRows(context_, rows.size() / shape_.hidden, shape_.hidden, nullptr,
+                           rows.data());
   }
   absl::Status RotateHead(const DeviceBuffer<float>& final_norm,
                           DeviceBuffer<float>& head) override {
@@ -240,160 +280,147 @@ class Loader final : public WeightLoader {
     return r1_->RotateRows(context_, checkpoint_.config().vocab, shape_.hidden, final_norm.data(),
                            head.data());
   }
-  double seconds_waited() const override { return seconds_waited_; }
   bool is_rotated() const override { return r1_.has_value(); }
+  double seconds_waited() const override { return seconds_waited_ + layers_->seconds_waited(); }
 
- private:
-  // The slab with a layer that has been read.
-  absl::StatusOr<Slab*> Await(int64_t index) {
-    const WaitTimer timer(&seconds_waited_);
-    if (reading_.valid()) WALSH_RETURN_IF_ERROR(reading_.get());
-    Slab* slab = std::find_if(std::begin(slabs_), std::end(slabs_),
-                              [&](const Slab& s) { return s.layer == index; });
-    if (slab != std::end(slabs_)) return slab;
-    slab = &slabs_[static_cast<size_t>(index % kSlabs)];
-    WALSH_RETURN_IF_ERROR(Read(index, *slab));
-    return slab;
+  absl::Status CheckFinite() override {
+    WALSH_ASSIGN_OR_RETURN(const std::vector<int64_t> first_bad,
+                           (Download<int64_t>(context_, first_bad_.data(), first_bad_.size())));
+    const auto bad = std::find_if(first_bad.begin(), first_bad.end(),
+                                  [](int64_t element) { return element != kNoneBad; });
+    if (bad == first_bad.end()) return absl::OkStatus();
+    int64_t element = *bad;
+    const int64_t layer = (bad - first_bad.begin()) / kPartsMax;
+    const auto part = static_cast<size_t>((bad - first_bad.begin()) % kPartsMax);
+    std::string name;
+    if (layer < n_layers_) {
+      WALSH_ASSIGN_OR_RETURN(const PlacedLayer placed, PlaceLayer(layer));
+      name = placed.pieces[part].name;
+    } else if (part == kEmbeddedRows) {
+      name = kEmbeddingTensor;
+      element = embedded_ids_[static_cast<size_t>(element / shape_.hidden)] * shape_.hidden +
+                element % shape_.hidden;
+    } else {
+      name = part == kEmbedding ? kEmbeddingTensor
+             : part == kHead    ? kLmHeadTensor
+                                : kFinalNormTensor;
+    }
+    return absl::DataLossError(
+        absl::StrCat("tensor '", name, "': element ", element, " is not finite"));
   }
 
+ private:
+  static constexpr auto kPartsMax = static_cast<int64_t>(kParts.size());
+  static int64_t BadIndex(int64_t layer, int64_t part) { return layer * kPartsMax + part; }
+
   // The pieces of a layer, one behind the other.
-  absl::Status PlaceLayer(int64_t index, std::vector<Piece>& pieces,
-                          std::vector<const Part*>& parts, int64_t& n_bytes) const {
-    pieces.clear();
-    parts.clear();
-    n_bytes = 0;
+  struct PlacedLayer {
+    std::vector<Piece> pieces;
+    std::vector<const Part*> parts;  // of the pieces
+    int64_t n_bytes = 0;
+  };
+  absl::StatusOr<PlacedLayer> PlaceLayer(int64_t index) const {
+    PlacedLayer layer;
     for (const Part& part : kParts) {
       std::string name = LayerTensor(index, part.suffix);
       if (part.is_optional && !checkpoint_.Has(name)) continue;
-      WALSH_ASSIGN_OR_RETURN(Piece piece, Place(checkpoint_, std::move(name), n_bytes));
-      n_bytes += Aligned(piece.n_bytes);
-      pieces.push_back(std::move(piece));
-      parts.push_back(&part);
+      WALSH_ASSIGN_OR_RETURN(Piece piece, Place(checkpoint_, std::move(name), layer.n_bytes));
+      layer.n_bytes += Aligned(piece.n_bytes());
+      layer.pieces.push_back(std::move(piece));
+      layer.parts.push_back(&part);
     }
-    return absl::OkStatus();
-  }
-
-  absl::Status PlaceLargestLayer() {
-    std::vector<Piece> pieces;
-    std::vector<const Part*> parts;
-    for (int64_t l = 0; l < checkpoint_.config().n_layers; ++l) {
-      int64_t n_bytes = 0;
-      WALSH_RETURN_IF_ERROR(PlaceLayer(l, pieces, parts, n_bytes));
-      slab_bytes_ = std::max(slab_bytes_, n_bytes);
-    }
-    return absl::OkStatus();
-  }
-
-  // On the caller's thread or on the reading one, never on both.
-  absl::Status Read(int64_t index, Slab& slab) {
-    slab.layer = -1;
-    int64_t n_bytes = 0;
-    WALSH_RETURN_IF_ERROR(PlaceLayer(index, slab.pieces, slab.parts, n_bytes));
-    // The copy before has read the pinned memory, and the conversion the device's.
-    WALSH_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(slab.arrived.get()));
-    std::vector<absl::Status> statuses(slab.pieces.size());
-    readers_.ParallelFor(static_cast<int64_t>(slab.pieces.size()), [&](int64_t i) {
-      const auto at = static_cast<size_t>(i);
-      statuses[at] = Fill(checkpoint_, slab.pieces[at], slab.host.span());
-    });
-    for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamWaitEvent(context_.copies(), slab.consumed.get()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(slab.device.data(), slab.host.span().data(),
-                                               static_cast<size_t>(n_bytes), cudaMemcpyHostToDevice,
-                                               context_.copies()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaEventRecord(slab.arrived.get(), context_.copies()));
-    slab.layer = index;
-    return absl::OkStatus();
-  }
-
-  absl::StatusOr<DeviceLayer<float>> Convert(Slab& slab) {
-    const cudaStream_t stream = context_.stream();
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamWaitEvent(stream, slab.arrived.get()));
-    DeviceLayer<float> layer;
-    for (size_t i = 0; i < slab.pieces.size(); ++i) {
-      if (!slab.parts[i]->is_first) continue;
-      int64_t n = slab.pieces[i].n;
-      for (size_t j = i + 1; j < slab.pieces.size() && !slab.parts[j]->is_first; ++j) {
-        n += slab.pieces[j].n;
-      }
-      WALSH_ASSIGN_OR_RETURN(layer.*slab.parts[i]->buffer,
-                             DeviceBuffer<float>::Allocate(n, stream));
-    }
-    WALSH_RETURN_IF_ERROR(ClearFirstBad());
-    int64_t offset = 0;
-    for (size_t i = 0; i < slab.pieces.size(); ++i) {
-      const Piece& piece = slab.pieces[i];
-      if (slab.parts[i]->is_first) offset = 0;
-      DeviceBuffer<float>& buffer = layer.*slab.parts[i]->buffer;
-      WALSH_RETURN_IF_ERROR(
-          ops::ConvertStored(piece.n, piece.type, slab.device.data() + piece.offset,
-                             buffer.data() + offset, first_bad_.data() + i, stream));
-      offset += piece.n;
-    }
-    WALSH_CUDA_RETURN_IF_ERROR(cudaEventRecord(slab.consumed.get(), stream));
-    WALSH_RETURN_IF_ERROR(CheckFinite(slab.pieces));
     return layer;
   }
 
-  // Embedding, norm or head: read as a whole, once or twice a job.
-  absl::StatusOr<DeviceBuffer<float>> Whole(std::string name) {
-    const cudaStream_t stream = context_.stream();
-    WALSH_ASSIGN_OR_RETURN(const Piece piece, Place(checkpoint_, std::move(name), 0));
-    std::vector<std::byte> host(static_cast<size_t>(piece.n_bytes));
-    {
-      const WaitTimer timer(&seconds_waited_);
-      WALSH_RETURN_IF_ERROR(Fill(checkpoint_, piece, host));
+  absl::StatusOr<int64_t> LargestLayerBytes() const {
+    int64_t largest = 0;
+    for (int64_t l = 0; l < n_layers_; ++l) {
+      WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(l));
+      largest = std::max(largest, layer.n_bytes);
     }
-    WALSH_ASSIGN_OR_RETURN(auto stored, DeviceBuffer<std::byte>::Allocate(piece.n_bytes, stream));
-    WALSH_ASSIGN_OR_RETURN(auto values, DeviceBuffer<float>::Allocate(piece.n, stream));
-    WALSH_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(stored.data(), host.data(), host.size(), cudaMemcpyHostToDevice, stream));
-    WALSH_RETURN_IF_ERROR(ClearFirstBad());
-    WALSH_RETURN_IF_ERROR(ops::ConvertStored(piece.n, piece.type, stored.data(), values.data(),
-                                             first_bad_.data(), stream));
-    WALSH_RETURN_IF_ERROR(CheckFinite({piece}));
+    return largest;
+  }
+
+  absl::StatusOr<int64_t> FillLayer(int64_t index, std::span<std::byte> host) {
+    WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(index));
+    struct Range {
+      const Piece* piece;
+      int64_t first, n;
+    };
+    std::vector<Range> ranges;
+    for (const Piece& piece : layer.pieces) {
+      const int64_t at_once = RowsOf(kRangeBytes, piece.row_bytes);
+      for (int64_t first = 0; first < piece.rows; first += at_once) {
+        ranges.push_back({&piece, first, std::min(at_once, piece.rows - first)});
+      }
+    }
+    std::vector<absl::Status> statuses(ranges.size());
+    readers_.ParallelFor(static_cast<int64_t>(ranges.size()), [&](int64_t i) {
+      const auto& [piece, first, n] = ranges[static_cast<size_t>(i)];
+      statuses[static_cast<size_t>(i)] = ReadRows(
+          checkpoint_, *piece, first, n, host.data() + piece->offset + first * piece->row_bytes);
+    });
+    for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
+    return layer.n_bytes;
+  }
+
+  // Rows [first, first + n) of a piece, from the device's copy of its bytes.
+  absl::Status Convert(const Piece& piece, int64_t first, int64_t n, const std::byte* stored,
+                       float* floats, int64_t bad_index) {
+    return ops::ConvertStored({.n = n * piece.cols,
+                               .type = piece.type,
+                               .x = stored,
+                               .y = floats,
+                               .first = first * piece.cols,
+                               .first_bad = first_bad_.data() + bad_index,
+                               .stream = context_.stream()});
+  }
+
+  // A whole tensor: consume(stored bytes on the device, first row, rows) queues what reads them.
+  absl::Status Stream(
+      const Piece& piece,
+      const std::function<absl::Status(const std::byte*, int64_t, int64_t)>& consume) {
+    const auto read = [&](int64_t first, int64_t n, std::byte* to) {
+      return ReadRows(checkpoint_, piece, first, n, to);
+    };
+    return StreamRows(
+        context_, pinned_, readers_,
+        {.rows = piece.rows, .row_bytes = piece.row_bytes, .read = read, .consume = consume},
+        &seconds_waited_);
+  }
+
+  absl::StatusOr<DeviceBuffer<float>> Floats(std::string_view name, Beside which) {
+    WALSH_ASSIGN_OR_RETURN(const Piece piece, Place(checkpoint_, std::string(name), 0));
+    WALSH_ASSIGN_OR_RETURN(auto values,
+                           DeviceBuffer<float>::Allocate(piece.n(), context_.stream()));
+    WALSH_RETURN_IF_ERROR(Stream(piece, [&](const std::byte* stored, int64_t first, int64_t n) {
+      return Convert(piece, first, n, stored, values.data() + first * piece.cols,
+                     BadIndex(n_layers_, which));
+    }));
     return values;
   }
 
-  absl::Status ClearFirstBad() {
-    // Bytes of 0x7f: larger than any index.
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(
-        first_bad_.data(), 0x7f, static_cast<size_t>(first_bad_.size_bytes()), context_.stream()));
-    return absl::OkStatus();
-  }
-  absl::Status CheckFinite(const std::vector<Piece>& pieces) {
-    std::array<int64_t, kParts.size()> first_bad{};
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(first_bad.data(), first_bad_.data(),
-                                               sizeof(first_bad), cudaMemcpyDeviceToHost,
-                                               context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.stream()));
-    for (size_t i = 0; i < pieces.size(); ++i) {
-      if (first_bad[i] >= pieces[i].n) continue;
-      return absl::DataLossError(
-          absl::StrCat("tensor '", pieces[i].name, "': element ", first_bad[i], " is not finite"));
-    }
-    return absl::OkStatus();
-  }
-
   Context& context_;
+  PinnedPool& pinned_;
   const Checkpoint& checkpoint_;
+  const int64_t n_layers_;
   const LayerShape shape_;
   std::optional<ops::DeviceRotation> r1_, r2_;
   ThreadPool readers_;
-  int64_t slab_bytes_ = 0;
-  std::array<Slab, kSlabs> slabs_;
-  DeviceBuffer<int64_t> first_bad_;  // [kParts]
-  std::future<absl::Status> reading_;
-  double seconds_waited_ = 0;
+  DeviceBuffer<int64_t> first_bad_;  // [layers, kPartsMax], [kBeside]; of all that was converted
+  std::vector<int32_t> embedded_ids_;
+  double seconds_waited_ = 0;          // for all but the layers
+  std::unique_ptr<ReadAhead> layers_;  // reads with what stands above
 };
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<WeightLoader>> WeightLoader::Create(Context* context,
+                                                                   PinnedPool* pinned,
                                                                    const Checkpoint& checkpoint,
                                                                    const rotate::Rotation& r1,
                                                                    const rotate::Rotation& r2) {
-  auto loader = std::make_unique<Loader>(context, checkpoint);
+  auto loader = std::make_unique<Loader>(context, pinned, checkpoint);
   WALSH_RETURN_IF_ERROR(loader->Prepare(r1, r2));
   return loader;
 }
@@ -401,10 +428,14 @@ absl::StatusOr<std::unique_ptr<WeightLoader>> WeightLoader::Create(Context* cont
 int64_t WeightLoader::LayerBytes(const LayerShape& shape) {
   return LayerElements(shape) * kWidestElement;
 }
-int64_t WeightLoader::SlabsBytes(const LayerShape& shape) { return kSlabs * SlabBytes(shape); }
 int64_t WeightLoader::VocabularyBytes(const ModelConfig& config) {
-  return config.vocab * config.hidden * 2 * kWidestElement;
+  return config.vocab * config.hidden * kWidestElement;
 }
-int64_t WeightLoader::PinnedBytes(const LayerShape& shape) { return kSlabs * SlabBytes(shape); }
+int64_t WeightLoader::StoredBytes(const LayerShape& shape) {
+  return kSlots * (SlabBytes(shape) + PieceBytes(shape.hidden * kWidestElement));
+}
+int64_t WeightLoader::HostBytes(const LayerShape& shape) {
+  return StoredBytes(shape) + kReaders * kRangeBytes;
+}
 
 }  // namespace walsh::pipeline::cuda

@@ -1,40 +1,38 @@
 // A checkpoint's weights on the device, as they are or folded and rotated.
 //
-// A thread reads the next layer into pinned memory and copies it over while the device works on the
-// running one; tensors arrive as they are stored (16 bits, mostly) and are converted there. Those
-// of ggml's block formats are dequantized on the host.
+// What is stored arrives through pinned memory, read by several threads while the device works on
+// what came before (read_ahead.h): layers one after another, embedding and head in pieces. Tensors
+// arrive as they are stored (16 bits, mostly) and are converted there; those of ggml's block
+// formats are dequantized on the host.
+//
+// Nothing waits for the device: what is returned is for work on the context's stream, and values
+// that are not finite are found by CheckFinite, which the caller asks before it relies on them.
 //
 // Source:  worker/rotate/fold.h: what is folded and rotated, and why it is exact
-// Errors:  those of worker/io/checkpoint.h; DATA_LOSS names the tensor and the index of a value
-// that
-//          is not finite; RESOURCE_EXHAUSTED
-// Memory:  LayerBytes, SlabsBytes, VocabularyBytes; PinnedBytes
+// Errors:  those of worker/io/checkpoint.h; RESOURCE_EXHAUSTED
+// Memory:  LayerBytes, VocabularyBytes, StoredBytes; HostBytes
 // Threads: used by one thread
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <string>
-#include <vector>
+#include <span>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/io/checkpoint.h"
 #include "worker/pipeline/cuda/layer_forward.h"
+#include "worker/pipeline/cuda/pinned_pool.h"
 #include "worker/rotate/rotation.h"
 
 namespace walsh::pipeline::cuda {
 
-// Threads that read the tensors of a layer: pread copies out of the page cache at a few GB/s a
-// thread, the device takes fifty.
-inline constexpr int kReaders = 8;
-
 class WeightLoader {
  public:
-  // All outlive the loader. `r1` of width hidden, `r2` of width head_dim; identities: none.
-  static absl::StatusOr<std::unique_ptr<WeightLoader>> Create(Context* context,
+  // All but the rotations outlive the loader. `r1` of width hidden, `r2` of width head_dim;
+  // identities: none.
+  static absl::StatusOr<std::unique_ptr<WeightLoader>> Create(Context* context, PinnedPool* pinned,
                                                               const Checkpoint& checkpoint,
                                                               const rotate::Rotation& r1,
                                                               const rotate::Rotation& r2);
@@ -49,20 +47,28 @@ class WeightLoader {
   virtual absl::StatusOr<DeviceBuffer<float>> Embedding() = 0;
   virtual absl::StatusOr<DeviceBuffer<float>> FinalNorm() = 0;
   virtual absl::StatusOr<DeviceBuffer<float>> Head() = 0;
-  virtual absl::Status RotateEmbedding(DeviceBuffer<float>& embedding) = 0;
+  // The head rounded to bf16, never there in floats as a whole.
+  virtual absl::StatusOr<DeviceBuffer<bf16>> RoundedHead() = 0;
+  // The embedding's rows of `ids`, [ids, hidden]; no others are read.
+  virtual absl::StatusOr<DeviceBuffer<float>> Embedded(std::span<const int32_t> ids) = 0;
+  // All rows of the embedding, or some.
+  virtual absl::Status RotateEmbedding(DeviceBuffer<float>& rows) = 0;
   virtual absl::Status RotateHead(const DeviceBuffer<float>& final_norm,
                                   DeviceBuffer<float>& head) = 0;
   // That the calls above have waited for reading so far.
   virtual double seconds_waited() const = 0;
+  // Waits for all that was converted; DATA_LOSS names the tensor and the index of a value in it
+  // that is not finite.
+  virtual absl::Status CheckFinite() = 0;
   // Whether anything is folded and rotated.
   virtual bool is_rotated() const = 0;
 
-  // On the device: a layer in floats, the stored forms of two, and embedding or head while it is
-  // converted. In pinned memory of the host: two stored layers.
+  // On the device: a layer in floats, embedding or head in floats, what is stored on its way there.
+  // On the host: the pinned memory, and what is dequantized there.
   static int64_t LayerBytes(const LayerShape& shape);
-  static int64_t SlabsBytes(const LayerShape& shape);
   static int64_t VocabularyBytes(const ModelConfig& config);
-  static int64_t PinnedBytes(const LayerShape& shape);
+  static int64_t StoredBytes(const LayerShape& shape);
+  static int64_t HostBytes(const LayerShape& shape);
 };
 
 }  // namespace walsh::pipeline::cuda

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -11,6 +12,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "common/sha256.h"
 #include "tests/testing/checkpoint_bytes.h"
@@ -73,9 +75,34 @@ PackedTensors Pack(const QuantizedMatrix& q) {
           .cols = q.cols,
           .bits = q.bits,
           .group_size = q.group_size,
-          .qweight = std::move(tensors->qweight),
-          .qzeros = std::move(tensors->qzeros),
-          .scales = std::move(tensors->scales)};
+          .qweight = {tensors->qweight.begin(), tensors->qweight.end()},
+          .qzeros = {tensors->qzeros.begin(), tensors->qzeros.end()},
+          .scales = {tensors->scales.begin(), tensors->scales.end()}};
+}
+
+absl::StatusOr<PackedTensors> ReadPacked(const ArtifactReader& reader, std::string_view linear) {
+  const absl::StatusOr<GptqShape> shape = reader.ShapeOf(linear);
+  if (!shape.ok()) return shape.status();
+  PackedTensors packed{.rows = shape->rows,
+                       .cols = shape->cols,
+                       .bits = shape->bits,
+                       .group_size = shape->group_size};
+  packed.qweight.resize(static_cast<size_t>(shape->weight_words() * shape->rows));
+  packed.qzeros.resize(static_cast<size_t>(shape->groups() * shape->zero_words()));
+  packed.scales.resize(static_cast<size_t>(shape->groups() * shape->rows));
+  const absl::Status status =
+      reader.ReadPacked(linear, {packed.qweight, packed.qzeros, packed.scales});
+  if (!status.ok()) return status;
+  return packed;
+}
+
+absl::StatusOr<std::vector<uint16_t>> ReadBf16(const ArtifactReader& reader,
+                                               std::string_view tensor, int64_t rows,
+                                               int64_t cols) {
+  std::vector<uint16_t> values(static_cast<size_t>(rows * cols));
+  const absl::Status status = reader.ReadBf16(tensor, 0, rows, values);
+  if (!status.ok()) return status;
+  return values;
 }
 
 Bf16Matrix ToBf16(const Matrix& matrix) {
@@ -138,7 +165,7 @@ absl::StatusOr<ArtifactInfo> WriteArtifact(const Checkpoint& source, const std::
   if (!writer.ok()) return writer.status();
   if (const auto status = WriteTensors(source, options, **writer); !status.ok()) return status;
   return (*writer)->Finish(QuantizationConfig(options.bits, options.group_size),
-                           Report(options.bits, options.group_size));
+                           Report(options.bits, options.group_size), /*n_threads=*/2);
 }
 
 std::string ReadAll(const std::string& path) {
@@ -211,7 +238,7 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
       EXPECT_EQ(q.scales, expected.scales) << linear;
       EXPECT_EQ(q.zeros, expected.zeros) << linear;
       EXPECT_EQ(q.group_size, expected.group_size) << linear;
-      ASSERT_OK_AND_ASSIGN(const PackedTensors packed, reader->ReadPacked(linear));
+      ASSERT_OK_AND_ASSIGN(const PackedTensors packed, ReadPacked(*reader, linear));
       const PackedTensors expected_packed = Pack(expected);
       EXPECT_EQ(packed.rows, expected.rows) << linear;
       EXPECT_EQ(packed.cols, expected.cols) << linear;
@@ -221,7 +248,8 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
       EXPECT_EQ(packed.qzeros, expected_packed.qzeros) << linear;
       EXPECT_EQ(packed.scales, expected_packed.scales) << linear;
       EXPECT_THAT(reader->ReadDense(tensor.name), HasCode(absl::StatusCode::kNotFound));
-      EXPECT_THAT(reader->ReadBf16(tensor.name), HasCode(absl::StatusCode::kNotFound));
+      EXPECT_THAT(ReadBf16(*reader, tensor.name, tensor.rows, tensor.cols),
+                  HasCode(absl::StatusCode::kNotFound));
     } else {
       EXPECT_FALSE(reader->IsQuantized(tensor.name));
       ASSERT_OK_AND_ASSIGN(const Matrix dense, reader->ReadDense(tensor.name));
@@ -230,12 +258,11 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
       for (int64_t i = 0; i < dense.size(); ++i) {
         ASSERT_EQ(dense.data()[i], Bf16ToFloat(FloatToBf16(original.data()[i]))) << tensor.name;
       }
-      ASSERT_OK_AND_ASSIGN(const Bf16Matrix stored, reader->ReadBf16(tensor.name));
-      EXPECT_EQ(stored.rows, original.rows());
-      EXPECT_EQ(stored.cols, original.cols());
-      EXPECT_EQ(stored.values, ToBf16(original).values) << tensor.name;
+      ASSERT_OK_AND_ASSIGN(const std::vector<uint16_t> stored,
+                           ReadBf16(*reader, tensor.name, original.rows(), original.cols()));
+      EXPECT_TRUE(std::ranges::equal(stored, ToBf16(original).values)) << tensor.name;
       EXPECT_THAT(reader->ReadQuantized(tensor.name), HasCode(absl::StatusCode::kNotFound));
-      EXPECT_THAT(reader->ReadPacked(tensor.name), HasCode(absl::StatusCode::kNotFound));
+      EXPECT_THAT(ReadPacked(*reader, tensor.name), HasCode(absl::StatusCode::kNotFound));
     }
   }
 }
@@ -258,6 +285,31 @@ INSTANTIATE_TEST_SUITE_P(Widths, ArtifactRoundTripTest,
                                             ::testing::Values(int64_t{32}, int64_t{64},
                                                               int64_t{-1})));
 
+TEST_F(ArtifactTest, RefusesToReadIntoMemoryOfAnotherSize) {
+  const auto source = Source();
+  ASSERT_OK(WriteArtifact(*source, artifact(), {}));
+  ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
+  const std::string linear = "model.layers.0.mlp.up_proj";  // [128, 64]
+  ASSERT_OK_AND_ASSIGN(const PackedTensors packed, ReadPacked(*reader, linear));
+  const auto expect = [&](size_t qweight, size_t qzeros, size_t scales, const char* message) {
+    std::vector<uint32_t> weights(qweight), zeros(qzeros);
+    std::vector<uint16_t> halves(scales);
+    EXPECT_THAT(reader->ReadPacked(linear, {weights, zeros, halves}),
+                StatusIs(kInvalid, HasSubstr(linear + message)));
+  };
+  const size_t n_weights = packed.qweight.size(), n_zeros = packed.qzeros.size();
+  expect(n_weights - 1, n_zeros, packed.scales.size(),
+         ".qweight': room for 1023 values, it has 1024");
+  expect(n_weights, n_zeros + 1, packed.scales.size(), ".qzeros': room for 33 values, it has 32");
+  expect(n_weights, n_zeros, 0, ".scales': room for 0 values, it has 256");
+  std::vector<uint16_t> norm(64);
+  EXPECT_OK(reader->ReadBf16("model.norm.weight", 0, 1, norm));
+  EXPECT_THAT(reader->ReadBf16("model.norm.weight", 0, 0, norm),
+              StatusIs(kInvalid, HasSubstr("a buffer of 128 bytes, rows 0 to 0 have 0")));
+  EXPECT_THAT(reader->ReadBf16("model.norm.weight", 1, 1, norm),
+              StatusIs(kInvalid, HasSubstr("rows 1 to 2 asked for, it has 1")));
+}
+
 TEST_F(ArtifactTest, TheSameInputGivesTheSameBytes) {
   const auto source = Source();
   ASSERT_OK(WriteArtifact(*source, dir_ / "first", {.shard_bytes_max = 50000}));
@@ -270,7 +322,7 @@ TEST_F(ArtifactTest, DigestsAreTakenAndCheckedNoLongerThanWanted) {
   const auto source = Source();
   ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
   ASSERT_OK(WriteTensors(*source, {}, *writer));
-  EXPECT_THAT(writer->Finish(QuantizationConfig(4, 32), Report(4, 32), enough),
+  EXPECT_THAT(writer->Finish(QuantizationConfig(4, 32), Report(4, 32), 1, enough),
               walsh::testing::HasCode(absl::StatusCode::kCancelled));
   std::filesystem::remove_all(artifact());
   ASSERT_OK(WriteArtifact(*source, artifact(), {}));
@@ -334,7 +386,7 @@ TEST_F(ArtifactTest, WritesConfigAndTokenizerForGguf) {
 TEST_F(ArtifactTest, NeedsEveryTensorOnce) {
   const auto source = Source();
   ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
-  EXPECT_THAT(writer->Finish(QuantizationConfig(4, 32), Report(4, 32)),
+  EXPECT_THAT(writer->Finish(QuantizationConfig(4, 32), Report(4, 32), 1),
               StatusIs(absl::StatusCode::kFailedPrecondition,
                        HasSubstr("'model.embed_tokens.weight' was not written")));
   const Matrix norm(1, 64);
@@ -408,7 +460,7 @@ TEST_F(ArtifactTest, RefusesAPackedLinearThatDoesNotFit) {
 TEST_F(ArtifactTest, RefusesBf16ThatDoesNotFit) {
   const auto source = Source();
   ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
-  const Bf16Matrix good{.rows = 1, .cols = 64, .values = std::vector<uint16_t>(64, 0x3f80)};
+  const Bf16Matrix good{.rows = 1, .cols = 64, .values = UninitializedVector<uint16_t>(64, 0x3f80)};
   const auto expect = [&](const Bf16Matrix& bad, absl::StatusCode code, const char* message) {
     EXPECT_THAT(writer->WriteBf16("model.norm.weight", bad, true),
                 StatusIs(code, HasSubstr(message)));
@@ -608,7 +660,7 @@ TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
     const auto out_of_order = StatusIs(
         kUnimplemented, HasSubstr("'model.layers.0.mlp.up_proj.g_idx' is 1 at [0], expected 0"));
     EXPECT_THAT(reader->ReadQuantized(linear), out_of_order);
-    EXPECT_THAT(reader->ReadPacked(linear), out_of_order);
+    EXPECT_THAT(ReadPacked(*reader, linear), out_of_order);
   }
   std::string infinite = good;
   infinite[data_of(linear + ".scales")] = '\0';
@@ -623,15 +675,20 @@ TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
   const auto infinite_scale = StatusIs(
       kDataLoss, HasSubstr("linear 'model.layers.0.mlp.up_proj': the scale at [0, 0] is inf"));
   EXPECT_THAT(reader->ReadQuantized(linear), infinite_scale);
-  EXPECT_THAT(reader->ReadPacked(linear), infinite_scale);
+  EXPECT_THAT(ReadPacked(*reader, linear), infinite_scale);
   const auto infinite_weight = StatusIs(
       kDataLoss, HasSubstr(shard + ": tensor 'model.embed_tokens.weight' is inf at [2, 3]"));
   EXPECT_THAT(reader->ReadDense("model.embed_tokens.weight"), infinite_weight);
-  EXPECT_THAT(reader->ReadBf16("model.embed_tokens.weight"), infinite_weight);
+  const std::string embedding = "model.embed_tokens.weight";
+  EXPECT_THAT(ReadBf16(*reader, embedding, 320, 64), infinite_weight);
+  // Rows are counted from the tensor's first, and those without it are read.
+  std::vector<uint16_t> rows(size_t{2} * 64);
+  EXPECT_THAT(reader->ReadBf16(embedding, 1, 2, rows), infinite_weight);
+  EXPECT_OK(reader->ReadBf16(embedding, 3, 2, rows));
   const auto nan_in_vector =
       StatusIs(kDataLoss, HasSubstr(shard + ": tensor 'model.norm.weight' is nan at [5]"));
   EXPECT_THAT(reader->ReadDense("model.norm.weight"), nan_in_vector);
-  EXPECT_THAT(reader->ReadBf16("model.norm.weight"), nan_in_vector);
+  EXPECT_THAT(ReadBf16(*reader, "model.norm.weight", 1, 64), nan_in_vector);
 }
 
 TEST_F(ForgedArtifactTest, RefusesBadManifests) {
@@ -710,8 +767,8 @@ TEST_F(ForgedArtifactTest, NoticesAShardThatChangesAfterOpening) {
   const std::string shard = artifact() + "/model-00001-of-00001.safetensors";
   fs::resize_file(shard, fs::file_size(shard) - 1);
   EXPECT_THAT(reader->ReadQuantized("model.layers.0.mlp.up_proj"), HasCode(kDataLoss));
-  EXPECT_THAT(reader->ReadPacked("model.layers.0.mlp.up_proj"), HasCode(kDataLoss));
-  EXPECT_THAT(reader->ReadBf16("model.norm.weight"), HasCode(kDataLoss));
+  EXPECT_THAT(ReadPacked(*reader, "model.layers.0.mlp.up_proj"), HasCode(kDataLoss));
+  EXPECT_THAT(ReadBf16(*reader, "model.norm.weight", 1, 64), HasCode(kDataLoss));
 }
 
 // The files that readers of other projects look for, and no others.

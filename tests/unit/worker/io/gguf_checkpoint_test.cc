@@ -104,7 +104,7 @@ TEST_P(GgufCheckpointTest, ReadsWhatIsStoredInHfOrder) {
     EXPECT_EQ(form.rows, tensor.shape.size() == 1 ? 1 : tensor.shape[0]) << name;
     EXPECT_EQ(form.cols, tensor.shape.back()) << name;
     std::string bytes(static_cast<size_t>(form.size_bytes), '?');
-    ASSERT_OK(gguf->ReadStored(name, std::as_writable_bytes(std::span(bytes))));
+    ASSERT_OK(gguf->ReadStored(name, 0, form.rows, std::as_writable_bytes(std::span(bytes))));
     EXPECT_EQ(bytes, FloatBytes(tensor.values, dtype)) << name;
   };
   for (const TinyTensor& tensor : model.tensors()) expect(tensor.name, tensor);

@@ -52,7 +52,7 @@ std::string StoredBytes(const Checkpoint& checkpoint, std::string_view tensor) {
   if (!form.ok()) return "";
   std::string bytes(static_cast<size_t>(form->size_bytes), '?');
   const absl::Status status =
-      checkpoint.ReadStored(tensor, std::as_writable_bytes(std::span(bytes)));
+      checkpoint.ReadStored(tensor, 0, form->rows, std::as_writable_bytes(std::span(bytes)));
   EXPECT_OK(status);
   return status.ok() ? bytes : "";
 }
@@ -101,15 +101,16 @@ TEST(HfCheckpointTest, RefusesToReadWhatIsNotStored) {
   TinyModel({}).WriteHf(dir / "tiny");
   ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
   std::vector<std::byte> bytes(256);
-  EXPECT_OK(checkpoint->ReadStored(kFinalNormTensor, bytes));
+  EXPECT_OK(checkpoint->ReadStored(kFinalNormTensor, 0, 1, bytes));
   EXPECT_THAT(checkpoint->FormOf("x"),
               StatusIs(absl::StatusCode::kNotFound, HasSubstr("no tensor 'x'")));
-  EXPECT_THAT(checkpoint->ReadStored("x", bytes),
+  EXPECT_THAT(checkpoint->ReadStored("x", 0, 1, bytes),
               StatusIs(absl::StatusCode::kNotFound, HasSubstr("no tensor 'x'")));
   bytes.pop_back();
-  EXPECT_THAT(checkpoint->ReadStored(kFinalNormTensor, bytes),
-              StatusIs(absl::StatusCode::kInvalidArgument,
-                       HasSubstr("'model.norm.weight': a buffer of 255 bytes, it has 256")));
+  EXPECT_THAT(
+      checkpoint->ReadStored(kFinalNormTensor, 0, 1, bytes),
+      StatusIs(absl::StatusCode::kInvalidArgument,
+               HasSubstr("'model.norm.weight': a buffer of 255 bytes, rows 0 to 1 have 256")));
 }
 
 TEST(HfCheckpointTest, ReadsFromSeveralThreads) {
@@ -278,7 +279,7 @@ TEST(HfCheckpointTest, NoticesAFileThatChangesWhileItIsRead) {
   EXPECT_THAT(checkpoint->Read(kLmHeadTensor),
               StatusIs(absl::StatusCode::kDataLoss, HasSubstr("changed while it was read")));
   std::vector<std::byte> bytes(256);
-  EXPECT_THAT(checkpoint->ReadStored("model.layers.0.input_layernorm.weight", bytes),
+  EXPECT_THAT(checkpoint->ReadStored("model.layers.0.input_layernorm.weight", 0, 1, bytes),
               StatusIs(absl::StatusCode::kDataLoss, HasSubstr("changed while it was read")));
   EXPECT_THAT(checkpoint->Fingerprint(1), walsh::testing::HasCode(absl::StatusCode::kDataLoss));
 }

@@ -203,7 +203,8 @@ TEST(HostileBytesTest, AFileThatChangesIsNeverMixed) {
     }
     std::vector<float> stored(expected.size());
     const absl::Status status =
-        (*checkpoint)->ReadStored(kEmbeddingTensor, std::as_writable_bytes(std::span(stored)));
+        (*checkpoint)
+            ->ReadStored(kEmbeddingTensor, 0, 4096, std::as_writable_bytes(std::span(stored)));
     if (status.ok()) {
       EXPECT_EQ(stored, expected);
     } else {

@@ -7,6 +7,7 @@
 #include <random>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/testing/status_matchers.h"
@@ -51,11 +52,37 @@ TEST(ReadStoredBytesTest, EqualsReadingAsFloats) {
       const auto file = MemoryFile("f", contents);
       ASSERT_OK_AND_ASSIGN(const Matrix expected, ReadStoredRows(*file, tensor, 0, 24));
       std::vector<std::byte> bytes(static_cast<size_t>(tensor.size_bytes()));
-      ASSERT_OK(ReadStoredBytes(*file, tensor, bytes));
+      ASSERT_OK(ReadStoredBytes(*file, tensor, 0, tensor.rows, bytes));
       Matrix values(24, 256);
       Dequantize(type, bytes, values.span());
       EXPECT_TRUE(std::equal(expected.data(), expected.data() + expected.size(), values.data()))
           << Info(type).name << ", " << n_heads << " heads";
+    }
+  }
+}
+
+// Any rows of a tensor are those of the whole.
+TEST(ReadStoredBytesTest, ReadsRowsOfATensor) {
+  for (const StorageType type : {StorageType::kBf16, StorageType::kQ4_1}) {
+    for (const int64_t n_heads : {0, 1, 3, 12}) {
+      const StoredTensor tensor = Tensor(type, 24, n_heads);
+      const std::vector<std::byte> contents = RandomBytes(7 + tensor.size_bytes());
+      const auto file = MemoryFile("f", contents);
+      std::vector<std::byte> whole(static_cast<size_t>(tensor.size_bytes()));
+      ASSERT_OK(ReadStoredBytes(*file, tensor, 0, 24, whole));
+      const auto row_bytes = tensor.row_bytes();
+      for (int64_t first = 0; first <= 24; ++first) {
+        for (int64_t n = 0; n <= 24 - first; ++n) {
+          std::vector<std::byte> rows(static_cast<size_t>(n * row_bytes));
+          ASSERT_OK(ReadStoredBytes(*file, tensor, first, n, rows));
+          EXPECT_TRUE(std::equal(rows.begin(), rows.end(), whole.begin() + first * row_bytes))
+              << Info(type).name << ", " << n_heads << " heads, rows " << first << " and " << n;
+        }
+      }
+      for (const auto& [first, n] : {std::pair(-1, 2), std::pair(24, 1), std::pair(3, 22)}) {
+        EXPECT_THAT(ReadStoredBytes(*file, tensor, first, n, whole),
+                    StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("it has 24")));
+      }
     }
   }
 }
@@ -67,7 +94,7 @@ TEST(ReadStoredBytesTest, PutsTheElementsOfABiasInOrder) {
     const auto file = MemoryFile("f", contents);
     ASSERT_OK_AND_ASSIGN(const Matrix expected, ReadStoredRows(*file, tensor, 0, 1));
     std::vector<std::byte> bytes(static_cast<size_t>(tensor.size_bytes()));
-    ASSERT_OK(ReadStoredBytes(*file, tensor, bytes));
+    ASSERT_OK(ReadStoredBytes(*file, tensor, 0, tensor.rows, bytes));
     Matrix values(1, 256);
     Dequantize(type, bytes, values.span());
     EXPECT_TRUE(std::equal(expected.data(), expected.data() + 256, values.data()));
@@ -87,7 +114,7 @@ TEST(ReadStoredBytesTest, UninterleavesRows) {
   const auto file = MemoryFile("f", wide);
   const StoredTensor tensor = {.name = "t", .rows = 8, .cols = 1, .n_interleaved_heads = 2};
   std::vector<std::byte> bytes(32);
-  ASSERT_OK(ReadStoredBytes(*file, tensor, bytes));
+  ASSERT_OK(ReadStoredBytes(*file, tensor, 0, tensor.rows, bytes));
   std::sort(contents.begin(), contents.end());
   EXPECT_EQ(bytes, widen(contents));
 }
@@ -97,7 +124,7 @@ TEST(ReadStoredBytesTest, LeavesValuesAlone) {
   const auto file = MemoryFile("f", nan);
   const StoredTensor tensor = {.name = "t", .rows = 1, .cols = 1};
   std::vector<std::byte> bytes(4);
-  ASSERT_OK(ReadStoredBytes(*file, tensor, bytes));
+  ASSERT_OK(ReadStoredBytes(*file, tensor, 0, tensor.rows, bytes));
   EXPECT_EQ(bytes, nan);
 }
 
@@ -109,14 +136,14 @@ TEST(ReadStoredBytesTest, RefusesWhatDoesNotFit) {
   EXPECT_EQ(bytes.size(), 24u * 8u * 34u);
   for (const size_t n : {bytes.size() - 1, bytes.size() + 1, size_t{0}}) {
     std::vector<std::byte> other(n);
-    EXPECT_THAT(ReadStoredBytes(*file, tensor, other),
+    EXPECT_THAT(ReadStoredBytes(*file, tensor, 0, tensor.rows, other),
                 StatusIs(absl::StatusCode::kInvalidArgument,
                          HasSubstr("tensor 't': a buffer of " + std::to_string(n) +
-                                   " bytes, it has 6528")));
+                                   " bytes, rows 0 to 24 have 6528")));
   }
   const StoredTensor bias = Tensor(StorageType::kQ8_0, 1, 8);
   bytes.resize(static_cast<size_t>(bias.size_bytes()));
-  EXPECT_THAT(ReadStoredBytes(*file, bias, bytes),
+  EXPECT_THAT(ReadStoredBytes(*file, bias, 0, 1, bytes),
               StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("f: tensor 't' is Q8_0")));
 }
 
@@ -141,12 +168,12 @@ TEST(ReadStoredBytesTest, ReadsForwardAndThenChecksForChanges) {
   const ChangedFile file;
   std::vector<std::byte> bytes(32);
   const auto changed = StatusIs(absl::StatusCode::kDataLoss, HasSubstr("changed"));
-  EXPECT_THAT(
-      ReadStoredBytes(file, {.name = "t", .rows = 8, .cols = 1, .n_interleaved_heads = 2}, bytes),
-      changed);
+  EXPECT_THAT(ReadStoredBytes(file, {.name = "t", .rows = 8, .cols = 1, .n_interleaved_heads = 2},
+                              0, 8, bytes),
+              changed);
   EXPECT_THAT(file.offsets, ElementsAre(0, 4, 8, 12, 16, 20, 24, 28));
   file.offsets.clear();
-  EXPECT_THAT(ReadStoredBytes(file, {.name = "t", .offset = 3, .rows = 8, .cols = 1}, bytes),
+  EXPECT_THAT(ReadStoredBytes(file, {.name = "t", .offset = 3, .rows = 8, .cols = 1}, 0, 8, bytes),
               changed);
   EXPECT_THAT(file.offsets, ElementsAre(3));
   file.offsets.clear();
@@ -154,7 +181,7 @@ TEST(ReadStoredBytesTest, ReadsForwardAndThenChecksForChanges) {
       ReadStoredBytes(
           file,
           {.name = "t", .rows = 1, .cols = 8, .is_one_dimensional = true, .n_interleaved_heads = 2},
-          bytes),
+          0, 1, bytes),
       changed);
 }
 
