@@ -1,6 +1,7 @@
 #include "common/utf8.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace walsh {
 namespace {
@@ -57,6 +58,15 @@ Decoded DecodeAt(std::string_view text, size_t pos) {
 
 bool IsValidUtf8(std::string_view text) {
   for (size_t pos = 0; pos < text.size();) {
+    // Most text is ASCII, eight bytes of which are seen at once.
+    uint64_t bytes = 0;
+    if (text.size() - pos >= sizeof(bytes)) {
+      std::memcpy(&bytes, text.data() + pos, sizeof(bytes));
+      if ((bytes & 0x8080808080808080u) == 0) {
+        pos += sizeof(bytes);
+        continue;
+      }
+    }
     const Decoded decoded = DecodeAt(text, pos);
     if (!decoded.valid) return false;
     pos += decoded.n_bytes;

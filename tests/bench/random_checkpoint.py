@@ -3,8 +3,8 @@
 
 For measurements of whole jobs where no such model can be had: nothing about its quality means anything.
 Weights are normal with variance 1/in (a tenth of that deviation for the linears that write the residual
-stream), norms near 1, stored in BF16, in shards of 4 GB. The tokenizer is a byte-level BPE without merges,
-filled up to the vocabulary with reserved tokens. calibration.txt beside them has a token a byte, and enough of
+stream), norms near 1, stored in BF16, in shards of 4 GB. The tokenizer is a byte-level BPE of as many merges as
+fill the vocabulary, all of bytes that no ASCII text has. calibration.txt beside them has a token a byte, and enough of
 them for 128 windows of 2,048 and 20 more for evaluation. Needs torch; uses a GPU where there is one.
 """
 
@@ -76,16 +76,31 @@ def byte_alphabet():
     return [letters[byte] for byte in range(256)]
 
 
+def merges(letters, n):
+    """n merges of pairs of letters, then of three, of four."""
+    known = letters
+    while True:
+        grown = [(left, right) for left in known for right in letters]
+        yield from grown[:n]
+        n -= len(grown)
+        if n <= 0:
+            return
+        known = [left + right for left, right in grown]
+
+
 def write_tokenizer(folder, vocab):
     added = [{"id": 256, "content": "<s>"}, {"id": 257, "content": "</s>"}]
-    added += [{"id": i, "content": f"<reserved_{i}>"} for i in range(258, vocab)]
     for token in added:
         token.update(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
+    alphabet = byte_alphabet()
+    pairs = list(merges(alphabet[128:], vocab - 258))
+    tokens = {c: i for i, c in enumerate(alphabet)}
+    tokens.update({left + right: 258 + i for i, (left, right) in enumerate(pairs)})
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
         "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": byte_level,
         "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(byte_alphabet())}, "merges": []},
+        "model": {"type": "BPE", "vocab": tokens, "merges": [" ".join(pair) for pair in pairs]},
     }  # fmt: skip
     with open(os.path.join(folder, "tokenizer.json"), "w", encoding="utf-8") as file:
         json.dump(tokenizer, file)

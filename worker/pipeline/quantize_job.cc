@@ -3,8 +3,10 @@
 #include <malloc.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <future>
 #include <memory>
 #include <string>
 #include <utility>
@@ -63,6 +65,11 @@ class OutputGuard {
   const std::string directory_;
   bool is_armed_ = false;
 };
+
+template <typename T>
+bool IsReady(const std::future<T>& future) {
+  return future.valid() && future.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
+}
 
 // Ends the job on its backend, however the job ends.
 class BackendRun {
@@ -124,7 +131,9 @@ class Job {
     }
     WALSH_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(spec_.source_path));
     WALSH_ASSIGN_OR_RETURN(job_, Resolve(spec_, *checkpoint_));
-    WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(checkpoint_->tokenizer()));
+    // Half a second for 150,000 tokens, on one thread: the source is hashed meanwhile.
+    making_tokenizer_ = std::async(std::launch::async,
+                                   [this] { return Tokenizer::Create(checkpoint_->tokenizer()); });
     WALSH_RETURN_IF_ERROR(backend_.CheckSupported(checkpoint_->config(), job_));
     WALSH_RETURN_IF_ERROR(CheckDeviceMemory());
     WALSH_RETURN_IF_ERROR(CheckDisk());
@@ -198,10 +207,23 @@ class Job {
 
   absl::Status Load() {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kLoading, -1));
+    // A large source takes minutes: a tokenizer that walsh does not take is refused before.
     WALSH_ASSIGN_OR_RETURN(source_sha256_,
-                           checkpoint_->Fingerprint(pool_.n_threads(), keep_going_));
+                           checkpoint_->Fingerprint(pool_.n_threads(), [this]() -> absl::Status {
+                             if (IsReady(making_tokenizer_)) {
+                               WALSH_RETURN_IF_ERROR(TakeTokenizer());
+                             }
+                             return progress_.Within(0);
+                           }));
+    if (tokenizer_ == nullptr) WALSH_RETURN_IF_ERROR(TakeTokenizer());
     WALSH_RETURN_IF_ERROR(progress_.Advance(HashWork()));
     return spec_.calibration_path.empty() ? absl::OkStatus() : ReadTexts();
+  }
+
+  // Waits for it.
+  absl::Status TakeTokenizer() {
+    WALSH_ASSIGN_OR_RETURN(tokenizer_, making_tokenizer_.get());
+    return absl::OkStatus();
   }
 
   absl::Status ReadTexts() {
@@ -287,6 +309,7 @@ class Job {
   OutputGuard output_;
   std::unique_ptr<Checkpoint> checkpoint_;
   std::unique_ptr<Tokenizer> tokenizer_;
+  std::future<absl::StatusOr<std::unique_ptr<Tokenizer>>> making_tokenizer_;  // of the checkpoint's
   ResolvedJob job_;
   std::string source_sha256_;
   JobTexts texts_;

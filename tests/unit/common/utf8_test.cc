@@ -77,6 +77,21 @@ TEST(Utf8Test, ValidityOfEveryThreeByteSequence) {
   }
 }
 
+// ASCII is looked at in stretches.
+TEST(Utf8Test, ABadByteIsFoundAnywhereInALongText) {
+  for (size_t n = 0; n < 40; ++n) {
+    const std::string good(n, 'a');
+    EXPECT_TRUE(IsValidUtf8(good));
+    for (size_t at = 0; at <= n; ++at) {
+      std::string text = good;
+      text.insert(at, "\xC3\xA4");
+      EXPECT_TRUE(IsValidUtf8(text)) << n << " " << at;
+      text.erase(at, 1);
+      EXPECT_FALSE(IsValidUtf8(text)) << n << " " << at;
+    }
+  }
+}
+
 TEST(Utf8Test, FourByteSequencesEndAtTheLastCodePoint) {
   EXPECT_TRUE(IsValidUtf8("\xF0\x90\x80\x80"));
   EXPECT_TRUE(IsValidUtf8("\xF4\x8F\xBF\xBF"));
