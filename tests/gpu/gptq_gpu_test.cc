@@ -579,14 +579,15 @@ TEST_F(GptqFixture, RefusesGroupsThatDoNotFit) {
               testing::HasCode(absl::StatusCode::kInvalidArgument));
 }
 
-class PackGpuTest : public GpuTest, public ::testing::WithParamInterface<int> {};
+class PackGpuTest : public GpuTest, public ::testing::WithParamInterface<int> {
+ protected:
+  void Check(int64_t rows, int64_t cols, int64_t group);
+};
 
-TEST_P(PackGpuTest, WritesTheArtifactsBitStream) {
+void PackGpuTest::Check(int64_t rows, int64_t cols, int64_t group) {
   const int bits = GetParam();
-  const int64_t rows = 96;
-  const int64_t cols = 160;
-  const int64_t group = 32;
   const int64_t groups = cols / group;
+  const bool packs_zeros = rows % 32 == 0;
   std::mt19937 generator(7);
   std::vector<uint8_t> codes(static_cast<size_t>(rows * cols));
   std::vector<uint8_t> zeros(static_cast<size_t>(rows * groups));
@@ -599,7 +600,7 @@ TEST_P(PackGpuTest, WritesTheArtifactsBitStream) {
   const auto device_zeros = Upload(zeros);
   const auto device_scales = Upload(scales);
   auto qweight = Poisoned<uint32_t>(cols / 32 * bits * rows);
-  auto qzeros = Poisoned<uint32_t>(groups * rows / 32 * bits);
+  auto qzeros = Poisoned<uint32_t>(packs_zeros ? groups * (rows / 32 * bits) : 0);
   auto half_scales = Poisoned<__half>(groups * rows);
   auto dequantized = Poisoned<__nv_bfloat16>(rows * cols);
   ASSERT_OK(Pack({.rows = rows,
@@ -610,7 +611,7 @@ TEST_P(PackGpuTest, WritesTheArtifactsBitStream) {
                   .scales = device_scales.data(),
                   .zeros = device_zeros.data(),
                   .qweight = qweight.data(),
-                  .qzeros = qzeros.data(),
+                  .qzeros = packs_zeros ? qzeros.data() : nullptr,
                   .half_scales = half_scales.data(),
                   .dequantized = dequantized.data(),
                   .stream = context().stream()}));
@@ -628,29 +629,51 @@ TEST_P(PackGpuTest, WritesTheArtifactsBitStream) {
       put(
           expected_weights, [&](int64_t m) { return m * rows + r; }, c, codes[r * cols + c]);
     }
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; packs_zeros && g < groups; ++g) {
       put(
           expected_zeros, [&](int64_t m) { return g * (rows / 32 * bits) + m; }, r,
           zeros[r * groups + g]);
     }
   }
-  EXPECT_EQ(Download(qweight), expected_weights);
-  EXPECT_EQ(Download(qzeros), expected_zeros);
+  EXPECT_EQ(Download(qweight), expected_weights) << rows << "x" << cols;
+  EXPECT_EQ(Download(qzeros), expected_zeros) << rows << "x" << cols;
   const std::vector<__half> host_scales = Download(half_scales);
   const std::vector<__nv_bfloat16> host_dequantized = Download(dequantized);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t g = 0; g < groups; ++g) {
-      EXPECT_EQ(__half2float(host_scales[g * rows + r]), scales[r * groups + g]);
+      ASSERT_EQ(__half2float(host_scales[g * rows + r]), scales[r * groups + g]);
     }
     for (int64_t c = 0; c < cols; ++c) {
       const int64_t g = r * groups + c / group;
       const float w =
           scales[g] * static_cast<float>(static_cast<int>(codes[r * cols + c]) - zeros[g]);
-      EXPECT_EQ(__bfloat162float(host_dequantized[r * cols + c]), Bf16ToFloat(FloatToBf16(w)));
+      ASSERT_EQ(__bfloat162float(host_dequantized[r * cols + c]), Bf16ToFloat(FloatToBf16(w)));
     }
   }
 }
+
+TEST_P(PackGpuTest, WritesTheArtifactsBitStream) {
+  struct Shape {
+    int64_t rows, cols, group;
+  };
+  for (const Shape& s : std::vector<Shape>{{0, 32, 32},
+                                           {32, 0, 32},
+                                           {1, 32, 32},
+                                           {37, 64, 32},
+                                           {96, 160, 32},
+                                           {131, 288, 288},
+                                           {32, 96, 3},
+                                           {576, 1536, 128}}) {
+    Check(s.rows, s.cols, s.group);
+    if (HasFatalFailure()) return;
+  }
+}
 INSTANTIATE_TEST_SUITE_P(Bits, PackGpuTest, ::testing::Values(2, 3, 4, 8));
+
+TEST_F(GptqFixture, NothingToQuantize) {
+  EXPECT_OK(QuantizeColumns(context(), {.rows = 0, .cols = 128}));
+  EXPECT_OK(QuantizeColumns(context(), {.rows = 3, .cols = 0, .group_size = 128}));
+}
 
 TEST_F(GptqFixture, FailedAllocationLeavesNothingBehind) {
   const int64_t before = DeviceMemoryUse().bytes_now;

@@ -88,11 +88,12 @@ template <typename T>
 absl::Status Rope(Context& context, int64_t n_tokens, int64_t n_heads, int64_t head_dim,
                   int64_t window, const float* inverse_frequencies, T* x);
 
-// Causal grouped-query attention inside each window; never stores the score matrix.
+// Causal grouped-query attention inside each window; never stores the score matrix. Tensors of bf16
+// begin at multiples of 16 bytes.
 template <typename T>
 struct WindowAttentionParams {
   int64_t n_windows = 0;
-  int64_t window = 0;
+  int64_t window = 0;  // at most 12284 for float
   int64_t n_heads = 0;
   int64_t n_kv_heads = 0;
   int64_t head_dim = 0;  // 16, 32, 64 or 128 for bf16; up to 256 for float
