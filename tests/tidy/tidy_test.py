@@ -47,7 +47,7 @@ GRPC_FOLDERS = (
     "server/", "worker/service/", "client/", "tests/",
     "common/grpc_", "common/generation_limits", "common/resource_name",
 )
-CUDA_HEADER = re.compile(r"^(cuda|cublas|cusolver|cooperative_groups|nv)")
+CUDA_HEADER = re.compile(r"^(cuda|cublas|cooperative_groups|nv)")
 CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/pipeline/cuda/", "tests/gpu/", "tests/bench/cuda_",
                 "tests/unit/worker/kernels/cuda/", "tests/testing/host_device/", "tests/unit/worker/pipeline/cuda/")
 

@@ -81,7 +81,6 @@ int64_t Groups(int64_t cols, int64_t group_size) { return cols / group_size; }
 }  // namespace
 
 absl::Status CublasStatus(cublasStatus_t, std::string_view) { return absl::OkStatus(); }
-absl::Status CusolverStatus(cusolverStatus_t, std::string_view) { return absl::OkStatus(); }
 
 absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
   if (device != 0) {

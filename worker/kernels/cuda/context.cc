@@ -26,13 +26,6 @@ absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
                        absl::StrCat(std::string(what), ": ", cublasGetStatusString(status)));
 }
 
-absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what) {
-  if (status == CUSOLVER_STATUS_SUCCESS) return absl::OkStatus();
-  return LibraryStatus(
-      status == CUSOLVER_STATUS_ALLOC_FAILED,
-      absl::StrCat(std::string(what), ": cuSOLVER status ", static_cast<int>(status)));
-}
-
 absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
   int n_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&n_devices);
@@ -65,13 +58,10 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->blas_, context->stream_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->side_blas_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->side_blas_, context->side_));
-  WALSH_CUSOLVER_RETURN_IF_ERROR(cusolverDnCreate(&context->side_solver_));
-  WALSH_CUSOLVER_RETURN_IF_ERROR(cusolverDnSetStream(context->side_solver_, context->side_));
   return context;
 }
 
 Context::~Context() {
-  if (side_solver_ != nullptr) cusolverDnDestroy(side_solver_);
   if (side_blas_ != nullptr) cublasDestroy(side_blas_);
   if (blas_ != nullptr) cublasDestroy(blas_);
   if (copies_ != nullptr) cudaStreamDestroy(copies_);

@@ -7,7 +7,6 @@
 
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
-#include <cusolverDn.h>
 
 #include <memory>
 #include <string>
@@ -34,7 +33,6 @@ class Context {
   // Bound to `stream` and to `side`.
   cublasHandle_t blas() const { return blas_; }
   cublasHandle_t side_blas() const { return side_blas_; }
-  cusolverDnHandle_t side_solver() const { return side_solver_; }
   absl::Status Synchronize();
   // Makes the device that of the calling thread; Create has done so for its own.
   absl::Status MakeCurrent() const;
@@ -50,7 +48,6 @@ class Context {
   cudaStream_t copies_ = nullptr;
   cublasHandle_t blas_ = nullptr;
   cublasHandle_t side_blas_ = nullptr;
-  cusolverDnHandle_t side_solver_ = nullptr;
 };
 
 // FAILED_PRECONDITION where this build has no code for the calling thread's device.
@@ -59,11 +56,8 @@ absl::Status CheckKernelImage();
 // An error of a library is that of the device where the device has one: a fault in a kernel is
 // often seen first by the call after it.
 absl::Status CublasStatus(cublasStatus_t status, std::string_view what);
-absl::Status CusolverStatus(cusolverStatus_t status, std::string_view what);
 
 }  // namespace walsh::kernels::cuda
 
 #define WALSH_CUBLAS_RETURN_IF_ERROR(call) \
   WALSH_RETURN_IF_ERROR(::walsh::kernels::cuda::CublasStatus((call), #call))
-#define WALSH_CUSOLVER_RETURN_IF_ERROR(call) \
-  WALSH_RETURN_IF_ERROR(::walsh::kernels::cuda::CusolverStatus((call), #call))

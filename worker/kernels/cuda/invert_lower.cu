@@ -5,7 +5,6 @@
 //     | B  C |    = | −C⁻¹ B A⁻¹   C⁻¹ |
 // Small levels take two batched products, which count the zeros of A⁻¹ and C⁻¹ as work; large ones,
 // with nearly all of it, two products with triangular matrices for each of their few pairs.
-// cuSOLVER's trtri takes 11 ms for n = 4096 on an H200.
 //
 // cuBLAS is column-major: a row-major matrix is its transpose there, and a lower one upper.
 //

@@ -2,8 +2,6 @@
 
 #include <cublas_v2.h>
 #include <cuda_runtime_api.h>
-#include <cusolverDn.h>
-#include <cusparse.h>
 #include <dlfcn.h>
 #include <link.h>
 
@@ -27,10 +25,7 @@ namespace {
 // Each before those that need it: these find it by its name then, wherever it lies.
 std::vector<std::string> LibraryNames() {
   return {absl::StrCat("libcublasLt.so.", CUBLAS_VER_MAJOR),
-          absl::StrCat("libcublas.so.", CUBLAS_VER_MAJOR),
-          absl::StrCat("libnvJitLink.so.", CUDART_VERSION / 1000),
-          absl::StrCat("libcusparse.so.", CUSPARSE_VER_MAJOR),
-          absl::StrCat("libcusolver.so.", CUSOLVER_VER_MAJOR)};
+          absl::StrCat("libcublas.so.", CUBLAS_VER_MAJOR)};
 }
 
 std::string PathOf(void* handle) {

@@ -1,8 +1,7 @@
-// cuBLAS and cuSOLVER, loaded at run time, so that a machine without them still runs the CPU
-// worker.
+// cuBLAS, loaded at run time, so that a machine without it still runs the CPU worker.
 //
-// Nothing links to them: library_calls.cc defines those of their functions that we call and
-// forwards each to what is loaded here. See docs/adr/0011-cuda-libraries-by-dlopen.md.
+// Nothing links to it: library_calls.cc defines those of its functions that we call and forwards
+// each to what is loaded here. See docs/adr/0011-cuda-libraries-by-dlopen.md.
 //
 // No CUDA header here, and a build without CUDA has the same functions.
 //

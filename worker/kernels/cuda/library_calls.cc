@@ -1,10 +1,9 @@
-// The functions of cuBLAS and cuSOLVER that we call, forwarded to the libraries that LoadLibraries
-// has loaded; before that, or where a library lacks one, they return NOT_INITIALIZED.
+// The functions of cuBLAS that we call, forwarded to the library that LoadLibraries has loaded;
+// before that, or where it lacks one, they return NOT_INITIALIZED.
 //
-// Hidden, so that the libraries' calls of each other go past these. A function that is called and
-// not listed here does not link.
+// Hidden, so that the library's calls of itself go past these. A function that is called and not
+// listed here does not link.
 #include <cublas_v2.h>
-#include <cusolverDn.h>
 
 #include <atomic>
 
@@ -35,8 +34,6 @@ Function Resolve(std::atomic<Function>& known, const char* name) {
   }
 #define WALSH_FORWARD_CUBLAS(name, parameters, arguments) \
   WALSH_FORWARD(cublasStatus_t, name, CUBLAS_STATUS_NOT_INITIALIZED, parameters, arguments)
-#define WALSH_FORWARD_CUSOLVER(name, parameters, arguments) \
-  WALSH_FORWARD(cusolverStatus_t, name, CUSOLVER_STATUS_NOT_INITIALIZED, parameters, arguments)
 
 WALSH_FORWARD(const char*, cublasGetStatusString, "cuBLAS is not loaded", (cublasStatus_t status),
               (status))
@@ -76,21 +73,3 @@ WALSH_FORWARD_CUBLAS(cublasStrmm_v2,
                       float* c, int c_ld),
                      (handle, side, triangle, op_a, diagonal, m, n, alpha, a, a_ld, b, b_ld, c,
                       c_ld))
-WALSH_FORWARD_CUSOLVER(cusolverDnCreate, (cusolverDnHandle_t * handle), (handle))
-WALSH_FORWARD_CUSOLVER(cusolverDnDestroy, (cusolverDnHandle_t handle), (handle))
-WALSH_FORWARD_CUSOLVER(cusolverDnSetStream, (cusolverDnHandle_t handle, cudaStream_t stream),
-                       (handle, stream))
-WALSH_FORWARD_CUSOLVER(cusolverDnXpotrf_bufferSize,
-                       (cusolverDnHandle_t handle, cusolverDnParams_t params,
-                        cublasFillMode_t triangle, int64_t n, cudaDataType a_type, const void* a,
-                        int64_t a_ld, cudaDataType compute, size_t* device_bytes,
-                        size_t* host_bytes),
-                       (handle, params, triangle, n, a_type, a, a_ld, compute, device_bytes,
-                        host_bytes))
-WALSH_FORWARD_CUSOLVER(cusolverDnXpotrf,
-                       (cusolverDnHandle_t handle, cusolverDnParams_t params,
-                        cublasFillMode_t triangle, int64_t n, cudaDataType a_type, void* a,
-                        int64_t a_ld, cudaDataType compute, void* device_work, size_t device_bytes,
-                        void* host_work, size_t host_bytes, int* info),
-                       (handle, params, triangle, n, a_type, a, a_ld, compute, device_work,
-                        device_bytes, host_work, host_bytes, info))

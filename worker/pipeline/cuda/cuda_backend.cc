@@ -34,7 +34,7 @@ namespace {
 
 namespace ops = kernels::cuda;
 
-// Workspaces of cuBLAS and cuSOLVER, and what the pool loses by rounding.
+// Workspaces of cuBLAS, and what the pool loses by rounding.
 constexpr int64_t kLibraryBytes = int64_t{512} << 20;
 // The largest finite number of half precision, to which scales are clamped.
 constexpr uint16_t kHalfMaxBits = 0x7bff;

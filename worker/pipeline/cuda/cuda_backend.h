@@ -2,9 +2,8 @@
 //
 // No CUDA header here; a build without CUDA has the same functions, which say so.
 //
-// Errors:  FAILED_PRECONDITION  built without CUDA, no driver, no such device, no cuBLAS or
-// cuSOLVER
-//                               on this machine, or a device that this build has no code for
+// Errors:  FAILED_PRECONDITION  built without CUDA, no driver, no such device, no cuBLAS on this
+//                               machine, or a device that this build has no code for
 #pragma once
 
 #include <memory>
