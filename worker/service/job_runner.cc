@@ -5,8 +5,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <deque>
 #include <filesystem>
+#include <iterator>
 #include <memory>
+#include <mutex>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -29,6 +33,8 @@ constexpr absl::Duration kCallTimeout = absl::Seconds(5);
 constexpr absl::Duration kRetryDelay = absl::Milliseconds(500);
 // Reports between changes of stage and layer are thinned to this.
 constexpr absl::Duration kReportInterval = absl::Seconds(1);
+// Reports that wait while one is on its way; of more, the last takes the place of the one before.
+constexpr size_t kReportsQueued = 4;
 // How often a hand-back is tried: the coordinator would learn it from the lease's end anyway.
 constexpr int kHandBackTries = 3;
 constexpr int kJobNice = 10;
@@ -68,41 +74,96 @@ bool MayPass(const absl::Status& status) {
 }  // namespace
 
 // Passes the pipeline's progress on, and the coordinator's and the lease's verdict back.
+//
+// Reports go out on a thread of their own: the coordinator stores each on its disk before it
+// answers, and a device would have nothing to do meanwhile.
 class JobRunner::ProgressReporter {
  public:
-  ProgressReporter(JobRunner* runner, HeldLease* held) : runner_(runner), held_(held) {}
+  ProgressReporter(JobRunner* runner, HeldLease* held)
+      : runner_(runner), held_(held), sending_([this] { Send(); }) {}
+  // What is queued goes out before.
+  ~ProgressReporter() {
+    {
+      const std::lock_guard lock(mutex_);
+      is_done_ = true;
+    }
+    changed_.notify_all();
+    sending_.join();
+  }
+  ProgressReporter(const ProgressReporter&) = delete;
+  ProgressReporter& operator=(const ProgressReporter&) = delete;
 
   absl::Status operator()(const pipeline::JobProgress& progress) {
     WALSH_RETURN_IF_ERROR(held_->Check());
-    metrics_.Observe(progress, runner_->clock_->Monotonic());
-    unsent_.insert(unsent_.end(), progress.linears.begin(), progress.linears.end());
     const absl::Duration now = runner_->clock_->Monotonic();
+    metrics_.Observe(progress, now);
+    unqueued_.insert(unqueued_.end(), progress.linears.begin(), progress.linears.end());
     const bool is_change = progress.stage != stage_ || progress.layer != layer_;
     if (!is_change && now - reported_ < kReportInterval) return absl::OkStatus();
     stage_ = progress.stage;
     layer_ = progress.layer;
     reported_ = now;
     pipeline::JobProgress report = progress;
-    report.linears = unsent_;
-    const absl::Status status = runner_->Report(ToEvent(report), *held_);
-    if (status.ok()) {
-      unsent_.clear();
-    } else {
-      // Without the coordinator the job goes on for as long as the lease lasts; what it finished
-      // meanwhile goes out with a later report.
-      WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()}, {"error", status});
-    }
+    report.linears = std::exchange(unqueued_, {});
+    Queue(std::move(report));
     return held_->Check();
   }
 
  private:
+  static void Prepend(std::vector<pipeline::LinearReport> linears, pipeline::JobProgress& report) {
+    linears.insert(linears.end(), std::make_move_iterator(report.linears.begin()),
+                   std::make_move_iterator(report.linears.end()));
+    report.linears = std::move(linears);
+  }
+
+  void Queue(pipeline::JobProgress report) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (queue_.size() == kReportsQueued) {
+        Prepend(std::move(queue_.back().linears), report);
+        queue_.pop_back();
+      }
+      queue_.push_back(std::move(report));
+    }
+    changed_.notify_all();
+  }
+
+  void Send() {
+    std::vector<pipeline::LinearReport> unsent;
+    std::unique_lock lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [this] { return is_done_ || !queue_.empty(); });
+      if (queue_.empty()) return;
+      pipeline::JobProgress report = std::move(queue_.front());
+      queue_.pop_front();
+      lock.unlock();
+      Prepend(std::move(unsent), report);
+      unsent.clear();
+      if (const absl::Status status = runner_->Report(ToEvent(report), *held_); !status.ok()) {
+        // Without the coordinator the job goes on for as long as the lease lasts; what it finished
+        // meanwhile goes out with a later report.
+        WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()},
+                  {"error", status});
+        unsent = std::move(report.linears);
+      }
+      lock.lock();
+    }
+  }
+
   JobRunner* const runner_;
   HeldLease* const held_;
+  // Of the job's thread.
   JobProgressMetrics metrics_;
   pipeline::Stage stage_ = pipeline::Stage::kValidating;
   int64_t layer_ = -2;
   absl::Duration reported_ = -absl::InfiniteDuration();
-  std::vector<pipeline::LinearReport> unsent_;
+  std::vector<pipeline::LinearReport> unqueued_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<pipeline::JobProgress> queue_;
+  bool is_done_ = false;
+  std::thread sending_;  // last: it uses the others
 };
 
 JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
@@ -204,7 +265,6 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
   WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
   spec.output_directory = directory;
   spec.job_name = held.job_name();
-  ProgressReporter reporter(this, &held);
   absl::StatusOr<pipeline::JobReport> report;
   std::thread quantizing([&] {
     // Of this thread alone, and of those that it starts. There is no way back for a process without
@@ -215,6 +275,7 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
         report = fits;
         return;
       }
+      ProgressReporter reporter(this, &held);
       ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
       report = options_.quantize(spec, pool, std::ref(reporter));
     } catch (const std::bad_alloc&) {

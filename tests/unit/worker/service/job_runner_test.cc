@@ -2,14 +2,18 @@
 // quantization itself is a script.
 #include "worker/service/job_runner.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <string>
 #include <thread>
+#include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
 #include "common/publish.h"
@@ -28,6 +32,7 @@ namespace fs = std::filesystem;
 using pipeline::JobProgress;
 using pipeline::JobReport;
 using pipeline::JobSpec;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using walsh::testing::FakeCoordinator;
 using Record = FakeCoordinator::Record;
@@ -432,6 +437,44 @@ TEST_F(JobRunnerTest, JobGoesOnWhileTheCoordinatorIsAway) {
   EXPECT_EQ(n_refused, 1);
   // What the refused report carried comes with the next one.
   EXPECT_EQ(coordinator_.record().reports[1].event().linears_size(), 2);
+}
+
+// Six reports while the first one is on its way: those that have to wait are four, of which the
+// last stands for the two behind it as well.
+TEST_F(JobRunnerTest, TheJobDoesNotWaitForItsReports) {
+  absl::Notification all_are_made;
+  coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest& request) {
+    if (request.event().layer() == 0) {
+      EXPECT_TRUE(all_are_made.WaitForNotificationWithTimeout(absl::Seconds(4)));
+    }
+    return absl::OkStatus();
+  });
+  quantize_ = [&](const JobSpec& spec,
+                  const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+    for (int64_t layer = 0; layer < 7; ++layer) {
+      JobProgress progress{.stage = pipeline::Stage::kQuantizing, .layer = layer};
+      progress.linears.push_back({.name = "layers." + std::to_string(layer), .layer = layer});
+      if (absl::Status status = observer(progress); !status.ok()) return status;
+      if (layer == 0) {
+        // The first one has left the queue.
+        EXPECT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() == 1; }));
+      }
+    }
+    all_are_made.Notify();
+    return QuantizeTwoLayers(spec, [](const JobProgress&) { return absl::OkStatus(); });
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  std::vector<std::string> linears;
+  std::vector<int> layers;
+  for (const auto& report : coordinator_.record().reports) {
+    layers.push_back(report.event().layer());
+    for (const auto& linear : report.event().linears()) linears.push_back(linear.name());
+  }
+  EXPECT_THAT(layers, ElementsAre(0, 1, 2, 3, 6, -1));
+  EXPECT_EQ(linears.size(), 7u);
+  EXPECT_TRUE(std::is_sorted(linears.begin(), linears.end()));
 }
 
 TEST_F(JobRunnerTest, PublishingWaitsForTheCoordinator) {
