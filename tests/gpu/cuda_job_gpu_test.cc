@@ -392,11 +392,6 @@ TEST_F(CudaJobTest, WidthsThatNoKernelTakesAreUnimplemented) {
   EXPECT_THAT(cuda_->CheckSupported(config, job),
               StatusIs(absl::StatusCode::kUnimplemented,
                        AllOf(HasSubstr("65536"), HasSubstr("at most 65535"))));
-  config.intermediate = 64;
-  config.hidden = 65535;
-  job.group_size = -1;
-  EXPECT_THAT(cuda_->CheckSupported(config, job),
-              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("groups of 65535 weights")));
 }
 
 TEST_F(CudaJobTest, NoSuchDevice) {

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -360,6 +361,8 @@ INSTANTIATE_TEST_SUITE_P(
         Problem{.rows = 7, .cols = 96, .bits = 8, .group_size = 32, .symmetric = true},
         Problem{.rows = 5, .cols = 1056, .bits = 3, .group_size = 1056, .permute = true},
         Problem{.rows = 5, .cols = 1024, .bits = 2, .group_size = 512, .symmetric = true},
+        // More of a group than shared memory holds.
+        Problem{.rows = 2, .cols = 65536, .bits = 4, .group_size = 65536},
         Problem{.rows = 17, .cols = 128, .bits = 3, .group_size = 128, .mse_clip = false}));
 
 // Rows share a warp in the clip search and a CTA, of which there are two sizes; what one row holds,
@@ -526,7 +529,7 @@ TEST_F(GptqFixture, FactorOfNothing) { EXPECT_OK(FactorHessian(context(), {.dim 
 // A diagonal element that is zero, negative or not finite, wherever it stands: the one verdict is
 // read after all of the work.
 TEST_F(GptqFixture, RefusesWhatIsNotPositiveDefinite) {
-  for (const int64_t n : {1, 64, 300, 700}) {
+  for (const int64_t n : {1, 64, 300, 700, 4224}) {
     for (const int64_t at : {int64_t{0}, n / 2, n - 1}) {
       for (const float value : {0.0f, -1.0f, std::numeric_limits<float>::infinity(),
                                 std::numeric_limits<float>::quiet_NaN()}) {
@@ -551,24 +554,36 @@ TEST_F(GptqFixture, RefusesWhatIsNotPositiveDefinite) {
   }
 }
 
-// Indefinite, though its diagonal is positive.
-TEST_F(GptqFixture, RefusesWhatIsIndefinite) {
-  const int64_t n = 300;
-  std::vector<float> h(static_cast<size_t>(n * n), 0.0f);
-  for (int64_t i = 0; i < n; ++i) h[i * n + i] = 1.0f;
-  h[290 * n + 3] = h[3 * n + 290] = 1.5f;
-  const auto device_h = Upload(h);
-  std::vector<int32_t> perm(static_cast<size_t>(n));
-  std::iota(perm.begin(), perm.end(), 0);
-  const auto device_perm = Upload(perm);
-  const auto add = Upload(std::vector<float>(static_cast<size_t>(n), 0.0f));
-  auto u = Poisoned<float>(n * n);
-  EXPECT_THAT(FactorHessian(context(), {.dim = n,
-                                        .h = device_h.data(),
-                                        .perm = device_perm.data(),
-                                        .diagonal_add = add.data(),
-                                        .u = u.data()}),
-              testing::HasCode(absl::StatusCode::kFailedPrecondition));
+class IndefiniteGpuTest : public GptqFixture {
+ protected:
+  // The identity but for elements (i, j) and (j, i).
+  void ExpectIndefiniteIsRefused(int64_t n, int64_t i, int64_t j) {
+    std::vector<float> h(static_cast<size_t>(n * n), 0.0f);
+    for (int64_t c = 0; c < n; ++c) h[c * n + c] = 1.0f;
+    h[i * n + j] = h[j * n + i] = 1.5f;
+    const auto device_h = Upload(h);
+    std::vector<int32_t> perm(static_cast<size_t>(n));
+    std::iota(perm.begin(), perm.end(), 0);
+    const auto device_perm = Upload(perm);
+    const auto add = Upload(std::vector<float>(static_cast<size_t>(n), 0.0f));
+    auto u = Poisoned<float>(n * n);
+    EXPECT_THAT(FactorHessian(context(), {.dim = n,
+                                          .h = device_h.data(),
+                                          .perm = device_perm.data(),
+                                          .diagonal_add = add.data(),
+                                          .u = u.data()}),
+                testing::HasCode(absl::StatusCode::kFailedPrecondition));
+  }
+};
+
+// Indefinite, though its diagonal is positive; the pair in one panel, in two, and where the inverse
+// goes on by triangular products.
+TEST_F(IndefiniteGpuTest, IsRefused) {
+  for (const auto& [n, i, j] : std::vector<std::array<int64_t, 3>>{
+           {300, 3, 290}, {700, 3, 600}, {4224, 4200, 4220}, {4224, 5, 4000}}) {
+    SCOPED_TRACE(n);
+    ExpectIndefiniteIsRefused(n, i, j);
+  }
 }
 
 TEST_F(GptqFixture, RefusesGroupsThatDoNotFit) {

@@ -8,22 +8,16 @@
 #include "worker/kernels/cuda/libraries.h"
 
 namespace walsh::kernels::cuda {
-namespace {
 
-absl::Status LibraryStatus(bool is_out_of_memory, const std::string& text) {
-  if (is_out_of_memory) return absl::ResourceExhaustedError(text);
+absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
+  const std::string text = absl::StrCat(std::string(what), ": ", cublasGetStatusString(status));
+  if (status == CUBLAS_STATUS_ALLOC_FAILED) return absl::ResourceExhaustedError(text);
+  // An error of a kernel before it is told by the library first, as its own.
   if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
     return CudaStatus(error, text);
   }
   return absl::InternalError(text);
-}
-
-}  // namespace
-
-absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
-  if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  return LibraryStatus(status == CUBLAS_STATUS_ALLOC_FAILED,
-                       absl::StrCat(std::string(what), ": ", cublasGetStatusString(status)));
 }
 
 absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {

@@ -2,7 +2,9 @@
 //
 // Errors:  FAILED_PRECONDITION  no such device, or one that this build has no code for; a library
 //                               that LoadLibraries (worker/kernels/cuda/libraries.h) does not find
-// Threads: used by one thread at a time
+// Threads: used by one thread at a time, but for MakeCurrent and copies(), which another one may
+// use
+//          beside it
 #pragma once
 
 #include <cublas_v2.h>

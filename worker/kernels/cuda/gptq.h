@@ -4,10 +4,10 @@
 // Symbols: W [rows, cols] weights (out × in); H [cols, cols] = XᵀX; U upper triangular with
 //          H⁻¹ = UᵀU; columns are processed in the order `perm`.
 //
-// No inverse is formed: with P the reversal, P H P = L Lᵀ gives U = P L⁻¹ P (one Cholesky and one
-// triangular inverse; potri costs six times potrf). The rows of W are independent, so one kernel
-// takes a block of 128 columns through all its sequential steps on chip, a lane per row, the clip
-// search included; a GEMM then updates the trailing columns. Grids and codes are those of
+// No inverse is formed: with P the reversal, P H P = L Lᵀ gives U = P L⁻¹ P (one Cholesky
+// factorization and one triangular inverse, n³/3 flop each). The rows of W are independent, so one
+// kernel takes a block of 128 columns through all its sequential steps on chip, a lane per row, the
+// clip search included; a GEMM then updates the trailing columns. Grids and codes are those of
 // worker/gptq/tile.h but for ties, which rounding decides.
 //
 // Shapes:  row-major; cols a multiple of 32; groups never cross a 128-column block unless they are

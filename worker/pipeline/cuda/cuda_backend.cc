@@ -419,7 +419,8 @@ class CudaBackend final : public Backend {
     return use;
   }
 
-  absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const override {
+  absl::Status CheckSupported(const ModelConfig& config,
+                              const ResolvedJob& /*job*/) const override {
     constexpr int64_t kHeadDims[] = {16, 32, 64, 128};
     if (std::find(std::begin(kHeadDims), std::end(kHeadDims), config.head_dim) ==
         std::end(kHeadDims)) {
@@ -437,15 +438,6 @@ class CudaBackend final : public Backend {
                        " (of q, k and v together, of gate and up together, or of the "
                        "residual stream): the CUDA backend takes at most ",
                        kGridMax));
-    }
-    const int64_t group = job.group_size < 0
-                              ? std::max({shape.hidden, shape.q_width(), shape.intermediate})
-                              : job.group_size;
-    const auto shared = static_cast<int64_t>(context_->properties().sharedMemPerBlockOptin);
-    if (group * static_cast<int64_t>(sizeof(float)) > shared) {
-      return absl::UnimplementedError(absl::StrCat("groups of ", group, " weights: ", name(),
-                                                   " takes at most ",
-                                                   shared / static_cast<int64_t>(sizeof(float))));
     }
     return absl::OkStatus();
   }

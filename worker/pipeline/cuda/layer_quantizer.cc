@@ -373,6 +373,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
         if (!absl::IsFailedPrecondition(status)) return status;
       }
     }
+    factor = {};  // of no use, and the host's takes its place
     return FactorizeOnHost(set, options);
   }
 
@@ -488,6 +489,13 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                                                            .zeros = out.zeros.data()}));
     out.row_error = std::move(forms.error);
     out.row_output = std::move(forms.output);
+    // Codes are always in range, so that a weight that error propagation has made infinite would
+    // show nowhere else.
+    for (size_t row = 0; row < out.row_error.size(); ++row) {
+      if (std::isfinite(out.row_error[row]) && std::isfinite(out.row_output[row])) continue;
+      return absl::DataLossError(absl::StrCat(Name(out.set), ": the error of output ", row,
+                                              " is not finite after calibration"));
+    }
     return absl::OkStatus();
   }
 

@@ -59,9 +59,6 @@ class CheckpointModel final : public ModelSource {
   WeightLoader& loader_;
 };
 
-constexpr int64_t kAlignment = 256;
-int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
 template <typename T>
 std::span<T> SpanAt(std::span<std::byte> memory, int64_t offset, int64_t n) {
   return {reinterpret_cast<T*>(memory.data() + offset), static_cast<size_t>(n)};
@@ -206,7 +203,7 @@ class ArtifactModel final : public ModelSource {
   absl::StatusOr<PlacedLayer> PlaceLayer(int64_t index) const {
     PlacedLayer layer;
     const auto place = [&layer](int64_t n_bytes) {
-      return std::exchange(layer.n_bytes, layer.n_bytes + Aligned(n_bytes));
+      return std::exchange(layer.n_bytes, layer.n_bytes + TensorRoom(n_bytes));
     };
     const std::vector<LinearShape> linears = LinearShapes(config_);
     for (size_t i = 0; i < linears.size(); ++i) {

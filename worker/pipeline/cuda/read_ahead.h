@@ -27,8 +27,16 @@ namespace walsh::pipeline::cuda {
 // that pinning two of them takes no time.
 inline constexpr int64_t kPieceBytes = int64_t{32} << 20;
 
+// Tensors that lie behind each other start where vectorized loads may.
+inline constexpr int64_t kTensorAlignment = 256;
+inline int64_t TensorRoom(int64_t n_bytes) {
+  return (n_bytes + kTensorAlignment - 1) / kTensorAlignment * kTensorAlignment;
+}
+
 class ReadAhead {
  public:
+  static constexpr int kSlots = 2;  // pieces that are there at once
+
   // Reads piece `index` into the beginning of `host` and returns its bytes.
   using Fill = std::function<absl::StatusOr<int64_t>(int64_t index, std::span<std::byte> host)>;
 
@@ -48,7 +56,6 @@ class ReadAhead {
   double seconds_waited() const { return seconds_waited_; }
 
  private:
-  static constexpr int kSlots = 2;
   struct Slot {
     PinnedPool::Lease host;
     kernels::cuda::DeviceBuffer<std::byte> device;

@@ -12,7 +12,7 @@ namespace walsh::pipeline::cuda {
 absl::Status StreamRows(kernels::cuda::Context& context, PinnedPool& pinned, ThreadPool& readers,
                         const RowStream& rows, double* seconds_waited) {
   if (rows.rows == 0) return absl::OkStatus();
-  const int64_t at_once = std::min(rows.rows, RowsOf(kPieceBytes, rows.row_bytes));
+  const int64_t at_once = RowsAtOnce(rows.rows, rows.row_bytes);
   const int64_t n_pieces = (rows.rows + at_once - 1) / at_once;
   const auto rows_of = [&](int64_t piece) {
     return std::min(at_once, rows.rows - piece * at_once);

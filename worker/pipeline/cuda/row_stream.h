@@ -40,6 +40,11 @@ struct RowStream {
   std::function<absl::Status(const std::byte* stored, int64_t first, int64_t n)> consume;
 };
 
+// The most rows that `consume` is called with.
+inline int64_t RowsAtOnce(int64_t rows, int64_t row_bytes) {
+  return std::min(rows, RowsOf(kPieceBytes, row_bytes));
+}
+
 // Returns when all has been queued; adds the time that it waited for reading to `seconds_waited`.
 absl::Status StreamRows(kernels::cuda::Context& context, PinnedPool& pinned, ThreadPool& readers,
                         const RowStream& rows, double* seconds_waited = nullptr);

@@ -22,16 +22,10 @@ namespace {
 
 namespace ops = kernels::cuda;
 
-// Layers that are read ahead, and pieces of what is read as a whole.
-constexpr int kSlots = 2;
 // What first_bad_ holds where nothing is bad: each byte is this.
 constexpr int kNoneBadByte = 0x7f;
 constexpr int64_t kNoneBad = 0x7f7f7f7f7f7f7f7f;
-// Every tensor starts where vectorized loads may.
-constexpr int64_t kAlignment = 256;
 constexpr int64_t kWidestElement = sizeof(float);
-
-int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 std::optional<ops::ScalarType> ScalarTypeOf(StorageType type) {
   switch (type) {
@@ -117,7 +111,7 @@ int64_t LayerElements(const LayerShape& s) {
   return weights + vectors;
 }
 int64_t SlabBytes(const LayerShape& s) {
-  return LayerElements(s) * kWidestElement + static_cast<int64_t>(kParts.size()) * kAlignment;
+  return LayerElements(s) * kWidestElement + static_cast<int64_t>(kParts.size()) * kTensorAlignment;
 }
 // Tensors beside the layers', by their places behind those in first_bad_.
 enum Beside { kEmbedding, kFinalNorm, kHead, kEmbeddedRows, kBeside };
@@ -231,7 +225,7 @@ class Loader final : public WeightLoader {
   absl::StatusOr<DeviceBuffer<bf16>> RoundedHead() override {
     WALSH_ASSIGN_OR_RETURN(const Piece piece, Place(checkpoint_, std::string(kLmHeadTensor), 0));
     WALSH_ASSIGN_OR_RETURN(auto head, DeviceBuffer<bf16>::Allocate(piece.n(), context_.stream()));
-    const int64_t at_once = std::min(piece.rows, RowsOf(kPieceBytes, piece.row_bytes));
+    const int64_t at_once = RowsAtOnce(piece.rows, piece.row_bytes);
     WALSH_ASSIGN_OR_RETURN(auto floats,
                            DeviceBuffer<float>::Allocate(at_once * piece.cols, context_.stream()));
     const auto round = [&](const std::byte* stored, int64_t first, int64_t n) -> absl::Status {
@@ -325,7 +319,7 @@ class Loader final : public WeightLoader {
       std::string name = LayerTensor(index, part.suffix);
       if (part.is_optional && !checkpoint_.Has(name)) continue;
       WALSH_ASSIGN_OR_RETURN(Piece piece, Place(checkpoint_, std::move(name), layer.n_bytes));
-      layer.n_bytes += Aligned(piece.n_bytes());
+      layer.n_bytes += TensorRoom(piece.n_bytes());
       layer.pieces.push_back(std::move(piece));
       layer.parts.push_back(&part);
     }
@@ -432,10 +426,11 @@ int64_t WeightLoader::VocabularyBytes(const ModelConfig& config) {
   return config.vocab * config.hidden * kWidestElement;
 }
 int64_t WeightLoader::StoredBytes(const LayerShape& shape) {
-  return kSlots * (SlabBytes(shape) + PieceBytes(shape.hidden * kWidestElement));
+  return ReadAhead::kSlots * (SlabBytes(shape) + PieceBytes(shape.hidden * kWidestElement));
 }
 int64_t WeightLoader::HostBytes(const LayerShape& shape) {
-  return StoredBytes(shape) + kReaders * kRangeBytes;
+  // Downloads have pieces of their own where those of whole rows are smaller.
+  return StoredBytes(shape) + kReaders * kRangeBytes + 2 * kPieceBytes;
 }
 
 }  // namespace walsh::pipeline::cuda
