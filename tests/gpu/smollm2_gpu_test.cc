@@ -268,8 +268,8 @@ class SmolLm2GpuTest : public SmolLm2Test {
         "errors of linears %+.2f %%\n",
         bits, n, 100 * std::expm1(mean), 100 * standard_error, 100 * std::expm1(error_ratio / n));
     EXPECT_LE(std::abs(mean), limit + 2 * standard_error);
-    // Or nothing could be told.
-    EXPECT_LE(standard_error, limit);
+    // Or too little could be told.
+    EXPECT_LE(standard_error, 1.5 * limit);
     EXPECT_NEAR(std::exp(error_ratio / n), 1.0, 0.01);
   }
 
