@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <filesystem>
 #include <iterator>
 #include <memory>
@@ -49,7 +50,8 @@ void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
 }
 
 // Whether another worker might run what this one cannot: one with more memory, or whose device or
-// version takes the model. All this is found out before the work.
+// version takes the model. Of an error from before the work only: what is UNIMPLEMENTED later, a
+// tokenizer or a chat template, is so for every worker.
 bool IsRefusal(const absl::Status& error) {
   return absl::IsUnimplemented(error) || ErrorReason(error) == kInsufficientMemory;
 }
@@ -81,7 +83,7 @@ class JobRunner::ProgressReporter {
  public:
   ProgressReporter(JobRunner* runner, HeldLease* held)
       : runner_(runner), held_(held), sending_([this] { Send(); }) {}
-  // What is queued goes out before.
+  // What is queued goes out before, unless the job must stop.
   ~ProgressReporter() {
     {
       const std::lock_guard lock(mutex_);
@@ -129,24 +131,35 @@ class JobRunner::ProgressReporter {
   }
 
   void Send() {
-    std::vector<pipeline::LinearReport> unsent;
     std::unique_lock lock(mutex_);
     while (true) {
       changed_.wait(lock, [this] { return is_done_ || !queue_.empty(); });
-      if (queue_.empty()) return;
+      // The job that must stop ends now, and does not wait for a coordinator that may hang.
+      if (queue_.empty() || !held_->Check().ok()) {
+        queue_.clear();
+        if (is_done_) return;
+        continue;
+      }
       pipeline::JobProgress report = std::move(queue_.front());
       queue_.pop_front();
       lock.unlock();
-      Prepend(std::move(unsent), report);
-      unsent.clear();
-      if (const absl::Status status = runner_->Report(ToEvent(report), *held_); !status.ok()) {
-        // Without the coordinator the job goes on for as long as the lease lasts; what it finished
-        // meanwhile goes out with a later report.
-        WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()},
-                  {"error", status});
-        unsent = std::move(report.linears);
+      // Nothing may leave the thread: a report is not worth the process.
+      try {
+        SendOne(std::move(report));
+      } catch (const std::exception& e) {
+        WALSH_LOG(Error, "a report of progress was dropped", {"error", e.what()});
       }
       lock.lock();
+    }
+  }
+
+  void SendOne(pipeline::JobProgress report) {
+    Prepend(std::exchange(unsent_, {}), report);
+    if (const absl::Status status = runner_->Report(ToEvent(report), *held_); !status.ok()) {
+      // Without the coordinator the job goes on for as long as the lease lasts; what it finished
+      // meanwhile goes out with a later report.
+      WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()}, {"error", status});
+      unsent_ = std::move(report.linears);
     }
   }
 
@@ -158,6 +171,8 @@ class JobRunner::ProgressReporter {
   int64_t layer_ = -2;
   absl::Duration reported_ = -absl::InfiniteDuration();
   std::vector<pipeline::LinearReport> unqueued_;
+  // Of the sending thread.
+  std::vector<pipeline::LinearReport> unsent_;
 
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -171,14 +186,15 @@ JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface
     : options_(std::move(options)), coordinator_(coordinator), models_(models), clock_(clock) {}
 
 void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
+  bool is_refused = false;
   absl::StatusOr<Outcome> outcome = FindEarlier(lease);
-  if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held);
+  if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held, is_refused);
   if (IsDeviceBroken(outcome.status())) {
     options_.on_device_broken(outcome.status());
     outcome = DeviceBrokenError(options_.device, outcome.status());
   }
   if (outcome.ok()) LoadIfWanted(lease, *outcome);
-  Complete(outcome, held);
+  Complete(outcome, is_refused, held);
 }
 
 absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease) {
@@ -216,7 +232,7 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Le
 }
 
 absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1::Lease& lease,
-                                                             HeldLease& held) {
+                                                             HeldLease& held, bool& is_refused) {
   WALSH_RETURN_IF_ERROR(
       held.Check());  // a worker that stops, or whose device broke, begins nothing
   const std::string directory =
@@ -228,7 +244,7 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
       &directory, remove_directory);
 
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobReport report,
-                         QuantizeInto(directory, lease.job(), held));
+                         QuantizeInto(directory, lease.job(), held, is_refused));
   Outcome outcome{.result = ToResult(report, lease.job().model_name()), .model = {}};
   outcome.result.set_device(options_.device);
   WALSH_RETURN_IF_ERROR(MakeDirectories(options_.results_directory));
@@ -261,7 +277,7 @@ absl::Status JobRunner::Publish(const std::string& directory, const internal::v1
 
 absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& directory,
                                                             const v1::QuantizationJob& job,
-                                                            HeldLease& held) {
+                                                            HeldLease& held, bool& is_refused) {
   WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
   spec.output_directory = directory;
   spec.job_name = held.job_name();
@@ -273,6 +289,7 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
     try {
       if (const absl::Status fits = CheckFits(spec); !fits.ok()) {
         report = fits;
+        is_refused = IsRefusal(fits);
         return;
       }
       ProgressReporter reporter(this, &held);
@@ -330,7 +347,7 @@ void JobRunner::LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome)
   }
 }
 
-void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held) {
+void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, bool is_refused, HeldLease& held) {
   internal::v1::CompleteJobRequest request;
   request.set_worker_id(options_.worker_id);
   request.set_job_name(held.job_name());
@@ -351,7 +368,7 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held
   } else {
     *request.mutable_error() = ToProtoStatus(outcome.status());
     request.set_error_reason(ErrorReason(outcome.status()));
-    request.set_refused(IsRefusal(outcome.status()));
+    request.set_refused(is_refused);
     if (request.refused()) {
       WALSH_LOG(Warning, "this worker cannot run the job; left to others", {"job", held.job_name()},
                 {"error", outcome.status()});

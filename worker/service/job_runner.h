@@ -7,7 +7,8 @@
 // completes with its result.
 //
 // A job that this worker cannot run, for want of memory or because its device or version does not
-// take the model, is refused before its work, and left to other workers.
+// take the model, is refused before its work, and left to other workers. What fails later, whatever
+// its code, is the job's error.
 //
 // A failure that has broken the device is told to the worker before it is told to the coordinator,
 // so that no other lease is taken in between.
@@ -61,11 +62,14 @@ class JobRunner {
   };
   class ProgressReporter;
 
-  absl::StatusOr<Outcome> RunToPublished(const internal::v1::Lease& lease, HeldLease& held);
+  // `is_refused` becomes true with an error that is about this worker: another might run the job.
+  absl::StatusOr<Outcome> RunToPublished(const internal::v1::Lease& lease, HeldLease& held,
+                                         bool& is_refused);
   // The outcome of an earlier holder of the same job, when it published.
   absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
-                                                   const v1::QuantizationJob& job, HeldLease& held);
+                                                   const v1::QuantizationJob& job, HeldLease& held,
+                                                   bool& is_refused);
   // Refuses a job now that would not fit later: it may have been validated by another worker, or by
   // none.
   absl::Status CheckFits(const pipeline::JobSpec& spec) const;
@@ -76,7 +80,7 @@ class JobRunner {
   void LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome);
   // Tells the coordinator how the job ended. An outcome that it will never take becomes an error,
   // so that the job ends.
-  void Complete(const absl::StatusOr<Outcome>& outcome, HeldLease& held);
+  void Complete(const absl::StatusOr<Outcome>& outcome, bool is_refused, HeldLease& held);
   // OK once the coordinator has it; ABORTED without the lease; else why it never will.
   absl::Status Deliver(const internal::v1::CompleteJobRequest& request, HeldLease& held);
 

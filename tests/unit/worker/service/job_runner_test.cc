@@ -333,6 +333,22 @@ TEST_F(JobRunnerTest, WhatIsWrongWithTheJobIsNotRefusedButFailed) {
   EXPECT_FALSE(outcome.refused());
 }
 
+// A chat template or a tokenizer that walsh does not take is found in the midst of a job. Every
+// other worker would find the same, after reading the whole source.
+TEST_F(JobRunnerTest, WhatIsUnimplementedInsideTheWorkIsNotRefusedButFailed) {
+  quantize_ = [](const JobSpec&, const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+    EXPECT_OK(observer({.stage = pipeline::Stage::kLoading}));
+    return absl::UnimplementedError("chat template: the filter 'groupby'");
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kUnimplemented));
+  EXPECT_THAT(outcome.error().message(), HasSubstr("groupby"));
+  EXPECT_FALSE(outcome.refused());
+}
+
 // A lease that was granted while the worker began to stop, because of a broken device, too: the job
 // was not touched, and no failure of it is counted.
 TEST_F(JobRunnerTest, AWorkerThatStopsBeginsNothing) {
@@ -475,6 +491,33 @@ TEST_F(JobRunnerTest, TheJobDoesNotWaitForItsReports) {
   EXPECT_THAT(layers, ElementsAre(0, 1, 2, 3, 6, -1));
   EXPECT_EQ(linears.size(), 7u);
   EXPECT_TRUE(std::is_sorted(linears.begin(), linears.end()));
+}
+
+// Each report that a hanging coordinator does not take costs the timeout of a call.
+TEST_F(JobRunnerTest, AJobThatMustStopDoesNotWaitForTheReportsBehindTheOneOnItsWay) {
+  absl::Notification is_stopped;
+  coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest&) {
+    EXPECT_TRUE(is_stopped.WaitForNotificationWithTimeout(absl::Seconds(4)));
+    return absl::OkStatus();
+  });
+  quantize_ = [&](const JobSpec&, const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+    for (int64_t layer = 0; layer < 4; ++layer) {
+      EXPECT_OK(observer({.stage = pipeline::Stage::kQuantizing, .layer = layer}));
+    }
+    EXPECT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() == 1; }));
+    coordinator_.CancelJob();
+    absl::Status stop;
+    EXPECT_TRUE(testing::WaitUntil([&] {
+      stop = observer({.stage = pipeline::Stage::kQuantizing, .layer = 3});
+      return !stop.ok();
+    }));
+    is_stopped.Notify();
+    return stop;
+  };
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_cancelled());
+  EXPECT_EQ(coordinator_.record().reports.size(), 1u);
 }
 
 TEST_F(JobRunnerTest, PublishingWaitsForTheCoordinator) {
