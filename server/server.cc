@@ -197,6 +197,8 @@ void Server::Impl::Tick() {
     WALSH_LOG(Error, "job store failed", {"status", ticked});
   }
   for (const std::string& id : registry.Tick()) clients.Forget(id);
+  // A worker that registers between these two calls does not count: it finds a job failed that it
+  // might have run, as it would a moment later.
   if (const auto taking_jobs = registry.TakingJobs(); taking_jobs.has_value()) {
     if (absl::Status failed = queue->FailRefusedByAll(*taking_jobs); !failed.ok()) {
       WALSH_LOG(Error, "job store failed", {"status", failed});

@@ -68,6 +68,7 @@ absl::StatusOr<std::vector<std::string>> WorkerRegistry::Register(
     if (is_replaced) replaced.push_back(it->first);
     it = is_replaced ? workers_.erase(it) : std::next(it);
   }
+  if (!replaced.empty()) last_departure_ = clock_->Monotonic();
   Entry& entry = workers_[request.worker_id()];
   entry.address = request.address();
   entry.worker.set_name(WorkerName(request.worker_id()));
@@ -106,7 +107,7 @@ absl::Status WorkerRegistry::Touch(const std::string& worker_id) {
 
 void WorkerRegistry::Deregister(const std::string& worker_id) {
   const absl::MutexLock lock(&mu_);
-  workers_.erase(worker_id);
+  if (workers_.erase(worker_id) > 0) last_departure_ = clock_->Monotonic();
 }
 
 std::vector<std::string> WorkerRegistry::Tick() {
@@ -124,6 +125,7 @@ std::vector<std::string> WorkerRegistry::Tick() {
       worker.clear_requests_running();
       worker.clear_requests_waiting();
       went_offline.push_back(it->first);
+      last_departure_ = now;
     }
     it = silence >= options_.forget_after ? workers_.erase(it) : std::next(it);
   }
@@ -200,10 +202,11 @@ std::vector<WorkerAddress> WorkerRegistry::Online() const {
 }
 
 std::optional<std::set<std::string>> WorkerRegistry::TakingJobs() const {
-  if (clock_->Monotonic() - start_ < options_.offline_after) return std::nullopt;
   const absl::MutexLock lock(&mu_);
+  if (clock_->Monotonic() - last_departure_ < options_.offline_after) return std::nullopt;
   std::set<std::string> names;
   for (const auto& [id, entry] : workers_) {
+    if (entry.worker.state() == v1::Worker::DRAINING) return std::nullopt;
     if (entry.worker.state() == v1::Worker::ONLINE) names.insert(entry.worker.name());
   }
   return names;

@@ -34,7 +34,7 @@ class WorkerRegistry {
     absl::Duration forget_after = absl::Hours(1);
   };
   WorkerRegistry(const Clock* clock, const Options& options)
-      : clock_(clock), options_(options), start_(clock->Monotonic()) {}
+      : clock_(clock), options_(options), last_departure_(clock->Monotonic()) {}
 
   // The ids of workers that had the same address: processes that are no more.
   absl::StatusOr<std::vector<std::string>> Register(const internal_v1::RegisterRequest& request);
@@ -53,8 +53,9 @@ class WorkerRegistry {
   // The workers that are ONLINE, the least busy one first.
   std::vector<WorkerAddress> Online() const;
   // The names of those that take jobs, now or when the one that they run is over. None can be told
-  // within `offline_after` of the start: workers of before a restart are given the time to come
-  // back that a silent one has.
+  // while a worker drains, and within `offline_after` of the start and of the last departure: a
+  // worker that restarts, or that had registered before the coordinator did, is given the time to
+  // come back that a silent one has.
   std::optional<std::set<std::string>> TakingJobs() const;
   bool IsDraining(const std::string& worker_id) const;
 
@@ -95,8 +96,9 @@ class WorkerRegistry {
 
   const Clock* const clock_;
   const Options options_;
-  const absl::Duration start_;  // monotonic
   mutable absl::Mutex mu_;
+  // Monotonic, of a worker that left, was replaced or became OFFLINE; at first of the start.
+  absl::Duration last_departure_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, Entry> workers_ ABSL_GUARDED_BY(mu_);  // by id
 };
 

@@ -310,6 +310,7 @@ absl::Status JobQueue::Tick() {
 }
 
 absl::Status JobQueue::FailRefusedByAll(const std::set<std::string>& workers) {
+  const absl::Duration now = clock_->Monotonic();
   const absl::MutexLock write_lock(&write_mu_);
   std::vector<std::string> refused;
   {
@@ -319,7 +320,9 @@ absl::Status JobQueue::FailRefusedByAll(const std::set<std::string>& workers) {
       std::erase_if(refusals,
                     [&](const auto& refusal) { return !workers.contains(refusal.first); });
       const bool is_left_to_nobody = !refusals.empty() && refusals.size() == workers.size();
-      if (is_left_to_nobody && live.record.job.state() == QuantizationJob::QUEUED) {
+      // One that is to be tried again later waits for who is there then.
+      const bool is_due = live.record.job.state() == QuantizationJob::QUEUED && live.due <= now;
+      if (is_left_to_nobody && is_due) {
         refused.push_back(id);
       }
     }

@@ -103,9 +103,10 @@ class JobQueue {
   // The worker says goodbye, or has certainly died.
   absl::Status ReturnLease(const std::string& worker);
   absl::Status LoseLease(const std::string& worker);
-  // `workers` are those that take jobs now. A queued job that all of them have refused fails; one
-  // that another of them might run, busy as it may be, waits for that one. Without any worker jobs
-  // wait. What other workers refused is forgotten: one that comes back is asked again.
+  // `workers` are those that take jobs now. A queued job that all of them have refused fails once
+  // it is due; one that another of them might run, busy as it may be, waits for that one. Without
+  // any worker jobs wait. What other workers refused is forgotten: one that comes back is asked
+  // again.
   absl::Status FailRefusedByAll(const std::set<std::string>& workers);
 
   // To be called a few times a second: takes expired leases, stores progress that was held back,

@@ -226,6 +226,32 @@ TEST_F(SettledCoordinatorTest, AJobThatEveryWorkerRefusesFailsAtOnceWithTheFigur
             "100 bytes are needed, w2 has 90");
 }
 
+// A rolling restart: the one that can run the job leaves for a moment.
+TEST_F(SettledCoordinatorTest, AJobThatOthersRefusedWaitsForAWorkerThatRestarts) {
+  ASSERT_OK(Create(NewJob("a")));  // nobody there to ask
+  const auto small = NewWorker("w1");
+  const auto large = NewWorker("w2");
+  const auto refuse = [&] {
+    return small->Refuse(small->MustAcquire(), absl::StatusCode::kUnimplemented, "head_dim 80", "");
+  };
+  ASSERT_OK(refuse());
+  ASSERT_OK(large->Deregister());
+  ASSERT_OK_AND_ASSIGN(const auto none, small->Acquire(absl::Seconds(1)));
+  EXPECT_FALSE(none.has_value());
+  EXPECT_TRUE(IsInState("a", QuantizationJob::QUEUED));
+  const auto again = NewWorker("w3");
+  ASSERT_OK(again->Succeed(again->MustAcquire()));
+  EXPECT_TRUE(IsInState("a", QuantizationJob::SUCCEEDED));
+  // This time for good.
+  ASSERT_OK(Create(NewJob("b")));
+  ASSERT_OK(refuse());
+  ASSERT_OK(again->Deregister());
+  EXPECT_TRUE(WaitUntil([&] {
+    EXPECT_OK(small->Heartbeat());
+    return IsInState("b", QuantizationJob::FAILED);
+  }));
+}
+
 TEST_F(CoordinatorJobsTest, AJobThatABusyWorkerMightRunWaitsForItAndGoesRoundNowhere) {
   ASSERT_OK(Create(NewJob("a")));
   ASSERT_OK(Create(NewJob("b")));

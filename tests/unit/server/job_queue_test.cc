@@ -465,13 +465,24 @@ TEST_F(JobQueueTest, AJobFailsOnceEveryWorkerHasRefusedIt) {
   EXPECT_EQ(Acquire("workers/3").first, "");
 }
 
-TEST_F(JobQueueTest, AJobFailsWhenTheLastWorkerThatMightRunItLeaves) {
+// Its worker's device broke, say: the worker has left, and may be back by then.
+TEST_F(JobQueueTest, AJobThatIsToBeTriedAgainDoesNotFailBeforeItIsDue) {
   Submit("a");
   Refuse("workers/1", "a");
-  EXPECT_OK(queue_->FailRefusedByAll({"workers/1", "workers/2"}));
-  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  const auto [id, token] = Acquire("workers/2");
+  Fail fail{.token = token, .error = {}, .reason = "DEVICE_BROKEN", .jitter = 0};
+  fail.error.set_code(static_cast<int>(absl::StatusCode::kUnavailable));
+  EXPECT_OK(queue_->Complete("workers/2", id, token, fail, nullptr));
   EXPECT_OK(queue_->FailRefusedByAll({"workers/1"}));
-  EXPECT_EQ(State("a"), QuantizationJob::FAILED);
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  Wait(absl::Seconds(9));
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1"}));
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED);
+  Wait(absl::Seconds(1));
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1", "workers/3"}));
+  EXPECT_EQ(State("a"), QuantizationJob::QUEUED) << "workers/3 is new";
+  EXPECT_OK(queue_->FailRefusedByAll({"workers/1"}));
+  EXPECT_EQ(State("a"), QuantizationJob::FAILED) << "nobody came";
 }
 
 TEST_F(JobQueueTest, OnlyQueuedJobsFailForWantOfAWorker) {

@@ -85,6 +85,7 @@ TEST_F(WorkerRegistryTest, SilenceIsOfflineThenForgotten) {
   EXPECT_EQ(StateOf("w1"), Worker::OFFLINE);
   EXPECT_THAT(registry_.Replicas("m"), IsEmpty());
   EXPECT_THAT(registry_.Online(), IsEmpty());
+  clock_.Advance(absl::Seconds(30));
   EXPECT_THAT(*registry_.TakingJobs(), IsEmpty());
   EXPECT_OK(Beat("w1"));
   EXPECT_EQ(StateOf("w1"), Worker::ONLINE);
@@ -136,7 +137,46 @@ TEST_F(WorkerRegistryTest, WhoTakesJobsCanBeToldOnceWorkersHadTimeToComeBack) {
   EXPECT_OK(Beat("w1"));
   clock_.Advance(absl::Seconds(1));
   EXPECT_THAT(*registry_.TakingJobs(), ElementsAre("workers/w1", "workers/w2"));
-  EXPECT_OK(Beat("w2", Model::READY, 0, /*draining=*/true));
+}
+
+// In a rolling restart the only worker that can run a job is away for a moment.
+TEST_F(WorkerRegistryTest, WhoTakesJobsCannotBeToldWhileAWorkerMayBeRestarting) {
+  const auto advance = [&](absl::Duration d) {
+    clock_.Advance(d);
+    EXPECT_OK(registry_.Touch("w1"));
+  };
+  // True once `offline_after` is over, and not before.
+  const auto are_told_later = [&] {
+    const bool is_known = registry_.TakingJobs().has_value();
+    advance(absl::Seconds(29));
+    const bool is_known_soon = registry_.TakingJobs().has_value();
+    advance(absl::Seconds(1));
+    return !is_known && !is_known_soon && registry_.TakingJobs().has_value();
+  };
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  ASSERT_OK(registry_.Register(Registration("w2", "h:2")));
+  EXPECT_TRUE(are_told_later()) << "the start";
+  // It drains for as long as its requests run, then leaves.
+  for (int i = 0; i < 10; ++i) {
+    EXPECT_OK(Beat("w2", Model::READY, 1, /*draining=*/true));
+    EXPECT_FALSE(registry_.TakingJobs().has_value());
+    advance(absl::Seconds(10));
+  }
+  registry_.Deregister("w2");
+  EXPECT_TRUE(are_told_later());
+  EXPECT_THAT(*registry_.TakingJobs(), ElementsAre("workers/w1"));
+  registry_.Deregister("w2");
+  EXPECT_TRUE(registry_.TakingJobs().has_value()) << "nobody left";
+  // A new one changes nothing; a new process in the place of an old one does.
+  ASSERT_OK(registry_.Register(Registration("w3", "h:2")));
+  EXPECT_THAT(*registry_.TakingJobs(), ElementsAre("workers/w1", "workers/w3"));
+  ASSERT_OK(registry_.Register(Registration("w3", "h:2")));
+  EXPECT_TRUE(registry_.TakingJobs().has_value()) << "the same process";
+  ASSERT_OK(registry_.Register(Registration("w4", "h:2")));
+  EXPECT_TRUE(are_told_later());
+  // Silent for as long: it counts from when that is noticed.
+  EXPECT_THAT(registry_.Tick(), ElementsAre("w4"));
+  EXPECT_TRUE(are_told_later());
   EXPECT_THAT(*registry_.TakingJobs(), ElementsAre("workers/w1"));
 }
 
