@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <functional>
+#include <new>
 #include <thread>
 #include <utility>
 
@@ -76,6 +78,36 @@ absl::StatusOr<std::string> HashRange(int fd, int64_t begin, int64_t end) {
   return hash.HexDigest();
 }
 
+// Threads that are waited for, also where what the caller does beside them throws.
+class Helpers {
+ public:
+  // `stop` lets them end early. Called when nobody needs more of them.
+  explicit Helpers(std::function<void()> stop) : stop_(std::move(stop)) {}
+  ~Helpers() {
+    stop_();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  Helpers(const Helpers&) = delete;
+  Helpers& operator=(const Helpers&) = delete;
+  void Start(std::function<void()> work) { threads_.emplace_back(std::move(work)); }
+
+ private:
+  const std::function<void()> stop_;
+  std::vector<std::thread> threads_;
+};
+
+// Closes a file at the end of its scope.
+class FileCloser {
+ public:
+  explicit FileCloser(int fd) : fd_(fd) {}
+  ~FileCloser() { close(fd_); }
+  FileCloser(const FileCloser&) = delete;
+  FileCloser& operator=(const FileCloser&) = delete;
+
+ private:
+  const int fd_;
+};
+
 absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads,
                                                     const KeepGoing& keep_going) {
   struct stat info {};
@@ -87,13 +119,17 @@ absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads,
   std::atomic<int64_t> next{0};
   absl::Mutex mu;
   absl::Status first_error;
+  const auto hash = [&](int64_t i, const KeepGoing& may_go_on) -> absl::StatusOr<std::string> {
+    WALSH_RETURN_IF_ERROR(Ask(may_go_on));
+    try {
+      return HashRange(fd, i * kHashChunkBytes, std::min(n_bytes, (i + 1) * kHashChunkBytes));
+    } catch (const std::bad_alloc&) {
+      return absl::ResourceExhaustedError("no memory left to hash a file");
+    }
+  };
   const auto work = [&](const KeepGoing& may_go_on) {
     for (int64_t i = next++; i < n_chunks; i = next++) {
-      const absl::Status may = Ask(may_go_on);
-      absl::StatusOr<std::string> digest =
-          may.ok()
-              ? HashRange(fd, i * kHashChunkBytes, std::min(n_bytes, (i + 1) * kHashChunkBytes))
-              : may;
+      absl::StatusOr<std::string> digest = hash(i, may_go_on);
       if (digest.ok()) {
         digests[static_cast<size_t>(i)] = *std::move(digest);
       } else {
@@ -103,11 +139,13 @@ absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads,
       }
     }
   };
-  std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < std::min<int64_t>(n_threads, n_chunks); ++i)
-    helpers.emplace_back(work, KeepGoing());
-  work(keep_going);
-  for (std::thread& helper : helpers) helper.join();
+  {
+    Helpers helpers([&] { next = n_chunks; });
+    for (int64_t i = 1; i < std::min<int64_t>(n_threads, n_chunks); ++i) {
+      helpers.Start([&] { work(KeepGoing()); });
+    }
+    work(keep_going);
+  }
   if (!first_error.ok()) return first_error;
   return digests;
 }
@@ -118,9 +156,8 @@ absl::StatusOr<std::vector<std::string>> Sha256FileChunks(const std::string& pat
                                                           const KeepGoing& keep_going) {
   const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) return ErrnoStatus(errno, "opening a file to hash");
-  auto digests = HashChunks(fd, n_threads, keep_going);
-  close(fd);
-  return digests;
+  const FileCloser closer(fd);
+  return HashChunks(fd, n_threads, keep_going);
 }
 
 }  // namespace walsh

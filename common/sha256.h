@@ -31,7 +31,8 @@ std::string Sha256Hex(std::string_view data);
 
 inline constexpr int64_t kHashChunkBytes = 64 << 20;
 // The digests of a file's 64 MiB chunks in order, hashed by up to `n_threads` threads. An empty
-// file has none. Asks `keep_going` before each chunk that the caller's thread hashes.
+// file has none. Asks `keep_going` before each chunk that the caller's thread hashes; what that
+// throws is thrown on, once no thread reads the file any more.
 absl::StatusOr<std::vector<std::string>> Sha256FileChunks(const std::string& path, int n_threads,
                                                           const KeepGoing& keep_going = {});
 

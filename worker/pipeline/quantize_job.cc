@@ -8,6 +8,7 @@
 #include <fstream>
 #include <future>
 #include <memory>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -132,8 +133,7 @@ class Job {
     WALSH_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(spec_.source_path));
     WALSH_ASSIGN_OR_RETURN(job_, Resolve(spec_, *checkpoint_));
     // Half a second for 150,000 tokens, on one thread: the source is hashed meanwhile.
-    making_tokenizer_ = std::async(std::launch::async,
-                                   [this] { return Tokenizer::Create(checkpoint_->tokenizer()); });
+    making_tokenizer_ = std::async(std::launch::async, [this] { return MakeTokenizer(); });
     WALSH_RETURN_IF_ERROR(backend_.CheckSupported(checkpoint_->config(), job_));
     WALSH_RETURN_IF_ERROR(CheckDeviceMemory());
     WALSH_RETURN_IF_ERROR(CheckDisk());
@@ -164,9 +164,8 @@ class Job {
         std::filesystem::absolute(spec_.output_directory).parent_path();
     WALSH_ASSIGN_OR_RETURN(const int64_t free, FreeBytes(parent.string()));
     if (free >= job_.disk_bytes) return absl::OkStatus();
-    return absl::ResourceExhaustedError(absl::StrCat("the model needs ", job_.disk_bytes,
-                                                     " bytes of disk, ", free, " are free in ",
-                                                     parent.string()));
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the model needs ", job_.disk_bytes, " bytes of disk, ", free, " are free"));
   }
 
   void CountStorage() {
@@ -218,6 +217,16 @@ class Job {
     if (tokenizer_ == nullptr) WALSH_RETURN_IF_ERROR(TakeTokenizer());
     WALSH_RETURN_IF_ERROR(progress_.Advance(HashWork()));
     return spec_.calibration_path.empty() ? absl::OkStatus() : ReadTexts();
+  }
+
+  // On a thread of its own. What it threw would be thrown again where the result is taken, between
+  // the threads that hash.
+  absl::StatusOr<std::unique_ptr<Tokenizer>> MakeTokenizer() const {
+    try {
+      return Tokenizer::Create(checkpoint_->tokenizer());
+    } catch (const std::bad_alloc&) {
+      return absl::ResourceExhaustedError("no memory left for the tokenizer");
+    }
   }
 
   // Waits for it.

@@ -4,9 +4,9 @@
 // time. Same options, seed and kernel family give the same bytes, with any number of threads.
 //
 // Errors:  those of the parts; CANCELLED when the observer asks for it; DATA_LOSS names layer,
-// tensor
-//          and index of a non-finite value; nothing is published then, and temporary files are
-//          removed
+//          tensor and index of a non-finite value; a tokenizer that walsh does not take is found in
+//          stage LOADING, while the source is hashed; nothing is published then, and temporary
+//          files are removed
 // Threads: one job per call; calls may run side by side on distinct directories
 #pragma once
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <new>
 #include <string>
 
 #include "tests/testing/status_matchers.h"
@@ -73,6 +74,18 @@ TEST(Sha256FileChunksTest, AsksBeforeEachChunkAndStopsWhenTold) {
   for (const int n_threads : {1, 3}) {
     EXPECT_THAT(Sha256FileChunks(path, n_threads, [] { return absl::CancelledError("enough"); }),
                 HasCode(absl::StatusCode::kCancelled));
+  }
+}
+
+// As a caller that runs out of memory does.
+TEST(Sha256FileChunksTest, HelpersEndBeforeWhatTheCallerThrowsGoesOn) {
+  testing::TempDir dir;
+  const std::string path = dir / "sparse";
+  std::ofstream(path) << "first";
+  ASSERT_EQ(truncate(path.c_str(), 2 * kHashChunkBytes + 1), 0);
+  const KeepGoing throws = []() -> absl::Status { throw std::bad_alloc(); };
+  for (const int n_threads : {1, 3}) {
+    EXPECT_THROW((void)Sha256FileChunks(path, n_threads, throws), std::bad_alloc);
   }
 }
 

@@ -266,6 +266,30 @@ TEST_F(RunJobTest, NanInTheWeightsNamesTheTensor) {
   EXPECT_FALSE(Exists(spec.output_directory));
 }
 
+// It is made while the source is hashed.
+TEST_F(RunJobTest, ATokenizerThatIsNotTakenEndsTheJobInLoading) {
+  const JobSpec spec = TinyJob();
+  const std::string path = spec.source_path + "/tokenizer.json";
+  const auto run = [&](const std::string& tokenizer_json, Stage* last) {
+    std::ofstream(path) << tokenizer_json;
+    return Run(spec, 2,
+               [&](const JobProgress& progress) {
+                 *last = progress.stage;
+                 return absl::OkStatus();
+               })
+        .status();
+  };
+  Stage last = Stage::kValidating;
+  EXPECT_THAT(run(R"({"model": {"type": "WordPiece"}})", &last),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("tokenizer.json")));
+  EXPECT_EQ(last, Stage::kLoading);
+  last = Stage::kValidating;
+  EXPECT_THAT(run("{", &last),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("tokenizer.json")));
+  EXPECT_EQ(last, Stage::kLoading);
+  EXPECT_FALSE(Exists(spec.output_directory));
+}
+
 TEST_F(RunJobTest, ExistingOutputIsNotTouched) {
   const JobSpec spec = TinyJob();
   std::filesystem::create_directory(spec.output_directory);
