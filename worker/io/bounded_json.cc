@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <exception>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <utility>
 #include <vector>
@@ -112,6 +113,8 @@ absl::StatusOr<json> ParseBoundedJson(const std::string& name, std::string_view 
     BoundedBuilder builder(name, bounds.depth_max);
     if (!json::sax_parse(text.begin(), text.end(), &builder)) return builder.status();
     return builder.TakeDocument();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError(absl::StrCat(name, ": no memory left to parse it"));
   } catch (const std::exception& e) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": invalid JSON: ", e.what()));
   }

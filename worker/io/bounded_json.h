@@ -2,7 +2,8 @@
 //
 // All of that is checked while the document is built, in one pass: a tokenizer has megabytes.
 //
-// Errors:  INVALID_ARGUMENT, with the name that the caller gives, the limit and the value
+// Errors:  INVALID_ARGUMENT, with the name that the caller gives, the limit and the value;
+//          RESOURCE_EXHAUSTED when memory runs out
 // Threads: safe.
 #pragma once
 

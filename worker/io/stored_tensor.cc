@@ -37,8 +37,9 @@ absl::Status CheckRows(const StoredTensor& tensor, int64_t first, int64_t n) {
   if (first >= 0 && n >= 0 && first <= tensor.rows && n <= tensor.rows - first) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': rows ", first, " to ",
-                                                 first + n, " asked for, it has ", tensor.rows));
+  return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': ", n,
+                                                 " rows from row ", first, " asked for, it has ",
+                                                 tensor.rows));
 }
 
 absl::Status CheckFinite(const RandomAccessFile& file, const StoredTensor& tensor,

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
+#include "common/log.h"
 #include "common/publish.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
@@ -23,8 +24,11 @@ grpc::Status Answer(absl::StatusOr<T> result, T* response) {
 
 absl::Status CheckDisk(int64_t needed, int64_t free, const std::string& data_dir) {
   if (needed <= free) return absl::OkStatus();
-  absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
-      "the artifact needs ", needed, " bytes of disk, ", free, " are free in ", data_dir));
+  // Clients are not told paths.
+  WALSH_LOG(Warning, "disk is short for a job", {"directory", data_dir}, {"needed_bytes", needed},
+            {"free_bytes", free});
+  absl::Status status = absl::ResourceExhaustedError(
+      absl::StrCat("the artifact needs ", needed, " bytes of disk, ", free, " are free"));
   SetErrorInfo(status, "INSUFFICIENT_DISK",
                {{"needed", absl::StrCat(needed)}, {"free", absl::StrCat(free)}});
   return status;

@@ -142,7 +142,11 @@ TEST(HfCheckpointTest, ReadsRows) {
   EXPECT_TRUE(std::equal(rows.data(), rows.data() + rows.size(),
                          embedding.values.begin() + 17 * model.options().hidden));
   EXPECT_THAT(checkpoint->ReadRows(kEmbeddingTensor, 318, 3),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("rows 318 to 321")));
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("3 rows from row 318")));
+  constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+  EXPECT_THAT(checkpoint->ReadRows(kEmbeddingTensor, 1, kMax),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr(std::to_string(kMax) + " rows from row 1 ")));
   EXPECT_THAT(checkpoint->ReadRows(kEmbeddingTensor, -1, 1),
               walsh::testing::HasCode(absl::StatusCode::kInvalidArgument));
   EXPECT_THAT(checkpoint->Read("model.layers.9.x"),
