@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/time.h"
 #include "common/grpc_status.h"
 #include "server/jobs/job.h"
 
@@ -13,6 +14,8 @@ namespace {
 
 // The message is cut where a long list of names would push the reasons out of it.
 constexpr size_t kNamesMax = 4;
+// A disk that is full or a device that is broken takes somebody's hand.
+constexpr absl::Duration kRetryDelay = absl::Seconds(30);
 
 std::string Names(std::vector<std::string> workers) {
   const size_t n_more = workers.size() - std::min(workers.size(), kNamesMax);
@@ -20,22 +23,6 @@ std::string Names(std::vector<std::string> workers) {
   std::string names = absl::StrJoin(workers, ", ");
   if (n_more > 0) absl::StrAppend(&names, " and ", n_more, " more");
   return names;
-}
-
-// "workers/a, workers/b: too little memory; workers/c: …", in the order of the first of each.
-std::string Message(const Refusals& refusals) {
-  std::vector<std::pair<std::string, std::vector<std::string>>> by_text;
-  for (const auto& [worker, error] : refusals) {
-    const std::string text(error.message());
-    auto it = std::find_if(by_text.begin(), by_text.end(),
-                           [&](const auto& said) { return said.first == text; });
-    if (it == by_text.end()) it = by_text.insert(it, {text, {}});
-    it->second.push_back(worker);
-  }
-  return absl::StrCat("no worker can run the job: ",
-                      absl::StrJoin(by_text, "; ", [](std::string* out, const auto& said) {
-                        absl::StrAppend(out, Names(said.second), ": ", said.first);
-                      }));
 }
 
 absl::StatusCode Code(const Refusals& refusals) {
@@ -64,15 +51,36 @@ bool IsRefusal(const absl::Status& error) {
          reason == "DEVICE_BROKEN";
 }
 
+// "workers/a, workers/b: too little memory; workers/c: …", in the order of the first of each.
+std::string Summary(const Refusals& refusals) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> by_text;
+  for (const auto& [worker, error] : refusals) {
+    const std::string text(error.message());
+    auto it = std::find_if(by_text.begin(), by_text.end(),
+                           [&](const auto& said) { return said.first == text; });
+    if (it == by_text.end()) it = by_text.insert(it, {text, {}});
+    it->second.push_back(worker);
+  }
+  return absl::StrJoin(by_text, "; ", [](std::string* out, const auto& said) {
+    absl::StrAppend(out, Names(said.second), ": ", said.first);
+  });
+}
+
 absl::Status RefusedByAll(const Refusals& refusals) {
-  absl::Status status(Code(refusals), Message(refusals));
+  absl::Status status(Code(refusals),
+                      absl::StrCat("no worker can run the job: ", Summary(refusals)));
+  const std::string reason = Reason(refusals);
+  SetErrorInfo(status, reason);
+  if (IsRetried(status.code())) SetRetryDelay(status, kRetryDelay);
+  if (absl::IsFailedPrecondition(status)) {
+    SetPreconditionFailure(status, reason, "workers", "none can run the job");
+  }
   if (refusals.size() == 1) {
     refusals.begin()->second.ForEachPayload(
         [&](absl::string_view type_url, const absl::Cord& detail) {
           status.SetPayload(type_url, detail);
         });
   }
-  if (ErrorReason(status).empty()) SetErrorInfo(status, Reason(refusals));
   return status;
 }
 

@@ -18,10 +18,13 @@ using Refusals = std::map<std::string, absl::Status>;
 // reason INSUFFICIENT_MEMORY, INSUFFICIENT_DISK or DEVICE_BROKEN.
 bool IsRefusal(const absl::Status& error);
 
-// The error of a job that every worker has refused; `refusals` is not empty. It names each worker
-// beside what it said, workers that said the same together. Code and reason (ErrorInfo) are those
-// of all of them; where they differ, a code that may pass before FAILED_PRECONDITION, and
-// NO_SUITABLE_WORKER. The details of a single refusal are kept.
+// Each worker beside what it said, workers that said the same together.
+std::string Summary(const Refusals& refusals);
+
+// The error of a job that every worker has refused, with their Summary; `refusals` is not empty.
+// Code and reason (ErrorInfo) are those of all of them; where they differ, a code that may pass
+// before FAILED_PRECONDITION, and NO_SUITABLE_WORKER. The details of a single refusal are kept.
+// RetryInfo goes with a code that may pass, PreconditionFailure with FAILED_PRECONDITION.
 absl::Status RefusedByAll(const Refusals& refusals);
 
 }  // namespace walsh::jobs

@@ -1,5 +1,9 @@
 #include "server/jobs/refusals.h"
 
+#include <optional>
+#include <string>
+#include <utility>
+
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "google/rpc/error_details.pb.h"
@@ -25,6 +29,17 @@ absl::Status TooLittleMemory(int has) {
                     "INSUFFICIENT_MEMORY");
 }
 
+// The detail of this type, where the status has one.
+template <typename T>
+std::optional<T> Detail(const absl::Status& status) {
+  const google::rpc::Status proto = ToProtoStatus(status);
+  T detail;
+  for (const google::protobuf::Any& any : proto.details()) {
+    if (any.UnpackTo(&detail)) return detail;
+  }
+  return std::nullopt;
+}
+
 TEST(RefusalsTest, WhatIsAboutTheWorkerAndWhatAboutTheJob) {
   EXPECT_TRUE(IsRefusal(TooLittleMemory(80)));
   EXPECT_TRUE(IsRefusal(absl::UnimplementedError("head_dim 80")));
@@ -43,12 +58,29 @@ TEST(RefusalsTest, ASingleRefusalKeepsItsDetails) {
   EXPECT_THAT(all, StatusIs(absl::StatusCode::kFailedPrecondition,
                             "no worker can run the job: workers/a: the job needs 100 bytes of "
                             "memory, the worker has 80"));
-  google::rpc::ErrorInfo info;
-  const google::rpc::Status proto = ToProtoStatus(all);
-  ASSERT_EQ(proto.details_size(), 1);
-  ASSERT_TRUE(proto.details(0).UnpackTo(&info));
-  EXPECT_EQ(info.reason(), "INSUFFICIENT_MEMORY");
-  EXPECT_EQ(info.metadata().at("needed"), "100");
+  const auto info = Detail<google::rpc::ErrorInfo>(all);
+  ASSERT_TRUE(info.has_value());
+  EXPECT_EQ(info->reason(), "INSUFFICIENT_MEMORY");
+  EXPECT_EQ(info->metadata().at("needed"), "100");
+}
+
+TEST(RefusalsTest, DetailsTellWhetherAnotherTryIsWorthIt) {
+  const absl::Status never =
+      RefusedByAll({{"workers/a", TooLittleMemory(80)}, {"workers/b", TooLittleMemory(90)}});
+  const auto precondition = Detail<google::rpc::PreconditionFailure>(never);
+  ASSERT_TRUE(precondition.has_value());
+  ASSERT_EQ(precondition->violations_size(), 1);
+  EXPECT_EQ(precondition->violations(0).type(), "INSUFFICIENT_MEMORY");
+  EXPECT_FALSE(Detail<google::rpc::RetryInfo>(never).has_value());
+  for (const auto& [code, reason] :
+       {std::pair(absl::StatusCode::kUnavailable, "DEVICE_BROKEN"),
+        std::pair(absl::StatusCode::kResourceExhausted, "INSUFFICIENT_DISK")}) {
+    const absl::Status later = RefusedByAll({{"workers/a", WithReason(code, "x", reason)}});
+    const auto retry = Detail<google::rpc::RetryInfo>(later);
+    ASSERT_TRUE(retry.has_value()) << reason;
+    EXPECT_GT(retry->retry_delay().seconds(), 0);
+    EXPECT_FALSE(Detail<google::rpc::PreconditionFailure>(later).has_value());
+  }
 }
 
 TEST(RefusalsTest, WorkersThatSayTheSameAreNamedTogether) {
