@@ -116,6 +116,7 @@ absl::Status Server::Impl::Open() {
   core->lease_duration = options.lease_duration;
   core->heartbeat_interval = options.heartbeat_interval;
   core->watch_heartbeat = options.watch_heartbeat;
+  core->validation_max = options.validation_max;
   core->stream_limits.stall_max = options.stream_stall_max;
   return absl::OkStatus();
 }
@@ -196,7 +197,8 @@ void Server::Impl::Tick() {
   if (absl::Status ticked = queue->Tick(); !ticked.ok()) {
     WALSH_LOG(Error, "job store failed", {"status", ticked});
   }
-  for (const std::string& id : registry.Tick()) clients.Forget(id);
+  registry.Tick();
+  clients.KeepOnly(registry.Connected());
   // A worker that registers between these two calls does not count: it finds a job failed that it
   // might have run, as it would a moment later.
   if (const auto taking_jobs = registry.TakingJobs(); taking_jobs.has_value()) {

@@ -36,6 +36,8 @@ struct ServerOptions {
   absl::Duration stream_stall_max = absl::Seconds(limits::kStreamStallSecondsMax);
   // A watcher hears something at least this often.
   absl::Duration watch_heartbeat = absl::Seconds(10);
+  // Workers are asked about a new job for so long in all.
+  absl::Duration validation_max = absl::Seconds(20);
 };
 
 class Server {

@@ -50,6 +50,8 @@ struct Core {
   absl::Duration heartbeat_interval = absl::Seconds(10);
   // A watcher hears something at least this often.
   absl::Duration watch_heartbeat = absl::Seconds(10);
+  // Workers are asked about a new job for so long in all.
+  absl::Duration validation_max = absl::Seconds(20);
   fleet::StreamLimits stream_limits;
   StreamCounter streams;
 

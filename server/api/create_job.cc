@@ -1,10 +1,12 @@
 #include "server/api/create_job.h"
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/log.h"
 #include "common/resource_name.h"
@@ -19,6 +21,10 @@ namespace {
 using walsh::internal::v1::ValidateJobRequest;
 using walsh::internal::v1::ValidateJobResponse;
 
+// Workers that are asked about one job: of a large fleet, most are alike.
+constexpr size_t kAskedMax = 8;
+constexpr absl::Duration kUndecidedRetry = absl::Seconds(5);
+
 struct Creation {
   Core* core;
   Call call;
@@ -27,7 +33,9 @@ struct Creation {
   v1::QuantizationJob job;  // validated
   jobs::RequestKey key;
   std::vector<fleet::WorkerAddress> workers;  // asked one after the other
-  jobs::Refusals refusals;                    // of the first of them
+  absl::Duration ask_until;                   // monotonic
+  size_t n_asked = 0;                         // the first of them
+  jobs::Refusals refusals;                    // of those that were asked
 };
 
 absl::Status Store(const Creation& creation) {
@@ -86,40 +94,61 @@ void Describe(const Creation& creation, const std::string& worker,
 // `validated` is the last word: no other worker is asked.
 absl::Status Conclude(const Creation& creation, const std::string& worker,
                       const absl::StatusOr<ValidateJobResponse>& validated) {
-  const bool is_unchecked = GaveNoAnswer(validated.status());
-  if (!validated.ok() && !is_unchecked) return EarlierResultOr(creation, validated.status());
-  if (!creation.request->validate_only()) {
-    if (is_unchecked) {
-      WALSH_LOG(Warning, "job is queued unchecked", {"request_id", creation.call.request_id()},
-                {"status", validated.status()});
-    }
-    return Store(creation);
-  }
-  if (is_unchecked) return fleet::NoWorker();
+  if (!validated.ok()) return EarlierResultOr(creation, validated.status());
+  if (!creation.request->validate_only()) return Store(creation);
   Describe(creation, worker, *validated);
   return absl::OkStatus();
+}
+
+// Of a job that some worker might run, and none has said so.
+absl::Status Undecided(const Creation& creation) {
+  if (creation.refusals.empty()) return fleet::NoWorker();
+  absl::Status status = absl::UnavailableError(
+      absl::StrCat(creation.refusals.size(), " of ", creation.workers.size(),
+                   " workers cannot run the job, the others were not asked or gave no answer: ",
+                   jobs::Summary(creation.refusals)));
+  SetErrorInfo(status, "NO_WORKER");
+  SetRetryDelay(status, kUndecidedRetry);
+  return status;
+}
+
+// No worker is asked any more, and none had the last word.
+absl::Status ConcludeWithoutVerdict(const Creation& creation) {
+  const jobs::Refusals& refusals = creation.refusals;
+  if (refusals.size() == creation.workers.size()) {
+    return EarlierResultOr(
+        creation, refusals.size() == 1 ? refusals.begin()->second : jobs::RefusedByAll(refusals));
+  }
+  if (creation.request->validate_only()) return Undecided(creation);
+  WALSH_LOG(Warning, "job is queued unchecked", {"request_id", creation.call.request_id()},
+            {"workers", uint64_t{creation.workers.size()}}, {"asked", uint64_t{creation.n_asked}},
+            {"refused", uint64_t{refusals.size()}});
+  return Store(creation);
 }
 
 void AskNextWorker(const std::shared_ptr<Creation>& creation);
 
 void OnAnswer(const std::shared_ptr<Creation>& creation, const std::string& worker,
               const absl::StatusOr<ValidateJobResponse>& validated) {
-  if (!jobs::IsRefusal(validated.status())) {
+  const bool is_refusal = jobs::IsRefusal(validated.status());
+  if (!is_refusal && !GaveNoAnswer(validated.status())) {
     return creation->call.Finish(Conclude(*creation, worker, validated));
   }
-  creation->refusals[worker] = validated.status();
-  if (creation->refusals.size() < creation->workers.size()) return AskNextWorker(creation);
-  creation->call.Finish(EarlierResultOr(*creation, creation->refusals.size() == 1
-                                                       ? validated.status()
-                                                       : jobs::RefusedByAll(creation->refusals)));
+  if (is_refusal) creation->refusals[worker] = validated.status();
+  AskNextWorker(creation);
 }
 
 void AskNextWorker(const std::shared_ptr<Creation>& creation) {
-  const fleet::WorkerAddress& address = creation->workers[creation->refusals.size()];
+  const absl::Duration left = creation->ask_until - creation->core->clock->Monotonic();
+  if (creation->n_asked == std::min(creation->workers.size(), kAskedMax) ||
+      left <= absl::ZeroDuration()) {
+    return creation->call.Finish(ConcludeWithoutVerdict(*creation));
+  }
+  const fleet::WorkerAddress& address = creation->workers[creation->n_asked++];
   ValidateJobRequest validate;
   *validate.mutable_job() = creation->job;
   creation->core->clients->Get(address)->ValidateJob(
-      validate, fleet::kValidateTimeout, creation->call.cancellation(),
+      validate, std::min(left, fleet::kValidateTimeout), creation->call.cancellation(),
       [creation, worker = WorkerName(address.worker_id)](
           const absl::StatusOr<ValidateJobResponse>& validated) {
         // Off gRPC's thread: the store may wait for the disk.
@@ -155,8 +184,16 @@ absl::StatusOr<bool> CheckHere(Creation* creation) {
 
 void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
                v1::QuantizationJob* response) {
-  const auto creation =
-      std::make_shared<Creation>(Creation{core, call, request, response, {}, {}, {}, {}});
+  const auto creation = std::make_shared<Creation>(
+      Creation{.core = core,
+               .call = call,
+               .request = request,
+               .response = response,
+               .job = {},
+               .key = {},
+               .workers = {},
+               .ask_until = core->clock->Monotonic() + core->validation_max,
+               .refusals = {}});
   const absl::StatusOr<bool> must_go_on = CheckHere(creation.get());
   if (!must_go_on.ok() || !*must_go_on) return call.Finish(must_go_on.status());
   creation->workers = core->registry->Online();

@@ -15,7 +15,7 @@ inline constexpr absl::Duration kGenerateTimeoutDefault =
 inline constexpr absl::Duration kGenerateTimeoutMax = absl::Seconds(limits::kGenerateSecondsMax);
 inline constexpr absl::Duration kUnaryTimeoutDefault = absl::Seconds(10);
 inline constexpr absl::Duration kLoadTimeoutDefault = absl::Minutes(10);
-inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);
+inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);  // of one worker
 
 // The worker's share of a client's deadline: 5 % less, so that its answer still arrives in time. A
 // client without a deadline gets `timeout_default`; nobody gets more than an hour.

@@ -113,4 +113,9 @@ void WorkerClients::Forget(const std::string& worker_id) {
   clients_.erase(worker_id);
 }
 
+void WorkerClients::KeepOnly(const std::set<std::string>& worker_ids) {
+  const absl::MutexLock lock(&mu_);
+  std::erase_if(clients_, [&](const auto& known) { return !worker_ids.contains(known.first); });
+}
+
 }  // namespace walsh::fleet

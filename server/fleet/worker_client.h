@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 
 #include "absl/status/status.h"
@@ -70,6 +71,9 @@ class WorkerClients {
   std::shared_ptr<WorkerClient> Get(const WorkerAddress& worker);
   // Calls that run keep their client.
   void Forget(const std::string& worker_id);
+  // Forgets all others, also those that somebody who had chosen a worker brought back with Get
+  // after the worker was forgotten.
+  void KeepOnly(const std::set<std::string>& worker_ids);
 
  private:
   struct Entry {

@@ -218,6 +218,15 @@ bool WorkerRegistry::IsDraining(const std::string& worker_id) const {
   return it != workers_.end() && it->second.worker.state() == v1::Worker::DRAINING;
 }
 
+std::set<std::string> WorkerRegistry::Connected() const {
+  const absl::MutexLock lock(&mu_);
+  std::set<std::string> ids;
+  for (const auto& [id, entry] : workers_) {
+    if (entry.worker.state() != v1::Worker::OFFLINE) ids.insert(id);
+  }
+  return ids;
+}
+
 void WorkerRegistry::SetModel(const std::string& worker_id, const v1::Model& model) {
   const absl::StatusOr<std::string> id = ParseModelName("model", model.name());
   const absl::MutexLock lock(&mu_);

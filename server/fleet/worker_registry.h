@@ -58,6 +58,8 @@ class WorkerRegistry {
   // come back that a silent one has.
   std::optional<std::set<std::string>> TakingJobs() const;
   bool IsDraining(const std::string& worker_id) const;
+  // The ids of those that are not OFFLINE.
+  std::set<std::string> Connected() const;
 
   // What a call to or from the worker brought about, ahead of its next heartbeat. Models carry
   // revisions: a heartbeat that was on its way meanwhile does not undo it.

@@ -5,10 +5,12 @@
 
 #include <atomic>
 #include <cerrno>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "common/http_server.h"
 #include "tests/integration/coordinator_fixture.h"
 #include "tests/unit/server/faulty_disk.h"
@@ -389,6 +391,68 @@ TEST_F(CoordinatorJobsTest, JobIsQueuedWhenTheWorkerIsLostDuringTheCheck) {
   worker->Vanish();  // still registered, its address refuses
   ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Create(NewJob("a")));
   EXPECT_EQ(job.state(), QuantizationJob::QUEUED);
+}
+
+TEST_F(CoordinatorJobsTest, AWorkerThatIsLostDoesNotEndTheAsking) {
+  const auto lost = NewWorker("w1");
+  const auto there = NewWorker("w2");
+  lost->Vanish();
+  v1::CreateQuantizationJobRequest request = NewJob("a");
+  request.set_validate_only(true);
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob validated, Create(request));
+  EXPECT_EQ(validated.preflight().worker(), "workers/w2");
+  // One that refuses it does not speak for the one that is lost.
+  there->on_validate = [](const auto&, auto*) {
+    return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "head_dim 80");
+  };
+  EXPECT_THAT(Create(request),
+              StatusIs(absl::StatusCode::kUnavailable,
+                       "1 of 2 workers cannot run the job, the others were not asked or gave no "
+                       "answer: workers/w2: head_dim 80"));
+  EXPECT_OK(Create(NewJob("a")));
+  // What is wrong with the job itself is the last word.
+  there->on_validate = [](const auto& create, auto*) {
+    return ToGrpcStatus(NotFound("source_model", create.job().source_model()));
+  };
+  EXPECT_THAT(Create(NewJob("b")), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(CoordinatorJobsTest, OfALargeFleetOnlySomeAreAsked) {
+  std::atomic<int> n_asked = 0;
+  std::vector<std::unique_ptr<FakeWorker>> workers;
+  for (int i = 0; i < 10; ++i) {
+    workers.push_back(NewWorker("w" + std::to_string(i)));
+    workers.back()->on_validate = [&](const auto&, auto*) {
+      ++n_asked;
+      return grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "head_dim 80");
+    };
+  }
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Create(NewJob("a")));
+  EXPECT_EQ(job.state(), QuantizationJob::QUEUED) << "the two others might run it";
+  EXPECT_EQ(n_asked, 8);
+}
+
+class ShortValidationTest : public CoordinatorJobsTest {
+ protected:
+  ShortValidationTest() { options_.validation_max = absl::Seconds(2); }
+};
+
+TEST_F(ShortValidationTest, WorkersThatHangAreNotWaitedForOneAfterTheOther) {
+  absl::Notification is_over;
+  std::atomic<int> n_asked = 0;
+  std::vector<std::unique_ptr<FakeWorker>> workers;
+  for (int i = 0; i < 3; ++i) {
+    workers.push_back(NewWorker("w" + std::to_string(i)));
+    workers.back()->on_validate = [&](const auto&, auto*) {
+      ++n_asked;
+      is_over.WaitForNotificationWithTimeout(absl::Seconds(30));
+      return grpc::Status::OK;
+    };
+  }
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, Create(NewJob("a")));
+  EXPECT_EQ(job.state(), QuantizationJob::QUEUED);
+  EXPECT_EQ(n_asked, 1) << "it has used up the time of all";
+  is_over.Notify();
 }
 
 TEST_F(CoordinatorJobsTest, BadFieldsAndTakenNames) {
