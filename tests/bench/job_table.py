@@ -36,7 +36,6 @@ def floors(shape, n_layers, job, rates):
     result = job["result"]
     n = int(result["calibration"]["tokens"])
     window = n // int(result["calibration"]["windows"])
-    bits = result["per_layer"][0]["bits"]
     parts = sets(shape)
     weights = sum(rows * cols for rows, cols in parts) * n_layers
     linears = 2 * weights * n / rates["bf16_flops"]
@@ -57,7 +56,7 @@ def floors(shape, n_layers, job, rates):
         * n_layers,
         "columns": sum(rows * cols**2 for rows, cols in parts) * n_layers / rates["fp32_flops"],
         "report": sum(4 * rows * cols**2 for rows, cols in parts) * n_layers / rates["tf32_flops"],
-        "pack": (1 + bits / 8) * weights / rates["copy_bytes"],
+        "pack": int(result["linear_bytes_after"]) / rates["pinned_copy_bytes"],
         "evaluate_original": evaluation,
         "evaluate_stored": evaluation,
         "evaluate_logits": 4 * evaluated * hidden * vocab / rates["bf16_flops"],
