@@ -6,12 +6,18 @@
 // cannot find is a missing dependency between streams; compute-sanitizer and tests/gpu can.
 #include <cuda_runtime_api.h>
 
+#include <chrono>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 namespace {
 
 constexpr size_t kTotalBytes = size_t{64} << 30;
+
+int64_t& NanosecondsOf(cudaEvent_t event) {
+  return *static_cast<int64_t*>(static_cast<void*>(event));
+}
 
 }  // namespace
 
@@ -57,9 +63,10 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t n_bytes, cudaStream_t) {
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t* event) {
-  // Something that the leak checker sees when it is not destroyed.
-  *event = static_cast<cudaEvent_t>(std::malloc(1));
-  return cudaSuccess;
+  // The time of its record; something that the leak checker sees when it is not destroyed.
+  void* const nanoseconds = std::calloc(1, sizeof(int64_t));
+  *event = static_cast<cudaEvent_t>(nanoseconds);
+  return nanoseconds != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   return cudaEventCreate(event);
@@ -68,10 +75,14 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   std::free(event);
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+  NanosecondsOf(event) =
+      std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+  return cudaSuccess;
+}
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
-  *ms = 0.001f;
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t begin, cudaEvent_t end) {
+  *ms = static_cast<float>(static_cast<double>(NanosecondsOf(end) - NanosecondsOf(begin)) / 1e6);
   return cudaSuccess;
 }
 
