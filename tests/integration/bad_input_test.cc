@@ -24,6 +24,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 using ::walsh::testing::Damage;
 using ::walsh::testing::ServiceFixture;
@@ -317,10 +318,11 @@ TEST_F(FullDiskTest, AFolderThatFillsUpDuringTheJobDelaysIt) {
 TEST_F(FullDiskTest, AFullDataFolderIsResourceExhausted) {
   SmallFileSystem folder("128k");
   if (!folder.mounted()) GTEST_SKIP() << "mounting a tmpfs needs root";
-  EXPECT_THAT(
-      ErrorOf(RunJob(folder, false)),
-      StatusIs(absl::StatusCode::kResourceExhausted,
-               AllOf(HasSubstr("bytes of disk"), HasSubstr("are free"), HasSubstr(folder.path()))));
+  // Where the folder lies is the operator's business: it is in the worker's log.
+  EXPECT_THAT(ErrorOf(RunJob(folder, false)),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr("bytes of disk"), HasSubstr("are free"),
+                             Not(HasSubstr(folder.path())))));
 }
 
 TEST_F(FullDiskTest, AReadOnlyDataFolderIsPermissionDenied) {
