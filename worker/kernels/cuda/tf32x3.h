@@ -2,8 +2,8 @@
 //
 // A float is the sum of two numbers of TF32's 11 bits, up to about 2⁻²³ of it. With a = a₁ + a₂ and
 // b = b₁ + b₂ the product is a₁b₁ + a₁b₂ + a₂b₁, and what is left out, a₂b₂, is below 2⁻²² of it:
-// as good as fp32 to within a factor of two or so (tests/gpu/tf32x3_gpu_test.cc), at a third of the
-// TF32 rate, which on a Hopper GPU is more than twice that of fp32.
+// as good as fp32 to within a factor of two or three (tests/gpu/tf32x3_gpu_test.cc), at a third of
+// the TF32 rate, which on a Hopper GPU is more than twice that of fp32.
 //
 // Source:  Ootomo and Yokota 2022 (arXiv 2203.03341)
 // Shapes:  row-major
