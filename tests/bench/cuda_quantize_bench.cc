@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "worker/kernels/cuda/blas_of_real.h"
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/device_buffer.h"
 #include "worker/kernels/cuda/forward.h"
@@ -156,6 +157,23 @@ int Main() {
     fp32_rate = 2.0 * n * n * n / t.median_ms / 1e9;
     Row("ceiling: fp32 GEMM 8192³", t, Format("%.1f TFLOP/s", fp32_rate));
   }
+  double fp64_rate = 0;
+  {
+    const int n = 8192;
+    auto x = Filled<double>(context, int64_t{n} * n, 1, 1.0f);
+    auto w = Filled<double>(context, int64_t{n} * n, 2, 1.0f);
+    auto y = Filled<double>(context, int64_t{n} * n, 3, 1.0f);
+    const Timing t = Time(
+        context.side(),
+        [&] {
+          const cublasStatus_t status = Gemm(context.side_blas(), CUBLAS_OP_N, CUBLAS_OP_N, n, n, n,
+                                             1.0, x.data(), n, w.data(), n, 0.0, y.data(), n);
+          if (status != CUBLAS_STATUS_SUCCESS) CheckOk(absl::InternalError("fp64 GEMM"));
+        },
+        3);
+    fp64_rate = 2.0 * n * n * n / t.median_ms / 1e9;
+    Row("ceiling: fp64 GEMM 8192³", t, Format("%.1f TFLOP/s", fp64_rate));
+  }
 
   for (const int64_t dim : {576, 1536, 4096, 11008, 14336}) {
     const int64_t n = 32768;
@@ -182,18 +200,22 @@ int Main() {
                     stream);
     auto u = Filled<float>(context, dim * dim, 4, 1.0f);
     CheckOk(context.Synchronize());
-    const auto factor = [&] {
-      CheckOk(FactorHessian(context, {.dim = dim,
-                                      .h = h.data(),
-                                      .perm = perm->data(),
-                                      .diagonal_add = add->data(),
-                                      .u = u.data()}));
-    };
-    const Timing f = Time(context.side(), factor, 3);
     const double d = static_cast<double>(dim);
-    Row("factor of H⁻¹, " + std::to_string(dim), f,
-        Format("%.2f × the floor of 2/3·n³ at the fp32 rate",
-               f.median_ms / (2.0 / 3.0 * d * d * d / fp32_rate / 1e9)));
+    for (const bool in_double : {false, true}) {
+      const auto factor = [&] {
+        CheckOk(FactorHessian(context, {.dim = dim,
+                                        .h = h.data(),
+                                        .perm = perm->data(),
+                                        .diagonal_add = add->data(),
+                                        .u = u.data(),
+                                        .in_double = in_double}));
+      };
+      const Timing f = Time(context.side(), factor, 3);
+      const double rate = in_double ? fp64_rate : fp32_rate;
+      Row("factor of H⁻¹" + std::string(in_double ? " in double, " : ", ") + std::to_string(dim), f,
+          Format("%.2f × the floor of 2/3·n³ at the rate of that GEMM",
+                 f.median_ms / (2.0 / 3.0 * d * d * d / rate / 1e9)));
+    }
     if (dim == 14336 || dim == 576) continue;
     const int64_t rows = 4096;
     auto w = Filled<float>(context, rows * dim, 5, 0.02f);

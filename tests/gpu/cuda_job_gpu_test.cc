@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <ostream>
@@ -81,14 +82,29 @@ class CudaJobTest : public testing::JobTest {
 
   // A bf16 NaN in place of an element.
   static void WriteNan(const std::string& path, const std::string& tensor, int64_t element) {
+    Overwrite(path, tensor, [element](std::string& bytes) {
+      bytes.replace(static_cast<size_t>(2 * element), 2, "\xc0\x7f");
+    });
+  }
+  static void WriteZeros(const std::string& path, const std::string& tensor) {
+    Overwrite(path, tensor, [](std::string& bytes) { bytes.assign(bytes.size(), '\0'); });
+  }
+  // Changes a tensor's bytes where they stand in a safetensors file.
+  static void Overwrite(const std::string& path, const std::string& tensor,
+                        const std::function<void(std::string&)>& change) {
     std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
     uint64_t header_bytes = 0;
     file.read(reinterpret_cast<char*>(&header_bytes), sizeof(header_bytes));
     std::string header(header_bytes, ' ');
     file.read(header.data(), static_cast<std::streamsize>(header.size()));
-    const auto begin = nlohmann::json::parse(header)[tensor]["data_offsets"][0].get<int64_t>();
-    file.seekp(8 + static_cast<int64_t>(header_bytes) + begin + 2 * element);
-    file.write("\xc0\x7f", 2);
+    const auto range = nlohmann::json::parse(header)[tensor]["data_offsets"];
+    const auto begin = range[0].get<int64_t>() + 8 + static_cast<int64_t>(header_bytes);
+    std::string bytes(range[1].get<size_t>() - range[0].get<size_t>(), ' ');
+    file.seekg(begin);
+    file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+    change(bytes);
+    file.seekp(begin);
+    file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   }
 
   // A text of many different letters: with the few of a sentence the first layer's Hessian has so
@@ -218,6 +234,35 @@ INSTANTIATE_TEST_SUITE_P(
         Variant{"BiasesUnrotated", WithBiases(), rotate::Kind::kNone, false, Quantizer(8, 64)},
         Variant{"OddWidth", Odd(), rotate::Kind::kWalsh, false, Quantizer(4, 32)}),
     [](const auto& variant) { return std::string(variant.param.name); });
+
+// Without its up projection a layer's down projection has no input other than zero.
+TEST_F(CudaJobTest, LinearWithoutInputsIsRoundedAsOnTheCpu) {
+  const JobSpec spec = Job();
+  WriteZeros(spec.source_path + "/model.safetensors", "model.layers.0.mlp.up_proj.weight");
+  ASSERT_OK_AND_ASSIGN(const JobReport cpu, RunOnCpu(spec));
+  ASSERT_OK_AND_ASSIGN(const JobReport cuda, RunOnCuda(spec));
+  ASSERT_EQ(cuda.linears.size(), cpu.linears.size());
+  int n_fallbacks = 0;
+  for (size_t i = 0; i < cpu.linears.size(); ++i) {
+    EXPECT_EQ(cuda.linears[i].fallback, cpu.linears[i].fallback) << cpu.linears[i].name;
+    EXPECT_EQ(cuda.linears[i].damp, cpu.linears[i].damp) << cpu.linears[i].name;
+    EXPECT_EQ(cuda.linears[i].dead_columns, cpu.linears[i].dead_columns) << cpu.linears[i].name;
+    n_fallbacks += cuda.linears[i].fallback.empty() ? 0 : 1;
+  }
+  EXPECT_EQ(n_fallbacks, 1);
+  ASSERT_OK_AND_ASSIGN(const auto a, ArtifactReader::Open(directory_ / "cpu", true, 1));
+  ASSERT_OK_AND_ASSIGN(const auto b, ArtifactReader::Open(directory_ / "cuda", true, 1));
+  constexpr char kDown[] = "model.layers.0.mlp.down_proj";
+  ASSERT_OK_AND_ASSIGN(const QuantizedMatrix of_cpu, a->ReadQuantized(kDown));
+  ASSERT_OK_AND_ASSIGN(const QuantizedMatrix of_cuda, b->ReadQuantized(kDown));
+  // But for ties of the clip search.
+  ASSERT_EQ(of_cpu.codes.size(), of_cuda.codes.size());
+  size_t n_equal = 0;
+  for (size_t i = 0; i < of_cpu.codes.size(); ++i) {
+    n_equal += of_cpu.codes[i] == of_cuda.codes[i] ? 1 : 0;
+  }
+  EXPECT_GT(static_cast<double>(n_equal), 0.98 * static_cast<double>(of_cpu.codes.size()));
+}
 
 TEST_F(CudaJobTest, SaysWhereItsTimeWent) {
   ASSERT_OK_AND_ASSIGN(const JobReport report, RunOnCuda(Job()));

@@ -2,11 +2,12 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
-#include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <numeric>
 
+#include "absl/strings/str_cat.h"
 #include "tests/gpu/gpu_fixture.h"
 #include "worker/gptq/tile.h"
 #include "worker/kernels/cuda/gptq.h"
@@ -469,11 +470,15 @@ std::vector<float> MakeHessian(int64_t n, uint32_t seed) {
   return h;
 }
 
-class FactorGpuTest : public GpuTest, public ::testing::WithParamInterface<int64_t> {};
+struct FactorCase {
+  int64_t n = 0;
+  bool in_double = false;
+};
+class FactorGpuTest : public GpuTest, public ::testing::WithParamInterface<FactorCase> {};
 
 // H⁻¹ = Uᵀ U is U H Uᵀ = I. A row of that product sees every element of U; some rows are taken.
 TEST_P(FactorGpuTest, InvertsTheHessian) {
-  const int64_t n = GetParam();
+  const auto [n, in_double] = GetParam();
   const std::vector<float> h = MakeHessian(n, 21);
   std::vector<int32_t> perm(static_cast<size_t>(n));
   std::iota(perm.begin(), perm.end(), 0);
@@ -490,10 +495,13 @@ TEST_P(FactorGpuTest, InvertsTheHessian) {
                                       .h = device_h.data(),
                                       .perm = device_perm.data(),
                                       .diagonal_add = device_add.data(),
-                                      .u = u.data()}));
-  // A quarter of the matrix beside it, where that is more than a block of the factorization.
-  EXPECT_LE(DeviceMemoryUse().bytes_peak - before,
-            std::max<int64_t>(n * n / 4, 128 * 128) * static_cast<int64_t>(sizeof(float)) + 4);
+                                      .u = u.data(),
+                                      .in_double = in_double}));
+  // A quarter of the matrix beside it, where that is more than a block of the factorization; in
+  // double also the matrix itself.
+  const int64_t float_bytes = std::max<int64_t>(n * n / 4, 128 * 128) * 4;
+  const int64_t double_bytes = (n * n + std::max<int64_t>(n * n / 4, 64 * 64)) * 8;
+  EXPECT_LE(DeviceMemoryUse().bytes_peak - before, (in_double ? double_bytes : float_bytes) + 4);
   const std::vector<float> actual = Download(u);
   int64_t n_below = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -517,41 +525,59 @@ TEST_P(FactorGpuTest, InvertsTheHessian) {
   }
 }
 
-// Around the blocks of 128 and panels of 512 of the factorization, and the levels of the inverse.
+std::vector<FactorCase> Sizes(bool in_double, const std::vector<int64_t>& sizes) {
+  std::vector<FactorCase> cases;
+  for (const int64_t n : sizes) cases.push_back({n, in_double});
+  return cases;
+}
+std::string FactorName(const ::testing::TestParamInfo<FactorCase>& info) {
+  return absl::StrCat(info.param.n);
+}
+// Around the blocks of 128 (64 of double) and panels of 512 (256) of the factorization, and the
+// levels of the inverse.
+INSTANTIATE_TEST_SUITE_P(Float, FactorGpuTest,
+                         ::testing::ValuesIn(Sizes(false,
+                                                   {1, 2, 31, 64, 65, 127, 128, 129, 255, 257, 511,
+                                                    512, 513, 641, 1023, 1024, 1088})),
+                         FactorName);
+INSTANTIATE_TEST_SUITE_P(Double, FactorGpuTest,
+                         ::testing::ValuesIn(Sizes(true, {1, 2, 31, 63, 64, 65, 127, 128, 129, 255,
+                                                          256, 257, 321, 513, 1023, 1088})),
+                         FactorName);
 // From 2048 on these take other products: a rest (2112, 3000), a pair (4224), two and a rest.
-INSTANTIATE_TEST_SUITE_P(Sizes, FactorGpuTest,
-                         ::testing::Values(1, 2, 31, 64, 65, 127, 128, 129, 255, 257, 511, 512, 513,
-                                           641, 1023, 1024, 1088, 2047, 2048, 2112, 3000, 4224,
-                                           6211, 8320));
+INSTANTIATE_TEST_SUITE_P(LargeFloat, FactorGpuTest,
+                         ::testing::ValuesIn(Sizes(false,
+                                                   {2047, 2048, 2112, 3000, 4224, 6211, 8320})),
+                         FactorName);
+INSTANTIATE_TEST_SUITE_P(LargeDouble, FactorGpuTest,
+                         ::testing::ValuesIn(Sizes(true, {2048, 2112, 4224, 6211})), FactorName);
 
 TEST_F(GptqFixture, FactorOfNothing) { EXPECT_OK(FactorHessian(context(), {.dim = 0})); }
 
-class NotDefiniteGpuTest : public GptqFixture {
+class NotDefiniteGpuTest : public GptqFixture, public ::testing::WithParamInterface<bool> {
  protected:
-  absl::Status FactorOf(int64_t n, const std::vector<float>& h) {
+  absl::Status FactorOf(int64_t n, const std::vector<float>& h, float add = 0.0f) {
     const auto device_h = Upload(h);
     std::vector<int32_t> perm(static_cast<size_t>(n));
     std::iota(perm.begin(), perm.end(), 0);
     const auto device_perm = Upload(perm);
-    const auto add = Upload(std::vector<float>(static_cast<size_t>(n), 0.0f));
+    const auto device_add = Upload(std::vector<float>(static_cast<size_t>(n), add));
     auto u = Poisoned<float>(n * n);
     return FactorHessian(context(), {.dim = n,
                                      .h = device_h.data(),
                                      .perm = device_perm.data(),
-                                     .diagonal_add = add.data(),
-                                     .u = u.data()});
+                                     .diagonal_add = device_add.data(),
+                                     .u = u.data(),
+                                     .in_double = GetParam()});
   }
   static std::vector<float> Diagonal(int64_t n, float value) {
     std::vector<float> h(static_cast<size_t>(n * n), 0.0f);
     for (int64_t i = 0; i < n; ++i) h[i * n + i] = value;
     return h;
   }
-};
-
-// A diagonal element that is zero, negative or not finite, wherever it stands: the one verdict is
-// read after all of the work.
-TEST_F(NotDefiniteGpuTest, BadDiagonalIsRefused) {
-  for (const int64_t n : {1, 64, 300, 700, 4224}) {
+  // A diagonal element that is zero, negative or not finite, wherever it stands: the one verdict is
+  // read after all of the work.
+  void RefusesBadDiagonals(int64_t n) {
     for (const int64_t at : {int64_t{0}, n / 2, n - 1}) {
       for (const float value : {0.0f, -1.0f, std::numeric_limits<float>::infinity(),
                                 std::numeric_limits<float>::quiet_NaN()}) {
@@ -562,19 +588,49 @@ TEST_F(NotDefiniteGpuTest, BadDiagonalIsRefused) {
       }
     }
   }
-}
-
-// Indefinite, though its diagonal is positive; the pair in one panel, in two, and where the inverse
-// goes on by triangular products.
-TEST_F(NotDefiniteGpuTest, IndefiniteIsRefused) {
-  for (const auto& [n, i, j] : std::vector<std::array<int64_t, 3>>{
-           {300, 3, 290}, {700, 3, 600}, {4224, 4200, 4220}, {4224, 5, 4000}}) {
+  // Indefinite, though its diagonal is positive.
+  void RefusesIndefinite(int64_t n, int64_t i, int64_t j) {
     std::vector<float> h = Diagonal(n, 1.0f);
     h[i * n + j] = h[j * n + i] = 1.5f;
     EXPECT_THAT(FactorOf(n, h), testing::HasCode(absl::StatusCode::kFailedPrecondition))
         << n << " " << i << " " << j;
   }
+};
+
+TEST_P(NotDefiniteGpuTest, BadDiagonalIsRefused) {
+  for (const int64_t n : {1, 64, 300, 700}) RefusesBadDiagonals(n);
 }
+TEST_P(NotDefiniteGpuTest, LargeBadDiagonalIsRefused) { RefusesBadDiagonals(4224); }
+
+// The pair in one panel, and in two.
+TEST_P(NotDefiniteGpuTest, IndefiniteIsRefused) {
+  RefusesIndefinite(300, 3, 290);
+  RefusesIndefinite(700, 3, 600);
+}
+// Where the inverse goes on by triangular products.
+TEST_P(NotDefiniteGpuTest, LargeIndefiniteIsRefused) {
+  RefusesIndefinite(4224, 4200, 4220);
+  RefusesIndefinite(4224, 5, 4000);
+}
+
+// Few directions that dominate, as of a text of few words: damping is lost in the rounding of
+// float. The sums are of whole numbers, and exact.
+TEST_P(NotDefiniteGpuTest, SmallDampingNeedsDouble) {
+  constexpr int64_t kN = 900;
+  constexpr int64_t kDirections = 4;
+  std::vector<float> x = RandomNormal(kDirections * kN, 31);
+  for (float& value : x) value = std::round(2 * value);
+  std::vector<float> h(static_cast<size_t>(kN * kN), 0.0f);
+  for (int64_t s = 0; s < kDirections; ++s) {
+    for (int64_t i = 0; i < kN; ++i) {
+      for (int64_t j = 0; j < kN; ++j) h[i * kN + j] += x[s * kN + i] * x[s * kN + j];
+    }
+  }
+  EXPECT_EQ(FactorOf(kN, h, 1e-6f).ok(), GetParam());
+}
+
+INSTANTIATE_TEST_SUITE_P(Precisions, NotDefiniteGpuTest, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Double" : "Float"; });
 
 TEST_F(GptqFixture, RefusesGroupsThatDoNotFit) {
   EXPECT_THAT(QuantizeColumns(context(), {.rows = 1, .cols = 192, .group_size = 128}),

@@ -98,6 +98,13 @@ std::vector<double> DampingLadder(double damp) {
   return ladder;
 }
 
+std::string NoInputFallback() {
+  return "no calibration sample gave this linear an input other than zero";
+}
+std::string NotDefiniteFallback(double damp) {
+  return absl::StrCat("Hessian is not positive definite, in double and with damping ", damp);
+}
+
 absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,
                                                std::string_view name, const KeepGoing& keep_going) {
   if (hessian.rows() != hessian.cols()) {
@@ -126,7 +133,7 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
     // Zeroing every weight because no sample arrived here would be worse than rounding them.
     factor.is_dead.assign(static_cast<size_t>(n), 0);
     factor.dead_columns = 0;
-    factor.fallback = "no calibration sample gave this linear an input other than zero";
+    factor.fallback = NoInputFallback();
     return factor;
   }
   // Over live columns only: the reference counts the ones that it puts on dead diagonals, which
@@ -144,8 +151,7 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
   }
   factor.is_dead.assign(static_cast<size_t>(n), 0);
   factor.dead_columns = 0;
-  factor.fallback =
-      absl::StrCat("Hessian is not positive definite, in double and with damping ", factor.damp);
+  factor.fallback = NotDefiniteFallback(factor.damp);
   return factor;
 }
 

@@ -52,5 +52,8 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
 std::vector<int32_t> ColumnSteps(std::span<const float> diagonal, const Options& options);
 // Shares of the mean diagonal, tried in order.
 std::vector<double> DampingLadder(double damp);
+// Why there is no factor: no live column; nothing helped, `damp` being the last step of the ladder.
+std::string NoInputFallback();
+std::string NotDefiniteFallback(double damp);
 
 }  // namespace walsh::gptq

@@ -287,14 +287,16 @@ template absl::Status Convert<float, bf16>(Context&, int64_t, const float*, bf16
 template absl::Status Convert<bf16, float>(Context&, int64_t, const bf16*, float*);
 
 // H[perm, perm] + diagonal = (Uᵀ U)⁻¹: with J the reversal, J H J = L Lᵀ gives U = J L⁻¹ J.
-absl::Status FactorHessian(Context&, const FactorHessianParams& p) {
+template <typename Real>
+absl::Status Factor(const FactorHessianParams& p) {
   const int64_t n = p.dim;
-  std::vector<double> l(static_cast<size_t>(n * n));
+  std::vector<Real> l(static_cast<size_t>(n * n));
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = p.perm[n - 1 - i];
     for (int64_t j = 0; j < n; ++j) {
+      const Real element = p.h[row * n + p.perm[n - 1 - j]];
       l[static_cast<size_t>(i * n + j)] =
-          p.h[row * n + p.perm[n - 1 - j]] + (i == j ? p.diagonal_add[row] : 0.0f);
+          element + (i == j ? static_cast<Real>(p.diagonal_add[row]) : Real{0});
     }
   }
   if (!kernels::CholeskyLower(n, l.data()).ok()) {
@@ -303,11 +305,14 @@ absl::Status FactorHessian(Context&, const FactorHessianParams& p) {
   WALSH_RETURN_IF_ERROR(kernels::InvertLower(n, l.data()));
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) {
-      const double value = l[static_cast<size_t>((n - 1 - i) * n + n - 1 - j)];
+      const Real value = l[static_cast<size_t>((n - 1 - i) * n + n - 1 - j)];
       p.u[i * n + j] = j < i ? 0.0f : static_cast<float>(value);
     }
   }
   return absl::OkStatus();
+}
+absl::Status FactorHessian(Context&, const FactorHessianParams& p) {
+  return p.in_double ? Factor<double>(p) : Factor<float>(p);
 }
 
 absl::Status PropagateError(Context&, const PropagateErrorParams& p) {

@@ -14,7 +14,8 @@
 //          a multiple of 128 or the whole row
 // Errors:  INVALID_ARGUMENT, RESOURCE_EXHAUSTED; FAILED_PRECONDITION when H is not positive
 //          definite with the damping given
-// Memory:  FactorHessian cols² / 4 floats; QuantizeColumns rows · cols + 384 · (rows + cols) floats
+// Memory:  FactorHessian cols² / 4 floats, in double 5/4 · cols² doubles; QuantizeColumns
+//          rows · cols + 384 · (rows + cols) floats
 #pragma once
 
 #include <cuda_bf16.h>
@@ -37,6 +38,8 @@ struct FactorHessianParams {
   const int32_t* perm = nullptr;        // [dim]: position → column
   const float* diagonal_add = nullptr;  // [dim] by column: damping, and 1 for dead columns
   float* u = nullptr;                   // [dim, dim], zero below the diagonal
+  // Where float finds H not positive definite; at the rate of the device's double units.
+  bool in_double = false;
 };
 // Runs on the context's side stream and synchronizes it to read the factorization's verdict.
 absl::Status FactorHessian(Context& context, const FactorHessianParams& params);

@@ -337,6 +337,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
 
   std::string Name(LinearSet set) const { return absl::StrCat(name_, ".", SetName(set)); }
 
+  // As gptq::FactorizeHessian: a ladder of damping in float, then in double, then none.
   absl::StatusOr<Factor> Factorize(LinearSet set, const gptq::Options& options,
                                    const std::vector<float>& diagonal) {
     const int64_t dim = SetCols(shape_, set);
@@ -351,57 +352,39 @@ class LayerQuantizerImpl final : public LayerQuantizer {
       factor.dead_columns += dead[i];
       sum += static_cast<double>(diagonal[i]);
     }
-    if (factor.dead_columns < dim) {
-      const double mean = sum / static_cast<double>(dim - factor.dead_columns);
-      WALSH_ASSIGN_OR_RETURN(factor.dead, Upload<uint8_t>(context_, dead));
-      // Of the stream that reads it last; Upload() has synchronized that before `side` writes.
-      WALSH_ASSIGN_OR_RETURN(factor.u, DeviceBuffer<float>::Allocate(dim * dim, context_.stream()));
+    if (factor.dead_columns == dim) {
+      factor.dead_columns = 0;
+      factor.fallback = gptq::NoInputFallback();
+      return factor;
+    }
+    const double mean = sum / static_cast<double>(dim - factor.dead_columns);
+    WALSH_ASSIGN_OR_RETURN(factor.dead, Upload<uint8_t>(context_, dead));
+    // Of the stream that reads it last; Upload() has synchronized that before `side` writes.
+    WALSH_ASSIGN_OR_RETURN(factor.u, DeviceBuffer<float>::Allocate(dim * dim, context_.stream()));
+    for (const bool in_double : {false, true}) {
       for (const double damp : gptq::DampingLadder(options.damp)) {
         std::vector<float> add(diagonal.size());
         for (size_t i = 0; i < add.size(); ++i) {
           add[i] = static_cast<float>(dead[i] != 0 ? mean : damp * mean);
         }
         WALSH_ASSIGN_OR_RETURN(auto device_add, Upload<float>(context_, add));
+        WALSH_RETURN_IF_ERROR((*on_step_)(Step::kQuantizing));
         factor.damp = damp;
         const absl::Status status = ops::FactorHessian(context_, {.dim = dim,
                                                                   .h = hessian_.data(),
                                                                   .perm = factor.perm.data(),
                                                                   .diagonal_add = device_add.data(),
-                                                                  .u = factor.u.data()});
+                                                                  .u = factor.u.data(),
+                                                                  .in_double = in_double});
         WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.side()));
         if (status.ok()) return factor;
         if (!absl::IsFailedPrecondition(status)) return status;
       }
     }
-    factor = {};  // of no use, and the host's takes its place
-    return FactorizeOnHost(set, options);
-  }
-
-  // What float does not factorize is rare: the CPU tries it in double and says what it fell back
-  // to.
-  absl::StatusOr<Factor> FactorizeOnHost(LinearSet set, const gptq::Options& options) {
-    const int64_t dim = SetCols(shape_, set);
-    Matrix hessian(dim, dim);
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(hessian.data(), hessian_.data(),
-                                               static_cast<size_t>(hessian.size()) * sizeof(float),
-                                               cudaMemcpyDeviceToHost, context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.stream()));
-    WALSH_ASSIGN_OR_RETURN(const gptq::HessianFactor on_host,
-                           gptq::FactorizeHessian(std::move(hessian), options, Name(set), [this] {
-                             return (*on_step_)(Step::kQuantizing);
-                           }));
-    Factor factor;
-    factor.damp = on_host.damp;
-    factor.dead_columns = on_host.dead_columns;
-    factor.fallback = on_host.fallback;
-    WALSH_ASSIGN_OR_RETURN(factor.perm, Upload<int32_t>(context_, on_host.order));
-    if (on_host.upper.empty()) return factor;
-    WALSH_ASSIGN_OR_RETURN(factor.dead, Upload<uint8_t>(context_, on_host.is_dead));
-    WALSH_ASSIGN_OR_RETURN(factor.u, DeviceBuffer<float>::Allocate(dim * dim, context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(factor.u.data(), on_host.upper.data(),
-                                               static_cast<size_t>(factor.u.size_bytes()),
-                                               cudaMemcpyHostToDevice, context_.stream()));
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.stream()));
+    factor.u.Reset();
+    factor.dead.Reset();
+    factor.dead_columns = 0;
+    factor.fallback = gptq::NotDefiniteFallback(factor.damp);
     return factor;
   }
 
@@ -558,11 +541,12 @@ int64_t LayerQuantizer::BytesNeeded(const LayerShape& s, const LayerQuantizerOpt
   const int64_t largest = LargestSet(s);
   int64_t bytes = n * (kFloat * s.hidden + kBf16 * std::max(s.intermediate, s.q_width())) +
                   LayerForward<bf16>::ScratchBytes(s, batch);
-  // Hessian, factor and its scratch of a quarter.
-  bytes += widest * widest * kFloat * 9 / 4;
-  // Working copy with the errors of a block, codes, the forms' two products, and the bf16 form of
-  // the last set beside that of this one.
-  bytes += largest * (3 * kFloat + 1 + 2 * kBf16);
+  bytes += 2 * widest * widest * kFloat;  // Hessian, factor
+  bytes += largest * kBf16;               // the last set's weights
+  // A factor that is made in double and its scratch; after that a working copy with the errors of a
+  // block, codes, the forms' two products, and this set's weights.
+  bytes += std::max(widest * widest * int64_t{sizeof(double)} * 5 / 4,
+                    largest * (3 * kFloat + 1 + kBf16));
   if (propagates) {
     // The second residual stream, a batch's inputs, the sums with their low parts, the weights.
     bytes += n * kFloat * s.hidden + batch * widest * kBf16 + 2 * widest * widest * kFloat +
