@@ -3,13 +3,17 @@
 
 For measurements of whole jobs where no such model can be had: nothing about its quality means anything.
 Weights are normal with variance 1/in (a tenth of that deviation for the linears that write the residual
-stream), norms near 1, stored in BF16, in shards of 4 GB. The tokenizer is a byte-level BPE of as many merges as
-fill the vocabulary, all of bytes that no ASCII text has. calibration.txt beside them has a token a byte, and enough of
-them for 128 windows of 2,048 and 20 more for evaluation. Needs torch; uses a GPU where there is one.
+stream), norms near 1, stored in BF16, in shards of 4 GB. The tokenizer is a byte-level BPE whose merges make a token
+of a space and the one to three letters after it, and of as many longer ones as fill the vocabulary. calibration.txt
+beside them has seeded words of one to three letters, about as unequal in frequency as those of a language (Zipf): a
+token each, enough for 128 windows of 2,048 and 20 more for evaluation. Needs torch; uses a GPU where there is one.
 """
 
+import itertools
 import json
 import os
+import random
+import string
 import struct
 import sys
 
@@ -24,7 +28,8 @@ SHAPES = {
     "Llama-3-70B": (8192, 28672, 80, 64, 8, 128, 128256),
 }
 SHARD_BYTES = 4 << 30
-TEXT_BYTES = 400_000
+TEXT_WORDS = 330_000
+SPACE = "\u0120"  # GPT-2's letter for the space
 
 
 def tensors(shape, n_layers):
@@ -76,11 +81,11 @@ def byte_alphabet():
     return [letters[byte] for byte in range(256)]
 
 
-def merges(letters, n):
-    """n merges of pairs of letters, then of three, of four."""
-    known = letters
+def merges(n):
+    """n merges of a space with a letter, of those with another, and so on."""
+    known = [SPACE]
     while True:
-        grown = [(left, right) for left in known for right in letters]
+        grown = [(left, right) for left in known for right in string.ascii_lowercase]
         yield from grown[:n]
         n -= len(grown)
         if n <= 0:
@@ -88,12 +93,19 @@ def merges(letters, n):
         known = [left + right for left, right in grown]
 
 
+def text():
+    words = ["".join(w) for n in (1, 2, 3) for w in itertools.product(string.ascii_lowercase, repeat=n)]
+    generator = random.Random(1)
+    generator.shuffle(words)
+    return " ".join(generator.choices(words, [1 / (rank + 2.7) for rank in range(len(words))], k=TEXT_WORDS))
+
+
 def write_tokenizer(folder, vocab):
     added = [{"id": 256, "content": "<s>"}, {"id": 257, "content": "</s>"}]
     for token in added:
         token.update(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
     alphabet = byte_alphabet()
-    pairs = list(merges(alphabet[128:], vocab - 258))
+    pairs = list(merges(vocab - 258))
     tokens = {c: i for i, c in enumerate(alphabet)}
     tokens.update({left + right: 258 + i for i, (left, right) in enumerate(pairs)})
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -143,10 +155,7 @@ def main():
         json.dump({"metadata": {}, "weight_map": weight_map}, file)
 
     with open(os.path.join(folder, "calibration.txt"), "w", encoding="utf-8") as file:
-        n_written = i = 0
-        while n_written < TEXT_BYTES:
-            n_written += file.write(f"The {i * 37 % 101} waves of row {i} change their sign {i * i % 53} times. ")
-            i += 1
+        file.write(text())
 
 
 if __name__ == "__main__":
