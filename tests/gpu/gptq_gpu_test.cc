@@ -629,8 +629,10 @@ TEST_P(NotDefiniteGpuTest, SmallDampingNeedsDouble) {
   EXPECT_EQ(FactorOf(kN, h, 1e-6f).ok(), GetParam());
 }
 
-INSTANTIATE_TEST_SUITE_P(Precisions, NotDefiniteGpuTest, ::testing::Bool(),
-                         [](const auto& info) { return info.param ? "Double" : "Float"; });
+std::string PrecisionName(const ::testing::TestParamInfo<bool>& precision) {
+  return precision.param ? "Double" : "Float";
+}
+INSTANTIATE_TEST_SUITE_P(Precisions, NotDefiniteGpuTest, ::testing::Bool(), PrecisionName);
 
 TEST_F(GptqFixture, RefusesGroupsThatDoNotFit) {
   EXPECT_THAT(QuantizeColumns(context(), {.rows = 1, .cols = 192, .group_size = 128}),
