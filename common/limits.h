@@ -71,6 +71,9 @@ inline constexpr int kJobRetriesMax = 10;
 inline constexpr int kJobCrashesOnTwoWorkersMax = 3;
 inline constexpr int kJobCrashesMax = 5;
 inline constexpr int kEvaluationWindowsMax = 8192;
+// --override of one job, and the length of a pattern.
+inline constexpr int kOverridesMax = 64;
+inline constexpr int kOverridePatternBytesMax = 256;
 inline constexpr int kRotationBlockMin = 16;
 inline constexpr int kRotationBlockMax = 1 << 15;
 
