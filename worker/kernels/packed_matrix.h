@@ -2,7 +2,10 @@
 //
 // Weights stay packed in memory (2, 3, 4 or 8 bits) and are multiplied packed: activations are
 // rounded to int8, products are summed in int32, zero points enter through the sums of the rounded
-// activations. The layout is private to worker/kernels/cpu.
+// activations. A codebook's four levels are those of two bits h and l of a code,
+//   level(2h + l) = L0 + l · (L1 − L0) + h · (L2 − L0) + h l · (L3 − L2 − L1 + L0),
+// so that its product is three sums in int32 and that of the activations. The layout is private to
+// worker/kernels/cpu.
 //
 // Rounding of activations, whatever the weights' groups: each token's columns are cut into blocks
 // of kActivationBlock from column 0 (the last may be shorter), and in each block
@@ -29,7 +32,8 @@ inline constexpr int64_t kActivationBlock = 32;
 class PackedMatrix {
  public:
   // INVALID_ARGUMENT when sizes do not fit together, the group is neither a multiple of 32 nor the
-  // whole row, a code or zero is out of range, or a scale is not exactly a half-precision number.
+  // whole row, a code or zero is out of range, a scale, level or float zero is not exactly a
+  // half-precision number, or a codebook is not of 2 bits.
   static absl::StatusOr<PackedMatrix> Pack(const QuantizedMatrix& matrix);
   // Rounds a dense matrix to 8 bits, symmetric, per group of 32 columns (of the whole row when 32
   // does not divide it): for lm_head. INVALID_ARGUMENT when a value is not finite.
@@ -41,7 +45,7 @@ class PackedMatrix {
   int64_t group_size() const { return group_size_; }
   // Everything that a multiplication by one token reads.
   int64_t size_bytes() const;
-  // The weights as floats, exactly: scale · (code − zero).
+  // The weights as floats, exactly what the matrix that was packed stands for.
   Matrix Dequantize() const;
 
   struct Storage;

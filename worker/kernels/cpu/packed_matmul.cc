@@ -99,10 +99,16 @@ void MultiplyRange(const PackedKernel& kernel, const Item& item, int64_t row_ran
     }
     tile.scales = storage.tile_scales(i);
     tile.zeros = storage.tile_zeros(i);
+    tile.float_zeros = storage.tile_float_zeros(i);
+    tile.levels = storage.tile_levels(i);
     tile.bias = p.bias == nullptr ? nullptr : p.bias + row;
     tile.n_rows = std::min(kTileRows, p.weights->rows() - row);
     tile.y = p.y + first_token * p.y_stride + row;
-    kernel.multiply(tile, bits, expand);
+    if (tile.levels != nullptr) {
+      kernel.multiply_levels(tile, expand);
+    } else {
+      kernel.multiply(tile, bits, expand);
+    }
   }
 }
 

@@ -24,11 +24,19 @@ struct RoundedActivations {
 //   y = factor · Σ_groups w_scale · (Σ_blocks x_scale · float(Σ code · x_code) − zero · group_sum)
 //       + bias
 //
-// in this order, with fused multiply-adds; the innermost sum is exact in int32.
+// in this order, with fused multiply-adds; the innermost sum is exact in int32. With a codebook
+// (packed_matrix.h; l and h are the bits of a code)
+//
+//   y = Σ_groups (L0 · group_sum + (L1 − L0) · Σ_blocks x_scale · float(Σ l · x_code)
+//                                + (L2 − L0) · Σ_blocks x_scale · float(Σ h · x_code)
+//                                + (L3 − L2 − L1 + L0) · Σ_blocks x_scale · float(Σ h l · x_code))
+//       + bias.
 struct PackedTile {
   const uint8_t* codes = nullptr;  // packed, or one byte a code when `expanded`
   const uint16_t* scales = nullptr;
-  const uint8_t* zeros = nullptr;  // null: uniform_zero
+  const uint8_t* zeros = nullptr;         // null: float_zeros, or uniform_zero
+  const uint16_t* float_zeros = nullptr;  // half precision; null: uniform_zero
+  const uint16_t* levels = nullptr;       // half precision, [groups][4][16]; null: no codebook
   float uniform_zero = 0;
   float factor = 1;
   int64_t n_groups = 0;
@@ -43,6 +51,8 @@ struct PackedTile {
 struct PackedKernel {
   // Codes of `bits` bits, as packed or, for many tokens, expanded to bytes first.
   void (*multiply)(const PackedTile& tile, int bits, bool expanded) = nullptr;
+  // With a codebook, of 2 bits.
+  void (*multiply_levels)(const PackedTile& tile, bool expanded) = nullptr;
   // One byte a code, in the order of the 8-bit layout; `n_blocks` blocks.
   void (*expand)(const uint8_t* codes, int bits, int64_t n_blocks, uint8_t* bytes) = nullptr;
   // From this many tokens on, expanding a tile once costs less than unpacking it for each handful.

@@ -73,6 +73,17 @@ WALSH_TARGET_INLINE void MultiplyBlock(const uint8_t* block, const int8_t* x, in
   MultiplyStep<kBits, kTokens, 7>(block, x, x_stride, dot);
 }
 
+WALSH_TARGET_INLINE __m512 LoadHalves(const uint16_t* halves) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+}
+
+WALSH_TARGET_INLINE __m512 LoadZeros(const PackedTile& tile, int64_t at) {
+  if (tile.float_zeros != nullptr) return LoadHalves(tile.float_zeros + at);
+  if (tile.zeros == nullptr) return _mm512_set1_ps(tile.uniform_zero);
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(tile.zeros + at))));
+}
+
 // kTokens tokens from `first` on.
 template <int kBits, int kTokens>
 WALSH_TARGET void MultiplyTokens(const PackedTile& tile, int64_t first) {
@@ -105,10 +116,7 @@ WALSH_TARGET void MultiplyTokens(const PackedTile& tile, int64_t first) {
     const int64_t at = group * kTileRows;
     const __m512 scales =
         _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile.scales + at)));
-    const __m512 zeros = tile.zeros == nullptr
-                             ? _mm512_set1_ps(tile.uniform_zero)
-                             : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(
-                                   reinterpret_cast<const __m128i*>(tile.zeros + at))));
+    const __m512 zeros = LoadZeros(tile, at);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
       const __m512 correction = _mm512_set1_ps(group_sums[t * tile.n_groups + group]);
@@ -123,6 +131,105 @@ WALSH_TARGET void MultiplyTokens(const PackedTile& tile, int64_t first) {
     _mm512_mask_storeu_ps(tile.y + (first + t) * tile.y_stride, valid,
                           _mm512_fmadd_ps(sum[t], _mm512_set1_ps(tile.factor), bias));
   }
+}
+
+// Sums over the activations whose codes have the low bit, the high bit, both.
+struct BitDots {
+  __m512i low, high, both;
+};
+struct BitSums {
+  __m512 low, high, both;
+};
+
+template <int kBits, int kTokens, int kStep = 0>
+WALSH_TARGET_INLINE void MultiplyLevelSteps(const uint8_t* block, const int8_t* x, int64_t x_stride,
+                                            BitDots (&dots)[kTokens]) {
+  if constexpr (kStep < kBlockSteps) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    const __m512i codes = UnpackStep<kBits, kStep>(block);
+    const __m512i low = _mm512_and_si512(codes, ones);
+    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 1), ones);
+    const __m512i both = _mm512_and_si512(low, high);
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512i step = BroadcastStep(x + t * x_stride + kStep * kStepCols);
+      dots[t].low = _mm512_dpbusd_epi32(dots[t].low, low, step);
+      dots[t].high = _mm512_dpbusd_epi32(dots[t].high, high, step);
+      dots[t].both = _mm512_dpbusd_epi32(dots[t].both, both, step);
+    }
+    MultiplyLevelSteps<kBits, kTokens, kStep + 1>(block, x, x_stride, dots);
+  }
+}
+
+// The same with a codebook.
+template <int kBits, int kTokens>
+WALSH_TARGET void MultiplyLevelTokens(const PackedTile& tile, int64_t first) {
+  const int64_t x_stride = tile.x.n_blocks * kBlockCols;
+  const int8_t* x = tile.x.codes + first * x_stride;
+  const float* x_scales = tile.x.scales + first * tile.x.n_blocks;
+  const float* group_sums = tile.x.group_sums + first * tile.n_groups;
+  const uint8_t* codes = tile.codes;
+  __m512 sum[kTokens];
+#pragma GCC unroll 2
+  for (int t = 0; t < kTokens; ++t) sum[t] = _mm512_setzero_ps();
+  for (int64_t group = 0; group < tile.n_groups; ++group) {
+    BitSums sums[kTokens];
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t].low = sums[t].high = sums[t].both = _mm512_setzero_ps();
+    }
+    for (int64_t block = 0; block < tile.blocks_per_group; ++block) {
+      BitDots dots[kTokens];
+#pragma GCC unroll 2
+      for (int t = 0; t < kTokens; ++t) {
+        dots[t].low = dots[t].high = dots[t].both = _mm512_setzero_si512();
+      }
+      MultiplyLevelSteps<kBits, kTokens>(codes, x, x_stride, dots);
+#pragma GCC unroll 2
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512 scale = _mm512_set1_ps(x_scales[t * tile.x.n_blocks]);
+        sums[t].low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t].low), scale, sums[t].low);
+        sums[t].high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t].high), scale, sums[t].high);
+        sums[t].both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t].both), scale, sums[t].both);
+      }
+      codes += BlockBytes(kBits);
+      x += kBlockCols;
+      ++x_scales;
+    }
+    const uint16_t* levels = tile.levels + group * kCodebookLevels * kTileRows;
+    const __m512 l0 = LoadHalves(levels);
+    const __m512 low = _mm512_sub_ps(LoadHalves(levels + kTileRows), l0);
+    const __m512 high = _mm512_sub_ps(LoadHalves(levels + 2 * kTileRows), l0);
+    const __m512 both = _mm512_sub_ps(
+        _mm512_sub_ps(_mm512_sub_ps(LoadHalves(levels + 3 * kTileRows), l0), low), high);
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      sum[t] = _mm512_fmadd_ps(l0, _mm512_set1_ps(group_sums[t * tile.n_groups + group]), sum[t]);
+      sum[t] = _mm512_fmadd_ps(low, sums[t].low, sum[t]);
+      sum[t] = _mm512_fmadd_ps(high, sums[t].high, sum[t]);
+      sum[t] = _mm512_fmadd_ps(both, sums[t].both, sum[t]);
+    }
+  }
+  const auto valid = static_cast<__mmask16>((1u << tile.n_rows) - 1);
+  const __m512 bias =
+      tile.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(valid, tile.bias);
+#pragma GCC unroll 2
+  for (int t = 0; t < kTokens; ++t) {
+    _mm512_mask_storeu_ps(tile.y + (first + t) * tile.y_stride, valid, _mm512_add_ps(sum[t], bias));
+  }
+}
+
+template <int kBits>
+void MultiplyLevelBits(const PackedTile& tile) {
+  const int64_t n = tile.x.n_tokens;
+  int64_t t = 0;
+  for (; t + 2 <= n; t += 2) MultiplyLevelTokens<kBits, 2>(tile, t);
+  if (t < n) MultiplyLevelTokens<kBits, 1>(tile, t);
+}
+
+void MultiplyLevels(const PackedTile& tile, bool expanded) {
+  if (expanded) return MultiplyLevelBits<8>(tile);
+  return MultiplyLevelBits<2>(tile);
 }
 
 template <int kBits>
@@ -184,7 +291,11 @@ void Expand(const uint8_t* codes, int bits, int64_t n_blocks, uint8_t* bytes) {
 }  // namespace
 
 PackedKernel Avx512VnniPackedKernel() {
-  return {.multiply = Multiply, .expand = Expand, .expand_tokens_min = 9, .name = "AVX-512 VNNI"};
+  return {.multiply = Multiply,
+          .multiply_levels = MultiplyLevels,
+          .expand = Expand,
+          .expand_tokens_min = 9,
+          .name = "AVX-512 VNNI"};
 }
 
 }  // namespace walsh::kernels::cpu

@@ -63,6 +63,33 @@ absl::Status Invalid(const Parts&... parts) {
   return absl::InvalidArgumentError(absl::StrCat("PackedMatrix: ", parts...));
 }
 
+absl::Status CheckGridShape(const QuantizedMatrix& m) {
+  const auto n_groups = static_cast<size_t>(m.rows * m.groups());
+  if (m.has_codebook()) {
+    if (m.bits != 2) return Invalid("a codebook is of 2 bits, not of ", m.bits);
+    if (m.levels.size() != n_groups * cpu::kCodebookLevels) {
+      return Invalid("levels has ", m.levels.size(), " values, needs ",
+                     n_groups * cpu::kCodebookLevels);
+    }
+    if (!m.scales.empty() || !m.zeros.empty() || !m.float_zeros.empty()) {
+      return Invalid("scales or zeros beside a codebook");
+    }
+    return absl::OkStatus();
+  }
+  if (m.scales.size() != n_groups) {
+    return Invalid("scales has ", m.scales.size(), " values, needs ", n_groups);
+  }
+  if (m.has_float_zeros()) {
+    if (m.float_zeros.size() == n_groups && m.zeros.empty()) return absl::OkStatus();
+    return Invalid("float_zeros has ", m.float_zeros.size(), " values and zeros ", m.zeros.size(),
+                   ", needs ", n_groups, " and 0");
+  }
+  if (m.zeros.size() != n_groups) {
+    return Invalid("zeros has ", m.zeros.size(), " values, needs ", n_groups);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckShape(const QuantizedMatrix& m) {
   constexpr int64_t kSizeMax = std::numeric_limits<int32_t>::max();
   if (m.bits != 2 && m.bits != 3 && m.bits != 4 && m.bits != 8) {
@@ -80,12 +107,14 @@ absl::Status CheckShape(const QuantizedMatrix& m) {
   if (m.codes.size() != static_cast<size_t>(m.rows * m.cols)) {
     return Invalid("codes has ", m.codes.size(), " values for ", m.rows, " x ", m.cols);
   }
-  const auto n_scales = static_cast<size_t>(m.rows * m.groups());
-  if (m.scales.size() != n_scales) {
-    return Invalid("scales has ", m.scales.size(), " values, needs ", n_scales);
-  }
-  if (m.zeros.size() != n_scales) {
-    return Invalid("zeros has ", m.zeros.size(), " values, needs ", n_scales);
+  return CheckGridShape(m);
+}
+
+absl::Status CheckHalves(const char* what, const std::vector<float>& values) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (!std::isfinite(values[i]) || HalfToFloat(FloatToHalf(values[i])) != values[i]) {
+      return Invalid(what, "[", i, "] must be a finite half-precision number, is ", values[i]);
+    }
   }
   return absl::OkStatus();
 }
@@ -102,15 +131,32 @@ absl::Status CheckValues(const QuantizedMatrix& m) {
       return Invalid("zeros[", i, "] must be below ", end, ", is ", m.zeros[i]);
     }
   }
-  for (size_t i = 0; i < m.scales.size(); ++i) {
-    if (!std::isfinite(m.scales[i]) || HalfToFloat(FloatToHalf(m.scales[i])) != m.scales[i]) {
-      return Invalid("scales[", i, "] must be a finite half-precision number, is ", m.scales[i]);
-    }
+  for (const auto& [what, values] :
+       {std::pair("scales", &m.scales), std::pair("float_zeros", &m.float_zeros),
+        std::pair("levels", &m.levels)}) {
+    if (absl::Status status = CheckHalves(what, *values); !status.ok()) return status;
   }
   return absl::OkStatus();
 }
 
-// Storage of the right sizes, all zero.
+// `n` numbers of each group, [rows, groups, n], as [tiles, groups, n, 16] in half precision; none
+// where there are none.
+cpu::WeightArray<uint16_t> TileHalves(const std::vector<float>& values, int64_t n,
+                                      const QuantizedMatrix& m, int64_t n_tiles) {
+  if (values.empty()) return {};
+  const int64_t n_groups = m.groups();
+  cpu::WeightArray<uint16_t> halves(n_tiles * n_groups * n * cpu::kTileRows);
+  for (int64_t row = 0; row < m.rows; ++row) {
+    const int64_t tile = row / cpu::kTileRows, lane = row % cpu::kTileRows;
+    for (int64_t i = 0; i < n_groups * n; ++i) {
+      halves.data()[(tile * n_groups * n + i) * cpu::kTileRows + lane] =
+          FloatToHalf(values[static_cast<size_t>(row * n_groups * n + i)]);
+    }
+  }
+  return halves;
+}
+
+// Storage of the right sizes with all but codes and zeros that are codes, which are 0.
 std::shared_ptr<PackedMatrix::Storage> MakeStorage(const QuantizedMatrix& m) {
   auto storage = std::make_shared<PackedMatrix::Storage>();
   storage->n_tiles = (m.rows + cpu::kTileRows - 1) / cpu::kTileRows;
@@ -119,8 +165,9 @@ std::shared_ptr<PackedMatrix::Storage> MakeStorage(const QuantizedMatrix& m) {
   storage->blocks_per_group = (m.group_size + cpu::kBlockCols - 1) / cpu::kBlockCols;
   storage->codes =
       cpu::WeightArray<uint8_t>(storage->n_tiles * storage->n_blocks * cpu::BlockBytes(m.bits));
-  storage->scales =
-      cpu::WeightArray<uint16_t>(storage->n_tiles * storage->n_groups * cpu::kTileRows);
+  storage->scales = TileHalves(m.scales, 1, m, storage->n_tiles);
+  storage->float_zeros = TileHalves(m.float_zeros, 1, m, storage->n_tiles);
+  storage->levels = TileHalves(m.levels, cpu::kCodebookLevels, m, storage->n_tiles);
   return storage;
 }
 
@@ -144,10 +191,6 @@ absl::StatusOr<PackedMatrix> PackedMatrix::Pack(const QuantizedMatrix& m) {
     for (int64_t col = 0; col < m.cols; ++col) {
       cpu::WriteCode(codes + col / cpu::kBlockCols * cpu::BlockBytes(m.bits), m.bits, lane,
                      col % cpu::kBlockCols, m.codes[row * m.cols + col]);
-    }
-    for (int64_t group = 0; group < storage->n_groups; ++group) {
-      storage->scales.data()[(tile * storage->n_groups + group) * cpu::kTileRows + lane] =
-          FloatToHalf(m.scales[row * storage->n_groups + group]);
     }
   }
   const bool uniform = std::all_of(m.zeros.begin(), m.zeros.end(),
@@ -219,7 +262,8 @@ absl::StatusOr<PackedMatrix> PackedMatrix::PackDense8(const Matrix& matrix) {
 int64_t PackedMatrix::size_bytes() const {
   if (storage_ == nullptr) return 0;
   return storage_->codes.size_bytes() + storage_->scales.size_bytes() +
-         storage_->zeros.size_bytes();
+         storage_->zeros.size_bytes() + storage_->float_zeros.size_bytes() +
+         storage_->levels.size_bytes();
 }
 
 Matrix PackedMatrix::Dequantize() const {
@@ -228,14 +272,26 @@ Matrix PackedMatrix::Dequantize() const {
     const int64_t tile = row / cpu::kTileRows;
     const int64_t lane = row % cpu::kTileRows;
     const uint8_t* zeros = storage_->tile_zeros(tile);
+    const uint16_t* float_zeros = storage_->tile_float_zeros(tile);
+    const uint16_t* levels = storage_->tile_levels(tile);
     for (int64_t col = 0; col < cols_; ++col) {
       const uint8_t* block =
           storage_->tile_codes(tile, bits_) + col / cpu::kBlockCols * cpu::BlockBytes(bits_);
-      const int64_t at = col / group_size_ * cpu::kTileRows + lane;
-      const int zero = zeros == nullptr ? storage_->uniform_zero : zeros[at];
+      const int64_t group = col / group_size_;
+      const int64_t at = group * cpu::kTileRows + lane;
       const int code = cpu::ReadCode(block, bits_, lane, col % cpu::kBlockCols);
+      if (levels != nullptr) {
+        dense(row, col) =
+            HalfToFloat(levels[(group * cpu::kCodebookLevels + code) * cpu::kTileRows + lane]);
+        continue;
+      }
       const float scale = HalfToFloat(storage_->tile_scales(tile)[at]) * storage_->factor;
-      dense(row, col) = scale * static_cast<float>(code - zero);
+      if (float_zeros != nullptr) {
+        dense(row, col) = scale * (static_cast<float>(code) - HalfToFloat(float_zeros[at]));
+      } else {
+        const int zero = zeros == nullptr ? storage_->uniform_zero : zeros[at];
+        dense(row, col) = scale * static_cast<float>(code - zero);
+      }
     }
   }
   return dense;

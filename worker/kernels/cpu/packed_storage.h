@@ -11,7 +11,8 @@
 //   2 bits  2 vectors: steps 4v … 4v + 3 are the bit pairs of vector v from the lowest
 //   3 bits  the 2-bit vectors of the codes' low bits, then one vector whose bit s is step s's high
 //           bit
-// scales, zeros [tiles][groups][16]; a matrix whose zeros are all equal keeps one instead.
+// scales, zeros [tiles][groups][16]; a matrix whose zeros are all equal keeps one instead. A
+// codebook has levels [tiles][groups][4][16] instead of both.
 //
 // One layout serves every instruction set: a 256-bit vector is the upper or lower 8 rows.
 #pragma once
@@ -25,6 +26,7 @@ namespace walsh::kernels {
 namespace cpu {
 
 inline constexpr int64_t kTileRows = 16;
+inline constexpr int64_t kCodebookLevels = 4;
 inline constexpr int64_t kBlockCols = 32;
 inline constexpr int64_t kStepCols = 4;
 inline constexpr int64_t kBlockSteps = kBlockCols / kStepCols;
@@ -41,8 +43,10 @@ struct PackedMatrix::Storage {
   int64_t n_groups = 0;  // of a row
   int64_t blocks_per_group = 0;
   cpu::WeightArray<uint8_t> codes;
-  cpu::WeightArray<uint16_t> scales;  // half precision
-  cpu::WeightArray<uint8_t> zeros;    // empty: uniform_zero everywhere
+  cpu::WeightArray<uint16_t> scales;       // half precision
+  cpu::WeightArray<uint8_t> zeros;         // empty: float_zeros, or uniform_zero everywhere
+  cpu::WeightArray<uint16_t> float_zeros;  // half precision; empty: zeros that are codes
+  cpu::WeightArray<uint16_t> levels;       // half precision; empty: no codebook
   int uniform_zero = 0;
   float factor = 1.0f;  // a power of two that every scale is multiplied by
 
@@ -54,6 +58,13 @@ struct PackedMatrix::Storage {
   }
   const uint8_t* tile_zeros(int64_t tile) const {
     return zeros.empty() ? nullptr : zeros.data() + tile * n_groups * cpu::kTileRows;
+  }
+  const uint16_t* tile_float_zeros(int64_t tile) const {
+    return float_zeros.empty() ? nullptr : float_zeros.data() + tile * n_groups * cpu::kTileRows;
+  }
+  const uint16_t* tile_levels(int64_t tile) const {
+    if (levels.empty()) return nullptr;
+    return levels.data() + tile * n_groups * cpu::kCodebookLevels * cpu::kTileRows;
   }
 };
 

@@ -13,7 +13,9 @@ namespace walsh::kernels {
 namespace {
 
 using testing::PoisonedFloats;
+using testing::RandomCodebook;
 using testing::RandomFloats;
+using testing::RandomFloatZeros;
 using testing::RandomQuantized;
 
 std::vector<cpu::PackedKernel> RunnableKernels() {
@@ -72,6 +74,30 @@ TEST(PackedMatmulTest, EveryFormat) {
         for (const int64_t n_tokens : {1, 2, 5, 13}) TestPacked(weights, n_tokens, true, 3);
       }
     }
+  }
+}
+
+TEST(PackedMatmulTest, FloatZeros) {
+  for (const int bits : {2, 3, 4, 8}) {
+    for (const int64_t group : {32, 128, 384}) {
+      const PackedMatrix weights = Packed(RandomFloatZeros(37, 384, bits, group));
+      for (const int64_t n_tokens : {1, 2, 5, 13}) TestPacked(weights, n_tokens, true, 3);
+    }
+  }
+}
+
+TEST(PackedMatmulTest, Codebooks) {
+  for (const int64_t group : {32, 64, 128, 384}) {
+    const PackedMatrix weights = Packed(RandomCodebook(37, 384, group));
+    for (const int64_t n_tokens : {0, 1, 2, 3, 5, 8, 9, 13, 64, 257}) {
+      TestPacked(weights, n_tokens, n_tokens % 2 == 1, 3);
+    }
+  }
+  for (int64_t rows = 0; rows <= 33; ++rows) {
+    TestPacked(Packed(RandomCodebook(rows, 64, 32)), 3, true, 1);
+  }
+  for (const int64_t cols : TestSizes()) {
+    TestPacked(Packed(RandomCodebook(19, cols, std::max<int64_t>(1, cols))), 2, false, 0);
   }
 }
 
@@ -146,8 +172,11 @@ TEST(PackedMatmulTest, LargestCodes) {
 // A token's row has the same bits alone and in a batch of any size.
 TEST(PackedMatmulTest, RowsDoNotDependOnTheBatch) {
   constexpr int64_t kTokens = 300;
-  for (const int bits : {2, 3, 4, 8}) {
-    const PackedMatrix weights = Packed(RandomQuantized(50, 192, bits, 64, false));
+  constexpr int kCodebook = 0;
+  for (const int bits : {2, 3, 4, 8, kCodebook}) {
+    const PackedMatrix weights =
+        Packed(bits == kCodebook ? RandomCodebook(50, 192, 64)
+                                 : RandomQuantized(50, 192, bits, 64, false));
     const auto x = RandomFloats(kTokens * 192, 1);
     for (const cpu::PackedKernel& kernel : RunnableKernels()) {
       std::vector<float> alone = PoisonedFloats(kTokens * 50);
@@ -177,9 +206,10 @@ TEST(PackedMatmulTest, RowsDoNotDependOnTheBatch) {
 }
 
 TEST(PackedMatmulTest, MatricesTogetherEqualEachAlone) {
-  const std::vector<PackedMatrix> weights = {Packed(RandomQuantized(64, 192, 4, 64, false)),
-                                             Packed(RandomQuantized(33, 192, 2, 192, true)),
-                                             Packed(RandomQuantized(16, 192, 8, 32, false))};
+  const std::vector<PackedMatrix> weights = {
+      Packed(RandomQuantized(64, 192, 4, 64, false)),
+      Packed(RandomQuantized(33, 192, 2, 192, true)), Packed(RandomCodebook(40, 192, 32)),
+      Packed(RandomFloatZeros(24, 192, 3, 64)), Packed(RandomQuantized(16, 192, 8, 32, false))};
   for (const int64_t n_tokens : {1, 40}) {
     const auto x = RandomFloats(n_tokens * 192, 1);
     std::vector<std::vector<float>> together;

@@ -13,6 +13,8 @@ namespace walsh::kernels {
 namespace {
 
 using ::testing::HasSubstr;
+using testing::RandomCodebook;
+using testing::RandomFloatZeros;
 using testing::RandomQuantized;
 using testing::StatusIs;
 
@@ -46,6 +48,28 @@ TEST(PackedMatrixTest, DequantizeIsExact) {
   }
 }
 
+TEST(PackedMatrixTest, DequantizesFloatZerosAndCodebooksExactly) {
+  for (const auto& [rows, cols, group] :
+       {std::array<int64_t, 3>{1, 32, 32}, {17, 172, 172}, {33, 576, 64}, {40, 96, 96}}) {
+    for (const QuantizedMatrix& m :
+         {RandomFloatZeros(rows, cols, 2, group), RandomFloatZeros(rows, cols, 3, group),
+          RandomCodebook(rows, cols, group)}) {
+      ASSERT_OK_AND_ASSIGN(const PackedMatrix packed, PackedMatrix::Pack(m));
+      const Matrix dense = packed.Dequantize();
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < cols; ++c) {
+          const int64_t at = r * m.groups() + c / group;
+          const int code = m.codes[r * cols + c];
+          const float expected =
+              m.has_codebook() ? m.levels[4 * at + code]
+                               : m.scales[at] * (static_cast<float>(code) - m.float_zeros[at]);
+          ASSERT_EQ(dense(r, c), expected) << r << ", " << c;
+        }
+      }
+    }
+  }
+}
+
 // What a pass over the weights reads: the codes and, for each group, a scale and a zero.
 TEST(PackedMatrixTest, SizeIsThatOfTheCodesAndScales) {
   ASSERT_OK_AND_ASSIGN(const PackedMatrix two,
@@ -54,6 +78,12 @@ TEST(PackedMatrixTest, SizeIsThatOfTheCodesAndScales) {
   ASSERT_OK_AND_ASSIGN(const PackedMatrix three,
                        PackedMatrix::Pack(RandomQuantized(512, 512, 3, 128, true)));
   EXPECT_EQ(three.size_bytes(), 512 * 512 * 3 / 8 + 512 * 4 * 2);
+  ASSERT_OK_AND_ASSIGN(const PackedMatrix zeros,
+                       PackedMatrix::Pack(RandomFloatZeros(512, 512, 2, 128)));
+  EXPECT_EQ(zeros.size_bytes(), 512 * 512 / 4 + 512 * 4 * 4);
+  ASSERT_OK_AND_ASSIGN(const PackedMatrix codebook,
+                       PackedMatrix::Pack(RandomCodebook(512, 512, 128)));
+  EXPECT_EQ(codebook.size_bytes(), 512 * 512 / 4 + 512 * 4 * 8);
 }
 
 TEST(PackedMatrixTest, EmptyMatrices) {
@@ -101,6 +131,23 @@ TEST(PackedMatrixTest, RefusesWhatDoesNotFit) {
   m = good;
   m.rows = -1;
   expect_refused(m, "rows");
+  m = RandomFloatZeros(4, 64, 4, 32);
+  m.float_zeros[1] = 0.1f;
+  expect_refused(m, "float_zeros[1] must be a finite half-precision number");
+  m.float_zeros.pop_back();
+  expect_refused(m, "float_zeros has 7 values and zeros 0, needs 8 and 0");
+  const QuantizedMatrix codebook = RandomCodebook(4, 64, 32);
+  m = codebook;
+  m.levels[5] = std::numeric_limits<float>::quiet_NaN();
+  expect_refused(m, "levels[5] must be a finite half-precision number");
+  m.levels.pop_back();
+  expect_refused(m, "levels has 31 values, needs 32");
+  m = codebook;
+  m.bits = 3;
+  expect_refused(m, "a codebook is of 2 bits, not of 3");
+  m = codebook;
+  m.scales = good.scales;
+  expect_refused(m, "scales or zeros beside a codebook");
 }
 
 TEST(PackDense8Test, RoundsToWithinHalfAStep) {

@@ -37,4 +37,26 @@ inline QuantizedMatrix RandomQuantized(int64_t rows, int64_t cols, int bits, int
   return m;
 }
 
+// With zeros around the middle of the codes that are no codes.
+inline QuantizedMatrix RandomFloatZeros(int64_t rows, int64_t cols, int bits, int64_t group_size) {
+  QuantizedMatrix m = RandomQuantized(rows, cols, bits, group_size, false);
+  const auto end = static_cast<float>(1 << bits);
+  const auto zeros = RandomFloats(static_cast<int64_t>(m.zeros.size()), 5);
+  m.zeros.clear();
+  for (const float zero : zeros)
+    m.float_zeros.push_back(HalfToFloat(FloatToHalf(end * (0.5f + zero))));
+  return m;
+}
+
+// Four levels for each group, in no order.
+inline QuantizedMatrix RandomCodebook(int64_t rows, int64_t cols, int64_t group_size) {
+  QuantizedMatrix m = RandomQuantized(rows, cols, 2, group_size, false);
+  const float unit = 1.0f / std::sqrt(static_cast<float>(cols) + 1.0f);
+  const auto levels = RandomFloats(4 * static_cast<int64_t>(m.scales.size()), 6);
+  m.scales.clear();
+  m.zeros.clear();
+  for (const float level : levels) m.levels.push_back(HalfToFloat(FloatToHalf(unit * level)));
+  return m;
+}
+
 }  // namespace walsh::testing
