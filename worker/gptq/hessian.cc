@@ -69,6 +69,10 @@ std::vector<int32_t> ColumnSteps(std::span<const float> diagonal, const Options&
   const auto by_diagonal = [&](int32_t a, int32_t b) {
     return diagonal[static_cast<size_t>(a)] > diagonal[static_cast<size_t>(b)];
   };
+  if (options.column_order == ColumnOrder::kActOrder) {
+    std::stable_sort(order.begin(), order.end(), by_diagonal);
+    return order;
+  }
   const int64_t group = options.group_size;
   const int64_t n_groups = static_cast<int64_t>(diagonal.size()) / group;
   std::vector<int32_t> groups(static_cast<size_t>(n_groups));

@@ -8,7 +8,7 @@
 // says why.
 //
 // Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), section 3.3; group-aware order as in
-//          GPTQModel: groups by their largest, columns inside a group by their own diag(H)
+//          GPTQModel; act-order as in the paper's code
 // Symbols: H [in, in] = Σ x xᵀ over calibration tokens, any scale   λ = damp · mean of the diagonal
 //          over live columns
 // Errors:  INVALID_ARGUMENT  not square, options out of range
@@ -34,6 +34,8 @@ struct HessianFactor {
   Matrix hessian;              // as given, natural order
   std::vector<int32_t> order;  // the column that is quantized at each step
   Matrix upper;                // [in, in] U in that order, zero below; empty with a fallback or RTN
+  // [in, in] P of worker/gptq/asymmetric_calibration.h in that order; empty but for GPTAQ.
+  Matrix correction;
   // Columns whose input was always zero: their weights become zero.
   std::vector<uint8_t> is_dead;
   int64_t dead_columns = 0;

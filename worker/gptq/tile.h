@@ -20,23 +20,35 @@ inline constexpr int64_t kTileRows = 32;
 inline constexpr float kScaleMax = 65504.0f;
 inline constexpr float kScaleMin = 5.9604644775390625e-8f;
 
-// The uniform grid of each row's group: w ≈ scale · (code − zero), codes 0 … 2^bits − 1.
+// A codebook's levels.
+inline constexpr int kLevels = 4;
+
+// The grid of each row's group, all exact in half precision. Uniform: w ≈ scale · (code − zero),
+// codes 0 … 2^bits − 1; zeros are codes, or with GridForm::kFloatZero any number. Codebook:
+// w ≈ levels[code], which ascend.
 struct TileGrid {
-  float scales[kTileRows];  // exact in half precision
-  float zeros[kTileRows];   // integers in [0, 2^bits − 1]
+  float scales[kTileRows];
+  float zeros[kTileRows];
+  float levels[kLevels][kTileRows];
 };
+
+enum class GridForm { kIntegerZero, kFloatZero, kCodebook };
 
 struct GridOptions {
   int bits = 4;
   bool symmetric = false;  // zero = 2^(bits − 1)
   bool mse_clip = true;
+  GridForm form = GridForm::kIntegerZero;  // not a codebook: worker/gptq/codebook.h
 };
 
-// The grid of `n` columns of weights, [n][kTileRows]. A row of zeros gets scale 1.
+// The grid of `n` columns of weights, [n][kTileRows]. A row of zeros gets scale 1. An integer
+// zero's range always holds 0 and shrinks towards it; a float zero's is that of the weights and
+// shrinks towards its middle.
 void FindGrid(const GridOptions& options, const float* weights, int64_t n, TileGrid& grid);
 
 // Quantizes columns [first, last) of a block of `n` columns on `grid`, one after another, and moves
-// each column's error to the columns after it, up to the block's end.
+// each column's error to the columns after it, up to the block's end, and with `correction` the
+// column's weight times that. `weights` keep what was quantized: updated, not rounded.
 struct QuantizeColumnsParams {
   int bits = 4;
   int64_t n = 0;
@@ -48,8 +60,11 @@ struct QuantizeColumnsParams {
   // nearest.
   const float* u = nullptr;
   int64_t u_stride = 0;
+  // The same rows of HessianFactor::correction, of the same stride; null adds nothing.
+  const float* correction = nullptr;
   float* codes = nullptr;   // [n][kTileRows], integers
   float* errors = nullptr;  // [n][kTileRows], (w − quantized w) / U(i, i); unused without u
+  GridForm form = GridForm::kIntegerZero;
 };
 void QuantizeColumns(const QuantizeColumnsParams& params);
 

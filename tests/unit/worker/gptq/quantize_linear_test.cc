@@ -13,6 +13,7 @@
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/worker/gptq/reference.h"
 #include "tests/unit/worker/kernels/kernel_harness.h"
+#include "worker/gptq/asymmetric_calibration.h"
 #include "worker/gptq/tile.h"
 #include "worker/tensor/half.h"
 
@@ -27,6 +28,7 @@ using ::walsh::testing::StatusIs;
 struct Problem {
   Matrix weights;
   Matrix hessian;
+  Matrix cross = {};  // Dᵀ of worker/gptq/asymmetric_calibration.h
 };
 
 // Correlated inputs with unequal scales: x = A z, as the activations of a real model look.
@@ -34,9 +36,11 @@ Problem RandomProblem(int64_t rows, int64_t in, int64_t n_samples, uint32_t seed
                       float weight_size = 0.05f) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
-  Problem p{Matrix(rows, in), Matrix(in, in)};
+  Problem p{Matrix(rows, in), Matrix(in, in), Matrix(in, in)};
   for (float& w : p.weights.span()) w = normal(random) * weight_size;
-  std::vector<double> h(static_cast<size_t>(in * in), 0.0);
+  std::vector<double> h(static_cast<size_t>(in * in), 0.0), c(h);
+  std::mt19937 random_drift(seed + 1);
+  std::vector<float> drift(static_cast<size_t>(in));
   std::vector<float> x(static_cast<size_t>(in));
   std::vector<float> size(static_cast<size_t>(in));
   for (float& s : size) s = std::exp(0.5f * normal(random));
@@ -47,10 +51,19 @@ Problem RandomProblem(int64_t rows, int64_t in, int64_t n_samples, uint32_t seed
       x[i] = size[i] * shared;
     }
     for (int64_t i = 0; i < in; ++i) {
-      for (int64_t j = 0; j < in; ++j) h[i * in + j] += double{x[i]} * x[j];
+      drift[i] = 0.1f * x[i] + 0.3f * size[i] * normal(random_drift);
+    }
+    for (int64_t i = 0; i < in; ++i) {
+      for (int64_t j = 0; j < in; ++j) {
+        h[i * in + j] += double{x[i]} * x[j];
+        c[i * in + j] += double{x[i]} * drift[j];
+      }
     }
   }
-  for (int64_t i = 0; i < in * in; ++i) p.hessian.data()[i] = static_cast<float>(h[i]);
+  for (int64_t i = 0; i < in * in; ++i) {
+    p.hessian.data()[i] = static_cast<float>(h[i]);
+    p.cross.data()[i] = static_cast<float>(c[i]);
+  }
   return p;
 }
 
@@ -58,6 +71,10 @@ QuantizedLinear Quantize(const Problem& problem, const Options& options, int thr
   ThreadPool pool(threads);
   auto factor = FactorizeHessian(problem.hessian.Copy(), options, "test");
   EXPECT_OK(factor);
+  if (CorrectsAsymmetry(options)) {
+    EXPECT_OK(AddAsymmetricCalibration(problem.cross, options.gptaq_alpha,
+                                       {kernels::Backend::kCpu, &pool}, *factor));
+  }
   auto result = QuantizeLinear("test", problem.weights, *factor, options, pool);
   EXPECT_OK(result);
   return *std::move(result);
@@ -67,8 +84,10 @@ QuantizedLinear Quantize(const Problem& problem, const Options& options, int thr
 void ExpectSound(const QuantizedLinear& q) {
   const QuantizedMatrix& m = q.matrix;
   ASSERT_EQ(static_cast<int64_t>(m.codes.size()), m.rows * m.cols);
-  ASSERT_EQ(static_cast<int64_t>(m.scales.size()), m.rows * m.groups());
-  ASSERT_EQ(m.zeros.size(), m.scales.size());
+  const auto n_groups = static_cast<size_t>(m.rows * m.groups());
+  ASSERT_EQ(m.scales.size(), m.has_codebook() ? 0 : n_groups);
+  ASSERT_EQ(m.levels.size(), m.has_codebook() ? 4 * n_groups : 0);
+  ASSERT_EQ(m.zeros.size() + m.float_zeros.size(), m.scales.size());
   const int limit = 1 << m.bits;
   for (uint8_t code : m.codes) ASSERT_LT(code, limit);
   for (uint8_t zero : m.zeros) ASSERT_LT(zero, limit);
@@ -77,11 +96,22 @@ void ExpectSound(const QuantizedLinear& q) {
     ASSERT_LE(scale, kScaleMax);
     ASSERT_EQ(HalfToFloat(FloatToHalf(scale)), scale);
   }
+  for (float zero : m.float_zeros) ASSERT_EQ(HalfToFloat(FloatToHalf(zero)), zero);
+  for (size_t i = 0; i < m.levels.size(); ++i) {
+    ASSERT_EQ(HalfToFloat(FloatToHalf(m.levels[i])), m.levels[i]);
+    if (i % 4 != 0) {
+      ASSERT_LE(m.levels[i - 1], m.levels[i]);
+    }
+  }
   for (int64_t r = 0; r < m.rows; ++r) {
     for (int64_t c = 0; c < m.cols; ++c) {
       const size_t g = static_cast<size_t>(r * m.groups() + c / m.group_size);
-      ASSERT_EQ(q.dequantized(r, c), m.scales[g] * (static_cast<float>(m.codes[r * m.cols + c]) -
-                                                    static_cast<float>(m.zeros[g])));
+      const auto code = static_cast<float>(m.codes[r * m.cols + c]);
+      const float expected = m.has_codebook() ? m.levels[4 * g + m.codes[r * m.cols + c]]
+                             : m.has_float_zeros()
+                                 ? m.scales[g] * (code - m.float_zeros[g])
+                                 : m.scales[g] * (code - static_cast<float>(m.zeros[g]));
+      ASSERT_EQ(q.dequantized(r, c), expected);
     }
   }
   ASSERT_TRUE(std::isfinite(q.relative_error));
@@ -95,15 +125,43 @@ struct ReferenceCase {
   ColumnOrder order;
   Method method;
   bool mse_clip;
+  Grid grid = Grid::kUniform;
+  ZeroPoint zero_point = ZeroPoint::kInteger;
 };
 
 std::string CaseName(const ::testing::TestParamInfo<ReferenceCase>& info) {
   const ReferenceCase& c = info.param;
-  return std::string(c.method == Method::kRtn ? "Rtn" : "Gptq") + std::to_string(c.rows) + "x" +
+  constexpr const char* kMethods[] = {"Rtn", "Gptq", "Gptaq"};
+  constexpr const char* kOrders[] = {"Natural", "GroupAware", "ActOrder"};
+  return std::string(kMethods[static_cast<int>(c.method)]) + std::to_string(c.rows) + "x" +
          std::to_string(c.in) + "Group" + std::to_string(c.group) + "Bits" +
          std::to_string(c.bits) + (c.symmetric ? "Symmetric" : "") +
-         (c.order == ColumnOrder::kNatural ? "Natural" : "GroupAware") +
-         (c.mse_clip ? "" : "NoClip");
+         kOrders[static_cast<int>(c.order)] + (c.mse_clip ? "" : "NoClip") +
+         (c.grid == Grid::kCodebook ? "Codebook" : "") +
+         (c.zero_point == ZeroPoint::kFloat ? "FloatZero" : "");
+}
+
+// Whether a group's grid is the reference's, or differs from it by a rounding to half precision.
+enum class GridMatch { kEqual, kRounded, kOther };
+GridMatch CompareGrid(const QuantizedMatrix& m, const reference::Result& expected, size_t g) {
+  constexpr double kHalfStep = 1.1 / 1024;
+  const auto compare = [&](double actual, double wanted, double unit) {
+    if (actual == wanted) return GridMatch::kEqual;
+    return std::abs(actual - wanted) <= kHalfStep * unit ? GridMatch::kRounded : GridMatch::kOther;
+  };
+  if (m.has_codebook()) {
+    GridMatch worst = GridMatch::kEqual;
+    for (size_t k = 0; k < 4; ++k) {
+      const double wanted = expected.levels[4 * g + k];
+      worst = std::max(worst, compare(m.levels[4 * g + k], wanted, std::abs(wanted)));
+    }
+    return worst;
+  }
+  const double scale = expected.scales[g], zero = expected.zeros[g];
+  const double actual = m.has_float_zeros() ? m.float_zeros[g] : m.zeros[g];
+  // A zero is computed with the scale, whose rounding moves it.
+  const double zero_unit = m.has_float_zeros() ? 2 * std::max(1.0, std::abs(zero)) : 0.0;
+  return std::max(compare(m.scales[g], scale, scale), compare(actual, zero, zero_unit));
 }
 
 // The same integers as algorithm 1 in double. Floats may decide a tie the other way: the first step
@@ -118,9 +176,12 @@ void ExpectLikeReference(const ReferenceCase& c) {
   options.symmetric = c.symmetric;
   options.column_order = c.order;
   options.mse_clip = c.mse_clip;
+  options.grid = c.grid;
+  options.zero_point = c.zero_point;
   const QuantizedLinear actual = Quantize(problem, options);
   ExpectSound(actual);
-  const reference::Result expected = reference::Quantize(problem.weights, problem.hessian, options);
+  const reference::Result expected =
+      reference::Quantize(problem.weights, problem.hessian, options, problem.cross);
 
   constexpr double kTie = 2e-4;
   int64_t excused = 0;
@@ -129,13 +190,11 @@ void ExpectLikeReference(const ReferenceCase& c) {
       const int64_t column = expected.order[static_cast<size_t>(i)];
       const size_t g = static_cast<size_t>(r * (c.in / c.group) + column / c.group);
       const size_t index = static_cast<size_t>(r * c.in + column);
-      if (i % c.group == 0 && (actual.matrix.scales[g] != static_cast<float>(expected.scales[g]) ||
-                               actual.matrix.zeros[g] != expected.zeros[g])) {
-        // A scale may also round to the neighbouring half.
-        const double gap = std::abs(actual.matrix.scales[g] / expected.scales[g] - 1);
-        ASSERT_TRUE(expected.grid_margin[g] < kTie || gap < 1.1 / 1024)
-            << "row " << r << ", group " << column / c.group << ": scale "
-            << actual.matrix.scales[g] << " instead of " << expected.scales[g] << ", margin "
+      const GridMatch match = CompareGrid(actual.matrix, expected, g);
+      if (i % c.group == 0 && match != GridMatch::kEqual) {
+        // What is rounded may also round to the neighbouring half.
+        ASSERT_TRUE(expected.grid_margin[g] < kTie || match == GridMatch::kRounded)
+            << "row " << r << ", group " << column / c.group << ", margin "
             << expected.grid_margin[g];
         ++excused;
         break;
@@ -180,6 +239,31 @@ INSTANTIATE_TEST_SUITE_P(
         ReferenceCase{31, 320, 160, 3, false, ColumnOrder::kNatural, Method::kGptq, true},
         ReferenceCase{31, 137, 137, 8, false, ColumnOrder::kNatural, Method::kGptq, true},
         ReferenceCase{1, 64, 64, 8, true, ColumnOrder::kGroupAware, Method::kGptq, true},
+        ReferenceCase{40, 64, 32, 2, false, ColumnOrder::kActOrder, Method::kGptq, true},
+        ReferenceCase{40, 192, 64, 3, true, ColumnOrder::kActOrder, Method::kGptq, false},
+        ReferenceCase{33, 320, 160, 4, false, ColumnOrder::kActOrder, Method::kGptq, true},
+        ReferenceCase{31, 137, 137, 8, false, ColumnOrder::kActOrder, Method::kGptq, true},
+        ReferenceCase{40, 64, 32, 2, false, ColumnOrder::kNatural, Method::kGptaq, true},
+        ReferenceCase{40, 192, 64, 3, false, ColumnOrder::kGroupAware, Method::kGptaq, true},
+        ReferenceCase{33, 256, 128, 4, true, ColumnOrder::kActOrder, Method::kGptaq, true},
+        ReferenceCase{31, 320, 160, 3, false, ColumnOrder::kNatural, Method::kGptaq, true},
+        ReferenceCase{40, 192, 64, 3, false, ColumnOrder::kActOrder, Method::kRtn, true},
+        ReferenceCase{40, 64, 32, 2, false, ColumnOrder::kGroupAware, Method::kGptq, true,
+                      Grid::kCodebook},
+        ReferenceCase{33, 192, 64, 2, false, ColumnOrder::kNatural, Method::kGptq, true,
+                      Grid::kCodebook},
+        ReferenceCase{40, 128, 32, 2, false, ColumnOrder::kActOrder, Method::kGptaq, true,
+                      Grid::kCodebook},
+        ReferenceCase{40, 96, 32, 2, false, ColumnOrder::kNatural, Method::kRtn, true,
+                      Grid::kCodebook},
+        ReferenceCase{40, 64, 32, 2, false, ColumnOrder::kGroupAware, Method::kGptq, true,
+                      Grid::kUniform, ZeroPoint::kFloat},
+        ReferenceCase{33, 320, 160, 3, false, ColumnOrder::kNatural, Method::kGptq, true,
+                      Grid::kUniform, ZeroPoint::kFloat},
+        ReferenceCase{40, 192, 64, 4, false, ColumnOrder::kActOrder, Method::kGptaq, false,
+                      Grid::kUniform, ZeroPoint::kFloat},
+        ReferenceCase{40, 96, 32, 8, false, ColumnOrder::kNatural, Method::kRtn, true,
+                      Grid::kUniform, ZeroPoint::kFloat},
         ReferenceCase{40, 192, 32, 2, false, ColumnOrder::kNatural, Method::kRtn, true},
         ReferenceCase{40, 192, 192, 3, true, ColumnOrder::kGroupAware, Method::kRtn, true},
         ReferenceCase{40, 192, 64, 8, false, ColumnOrder::kNatural, Method::kRtn, false}),
@@ -195,6 +279,49 @@ TEST(QuantizeLinearTest, GptqBeatsRoundToNearestOnItsCalibrationInputs) {
     options.method = Method::kRtn;
     const double rtn = Quantize(problem, options).relative_error;
     EXPECT_LT(gptq, 0.85 * rtn) << bits << " bits";
+  }
+}
+
+// What the larger grids are for, on one problem.
+TEST(QuantizeLinearTest, FloatZerosAndCodebooksLowerTheErrorAtTwoBits) {
+  for (Method method : {Method::kRtn, Method::kGptq}) {
+    const Problem problem = RandomProblem(64, 128, 512, 19);
+    Options options;
+    options.method = method;
+    options.bits = 2;
+    options.group_size = 32;
+    const double uniform = Quantize(problem, options).relative_error;
+    options.zero_point = ZeroPoint::kFloat;
+    const double float_zero = Quantize(problem, options).relative_error;
+    options.zero_point = ZeroPoint::kInteger;
+    options.grid = Grid::kCodebook;
+    const double codebook = Quantize(problem, options).relative_error;
+    EXPECT_LT(float_zero, 0.95 * uniform);
+    EXPECT_LT(codebook, 0.95 * float_zero);
+  }
+}
+
+// Ranges without 0, down to groups of one value, which an integer zero cannot follow.
+TEST(QuantizeLinearTest, FloatZerosFollowARangeAnywhere) {
+  Problem problem = RandomProblem(4, 64, 256, 3);
+  for (int64_t c = 0; c < 64; ++c) {
+    problem.weights(0, c) = 5 + 0.01f * problem.weights(0, c);
+    problem.weights(1, c) = -300;
+    problem.weights(2, c) = 0;
+    problem.weights(3, c) = 1e-3f * static_cast<float>(1 + c % 2);
+  }
+  Options options;
+  options.method = Method::kRtn;
+  options.bits = 2;
+  options.group_size = 32;
+  options.zero_point = ZeroPoint::kFloat;
+  const QuantizedLinear q = Quantize(problem, options);
+  ExpectSound(q);
+  for (int64_t c = 0; c < 64; ++c) {
+    EXPECT_NEAR(q.dequantized(0, c), 5, 5.0 / 1024);
+    EXPECT_NEAR(q.dequantized(1, c), -300, 300.0 / 1024);
+    EXPECT_EQ(q.dequantized(2, c), 0);
+    EXPECT_NEAR(q.dequantized(3, c), problem.weights(3, c), 2e-6);
   }
 }
 
@@ -229,6 +356,91 @@ TEST(QuantizeLinearTest, PermutedRowsGivePermutedCodes) {
       ASSERT_EQ(a.matrix.codes[r * 128 + c], b.matrix.codes[(44 - r) * 128 + c]);
     }
   }
+}
+
+// The columns of each group in another order, as a local Hadamard rotation and GSR with blocks of a
+// group differ.
+Problem PermutedInsideGroups(const Problem& problem, const std::vector<int64_t>& places) {
+  const int64_t in = problem.weights.cols(), group = static_cast<int64_t>(places.size());
+  const auto source = [&](int64_t c) { return c / group * group + places[c % group]; };
+  Problem p{Matrix(problem.weights.rows(), in), Matrix(in, in), Matrix(in, in)};
+  for (int64_t c = 0; c < in; ++c) {
+    for (int64_t r = 0; r < p.weights.rows(); ++r) p.weights(r, c) = problem.weights(r, source(c));
+    for (int64_t d = 0; d < in; ++d) {
+      p.hessian(c, d) = problem.hessian(source(c), source(d));
+      p.cross(c, d) = problem.cross(source(c), source(d));
+    }
+  }
+  return p;
+}
+
+// Row s of a Walsh matrix is row bitreverse(s ^ (s >> 1)) of the Hadamard matrix of its order, so
+// that LH and GSR are one layer in two orders: equal bit for bit under every order of columns that
+// goes by the Hessian, and not under the natural one.
+TEST(QuantizeLinearTest, LocalHadamardEqualsGsrWhereTheHessianOrdersTheColumns) {
+  constexpr int64_t kGroup = 32, kIn = 128, kRows = 48;
+  std::vector<int64_t> places;
+  for (int64_t s = 0; s < kGroup; ++s) {
+    int64_t gray = s ^ (s >> 1), reversed = 0;
+    for (int64_t bit = 1; bit < kGroup; bit *= 2, gray /= 2) reversed = 2 * reversed + gray % 2;
+    places.push_back(reversed);
+  }
+  const Problem lh = RandomProblem(kRows, kIn, 600, 77);
+  const Problem gsr = PermutedInsideGroups(lh, places);
+  for (Method method : {Method::kRtn, Method::kGptq, Method::kGptaq}) {
+    for (ColumnOrder order :
+         {ColumnOrder::kNatural, ColumnOrder::kGroupAware, ColumnOrder::kActOrder}) {
+      if (method == Method::kRtn && order == ColumnOrder::kNatural) continue;  // sums round apart
+      Options options;
+      options.method = method;
+      options.bits = 2;
+      options.group_size = kGroup;
+      options.column_order = order;
+      const QuantizedMatrix a = Quantize(lh, options).matrix, b = Quantize(gsr, options).matrix;
+      int64_t differing = 0;
+      for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t c = 0; c < kIn; ++c) {
+          const int64_t source = c / kGroup * kGroup + places[c % kGroup];
+          differing += b.codes[r * kIn + c] != a.codes[r * kIn + source];
+        }
+      }
+      if (order == ColumnOrder::kNatural) {
+        EXPECT_GT(differing, kRows * kIn / 20);
+      } else {
+        EXPECT_EQ(differing, 0) << static_cast<int>(order);
+        EXPECT_EQ(a.scales, b.scales);
+        EXPECT_EQ(a.zeros, b.zeros);
+      }
+    }
+  }
+}
+
+// Static groups: nothing that happens while columns are quantized changes a grid, and groups are
+// those of the stored order.
+TEST(QuantizeLinearTest, ActOrderLeavesTheGridsOfTheGivenWeights) {
+  const Problem problem = RandomProblem(40, 192, 600, 5);
+  Options options;
+  options.bits = 3;
+  options.group_size = 64;
+  options.column_order = ColumnOrder::kActOrder;
+  const QuantizedLinear gptq = Quantize(problem, options);
+  ExpectSound(gptq);
+  options.method = Method::kRtn;
+  const QuantizedLinear rtn = Quantize(problem, options);
+  EXPECT_EQ(gptq.matrix.scales, rtn.matrix.scales);
+  EXPECT_EQ(gptq.matrix.zeros, rtn.matrix.zeros);
+  EXPECT_LT(gptq.relative_error, 0.85 * rtn.relative_error);
+}
+
+TEST(QuantizeLinearTest, ActOrderTakesTheLargestInputsFirst) {
+  Matrix h(6, 6);
+  const float diagonal[] = {1, 4, 2, 3, 9, 4};
+  for (int64_t i = 0; i < 6; ++i) h(i, i) = diagonal[i];
+  Options options;
+  options.group_size = 2;
+  options.column_order = ColumnOrder::kActOrder;
+  ASSERT_OK_AND_ASSIGN(const HessianFactor f, FactorizeHessian(h.Copy(), options, "test"));
+  EXPECT_THAT(f.order, ::testing::ElementsAre(4, 1, 5, 3, 2, 0));
 }
 
 // Multiplying the Hessian by a power of two changes nothing at all.
@@ -393,6 +605,18 @@ TEST(QuantizeLinearTest, HugeTinyAndOutlyingWeightsStayInRange) {
   for (float size : {1e-38f, 1e-20f, 1e-6f, 1e4f, 1e30f}) {
     Problem problem = RandomProblem(33, 64, 256, 3, size);
     for (Method method : {Method::kRtn, Method::kGptq}) {
+      for (const bool has_float_zero : {false, true}) {
+        Options options;
+        options.method = method;
+        options.bits = 2;
+        options.group_size = 32;
+        if (has_float_zero) {
+          options.zero_point = ZeroPoint::kFloat;
+        } else {
+          options.grid = Grid::kCodebook;
+        }
+        ExpectSound(Quantize(problem, options));
+      }
       for (int bits : {2, 4, 8}) {
         Options options;
         options.method = method;
@@ -493,6 +717,27 @@ TEST(QuantizeLinearTest, RefusesOptionsThatDoNotFit) {
     EXPECT_THAT(ValidateOptions(options, 64), HasCode(absl::StatusCode::kInvalidArgument));
   }
   options.damp = 0.01;
+  options.grid = Grid::kCodebook;
+  EXPECT_THAT(ValidateOptions(options, 64),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("asked for are 4 bits")));
+  options.bits = 2;
+  EXPECT_OK(ValidateOptions(options, 64));
+  options.zero_point = ZeroPoint::kFloat;
+  EXPECT_THAT(ValidateOptions(options, 64),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("codebook")));
+  options.grid = Grid::kUniform;
+  EXPECT_OK(ValidateOptions(options, 64));
+  options.symmetric = true;
+  EXPECT_THAT(ValidateOptions(options, 64),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("symmetric")));
+  options.symmetric = false;
+  options.zero_point = ZeroPoint::kInteger;
+  for (double alpha : {-0.1, 1.5, std::nan("")}) {
+    options.gptaq_alpha = alpha;
+    EXPECT_THAT(ValidateOptions(options, 64),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("alpha")));
+  }
+  options.gptaq_alpha = 0.25;
   EXPECT_THAT(FactorizeHessian(Matrix(64, 32), options, "x"),
               HasCode(absl::StatusCode::kInvalidArgument));
   ThreadPool pool(1);
