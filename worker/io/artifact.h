@@ -4,7 +4,9 @@
 //                      gptq_v2 convention
 //   model-0000N-of-0000M.safetensors, model.safetensors.index.json
 //                      <linear>.qweight [in/32·bits, out] I32, .qzeros [groups, out/32·bits] I32,
-//                      .scales [groups, out] F16, .g_idx [in] I32; everything else BF16
+//                      .scales [groups, out] F16, .g_idx [in] I32; with float zero points .zeros
+//                      [groups, out] F16 instead of .qzeros; with a codebook .levels
+//                      [groups, out, 4] F16 instead of .qzeros and .scales; everything else BF16
 //   tokenizer files    of the source; for a GGUF source written from its vocabulary
 //   walsh.json         source, options, rotation, calibration fingerprint, figures, and digests of
 //                      every other file
@@ -130,7 +132,8 @@ class ArtifactReader {
   // `name` in full, as in WriteDense; one-dimensional tensors come as one row.
   virtual absl::StatusOr<Matrix> ReadDense(std::string_view name) const = 0;
   // The same two in their stored form, into memory of exactly its size (INVALID_ARGUMENT else): a
-  // linear, and rows [first, first + n) of a dense tensor.
+  // linear, and rows [first, first + n) of a dense tensor. UNIMPLEMENTED for a linear with a
+  // codebook or float zero points, which is no GPTQ linear.
   virtual absl::StatusOr<GptqShape> ShapeOf(std::string_view name) const = 0;
   virtual absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const = 0;
   virtual absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,

@@ -91,7 +91,10 @@ absl::Status CheckQuantizationConfig(const json& config) {
                                     ", only ", expected.dump(), " is supported"));
   };
   WALSH_RETURN_IF_ERROR(require("quant_method", "gptq"));
-  WALSH_RETURN_IF_ERROR(require("checkpoint_format", "gptq_v2"));
+  const auto format = q.find("checkpoint_format");
+  if (format == q.end() || *format != kWalshFormat) {
+    WALSH_RETURN_IF_ERROR(require("checkpoint_format", "gptq_v2"));
+  }
   WALSH_RETURN_IF_ERROR(require("desc_act", false));
   WALSH_RETURN_IF_ERROR(require("lm_head", false));
   // An artifact that needs transforms at run time must not be served without them.

@@ -14,8 +14,12 @@ namespace walsh {
 // untied and the weights' type bfloat16. quantization_config is still to be set.
 absl::StatusOr<nlohmann::json> ArtifactConfig(const Checkpoint& source);
 
-// Whether walsh reads what `quantization_config` describes: GPTQ in the gptq_v2 convention, columns
-// in order, head not quantized, no transforms at run time. UNIMPLEMENTED names what it does not.
+// checkpoint_format of what the gptq_v2 convention has no tensors for (docs/artifact-format.md).
+inline constexpr const char* kWalshFormat = "walsh";
+
+// Whether walsh reads what `quantization_config` describes: GPTQ in the gptq_v2 convention or in
+// walsh's own, columns in order, head not quantized, no transforms at run time. UNIMPLEMENTED names
+// what it does not.
 absl::Status CheckQuantizationConfig(const nlohmann::json& config);
 
 }  // namespace walsh

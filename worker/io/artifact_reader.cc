@@ -62,25 +62,44 @@ absl::Status Named(std::string_view linear, const absl::Status& status) {
                                                   "': ", std::string(status.message())));
 }
 
-// A quantized linear's four tensors, whose shapes tell bits and groups.
+// A quantized linear's tensors, whose shapes tell bits and groups. Null: its grid has none.
 struct QuantizedLinear {
   GptqShape shape;
   const LocatedEntry* qweight = nullptr;
+  const LocatedEntry* g_idx = nullptr;
   const LocatedEntry* qzeros = nullptr;
   const LocatedEntry* scales = nullptr;
-  const LocatedEntry* g_idx = nullptr;
+  const LocatedEntry* zeros = nullptr;
+  const LocatedEntry* levels = nullptr;
 };
+
+// What a linear has beside its codes tells its grid.
+absl::Status FindGrid(const Entries& entries, const std::string& name, QuantizedLinear& linear) {
+  if (entries.contains(name + ".levels")) {
+    linear.shape.grid = StoredGrid::kCodebook;
+    WALSH_ASSIGN_OR_RETURN(linear.levels, Require(entries, name + ".levels"));
+    return absl::OkStatus();
+  }
+  WALSH_ASSIGN_OR_RETURN(linear.scales, Require(entries, name + ".scales"));
+  if (entries.contains(name + ".zeros")) {
+    linear.shape.grid = StoredGrid::kFloatZeros;
+    WALSH_ASSIGN_OR_RETURN(linear.zeros, Require(entries, name + ".zeros"));
+    return absl::OkStatus();
+  }
+  WALSH_ASSIGN_OR_RETURN(linear.qzeros, Require(entries, name + ".qzeros"));
+  return absl::OkStatus();
+}
 
 absl::StatusOr<QuantizedLinear> FindQuantized(const Entries& entries, const std::string& name,
                                               int64_t rows, int64_t cols, bool symmetric) {
   QuantizedLinear linear;
   linear.shape = {.rows = rows, .cols = cols, .symmetric = symmetric};
   WALSH_ASSIGN_OR_RETURN(linear.qweight, Require(entries, name + ".qweight"));
-  WALSH_ASSIGN_OR_RETURN(linear.qzeros, Require(entries, name + ".qzeros"));
-  WALSH_ASSIGN_OR_RETURN(linear.scales, Require(entries, name + ".scales"));
+  WALSH_RETURN_IF_ERROR(FindGrid(entries, name, linear));
   WALSH_ASSIGN_OR_RETURN(linear.g_idx, Require(entries, name + ".g_idx"));
   const std::vector<int64_t>& weight_shape = linear.qweight->entry.shape;
-  const std::vector<int64_t>& scale_shape = linear.scales->entry.shape;
+  const LocatedEntry& grid = linear.levels != nullptr ? *linear.levels : *linear.scales;
+  const std::vector<int64_t>& scale_shape = grid.entry.shape;
   const int64_t words = weight_shape.empty() ? 0 : weight_shape[0];
   const int64_t groups = scale_shape.empty() ? 0 : scale_shape[0];
   // Widths are at most 2^19, so the products fit easily; the shapes are then compared exactly.
@@ -90,7 +109,7 @@ absl::StatusOr<QuantizedLinear> FindQuantized(const Entries& entries, const std:
                                                    cols, " inputs gives"));
   }
   if (groups < 1 || cols % groups != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor '", name, ".scales' has shape ",
+    return absl::InvalidArgumentError(absl::StrCat("tensor '", grid.entry.name, "' has shape ",
                                                    Describe(scale_shape), ": ", groups,
                                                    " groups do not divide ", cols, " inputs"));
   }
@@ -100,8 +119,19 @@ absl::StatusOr<QuantizedLinear> FindQuantized(const Entries& entries, const std:
     return Named(name, status);
   }
   WALSH_RETURN_IF_ERROR(RequireForm(*linear.qweight, "I32", {linear.shape.weight_words(), rows}));
-  WALSH_RETURN_IF_ERROR(RequireForm(*linear.qzeros, "I32", {groups, linear.shape.zero_words()}));
-  WALSH_RETURN_IF_ERROR(RequireForm(*linear.scales, "F16", {groups, rows}));
+  if (linear.qzeros != nullptr) {
+    WALSH_RETURN_IF_ERROR(RequireForm(*linear.qzeros, "I32", {groups, linear.shape.zero_words()}));
+  }
+  if (linear.scales != nullptr) {
+    WALSH_RETURN_IF_ERROR(RequireForm(*linear.scales, "F16", {groups, rows}));
+  }
+  if (linear.zeros != nullptr) {
+    WALSH_RETURN_IF_ERROR(RequireForm(*linear.zeros, "F16", {groups, rows}));
+  }
+  if (linear.levels != nullptr) {
+    WALSH_RETURN_IF_ERROR(
+        RequireForm(*linear.levels, "F16", {groups, rows, int64_t{1} << linear.shape.bits}));
+  }
   WALSH_RETURN_IF_ERROR(RequireForm(*linear.g_idx, "I32", {cols}));
   return linear;
 }
@@ -155,6 +185,12 @@ class Reader final : public ArtifactReader {
 
   absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const override {
     WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
+    if (linear->shape.grid != StoredGrid::kGptq) {
+      return Named(name, absl::UnimplementedError(
+                             linear->levels != nullptr
+                                 ? "has a codebook, which only the CPU backend reads"
+                                 : "has float zero points, which only the CPU backend reads"));
+    }
     WALSH_RETURN_IF_ERROR(ReadInto(*linear->qweight, into.qweight));
     WALSH_RETURN_IF_ERROR(ReadInto(*linear->qzeros, into.qzeros));
     WALSH_RETURN_IF_ERROR(ReadInto(*linear->scales, into.scales));
@@ -332,16 +368,22 @@ class Reader final : public ArtifactReader {
   absl::StatusOr<GptqTensors> ReadTensors(std::string_view name,
                                           const QuantizedLinear& linear) const {
     GptqTensors tensors;
-    tensors.qweight.resize(ValuesIn<uint32_t>(*linear.qweight));
-    tensors.qzeros.resize(ValuesIn<uint32_t>(*linear.qzeros));
-    tensors.scales.resize(ValuesIn<uint16_t>(*linear.scales));
-    tensors.g_idx.resize(ValuesIn<int32_t>(*linear.g_idx));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qweight, std::span(tensors.qweight)));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.qzeros, std::span(tensors.qzeros)));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.scales, std::span(tensors.scales)));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear.g_idx, std::span(tensors.g_idx)));
+    WALSH_RETURN_IF_ERROR(ReadAll(linear.qweight, tensors.qweight));
+    WALSH_RETURN_IF_ERROR(ReadAll(linear.qzeros, tensors.qzeros));
+    WALSH_RETURN_IF_ERROR(ReadAll(linear.scales, tensors.scales));
+    WALSH_RETURN_IF_ERROR(ReadAll(linear.zeros, tensors.zeros));
+    WALSH_RETURN_IF_ERROR(ReadAll(linear.levels, tensors.levels));
+    WALSH_RETURN_IF_ERROR(ReadAll(linear.g_idx, tensors.g_idx));
     WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear.shape, tensors.g_idx));
     return tensors;
+  }
+
+  // Nothing where there is no such tensor.
+  template <typename T>
+  absl::Status ReadAll(const LocatedEntry* located, std::vector<T>& values) const {
+    if (located == nullptr) return absl::OkStatus();
+    values.resize(ValuesIn<T>(*located));
+    return ReadInto(*located, std::span(values));
   }
 
   template <typename T>

@@ -102,11 +102,23 @@ class Writer final : public ArtifactWriter {
     const std::string linear(name);
     const absl::StatusOr<GptqTensors> packed = PackGptq(matrix);
     if (!packed.ok()) return Named(linear, packed.status());
-    const GptqShape shape = {.rows = matrix.rows,
-                             .cols = matrix.cols,
-                             .bits = matrix.bits,
-                             .group_size = matrix.group_size};
-    return WriteLinear(linear, shape, packed->qweight, packed->qzeros, packed->scales);
+    const GptqShape shape = ShapeOf(matrix);
+    if (shape.grid == StoredGrid::kGptq) {
+      return WriteLinear(linear, shape, packed->qweight, packed->qzeros, packed->scales);
+    }
+    WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, packed->qweight));
+    if (shape.grid == StoredGrid::kCodebook) {
+      WALSH_RETURN_IF_ERROR(Write(linear + ".levels", "F16",
+                                  {shape.groups(), shape.rows, int64_t{1} << shape.bits},
+                                  std::as_bytes(std::span(packed->levels))));
+    } else {
+      WALSH_RETURN_IF_ERROR(Write(linear + ".zeros", "F16", {shape.groups(), shape.rows},
+                                  std::as_bytes(std::span(packed->zeros))));
+      WALSH_RETURN_IF_ERROR(Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
+                                  std::as_bytes(std::span(packed->scales))));
+    }
+    quantized_.insert(linear);
+    return absl::OkStatus();
   }
 
   absl::Status WritePacked(std::string_view name, const PackedTensors& packed) override {
@@ -183,17 +195,22 @@ class Writer final : public ArtifactWriter {
   absl::Status WriteLinear(const std::string& linear, const GptqShape& shape,
                            std::span<const uint32_t> qweight, std::span<const uint32_t> qzeros,
                            std::span<const uint16_t> scales) {
-    const std::vector<int32_t> g_idx = GroupIndex(shape);
-    WALSH_RETURN_IF_ERROR(
-        Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
-    WALSH_RETURN_IF_ERROR(Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
-                                std::as_bytes(qweight)));
+    WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, qweight));
     WALSH_RETURN_IF_ERROR(Write(linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()},
                                 std::as_bytes(qzeros)));
     WALSH_RETURN_IF_ERROR(
         Write(linear + ".scales", "F16", {shape.groups(), shape.rows}, std::as_bytes(scales)));
     quantized_.insert(linear);
     return absl::OkStatus();
+  }
+
+  absl::Status WriteCodes(const std::string& linear, const GptqShape& shape,
+                          std::span<const uint32_t> qweight) {
+    const std::vector<int32_t> g_idx = GroupIndex(shape);
+    WALSH_RETURN_IF_ERROR(
+        Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
+    return Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
+                 std::as_bytes(qweight));
   }
 
   // The values follow through Append.

@@ -46,14 +46,6 @@ RunValues UnpackRun(const RunWords& words, int bits) {
   return values;
 }
 
-GptqShape ShapeOf(const QuantizedMatrix& m) {
-  return {.rows = m.rows,
-          .cols = m.cols,
-          .bits = m.bits,
-          .group_size = m.group_size,
-          .symmetric = m.symmetric};
-}
-
 absl::Status CheckBits(const std::vector<uint8_t>& values, int bits, const char* what) {
   const auto limit = static_cast<unsigned>(1u << bits);
   for (const uint8_t value : values) {
@@ -69,10 +61,21 @@ absl::Status CheckMatrix(const QuantizedMatrix& m) {
   WALSH_RETURN_IF_ERROR(ValidateGptqShape(ShapeOf(m)));
   const auto n_codes = static_cast<size_t>(m.rows * m.cols);
   const auto n_groups = static_cast<size_t>(m.rows * m.groups());
-  if (m.codes.size() != n_codes || m.scales.size() != n_groups || m.zeros.size() != n_groups) {
+  if (m.has_codebook()) {
+    const size_t n_levels = n_groups << m.bits;
+    if (m.codes.size() == n_codes && m.levels.size() == n_levels && m.scales.empty() &&
+        m.zeros.empty() && m.float_zeros.empty()) {
+      return CheckBits(m.codes, m.bits, "code");
+    }
+    return absl::InvalidArgumentError(absl::StrCat(
+        m.codes.size(), " codes and ", m.levels.size(), " levels, with scales or zeros, for ",
+        n_codes, " weights in ", n_groups, " groups of a codebook"));
+  }
+  const size_t n_zeros = m.zeros.size() + m.float_zeros.size();
+  if (m.codes.size() != n_codes || m.scales.size() != n_groups || n_zeros != n_groups) {
     return absl::InvalidArgumentError(absl::StrCat(m.codes.size(), " codes, ", m.scales.size(),
-                                                   " scales and ", m.zeros.size(), " zeros for ",
-                                                   n_codes, " weights in ", n_groups, " groups"));
+                                                   " scales and ", n_zeros, " zeros for ", n_codes,
+                                                   " weights in ", n_groups, " groups"));
   }
   WALSH_RETURN_IF_ERROR(CheckBits(m.codes, m.bits, "code"));
   return CheckBits(m.zeros, m.bits, "zero");
@@ -107,20 +110,26 @@ void PackZeros(const QuantizedMatrix& m, std::vector<uint32_t>& qzeros) {
   }
 }
 
-absl::Status PackScales(const QuantizedMatrix& m, std::vector<uint16_t>& scales) {
+// `n` numbers of each group, [rows, groups, n], as [groups, rows, n] in half precision. `what`
+// names one of them.
+absl::StatusOr<std::vector<uint16_t>> PackHalves(const char* what, const QuantizedMatrix& m,
+                                                 const std::vector<float>& values, int64_t n) {
+  std::vector<uint16_t> halves(values.size());
   for (int64_t out = 0; out < m.rows; ++out) {
     for (int64_t group = 0; group < m.groups(); ++group) {
-      const float scale = m.scales[static_cast<size_t>(out * m.groups() + group)];
-      const uint16_t half = FloatToHalf(scale);
-      if (!std::isfinite(scale) || HalfToFloat(half) != scale) {
-        return absl::InvalidArgumentError(absl::StrCat("the scale of output ", out, ", group ",
-                                                       group, " is ", scale,
-                                                       ", not a finite value of half precision"));
+      for (int64_t i = 0; i < n; ++i) {
+        const float value = values[static_cast<size_t>((out * m.groups() + group) * n + i)];
+        const uint16_t half = FloatToHalf(value);
+        if (!std::isfinite(value) || HalfToFloat(half) != value) {
+          return absl::InvalidArgumentError(absl::StrCat("the ", what, " of output ", out,
+                                                         ", group ", group, " is ", value,
+                                                         ", not a finite value of half precision"));
+        }
+        halves[static_cast<size_t>((group * m.rows + out) * n + i)] = half;
       }
-      scales[static_cast<size_t>(group * m.rows + out)] = half;
     }
   }
-  return absl::OkStatus();
+  return halves;
 }
 
 // Tiles of 32 outputs: their words lie side by side, and each output's codes are written in runs.
@@ -155,13 +164,27 @@ void UnpackZeros(const std::vector<uint32_t>& qzeros, QuantizedMatrix& m) {
   }
 }
 
-void UnpackScales(const std::vector<uint16_t>& scales, QuantizedMatrix& m) {
+std::vector<float> UnpackHalves(const std::vector<uint16_t>& halves, const QuantizedMatrix& m,
+                                int64_t n) {
+  std::vector<float> values(halves.size());
   for (int64_t group = 0; group < m.groups(); ++group) {
     for (int64_t out = 0; out < m.rows; ++out) {
-      m.scales[static_cast<size_t>(out * m.groups() + group)] =
-          HalfToFloat(scales[static_cast<size_t>(group * m.rows + out)]);
+      for (int64_t i = 0; i < n; ++i) {
+        values[static_cast<size_t>((out * m.groups() + group) * n + i)] =
+            HalfToFloat(halves[static_cast<size_t>((group * m.rows + out) * n + i)]);
+      }
     }
   }
+  return values;
+}
+
+// DATA_LOSS names the first of `halves` [groups, row_values] that is not finite.
+absl::Status CheckHalves(const char* what, std::span<const uint16_t> halves, int64_t row_values) {
+  const std::optional<int64_t> bad = FirstNotFiniteHalf(halves);
+  if (!bad.has_value()) return absl::OkStatus();
+  return absl::DataLossError(
+      absl::StrCat("the ", what, " at [", *bad / row_values, ", ", *bad % row_values, "] is ",
+                   HalfToFloat(halves[static_cast<size_t>(*bad)]), ", must be finite"));
 }
 
 }  // namespace
@@ -175,11 +198,26 @@ absl::Status ValidateGptqShape(const GptqShape& shape) {
                                                    shape.cols,
                                                    " inputs: both must be multiples of 32"));
   }
+  if (shape.grid == StoredGrid::kCodebook && shape.bits != 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a codebook of ", shape.bits, " bits, must be of 2"));
+  }
   if (shape.group_size < 1 || shape.cols % shape.group_size != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("groups of ", shape.group_size, " do not divide ", shape.cols, " inputs"));
   }
   return absl::OkStatus();
+}
+
+GptqShape ShapeOf(const QuantizedMatrix& m) {
+  return {.rows = m.rows,
+          .cols = m.cols,
+          .bits = m.bits,
+          .group_size = m.group_size,
+          .symmetric = m.symmetric,
+          .grid = m.has_codebook()      ? StoredGrid::kCodebook
+                  : m.has_float_zeros() ? StoredGrid::kFloatZeros
+                                        : StoredGrid::kGptq};
 }
 
 std::vector<int32_t> GroupIndex(const GptqShape& shape) {
@@ -191,11 +229,7 @@ std::vector<int32_t> GroupIndex(const GptqShape& shape) {
 }
 
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape) {
-  const std::optional<int64_t> bad = FirstNotFiniteHalf(scales);
-  if (!bad.has_value()) return absl::OkStatus();
-  return absl::DataLossError(
-      absl::StrCat("the scale at [", *bad / shape.rows, ", ", *bad % shape.rows, "] is ",
-                   HalfToFloat(scales[static_cast<size_t>(*bad)]), ", must be finite"));
+  return CheckHalves("scale", scales, shape.rows);
 }
 
 absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix) {
@@ -203,21 +237,33 @@ absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix) {
   const GptqShape shape = ShapeOf(matrix);
   GptqTensors out;
   out.qweight.resize(static_cast<size_t>(shape.weight_words() * shape.rows));
-  out.qzeros.resize(static_cast<size_t>(shape.groups() * shape.zero_words()));
-  out.scales.resize(static_cast<size_t>(shape.groups() * shape.rows));
   out.g_idx = GroupIndex(shape);
   PackCodes(matrix, out.qweight);
-  PackZeros(matrix, out.qzeros);
-  WALSH_RETURN_IF_ERROR(PackScales(matrix, out.scales));
+  WALSH_ASSIGN_OR_RETURN(out.levels, PackHalves("level", matrix, matrix.levels, 1 << matrix.bits));
+  WALSH_ASSIGN_OR_RETURN(out.scales, PackHalves("scale", matrix, matrix.scales, 1));
+  WALSH_ASSIGN_OR_RETURN(out.zeros, PackHalves("zero", matrix, matrix.float_zeros, 1));
+  if (shape.grid == StoredGrid::kGptq) {
+    out.qzeros.resize(static_cast<size_t>(shape.groups() * shape.zero_words()));
+    PackZeros(matrix, out.qzeros);
+  }
   return out;
 }
 
 absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const GptqShape& shape) {
   WALSH_RETURN_IF_ERROR(ValidateGptqShape(shape));
   WALSH_CHECK_EQ(static_cast<int64_t>(tensors.qweight.size()), shape.weight_words() * shape.rows);
-  WALSH_CHECK_EQ(static_cast<int64_t>(tensors.qzeros.size()), shape.groups() * shape.zero_words());
-  WALSH_CHECK_EQ(static_cast<int64_t>(tensors.scales.size()), shape.groups() * shape.rows);
+  const int64_t n_grids = shape.groups() * shape.rows;
+  const bool has_codebook = shape.grid == StoredGrid::kCodebook;
+  const bool has_float_zeros = shape.grid == StoredGrid::kFloatZeros;
+  WALSH_CHECK_EQ(static_cast<int64_t>(tensors.levels.size()),
+                 has_codebook ? n_grids << shape.bits : 0);
+  WALSH_CHECK_EQ(static_cast<int64_t>(tensors.scales.size()), has_codebook ? 0 : n_grids);
+  WALSH_CHECK_EQ(static_cast<int64_t>(tensors.zeros.size()), has_float_zeros ? n_grids : 0);
+  WALSH_CHECK_EQ(static_cast<int64_t>(tensors.qzeros.size()),
+                 shape.grid == StoredGrid::kGptq ? shape.groups() * shape.zero_words() : 0);
+  WALSH_RETURN_IF_ERROR(CheckHalves("level", tensors.levels, shape.rows << shape.bits));
   WALSH_RETURN_IF_ERROR(CheckScales(tensors.scales, shape));
+  WALSH_RETURN_IF_ERROR(CheckHalves("zero", tensors.zeros, shape.rows));
   QuantizedMatrix out;
   out.rows = shape.rows;
   out.cols = shape.cols;
@@ -225,11 +271,14 @@ absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const Gpt
   out.group_size = shape.group_size;
   out.symmetric = shape.symmetric;
   out.codes.resize(static_cast<size_t>(shape.rows * shape.cols));
-  out.zeros.resize(static_cast<size_t>(shape.rows * shape.groups()));
-  out.scales.resize(static_cast<size_t>(shape.rows * shape.groups()));
   UnpackCodes(tensors.qweight, out);
-  UnpackZeros(tensors.qzeros, out);
-  UnpackScales(tensors.scales, out);
+  if (shape.grid == StoredGrid::kGptq) {
+    out.zeros.resize(static_cast<size_t>(n_grids));
+    UnpackZeros(tensors.qzeros, out);
+  }
+  out.scales = UnpackHalves(tensors.scales, out, 1);
+  out.float_zeros = UnpackHalves(tensors.zeros, out, 1);
+  out.levels = UnpackHalves(tensors.levels, out, 1 << shape.bits);
   return out;
 }
 

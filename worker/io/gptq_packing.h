@@ -5,14 +5,19 @@
 //   scales   [groups, out] half
 //   g_idx    [in] i32                   input / group_size
 //
+// What GPTQ has no form for keeps qweight and g_idx, and has instead
+//
+//   zeros    [groups, out] half         zero points that are no codes, beside scales, for qzeros
+//   levels   [groups, out, 2^bits] half a codebook, for qzeros and scales
+//
 // In those words the values follow each other as a stream of bits, the first in the lowest ones; at
 // 3 bits a value may straddle two words. Version 2 of the format stores a zero as it is, version 1
 // less one.
 //
 // Source:  AutoGPTQ's and GPTQModel's pack(); golden against numpy (tests/golden/io)
 // Errors:  INVALID_ARGUMENT  sizes that do not pack (limit and value named), a code or zero beyond
-//                            its bits, a scale that half precision does not hold
-//          DATA_LOSS         (packed already) a scale that is not finite
+//                            its bits, a scale, zero or level that half precision does not hold
+//          DATA_LOSS         (packed already) one of those that is not finite
 // Threads: safe.
 #pragma once
 
@@ -26,10 +31,15 @@
 
 namespace walsh {
 
+enum class StoredGrid { kGptq, kFloatZeros, kCodebook };
+
+// Those that the grid has; the others are empty. 16-bit numbers are IEEE half.
 struct GptqTensors {
   std::vector<uint32_t> qweight;
   std::vector<uint32_t> qzeros;
-  std::vector<uint16_t> scales;  // IEEE half
+  std::vector<uint16_t> scales;
+  std::vector<uint16_t> zeros;
+  std::vector<uint16_t> levels;
   std::vector<int32_t> g_idx;
 };
 
@@ -39,6 +49,7 @@ struct GptqShape {
   int bits = 0;      // 2, 3, 4 or 8
   int64_t group_size = 0;
   bool symmetric = false;
+  StoredGrid grid = StoredGrid::kGptq;
 
   int64_t groups() const { return cols / group_size; }
   int64_t weight_words() const { return cols / 32 * bits; }  // rows of qweight
@@ -50,6 +61,8 @@ absl::Status ValidateGptqShape(const GptqShape& shape);
 
 // g_idx of columns that are in order.
 std::vector<int32_t> GroupIndex(const GptqShape& shape);
+
+GptqShape ShapeOf(const QuantizedMatrix& matrix);
 
 // DATA_LOSS names the first of `scales` [groups, rows] that is not finite.
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape);

@@ -6,7 +6,8 @@
 
 Every file against walsh.json's digests; every quantized linear unpacked bit by bit: codes and zeros in
 range, group index in order. With --source (of a model that was rounded to nearest, without rotation) every
-weight is within half a step of the original, but for clipped ones at the ends of the grid.
+weight is stored as the value of its group's grid that is nearest to the original. Knows the grids of
+docs/artifact-format.md: GPTQ's, float zero points, codebooks.
 """
 
 import argparse
@@ -43,6 +44,22 @@ def check_digests(directory, text):
     assert hashlib.sha256(body.encode()).hexdigest() == manifest["digest"], "walsh.json's own digest"
 
 
+def levels_of(tensors, linear, bits):
+    """The values that codes stand for, [out, groups, 2^bits]."""
+    if linear + ".levels" in tensors:
+        assert linear + ".scales" not in tensors and linear + ".qzeros" not in tensors
+        return tensors[linear + ".levels"].astype(np.float64).transpose(1, 0, 2)
+    scales = tensors[linear + ".scales"].astype(np.float64).T              # [out, groups]
+    if linear + ".zeros" in tensors:
+        assert linear + ".qzeros" not in tensors
+        zeros = tensors[linear + ".zeros"].astype(np.float64).T
+    else:
+        qzeros = tensors[linear + ".qzeros"]
+        zeros = unpack(np.ascontiguousarray(qzeros.view(np.uint32).T), bits).astype(np.float64)
+    assert zeros.shape == scales.shape
+    return scales[:, :, None] * (np.arange(2**bits) - zeros[:, :, None])
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=pathlib.Path)
@@ -50,7 +67,8 @@ def main():
     args = parser.parse_args()
     check_digests(args.directory, (args.directory / "walsh.json").read_text())
     config = json.loads((args.directory / "config.json").read_text())
-    assert config["quantization_config"]["checkpoint_format"] == "gptq_v2"
+    form = config["quantization_config"]["checkpoint_format"]
+    assert form in ("gptq_v2", "walsh") and ("bits" in config["quantization_config"]) == (form == "gptq_v2")
     index = json.loads((args.directory / "model.safetensors.index.json").read_text())
     tensors = {}
     for shard in sorted(set(index["weight_map"].values())):
@@ -62,27 +80,26 @@ def main():
         if not name.endswith(".qweight"):
             continue
         linear = name.removesuffix(".qweight")
-        qweight, qzeros = tensors[name], tensors[linear + ".qzeros"]
-        scales, g_idx = tensors[linear + ".scales"], tensors[linear + ".g_idx"]
+        qweight, g_idx = tensors[name], tensors[linear + ".g_idx"]
         bits = qweight.shape[0] * 32 // g_idx.size
         codes = unpack(qweight.view(np.uint32), bits).T                    # [out, in]
-        zeros = unpack(np.ascontiguousarray(qzeros.view(np.uint32).T), bits)   # [out, groups]
-        groups = scales.shape[0]
-        assert codes.shape == (scales.shape[1], g_idx.size) and zeros.shape == (scales.shape[1], groups)
+        levels = levels_of(tensors, linear, bits)                          # [out, groups, 2^bits]
+        groups = levels.shape[1]
+        assert codes.shape == (levels.shape[0], g_idx.size)
         assert (g_idx == np.arange(g_idx.size) // (g_idx.size // groups)).all()
-        assert np.isfinite(scales.astype(np.float32)).all()
+        assert np.isfinite(levels).all()
         n_linears += 1
         if linear + ".weight" in source:
-            s = scales.astype(np.float32).T[:, g_idx]
-            weights = s * (codes.astype(np.float32) - zeros.astype(np.float32)[:, g_idx])
-            inside = (codes > 0) & (codes < 2**bits - 1)
-            steps = np.abs(weights - source[linear + ".weight"]) / s
-            worst = max(worst, float(steps[inside].max()))
+            wanted = source[linear + ".weight"].astype(np.float64)
+            spread = (levels.max(axis=2) - levels.min(axis=2))[:, g_idx]
+            distances = np.stack([np.abs(levels[:, g_idx, k] - wanted) for k in range(2**bits)])
+            stored = np.take_along_axis(distances, codes[None].astype(np.int64), axis=0)[0]
+            excess = (stored - distances.min(axis=0)) / np.maximum(spread, 1e-30)
+            worst = max(worst, float(excess.max()))
     assert n_linears > 0
-    if source:
-        assert worst <= 0.51, worst
+    assert worst <= 1e-5, worst
     print(f"{args.directory.name}: {len(tensors)} tensors, {n_linears} quantized linears, "
-          f"worst distance inside the grid {worst:.3f} steps")
+          f"no weight is nearer to another value of its grid by more than {worst:.1e} of its range")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,58 @@ TEST(GptqPackingTest, PacksAsNumpyDoes) {
   EXPECT_EQ(widths, (std::vector<int>{2, 3, 4, 8}));
 }
 
+// What GPTQ has no tensors for keeps its codes as they are there.
+TEST(GptqPackingTest, FloatZerosAndCodebooksComeBack) {
+  QuantizedMatrix m;
+  m.rows = 64;
+  m.cols = 96;
+  m.bits = 2;
+  m.group_size = 32;
+  for (int64_t i = 0; i < m.rows * m.cols; ++i) m.codes.push_back(static_cast<uint8_t>(i * 7 % 4));
+  const int64_t n_groups = m.rows * m.groups();
+  QuantizedMatrix gptq = m, float_zero = m, codebook = m;
+  for (int64_t i = 0; i < n_groups; ++i) {
+    gptq.scales.push_back(0.5f + static_cast<float>(i) / 256);
+    gptq.zeros.push_back(static_cast<uint8_t>(i % 4));
+    float_zero.float_zeros.push_back(static_cast<float>(i) / 4 - 20);
+    for (int64_t k = 0; k < 4; ++k) codebook.levels.push_back(static_cast<float>(4 * i + k) / 8);
+  }
+  float_zero.scales = gptq.scales;
+  ASSERT_OK_AND_ASSIGN(const GptqTensors plain, PackGptq(gptq));
+  for (const QuantizedMatrix& matrix : {gptq, float_zero, codebook}) {
+    ASSERT_OK_AND_ASSIGN(const GptqTensors packed, PackGptq(matrix));
+    EXPECT_EQ(packed.qweight, plain.qweight);
+    EXPECT_EQ(packed.g_idx, plain.g_idx);
+    EXPECT_EQ(packed.qzeros.empty(), matrix.zeros.empty());
+    ASSERT_OK_AND_ASSIGN(const QuantizedMatrix unpacked, UnpackGptq(packed, ShapeOf(matrix)));
+    EXPECT_EQ(unpacked.codes, matrix.codes);
+    EXPECT_EQ(unpacked.scales, matrix.scales);
+    EXPECT_EQ(unpacked.zeros, matrix.zeros);
+    EXPECT_EQ(unpacked.float_zeros, matrix.float_zeros);
+    EXPECT_EQ(unpacked.levels, matrix.levels);
+  }
+  // [groups, out, 4]: the levels of group 1 of output 2.
+  ASSERT_OK_AND_ASSIGN(GptqTensors levels, PackGptq(codebook));
+  EXPECT_EQ(HalfToFloat(levels.levels[(1 * 64 + 2) * 4 + 3]), codebook.levels[(2 * 3 + 1) * 4 + 3]);
+
+  levels.levels[9] = 0x7c00;
+  EXPECT_THAT(UnpackGptq(levels, ShapeOf(codebook)),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("the level at [0, 9] is inf")));
+  ASSERT_OK_AND_ASSIGN(GptqTensors zeros, PackGptq(float_zero));
+  zeros.zeros[65] = 0x7e00;
+  EXPECT_THAT(UnpackGptq(zeros, ShapeOf(float_zero)),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("the zero at [1, 1] is nan")));
+  codebook.levels[0] = 0.1f;
+  EXPECT_THAT(PackGptq(codebook), StatusIs(absl::StatusCode::kInvalidArgument,
+                                           HasSubstr("the level of output 0, group 0 is 0.1")));
+  codebook.levels.pop_back();
+  EXPECT_THAT(PackGptq(codebook),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("767 levels")));
+  float_zero.zeros = gptq.zeros;
+  EXPECT_THAT(PackGptq(float_zero),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("384 zeros")));
+}
+
 QuantizedMatrix Small(int bits, int64_t group_size) {
   QuantizedMatrix m;
   m.rows = 32;
