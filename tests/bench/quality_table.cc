@@ -37,7 +37,9 @@ struct Flags {
   std::string method = "gptq", device = "cpu";
   int64_t group = 0;
   int64_t windows = 128, length = 2048, evaluation_windows = 20, evaluation_length = 2048;
-  bool symmetric = false, natural_order = false, no_clip = false, signs = false;
+  bool symmetric = false, natural_order = false, act_order = false, no_clip = false, signs = false;
+  bool codebook = false, float_zero = false;
+  double gptaq_alpha = gptq::Options().gptaq_alpha;
   double error_propagation = gptq::Options().error_propagation;
   uint64_t seed = 0;
   int threads = ThreadPool::HardwareThreads();
@@ -84,9 +86,15 @@ absl::StatusOr<Row> RunOne(const Flags& flags, int bits, const std::string& rota
   spec.quantizer.symmetric = flags.symmetric;
   spec.quantizer.error_propagation = flags.error_propagation;
   spec.quantizer.mse_clip = !flags.no_clip;
-  spec.quantizer.method = flags.method == "rtn" ? gptq::Method::kRtn : gptq::Method::kGptq;
-  spec.quantizer.column_order =
-      flags.natural_order ? gptq::ColumnOrder::kNatural : gptq::ColumnOrder::kGroupAware;
+  spec.quantizer.gptaq_alpha = flags.gptaq_alpha;
+  spec.quantizer.method = flags.method == "rtn"     ? gptq::Method::kRtn
+                          : flags.method == "gptaq" ? gptq::Method::kGptaq
+                                                    : gptq::Method::kGptq;
+  spec.quantizer.column_order = flags.natural_order ? gptq::ColumnOrder::kNatural
+                                : flags.act_order   ? gptq::ColumnOrder::kActOrder
+                                                    : gptq::ColumnOrder::kGroupAware;
+  if (flags.codebook && bits == 2) spec.quantizer.grid = gptq::Grid::kCodebook;
+  if (flags.float_zero) spec.quantizer.zero_point = gptq::ZeroPoint::kFloat;
   WALSH_ASSIGN_OR_RETURN(spec.rotation, rotate::ParseKind(rotation));
   spec.rotation_signs = flags.signs && spec.rotation != rotate::Kind::kNone;
   spec.seed = flags.seed;
@@ -122,7 +130,7 @@ void PrintHeading(const Flags& flags, const pipeline::JobReport& report) {
       "%.12s; evaluated on %ld windows of %ld tokens; on %s, kernels of the CPU %s; %d "
       "threads.\n\n",
       report.source_format.c_str(), flags.method.c_str(),
-      flags.method == "rtn" ? 0.0 : flags.error_propagation, static_cast<long>(report.group_size),
+      flags.method == "gptq" ? flags.error_propagation : 0.0, static_cast<long>(report.group_size),
       static_cast<long>(report.calibration_windows),
       static_cast<long>(report.calibration_tokens / report.calibration_windows),
       report.calibration_fingerprint.c_str(), static_cast<long>(report.window_losses_before.size()),
@@ -179,7 +187,11 @@ int Main(int argc, char** argv) {
   app.add_option("--device", flags.device, "cpu or cuda:N");
   app.add_option("--bits", flags.bits)->delimiter(',');
   app.add_option("--rotations", flags.rotations)->delimiter(',');
-  app.add_option("--method", flags.method, "gptq or rtn");
+  app.add_option("--method", flags.method)->check(CLI::IsMember({"gptq", "gptaq", "rtn"}));
+  app.add_option("--gptaq-alpha", flags.gptaq_alpha, "α of GPTAQ");
+  app.add_flag("--act-order", flags.act_order);
+  app.add_flag("--codebook", flags.codebook, "At 2 bits");
+  app.add_flag("--float-zero", flags.float_zero);
   app.add_option("--group", flags.group, "0: auto; -1: per channel");
   app.add_option("--windows", flags.windows, "Calibration windows");
   app.add_option("--length", flags.length, "Tokens of a calibration window");

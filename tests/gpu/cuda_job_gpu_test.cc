@@ -439,6 +439,27 @@ TEST_F(CudaJobTest, WidthsThatNoKernelTakesAreUnimplemented) {
                        AllOf(HasSubstr("65536"), HasSubstr("at most 65535"))));
 }
 
+// Refused when the job is created, not done as if it had not been asked for.
+TEST_F(CudaJobTest, QuantizersThatItDoesNotDoAreUnimplemented) {
+  const auto expect_refused = [&](void (*change)(JobSpec&), const char* what) {
+    JobSpec spec = Job({});
+    change(spec);
+    EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr(what)));
+  };
+  expect_refused([](JobSpec& s) { s.quantizer.method = gptq::Method::kGptaq; }, "GPTAQ");
+  expect_refused([](JobSpec& s) { s.quantizer.column_order = gptq::ColumnOrder::kActOrder; },
+                 "ACT_ORDER");
+  expect_refused([](JobSpec& s) { s.overrides = {{"*", 4}}; }, "overrides");
+  expect_refused(
+      [](JobSpec& s) {
+        s.quantizer.bits = 2;
+        s.quantizer.grid = gptq::Grid::kCodebook;
+      },
+      "CODEBOOK");
+  expect_refused([](JobSpec& s) { s.quantizer.zero_point = gptq::ZeroPoint::kFloat; },
+                 "FLOAT_ZERO");
+}
+
 TEST_F(CudaJobTest, NoSuchDevice) {
   EXPECT_THAT(MakeCudaBackend(99),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("99")));

@@ -1,11 +1,19 @@
 #include "worker/pipeline/artifact_report.h"
 
+#include <algorithm>
+#include <map>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "common/utf8.h"
 #include "common/version.h"
 #include "worker/io/artifact.h"
+#include "worker/io/artifact_config.h"
 
 namespace walsh::pipeline {
 namespace {
@@ -13,11 +21,101 @@ namespace {
 using nlohmann::json;
 
 const char* MethodName(gptq::Method method) {
-  return method == gptq::Method::kRtn ? "rtn" : "gptq";
+  switch (method) {
+    case gptq::Method::kRtn:
+      return "rtn";
+    case gptq::Method::kGptq:
+      return "gptq";
+    case gptq::Method::kGptaq:
+      return "gptaq";
+  }
+  return "";
 }
 
 const char* OrderName(gptq::ColumnOrder order) {
-  return order == gptq::ColumnOrder::kNatural ? "natural" : "group-aware";
+  switch (order) {
+    case gptq::ColumnOrder::kNatural:
+      return "natural";
+    case gptq::ColumnOrder::kGroupAware:
+      return "group-aware";
+    case gptq::ColumnOrder::kActOrder:
+      return "act-order";
+  }
+  return "";
+}
+
+// Of a grid that the gptq_v2 convention has no tensors for; null for others.
+const char* OwnGrid(const gptq::Options& options) {
+  if (options.grid == gptq::Grid::kCodebook) return "codebook";
+  if (options.zero_point == gptq::ZeroPoint::kFloat) return "float-zero";
+  return nullptr;
+}
+
+json Overrides(const JobSpec& spec) {
+  json overrides = json::array();
+  for (const BitsOverride& entry : spec.overrides) {
+    overrides.push_back({{"pattern", entry.pattern}, {"bits", entry.bits}});
+  }
+  return overrides;
+}
+
+// What readers that fuse linears call them, beside the names of the parts.
+struct FusedLinears {
+  std::vector<std::string_view> parts;  // suffixes of LinearShapes()
+  const char* modules;                  // a regular expression of all their names
+};
+const std::vector<FusedLinears>& Fusions() {
+  static const std::vector<FusedLinears> fusions = {
+      {{"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+       R"(self_attn\.(?:q_proj|k_proj|v_proj|qkv_proj))"},
+      {{"mlp.gate_proj", "mlp.up_proj"}, R"(mlp\.(?:gate_proj|up_proj|gate_up_proj))"}};
+  return fusions;
+}
+
+// The linears of a layer whose bits are not the model's, as regular expressions of their names
+// inside the layer: those that readers fuse together where they are of one kind.
+std::vector<std::pair<std::string, int>> OtherBits(const std::vector<LinearShape>& shapes,
+                                                   const std::vector<int>& bits, int model_bits) {
+  std::map<std::string_view, int> left;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    if (bits[i] != model_bits) left[shapes[i].suffix] = bits[i];
+  }
+  std::vector<std::pair<std::string, int>> modules;
+  for (const FusedLinears& fusion : Fusions()) {
+    const auto first = left.find(fusion.parts.front());
+    if (first == left.end()) continue;
+    const int common = first->second;
+    const bool is_one = std::all_of(fusion.parts.begin(), fusion.parts.end(), [&](auto part) {
+      const auto it = left.find(part);
+      return it != left.end() && it->second == common;
+    });
+    if (!is_one) continue;
+    modules.emplace_back(fusion.modules, common);
+    for (std::string_view part : fusion.parts) left.erase(part);
+  }
+  for (const auto& [suffix, n] : left) {
+    modules.emplace_back(absl::StrReplaceAll(suffix, {{".", "\\."}}), n);
+  }
+  return modules;
+}
+
+// Overrides as GPTQModel writes them: regular expressions of modules, none of which meets another,
+// since readers take the first that matches and JSON members have no order.
+json Dynamic(const ModelConfig& config, const ResolvedJob& job) {
+  std::map<std::pair<std::string, int>, std::vector<int64_t>> layers;
+  const std::vector<LinearShape> shapes = LinearShapes(config);
+  for (size_t layer = 0; layer < job.bits.size(); ++layer) {
+    for (auto& entry : OtherBits(shapes, job.bits[layer], job.quantizer.bits)) {
+      layers[std::move(entry)].push_back(static_cast<int64_t>(layer));
+    }
+  }
+  json dynamic = json::object();
+  for (const auto& [entry, numbers] : layers) {
+    const auto& [modules, bits] = entry;
+    dynamic[absl::StrCat(R"(+:^model\.layers\.(?:)", absl::StrJoin(numbers, "|"), R"()\.)", modules,
+                         "$")] = {{"bits", bits}};
+  }
+  return dynamic;
 }
 
 json Linears(const JobReport& report) {
@@ -36,8 +134,8 @@ json Linears(const JobReport& report) {
 
 }  // namespace
 
-json QuantizationConfig(const JobSpec& spec, const ResolvedJob& job) {
-  return {
+json QuantizationConfig(const JobSpec& spec, const ModelConfig& model, const ResolvedJob& job) {
+  json config = {
       {"quant_method", "gptq"},
       {"checkpoint_format", "gptq_v2"},
       {"bits", job.quantizer.bits},
@@ -45,7 +143,7 @@ json QuantizationConfig(const JobSpec& spec, const ResolvedJob& job) {
       {"sym", job.quantizer.symmetric},
       // Columns are stored in their natural order whatever order they were quantized in.
       {"desc_act", false},
-      {"static_groups", false},
+      {"static_groups", gptq::HasStaticGroups(job.quantizer)},
       {"true_sequential", true},
       {"damp_percent", job.quantizer.damp},
       {"pack_dtype", "int32"},
@@ -56,6 +154,16 @@ json QuantizationConfig(const JobSpec& spec, const ResolvedJob& job) {
         {"rotation", std::string(rotate::KindName(spec.rotation))},
         {"rotation_block", job.rotation_block}}},
   };
+  // Nothing but walsh reads such grids. Without "bits", which every reader of GPTQ needs, others
+  // stop here instead of making weights of what they do not know.
+  const gptq::Options& quantizer = job.quantizer;
+  if (const char* grid = OwnGrid(quantizer); grid != nullptr) {
+    config["checkpoint_format"] = kWalshFormat;
+    config.erase("bits");
+    config["walsh"] = {{"grid", grid}, {"bits", quantizer.bits}};
+  }
+  if (json dynamic = Dynamic(model, job); !dynamic.empty()) config["dynamic"] = std::move(dynamic);
+  return config;
 }
 
 json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
@@ -73,13 +181,17 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
       {"quantization",
        {{"method", MethodName(job.quantizer.method)},
         {"bits", job.quantizer.bits},
+        {"overrides", Overrides(spec)},
         {"group_size", job.group_size},
         {"symmetric", job.quantizer.symmetric},
+        {"grid", job.quantizer.grid == gptq::Grid::kCodebook ? "codebook" : "uniform"},
+        {"zero_point", job.quantizer.zero_point == gptq::ZeroPoint::kFloat ? "float" : "integer"},
         {"column_order", OrderName(job.quantizer.column_order)},
         {"damp", job.quantizer.damp},
         {"mse_clip", job.quantizer.mse_clip},
         {"error_propagation",
          gptq::PropagatesError(job.quantizer) ? job.quantizer.error_propagation : 0.0},
+        {"gptaq_alpha", gptq::CorrectsAsymmetry(job.quantizer) ? job.quantizer.gptaq_alpha : 0.0},
         {"bits_per_weight", report.bits_per_weight}}},
       {"rotation",
        {{"kind", std::string(rotate::KindName(spec.rotation))},

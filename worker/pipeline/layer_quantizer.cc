@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/evaluate/perplexity.h"
+#include "worker/gptq/asymmetric_calibration.h"
 #include "worker/gptq/error_propagation.h"
 #include "worker/gptq/quantize_linear.h"
 #include "worker/pipeline/rotated_source.h"
@@ -36,9 +37,11 @@ ForwardShares Shares(const ModelConfig& config) {
 
 double Squared(int64_t n) { return static_cast<double>(n) * static_cast<double>(n); }
 
-// Factor, trailing updates, error measurement, grids and codes; the target's three products.
-double LinearWork(int64_t in, int64_t out, bool propagates_error) {
-  return (propagates_error ? 11 : 5) * Squared(in) * static_cast<double>(out) +
+// Factor, trailing updates, error measurement, grids and codes; the target's three products, or
+// GPTAQ's two for the inputs and its trailing updates.
+double LinearWork(int64_t in, int64_t out, const gptq::Options& options) {
+  const double products = PropagatesError(options) ? 11 : CorrectsAsymmetry(options) ? 8 : 5;
+  return products * Squared(in) * static_cast<double>(out) +
          kWorkPerWeight * static_cast<double>(in) * static_cast<double>(out);
 }
 
@@ -68,13 +71,13 @@ Matrix Ones(int64_t n) {
 
 double QuantizationWork(const ModelConfig& config, const gptq::Options& options, int64_t n_tokens) {
   const double tokens = static_cast<double>(n_tokens);
-  const bool propagates = PropagatesError(options);
-  double work = tokens * LayerFlopsPerToken(config) * (propagates ? 2 : 1);
+  const bool follows_original = NeedsOriginalInputs(options);
+  double work = tokens * LayerFlopsPerToken(config) * (follows_original ? 2 : 1);
   work += tokens *
           (2 * Squared(config.hidden) + Squared(config.q_width()) + Squared(config.intermediate)) *
-          (propagates ? 3 : 1);
+          (follows_original ? 3 : 1);
   for (const LinearShape& shape : LinearShapes(config)) {
-    work += LinearWork(shape.in, shape.out, propagates);
+    work += LinearWork(shape.in, shape.out, options);
   }
   return work * static_cast<double>(config.n_layers);
 }
@@ -88,7 +91,7 @@ LayerQuantizer::LayerQuantizer(const ResolvedJob& job, evaluate::LayerSource& so
       writer_(writer),
       pool_(pool),
       progress_(progress),
-      propagates_error_(PropagatesError(job.quantizer)),
+      follows_original_(NeedsOriginalInputs(job.quantizer)),
       context_(ForwardContext::Create(source.config(), {kernels::Backend::kCpu, &pool})) {}
 
 absl::Status LayerQuantizer::Run(JobReport& report) {
@@ -104,7 +107,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
   }
   const auto n_kept = static_cast<size_t>(KeptBytes(config, n_tokens)) / sizeof(float);
   for (Flow* flow : Flows()) flow->kept.resize(n_kept);
-  if (propagates_error_) {
+  if (follows_original_) {
     original_.hidden = rounded_.hidden.Copy();
     difference_.resize(static_cast<size_t>(
         batch_rows_ * std::max({config.hidden, config.q_width(), config.intermediate})));
@@ -114,7 +117,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, l));
     progress_.Charge(Stage::kRotating);
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, source_.Layer(l));
-    const DecoderLayer original = propagates_error_ ? CopyDense(layer) : DecoderLayer();
+    const DecoderLayer original = follows_original_ ? CopyDense(layer) : DecoderLayer();
     rounded_.layer = &layer;
     original_.layer = &original;
     quantized_.clear();
@@ -243,7 +246,7 @@ float* LayerQuantizer::Kept(Flow& flow, const Batch& batch, int64_t width) const
 }
 
 std::span<LayerQuantizer::Flow* const> LayerQuantizer::Flows() const {
-  return std::span(flows_).first(propagates_error_ ? 2 : 1);
+  return std::span(flows_).first(follows_original_ ? 2 : 1);
 }
 
 absl::Status LayerQuantizer::Timed(Flow& flow, const std::function<absl::Status()>& forward) {
@@ -273,7 +276,7 @@ absl::Status LayerQuantizer::ForEachBatch(double work_share, const Step& step) {
 
 absl::StatusOr<LayerQuantizer::InputStatistics> LayerQuantizer::Collect(Inputs inputs, int64_t dim,
                                                                         double work_share) {
-  InputStatistics sums{Matrix(dim, dim), propagates_error_ ? Matrix(dim, dim) : Matrix()};
+  InputStatistics sums{Matrix(dim, dim), follows_original_ ? Matrix(dim, dim) : Matrix()};
   const auto run = [&](Flow& flow, const Batch& b, const float*& x) {
     return [&] {
       WALSH_ASSIGN_OR_RETURN(x, (this->*inputs)(flow, b));
@@ -287,7 +290,7 @@ absl::StatusOr<LayerQuantizer::InputStatistics> LayerQuantizer::Collect(Inputs i
     };
     const float* x = nullptr;
     const int64_t size = b.n_rows * dim;
-    if (propagates_error_) {
+    if (follows_original_) {
       WALSH_RETURN_IF_ERROR(timed(original_, run(original_, b, x)));
       ForEachPiece(size, [&](int64_t first, int64_t end) {
         std::copy(x + first, x + end, difference_.data() + first);
@@ -298,7 +301,7 @@ absl::StatusOr<LayerQuantizer::InputStatistics> LayerQuantizer::Collect(Inputs i
         {.n_tokens = b.n_rows, .dim = dim, .x = x, .x_stride = dim, .h = sums.hessian.data()},
         context_.stream));
     double work = Squared(dim);
-    if (propagates_error_) {
+    if (follows_original_) {
       ForEachPiece(size, [&](int64_t first, int64_t end) {
         float* difference = difference_.data();
         for (int64_t i = first; i < end; ++i) difference[i] -= x[i];
@@ -325,15 +328,21 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
   const auto name_of = [&](const Part& part) {
     return absl::StrCat("layers.", layer_index, ".", std::string(part.suffix));
   };
-  const gptq::Options options = job_.OptionsFor(inputs.hessian.rows());
+  const int64_t in = inputs.hessian.rows();
+  const gptq::Options shared = job_.OptionsFor(in);
   const KeepGoing keep_going = [this] { return progress_.Advance(0); };
-  WALSH_ASSIGN_OR_RETURN(const gptq::HessianFactor factor,
-                         gptq::FactorizeHessian(std::move(inputs.hessian), options,
+  WALSH_ASSIGN_OR_RETURN(gptq::HessianFactor factor,
+                         gptq::FactorizeHessian(std::move(inputs.hessian), shared,
                                                 name_of(parts.front()), keep_going));
+  if (CorrectsAsymmetry(shared)) {
+    WALSH_RETURN_IF_ERROR(
+        gptq::AddAsymmetricCalibration(inputs.cross, shared.gptaq_alpha, context_.stream, factor));
+  }
   for (const Part& part : parts) {
     const std::string name = name_of(part);
+    const gptq::Options options = job_.OptionsFor(layer_index, quantized_.size(), in);
     DenseLinear& linear = Dense(*part.linear);
-    if (propagates_error_) {
+    if (PropagatesError(options)) {
       WALSH_RETURN_IF_ERROR(gptq::PropagateError(inputs.cross, factor, options.error_propagation,
                                                  context_.stream, linear.weights()));
     }
@@ -358,8 +367,7 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
     }
     progress_.LinearDone(linear_report);
     report.linears.push_back(std::move(linear_report));
-    WALSH_RETURN_IF_ERROR(
-        progress_.Advance(LinearWork(linear.in(), linear.out(), propagates_error_)));
+    WALSH_RETURN_IF_ERROR(progress_.Advance(LinearWork(linear.in(), linear.out(), options)));
     linear.weights() = std::move(result.dequantized);
     quantized_.push_back(std::move(result.matrix));
   }

@@ -6,18 +6,19 @@
 // really get, each part of the layer runs once, and only one layer's floats and one Hessian are in
 // memory. Linears with one input (q, k, v and gate, up) share the Hessian and its factor.
 //
-// With error propagation the windows run through the original layer as well, one step beside the
-// other, and each linear's target makes up for the difference of the two inputs.
+// With error propagation and with GPTAQ the windows run through the original layer as well, one
+// step beside the other, and each linear's target, or the updates of its columns, make up for the
+// difference of the two inputs.
 //
 // Outputs of a sublayer wait for their linear's quantization in a buffer of bounded size; windows
 // that do not fit are computed a second time.
 //
 // Source:  worker/gptq/quantize_linear.h, worker/gptq/error_propagation.h,
-//          worker/model/decoder_layer.h
+//          worker/gptq/asymmetric_calibration.h, worker/model/decoder_layer.h
 // Errors:  DATA_LOSS  a non-finite weight, activation or result; the message names layer and linear
 //          and those of the source, the writer and the observer
 // Memory:  hidden states of all calibration tokens, one layer, one Hessian with its factor; with
-//          error propagation the first two twice and the sums of the input differences
+//          the original's inputs the first two twice and the sums of the input differences
 #pragma once
 
 #include <array>
@@ -73,7 +74,7 @@ class LayerQuantizer {
   // Sums over the calibration tokens; x in the rounded model.
   struct InputStatistics {
     Matrix hessian;  // Σ x xᵀ
-    Matrix cross;    // Σ x (x_original − x)ᵀ; empty without error propagation
+    Matrix cross;    // Σ x (x_original − x)ᵀ; empty where only x is needed
   };
   using Step = std::function<absl::Status(const Batch&)>;
   // Rows that are inputs of some linears, in a buffer that the next call may overwrite.
@@ -112,11 +113,11 @@ class LayerQuantizer {
   ArtifactWriter& writer_;
   ThreadPool& pool_;
   Progress& progress_;
-  const bool propagates_error_;
+  const bool follows_original_;
   const ForwardContext context_;
 
   Flow rounded_;   // every linear that has had its turn is quantized
-  Flow original_;  // empty without error propagation
+  Flow original_;  // empty unless its inputs are needed
   const std::array<Flow*, 2> flows_ = {&rounded_, &original_};
   ForwardScratch scratch_;
   std::vector<float> difference_;  // [batch rows, widest]: the original's inputs, then less x

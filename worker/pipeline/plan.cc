@@ -7,9 +7,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/limits.h"
+#include "common/name_pattern.h"
 #include "common/status_macros.h"
 #include "worker/calibrate/self_text.h"
 #include "worker/evaluate/perplexity.h"
+#include "worker/gptq/tile.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/rotation_gate.h"
@@ -164,19 +166,35 @@ class Memory {
   }
 
   // Hidden states, kept outputs, buffers, a layer and its codes; and either a Hessian that is
-  // factorized in double at worst, or the Hessian, its factor and four copies and the codes of the
-  // largest linear.
+  // factorized in double at worst (what makes GPTAQ's correction takes no more), or the Hessian,
+  // its factor, the correction, and four copies and the codes of the largest linear.
   int64_t Calibration() const {
     const int64_t factorizing = widest_ * widest_ * 4 * kFloat;
-    const int64_t quantizing = widest_ * widest_ * 2 * kFloat + largest_ * (4 * kFloat + kCode);
+    const int64_t factors = gptq::CorrectsAsymmetry(job_.quantizer) ? 3 : 2;
+    const int64_t quantizing =
+        widest_ * widest_ * factors * kFloat + largest_ * (4 * kFloat + kCode);
     const int64_t rows = BatchRows(job_.sequence_length, tokens_);
     const int64_t flow =
         tokens_ * config_.hidden * kFloat + KeptBytes(config_, tokens_) + layer_ * kFloat;
     // The original model's flow, and the difference of the inputs: its sums and a batch of it.
-    const int64_t propagating = gptq::PropagatesError(job_.quantizer)
-                                    ? flow + (widest_ * widest_ + rows * widest_) * kFloat
-                                    : 0;
-    return flow + propagating + Scratch(rows) + layer_ * kCode + std::max(factorizing, quantizing);
+    const int64_t original = gptq::NeedsOriginalInputs(job_.quantizer)
+                                 ? flow + (widest_ * widest_ + rows * widest_) * kFloat
+                                 : 0;
+    return flow + original + Scratch(rows) + layer_ * kCode + Grids() +
+           std::max(factorizing, quantizing);
+  }
+
+  // A layer's tables of levels; the grids of the largest linear that wait for their steps. Those
+  // of uniform grids in other orders are small.
+  int64_t Grids() const {
+    const int64_t group = job_.group_size == kPerChannel ? kPackingUnit : job_.group_size;
+    const bool has_levels = job_.quantizer.grid == gptq::Grid::kCodebook;
+    const int64_t levels = has_levels ? layer_ / group * gptq::kLevels * kFloat : 0;
+    const int64_t waiting =
+        gptq::HasStaticGroups(job_.quantizer)
+            ? largest_ / group * static_cast<int64_t>(sizeof(gptq::TileGrid)) / gptq::kTileRows
+            : 0;
+    return levels + waiting;
   }
 
   // Hidden states, buffers, keys and values; and either a layer, dequantized from a linear's packed
@@ -221,15 +239,55 @@ class Memory {
 };
 
 int64_t DiskBytes(const ModelConfig& config, const ResolvedJob& job) {
-  int64_t bits = 0;
-  for (const LinearShape& shape : LinearShapes(config)) {
-    const int64_t groups = shape.in / job.OptionsFor(shape.in).group_size;
-    bits += shape.in * shape.out * job.quantizer.bits +
-            shape.out * groups * (16 + job.quantizer.bits) + shape.in * 32;
-  }
+  int64_t group_index = 0;  // of a layer, in bits
+  for (const LinearShape& shape : LinearShapes(config)) group_index += shape.in * 32;
+  const int64_t bits = StoredBits(config, job) + group_index * config.n_layers;
   const int64_t dense = 2 * (2 * config.vocab * config.hidden);
   // Tokenizer, configuration, report and headers.
-  return bits / 8 * config.n_layers + dense + 32 * kMiB;
+  return bits / 8 + dense + 32 * kMiB;
+}
+
+// "layers.3.mlp.down_proj", as reports name a linear.
+std::string LinearName(int64_t layer, const LinearShape& shape) {
+  return absl::StrCat("layers.", layer, ".", std::string(shape.suffix));
+}
+
+absl::Status CheckBits(std::string_view name, int bits) {
+  if (bits == 2 || bits == 3 || bits == 4 || bits == 8) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(std::string(name), ": bits ", bits, ": must be 2, 3, 4 or 8"));
+}
+
+// The bits of each linear; empty without overrides.
+absl::StatusOr<std::vector<std::vector<int>>> ResolveBits(const JobSpec& spec,
+                                                          const ModelConfig& config) {
+  std::vector<std::vector<int>> bits;
+  if (spec.overrides.empty()) return bits;
+  const std::vector<LinearShape> shapes = LinearShapes(config);
+  bits.assign(static_cast<size_t>(config.n_layers),
+              std::vector<int>(shapes.size(), spec.quantizer.bits));
+  for (const BitsOverride& entry : spec.overrides) {
+    const std::string label = absl::StrCat("override '", entry.pattern, "'");
+    WALSH_RETURN_IF_ERROR(CheckBits(label, entry.bits));
+    const absl::StatusOr<NamePattern> pattern = NamePattern::Parse(entry.pattern);
+    if (!pattern.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat(label, ": ", pattern.status().message()));
+    }
+    bool matches_any = false;
+    for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+      for (size_t i = 0; i < shapes.size(); ++i) {
+        if (!pattern->Matches(LinearName(layer, shapes[i]))) continue;
+        bits[static_cast<size_t>(layer)][i] = entry.bits;
+        matches_any = true;
+      }
+    }
+    if (!matches_any) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          label, " matches no linear of the model: their names go from ",
+          LinearName(0, shapes.front()), " to ", LinearName(config.n_layers - 1, shapes.back())));
+    }
+  }
+  return bits;
 }
 
 }  // namespace
@@ -250,6 +308,25 @@ gptq::Options ResolvedJob::OptionsFor(int64_t in) const {
   gptq::Options options = quantizer;
   options.group_size = group_size == kPerChannel ? in : group_size;
   return options;
+}
+
+gptq::Options ResolvedJob::OptionsFor(int64_t layer, size_t index, int64_t in) const {
+  gptq::Options options = OptionsFor(in);
+  if (bits.empty()) return options;
+  options.bits = bits[static_cast<size_t>(layer)][index];
+  if (options.bits != 2) options.grid = gptq::Grid::kUniform;
+  return options;
+}
+
+int64_t StoredBits(const ModelConfig& config, const ResolvedJob& job) {
+  const std::vector<LinearShape> shapes = LinearShapes(config);
+  int64_t bits = 0;
+  for (int64_t layer = 0; layer < config.n_layers; ++layer) {
+    for (size_t i = 0; i < shapes.size(); ++i) {
+      bits += gptq::StoredBits(job.OptionsFor(layer, i, shapes[i].in), shapes[i].in, shapes[i].out);
+    }
+  }
+  return bits;
 }
 
 int64_t KeptBytes(const ModelConfig& config, int64_t n_tokens) {
@@ -299,6 +376,7 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
   const std::vector<LinearShape> shapes = LinearShapes(config);
   WALSH_ASSIGN_OR_RETURN(job.group_size, ResolveGroup(spec.quantizer.group_size, shapes));
   job.quantizer = spec.quantizer;
+  WALSH_ASSIGN_OR_RETURN(job.bits, ResolveBits(spec, config));
   int64_t widest = 0;
   for (const LinearShape& shape : shapes) {
     WALSH_RETURN_IF_ERROR(gptq::ValidateOptions(job.OptionsFor(shape.in), shape.in));

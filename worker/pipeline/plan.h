@@ -33,7 +33,9 @@ struct MemoryNeeds {
 };
 
 struct ResolvedJob {
-  gptq::Options quantizer;      // but for the group: OptionsFor() has it
+  gptq::Options quantizer;  // but for the group and the overrides: OptionsFor() has them
+  // [layers][linears of LinearShapes()]; empty: quantizer.bits for all.
+  std::vector<std::vector<int>> bits;
   int64_t group_size = 0;       // 32, 64 or 128; −1 per channel
   int64_t rotation_block = 0;   // 0 for none and global rotations
   rotate::Rotation r1, r2;      // of the residual stream and of a head
@@ -42,10 +44,16 @@ struct ResolvedJob {
   int64_t disk_bytes = 0;
   std::vector<std::string> warnings;
 
+  // What linears with `in` inputs share.
   gptq::Options OptionsFor(int64_t in) const;
+  // Of one of them: the linear at `index` of LinearShapes(). A codebook is of linears of 2 bits.
+  gptq::Options OptionsFor(int64_t layer, size_t index, int64_t in) const;
 };
 
 absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint);
+
+// Bits that all linears take on disk.
+int64_t StoredBits(const ModelConfig& config, const ResolvedJob& job);
 
 // Of the CPU backend.
 int64_t HostMemoryNeeded(const JobSpec& spec, const ModelConfig& config, const ResolvedJob& job);

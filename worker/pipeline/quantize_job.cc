@@ -170,14 +170,11 @@ class Job {
 
   void CountStorage() {
     const ModelConfig& config = checkpoint_->config();
-    int64_t weights = 0, bits = 0;
+    int64_t weights = 0;
     for (const LinearShape& shape : LinearShapes(config)) {
-      const int64_t groups = shape.in / job_.OptionsFor(shape.in).group_size;
       weights += shape.in * shape.out * config.n_layers;
-      bits += (shape.in * shape.out * job_.quantizer.bits +
-               shape.out * groups * (16 + job_.quantizer.bits)) *
-              config.n_layers;
     }
+    const int64_t bits = StoredBits(config, job_);
     report_.linear_bytes_before = 2 * weights;
     report_.linear_bytes_after = bits / 8;
     report_.bits_per_weight = static_cast<double>(bits) / static_cast<double>(weights);
@@ -279,9 +276,10 @@ class Job {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
     WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
     const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
-    WALSH_ASSIGN_OR_RETURN(report_.artifact, writer->Finish(QuantizationConfig(spec_, job_),
-                                                            ArtifactReport(inputs, report_),
-                                                            pool_.n_threads(), keep_going_));
+    WALSH_ASSIGN_OR_RETURN(
+        report_.artifact,
+        writer->Finish(QuantizationConfig(spec_, checkpoint_->config(), job_),
+                       ArtifactReport(inputs, report_), pool_.n_threads(), keep_going_));
     report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }

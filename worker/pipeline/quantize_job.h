@@ -39,11 +39,19 @@ enum class Stage {
 inline constexpr int kStages = 8;
 const char* StageName(Stage stage);
 
+// Other bits for the linears whose name ("layers.3.mlp.down_proj") a pattern matches
+// (common/name_pattern.h).
+struct BitsOverride {
+  std::string pattern;
+  int bits = 0;
+};
+
 struct JobSpec {
   std::string job_name;
   std::string source_path;  // resolved by the caller
   std::string model_name;
-  gptq::Options quantizer;  // group_size 0: auto; −1: per channel
+  gptq::Options quantizer;              // group_size 0: auto; −1: per channel
+  std::vector<BitsOverride> overrides;  // of several that match one linear, the last counts
   rotate::Kind rotation = rotate::Kind::kGsr;
   int64_t rotation_block = 0;  // 0: from the group
   bool rotation_signs = false;

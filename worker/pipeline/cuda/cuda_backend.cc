@@ -72,6 +72,23 @@ class StepTimes {
   std::vector<StepTime> steps_;
 };
 
+// That its kernels do what the quantizer is asked to do.
+absl::Status CheckQuantizer(const ResolvedJob& job) {
+  const gptq::Options& options = job.quantizer;
+  const auto unimplemented = [](const char* what) {
+    return absl::UnimplementedError(
+        absl::StrCat(what, ": the CUDA backend does not do it; a worker with --device cpu does"));
+  };
+  if (options.method == gptq::Method::kGptaq) return unimplemented("method GPTAQ");
+  if (options.column_order == gptq::ColumnOrder::kActOrder) {
+    return unimplemented("column order ACT_ORDER");
+  }
+  if (options.grid == gptq::Grid::kCodebook) return unimplemented("grid CODEBOOK");
+  if (options.zero_point == gptq::ZeroPoint::kFloat) return unimplemented("zero point FLOAT_ZERO");
+  if (!job.bits.empty()) return unimplemented("overrides of bits");
+  return absl::OkStatus();
+}
+
 // The linears of a set, in the order of their rows.
 std::vector<LinearShape> PartsOf(LinearSet set, const ModelConfig& config) {
   const std::vector<LinearShape> all = LinearShapes(config);  // q, k, v, o, gate, up, down
@@ -419,8 +436,8 @@ class CudaBackend final : public Backend {
     return use;
   }
 
-  absl::Status CheckSupported(const ModelConfig& config,
-                              const ResolvedJob& /*job*/) const override {
+  absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const override {
+    WALSH_RETURN_IF_ERROR(CheckQuantizer(job));
     constexpr int64_t kHeadDims[] = {16, 32, 64, 128};
     if (std::find(std::begin(kHeadDims), std::end(kHeadDims), config.head_dim) ==
         std::end(kHeadDims)) {

@@ -2,6 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
+#include <vector>
+
 namespace walsh::pipeline {
 namespace {
 
@@ -13,6 +16,51 @@ TEST(QualityReportTest, HasTheDivergenceWhereItWasMeasured) {
   report.top1_agreement = 1;
   EXPECT_EQ(QualityReport({}, report)["kl_divergence"], 0.0);
   EXPECT_EQ(QualityReport({}, report)["top1_agreement"], 1.0);
+}
+
+// Readers take the first regular expression that matches the module, and JSON members have no
+// order: no two match one module. Readers that fuse linears ask by the name of the whole.
+TEST(QuantizationConfigTest, OverridesAreWrittenForOtherReaders) {
+  ModelConfig model;
+  model.n_layers = 12;
+  ResolvedJob job;
+  job.quantizer.bits = 2;
+  EXPECT_FALSE(QuantizationConfig({}, model, job).contains("dynamic"));
+  job.bits.assign(12, std::vector<int>(7, 2));
+  EXPECT_FALSE(QuantizationConfig({}, model, job).contains("dynamic"));
+  job.bits[0] = {4, 4, 4, 2, 8, 8, 3};
+  job.bits[1] = {4, 4, 2, 2, 8, 4, 3};
+  job.bits[11] = {4, 4, 4, 2, 2, 8, 3};
+  const nlohmann::json expected = {
+      {R"(+:^model\.layers\.(?:0|11)\.self_attn\.(?:q_proj|k_proj|v_proj|qkv_proj)$)",
+       {{"bits", 4}}},
+      {R"(+:^model\.layers\.(?:1)\.self_attn\.q_proj$)", {{"bits", 4}}},
+      {R"(+:^model\.layers\.(?:1)\.self_attn\.k_proj$)", {{"bits", 4}}},
+      {R"(+:^model\.layers\.(?:0)\.mlp\.(?:gate_proj|up_proj|gate_up_proj)$)", {{"bits", 8}}},
+      {R"(+:^model\.layers\.(?:1)\.mlp\.gate_proj$)", {{"bits", 8}}},
+      {R"(+:^model\.layers\.(?:1)\.mlp\.up_proj$)", {{"bits", 4}}},
+      {R"(+:^model\.layers\.(?:11)\.mlp\.up_proj$)", {{"bits", 8}}},
+      {R"(+:^model\.layers\.(?:0|1|11)\.mlp\.down_proj$)", {{"bits", 3}}},
+  };
+  EXPECT_EQ(QuantizationConfig({}, model, job)["dynamic"], expected);
+}
+
+// transformers' GPTQConfig and vLLM take no configuration without "bits", GPTQModel no format that
+// it does not know.
+TEST(QuantizationConfigTest, OwnGridsAreNoOtherReaders) {
+  ResolvedJob job;
+  job.quantizer.bits = 2;
+  EXPECT_EQ(QuantizationConfig({}, {}, job)["checkpoint_format"], "gptq_v2");
+  job.quantizer.grid = gptq::Grid::kCodebook;
+  nlohmann::json config = QuantizationConfig({}, {}, job);
+  EXPECT_EQ(config["checkpoint_format"], "walsh");
+  EXPECT_FALSE(config.contains("bits"));
+  EXPECT_EQ(config["walsh"], (nlohmann::json{{"grid", "codebook"}, {"bits", 2}}));
+  job.quantizer.grid = gptq::Grid::kUniform;
+  job.quantizer.zero_point = gptq::ZeroPoint::kFloat;
+  config = QuantizationConfig({}, {}, job);
+  EXPECT_EQ(config["checkpoint_format"], "walsh");
+  EXPECT_EQ(config["walsh"]["grid"], "float-zero");
 }
 
 }  // namespace
