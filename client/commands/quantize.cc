@@ -18,8 +18,8 @@ namespace {
 
 using Config = v1::QuantizationConfig;
 
-const std::map<std::string, Config::Method> kMethods = {{"rtn", Config::RTN},
-                                                        {"gptq", Config::GPTQ}};
+const std::map<std::string, Config::Method> kMethods = {
+    {"rtn", Config::RTN}, {"gptq", Config::GPTQ}, {"gptaq", Config::GPTAQ}};
 const std::map<std::string, v1::Rotation::Kind> kRotations = {
     {"none", v1::Rotation::NONE},
     {"hadamard", v1::Rotation::HADAMARD},
@@ -29,7 +29,14 @@ const std::map<std::string, v1::Rotation::Kind> kRotations = {
 const std::map<std::string, v1::Rotation::Signs> kSigns = {{"none", v1::Rotation::NO_SIGNS},
                                                            {"seeded", v1::Rotation::SEEDED}};
 const std::map<std::string, Config::ColumnOrder> kColumnOrders = {
-    {"natural", Config::NATURAL}, {"group-aware", Config::GROUP_AWARE}};
+    {"natural", Config::NATURAL},
+    {"group-aware", Config::GROUP_AWARE},
+    {"act-order", Config::ACT_ORDER}};
+
+const std::map<std::string, Config::Grid> kGrids = {{"uniform", Config::UNIFORM},
+                                                    {"codebook", Config::CODEBOOK}};
+const std::map<std::string, Config::ZeroPoint> kZeroPoints = {{"integer", Config::INTEGER_ZERO},
+                                                              {"float", Config::FLOAT_ZERO}};
 
 template <typename Value>
 std::vector<std::string> Names(const std::map<std::string, Value>& values) {
@@ -47,6 +54,19 @@ absl::StatusOr<int> ParseGroupSize(const std::string& text) {
         absl::StrCat("'", text, "' is not auto, channel or a number"));
   }
   return group_size;
+}
+
+absl::StatusOr<v1::BitsOverride> ParseOverride(const std::string& text) {
+  v1::BitsOverride result;
+  const size_t at = text.rfind('=');
+  int bits = 0;
+  if (at == std::string::npos || at == 0 || !absl::SimpleAtoi(text.substr(at + 1), &bits)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", text, "' is not PATTERN=BITS, such as 'layers.{0,1}.*=4'"));
+  }
+  result.set_pattern(text.substr(0, at));
+  result.set_bits(bits);
+  return result;
 }
 
 // Under `walsh up` (one worker, on this machine) the person who quantizes is the one who chats
@@ -122,9 +142,17 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
   command.add_option("--rotation-signs", flags.rotation_signs, "Random signs before the rotation")
       ->check(CLI::IsMember(Names(kSigns)))
       ->capture_default_str();
-  command.add_option("--column-order", flags.column_order, "Order in which GPTQ takes the columns")
-      ->check(CLI::IsMember(Names(kColumnOrders)))
-      ->capture_default_str();
+  CLI::Option* column_order = command
+                                  .add_option("--column-order", flags.column_order,
+                                              "Order in which GPTQ and GPTAQ take the columns")
+                                  ->check(CLI::IsMember(Names(kColumnOrders)))
+                                  ->capture_default_str();
+  command
+      .add_flag_callback(
+          "--act-order", [&flags] { flags.column_order = "act-order"; },
+          "The same as --column-order act-order: by the size of their inputs, with the groups' "
+          "scales chosen before")
+      ->excludes(column_order);
   command.add_option("--damp", flags.damp,
                      "Share of the mean Hessian diagonal added to it; 0 means 0.01");
   command.add_flag("--no-mse-clip", flags.no_mse_clip,
@@ -132,6 +160,30 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
   command.add_option("--error-propagation", flags.error_propagation,
                      "From 0 to 1: how much of earlier layers' errors GPTQ makes up for; default "
                      "0.5, 0 takes half the time");
+  command.add_option("--gptaq-alpha", flags.gptaq_alpha,
+                     "From 0 to 1: how much of earlier layers' errors GPTAQ makes up for; default "
+                     "0.25");
+  command
+      .add_option(
+          "--override", flags.overrides,
+          "PATTERN=BITS: other bits for the linears that the pattern matches, such as "
+          "'layers.{0,1}.mlp.down_proj=4' (* any text, ? a character, {a,b} either, {0-3} a "
+          "range); may be repeated, and the last that matches counts")
+      ->allow_extra_args(false)
+      ->check([](const std::string& text) {
+        return std::string(ParseOverride(text).status().message());
+      });
+  command
+      .add_option("--grid", flags.grid,
+                  "Values that codes stand for: uniform, or a codebook of four levels for each "
+                  "group, at 2 bits")
+      ->check(CLI::IsMember(Names(kGrids)))
+      ->capture_default_str();
+  command
+      .add_option("--zero-point", flags.zero_point,
+                  "Zero points of a uniform grid: integer, or float for ranges without 0")
+      ->check(CLI::IsMember(Names(kZeroPoints)))
+      ->capture_default_str();
   command.add_option("--seed", flags.seed, "Seed of everything random")->capture_default_str();
 }
 
@@ -190,6 +242,12 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   config.mutable_evaluation()->set_disable(flags.no_eval);
   config.set_disable_mse_clip(flags.no_mse_clip);
   if (flags.error_propagation) config.set_error_propagation(*flags.error_propagation);
+  if (flags.gptaq_alpha) config.set_gptaq_alpha(*flags.gptaq_alpha);
+  for (const std::string& text : flags.overrides) {
+    WALSH_ASSIGN_OR_RETURN(*config.add_overrides(), ParseOverride(text));
+  }
+  config.set_grid(kGrids.at(flags.grid));
+  config.set_zero_point(kZeroPoints.at(flags.zero_point));
   config.set_seed(flags.seed);
   if (auto_load) config.mutable_auto_load();
   for (const auto& [what, text] :
@@ -198,6 +256,9 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
         std::pair("evaluation path", config.evaluation().uri()),
         std::pair("request id", request.request_id())}) {
     WALSH_RETURN_IF_ERROR(CheckUtf8(text, what));
+  }
+  for (const v1::BitsOverride& entry : config.overrides()) {
+    WALSH_RETURN_IF_ERROR(CheckUtf8(entry.pattern(), "override"));
   }
   return request;
 }

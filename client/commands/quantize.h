@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "client/commands/command.h"
 
@@ -26,7 +27,11 @@ struct QuantizeFlags {
   std::string column_order = "group-aware";
   double damp = 0;
   bool no_mse_clip = false;
+  std::vector<std::string> overrides;  // PATTERN=BITS
+  std::string grid = "uniform";
+  std::string zero_point = "integer";
   std::optional<double> error_propagation;
+  std::optional<double> gptaq_alpha;
   std::string eval_text;
   int eval_windows = 0;
   bool no_eval = false;
@@ -36,7 +41,8 @@ struct QuantizeFlags {
   std::string request_id;
 };
 
-// INVALID_ARGUMENT for a group size that is no number. `auto_load` is what --load resolved to.
+// INVALID_ARGUMENT for a group size that is no number and an override that is not PATTERN=BITS.
+// `auto_load` is what --load resolved to.
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
                                                                      bool auto_load);
 

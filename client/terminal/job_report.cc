@@ -203,16 +203,38 @@ std::string ErrorFact(const Job& job) {
   return text;
 }
 
+std::string MethodText(v1::QuantizationConfig::Method method) {
+  if (method == v1::QuantizationConfig::METHOD_UNSPECIFIED) return "GPTQ";
+  return v1::QuantizationConfig::Method_Name(method);
+}
+
+// "2", "2 (layers.0.*: 4)", "2 (with 3 overrides)"
+std::string BitsText(const v1::QuantizationConfig& config) {
+  std::string text = absl::StrCat(config.bits() == 0 ? 4 : config.bits());
+  if (config.overrides_size() == 1) {
+    const v1::BitsOverride& entry = config.overrides(0);
+    absl::StrAppend(&text, " (", SafeText(entry.pattern()), ": ", entry.bits(), ")");
+  } else if (config.overrides_size() > 1) {
+    absl::StrAppend(&text, " (with ", config.overrides_size(), " overrides)");
+  }
+  return text;
+}
+
+std::string GridText(const v1::QuantizationConfig& config) {
+  if (config.symmetric()) return " symmetric";
+  if (config.grid() == v1::QuantizationConfig::CODEBOOK) return " with codebooks";
+  if (config.zero_point() == v1::QuantizationConfig::FLOAT_ZERO) return " with float zeros";
+  return "";
+}
+
 }  // namespace
 
 std::string RecipeText(const Job& job) {
   const v1::QuantizationConfig& config = job.config();
   const bool resolved = job.has_result() && job.result().group_size() != 0;
-  const int bits = config.bits() == 0 ? 4 : config.bits();
-  const char* method = config.method() == v1::QuantizationConfig::RTN ? "RTN" : "GPTQ";
-  return absl::StrCat(bits, ", ",
+  return absl::StrCat(BitsText(config), ", ",
                       GroupText(resolved ? job.result().group_size() : config.group_size()), ", ",
-                      method, config.symmetric() ? " symmetric, " : ", ",
+                      MethodText(config.method()), GridText(config), ", ",
                       RotationText(config.rotation(), resolved ? job.result().rotation_block_size()
                                                                : config.rotation().block_size()));
 }

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
+#include "common/name_pattern.h"
 #include "common/resource_name.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
@@ -28,6 +29,7 @@ using v1::Rotation;
 
 constexpr double kDampDefault = 0.01;
 constexpr double kErrorPropagationDefault = 0.5;
+constexpr double kGptaqAlphaDefault = 0.25;
 constexpr int kBitsDefault = 4;
 constexpr int kSamplesDefault = 128;
 constexpr int kSequenceLengthDefault = 2048;
@@ -92,6 +94,84 @@ absl::Status ResolveRotation(Rotation* rotation) {
   return absl::OkStatus();
 }
 
+// What only one method has: each makes up for the errors of earlier layers in its own way.
+absl::Status ResolveMethodOptions(QuantizationConfig* config) {
+  const auto check = [&](std::string_view field, double value, QuantizationConfig::Method method) {
+    if (!std::isfinite(value) || value < 0 || value > 1) {
+      return InvalidField(field, absl::StrCat("must be from 0 to 1, is ", value));
+    }
+    if (value > 0 && config->method() != method) {
+      return InvalidField(field, absl::StrCat("is ", value, ", and only ",
+                                              QuantizationConfig::Method_Name(method), " has it"));
+    }
+    return absl::OkStatus();
+  };
+  WALSH_RETURN_IF_ERROR(
+      check("config.error_propagation", config->error_propagation(), QuantizationConfig::GPTQ));
+  WALSH_RETURN_IF_ERROR(
+      check("config.gptaq_alpha", config->gptaq_alpha(), QuantizationConfig::GPTAQ));
+  if (!config->has_error_propagation() && config->method() == QuantizationConfig::GPTQ) {
+    config->set_error_propagation(kErrorPropagationDefault);
+  }
+  if (!config->has_gptaq_alpha() && config->method() == QuantizationConfig::GPTAQ) {
+    config->set_gptaq_alpha(kGptaqAlphaDefault);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResolveGrid(QuantizationConfig* config) {
+  if (!QuantizationConfig::Grid_IsValid(config->grid())) {
+    return InvalidField("config.grid",
+                        absl::StrCat(static_cast<int>(config->grid()), " is not a grid"));
+  }
+  if (!QuantizationConfig::ZeroPoint_IsValid(config->zero_point())) {
+    return InvalidField("config.zero_point", absl::StrCat(static_cast<int>(config->zero_point()),
+                                                          " is not a kind of zero point"));
+  }
+  const bool has_codebook = config->grid() == QuantizationConfig::CODEBOOK;
+  if (has_codebook && config->bits() != 2) {
+    return InvalidField("config.grid", absl::StrCat("is CODEBOOK, which is of 2 bits, but bits is ",
+                                                    config->bits()));
+  }
+  if (has_codebook && config->symmetric()) {
+    return InvalidField("config.symmetric", "is set, but levels of a CODEBOOK are not symmetric");
+  }
+  if (config->zero_point() == QuantizationConfig::FLOAT_ZERO &&
+      (has_codebook || config->symmetric())) {
+    return InvalidField("config.zero_point",
+                        absl::StrCat("is FLOAT_ZERO, but a ",
+                                     has_codebook ? "CODEBOOK" : "symmetric grid", " has none"));
+  }
+  if (config->grid() == QuantizationConfig::GRID_UNSPECIFIED) {
+    config->set_grid(QuantizationConfig::UNIFORM);
+  }
+  if (config->zero_point() == QuantizationConfig::ZERO_POINT_UNSPECIFIED) {
+    config->set_zero_point(QuantizationConfig::INTEGER_ZERO);
+  }
+  return absl::OkStatus();
+}
+
+// Whether a pattern matches a linear only a worker can tell.
+absl::Status CheckOverrides(const QuantizationConfig& config) {
+  if (config.overrides_size() > limits::kOverridesMax) {
+    return InvalidField("config.overrides",
+                        absl::StrCat("has ", config.overrides_size(), " entries, at most ",
+                                     limits::kOverridesMax, " are taken"));
+  }
+  for (int i = 0; i < config.overrides_size(); ++i) {
+    const std::string field = absl::StrCat("config.overrides[", i, "]");
+    const std::string& pattern = config.overrides(i).pattern();
+    WALSH_RETURN_IF_ERROR(CheckText(field + ".pattern", pattern, limits::kOverridePatternBytesMax));
+    if (const auto parsed = NamePattern::Parse(pattern); !parsed.ok()) {
+      return InvalidField(field + ".pattern",
+                          absl::StrCat("'", pattern, "': ", parsed.status().message()));
+    }
+    WALSH_RETURN_IF_ERROR(
+        CheckOneOf(field + ".bits", config.overrides(i).bits(), {2, 3, 4, 8}, "2, 3, 4 or 8"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResolveQuantizer(QuantizationConfig* config) {
   if (!QuantizationConfig::Method_IsValid(config->method())) {
     return InvalidField("config.method",
@@ -119,19 +199,9 @@ absl::Status ResolveQuantizer(QuantizationConfig* config) {
         absl::StrCat("must be from 0 to 1 (a share of the mean diagonal), is ", damp));
   }
   if (damp == 0) config->set_damp_percent(kDampDefault);
-  const double propagation = config->error_propagation();
-  if (!std::isfinite(propagation) || propagation < 0 || propagation > 1) {
-    return InvalidField("config.error_propagation",
-                        absl::StrCat("must be from 0 to 1, is ", propagation));
-  }
-  if (propagation > 0 && config->method() != QuantizationConfig::GPTQ) {
-    return InvalidField("config.error_propagation",
-                        absl::StrCat("is ", propagation, ", and only GPTQ has it"));
-  }
-  if (!config->has_error_propagation() && config->method() == QuantizationConfig::GPTQ) {
-    config->set_error_propagation(kErrorPropagationDefault);
-  }
-  return absl::OkStatus();
+  WALSH_RETURN_IF_ERROR(ResolveMethodOptions(config));
+  WALSH_RETURN_IF_ERROR(ResolveGrid(config));
+  return CheckOverrides(*config);
 }
 
 absl::Status ResolveTexts(QuantizationConfig* config) {

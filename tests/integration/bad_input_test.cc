@@ -148,6 +148,18 @@ TEST_F(BadInputTest, GroupThatIsNoneOfTheOffered) {
 
 TEST_F(BadInputTest, FiveBits) { ExpectError("good", {"--bits", "5"}, "INVALID_ARGUMENT", "bits"); }
 
+TEST_F(BadInputTest, OverrideThatMatchesNothing) {
+  ExpectError("good", {"--override", "*=4", "--override", "layers.{7-9}.*=4"}, "INVALID_ARGUMENT",
+              "override 'layers.{7-9}.*' matches no linear");
+}
+
+TEST_F(BadInputTest, OptionsThatExcludeEachOther) {
+  ExpectError("good", {"--method", "gptaq", "--error-propagation", "0.5"}, "INVALID_ARGUMENT",
+              "only GPTQ has it");
+  ExpectError("good", {"--grid", "codebook", "--bits", "3"}, "INVALID_ARGUMENT", "bits is 3");
+  ExpectError("good", {"--zero-point", "float", "--symmetric"}, "INVALID_ARGUMENT", "FLOAT_ZERO");
+}
+
 TEST_F(BadInputTest, RotationBlockThatIsNoPowerOfTwo) {
   ExpectError("good", {"--rotation-block", "24"}, "INVALID_ARGUMENT", "24");
 }

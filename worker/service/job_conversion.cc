@@ -33,11 +33,14 @@ absl::StatusOr<gptq::Options> ToQuantizer(const QuantizationConfig& config) {
     case QuantizationConfig::GPTQ:
       options.method = gptq::Method::kGptq;
       break;
+    case QuantizationConfig::GPTAQ:
+      options.method = gptq::Method::kGptaq;
+      break;
     case QuantizationConfig::RTN:
       options.method = gptq::Method::kRtn;
       break;
     default:
-      return OutOfRange("config.method", config.method(), "RTN or GPTQ");
+      return OutOfRange("config.method", config.method(), "RTN, GPTQ or GPTAQ");
   }
   options.bits = config.bits() == 0 ? kDefaultBits : config.bits();
   if (options.bits != 2 && options.bits != 3 && options.bits != 4 && options.bits != 8) {
@@ -50,9 +53,43 @@ absl::StatusOr<gptq::Options> ToQuantizer(const QuantizationConfig& config) {
                       "32, 64, 128, -1 (per channel) or 0 (automatic)");
   }
   options.symmetric = config.symmetric();
-  options.column_order = config.column_order() == QuantizationConfig::NATURAL
-                             ? gptq::ColumnOrder::kNatural
-                             : gptq::ColumnOrder::kGroupAware;
+  switch (config.column_order()) {
+    case QuantizationConfig::NATURAL:
+      options.column_order = gptq::ColumnOrder::kNatural;
+      break;
+    case QuantizationConfig::COLUMN_ORDER_UNSPECIFIED:
+    case QuantizationConfig::GROUP_AWARE:
+      options.column_order = gptq::ColumnOrder::kGroupAware;
+      break;
+    case QuantizationConfig::ACT_ORDER:
+      options.column_order = gptq::ColumnOrder::kActOrder;
+      break;
+    default:
+      return OutOfRange("config.column_order", config.column_order(),
+                        "NATURAL, GROUP_AWARE or ACT_ORDER");
+  }
+  switch (config.grid()) {
+    case QuantizationConfig::GRID_UNSPECIFIED:
+    case QuantizationConfig::UNIFORM:
+      options.grid = gptq::Grid::kUniform;
+      break;
+    case QuantizationConfig::CODEBOOK:
+      options.grid = gptq::Grid::kCodebook;
+      break;
+    default:
+      return OutOfRange("config.grid", config.grid(), "UNIFORM or CODEBOOK");
+  }
+  switch (config.zero_point()) {
+    case QuantizationConfig::ZERO_POINT_UNSPECIFIED:
+    case QuantizationConfig::INTEGER_ZERO:
+      options.zero_point = gptq::ZeroPoint::kInteger;
+      break;
+    case QuantizationConfig::FLOAT_ZERO:
+      options.zero_point = gptq::ZeroPoint::kFloat;
+      break;
+    default:
+      return OutOfRange("config.zero_point", config.zero_point(), "INTEGER_ZERO or FLOAT_ZERO");
+  }
   options.damp = config.damp_percent() == 0 ? kDefaultDamp : config.damp_percent();
   if (!(options.damp > 0 && options.damp <= 1)) {
     return OutOfRange("config.damp_percent", config.damp_percent(),
@@ -62,6 +99,10 @@ absl::StatusOr<gptq::Options> ToQuantizer(const QuantizationConfig& config) {
   if (config.has_error_propagation()) options.error_propagation = config.error_propagation();
   if (!(options.error_propagation >= 0 && options.error_propagation <= 1)) {
     return OutOfRange("config.error_propagation", options.error_propagation, "from 0 to 1");
+  }
+  if (config.has_gptaq_alpha()) options.gptaq_alpha = config.gptaq_alpha();
+  if (!(options.gptaq_alpha >= 0 && options.gptaq_alpha <= 1)) {
+    return OutOfRange("config.gptaq_alpha", options.gptaq_alpha, "from 0 to 1");
   }
   return options;
 }
@@ -109,6 +150,9 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
         absl::StrCat("'", spec.model_name, "' is not of the form [a-z0-9][a-z0-9._-]{0,63}"));
   }
   WALSH_ASSIGN_OR_RETURN(spec.quantizer, ToQuantizer(config));
+  for (const v1::BitsOverride& entry : config.overrides()) {
+    spec.overrides.push_back({entry.pattern(), entry.bits()});
+  }
   WALSH_ASSIGN_OR_RETURN(spec.rotation, ToRotationKind(config.rotation().kind()));
   spec.rotation_block = config.rotation().block_size();
   spec.rotation_signs = config.rotation().signs() == Rotation::SEEDED;

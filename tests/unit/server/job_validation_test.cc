@@ -77,7 +77,7 @@ TEST(JobValidationTest, EveryNumberAtItsLimits) {
   const auto method = [](int v) { return static_cast<QuantizationConfig::Method>(v); };
   const auto order = [](int v) { return static_cast<QuantizationConfig::ColumnOrder>(v); };
   const std::vector<IntField> fields = {
-      {"config.method", [&](auto* c, int v) { c->set_method(method(v)); }, {0, 1, 2}, {-1, 3}},
+      {"config.method", [&](auto* c, int v) { c->set_method(method(v)); }, {0, 1, 2, 3}, {-1, 4}},
       {"config.bits",
        [](auto* c, int v) { c->set_bits(v); },
        {0, 2, 3, 4, 8},
@@ -88,6 +88,17 @@ TEST(JobValidationTest, EveryNumberAtItsLimits) {
        {-2, 1, 31, 33, 63, 65, 127, 129, 256}},
       {"config.column_order",
        [&](auto* c, int v) { c->set_column_order(order(v)); },
+       {0, 1, 2, 3},
+       {-1, 4}},
+      {"config.grid",
+       [](auto* c, int v) {
+         c->set_bits(2);
+         c->set_grid(static_cast<QuantizationConfig::Grid>(v));
+       },
+       {0, 1, 2},
+       {-1, 3}},
+      {"config.zero_point",
+       [](auto* c, int v) { c->set_zero_point(static_cast<QuantizationConfig::ZeroPoint>(v)); },
        {0, 1, 2},
        {-1, 3}},
       {"config.rotation.kind",
@@ -176,6 +187,100 @@ TEST(JobValidationTest, ErrorPropagation) {
   request.mutable_quantization_job()->mutable_config()->set_method(QuantizationConfig::RTN);
   ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob rtn, ValidateNewJob(request));
   EXPECT_FALSE(rtn.config().has_error_propagation());
+}
+
+// The two ways to make up for earlier layers are alternatives: each method has one of them.
+TEST(JobValidationTest, GptaqHasItsAlphaAndNoErrorPropagation) {
+  const auto validate = [](QuantizationConfig::Method method,
+                           const std::function<void(QuantizationConfig&)>& change) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    QuantizationConfig& config = *request.mutable_quantization_job()->mutable_config();
+    config.set_method(method);
+    change(config);
+    return ValidateNewJob(request);
+  };
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job,
+                       validate(QuantizationConfig::GPTAQ, [](auto&) {}));
+  EXPECT_EQ(job.config().gptaq_alpha(), 0.25);
+  EXPECT_FALSE(job.config().has_error_propagation());
+  for (const double value : {0.0, 0.5, 1.0}) {
+    ASSERT_OK_AND_ASSIGN(
+        const v1::QuantizationJob with_alpha,
+        validate(QuantizationConfig::GPTAQ, [&](auto& c) { c.set_gptaq_alpha(value); }));
+    EXPECT_EQ(with_alpha.config().gptaq_alpha(), value);
+  }
+  for (const double value : {-1e-9, 1.000001, std::nan("")}) {
+    EXPECT_THAT(validate(QuantizationConfig::GPTAQ, [&](auto& c) { c.set_gptaq_alpha(value); }),
+                StatusIs(kInvalid, HasSubstr("gptaq_alpha")))
+        << value;
+  }
+  EXPECT_THAT(
+      validate(QuantizationConfig::GPTAQ, [](auto& c) { c.set_error_propagation(0.5); }),
+      StatusIs(kInvalid, ::testing::AllOf(HasSubstr("error_propagation"), HasSubstr("only GPTQ"))));
+  for (const auto method : {QuantizationConfig::GPTQ, QuantizationConfig::RTN}) {
+    EXPECT_THAT(validate(method, [](auto& c) { c.set_gptaq_alpha(0.25); }),
+                StatusIs(kInvalid, HasSubstr("only GPTAQ")));
+    ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob without, validate(method, [](auto&) {}));
+    EXPECT_FALSE(without.config().has_gptaq_alpha());
+  }
+}
+
+TEST(JobValidationTest, Overrides) {
+  const auto validate = [](const std::vector<std::pair<std::string, int>>& overrides) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    for (const auto& [pattern, bits] : overrides) {
+      auto* entry = request.mutable_quantization_job()->mutable_config()->add_overrides();
+      entry->set_pattern(pattern);
+      entry->set_bits(bits);
+    }
+    return ValidateNewJob(request);
+  };
+  EXPECT_OK(validate({{"layers.{0,1}.mlp.down_proj", 4}, {"*", 2}, {"*.q_proj", 8}, {"?", 3}}));
+  EXPECT_THAT(validate({{"*", 4}, {"layers.{0", 4}}),
+              StatusIs(kInvalid, ::testing::AllOf(HasSubstr("config.overrides[1].pattern"),
+                                                  HasSubstr("'{' without '}'"))));
+  EXPECT_THAT(validate({{"", 4}}), StatusIs(kInvalid, HasSubstr("empty")));
+  for (const int bits : {-1, 0, 1, 5, 16}) {
+    EXPECT_THAT(validate({{"*", bits}}),
+                StatusIs(kInvalid, ::testing::AllOf(HasSubstr("config.overrides[0].bits"),
+                                                    HasSubstr(std::to_string(bits)))));
+  }
+  const auto many = [](int n) { return std::vector<std::pair<std::string, int>>(n, {"*", 4}); };
+  EXPECT_OK(validate(many(limits::kOverridesMax)));
+  EXPECT_THAT(validate(many(limits::kOverridesMax + 1)),
+              StatusIs(kInvalid, HasSubstr("at most 64")));
+  EXPECT_OK(validate({{std::string(limits::kOverridePatternBytesMax, 'a'), 4}}));
+  EXPECT_THAT(validate({{std::string(limits::kOverridePatternBytesMax + 1, 'a'), 4}}),
+              StatusIs(kInvalid, HasSubstr("256")));
+}
+
+TEST(JobValidationTest, Grids) {
+  const auto validate = [](const std::function<void(QuantizationConfig&)>& change) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    change(*request.mutable_quantization_job()->mutable_config());
+    return ValidateNewJob(request);
+  };
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob plain, validate([](auto&) {}));
+  EXPECT_EQ(plain.config().grid(), QuantizationConfig::UNIFORM);
+  EXPECT_EQ(plain.config().zero_point(), QuantizationConfig::INTEGER_ZERO);
+  EXPECT_OK(validate([](auto& c) { c.set_zero_point(QuantizationConfig::FLOAT_ZERO); }));
+  const auto codebook = [](QuantizationConfig& c) {
+    c.set_bits(2);
+    c.set_grid(QuantizationConfig::CODEBOOK);
+  };
+  EXPECT_OK(validate(codebook));
+  EXPECT_THAT(validate([&](auto& c) { codebook(c), c.set_bits(0); }),
+              StatusIs(kInvalid, HasSubstr("bits is 4")));
+  EXPECT_THAT(validate([&](auto& c) { codebook(c), c.set_symmetric(true); }),
+              StatusIs(kInvalid, HasSubstr("config.symmetric")));
+  EXPECT_THAT(
+      validate([&](auto& c) { codebook(c), c.set_zero_point(QuantizationConfig::FLOAT_ZERO); }),
+      StatusIs(kInvalid, HasSubstr("CODEBOOK has none")));
+  EXPECT_THAT(validate([](auto& c) {
+                c.set_symmetric(true);
+                c.set_zero_point(QuantizationConfig::FLOAT_ZERO);
+              }),
+              StatusIs(kInvalid, HasSubstr("symmetric grid has none")));
 }
 
 TEST(JobValidationTest, OnlyBlockRotationsHaveBlocks) {

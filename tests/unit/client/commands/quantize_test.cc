@@ -89,6 +89,57 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   EXPECT_EQ(request.request_id(), "r");
 }
 
+TEST(MakeQuantizeRequestTest, CarriesEachMethodAndOrder) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.method = "gptaq";
+  flags.gptaq_alpha = 0.5;
+  flags.column_order = "act-order";
+  flags.overrides = {"layers.{0,1}.*=4", "a=b=8"};
+  flags.grid = "codebook";
+  flags.zero_point = "float";
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  const v1::QuantizationConfig& config = request.quantization_job().config();
+  EXPECT_EQ(config.method(), v1::QuantizationConfig::GPTAQ);
+  EXPECT_EQ(config.gptaq_alpha(), 0.5);
+  EXPECT_FALSE(config.has_error_propagation());
+  EXPECT_EQ(config.column_order(), v1::QuantizationConfig::ACT_ORDER);
+  ASSERT_EQ(config.overrides_size(), 2);
+  EXPECT_EQ(config.overrides(0).pattern(), "layers.{0,1}.*");
+  EXPECT_EQ(config.overrides(0).bits(), 4);
+  EXPECT_EQ(config.overrides(1).pattern(), "a=b");
+  EXPECT_EQ(config.overrides(1).bits(), 8);
+  EXPECT_EQ(config.grid(), v1::QuantizationConfig::CODEBOOK);
+  EXPECT_EQ(config.zero_point(), v1::QuantizationConfig::FLOAT_ZERO);
+}
+
+// The command line as a person types it.
+class QuantizeCommandTest : public ::testing::Test {
+ protected:
+  CLI::App app_;
+  GlobalFlags global_;
+  Chosen chosen_;
+};
+
+TEST_F(QuantizeCommandTest, ActOrderIsAColumnOrder) {
+  AddQuantizeCommand(app_, global_, chosen_);
+  EXPECT_NO_THROW(app_.parse("quantize model --name m --act-order"));
+  EXPECT_TRUE(chosen_ != nullptr);
+  EXPECT_THROW(app_.parse("quantize model --name m --act-order --column-order natural"),
+               CLI::ExcludesError);
+}
+
+TEST_F(QuantizeCommandTest, OverridesMayBeRepeatedAndLeaveTheModelAlone) {
+  AddQuantizeCommand(app_, global_, chosen_);
+  EXPECT_NO_THROW(
+      app_.parse("quantize --name m --override 'layers.{0,1}.*=4' --override *=3 model"));
+  for (const char* text : {"layers.0", "=4", "layers.0=", "layers.0=four"}) {
+    EXPECT_THROW(app_.parse(std::string("quantize model --name m --override ") + text),
+                 CLI::ValidationError)
+        << text;
+  }
+}
+
 TEST(MakeQuantizeRequestTest, RelativePathsAreTheCallers) {
   QuantizeFlags flags = MinimalFlags();
   flags.model = "./sub/../tiny";

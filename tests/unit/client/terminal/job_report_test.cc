@@ -192,6 +192,18 @@ TEST(RecipeTextTest, NamesDefaultsAndChoices) {
             "seeded signs");
   config.mutable_rotation()->set_kind(v1::Rotation::NONE);
   EXPECT_THAT(RecipeText(job), HasSubstr("no rotation"));
+  config.set_symmetric(false);
+  config.set_method(v1::QuantizationConfig::GPTAQ);
+  config.set_grid(v1::QuantizationConfig::CODEBOOK);
+  config.add_overrides()->set_pattern("layers.0.*");
+  config.mutable_overrides(0)->set_bits(8);
+  EXPECT_EQ(RecipeText(job),
+            "3 (layers.0.*: 8), one group a channel, GPTAQ with codebooks, no rotation");
+  config.add_overrides();
+  config.set_grid(v1::QuantizationConfig::UNIFORM);
+  config.set_zero_point(v1::QuantizationConfig::FLOAT_ZERO);
+  EXPECT_EQ(RecipeText(job),
+            "3 (with 2 overrides), one group a channel, GPTAQ with float zeros, no rotation");
 }
 
 TEST(JobTableTest, HasARowForEachJob) {

@@ -165,8 +165,16 @@ TEST_F(JobRunnerTest, JobIsReportedPublishedAndCompleted) {
 TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   v1::QuantizationJob job = Job("j", "m");
   v1::QuantizationConfig& config = *job.mutable_config();
-  config.set_method(v1::QuantizationConfig::RTN);
+  config.set_method(v1::QuantizationConfig::GPTAQ);
+  config.set_gptaq_alpha(0.75);
+  config.set_column_order(v1::QuantizationConfig::ACT_ORDER);
   config.set_bits(2);
+  config.set_grid(v1::QuantizationConfig::CODEBOOK);
+  config.set_zero_point(v1::QuantizationConfig::FLOAT_ZERO);
+  for (const auto& [pattern, bits] : {std::pair("*", 4), std::pair("layers.0.*", 8)}) {
+    config.add_overrides()->set_pattern(pattern);
+    config.mutable_overrides(config.overrides_size() - 1)->set_bits(bits);
+  }
   config.set_group_size(-1);
   config.set_symmetric(true);
   config.set_seed(7);
@@ -187,8 +195,15 @@ TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   AwaitOutcome();
   EXPECT_EQ(seen.job_name, "quantizationJobs/j");
   EXPECT_EQ(seen.source_path, "/roots/source");
-  EXPECT_EQ(seen.quantizer.method, gptq::Method::kRtn);
+  EXPECT_EQ(seen.quantizer.method, gptq::Method::kGptaq);
+  EXPECT_EQ(seen.quantizer.gptaq_alpha, 0.75);
+  EXPECT_EQ(seen.quantizer.column_order, gptq::ColumnOrder::kActOrder);
   EXPECT_EQ(seen.quantizer.bits, 2);
+  EXPECT_EQ(seen.quantizer.grid, gptq::Grid::kCodebook);
+  EXPECT_EQ(seen.quantizer.zero_point, gptq::ZeroPoint::kFloat);
+  ASSERT_EQ(seen.overrides.size(), 2u);
+  EXPECT_EQ(seen.overrides[1].pattern, "layers.0.*");
+  EXPECT_EQ(seen.overrides[1].bits, 8);
   EXPECT_EQ(seen.quantizer.group_size, -1);
   EXPECT_TRUE(seen.quantizer.symmetric);
   EXPECT_FALSE(seen.quantizer.mse_clip);
