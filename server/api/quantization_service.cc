@@ -1,8 +1,10 @@
 #include "server/api/quantization_service.h"
 
 #include <string>
+#include <string_view>
 #include <utility>
 
+#include "common/architectures.h"
 #include "common/grpc_status.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
@@ -11,12 +13,6 @@
 #include "server/jobs/job_query.h"
 
 namespace walsh::api {
-namespace {
-
-// Of what our workers read, as config.json and GGUF name them.
-constexpr const char* kArchitectures[] = {"LlamaForCausalLM", "MistralForCausalLM", "llama"};
-
-}  // namespace
 
 grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
     grpc::CallbackServerContext* context, const v1::CreateQuantizationJobRequest* request,
@@ -92,7 +88,12 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::ListSupportedArchitectures(
     grpc::CallbackServerContext* context, const v1::ListSupportedArchitecturesRequest*,
     v1::ListSupportedArchitecturesResponse* response) {
   const Call call(context, "ListSupportedArchitectures");
-  for (const char* architecture : kArchitectures) response->add_architectures(architecture);
+  for (const std::string_view name : kHfArchitectures) {
+    response->add_architectures(std::string(name));
+  }
+  for (const std::string_view name : kGgufArchitectures) {
+    response->add_architectures(std::string(name));
+  }
   return call.FinishNow(absl::OkStatus());
 }
 

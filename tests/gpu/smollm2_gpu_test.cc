@@ -180,7 +180,7 @@ class SameHessianTest : public SmolLm2Test {
       Compare(l, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, config().hidden, x);
       ASSERT_OK(Project(forward, layer, x, positions, scratch.q.data(), scratch.k.data(),
                         scratch.v.data()));
-      ASSERT_OK(Attend(forward, scratch.q.data(), sequences, scratch.attended.data()));
+      ASSERT_OK(Attend(forward, layer, scratch.q.data(), sequences, scratch.attended.data()));
       Compare(l, {"self_attn.o_proj"}, config().q_width(), scratch.attended.data());
       ASSERT_OK(AttentionOutput(forward, layer, scratch.attended.data(), n, hidden.data(),
                                 scratch.out.data()));

@@ -59,6 +59,13 @@ struct Layout {
   std::vector<int64_t> shape;
 };
 
+bool IsGemma3(const TinyModelOptions& o) { return o.architecture == "Gemma3ForCausalLM"; }
+bool IsPhi3(const TinyModelOptions& o) { return o.architecture == "Phi3ForCausalLM"; }
+bool IsQwen2(const TinyModelOptions& o) { return o.architecture == "Qwen2ForCausalLM"; }
+bool HasQkNorm(const TinyModelOptions& o) {
+  return IsGemma3(o) || o.architecture == "Qwen3ForCausalLM";
+}
+
 std::vector<Layout> Layouts(const TinyModelOptions& o) {
   const int64_t q_width = o.n_heads * o.head_dim;
   const int64_t kv_width = o.n_kv_heads * o.head_dim;
@@ -69,14 +76,34 @@ std::vector<Layout> Layouts(const TinyModelOptions& o) {
       out.push_back({prefix + name + ".weight", {rows, cols}});
       if (has_bias) out.push_back({prefix + name + ".bias", {rows}});
     };
-    out.push_back({prefix + "input_layernorm.weight", {o.hidden}});
-    linear("self_attn.q_proj", q_width, o.hidden, o.has_attention_bias);
-    linear("self_attn.k_proj", kv_width, o.hidden, o.has_attention_bias);
-    linear("self_attn.v_proj", kv_width, o.hidden, o.has_attention_bias);
+    const auto norm = [&](const std::string& name, int64_t size) {
+      out.push_back({prefix + name + ".weight", {size}});
+    };
+    norm("input_layernorm", o.hidden);
+    if (IsPhi3(o)) {
+      linear("self_attn.qkv_proj", q_width + 2 * kv_width, o.hidden, false);
+    } else {
+      const bool has_bias = o.has_attention_bias || IsQwen2(o);
+      linear("self_attn.q_proj", q_width, o.hidden, has_bias);
+      linear("self_attn.k_proj", kv_width, o.hidden, has_bias);
+      linear("self_attn.v_proj", kv_width, o.hidden, has_bias);
+    }
     linear("self_attn.o_proj", o.hidden, q_width, o.has_attention_bias);
-    out.push_back({prefix + "post_attention_layernorm.weight", {o.hidden}});
-    linear("mlp.gate_proj", o.intermediate, o.hidden, o.has_mlp_bias);
-    linear("mlp.up_proj", o.intermediate, o.hidden, o.has_mlp_bias);
+    if (HasQkNorm(o)) {
+      norm("self_attn.q_norm", o.head_dim);
+      norm("self_attn.k_norm", o.head_dim);
+    }
+    norm("post_attention_layernorm", o.hidden);
+    if (IsGemma3(o)) {
+      norm("pre_feedforward_layernorm", o.hidden);
+      norm("post_feedforward_layernorm", o.hidden);
+    }
+    if (IsPhi3(o)) {
+      linear("mlp.gate_up_proj", 2 * o.intermediate, o.hidden, false);
+    } else {
+      linear("mlp.gate_proj", o.intermediate, o.hidden, o.has_mlp_bias);
+      linear("mlp.up_proj", o.intermediate, o.hidden, o.has_mlp_bias);
+    }
     linear("mlp.down_proj", o.hidden, o.intermediate, o.has_mlp_bias);
   }
   out.push_back({"model.norm.weight", {o.hidden}});
@@ -92,13 +119,14 @@ int64_t Product(const std::vector<int64_t>& shape) {
 
 bool IsNorm(const std::string& name) { return name.find("norm.weight") != std::string::npos; }
 
-std::vector<float> Values(const Layout& layout, const std::string& dtype, Random& random) {
+std::vector<float> Values(const Layout& layout, const TinyModelOptions& o, Random& random) {
   std::vector<float> values(static_cast<size_t>(Product(layout.shape)));
   // √3: a uniform variable on [−1, 1) has variance 1/3.
   const float scale =
       layout.shape.size() == 1 ? 0.1f : std::sqrt(3.0f / static_cast<float>(layout.shape[1]));
-  const float offset = IsNorm(layout.name) ? 1.0f : 0.0f;
-  for (float& value : values) value = RoundTo(offset + scale * random.Symmetric(), dtype);
+  // Gemma's files hold norms less 1.
+  const float offset = IsNorm(layout.name) && !IsGemma3(o) ? 1.0f : 0.0f;
+  for (float& value : values) value = RoundTo(offset + scale * random.Symmetric(), o.dtype);
   return values;
 }
 
@@ -215,8 +243,14 @@ std::vector<float> PermuteForInterleavedRope(const TinyTensor& tensor, int64_t n
   return out;
 }
 
-std::string GgufName(const std::string& hf) {
-  static const std::pair<const char*, const char*> kNames[] = {
+std::string GgufName(const std::string& hf, const TinyModelOptions& o) {
+  std::vector<std::pair<const char*, const char*>> names;
+  if (IsGemma3(o)) {
+    names = {{"post_attention_layernorm", "post_attention_norm"},
+             {"pre_feedforward_layernorm", "ffn_norm"},
+             {"post_feedforward_layernorm", "post_ffw_norm"}};
+  }
+  constexpr std::pair<const char*, const char*> kNames[] = {
       {"model.embed_tokens", "token_embd"},
       {"model.norm", "output_norm"},
       {"lm_head", "output"},
@@ -226,17 +260,34 @@ std::string GgufName(const std::string& hf) {
       {"self_attn.q_proj", "attn_q"},
       {"self_attn.k_proj", "attn_k"},
       {"self_attn.v_proj", "attn_v"},
+      {"self_attn.qkv_proj", "attn_qkv"},
       {"self_attn.o_proj", "attn_output"},
+      {"self_attn.q_norm", "attn_q_norm"},
+      {"self_attn.k_norm", "attn_k_norm"},
       {"mlp.gate_proj", "ffn_gate"},
       {"mlp.up_proj", "ffn_up"},
+      {"mlp.gate_up_proj", "ffn_up"},
       {"mlp.down_proj", "ffn_down"}};
+  names.insert(names.end(), std::begin(kNames), std::end(kNames));
   std::string name = hf;
-  for (const auto& [from, to] : kNames) {
+  for (const auto& [from, to] : names) {
     if (const size_t at = name.find(from); at != std::string::npos) {
       name.replace(at, std::strlen(from), to);
     }
   }
   return name;
+}
+
+const char* GgufArchitecture(const TinyModelOptions& o) {
+  if (IsGemma3(o)) return "gemma3";
+  if (IsPhi3(o)) return "phi3";
+  if (IsQwen2(o)) return "qwen2";
+  return HasQkNorm(o) ? "qwen3" : "llama";
+}
+
+const char* ModelType(const TinyModelOptions& o) {
+  if (o.architecture == "MistralForCausalLM") return "mistral";
+  return IsGemma3(o) ? "gemma3_text" : GgufArchitecture(o);
 }
 
 uint32_t GgmlType(const std::string& dtype) {
@@ -250,7 +301,7 @@ uint32_t GgmlType(const std::string& dtype) {
 TinyModel::TinyModel(TinyModelOptions options) : options_(std::move(options)) {
   Random random(options_.seed);
   for (Layout& layout : Layouts(options_)) {
-    std::vector<float> values = Values(layout, options_.dtype, random);
+    std::vector<float> values = Values(layout, options_, random);
     tensors_.push_back({std::move(layout.name), std::move(layout.shape), std::move(values)});
   }
 }
@@ -266,7 +317,7 @@ std::string TinyModel::ConfigJson() const {
   const TinyModelOptions& o = options_;
   const int64_t bos = MakeVocabulary(o.vocab).first_special;
   json config = {{"architectures", {o.architecture}},
-                 {"model_type", o.architecture == "MistralForCausalLM" ? "mistral" : "llama"},
+                 {"model_type", ModelType(o)},
                  {"hidden_size", o.hidden},
                  {"intermediate_size", o.intermediate},
                  {"num_hidden_layers", o.n_layers},
@@ -284,7 +335,15 @@ std::string TinyModel::ConfigJson() const {
                  {"bos_token_id", bos},
                  {"eos_token_id", bos + 1},
                  {"torch_dtype", o.dtype == "F32" ? "float32" : "bfloat16"}};
-  if (o.architecture == "MistralForCausalLM") config["sliding_window"] = nullptr;
+  if (IsGemma3(o)) {
+    config.erase("hidden_act");
+    config["hidden_activation"] = "gelu_pytorch_tanh";
+    config["query_pre_attn_scalar"] = o.head_dim;
+    config["rope_local_base_freq"] = 10000.0;
+    config["sliding_window"] = o.sliding_window > 0 ? o.sliding_window : o.max_position;
+  } else if (o.architecture == "MistralForCausalLM" || IsPhi3(o)) {
+    config["sliding_window"] = o.sliding_window > 0 ? json(o.sliding_window) : json();
+  }
   const json overrides = json::parse(o.config_overrides);
   for (const auto& [key, value] : overrides.items()) {
     if (value.is_null()) {
@@ -402,8 +461,9 @@ void AddRopeScaling(const TinyModelOptions& o, GgufBuilder& gguf) {
   const json scaling = json::parse(o.config_overrides).value("rope_scaling", json::object());
   const std::string kind = scaling.value("rope_type", "default");
   if (kind == "linear") {
-    gguf.String("llama.rope.scaling.type", "linear")
-        .Float32("llama.rope.scaling.factor", scaling["factor"].get<float>());
+    gguf.String(GgufArchitecture(o) + std::string(".rope.scaling.type"), "linear")
+        .Float32(GgufArchitecture(o) + std::string(".rope.scaling.factor"),
+                 scaling["factor"].get<float>());
   } else if (kind == "llama3") {
     const double factor = scaling["factor"];
     const double low = scaling["low_freq_factor"];
@@ -436,21 +496,23 @@ void TinyModel::WriteGguf(const std::string& path) const {
   std::vector<int32_t> types(vocabulary.tokens.size(), 1);
   std::fill(types.begin() + vocabulary.first_special, types.end(), 3);
   GgufBuilder gguf;
-  gguf.String("general.architecture", "llama")
+  const std::string architecture = GgufArchitecture(o);
+  const auto key = [&](const char* name) { return architecture + "." + name; };
+  gguf.String("general.architecture", architecture)
       .String("general.name", "tiny")
       .String("general.license", "apache-2.0")
-      .Uint32("llama.block_count", u32(o.n_layers))
-      .Uint32("llama.context_length", u32(o.max_position))
-      .Uint32("llama.embedding_length", u32(o.hidden))
-      .Uint32("llama.feed_forward_length", u32(o.intermediate))
-      .Uint32("llama.attention.head_count", u32(o.n_heads))
-      .Uint32("llama.attention.head_count_kv", u32(o.n_kv_heads))
-      .Uint32("llama.attention.key_length", u32(o.head_dim))
-      .Uint32("llama.attention.value_length", u32(o.head_dim))
-      .Uint32("llama.rope.dimension_count", u32(o.head_dim))
-      .Float32("llama.rope.freq_base", static_cast<float>(o.rope_theta))
-      .Float32("llama.attention.layer_norm_rms_epsilon", 1e-5f)
-      .Uint32("llama.vocab_size", u32(o.vocab))
+      .Uint32(key("block_count"), u32(o.n_layers))
+      .Uint32(key("context_length"), u32(o.max_position))
+      .Uint32(key("embedding_length"), u32(o.hidden))
+      .Uint32(key("feed_forward_length"), u32(o.intermediate))
+      .Uint32(key("attention.head_count"), u32(o.n_heads))
+      .Uint32(key("attention.head_count_kv"), u32(o.n_kv_heads))
+      .Uint32(key("attention.key_length"), u32(o.head_dim))
+      .Uint32(key("attention.value_length"), u32(o.head_dim))
+      .Uint32(key("rope.dimension_count"), u32(o.head_dim))
+      .Float32(key("rope.freq_base"), static_cast<float>(o.rope_theta))
+      .Float32(key("attention.layer_norm_rms_epsilon"), 1e-5f)
+      .Uint32(key("vocab_size"), u32(o.vocab))
       .String("tokenizer.ggml.model", "gpt2")
       .String("tokenizer.ggml.pre", "gpt-2")
       .Strings("tokenizer.ggml.tokens", vocabulary.tokens)
@@ -459,11 +521,19 @@ void TinyModel::WriteGguf(const std::string& path) const {
       .Uint32("tokenizer.ggml.bos_token_id", u32(vocabulary.first_special))
       .Uint32("tokenizer.ggml.eos_token_id", u32(vocabulary.first_special + 1))
       .Bool("tokenizer.ggml.add_bos_token", true);
+  if (IsGemma3(o) || (IsPhi3(o) && o.sliding_window > 0)) {
+    gguf.Uint32(key("attention.sliding_window"),
+                u32(o.sliding_window > 0 ? o.sliding_window : o.max_position));
+  }
   AddRopeScaling(o, gguf);
   for (const TinyTensor& tensor : tensors_) {
-    const std::string name = GgufName(tensor.name);
+    const std::string name = GgufName(tensor.name, o);
     TinyTensor stored = tensor;
-    if (name.find("attn_q.") != std::string::npos) {
+    if (architecture != "llama") {
+      // Rows are as in HF's files, and norms hold what they leave out.
+      const bool is_offset = IsGemma3(o) && IsNorm(tensor.name);
+      for (float& value : stored.values) value += is_offset ? 1.0f : 0.0f;
+    } else if (name.find("attn_q.") != std::string::npos) {
       stored.values = PermuteForInterleavedRope(tensor, o.n_heads);
     } else if (name.find("attn_k.") != std::string::npos) {
       stored.values = PermuteForInterleavedRope(tensor, o.n_kv_heads);

@@ -1,4 +1,5 @@
-// Small seeded Llama models on disk, as a HF directory and as a GGUF file, whole or damaged.
+// Small seeded models on disk, of Llama's or another family, as a HF directory and as a GGUF file,
+// whole or damaged.
 //
 //   const TinyModel model({.seed = 7, .is_tied = true});
 //   model.WriteHf(dir / "tiny");              // config.json, model.safetensors, tokenizer files
@@ -29,7 +30,10 @@ struct TinyModelOptions {
   bool has_attention_bias = false;
   bool has_mlp_bias = false;
   double rope_theta = 10000.0;
+  // One of common/architectures.h. Biases of Qwen2, norms of Qwen3 and Gemma3 and the fused linears
+  // of Phi3 follow from it; their window is `sliding_window`. In GGUF, Mistral is "llama".
   std::string architecture = "LlamaForCausalLM";
+  int64_t sliding_window = 0;  // 0: none, and the context for Gemma3
   // F32, F16 or BF16: how weights are stored in both formats. Norms in GGUF are always F32.
   std::string dtype = "F32";
   // HF: 1 writes model.safetensors, more write shards and an index.
@@ -60,7 +64,7 @@ enum class Damage {
 inline constexpr char kDamagedTensor[] = "model.layers.1.mlp.up_proj.weight";
 
 struct TinyTensor {
-  std::string name;  // HF's
+  std::string name;  // as HF's files have it
   std::vector<int64_t> shape;
   std::vector<float> values;  // as read back: rounded to the stored dtype
 };

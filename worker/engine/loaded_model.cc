@@ -47,17 +47,10 @@ struct Weights {
   std::unique_ptr<Linear> head;
 };
 
-// In the order of a forward pass.
-std::vector<const Linear*> Linears(const DecoderLayer& layer) {
-  return {layer.q_proj.get(),    layer.k_proj.get(),  layer.v_proj.get(),   layer.o_proj.get(),
-          layer.gate_proj.get(), layer.up_proj.get(), layer.down_proj.get()};
-}
-
 class TransformerModel final : public LoadedModel {
  public:
   explicit TransformerModel(Weights weights)
-      : weights_(std::move(weights)),
-        inverse_frequencies_(RopeInverseFrequencies(weights_.config)) {}
+      : weights_(std::move(weights)), context_(ForwardContext::Create(weights_.config, {})) {}
 
   const ModelConfig& config() const override { return weights_.config; }
   const ArtifactInfo& info() const override { return weights_.info; }
@@ -66,7 +59,7 @@ class TransformerModel final : public LoadedModel {
   int64_t packed_bytes_per_token() const override {
     int64_t bytes = weights_.head->size_bytes();
     for (const DecoderLayer& layer : weights_.layers) {
-      for (const Linear* linear : Linears(layer)) bytes += linear->size_bytes();
+      for (const LayerLinear& linear : kLayerLinears) bytes += (layer.*linear.linear)->size_bytes();
     }
     return bytes;
   }
@@ -84,7 +77,7 @@ class TransformerModel final : public LoadedModel {
                     Matrix& logits) const;
 
   const Weights weights_;
-  const std::vector<float> inverse_frequencies_;
+  const ForwardContext context_;  // but for its stream
 };
 
 absl::Status TransformerModel::CheckBatch(const Batch& batch) const {
@@ -114,6 +107,7 @@ void TransformerModel::LookUp(int32_t token, float* row) const {
   } else {
     std::copy_n(weights_.dense_embedding.row(token), config().hidden, row);
   }
+  ScaleEmbedding(config(), {row, static_cast<size_t>(config().hidden)});
 }
 
 absl::Status TransformerModel::Forward(const Batch& batch, const kernels::Stream& stream,
@@ -125,9 +119,7 @@ absl::Status TransformerModel::Forward(const Batch& batch, const kernels::Stream
   Matrix hidden(n_rows, config().hidden);
   for (int64_t i = 0; i < n_rows; ++i) LookUp(batch.tokens[i], hidden.row(i));
 
-  ForwardContext context;
-  context.config = &config();
-  context.inverse_frequencies = inverse_frequencies_;
+  ForwardContext context = context_;
   context.stream = stream;
   std::vector<SequenceSlice> slices(batch.sequences.size());
   for (size_t l = 0; l < weights_.layers.size(); ++l) {
@@ -249,23 +241,9 @@ class ArtifactLoader {
   }
 
   absl::StatusOr<DecoderLayer> LoadLayer(int64_t index) const {
-    const ModelConfig& config = reader_->config();
-    const auto linear = [&](std::string_view name, bool has_bias) {
-      return LoadLinear(LayerTensor(index, name), has_bias);
-    };
-    DecoderLayer layer;
-    WALSH_ASSIGN_OR_RETURN(layer.q_proj, linear("self_attn.q_proj", config.attention_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.k_proj, linear("self_attn.k_proj", config.attention_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.v_proj, linear("self_attn.v_proj", config.attention_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.o_proj, linear("self_attn.o_proj", config.attention_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.gate_proj, linear("mlp.gate_proj", config.mlp_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.up_proj, linear("mlp.up_proj", config.mlp_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.down_proj, linear("mlp.down_proj", config.mlp_bias));
-    WALSH_ASSIGN_OR_RETURN(layer.input_norm,
-                           LoadNorm(LayerTensor(index, "input_layernorm.weight")));
-    WALSH_ASSIGN_OR_RETURN(layer.post_attention_norm,
-                           LoadNorm(LayerTensor(index, "post_attention_layernorm.weight")));
-    return layer;
+    return ReadLayer(
+        reader_->config(), index, [this](const std::string& name) { return LoadNorm(name); },
+        [this](const std::string& name, bool has_bias) { return LoadLinear(name, has_bias); });
   }
 
   absl::StatusOr<std::unique_ptr<Linear>> LoadHead(bool head_8bit) const {
@@ -326,10 +304,8 @@ absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::Load8Bit(const Checkpo
   WALSH_ASSIGN_OR_RETURN(Weights weights, LoadAllButMatrices(checkpoint));
   for (int64_t l = 0; l < weights.config.n_layers; ++l) {
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, LoadDenseLayer(checkpoint, l));
-    for (std::unique_ptr<Linear>* linear :
-         {&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj,
-          &layer.up_proj, &layer.down_proj}) {
-      WALSH_RETURN_IF_ERROR(PackTo8Bit(*linear));
+    for (const LayerLinear& linear : kLayerLinears) {
+      WALSH_RETURN_IF_ERROR(PackTo8Bit(layer.*linear.linear));
     }
     weights.layers.push_back(std::move(layer));
   }

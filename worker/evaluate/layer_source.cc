@@ -14,9 +14,8 @@ namespace {
 
 std::vector<float> ToVector(const Matrix& m) { return {m.span().begin(), m.span().end()}; }
 
-absl::StatusOr<std::unique_ptr<Linear>> ReadLinear(const ArtifactReader& artifact, int64_t layer,
-                                                   std::string_view suffix, bool has_bias) {
-  const std::string name = LayerTensor(layer, suffix);
+absl::StatusOr<std::unique_ptr<Linear>> ReadLinear(const ArtifactReader& artifact,
+                                                   const std::string& name, bool has_bias) {
   Matrix weights;
   if (artifact.IsQuantized(name)) {
     WALSH_ASSIGN_OR_RETURN(const QuantizedMatrix quantized, artifact.ReadQuantized(name));
@@ -50,34 +49,13 @@ absl::StatusOr<Matrix> CheckpointSource::Head() { return checkpoint_.Read(kLmHea
 absl::StatusOr<Matrix> ArtifactSource::Embedding() { return artifact_.ReadDense(kEmbeddingTensor); }
 
 absl::StatusOr<DecoderLayer> ArtifactSource::Layer(int64_t index) {
-  const bool attention_bias = config().attention_bias;
-  const bool mlp_bias = config().mlp_bias;
-  DecoderLayer layer;
-  struct Part {
-    std::string_view suffix;
-    bool has_bias;
-    std::unique_ptr<Linear>* linear;
+  const auto read_norm = [this](const std::string& name) -> absl::StatusOr<std::vector<float>> {
+    WALSH_ASSIGN_OR_RETURN(const Matrix norm, artifact_.ReadDense(name));
+    return ToVector(norm);
   };
-  const Part parts[] = {
-      {"self_attn.q_proj", attention_bias, &layer.q_proj},
-      {"self_attn.k_proj", attention_bias, &layer.k_proj},
-      {"self_attn.v_proj", attention_bias, &layer.v_proj},
-      {"self_attn.o_proj", attention_bias, &layer.o_proj},
-      {"mlp.gate_proj", mlp_bias, &layer.gate_proj},
-      {"mlp.up_proj", mlp_bias, &layer.up_proj},
-      {"mlp.down_proj", mlp_bias, &layer.down_proj},
-  };
-  for (const Part& part : parts) {
-    WALSH_ASSIGN_OR_RETURN(*part.linear, ReadLinear(artifact_, index, part.suffix, part.has_bias));
-  }
-  WALSH_ASSIGN_OR_RETURN(const Matrix input_norm,
-                         artifact_.ReadDense(LayerTensor(index, "input_layernorm.weight")));
-  WALSH_ASSIGN_OR_RETURN(
-      const Matrix post_attention_norm,
-      artifact_.ReadDense(LayerTensor(index, "post_attention_layernorm.weight")));
-  layer.input_norm = ToVector(input_norm);
-  layer.post_attention_norm = ToVector(post_attention_norm);
-  return layer;
+  return ReadLayer(config(), index, read_norm, [this](const std::string& name, bool has_bias) {
+    return ReadLinear(artifact_, name, has_bias);
+  });
 }
 
 absl::StatusOr<std::vector<float>> ArtifactSource::FinalNorm() {

@@ -45,11 +45,12 @@ double WindowLosses::Perplexity() const {
 
 int64_t WindowsPerBatch(int64_t length) { return std::max<int64_t>(1, kBatchRows / length); }
 
-Matrix Embed(const Matrix& embedding, std::span<const int32_t> ids) {
+Matrix Embed(const ModelConfig& config, const Matrix& embedding, std::span<const int32_t> ids) {
   Matrix hidden(static_cast<int64_t>(ids.size()), embedding.cols());
   for (size_t i = 0; i < ids.size(); ++i) {
     std::copy_n(embedding.row(ids[i]), embedding.cols(), hidden.row(static_cast<int64_t>(i)));
   }
+  ScaleEmbedding(config, hidden.span());
   return hidden;
 }
 
@@ -124,7 +125,7 @@ absl::StatusOr<WindowLosses> EvaluateWindows(LayerSource& source,
   Matrix hidden;
   {
     WALSH_ASSIGN_OR_RETURN(const Matrix embedding, source.Embedding());
-    hidden = Embed(embedding, windows.ids);
+    hidden = Embed(config, embedding, windows.ids);
   }
   ForwardScratch scratch;
   for (int64_t l = 0; l < config.n_layers; ++l) {

@@ -38,7 +38,7 @@ absl::StatusOr<WindowLosses> EvaluateWindows(LayerSource& source,
 // The pieces that calibration and the equivalence gate share with it.
 
 // Rows of `embedding` by id: [ids, hidden].
-Matrix Embed(const Matrix& embedding, std::span<const int32_t> ids);
+Matrix Embed(const ModelConfig& config, const Matrix& embedding, std::span<const int32_t> ids);
 
 // All windows of `length` rows in `hidden` through one layer, in place, some windows at a time.
 // `progress` is called between batches with the rows done in all.

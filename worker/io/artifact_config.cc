@@ -28,9 +28,9 @@ json RopeScalingJson(const RopeScaling& scaling) {
   return nullptr;
 }
 
-json ConfigFromModel(const ModelConfig& c) {
+// What every family has.
+json CommonConfig(const ModelConfig& c) {
   json config = {{"architectures", json::array({c.architecture})},
-                 {"model_type", "llama"},
                  {"hidden_size", c.hidden},
                  {"intermediate_size", c.intermediate},
                  {"num_hidden_layers", c.n_layers},
@@ -43,14 +43,58 @@ json ConfigFromModel(const ModelConfig& c) {
                  {"rms_norm_eps", c.rms_norm_eps},
                  {"rope_theta", c.rope_theta},
                  {"rope_scaling", RopeScalingJson(c.rope_scaling)},
-                 {"attention_bias", c.attention_bias},
-                 {"mlp_bias", c.mlp_bias},
                  {"use_cache", true}};
   config["bos_token_id"] = c.bos_token < 0 ? json() : json(c.bos_token);
   if (c.eos_tokens.size() == 1) {
     config["eos_token_id"] = c.eos_tokens.front();
   } else {
     config["eos_token_id"] = c.eos_tokens.empty() ? json() : json(c.eos_tokens);
+  }
+  return config;
+}
+
+json LayerTypes(const ModelConfig& c) {
+  json types = json::array();
+  for (int64_t layer = 0; layer < c.n_layers; ++layer) {
+    types.push_back(c.is_sliding(layer) ? "sliding_attention" : "full_attention");
+  }
+  return types;
+}
+
+void SetGemma3(const ModelConfig& c, json& config) {
+  config["model_type"] = "gemma3_text";
+  config.erase("hidden_act");
+  config["hidden_activation"] = "gelu_pytorch_tanh";
+  config["attention_bias"] = c.attention_bias;
+  config["query_pre_attn_scalar"] = c.query_pre_attention_scalar;
+  config["rope_local_base_freq"] = c.sliding_rope_theta;
+  config["sliding_window"] = c.sliding_window > 0 ? c.sliding_window : c.max_position;
+  config["layer_types"] = LayerTypes(c);
+  config["attn_logit_softcapping"] = nullptr;
+  config["final_logit_softcapping"] = nullptr;
+}
+
+// In the form of transformers 4, which 5 reads too.
+json ConfigFromModel(const ModelConfig& c) {
+  json config = CommonConfig(c);
+  if (c.architecture == "Gemma3ForCausalLM") {
+    SetGemma3(c, config);
+  } else if (c.architecture == "Qwen2ForCausalLM" || c.architecture == "Qwen3ForCausalLM") {
+    config["model_type"] = c.architecture == "Qwen2ForCausalLM" ? "qwen2" : "qwen3";
+    config["attention_bias"] = c.attention_bias;
+    config["use_sliding_window"] = c.sliding_window > 0;
+    config["sliding_window"] = c.sliding_window > 0 ? json(c.sliding_window) : json();
+    config["layer_types"] = LayerTypes(c);
+  } else if (c.architecture == "MistralForCausalLM" || c.has_fused_linears) {
+    // Fused linears are stored as their parts, which makes a Mistral of a Phi-3: the same function,
+    // in the names that readers of GPTQ checkpoints know.
+    config["architectures"] = json::array({"MistralForCausalLM"});
+    config["model_type"] = "mistral";
+    config["sliding_window"] = c.sliding_window > 0 ? json(c.sliding_window) : json();
+  } else {
+    config["model_type"] = "llama";
+    config["attention_bias"] = c.attention_bias;
+    config["mlp_bias"] = c.mlp_bias;
   }
   return config;
 }
@@ -64,7 +108,7 @@ absl::Status Unsupported(const std::string& message) {
 absl::StatusOr<json> ArtifactConfig(const Checkpoint& source) {
   json config;
   const auto it = source.side_files().find("config.json");
-  if (it == source.side_files().end()) {
+  if (it == source.side_files().end() || source.config().has_fused_linears) {
     config = ConfigFromModel(source.config());
   } else {
     WALSH_ASSIGN_OR_RETURN(config, ParseBoundedJson("config.json", it->second,

@@ -10,8 +10,9 @@
 
 namespace walsh {
 
-// The source's config.json, or one written from the configuration of a GGUF file, with embeddings
-// untied and the weights' type bfloat16. quantization_config is still to be set.
+// The source's config.json, with embeddings untied and the weights' type bfloat16. For a GGUF file,
+// and for a model with fused linears, whose artifact has their parts, one that is written from the
+// configuration. quantization_config is still to be set.
 absl::StatusOr<nlohmann::json> ArtifactConfig(const Checkpoint& source);
 
 // checkpoint_format of what the gptq_v2 convention has no tensors for (docs/artifact-format.md).

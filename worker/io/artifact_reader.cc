@@ -287,6 +287,11 @@ class Reader final : public ArtifactReader {
     if (config_.tied_embeddings) {
       return absl::InvalidArgumentError("config.json: an artifact's embeddings are not tied");
     }
+    if (config_.has_fused_linears) {
+      return absl::UnimplementedError(
+          absl::StrCat("config.json: architecture '", config_.architecture,
+                       "': artifacts hold the parts of fused linears, as MistralForCausalLM"));
+    }
     WALSH_ASSIGN_OR_RETURN(const json document,
                            ParseBoundedJson("config.json", files.at("config.json"),
                                             {.bytes_max = limits::kConfigFileBytesMax,
@@ -359,7 +364,8 @@ class Reader final : public ArtifactReader {
                                         .offset = located->entry.offset,
                                         .rows = tensor.rows,
                                         .cols = tensor.cols,
-                                        .is_one_dimensional = tensor.is_one_dimensional}};
+                                        .is_one_dimensional = tensor.is_one_dimensional,
+                                        .added = tensor.is_norm ? config_.norm_offset : 0.0f}};
     }
     return absl::OkStatus();
   }

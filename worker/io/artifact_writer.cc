@@ -95,6 +95,7 @@ class Writer final : public ArtifactWriter {
       // A linear becomes four tensors, with about so much in the header for each.
       constexpr int64_t kEntryBytes = 200;
       header_bytes_ += 4 * (static_cast<int64_t>(tensor.name.size()) + kEntryBytes);
+      if (tensor.is_norm && model_.norm_offset != 0) offset_norms_.insert(tensor.name);
     }
   }
 
@@ -136,23 +137,20 @@ class Writer final : public ArtifactWriter {
   absl::Status WriteDense(std::string_view name, const Matrix& matrix,
                           bool one_dimensional) override {
     const std::string tensor(name);
-    WALSH_RETURN_IF_ERROR(CheckFiniteInBf16(tensor, matrix));
-    WALSH_RETURN_IF_ERROR(BeginDense(tensor, matrix.rows(), matrix.cols(), one_dimensional));
-    constexpr int64_t kPiece = 1 << 20;  // elements
-    std::vector<uint16_t> piece;
-    for (int64_t first = 0; first < matrix.size(); first += kPiece) {
-      const int64_t n = std::min(kPiece, matrix.size() - first);
-      piece.resize(static_cast<size_t>(n));
-      std::transform(matrix.data() + first, matrix.data() + first + n, piece.begin(), FloatToBf16);
-      WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(piece))));
-    }
-    dense_.insert(tensor);
-    return absl::OkStatus();
+    if (!offset_norms_.contains(tensor)) return WriteAsItIs(tensor, matrix, one_dimensional);
+    Matrix stored = matrix.Copy();
+    for (float& value : stored.span()) value -= model_.norm_offset;
+    return WriteAsItIs(tensor, stored, one_dimensional);
   }
 
   absl::Status WriteBf16(std::string_view name, const Bf16Matrix& matrix,
                          bool one_dimensional) override {
     const std::string tensor(name);
+    if (offset_norms_.contains(tensor)) {
+      return absl::UnimplementedError(absl::StrCat("tensor '", tensor, "' is stored less ",
+                                                   model_.norm_offset,
+                                                   ": it is written from floats only"));
+    }
     if (matrix.rows < 0 || matrix.cols < 0 ||
         static_cast<int64_t>(matrix.values.size()) != matrix.rows * matrix.cols) {
       return absl::InvalidArgumentError(
@@ -211,6 +209,21 @@ class Writer final : public ArtifactWriter {
         Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
     return Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
                  std::as_bytes(qweight));
+  }
+
+  absl::Status WriteAsItIs(const std::string& tensor, const Matrix& matrix, bool one_dimensional) {
+    WALSH_RETURN_IF_ERROR(CheckFiniteInBf16(tensor, matrix));
+    WALSH_RETURN_IF_ERROR(BeginDense(tensor, matrix.rows(), matrix.cols(), one_dimensional));
+    constexpr int64_t kPiece = 1 << 20;  // elements
+    std::vector<uint16_t> piece;
+    for (int64_t first = 0; first < matrix.size(); first += kPiece) {
+      const int64_t n = std::min(kPiece, matrix.size() - first);
+      piece.resize(static_cast<size_t>(n));
+      std::transform(matrix.data() + first, matrix.data() + first + n, piece.begin(), FloatToBf16);
+      WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(piece))));
+    }
+    dense_.insert(tensor);
+    return absl::OkStatus();
   }
 
   // The values follow through Append.
@@ -308,6 +321,7 @@ class Writer final : public ArtifactWriter {
   std::set<std::string> written_;
   std::set<std::string> quantized_;
   std::set<std::string> dense_;
+  std::set<std::string> offset_norms_;  // stored less the model's norm_offset
   absl::Status failure_;  // of the disk: a tensor is then there in part, and nothing can follow
   int64_t data_bytes_ = 0;
   int64_t bytes_written_ = 0;

@@ -17,10 +17,20 @@ struct ExpectedTensor {
   int64_t rows = 0;  // out; 1 for a vector
   int64_t cols = 0;  // in
   bool is_one_dimensional = false;
+  bool is_norm = false;  // of which files of some families leave out norm_offset
 };
 
 // In the order of a forward pass. Without the head when embeddings are tied.
 std::vector<ExpectedTensor> ExpectedTensors(const ModelConfig& config);
+
+// A matrix of the file that holds the rows of several of those, one behind the other.
+struct FusedTensor {
+  std::string name;
+  std::vector<ExpectedTensor> parts;
+  int64_t rows() const;
+};
+// Empty where the configuration has no fused linears.
+std::vector<FusedTensor> FusedTensors(const ModelConfig& config);
 
 struct TensorShape {
   int64_t rows = 0;

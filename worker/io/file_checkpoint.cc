@@ -110,9 +110,41 @@ void ShareTiedEmbedding(CheckpointContents& contents) {
   }
 }
 
+// Puts the parts of fused linears, which are ranges of rows, in their place.
+absl::Status SplitFusedLinears(CheckpointContents& contents) {
+  auto& tensors = contents.tensors;
+  for (const FusedTensor& fused : FusedTensors(contents.config)) {
+    const auto it = tensors.find(fused.name);
+    if (it == tensors.end()) {
+      return absl::InvalidArgumentError(absl::StrCat("tensor '", fused.name, "' is missing"));
+    }
+    const CheckpointContents::Located whole = it->second;
+    const StoredTensor& stored = whole.tensor;
+    const int64_t cols = fused.parts.front().cols;
+    if (stored.is_one_dimensional || stored.rows != fused.rows() || stored.cols != cols) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensor '", fused.name, "' has shape [", stored.rows, ", ", stored.cols,
+                       "], the configuration implies [", fused.rows(), ", ", cols, "]"));
+    }
+    tensors.erase(it);
+    int64_t row = 0;
+    for (const ExpectedTensor& part : fused.parts) {
+      CheckpointContents::Located piece = whole;
+      piece.tensor.offset += row * stored.row_bytes();
+      piece.tensor.rows = part.rows;
+      row += part.rows;
+      if (tensors.try_emplace(part.name, std::move(piece)).second) continue;
+      return absl::InvalidArgumentError(absl::StrCat("tensors '", fused.name, "' and '", part.name,
+                                                     "' are both there, must be one of them"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> MakeFileCheckpoint(CheckpointContents contents) {
+  WALSH_RETURN_IF_ERROR(SplitFusedLinears(contents));
   ShareTiedEmbedding(contents);
   std::map<std::string, TensorShape, std::less<>> shapes;
   for (const auto& [name, located] : contents.tensors) {

@@ -32,8 +32,8 @@ struct CheckpointContents {
   std::vector<std::string> fingerprint_paths;
 };
 
-// Checks the tensors against the configuration. A tied head that is stored only under the head's
-// name (or only under the embedding's) answers to both.
+// Checks the tensors against the configuration. Fused linears appear as their parts. A tied head
+// that is stored only under the head's name (or only under the embedding's) answers to both.
 absl::StatusOr<std::unique_ptr<Checkpoint>> MakeFileCheckpoint(CheckpointContents contents);
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> OpenHfCheckpoint(const std::string& directory);

@@ -16,8 +16,10 @@ bool Contains(const std::string& text, const char* part) {
   return text.find(part) != std::string::npos;
 }
 
-// llama.cpp's converter permutes the rows of Q and K (and their biases) for interleaved RoPE.
+// llama.cpp's converter permutes the rows of Q and K (and their biases) for interleaved RoPE; those
+// of other architectures it leaves as they are.
 int64_t InterleavedHeads(const std::string& hf_name, const ModelConfig& config) {
+  if (config.architecture != "LlamaForCausalLM") return 0;
   if (Contains(hf_name, "self_attn.q_proj.")) return config.n_heads;
   if (Contains(hf_name, "self_attn.k_proj.")) return config.n_kv_heads;
   return 0;
@@ -31,7 +33,7 @@ absl::Status AddTensor(const std::string& file, const GgufTensor& tensor,
                                                    " dimensions, must have 1 or 2"));
   }
   const bool is_one_dimensional = tensor.dims.size() == 1;
-  const std::string hf_name = HfTensorName(tensor.name);
+  const std::string hf_name = HfTensorName(tensor.name, contents.config.architecture);
   StoredTensor stored{.name = tensor.name,
                       .type = tensor.type,
                       .offset = tensor.offset,

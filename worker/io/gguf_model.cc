@@ -5,10 +5,12 @@
 #include <cmath>
 #include <limits>
 #include <numbers>
+#include <span>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/architectures.h"
 #include "common/limits.h"
 #include "common/status_macros.h"
 #include "worker/io/checkpoint.h"
@@ -17,13 +19,28 @@
 namespace walsh {
 namespace {
 
-constexpr char kArchitecture[] = "llama";
 constexpr char kRopeFreqs[] = "rope_freqs.weight";
+constexpr std::array<const char*, 2> kLongRopeFactors = {"rope_factors_long.weight",
+                                                         "rope_factors_short.weight"};
+// What llama.cpp knows of Gemma 3 without the file's saying so: all but every sixth layer slide,
+// with their own RoPE base; the 27B model, told by its layers, divides scores by the root of
+// hidden / heads.
+constexpr int64_t kGemma3Pattern = 6;
+constexpr double kGemma3SlidingRopeTheta = 10000.0;
+constexpr int64_t kGemma3LayersOf27B = 62;
+// Where there is no rope.freq_base.
+constexpr double kRopeThetaDefault = 10000.0;
 
 // Typed access to metadata, with the key in every message.
 class Keys {
  public:
-  Keys(const std::string& file, const GgufContents& contents) : file_(file), contents_(contents) {}
+  Keys(const std::string& file, const GgufContents& contents) : file_(file), contents_(contents) {
+    architecture_ = GgufStringOrEmpty(contents, "general.architecture");
+  }
+
+  const std::string& architecture() const { return architecture_; }
+  // "qwen2.block_count"
+  std::string Of(const char* key) const { return absl::StrCat(architecture_, ".", key); }
 
   const GgufValue* Find(std::string_view key) const {
     const auto it = contents_.metadata.find(key);
@@ -65,6 +82,7 @@ class Keys {
  private:
   const std::string& file_;
   const GgufContents& contents_;
+  std::string architecture_;
 };
 
 const GgufTensor* FindTensor(const GgufContents& contents, std::string_view name) {
@@ -73,39 +91,39 @@ const GgufTensor* FindTensor(const GgufContents& contents, std::string_view name
   return it == contents.tensors.end() ? nullptr : &*it;
 }
 
-absl::Status CheckArchitecture(const Keys& keys) {
-  WALSH_ASSIGN_OR_RETURN(const std::string architecture,
-                         keys.Get<std::string>("general.architecture", "a string"));
-  if (architecture != kArchitecture) {
-    return keys.Unsupported(absl::StrCat("architecture '", architecture.substr(0, 64),
-                                         "' is not supported; supported: ", kArchitecture));
+absl::Status CheckArchitecture(const std::string& file, const Keys& keys) {
+  WALSH_RETURN_IF_ERROR(keys.Get<std::string>("general.architecture", "a string").status());
+  if (std::find(kGgufArchitectures.begin(), kGgufArchitectures.end(), keys.architecture()) ==
+      kGgufArchitectures.end()) {
+    return UnsupportedArchitecture(file, keys.architecture(), kGgufArchitectures);
   }
   WALSH_ASSIGN_OR_RETURN(const int64_t n_experts,
-                         keys.GetOr<int64_t>("llama.expert_count", "an integer", 0));
+                         keys.GetOr<int64_t>(keys.Of("expert_count"), "an integer", 0));
   if (n_experts == 0) return absl::OkStatus();
   return keys.Unsupported(absl::StrCat("mixtures of experts are not supported (", n_experts, ")"));
 }
 
 absl::Status ReadShape(const Keys& keys, ModelConfig& out) {
-  WALSH_ASSIGN_OR_RETURN(out.hidden, keys.Integer("llama.embedding_length", limits::kHiddenMax));
+  WALSH_ASSIGN_OR_RETURN(out.hidden, keys.Integer(keys.Of("embedding_length"), limits::kHiddenMax));
   WALSH_ASSIGN_OR_RETURN(out.intermediate,
-                         keys.Integer("llama.feed_forward_length", limits::kIntermediateMax));
-  WALSH_ASSIGN_OR_RETURN(out.n_layers, keys.Integer("llama.block_count", limits::kLayersMax));
+                         keys.Integer(keys.Of("feed_forward_length"), limits::kIntermediateMax));
+  WALSH_ASSIGN_OR_RETURN(out.n_layers, keys.Integer(keys.Of("block_count"), limits::kLayersMax));
   WALSH_ASSIGN_OR_RETURN(out.n_heads,
-                         keys.Integer("llama.attention.head_count", limits::kHeadsMax));
-  WALSH_ASSIGN_OR_RETURN(out.n_kv_heads, keys.IntegerOr("llama.attention.head_count_kv",
+                         keys.Integer(keys.Of("attention.head_count"), limits::kHeadsMax));
+  WALSH_ASSIGN_OR_RETURN(out.n_kv_heads, keys.IntegerOr(keys.Of("attention.head_count_kv"),
                                                         out.n_heads, limits::kHeadsMax));
   WALSH_ASSIGN_OR_RETURN(out.max_position,
-                         keys.Integer("llama.context_length", limits::kContextMax));
-  if (!keys.Has("llama.attention.key_length") && out.hidden % out.n_heads != 0) {
+                         keys.Integer(keys.Of("context_length"), limits::kContextMax));
+  if (!keys.Has(keys.Of("attention.key_length")) && out.hidden % out.n_heads != 0) {
     return keys.Bad(
-        "llama.attention.key_length",
+        keys.Of("attention.key_length"),
         absl::StrCat("is missing and ", out.hidden, " is no multiple of ", out.n_heads, " heads"));
   }
-  WALSH_ASSIGN_OR_RETURN(
-      out.head_dim,
-      keys.IntegerOr("llama.attention.key_length", out.hidden / out.n_heads, limits::kHeadDimMax));
-  for (const char* key : {"llama.attention.value_length", "llama.rope.dimension_count"}) {
+  WALSH_ASSIGN_OR_RETURN(out.head_dim,
+                         keys.IntegerOr(keys.Of("attention.key_length"), out.hidden / out.n_heads,
+                                        limits::kHeadDimMax));
+  for (const std::string& key :
+       {keys.Of("attention.value_length"), keys.Of("rope.dimension_count")}) {
     WALSH_ASSIGN_OR_RETURN(const int64_t width,
                            keys.IntegerOr(key, out.head_dim, limits::kHeadDimMax));
     if (width != out.head_dim) {
@@ -134,17 +152,17 @@ absl::StatusOr<std::vector<float>> ReadRopeDivisors(const RandomAccessFile& file
 
 absl::Status ReadRope(const RandomAccessFile& file, const GgufContents& contents, const Keys& keys,
                       ModelConfig& out) {
-  WALSH_ASSIGN_OR_RETURN(out.rope_theta,
-                         keys.GetOr<double>("llama.rope.freq_base", "a float", 10000.0));
+  WALSH_ASSIGN_OR_RETURN(
+      out.rope_theta, keys.GetOr<double>(keys.Of("rope.freq_base"), "a float", kRopeThetaDefault));
   // As llama.cpp reads them: linear unless the file names another kind, and a factor of 0 is none.
   WALSH_ASSIGN_OR_RETURN(
       const std::string kind,
-      keys.GetOr<std::string>("llama.rope.scaling.type", "a string", std::string("linear")));
+      keys.GetOr<std::string>(keys.Of("rope.scaling.type"), "a string", std::string("linear")));
   if (kind == "linear") {
     // The key of files older than rope.scaling.*.
     WALSH_ASSIGN_OR_RETURN(const double old_factor,
-                           keys.GetOr<double>("llama.rope.scale_linear", "a float", 0.0));
-    WALSH_ASSIGN_OR_RETURN(const double factor, keys.GetOr<double>("llama.rope.scaling.factor",
+                           keys.GetOr<double>(keys.Of("rope.scale_linear"), "a float", 0.0));
+    WALSH_ASSIGN_OR_RETURN(const double factor, keys.GetOr<double>(keys.Of("rope.scaling.factor"),
                                                                    "a float", double{old_factor}));
     if (factor != 0.0 && factor != 1.0) {
       out.rope_scaling = {.kind = RopeScaling::Kind::kLinear, .factor = factor};
@@ -153,6 +171,11 @@ absl::Status ReadRope(const RandomAccessFile& file, const GgufContents& contents
     return keys.Unsupported(absl::StrCat("RoPE scaling '", kind.substr(0, 64),
                                          "' is not supported; supported: none, linear, and "
                                          "llama3 by rope_freqs.weight"));
+  }
+  for (const char* name : kLongRopeFactors) {
+    if (FindTensor(contents, name) == nullptr) continue;
+    return keys.Unsupported(absl::StrCat("RoPE scaling 'longrope' (", name,
+                                         ") is not supported; supported: none, linear"));
   }
   const GgufTensor* freqs = FindTensor(contents, kRopeFreqs);
   if (freqs == nullptr) return absl::OkStatus();
@@ -290,6 +313,66 @@ absl::Status ReadVocabularyIds(const Keys& keys, GgufVocabulary& out) {
   return absl::OkStatus();
 }
 
+// HF's name of an architecture.
+std::string HfArchitecture(std::string_view gguf) {
+  if (gguf == "qwen2") return "Qwen2ForCausalLM";
+  if (gguf == "qwen3") return "Qwen3ForCausalLM";
+  if (gguf == "phi3") return "Phi3ForCausalLM";
+  if (gguf == "gemma3") return "Gemma3ForCausalLM";
+  return "LlamaForCausalLM";
+}
+
+absl::Status ReadSlidingWindow(const Keys& keys, ModelConfig& out) {
+  const std::string& architecture = keys.architecture();
+  if (architecture == "llama") return absl::OkStatus();
+  const std::string key = keys.Of("attention.sliding_window");
+  WALSH_ASSIGN_OR_RETURN(out.sliding_window, keys.GetOr<int64_t>(key, "an integer", 0));
+  if (out.sliding_window < 0) return keys.Bad(key, absl::StrCat("is ", out.sliding_window));
+  if (architecture == "gemma3") {
+    if (out.sliding_window == 0) return keys.Bad(key, "is missing or 0");
+    WALSH_ASSIGN_OR_RETURN(const int64_t pattern,
+                           keys.IntegerOr(keys.Of("attention.sliding_window_pattern"),
+                                          kGemma3Pattern, limits::kLayersMax));
+    out.sliding_layers.assign(static_cast<size_t>(out.n_layers), true);
+    for (int64_t i = pattern - 1; i < out.n_layers; i += pattern) {
+      out.sliding_layers[static_cast<size_t>(i)] = false;
+    }
+  } else if (architecture == "phi3" && out.sliding_window > 0) {
+    out.sliding_layers.assign(static_cast<size_t>(out.n_layers), true);
+  } else if (out.sliding_window > 0 && out.sliding_window < out.max_position) {
+    // Which layers is nowhere said.
+    return keys.Unsupported(absl::StrCat("sliding-window attention of architecture '", architecture,
+                                         "' is not supported in GGUF files ('", key, "' is ",
+                                         out.sliding_window, ")"));
+  }
+  DropIdleWindow(out);
+  return absl::OkStatus();
+}
+
+absl::Status ReadGemma3(const Keys& keys, ModelConfig& out) {
+  for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping"}) {
+    if (keys.Has(keys.Of(key))) {
+      return keys.Unsupported(absl::StrCat("key '", keys.Of(key), "' is not supported"));
+    }
+  }
+  WALSH_ASSIGN_OR_RETURN(out.sliding_rope_theta,
+                         keys.GetOr<double>(keys.Of("rope.freq_base_swa"), "a float",
+                                            double{kGemma3SlidingRopeTheta}));
+  out.query_pre_attention_scalar = static_cast<double>(
+      out.n_layers == kGemma3LayersOf27B ? out.hidden / out.n_heads : out.head_dim);
+  return absl::OkStatus();
+}
+
+// Only what HF's configuration could say: a file that has other biases is refused for them.
+void ReadBiases(const GgufContents& contents, ModelConfig& out) {
+  const bool is_qwen2 = out.architecture == "Qwen2ForCausalLM";
+  const bool has_query_bias = FindTensor(contents, "blk.0.attn_q.bias") != nullptr;
+  out.attention_bias = is_qwen2 || (has_query_bias && !out.has_fused_linears);
+  out.output_bias = out.attention_bias && !is_qwen2;
+  out.mlp_bias = out.architecture == "LlamaForCausalLM" &&
+                 FindTensor(contents, "blk.0.ffn_up.bias") != nullptr;
+}
+
 struct NamePair {
   std::string_view gguf;
   std::string_view hf;
@@ -297,27 +380,51 @@ struct NamePair {
 constexpr std::array<NamePair, 3> kModelNames = {{{"token_embd.weight", kEmbeddingTensor},
                                                   {"output_norm.weight", kFinalNormTensor},
                                                   {"output.weight", kLmHeadTensor}}};
-constexpr std::array<NamePair, 9> kLayerNames = {{{"attn_norm", "input_layernorm"},
-                                                  {"ffn_norm", "post_attention_layernorm"},
-                                                  {"attn_q", "self_attn.q_proj"},
-                                                  {"attn_k", "self_attn.k_proj"},
-                                                  {"attn_v", "self_attn.v_proj"},
-                                                  {"attn_output", "self_attn.o_proj"},
-                                                  {"ffn_gate", "mlp.gate_proj"},
-                                                  {"ffn_up", "mlp.up_proj"},
-                                                  {"ffn_down", "mlp.down_proj"}}};
+constexpr std::array<NamePair, 12> kLayerNames = {{{"attn_norm", "input_layernorm"},
+                                                   {"ffn_norm", "post_attention_layernorm"},
+                                                   {"attn_q", "self_attn.q_proj"},
+                                                   {"attn_k", "self_attn.k_proj"},
+                                                   {"attn_v", "self_attn.v_proj"},
+                                                   {"attn_output", "self_attn.o_proj"},
+                                                   {"ffn_gate", "mlp.gate_proj"},
+                                                   {"ffn_up", "mlp.up_proj"},
+                                                   {"ffn_down", "mlp.down_proj"},
+                                                   {"attn_q_norm", "self_attn.q_norm"},
+                                                   {"attn_k_norm", "self_attn.k_norm"},
+                                                   {"attn_qkv", "self_attn.qkv_proj"}}};
+// Names that an architecture uses for something else; they come before those.
+constexpr std::array<NamePair, 1> kPhi3Names = {{{"ffn_up", "mlp.gate_up_proj"}}};
+constexpr std::array<NamePair, 3> kGemma3Names = {
+    {{"ffn_norm", "pre_feedforward_layernorm"},
+     {"post_attention_norm", "post_attention_layernorm"},
+     {"post_ffw_norm", "post_feedforward_layernorm"}}};
+
+std::string_view HfLayerName(std::string_view gguf, std::string_view architecture) {
+  std::span<const NamePair> own;
+  if (architecture == "Phi3ForCausalLM") own = kPhi3Names;
+  if (architecture == "Gemma3ForCausalLM") own = kGemma3Names;
+  for (const std::span<const NamePair> names : {own, std::span<const NamePair>(kLayerNames)}) {
+    for (const NamePair& pair : names) {
+      if (gguf == pair.gguf) return pair.hf;
+    }
+  }
+  return gguf;
+}
 
 }  // namespace
 
 absl::StatusOr<ModelConfig> GgufModelConfig(const RandomAccessFile& file,
                                             const GgufContents& contents) {
   const Keys keys(file.name(), contents);
-  WALSH_RETURN_IF_ERROR(CheckArchitecture(keys));
+  WALSH_RETURN_IF_ERROR(CheckArchitecture(file.name(), keys));
   ModelConfig out;
-  out.architecture = "LlamaForCausalLM";
+  out.architecture = HfArchitecture(keys.architecture());
   WALSH_RETURN_IF_ERROR(ReadShape(keys, out));
+  SetFamilyTraits(out);
+  if (keys.architecture() == "gemma3") WALSH_RETURN_IF_ERROR(ReadGemma3(keys, out));
+  WALSH_RETURN_IF_ERROR(ReadSlidingWindow(keys, out));
   WALSH_ASSIGN_OR_RETURN(out.rms_norm_eps,
-                         keys.Get<double>("llama.attention.layer_norm_rms_epsilon", "a float"));
+                         keys.Get<double>(keys.Of("attention.layer_norm_rms_epsilon"), "a float"));
   const GgufTensor* embedding = FindTensor(contents, "token_embd.weight");
   if (embedding == nullptr || embedding->dims.size() != 2) {
     return absl::InvalidArgumentError(
@@ -325,8 +432,7 @@ absl::StatusOr<ModelConfig> GgufModelConfig(const RandomAccessFile& file,
   }
   out.vocab = embedding->dims[1];
   out.tied_embeddings = FindTensor(contents, "output.weight") == nullptr;
-  out.attention_bias = FindTensor(contents, "blk.0.attn_q.bias") != nullptr;
-  out.mlp_bias = FindTensor(contents, "blk.0.ffn_up.bias") != nullptr;
+  ReadBiases(contents, out);
   WALSH_RETURN_IF_ERROR(ReadTokenIds(keys, out));
   WALSH_RETURN_IF_ERROR(ValidateModelConfig(out, file.name()));
   // After the check: reading the divisors relies on a sound head width.
@@ -372,7 +478,7 @@ std::string GgufStringOrEmpty(const GgufContents& contents, std::string_view key
   return text == nullptr ? "" : *text;
 }
 
-std::string HfTensorName(std::string_view gguf_name) {
+std::string HfTensorName(std::string_view gguf_name, std::string_view architecture) {
   for (const NamePair& pair : kModelNames) {
     if (gguf_name == pair.gguf) return std::string(pair.hf);
   }
@@ -384,13 +490,8 @@ std::string HfTensorName(std::string_view gguf_name) {
     return std::string(gguf_name);
   }
   const std::string_view layer = gguf_name.substr(kBlock.size(), layer_end - kBlock.size());
-  std::string_view suffix = gguf_name.substr(layer_end + 1, kind_begin - layer_end - 1);
-  for (const NamePair& pair : kLayerNames) {
-    if (suffix == pair.gguf) {
-      suffix = pair.hf;
-      break;
-    }
-  }
+  const std::string_view suffix =
+      HfLayerName(gguf_name.substr(layer_end + 1, kind_begin - layer_end - 1), architecture);
   return absl::StrCat("model.layers.", std::string(layer), ".", std::string(suffix),
                       std::string(gguf_name.substr(kind_begin)));
 }

@@ -1,7 +1,9 @@
-// What a GGUF file of architecture "llama" says about its model: shape, vocabulary, tensor names.
+// What a GGUF file says about its model: shape, vocabulary, tensor names.
 //
-// llama.cpp writes Mistral checkpoints under the same architecture; without a sliding window the
-// two are one model, so both come as LlamaForCausalLM.
+// llama.cpp writes Mistral checkpoints under architecture "llama"; without a sliding window the
+// two are one model, so both come as LlamaForCausalLM. What it knows of Gemma 3 beside the file
+// (which layers slide, their RoPE base) is known here, too. Norms hold what HF's files leave out
+// (ModelConfig::norm_offset).
 //
 // Errors:  INVALID_ARGUMENT  a key is missing, of the wrong type or out of range (named)
 //          UNIMPLEMENTED     another architecture, vocabulary model or RoPE scaling; experts
@@ -31,10 +33,11 @@ absl::StatusOr<GgufVocabulary> GgufVocabularyOf(const RandomAccessFile& file,
 // A string's contents, or empty where the key is absent or no string.
 std::string GgufStringOrEmpty(const GgufContents& contents, std::string_view key);
 
-// "blk.3.attn_q.weight" gives "model.layers.3.self_attn.q_proj.weight". A layer's tensor that Llama
-// does not have keeps its suffix ("model.layers.3.attn_q_norm.weight"), so that the check against
-// the configuration refuses it; other unknown names come back as they are.
-std::string HfTensorName(std::string_view gguf_name);
+// "blk.3.attn_q.weight" gives "model.layers.3.self_attn.q_proj.weight"; some names mean something
+// else by `architecture` (HF's name). A layer's tensor that no family has keeps its suffix
+// ("model.layers.3.attn_sinks.weight"), so that the check against the configuration refuses it;
+// other unknown names come back as they are.
+std::string HfTensorName(std::string_view gguf_name, std::string_view architecture);
 
 // The llama3 parameters whose formula gives these divisors, by the sets that Meta published;
 // nullopt when none does. `head_dim` and `rope_theta` are the model's.

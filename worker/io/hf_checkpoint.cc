@@ -45,6 +45,9 @@ class WeightCollector {
     for (ExpectedTensor& tensor : ExpectedTensors(contents.config)) {
       needed_.insert(std::move(tensor.name));
     }
+    for (FusedTensor& tensor : FusedTensors(contents.config)) {
+      needed_.insert(std::move(tensor.name));
+    }
   }
 
   absl::Status AddFile(const std::string& name) {
@@ -114,6 +117,15 @@ absl::Status CollectWeights(const std::string& directory, CheckpointContents& co
   return collector.CheckIndex(*map);
 }
 
+// HF's files of some families hold norms less an offset.
+void AddNormOffset(CheckpointContents& contents) {
+  for (const ExpectedTensor& tensor : ExpectedTensors(contents.config)) {
+    const auto it = contents.tensors.find(tensor.name);
+    if (!tensor.is_norm || it == contents.tensors.end()) continue;
+    it->second.tensor.added = contents.config.norm_offset;
+  }
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> OpenHfCheckpoint(const std::string& directory) {
@@ -134,6 +146,7 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> OpenHfCheckpoint(const std::string& 
     contents.fingerprint_paths.push_back(absl::StrCat(directory, "/", name));
   }
   WALSH_RETURN_IF_ERROR(CollectWeights(directory, contents));
+  AddNormOffset(contents);
   return MakeFileCheckpoint(std::move(contents));
 }
 

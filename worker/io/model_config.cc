@@ -1,5 +1,7 @@
 #include "worker/io/model_config.h"
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -7,7 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
+#include "common/architectures.h"
 #include "common/limits.h"
 #include "common/status_macros.h"
 #include "worker/io/bounded_json.h"
@@ -17,11 +19,61 @@ namespace {
 
 using nlohmann::json;
 
-constexpr char kLlama[] = "LlamaForCausalLM";
-constexpr char kMistral[] = "MistralForCausalLM";
-// What transformers' MistralConfig assumes where the key is absent.
-constexpr int64_t kMistralSlidingWindowDefault = 4096;
-constexpr int64_t kMistralKvHeadsDefault = 8;
+// Which layers attend to a window only.
+enum class Sliding {
+  kNever,
+  kEveryLayer,   // where a window is given
+  kUpperLayers,  // those from max_window_layers on, where use_sliding_window says so
+  kPattern,      // all but every sixth
+};
+
+// What transformers knows of an architecture without being told, and assumes where a key is absent.
+struct Family {
+  std::string_view architecture;
+  std::string_view model_type;
+  int64_t kv_heads = 0;  // 0: as many as heads
+  int64_t head_dim = 0;  // 0: hidden_size / num_attention_heads
+  double rms_norm_eps = 1e-6;
+  double rope_theta = 10000.0;
+  double sliding_rope_theta = 0;
+  bool tied_embeddings = false;
+  Sliding sliding = Sliding::kNever;
+  int64_t sliding_window = 0;  // 0: none
+};
+constexpr Family kLlama = {.architecture = "LlamaForCausalLM", .model_type = "llama"};
+constexpr Family kMistral = {.architecture = "MistralForCausalLM",
+                             .model_type = "mistral",
+                             .kv_heads = 8,
+                             .sliding = Sliding::kEveryLayer,
+                             .sliding_window = 4096};
+constexpr Family kQwen2 = {.architecture = "Qwen2ForCausalLM",
+                           .model_type = "qwen2",
+                           .kv_heads = 32,
+                           .sliding = Sliding::kUpperLayers,
+                           .sliding_window = 4096};
+constexpr Family kQwen3 = {.architecture = "Qwen3ForCausalLM",
+                           .model_type = "qwen3",
+                           .kv_heads = 32,
+                           .head_dim = 128,
+                           .sliding = Sliding::kUpperLayers,
+                           .sliding_window = 4096};
+constexpr Family kPhi3 = {.architecture = "Phi3ForCausalLM",
+                          .model_type = "phi3",
+                          .rms_norm_eps = 1e-5,
+                          .sliding = Sliding::kEveryLayer};
+constexpr Family kGemma3 = {.architecture = "Gemma3ForCausalLM",
+                            .model_type = "gemma3_text",
+                            .kv_heads = 4,
+                            .head_dim = 256,
+                            .rope_theta = 1e6,
+                            .sliding_rope_theta = 1e4,
+                            .tied_embeddings = true,
+                            .sliding = Sliding::kPattern,
+                            .sliding_window = 4096};
+constexpr std::array<const Family*, kHfArchitectures.size()> kFamilies = {
+    &kLlama, &kMistral, &kQwen2, &kQwen3, &kPhi3, &kGemma3};
+constexpr int64_t kMaxWindowLayersDefault = 28;
+constexpr int64_t kGemma3Pattern = 6;
 
 std::string Name(const char* field) { return absl::StrCat("config.json: field '", field, "'"); }
 
@@ -102,9 +154,18 @@ absl::StatusOr<std::string> Architecture(const json& config) {
   if (model_type.empty()) {
     return absl::InvalidArgumentError(absl::StrCat(Name("architectures"), " is missing"));
   }
-  if (model_type == "llama") return std::string(kLlama);
-  if (model_type == "mistral") return std::string(kMistral);
+  for (const Family* family : kFamilies) {
+    if (family->model_type == model_type) return std::string(family->architecture);
+  }
   return model_type;
+}
+
+absl::StatusOr<const Family*> FamilyOf(const json& config) {
+  WALSH_ASSIGN_OR_RETURN(const std::string architecture, Architecture(config));
+  for (const Family* family : kFamilies) {
+    if (family->architecture == architecture) return family;
+  }
+  return UnsupportedArchitecture("config.json", architecture, kHfArchitectures);
 }
 
 absl::StatusOr<RopeScaling> ParseRopeScaling(const json& object) {
@@ -131,20 +192,60 @@ absl::StatusOr<RopeScaling> ParseRopeScaling(const json& object) {
   return scaling;
 }
 
+absl::Status CheckWholeRotary(const json& object) {
+  WALSH_ASSIGN_OR_RETURN(const double share, NumberOr(object, "partial_rotary_factor", 1.0));
+  if (share == 1.0) return absl::OkStatus();
+  return absl::UnimplementedError(
+      absl::StrCat("config.json: partial_rotary_factor ", share, " is not supported, only 1"));
+}
+
+absl::Status ParseRopeParameters(const json& object, double& theta, RopeScaling& scaling) {
+  WALSH_RETURN_IF_ERROR(CheckWholeRotary(object));
+  WALSH_ASSIGN_OR_RETURN(theta, NumberOr(object, "rope_theta", theta));
+  WALSH_ASSIGN_OR_RETURN(scaling, ParseRopeScaling(object));
+  return absl::OkStatus();
+}
+
+// The form of transformers 5 for layers that differ: {"full_attention": {…}, "sliding_attention":
+// {…}}.
+absl::Status ParseRopeByLayerType(const json& object, ModelConfig& out) {
+  for (const auto& [type, parameters] : object.items()) {
+    if (!parameters.is_object()) return WrongType(type.c_str(), "an object", parameters);
+    if (type == "full_attention") {
+      WALSH_RETURN_IF_ERROR(ParseRopeParameters(parameters, out.rope_theta, out.rope_scaling));
+    } else if (type == "sliding_attention") {
+      RopeScaling scaling;
+      if (out.sliding_rope_theta == 0) out.sliding_rope_theta = out.rope_theta;
+      WALSH_RETURN_IF_ERROR(ParseRopeParameters(parameters, out.sliding_rope_theta, scaling));
+      if (scaling.kind != RopeScaling::Kind::kNone) {
+        return absl::UnimplementedError(
+            "config.json: RoPE scaling of sliding_attention layers is not supported");
+      }
+    } else {
+      return absl::UnimplementedError(absl::StrCat("config.json: RoPE of layers of type '",
+                                                   type.substr(0, 64), "' is not supported"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 // transformers 4 has rope_theta beside rope_scaling; transformers 5 has both in rope_parameters.
-absl::Status ParseRope(const json& config, ModelConfig& out) {
-  WALSH_ASSIGN_OR_RETURN(out.rope_theta, NumberOr(config, "rope_theta", 10000.0));
+absl::Status ParseRope(const json& config, const Family& family, ModelConfig& out) {
+  WALSH_RETURN_IF_ERROR(CheckWholeRotary(config));
+  WALSH_ASSIGN_OR_RETURN(out.rope_theta, NumberOr(config, "rope_theta", family.rope_theta));
+  if (family.sliding_rope_theta > 0) {
+    WALSH_ASSIGN_OR_RETURN(out.sliding_rope_theta,
+                           NumberOr(config, "rope_local_base_freq", family.sliding_rope_theta));
+  }
   for (const char* field : {"rope_scaling", "rope_parameters"}) {
     const json* object = Find(config, field);
     if (object == nullptr) continue;
     if (!object->is_object()) return WrongType(field, "an object", *object);
-    WALSH_ASSIGN_OR_RETURN(out.rope_theta, NumberOr(*object, "rope_theta", out.rope_theta));
-    WALSH_ASSIGN_OR_RETURN(const double share, NumberOr(*object, "partial_rotary_factor", 1.0));
-    if (share != 1.0) {
-      return absl::UnimplementedError(
-          absl::StrCat("config.json: partial_rotary_factor ", share, " is not supported, only 1"));
+    if (object->contains("full_attention") || object->contains("sliding_attention")) {
+      WALSH_RETURN_IF_ERROR(ParseRopeByLayerType(*object, out));
+    } else {
+      WALSH_RETURN_IF_ERROR(ParseRopeParameters(*object, out.rope_theta, out.rope_scaling));
     }
-    WALSH_ASSIGN_OR_RETURN(out.rope_scaling, ParseRopeScaling(*object));
   }
   return absl::OkStatus();
 }
@@ -169,30 +270,112 @@ absl::Status ParseSpecialTokens(const json& config, ModelConfig& out) {
   return absl::OkStatus();
 }
 
-absl::Status CheckSlidingWindow(const json& config, const ModelConfig& out) {
-  if (out.architecture != kMistral) return absl::OkStatus();
-  const bool is_given = config.contains("sliding_window");
-  const json* value = Find(config, "sliding_window");
-  if (is_given && value == nullptr) return absl::OkStatus();
-  int64_t window = kMistralSlidingWindowDefault;
-  if (value != nullptr) {
-    WALSH_ASSIGN_OR_RETURN(
-        window, Integer("sliding_window", *value, 0, std::numeric_limits<int64_t>::max()));
+// Layers by their names in "layer_types".
+absl::StatusOr<std::vector<bool>> SlidingByName(const json& types, const ModelConfig& out) {
+  if (!types.is_array() || static_cast<int64_t>(types.size()) != out.n_layers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(Name("layer_types"), " is not a list of ", out.n_layers, " names"));
   }
-  if (window >= out.max_position) return absl::OkStatus();
-  return absl::UnimplementedError(absl::StrCat(
-      "config.json: sliding-window attention is not supported: sliding_window ", window,
-      " is below max_position_embeddings ", out.max_position, is_given ? "" : " (the default)"));
+  std::vector<bool> sliding;
+  for (const json& type : types) {
+    if (type != "sliding_attention" && type != "full_attention") {
+      return absl::UnimplementedError(
+          absl::StrCat(Name("layer_types"), " has ",
+                       type.dump(-1, ' ', false, json::error_handler_t::replace).substr(0, 64),
+                       ", supported: full_attention, sliding_attention"));
+    }
+    sliding.push_back(type == "sliding_attention");
+  }
+  return sliding;
 }
 
-absl::Status CheckActivation(const json& config) {
-  WALSH_ASSIGN_OR_RETURN(const std::string activation, StringOr(config, "hidden_act", "silu"));
-  if (activation == "silu") return absl::OkStatus();
-  return absl::UnimplementedError(
-      absl::StrCat("config.json: hidden_act '", activation, "' is not supported; supported: silu"));
+absl::StatusOr<std::vector<bool>> SlidingLayers(const json& config, const Family& family,
+                                                const ModelConfig& out) {
+  std::vector<bool> sliding(static_cast<size_t>(out.n_layers), true);
+  if (family.sliding == Sliding::kEveryLayer) return sliding;
+  if (const json* types = Find(config, "layer_types"); types != nullptr) {
+    return SlidingByName(*types, out);
+  }
+  if (family.sliding == Sliding::kUpperLayers) {
+    const json* value = Find(config, "max_window_layers");
+    int64_t first = kMaxWindowLayersDefault;
+    if (value != nullptr) {
+      WALSH_ASSIGN_OR_RETURN(first, Integer("max_window_layers", *value, 0, limits::kLayersMax));
+    }
+    std::fill_n(sliding.begin(), std::min(first, out.n_layers), false);
+    return sliding;
+  }
+  WALSH_ASSIGN_OR_RETURN(const int64_t pattern, IntegerOr(config, "sliding_window_pattern",
+                                                          kGemma3Pattern, limits::kLayersMax));
+  for (int64_t i = pattern - 1; i < out.n_layers; i += pattern) {
+    sliding[static_cast<size_t>(i)] = false;
+  }
+  return sliding;
 }
 
-absl::Status ParseShape(const json& config, ModelConfig& out) {
+absl::Status ParseSlidingWindow(const json& config, const Family& family, ModelConfig& out) {
+  if (family.sliding == Sliding::kNever) return absl::OkStatus();
+  if (family.sliding == Sliding::kUpperLayers) {
+    WALSH_ASSIGN_OR_RETURN(const bool is_used, BoolOr(config, "use_sliding_window", false));
+    if (!is_used) return absl::OkStatus();
+  }
+  const bool is_none = config.contains("sliding_window") && config["sliding_window"].is_null();
+  if (is_none || (family.sliding_window == 0 && !config.contains("sliding_window"))) {
+    return absl::OkStatus();
+  }
+  WALSH_ASSIGN_OR_RETURN(out.sliding_window,
+                         IntegerOr(config, "sliding_window", family.sliding_window,
+                                   std::numeric_limits<int64_t>::max()));
+  WALSH_ASSIGN_OR_RETURN(out.sliding_layers, SlidingLayers(config, family, out));
+  DropIdleWindow(out);
+  return absl::OkStatus();
+}
+
+absl::Status CheckActivation(const json& config, const Family& family) {
+  const bool is_gemma = &family == &kGemma3;
+  const char* field = is_gemma ? "hidden_activation" : "hidden_act";
+  const char* supported = is_gemma ? "gelu_pytorch_tanh" : "silu";
+  WALSH_ASSIGN_OR_RETURN(const std::string activation, StringOr(config, field, supported));
+  if (activation == supported) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat("config.json: ", field, " '", activation,
+                                               "' is not supported; supported: ", supported));
+}
+
+absl::Status ParseGemma3(const json& config, ModelConfig& out) {
+  for (const char* field : {"attn_logit_softcapping", "final_logit_softcapping"}) {
+    if (const json* value = Find(config, field); value != nullptr) {
+      return absl::UnimplementedError(
+          absl::StrCat("config.json: ", field, " is not supported, only null"));
+    }
+  }
+  WALSH_ASSIGN_OR_RETURN(const bool is_bidirectional,
+                         BoolOr(config, "use_bidirectional_attention", false));
+  if (is_bidirectional) {
+    return absl::UnimplementedError(
+        "config.json: use_bidirectional_attention is not supported, only false");
+  }
+  WALSH_ASSIGN_OR_RETURN(out.query_pre_attention_scalar,
+                         NumberOr(config, "query_pre_attn_scalar", kGemma3.head_dim));
+  if (out.query_pre_attention_scalar > 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      Name("query_pre_attn_scalar"), " is ", out.query_pre_attention_scalar, ", must be above 0"));
+}
+
+absl::Status ParseBiases(const json& config, ModelConfig& out) {
+  if (out.architecture == kQwen2.architecture) {
+    out.attention_bias = true;
+    return absl::OkStatus();
+  }
+  if (out.architecture == kPhi3.architecture) return absl::OkStatus();
+  WALSH_ASSIGN_OR_RETURN(out.attention_bias, BoolOr(config, "attention_bias", false));
+  out.output_bias = out.attention_bias;
+  if (out.architecture == kLlama.architecture || out.architecture == kMistral.architecture) {
+    WALSH_ASSIGN_OR_RETURN(out.mlp_bias, BoolOr(config, "mlp_bias", false));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ParseShape(const json& config, const Family& family, ModelConfig& out) {
   WALSH_ASSIGN_OR_RETURN(out.hidden, RequiredInteger(config, "hidden_size", limits::kHiddenMax));
   WALSH_ASSIGN_OR_RETURN(out.intermediate,
                          RequiredInteger(config, "intermediate_size", limits::kIntermediateMax));
@@ -203,16 +386,18 @@ absl::Status ParseShape(const json& config, ModelConfig& out) {
   WALSH_ASSIGN_OR_RETURN(out.vocab, RequiredInteger(config, "vocab_size", limits::kVocabMax));
   WALSH_ASSIGN_OR_RETURN(out.max_position,
                          RequiredInteger(config, "max_position_embeddings", limits::kContextMax));
-  const int64_t kv_default = out.architecture == kMistral ? kMistralKvHeadsDefault : out.n_heads;
+  const int64_t kv_default = family.kv_heads > 0 ? family.kv_heads : out.n_heads;
   WALSH_ASSIGN_OR_RETURN(out.n_kv_heads,
                          IntegerOr(config, "num_key_value_heads", kv_default, limits::kHeadsMax));
-  if (Find(config, "head_dim") == nullptr && out.hidden % out.n_heads != 0) {
+  if (Find(config, "head_dim") == nullptr && family.head_dim == 0 &&
+      out.hidden % out.n_heads != 0) {
     return absl::InvalidArgumentError(absl::StrCat("config.json: hidden_size ", out.hidden,
                                                    " is no multiple of num_attention_heads ",
                                                    out.n_heads, ", and head_dim is missing"));
   }
-  WALSH_ASSIGN_OR_RETURN(
-      out.head_dim, IntegerOr(config, "head_dim", out.hidden / out.n_heads, limits::kHeadDimMax));
+  const int64_t head_dim = family.head_dim > 0 ? family.head_dim : out.hidden / out.n_heads;
+  WALSH_ASSIGN_OR_RETURN(out.head_dim,
+                         IntegerOr(config, "head_dim", head_dim, limits::kHeadDimMax));
   return absl::OkStatus();
 }
 
@@ -284,6 +469,15 @@ absl::Status ValidateModelConfig(const ModelConfig& config, const std::string& o
   if (!(config.rope_theta >= 1 && config.rope_theta <= 1e12)) {
     return OutOfRange(origin, "the RoPE base", config.rope_theta, "1 to 1e12");
   }
+  if (config.sliding_rope_theta != 0 &&
+      !(config.sliding_rope_theta >= 1 && config.sliding_rope_theta <= 1e12)) {
+    return OutOfRange(origin, "the RoPE base of sliding layers", config.sliding_rope_theta,
+                      "1 to 1e12");
+  }
+  if (!(config.query_pre_attention_scalar >= 0 && config.query_pre_attention_scalar <= 1e6)) {
+    return OutOfRange(origin, "query_pre_attn_scalar", config.query_pre_attention_scalar,
+                      "above 0 and at most 1e6");
+  }
   return ValidateRopeScaling(config.rope_scaling, origin);
 }
 
@@ -292,29 +486,63 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view config_json) {
                          ParseBoundedJson("config.json", config_json,
                                           {.bytes_max = limits::kConfigFileBytesMax,
                                            .depth_max = limits::kJsonDepthMax}));
+  WALSH_ASSIGN_OR_RETURN(const Family* family, FamilyOf(config));
   ModelConfig out;
-  WALSH_ASSIGN_OR_RETURN(out.architecture, Architecture(config));
-  if (out.architecture != kLlama && out.architecture != kMistral) {
-    return absl::UnimplementedError(absl::StrCat("config.json: architecture '", out.architecture,
-                                                 "' is not supported; supported: ", kLlama, ", ",
-                                                 kMistral));
-  }
-  WALSH_RETURN_IF_ERROR(CheckActivation(config));
-  WALSH_RETURN_IF_ERROR(ParseShape(config, out));
-  WALSH_RETURN_IF_ERROR(CheckSlidingWindow(config, out));
-  WALSH_ASSIGN_OR_RETURN(out.rms_norm_eps, NumberOr(config, "rms_norm_eps", 1e-6));
-  WALSH_RETURN_IF_ERROR(ParseRope(config, out));
-  WALSH_ASSIGN_OR_RETURN(out.tied_embeddings, BoolOr(config, "tie_word_embeddings", false));
-  WALSH_ASSIGN_OR_RETURN(out.attention_bias, BoolOr(config, "attention_bias", false));
-  WALSH_ASSIGN_OR_RETURN(out.mlp_bias, BoolOr(config, "mlp_bias", false));
+  out.architecture = std::string(family->architecture);
+  WALSH_RETURN_IF_ERROR(CheckActivation(config, *family));
+  WALSH_RETURN_IF_ERROR(ParseShape(config, *family, out));
+  SetFamilyTraits(out);
+  if (family == &kGemma3) WALSH_RETURN_IF_ERROR(ParseGemma3(config, out));
+  WALSH_ASSIGN_OR_RETURN(out.rms_norm_eps, NumberOr(config, "rms_norm_eps", family->rms_norm_eps));
+  WALSH_RETURN_IF_ERROR(ParseRope(config, *family, out));
+  WALSH_RETURN_IF_ERROR(ParseSlidingWindow(config, *family, out));
+  WALSH_ASSIGN_OR_RETURN(out.tied_embeddings,
+                         BoolOr(config, "tie_word_embeddings", family->tied_embeddings));
+  WALSH_RETURN_IF_ERROR(ParseBiases(config, out));
   WALSH_RETURN_IF_ERROR(ParseSpecialTokens(config, out));
   WALSH_RETURN_IF_ERROR(ValidateModelConfig(out, "config.json"));
   return out;
 }
 
-const std::vector<std::string>& SupportedArchitectures() {
-  static const std::vector<std::string> names = {kLlama, kMistral, "llama"};
-  return names;
+void SetFamilyTraits(ModelConfig& config) {
+  const bool is_gemma = config.architecture == kGemma3.architecture;
+  config.has_qk_norm = is_gemma || config.architecture == kQwen3.architecture;
+  config.has_fused_linears = config.architecture == kPhi3.architecture;
+  config.has_output_norms = is_gemma;
+  config.norm_offset = is_gemma ? 1.0f : 0.0f;
+  config.activation = is_gemma ? MlpActivation::kGeluTanh : MlpActivation::kSilu;
+  config.embedding_scale = is_gemma ? std::sqrt(static_cast<double>(config.hidden)) : 1.0;
+}
+
+void DropIdleWindow(ModelConfig& config) {
+  const std::vector<bool>& layers = config.sliding_layers;
+  const bool is_sliding = std::find(layers.begin(), layers.end(), true) != layers.end();
+  if (!is_sliding || config.sliding_window >= config.max_position) config.sliding_window = 0;
+  if (!is_sliding || (config.sliding_window == 0 && config.sliding_rope_theta == 0)) {
+    config.sliding_layers.clear();
+  }
+}
+
+bool ModelConfig::has_bias(std::string_view linear) const {
+  if (linear == "self_attn.o_proj") return output_bias;
+  return linear.substr(0, 4) == "mlp." ? mlp_bias : attention_bias;
+}
+
+double ModelConfig::attention_scale() const {
+  const double divisor =
+      query_pre_attention_scalar > 0 ? query_pre_attention_scalar : static_cast<double>(head_dim);
+  return 1.0 / std::sqrt(divisor);
+}
+
+absl::Status UnsupportedArchitecture(const std::string& origin, const std::string& architecture,
+                                     std::span<const std::string_view> supported) {
+  std::string names;
+  for (const std::string_view name : supported) {
+    absl::StrAppend(&names, names.empty() ? "" : ", ", std::string(name));
+  }
+  return absl::UnimplementedError(absl::StrCat(origin, ": architecture '",
+                                               architecture.substr(0, 64),
+                                               "' is not supported; supported: ", names));
 }
 
 }  // namespace walsh

@@ -144,6 +144,9 @@ absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const Stored
   if (is_permuted && tensor.is_one_dimensional) {
     out = UninterleaveElements(out, tensor.n_interleaved_heads);
   }
+  if (tensor.added != 0) {
+    for (float& value : out.span()) value += tensor.added;
+  }
   WALSH_RETURN_IF_ERROR(file.CheckUnchanged());
   WALSH_RETURN_IF_ERROR(CheckFinite(file, tensor, first, out));
   return out;
@@ -156,6 +159,11 @@ absl::Status ReadStoredBytes(const RandomAccessFile& file, const StoredTensor& t
     return absl::InvalidArgumentError(absl::StrCat("tensor '", tensor.name, "': a buffer of ",
                                                    bytes.size(), " bytes, rows ", first, " to ",
                                                    first + n, " have ", n * tensor.row_bytes()));
+  }
+  if (tensor.added != 0) {
+    return absl::UnimplementedError(absl::StrCat(file.name(), ": tensor '", tensor.name,
+                                                 "' is stored less ", tensor.added,
+                                                 ": its values are not those that are stored"));
   }
   if (tensor.n_interleaved_heads == 0) {
     WALSH_RETURN_IF_ERROR(file.ReadAt(tensor.offset + first * tensor.row_bytes(), bytes));

@@ -24,6 +24,8 @@ struct StoredTensor {
   // GGUF stores Q and K for interleaved RoPE: within each of this many heads, row 2·i + j is HF's
   // row j·(head_dim/2) + i. 0: rows are in HF's order. (A 1-D bias is permuted by elements.)
   int64_t n_interleaved_heads = 0;
+  // Added to each value that is read: ModelConfig::norm_offset, where the file leaves it out.
+  float added = 0;
 
   int64_t row_bytes() const { return cols / Info(type).block_elements * Info(type).block_bytes; }
   int64_t size_bytes() const { return rows * row_bytes(); }
@@ -41,7 +43,8 @@ absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const Stored
 // values are not.
 //
 // Errors: INVALID_ARGUMENT rows outside the tensor, another number of bytes; DATA_LOSS file
-//         changed; UNIMPLEMENTED a permuted bias in blocks, whose elements cannot change places
+//         changed; UNIMPLEMENTED a permuted bias in blocks, whose elements cannot change places,
+//         and a tensor whose values get something added
 absl::Status ReadStoredBytes(const RandomAccessFile& file, const StoredTensor& tensor,
                              int64_t first, int64_t n, std::span<std::byte> bytes);
 

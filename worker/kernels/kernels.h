@@ -34,6 +34,7 @@ struct Stream {
   X(Rope)                        \
   X(Attention)                   \
   X(SiluMultiply)                \
+  X(GeluMultiply)                \
   X(Add)                         \
   X(BlockWalsh)                  \
   X(CrossEntropy)                \

@@ -75,13 +75,15 @@ struct RopeParams {
   int64_t x_stride = 0;
 };
 
-// Causal grouped-query attention of one sequence: new token i sees keys 0 … n_past + i.
+// Causal grouped-query attention of one sequence: new token i sees keys 0 … n_past + i, or the last
+// `window` of them.
 struct AttentionParams {
   int64_t n_new = 0;
   int64_t n_past = 0;
   int64_t n_heads = 0;
   int64_t n_kv_heads = 0;
   int64_t head_dim = 0;
+  int64_t window = 0;        // 0: none
   float scale = 0;           // 1 / sqrt(head_dim)
   const float* q = nullptr;  // [n_new, n_heads · head_dim], after RoPE
   int64_t q_stride = 0;
@@ -94,6 +96,19 @@ struct AttentionParams {
 
 // y = silu(gate) · up, element-wise.
 struct SiluMultiplyParams {
+  int64_t n_tokens = 0;
+  int64_t dim = 0;
+  const float* gate = nullptr;
+  int64_t gate_stride = 0;
+  const float* up = nullptr;
+  int64_t up_stride = 0;
+  float* y = nullptr;
+  int64_t y_stride = 0;
+};
+
+// y = gelu(gate) · up, element-wise, with GELU by its tanh formula: x/2 · (1 + tanh(√(2/π) · (x +
+// 0.044715 x³))).
+struct GeluMultiplyParams {
   int64_t n_tokens = 0;
   int64_t dim = 0;
   const float* gate = nullptr;

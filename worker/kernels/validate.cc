@@ -72,6 +72,21 @@ class Checker {
   absl::Status status_;
 };
 
+// Of the products with an activated gate, which have the same fields.
+template <typename Params>
+absl::Status ValidateGated(std::string_view op, const Params& p) {
+  return Checker(op)
+      .Size("n_tokens", p.n_tokens)
+      .Size("dim", p.dim)
+      .Stride("gate_stride", p.gate_stride, p.dim)
+      .Stride("up_stride", p.up_stride, p.dim)
+      .Stride("y_stride", p.y_stride, p.dim)
+      .Pointer("gate", p.gate, p.n_tokens, p.dim)
+      .Pointer("up", p.up, p.n_tokens, p.dim)
+      .Pointer("y", p.y, p.n_tokens, p.dim)
+      .status();
+}
+
 }  // namespace
 
 absl::Status Validate(const MatmulParams& p) {
@@ -157,6 +172,7 @@ absl::Status Validate(const AttentionParams& p) {
       .Positive("head_dim", p.head_dim)
       .That(p.n_kv_heads > 0 && p.n_heads % p.n_kv_heads == 0, "n_heads",
             "must be a multiple of n_kv_heads ", p.n_kv_heads, ", is ", p.n_heads)
+      .Size("window", p.window)
       .Finite("scale", p.scale)
       .Stride("q_stride", p.q_stride, p.n_heads * p.head_dim)
       .Stride("kv_stride", p.kv_stride, p.n_kv_heads * p.head_dim)
@@ -168,18 +184,9 @@ absl::Status Validate(const AttentionParams& p) {
       .status();
 }
 
-absl::Status Validate(const SiluMultiplyParams& p) {
-  return Checker("SiluMultiply")
-      .Size("n_tokens", p.n_tokens)
-      .Size("dim", p.dim)
-      .Stride("gate_stride", p.gate_stride, p.dim)
-      .Stride("up_stride", p.up_stride, p.dim)
-      .Stride("y_stride", p.y_stride, p.dim)
-      .Pointer("gate", p.gate, p.n_tokens, p.dim)
-      .Pointer("up", p.up, p.n_tokens, p.dim)
-      .Pointer("y", p.y, p.n_tokens, p.dim)
-      .status();
-}
+absl::Status Validate(const SiluMultiplyParams& p) { return ValidateGated("SiluMultiply", p); }
+
+absl::Status Validate(const GeluMultiplyParams& p) { return ValidateGated("GeluMultiply", p); }
 
 absl::Status Validate(const AddParams& p) {
   return Checker("Add")

@@ -22,6 +22,7 @@ absl::Status Validate(const RmsNormParams& p);
 absl::Status Validate(const RopeParams& p);
 absl::Status Validate(const AttentionParams& p);
 absl::Status Validate(const SiluMultiplyParams& p);
+absl::Status Validate(const GeluMultiplyParams& p);
 absl::Status Validate(const AddParams& p);
 absl::Status Validate(const BlockWalshParams& p);
 absl::Status Validate(const CrossEntropyParams& p);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <utility>
 
 #include "common/status_macros.h"
@@ -10,83 +9,118 @@
 namespace walsh {
 namespace {
 
-absl::StatusOr<std::vector<float>> ReadVector(const Checkpoint& checkpoint, int64_t layer,
-                                              std::string_view suffix) {
-  WALSH_ASSIGN_OR_RETURN(const Matrix matrix, checkpoint.Read(LayerTensor(layer, suffix)));
+absl::StatusOr<std::vector<float>> ReadVector(const Checkpoint& checkpoint,
+                                              const std::string& name) {
+  WALSH_ASSIGN_OR_RETURN(const Matrix matrix, checkpoint.Read(name));
   return std::vector<float>(matrix.span().begin(), matrix.span().end());
 }
 
-absl::StatusOr<std::unique_ptr<Linear>> ReadLinear(const Checkpoint& checkpoint, int64_t layer,
-                                                   const std::string& name) {
-  WALSH_ASSIGN_OR_RETURN(Matrix weights, checkpoint.Read(LayerTensor(layer, name + ".weight")));
+absl::StatusOr<std::unique_ptr<Linear>> ReadLinear(const Checkpoint& checkpoint,
+                                                   const std::string& name, bool has_bias) {
+  WALSH_ASSIGN_OR_RETURN(Matrix weights, checkpoint.Read(name + ".weight"));
   std::vector<float> bias;
-  if (checkpoint.Has(LayerTensor(layer, name + ".bias"))) {
-    WALSH_ASSIGN_OR_RETURN(bias, ReadVector(checkpoint, layer, name + ".bias"));
+  if (has_bias) {
+    WALSH_ASSIGN_OR_RETURN(bias, ReadVector(checkpoint, name + ".bias"));
   }
   return std::make_unique<DenseLinear>(std::move(weights), std::move(bias));
 }
 
-absl::Status Norm(const ForwardContext& context, const std::vector<float>& weight,
-                  const float* hidden, int64_t n_tokens, float* normed) {
-  return kernels::RmsNorm({.n_tokens = n_tokens,
-                           .dim = context.config->hidden,
-                           .x = hidden,
+// Rows of `dim`, one behind the other; weights empty: ones.
+absl::Status Norm(const ForwardContext& context, const std::vector<float>& weight, int64_t n_rows,
+                  int64_t dim, const float* x, float* y) {
+  return kernels::RmsNorm({.n_tokens = n_rows,
+                           .dim = dim,
+                           .x = x,
                            .weight = weight.empty() ? nullptr : weight.data(),
                            .eps = static_cast<float>(context.config->rms_norm_eps),
-                           .y = normed},
+                           .y = y},
                           context.stream);
 }
 
-absl::Status Rope(const ForwardContext& context, std::span<const int32_t> positions,
-                  int64_t n_heads, float* x) {
+absl::Status Rope(const ForwardContext& context, const DecoderLayer& layer,
+                  std::span<const int32_t> positions, int64_t n_heads, float* x) {
   const int64_t head_dim = context.config->head_dim;
+  const std::vector<float>& frequencies =
+      layer.is_sliding ? context.sliding_inverse_frequencies : context.inverse_frequencies;
   return kernels::Rope({.n_tokens = static_cast<int64_t>(positions.size()),
                         .n_heads = n_heads,
                         .head_dim = head_dim,
                         .positions = positions.data(),
-                        .inverse_frequencies = context.inverse_frequencies.data(),
+                        .inverse_frequencies = frequencies.data(),
                         .x = x,
                         .x_stride = n_heads * head_dim},
                        context.stream);
 }
 
-// hidden += linear(x)
-absl::Status AddOutput(const ForwardContext& context, const Linear& linear, const float* x,
-                       int64_t n_tokens, float* hidden, float* scratch) {
+// hidden += linear(x), through `norm` where the family has one there.
+absl::Status AddOutput(const ForwardContext& context, const Linear& linear,
+                       const std::vector<float>& norm, const float* x, int64_t n_tokens,
+                       float* hidden, float* scratch) {
   WALSH_RETURN_IF_ERROR(linear.Apply(x, n_tokens, scratch, context.stream));
+  if (context.config->has_output_norms) {
+    WALSH_RETURN_IF_ERROR(Norm(context, norm, n_tokens, linear.out(), scratch, scratch));
+  }
   return kernels::Add({.n = n_tokens * linear.out(), .x = scratch, .y = hidden}, context.stream);
 }
 
 }  // namespace
 
-absl::StatusOr<DecoderLayer> LoadDenseLayer(const Checkpoint& checkpoint, int64_t index) {
+std::vector<LayerNorm> LayerNorms(const ModelConfig& config) {
+  std::vector<LayerNorm> norms = {{"input_layernorm.weight", &DecoderLayer::input_norm}};
+  if (config.has_output_norms) {
+    norms.push_back({"post_attention_layernorm.weight", &DecoderLayer::attention_output_norm});
+    norms.push_back({"pre_feedforward_layernorm.weight", &DecoderLayer::post_attention_norm});
+    norms.push_back({"post_feedforward_layernorm.weight", &DecoderLayer::mlp_output_norm});
+  } else {
+    norms.push_back({"post_attention_layernorm.weight", &DecoderLayer::post_attention_norm});
+  }
+  if (config.has_qk_norm) {
+    norms.push_back({"self_attn.q_norm.weight", &DecoderLayer::q_norm});
+    norms.push_back({"self_attn.k_norm.weight", &DecoderLayer::k_norm});
+  }
+  return norms;
+}
+
+absl::StatusOr<DecoderLayer> ReadLayer(const ModelConfig& config, int64_t index,
+                                       const NormReader& read_norm,
+                                       const LinearReader& read_linear) {
   DecoderLayer layer;
-  WALSH_ASSIGN_OR_RETURN(layer.input_norm, ReadVector(checkpoint, index, "input_layernorm.weight"));
-  WALSH_ASSIGN_OR_RETURN(layer.post_attention_norm,
-                         ReadVector(checkpoint, index, "post_attention_layernorm.weight"));
-  const std::array<std::pair<std::unique_ptr<Linear>*, const char*>, 7> linears = {{
-      {&layer.q_proj, "self_attn.q_proj"},
-      {&layer.k_proj, "self_attn.k_proj"},
-      {&layer.v_proj, "self_attn.v_proj"},
-      {&layer.o_proj, "self_attn.o_proj"},
-      {&layer.gate_proj, "mlp.gate_proj"},
-      {&layer.up_proj, "mlp.up_proj"},
-      {&layer.down_proj, "mlp.down_proj"},
-  }};
-  for (const auto& [linear, name] : linears) {
-    WALSH_ASSIGN_OR_RETURN(*linear, ReadLinear(checkpoint, index, name));
+  layer.is_sliding = config.is_sliding(index);
+  for (const LayerNorm& norm : LayerNorms(config)) {
+    WALSH_ASSIGN_OR_RETURN(layer.*norm.weights, read_norm(LayerTensor(index, norm.name)));
+  }
+  for (const LayerLinear& linear : kLayerLinears) {
+    WALSH_ASSIGN_OR_RETURN(layer.*linear.linear, read_linear(LayerTensor(index, linear.name),
+                                                             config.has_bias(linear.name)));
   }
   return layer;
 }
 
+absl::StatusOr<DecoderLayer> LoadDenseLayer(const Checkpoint& checkpoint, int64_t index) {
+  return ReadLayer(
+      checkpoint.config(), index,
+      [&](const std::string& name) { return ReadVector(checkpoint, name); },
+      [&](const std::string& name, bool has_bias) {
+        return ReadLinear(checkpoint, name, has_bias);
+      });
+}
+
+void ScaleEmbedding(const ModelConfig& config, std::span<float> row) {
+  if (config.embedding_scale == 1) return;
+  const auto scale = static_cast<float>(config.embedding_scale);
+  for (float& value : row) value *= scale;
+}
+
 ForwardContext ForwardContext::Create(const ModelConfig& config, const kernels::Stream& stream) {
-  return {
-      .config = &config, .inverse_frequencies = RopeInverseFrequencies(config), .stream = stream};
+  return {.config = &config,
+          .inverse_frequencies = RopeInverseFrequencies(config),
+          .sliding_inverse_frequencies = SlidingRopeInverseFrequencies(config),
+          .stream = stream};
 }
 
 absl::Status AttentionInput(const ForwardContext& context, const DecoderLayer& layer,
                             const float* hidden, int64_t n_tokens, float* normed) {
-  return Norm(context, layer.input_norm, hidden, n_tokens, normed);
+  return Norm(context, layer.input_norm, n_tokens, context.config->hidden, hidden, normed);
 }
 
 absl::Status Project(const ForwardContext& context, const DecoderLayer& layer, const float* normed,
@@ -95,11 +129,23 @@ absl::Status Project(const ForwardContext& context, const DecoderLayer& layer, c
       {{layer.q_proj.get(), q}, {layer.k_proj.get(), k}, {layer.v_proj.get(), v}}};
   WALSH_RETURN_IF_ERROR(
       ApplyTogether(outputs, normed, static_cast<int64_t>(positions.size()), context.stream));
-  WALSH_RETURN_IF_ERROR(Rope(context, positions, context.config->n_heads, q));
-  return Rope(context, positions, context.config->n_kv_heads, k);
+  const ModelConfig& config = *context.config;
+  const struct {
+    int64_t n_heads;
+    const std::vector<float>& norm;
+    float* x;
+  } parts[] = {{config.n_heads, layer.q_norm, q}, {config.n_kv_heads, layer.k_norm, k}};
+  for (const auto& part : parts) {
+    if (config.has_qk_norm) {
+      const int64_t n_rows = static_cast<int64_t>(positions.size()) * part.n_heads;
+      WALSH_RETURN_IF_ERROR(Norm(context, part.norm, n_rows, config.head_dim, part.x, part.x));
+    }
+    WALSH_RETURN_IF_ERROR(Rope(context, layer, positions, part.n_heads, part.x));
+  }
+  return absl::OkStatus();
 }
 
-absl::Status Attend(const ForwardContext& context, const float* q,
+absl::Status Attend(const ForwardContext& context, const DecoderLayer& layer, const float* q,
                     std::span<const SequenceSlice> sequences, float* attended) {
   const ModelConfig& config = *context.config;
   std::vector<kernels::AttentionParams> params;
@@ -110,7 +156,8 @@ absl::Status Attend(const ForwardContext& context, const float* q,
                       .n_heads = config.n_heads,
                       .n_kv_heads = config.n_kv_heads,
                       .head_dim = config.head_dim,
-                      .scale = static_cast<float>(1.0 / std::sqrt(config.head_dim)),
+                      .window = layer.is_sliding ? config.sliding_window : 0,
+                      .scale = static_cast<float>(config.attention_scale()),
                       .q = q + sequence.first_row * config.q_width(),
                       .q_stride = config.q_width(),
                       .k = sequence.keys,
@@ -125,12 +172,13 @@ absl::Status Attend(const ForwardContext& context, const float* q,
 absl::Status AttentionOutput(const ForwardContext& context, const DecoderLayer& layer,
                              const float* attended, int64_t n_tokens, float* hidden,
                              float* scratch) {
-  return AddOutput(context, *layer.o_proj, attended, n_tokens, hidden, scratch);
+  return AddOutput(context, *layer.o_proj, layer.attention_output_norm, attended, n_tokens, hidden,
+                   scratch);
 }
 
 absl::Status MlpInput(const ForwardContext& context, const DecoderLayer& layer, const float* hidden,
                       int64_t n_tokens, float* normed) {
-  return Norm(context, layer.post_attention_norm, hidden, n_tokens, normed);
+  return Norm(context, layer.post_attention_norm, n_tokens, context.config->hidden, hidden, normed);
 }
 
 absl::Status MlpActivation(const ForwardContext& context, const DecoderLayer& layer,
@@ -140,20 +188,27 @@ absl::Status MlpActivation(const ForwardContext& context, const DecoderLayer& la
       {{layer.gate_proj.get(), activation}, {layer.up_proj.get(), scratch}}};
   WALSH_RETURN_IF_ERROR(ApplyTogether(outputs, normed, n_tokens, context.stream));
   const int64_t dim = layer.gate_proj->out();
-  return kernels::SiluMultiply({.n_tokens = n_tokens,
-                                .dim = dim,
-                                .gate = activation,
-                                .gate_stride = dim,
-                                .up = scratch,
-                                .up_stride = dim,
-                                .y = activation,
-                                .y_stride = dim},
-                               context.stream);
+  const auto gated = [&](auto params) {
+    params.n_tokens = n_tokens;
+    params.dim = dim;
+    params.gate = activation;
+    params.gate_stride = dim;
+    params.up = scratch;
+    params.up_stride = dim;
+    params.y = activation;
+    params.y_stride = dim;
+    return params;
+  };
+  if (context.config->activation == MlpActivation::kGeluTanh) {
+    return kernels::GeluMultiply(gated(kernels::GeluMultiplyParams()), context.stream);
+  }
+  return kernels::SiluMultiply(gated(kernels::SiluMultiplyParams()), context.stream);
 }
 
 absl::Status MlpOutput(const ForwardContext& context, const DecoderLayer& layer,
                        const float* activation, int64_t n_tokens, float* hidden, float* scratch) {
-  return AddOutput(context, *layer.down_proj, activation, n_tokens, hidden, scratch);
+  return AddOutput(context, *layer.down_proj, layer.mlp_output_norm, activation, n_tokens, hidden,
+                   scratch);
 }
 
 void ForwardScratch::Reserve(const ModelConfig& config, int64_t n_tokens) {
@@ -190,7 +245,7 @@ absl::Status ForwardLayer(const ForwardContext& context, const DecoderLayer& lay
     std::copy_n(scratch.v.row(sequence.first_row), sequence.n_rows * width,
                 sequence.values + sequence.n_past * width);
   }
-  WALSH_RETURN_IF_ERROR(Attend(context, q, sequences, attended));
+  WALSH_RETURN_IF_ERROR(Attend(context, layer, q, sequences, attended));
   WALSH_RETURN_IF_ERROR(AttentionOutput(context, layer, attended, n_tokens, hidden, out));
   WALSH_RETURN_IF_ERROR(MlpInput(context, layer, hidden, n_tokens, normed));
   WALSH_RETURN_IF_ERROR(MlpActivation(context, layer, normed, n_tokens, gate, scratch.up.data()));

@@ -1,12 +1,14 @@
-// One decoder layer of the Llama family, as the steps between which calibration looks in.
+// One decoder layer of the Llama family and its relatives, as the steps between which calibration
+// looks in.
 //
 //   a = AttentionInput(h)            RMSNorm
-//   q, k, v = linears(a); RoPE       Project
-//   c = Attention(q, k, v)           Attend
-//   h += o_proj(c)                   AttentionOutput
+//   q, k, v = linears(a)             Project: RMSNorm of each head of q and k where the family has
+//                                    it; RoPE
+//   c = Attention(q, k, v)           Attend, to a window in sliding layers
+//   h += o_proj(c)                   AttentionOutput, through a norm where the family has one there
 //   m = MlpInput(h)                  RMSNorm
-//   s = silu(gate(m)) · up(m)        MlpActivation
-//   h += down_proj(s)                MlpOutput
+//   s = act(gate(m)) · up(m)         MlpActivation: SiLU, or GELU by its tanh formula
+//   h += down_proj(s)                MlpOutput, likewise
 //
 // Serving runs them in a row (ForwardLayer); quantization runs each over all calibration windows
 // and quantizes the linears whose inputs it has seen before it goes on.
@@ -14,9 +16,13 @@
 // Shapes: hidden [n_tokens, hidden]; rows of several sequences follow one another
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -30,20 +36,60 @@ namespace walsh {
 
 struct DecoderLayer {
   std::vector<float> input_norm;           // [hidden]; empty: ones (folded)
-  std::vector<float> post_attention_norm;  // [hidden]; empty: ones
+  std::vector<float> post_attention_norm;  // [hidden], before the MLP; empty: ones
   std::unique_ptr<Linear> q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
+  // Where the family has them (ModelConfig::has_qk_norm, has_output_norms).
+  std::vector<float> q_norm, k_norm;                          // [head_dim]
+  std::vector<float> attention_output_norm, mlp_output_norm;  // [hidden]
+  bool is_sliding = false;  // ModelConfig::is_sliding of its index
 };
+
+// A layer's tensors by HF's names, and where they go.
+struct LayerLinear {
+  std::string_view name;  // "self_attn.q_proj"
+  std::unique_ptr<Linear> DecoderLayer::*linear;
+};
+// In the order in which they are quantized.
+inline constexpr std::array<LayerLinear, 7> kLayerLinears = {{
+    {"self_attn.q_proj", &DecoderLayer::q_proj},
+    {"self_attn.k_proj", &DecoderLayer::k_proj},
+    {"self_attn.v_proj", &DecoderLayer::v_proj},
+    {"self_attn.o_proj", &DecoderLayer::o_proj},
+    {"mlp.gate_proj", &DecoderLayer::gate_proj},
+    {"mlp.up_proj", &DecoderLayer::up_proj},
+    {"mlp.down_proj", &DecoderLayer::down_proj},
+}};
+struct LayerNorm {
+  std::string_view name;  // "input_layernorm.weight"
+  std::vector<float> DecoderLayer::*weights;
+};
+std::vector<LayerNorm> LayerNorms(const ModelConfig& config);
+
+// Layer `index` from what reads a norm or a linear (weights and bias) by its full HF name; for
+// linears without suffix.
+using NormReader = std::function<absl::StatusOr<std::vector<float>>(const std::string& name)>;
+using LinearReader =
+    std::function<absl::StatusOr<std::unique_ptr<Linear>>(const std::string& name, bool has_bias)>;
+absl::StatusOr<DecoderLayer> ReadLayer(const ModelConfig& config, int64_t index,
+                                       const NormReader& read_norm,
+                                       const LinearReader& read_linear);
 
 // The weights of layer `index` as floats.
 absl::StatusOr<DecoderLayer> LoadDenseLayer(const Checkpoint& checkpoint, int64_t index);
 
 // Inverse frequencies of RoPE with the configuration's scaling, [head_dim / 2].
 std::vector<float> RopeInverseFrequencies(const ModelConfig& config);
+// Those of sliding layers, where they have a base of their own.
+std::vector<float> SlidingRopeInverseFrequencies(const ModelConfig& config);
+
+// An embedding's row as it enters the first layer: times ModelConfig::embedding_scale, in place.
+void ScaleEmbedding(const ModelConfig& config, std::span<float> row);
 
 // What every layer of a forward pass shares.
 struct ForwardContext {
   const ModelConfig* config = nullptr;
   std::vector<float> inverse_frequencies;
+  std::vector<float> sliding_inverse_frequencies;
   kernels::Stream stream;
   static ForwardContext Create(const ModelConfig& config, const kernels::Stream& stream);
 };
@@ -60,11 +106,11 @@ struct SequenceSlice {
 
 absl::Status AttentionInput(const ForwardContext& context, const DecoderLayer& layer,
                             const float* hidden, int64_t n_tokens, float* normed);
-// q [n_tokens, q_width], k and v [n_tokens, kv_width]; RoPE applied to q and k.
+// q [n_tokens, q_width], k and v [n_tokens, kv_width]; norm and RoPE applied to q and k.
 absl::Status Project(const ForwardContext& context, const DecoderLayer& layer, const float* normed,
                      std::span<const int32_t> positions, float* q, float* k, float* v);
 // q rows of each sequence against its keys and values (already holding the new rows).
-absl::Status Attend(const ForwardContext& context, const float* q,
+absl::Status Attend(const ForwardContext& context, const DecoderLayer& layer, const float* q,
                     std::span<const SequenceSlice> sequences, float* attended);
 // hidden += o_proj(attended); `scratch` [n_tokens, hidden].
 absl::Status AttentionOutput(const ForwardContext& context, const DecoderLayer& layer,

@@ -38,4 +38,12 @@ std::vector<float> RopeInverseFrequencies(const ModelConfig& config) {
   return frequencies;
 }
 
+std::vector<float> SlidingRopeInverseFrequencies(const ModelConfig& config) {
+  if (config.sliding_rope_theta == 0) return RopeInverseFrequencies(config);
+  ModelConfig sliding;
+  sliding.head_dim = config.head_dim;
+  sliding.rope_theta = config.sliding_rope_theta;
+  return RopeInverseFrequencies(sliding);
+}
+
 }  // namespace walsh

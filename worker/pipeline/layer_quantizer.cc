@@ -1,7 +1,6 @@
 #include "worker/pipeline/layer_quantizer.h"
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <span>
 #include <utility>
@@ -51,14 +50,15 @@ Matrix ToRow(const std::vector<float>& values) {
   return row;
 }
 
-DecoderLayer CopyDense(const DecoderLayer& layer) {
-  const auto copy = [](const std::unique_ptr<Linear>& linear) {
-    const auto& dense = dynamic_cast<const DenseLinear&>(*linear);
-    return std::make_unique<DenseLinear>(dense.weights().Copy(), dense.bias());
-  };
-  return {layer.input_norm,      layer.post_attention_norm, copy(layer.q_proj),
-          copy(layer.k_proj),    copy(layer.v_proj),        copy(layer.o_proj),
-          copy(layer.gate_proj), copy(layer.up_proj),       copy(layer.down_proj)};
+DecoderLayer CopyDense(const ModelConfig& config, const DecoderLayer& layer) {
+  DecoderLayer copy;
+  copy.is_sliding = layer.is_sliding;
+  for (const LayerNorm& norm : LayerNorms(config)) copy.*norm.weights = layer.*norm.weights;
+  for (const LayerLinear& linear : kLayerLinears) {
+    const DenseLinear& dense = Dense(layer.*linear.linear);
+    copy.*linear.linear = std::make_unique<DenseLinear>(dense.weights().Copy(), dense.bias());
+  }
+  return copy;
 }
 
 Matrix Ones(int64_t n) {
@@ -117,7 +117,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, l));
     progress_.Charge(Stage::kRotating);
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, source_.Layer(l));
-    const DecoderLayer original = follows_original_ ? CopyDense(layer) : DecoderLayer();
+    const DecoderLayer original = follows_original_ ? CopyDense(config, layer) : DecoderLayer();
     rounded_.layer = &layer;
     original_.layer = &original;
     quantized_.clear();
@@ -220,7 +220,7 @@ absl::StatusOr<const float*> LayerQuantizer::Attended(Flow& flow, const Batch& b
   }
   float* kept = Kept(flow, batch, source_.config().q_width());
   float* attended = kept != nullptr ? kept : scratch_.attended.data();
-  WALSH_RETURN_IF_ERROR(Attend(context_, scratch_.q.data(), sequences, attended));
+  WALSH_RETURN_IF_ERROR(Attend(context_, *flow.layer, scratch_.q.data(), sequences, attended));
   return attended;
 }
 
@@ -377,31 +377,27 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
 absl::Status LayerQuantizer::WriteEmbedding() {
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1, "embedding"));
   WALSH_ASSIGN_OR_RETURN(const Matrix embedding, source_.Embedding());
-  rounded_.hidden = evaluate::Embed(embedding, windows_.ids);
+  rounded_.hidden = evaluate::Embed(source_.config(), embedding, windows_.ids);
   progress_.Charge(Stage::kPacking);
   return writer_.WriteDense(kEmbeddingTensor, embedding, /*one_dimensional=*/false);
 }
 
 absl::Status LayerQuantizer::WriteLayer(int64_t index, const DecoderLayer& layer) {
-  const std::array<const Linear*, 7> linears = {
-      layer.q_proj.get(),    layer.k_proj.get(),  layer.v_proj.get(),   layer.o_proj.get(),
-      layer.gate_proj.get(), layer.up_proj.get(), layer.down_proj.get()};
-  const std::vector<LinearShape> shapes = LinearShapes(source_.config());
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    const std::string name = LayerTensor(index, shapes[i].suffix);
+  for (size_t i = 0; i < kLayerLinears.size(); ++i) {
+    const std::string name = LayerTensor(index, kLayerLinears[i].name);
     WALSH_RETURN_IF_ERROR(writer_.WriteQuantized(name, quantized_[i]));
-    const std::vector<float>& bias = dynamic_cast<const DenseLinear&>(*linears[i]).bias();
+    const std::vector<float>& bias = Dense(layer.*kLayerLinears[i].linear).bias();
     if (bias.empty()) continue;
     WALSH_RETURN_IF_ERROR(writer_.WriteDense(name + ".bias", ToRow(bias), true));
   }
   quantized_.clear();
-  const auto norm = [&](const std::vector<float>& weights) {
-    return weights.empty() ? Ones(source_.config().hidden) : ToRow(weights);
-  };
-  WALSH_RETURN_IF_ERROR(writer_.WriteDense(LayerTensor(index, "input_layernorm.weight"),
-                                           norm(layer.input_norm), true));
-  return writer_.WriteDense(LayerTensor(index, "post_attention_layernorm.weight"),
-                            norm(layer.post_attention_norm), true);
+  for (const LayerNorm& norm : LayerNorms(source_.config())) {
+    const std::vector<float>& weights = layer.*norm.weights;
+    WALSH_RETURN_IF_ERROR(
+        writer_.WriteDense(LayerTensor(index, norm.name),
+                           weights.empty() ? Ones(source_.config().hidden) : ToRow(weights), true));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status LayerQuantizer::WriteHead() {

@@ -68,6 +68,12 @@ absl::StatusOr<int64_t> ResolveGroup(int64_t asked, const std::vector<LinearShap
 }
 
 absl::Status ResolveRotation(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
+  if (spec.rotation != rotate::Kind::kNone && config.has_output_norms) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "rotation ", std::string(rotate::KindName(spec.rotation)), ": ", config.architecture,
+        " has a norm between each sublayer's output and the residual stream, through which a "
+        "rotation cannot be folded; must be none"));
+  }
   rotate::Rotation::Options options{spec.rotation, 0, spec.rotation_signs, spec.seed};
   if (rotate::IsLocal(spec.rotation)) {
     options.block = spec.rotation_block;

@@ -19,9 +19,13 @@ absl::StatusOr<Matrix> RotatedSource::Embedding() {
 }
 
 void RotatedSource::RotateLayer(DecoderLayer& layer) {
-  if (r1_.is_identity()) return;
   DenseLinear& v = Dense(layer.v_proj);
   DenseLinear& o = Dense(layer.o_proj);
+  if (r1_.is_identity()) {
+    rotate::RotateHeadOutputs(v.weights(), v.bias(), r2_, pool_);
+    rotate::RotateHeadInputs(o.weights(), r2_, pool_);
+    return;
+  }
   DenseLinear& down = Dense(layer.down_proj);
   rotate::FoldLayer(
       {layer.input_norm, layer.post_attention_norm, Dense(layer.q_proj).weights(),

@@ -1,6 +1,7 @@
 // A checkpoint with its norms folded and its rotations applied, one layer at a time.
 //
-// Without rotation the weights are the checkpoint's own and the norms stay where they are.
+// Without a rotation of the residual stream the norms stay where they are, and without any the
+// weights are the checkpoint's own.
 //
 // Source:  worker/rotate/fold.h
 #pragma once

@@ -80,11 +80,11 @@ absl::StatusOr<double> CheckRotation(const Checkpoint& checkpoint, RotatedSource
   Matrix hidden, rotated_hidden;
   {
     WALSH_ASSIGN_OR_RETURN(const Matrix embedding, original.Embedding());
-    hidden = evaluate::Embed(embedding, windows.ids);
+    hidden = evaluate::Embed(checkpoint.config(), embedding, windows.ids);
   }
   {
     WALSH_ASSIGN_OR_RETURN(const Matrix embedding, rotated.Embedding());
-    rotated_hidden = evaluate::Embed(embedding, windows.ids);
+    rotated_hidden = evaluate::Embed(checkpoint.config(), embedding, windows.ids);
   }
   for (int64_t l = 0; l < checkpoint.config().n_layers; ++l) {
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, original.Layer(l));

@@ -6,7 +6,8 @@
 // With few queries the chunks are the tiles and are merged at the end.
 //
 // A row's arithmetic does not depend on the rows around it nor on how its tiles were cut: a token
-// decoded alone, in a batch or within a prompt gets the same bits.
+// decoded alone, in a batch or within a prompt gets the same bits. (Chunks before its window, which
+// other rows of its block may see, add nothing to it.)
 //
 // Source:  Dao et al. (arXiv 2205.14135); Flash-Decoding (2023) for the split of keys.
 // Bound:   decoding reads each key and value once; a prompt is bound by arithmetic.
@@ -66,8 +67,8 @@ void AttendWhole(const RowBlock& block) {
   std::vector<float> data(static_cast<size_t>(2 * PartialFloats(block)));
   const Partial total = PartialAt(block, data.data());
   const Partial part = PartialAt(block, data.data() + PartialFloats(block));
-  AttendToChunk(group, 0, scratch, &total);
-  for (int64_t chunk = 1; chunk < block.n_chunks(); ++chunk) {
+  AttendToChunk(group, block.first_chunk(), scratch, &total);
+  for (int64_t chunk = block.first_chunk() + 1; chunk < block.end_chunk(); ++chunk) {
     AttendToChunk(group, chunk, scratch, &part);
     Merge(part, block.n_rows(), block.params->head_dim, total);
   }
@@ -88,7 +89,7 @@ std::vector<SplitTile> CutChunks(std::span<const RowBlock> blocks) {
     const AttentionParams& p = *blocks[first].params;
     const int64_t step =
         std::clamp<int64_t>(kGroupWidthMax / p.head_dim, 1, CeilDiv(p.n_kv_heads, parts));
-    for (int64_t chunk = 0; chunk < blocks[first].n_chunks(); ++chunk) {
+    for (int64_t chunk = blocks[first].first_chunk(); chunk < blocks[first].end_chunk(); ++chunk) {
       for (int64_t head = 0; head < p.n_kv_heads; head += step) {
         tiles.push_back({{&blocks[first + head], std::min(step, p.n_kv_heads - head)}, chunk});
       }
@@ -109,7 +110,8 @@ void AttendSplit(std::span<const RowBlock> blocks, const Stream& stream) {
     next += block.n_chunks() * PartialFloats(block);
   }
   const auto partial = [&](size_t i, int64_t chunk) {
-    return PartialAt(blocks[i], first_partial[i] + chunk * PartialFloats(blocks[i]));
+    const int64_t index = chunk - blocks[i].first_chunk();
+    return PartialAt(blocks[i], first_partial[i] + index * PartialFloats(blocks[i]));
   };
   const std::vector<SplitTile> tiles = CutChunks(blocks);
   ForEachTile(stream, static_cast<int64_t>(tiles.size()), [&](int64_t t) {
@@ -124,8 +126,8 @@ void AttendSplit(std::span<const RowBlock> blocks, const Stream& stream) {
     AttendToChunk(group, chunk, scratch, out.data());
   });
   for (size_t i = 0; i < blocks.size(); ++i) {
-    const Partial total = partial(i, 0);
-    for (int64_t chunk = 1; chunk < blocks[i].n_chunks(); ++chunk) {
+    const Partial total = partial(i, blocks[i].first_chunk());
+    for (int64_t chunk = blocks[i].first_chunk() + 1; chunk < blocks[i].end_chunk(); ++chunk) {
       Merge(partial(i, chunk), blocks[i].n_rows(), blocks[i].params->head_dim, total);
     }
     StoreBlock(blocks[i], total);

@@ -27,7 +27,15 @@ struct RowBlock {
   int64_t heads_per_kv() const { return params->n_heads / params->n_kv_heads; }
   int64_t n_rows() const { return n_queries * heads_per_kv(); }
   int64_t n_keys() const { return params->n_past + first_query + n_queries; }
-  int64_t n_chunks() const { return CeilDiv(n_keys(), kChunkKeys); }
+  // Chunks [first_chunk, end_chunk) hold all keys that some row sees.
+  int64_t first_chunk() const { return first_key(first_query) / kChunkKeys; }
+  int64_t end_chunk() const { return CeilDiv(n_keys(), kChunkKeys); }
+  int64_t n_chunks() const { return end_chunk() - first_chunk(); }
+  // The first key that query `query` sees.
+  int64_t first_key(int64_t query) const {
+    if (params->window == 0) return 0;
+    return std::max<int64_t>(0, params->n_past + query + 1 - params->window);
+  }
   int64_t query(int64_t row) const { return first_query + row / heads_per_kv(); }
   int64_t head(int64_t row) const { return kv_head * heads_per_kv() + row % heads_per_kv(); }
 };

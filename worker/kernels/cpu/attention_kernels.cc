@@ -154,11 +154,13 @@ void Product(const ProductShape& s, int64_t n_rows, const float* a, const float*
   if (n_rows - r == 1) return ProductRows<1>(s, a, b, out);
 }
 
-// Scores of the first `n_visible` keys become exp(score − highest), those up to n_keys 0.
-void Softmax(float* scores, int64_t n_visible, int64_t n_keys, float* highest, float* weight) {
+// Scores of keys [first, n_visible) become exp(score − highest), those before and up to n_keys 0.
+void Softmax(float* scores, int64_t first, int64_t n_visible, int64_t n_keys, float* highest,
+             float* weight) {
   const hn::ScalableTag<float> d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t end = CeilDiv(n_visible, lanes) * lanes;  // at most kChunkKeys
+  for (int64_t i = 0; i < first; ++i) scores[i] = -1e30f;
   for (int64_t i = n_visible; i < std::max(end, n_keys); ++i) scores[i] = -1e30f;
   auto max = hn::Set(d, -1e30f);
   for (int64_t i = 0; i < end; i += lanes) max = hn::Max(max, hn::LoadU(d, scores + i));
@@ -213,10 +215,12 @@ void ScoreChunk(const HeadGroup& group, int64_t first_key, int64_t n_keys,
 void SoftmaxRows(const RowBlock& block, int64_t first_key, int64_t n_keys, float* scores,
                  const Partial& out) {
   for (int64_t row = 0; row < block.n_rows(); ++row) {
-    const int64_t n_visible = block.params->n_past + block.query(row) + 1 - first_key;
+    const int64_t n_visible =
+        std::min(block.params->n_past + block.query(row) + 1 - first_key, n_keys);
+    const int64_t first = std::max<int64_t>(0, block.first_key(block.query(row)) - first_key);
     float* row_scores = scores + row * kChunkKeys;
-    if (n_visible > 0) {
-      Softmax(row_scores, std::min(n_visible, n_keys), n_keys, out.highest + row, out.weight + row);
+    if (first < n_visible) {
+      Softmax(row_scores, first, n_visible, n_keys, out.highest + row, out.weight + row);
     } else {
       for (int64_t i = 0; i < n_keys; ++i) row_scores[i] = 0.0f;
       out.highest[row] = -std::numeric_limits<float>::infinity();

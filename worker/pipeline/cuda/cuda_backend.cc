@@ -406,6 +406,33 @@ class QuantizeRun {
   std::vector<float> biases_[kLinearSets];  // of the running layer
 };
 
+absl::Status NotOnDevice(const ModelConfig& config, const std::string& feature) {
+  return absl::UnimplementedError(absl::StrCat(config.architecture,
+                                               ": the CUDA backend does not have ", feature,
+                                               "; a worker with --device cpu does"));
+}
+
+// What makes a family differ from Llama in the forward pass. Windows of up to `longest` tokens are
+// run: no sliding window that is longer makes a difference.
+absl::Status CheckFamily(const ModelConfig& config, int64_t longest) {
+  if (config.has_qk_norm) return NotOnDevice(config, "norms of q and k");
+  if (config.has_output_norms) return NotOnDevice(config, "norms behind attention and MLP");
+  if (config.activation != MlpActivation::kSilu) return NotOnDevice(config, "GELU");
+  if (config.embedding_scale != 1) return NotOnDevice(config, "scaled embeddings");
+  if (config.query_pre_attention_scalar != 0) {
+    return NotOnDevice(config, "a scale of attention scores other than by the head width");
+  }
+  if (config.sliding_rope_theta != 0 && !config.sliding_layers.empty()) {
+    return NotOnDevice(config, "a RoPE base of sliding layers");
+  }
+  if (config.sliding_window > 0 && config.sliding_window < longest) {
+    return NotOnDevice(config, absl::StrCat("sliding-window attention (a window of ",
+                                            config.sliding_window, ", sequences of ", longest,
+                                            "; up to ", config.sliding_window, " it would do)"));
+  }
+  return absl::OkStatus();
+}
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(std::unique_ptr<Context> context, int64_t usable_bytes)
@@ -437,6 +464,8 @@ class CudaBackend final : public Backend {
   }
 
   absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const override {
+    WALSH_RETURN_IF_ERROR(
+        CheckFamily(config, std::max(job.sequence_length, job.evaluation_length)));
     WALSH_RETURN_IF_ERROR(CheckQuantizer(job));
     constexpr int64_t kHeadDims[] = {16, 32, 64, 128};
     if (std::find(std::begin(kHeadDims), std::end(kHeadDims), config.head_dim) ==

@@ -213,8 +213,7 @@ class ArtifactModel final : public ModelSource {
       linear.qweight = place(linear.weight_words() * static_cast<int64_t>(sizeof(uint32_t)));
       linear.qzeros = place(linear.zero_words() * static_cast<int64_t>(sizeof(uint32_t)));
       linear.scales = place(linear.n_scales() * static_cast<int64_t>(sizeof(uint16_t)));
-      const bool is_attention = i < 4;
-      if (is_attention ? config_.attention_bias : config_.mlp_bias) {
+      if (config_.has_bias(linears[i].suffix)) {
         linear.bias = place(linear.shape.rows * static_cast<int64_t>(sizeof(uint16_t)));
       }
     }

@@ -47,7 +47,7 @@ class EvaluateWindowsTest : public ::testing::Test {
     CheckpointSource source(*checkpoint_);
     const Matrix embedding = source.Embedding().value();
     const int64_t n = windows.length, width = config.kv_width();
-    Matrix hidden = Embed(embedding, windows.window(index));
+    Matrix hidden = Embed(config, embedding, windows.window(index));
     ForwardScratch scratch;
     for (int64_t l = 0; l < config.n_layers; ++l) {
       const DecoderLayer layer = source.Layer(l).value();

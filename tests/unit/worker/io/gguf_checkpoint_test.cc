@@ -10,6 +10,7 @@
 #include "tests/testing/test_data.h"
 #include "tests/testing/tiny_model.h"
 #include "worker/io/checkpoint.h"
+#include "worker/io/expected_tensors.h"
 #include "worker/io/gguf_model.h"
 
 namespace walsh {
@@ -34,10 +35,14 @@ constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
 void ExpectEqualConfigs(const ModelConfig& hf, const ModelConfig& gguf) {
   const auto& [a_architecture, a_hidden, a_intermediate, a_layers, a_heads, a_kv_heads, a_head_dim,
                a_vocab, a_max_position, a_eps, a_theta, a_scaling, a_tied, a_attention_bias,
-               a_mlp_bias, a_bos, a_eos] = hf;
+               a_output_bias, a_mlp_bias, a_qk_norm, a_output_norms, a_norm_offset, a_activation,
+               a_embedding_scale, a_scalar, a_fused, a_window, a_sliding, a_sliding_theta, a_bos,
+               a_eos] = hf;
   const auto& [b_architecture, b_hidden, b_intermediate, b_layers, b_heads, b_kv_heads, b_head_dim,
                b_vocab, b_max_position, b_eps, b_theta, b_scaling, b_tied, b_attention_bias,
-               b_mlp_bias, b_bos, b_eos] = gguf;
+               b_output_bias, b_mlp_bias, b_qk_norm, b_output_norms, b_norm_offset, b_activation,
+               b_embedding_scale, b_scalar, b_fused, b_window, b_sliding, b_sliding_theta, b_bos,
+               b_eos] = gguf;
   EXPECT_EQ(a_architecture, b_architecture);
   EXPECT_EQ(a_hidden, b_hidden);
   EXPECT_EQ(a_intermediate, b_intermediate);
@@ -51,7 +56,18 @@ void ExpectEqualConfigs(const ModelConfig& hf, const ModelConfig& gguf) {
   EXPECT_EQ(static_cast<float>(a_theta), static_cast<float>(b_theta));
   EXPECT_EQ(a_tied, b_tied);
   EXPECT_EQ(a_attention_bias, b_attention_bias);
+  EXPECT_EQ(a_output_bias, b_output_bias);
   EXPECT_EQ(a_mlp_bias, b_mlp_bias);
+  EXPECT_EQ(a_qk_norm, b_qk_norm);
+  EXPECT_EQ(a_output_norms, b_output_norms);
+  EXPECT_EQ(a_norm_offset, b_norm_offset);
+  EXPECT_EQ(a_activation, b_activation);
+  EXPECT_EQ(a_embedding_scale, b_embedding_scale);
+  EXPECT_EQ(a_scalar, b_scalar);
+  EXPECT_EQ(a_fused, b_fused);
+  EXPECT_EQ(a_window, b_window);
+  EXPECT_EQ(a_sliding, b_sliding);
+  EXPECT_EQ(a_sliding_theta, b_sliding_theta);
   EXPECT_EQ(a_bos, b_bos);
   EXPECT_EQ(a_eos, b_eos);
   const auto& [a_kind, a_factor, a_low, a_high, a_original, a_divisors] = a_scaling;
@@ -117,6 +133,73 @@ INSTANTIATE_TEST_SUITE_P(
                       TinyModelOptions{.dtype = "BF16"}, TinyModelOptions{.is_tied = true},
                       TinyModelOptions{.n_heads = 3, .n_kv_heads = 1, .head_dim = 32},
                       TinyModelOptions{.has_attention_bias = true, .has_mlp_bias = true}));
+
+// The same for the other families, whose GGUF names, row orders and norms differ.
+class FamilyGgufTest : public ::testing::TestWithParam<TinyModelOptions> {};
+
+TEST_P(FamilyGgufTest, EqualsTheHfForm) {
+  const TempDir dir;
+  const TinyModel model(GetParam());
+  model.WriteHf(dir / "tiny");
+  model.WriteGguf(dir / "tiny.gguf");
+  ASSERT_OK_AND_ASSIGN(const auto hf, Checkpoint::Open(dir / "tiny"));
+  ASSERT_OK_AND_ASSIGN(const auto gguf, Checkpoint::Open(dir / "tiny.gguf"));
+  ExpectEqualConfigs(hf->config(), gguf->config());
+  for (const ExpectedTensor& tensor : ExpectedTensors(hf->config())) {
+    ASSERT_OK_AND_ASSIGN(const Matrix a, hf->Read(tensor.name));
+    ASSERT_OK_AND_ASSIGN(const Matrix b, gguf->Read(tensor.name));
+    ASSERT_EQ(a.rows(), tensor.rows) << tensor.name;
+    ASSERT_EQ(b.rows(), tensor.rows) << tensor.name;
+    EXPECT_TRUE(std::equal(a.data(), a.data() + a.size(), b.data())) << tensor.name;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Families, FamilyGgufTest,
+    ::testing::Values(TinyModelOptions{.architecture = "Qwen2ForCausalLM"},
+                      TinyModelOptions{.head_dim = 32, .architecture = "Qwen3ForCausalLM"},
+                      TinyModelOptions{.architecture = "Phi3ForCausalLM", .sliding_window = 31},
+                      TinyModelOptions{.architecture = "Phi3ForCausalLM"},
+                      TinyModelOptions{.n_layers = 7,
+                                       .is_tied = true,
+                                       .architecture = "Gemma3ForCausalLM",
+                                       .sliding_window = 24}),
+    [](const auto& param_info) {
+      return param_info.param.architecture + std::to_string(param_info.index);
+    });
+
+// The parts of a fused matrix are its rows, one part behind the other.
+TEST(FusedLinearsTest, AreSplitByRows) {
+  const TempDir dir;
+  const TinyModel model({.architecture = "Phi3ForCausalLM"});
+  model.WriteHf(dir / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
+  for (const FusedTensor& fused : FusedTensors(checkpoint->config())) {
+    const std::vector<float>& whole = model.tensor(fused.name).values;
+    EXPECT_FALSE(checkpoint->Has(fused.name));
+    auto at = whole.begin();
+    for (const ExpectedTensor& part : fused.parts) {
+      ASSERT_OK_AND_ASSIGN(const Matrix rows, checkpoint->Read(part.name));
+      EXPECT_TRUE(std::equal(rows.span().begin(), rows.span().end(), at)) << part.name;
+      at += rows.size();
+    }
+    EXPECT_EQ(at, whole.end());
+  }
+}
+
+// Norms that a file holds less 1 have no stored form that is theirs.
+TEST(NormOffsetTest, IsAddedToFloatsAndRefusedForStoredBytes) {
+  const TempDir dir;
+  const TinyModel model({.architecture = "Gemma3ForCausalLM"});
+  model.WriteHf(dir / "tiny");
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir / "tiny"));
+  const std::string name = "model.layers.1.post_feedforward_layernorm.weight";
+  ASSERT_OK_AND_ASSIGN(const Matrix norm, checkpoint->Read(name));
+  EXPECT_EQ(norm(0, 5), 1.0f + model.tensor(name).values[5]);
+  std::vector<std::byte> bytes(static_cast<size_t>(norm.size()) * sizeof(float));
+  EXPECT_THAT(checkpoint->ReadStored(name, 0, 1, bytes),
+              StatusIs(kUnimplemented, HasSubstr("is stored less 1")));
+}
 
 // Metadata of a model with one layer, hidden 32, one head of 32, and its tensors.
 GgufBuilder Small() {
@@ -279,8 +362,9 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(
         BadModel{"NoArchitecture", GgufBuilder().Uint32("x", 1), kInvalid,
                  "key 'general.architecture' is missing"},
-        BadModel{"OtherArchitecture", Architecture("gpt2"), kUnimplemented,
-                 "architecture 'gpt2' is not supported; supported: llama"},
+        BadModel{
+            "OtherArchitecture", Architecture("gpt2"), kUnimplemented,
+            "architecture 'gpt2' is not supported; supported: llama, qwen2, qwen3, phi3, gemma3"},
         BadModel{"ArchitectureIsANumber", GgufBuilder().Uint32("general.architecture", 1), kInvalid,
                  "'general.architecture' is not a string"},
         BadModel{"Experts", Architecture("llama").Uint32("llama.expert_count", 8), kUnimplemented,
@@ -309,7 +393,7 @@ INSTANTIATE_TEST_SUITE_P(
             kInvalid, "has shape [16, 64], the configuration implies [32, 32]"},
         BadModel{"UnknownLayerTensor",
                  Whole().Tensor("blk.0.attn_q_norm.weight", {32}, 0, std::string(128, '\0')),
-                 kInvalid, "'model.layers.0.attn_q_norm.weight' is not part of the model"},
+                 kInvalid, "'model.layers.0.self_attn.q_norm.weight' is not part of the model"},
         BadModel{"ThreeDimensions",
                  Small().Tensor(kLast, {32, 16, 2}, 0,
                                 FloatBytes(std::vector<float>(1024, 0.5f), "F32")),
@@ -410,15 +494,32 @@ TEST(GgufCheckpointTest, ReadsSmolLm2) {
   EXPECT_OK(checkpoint->ReadRows(kEmbeddingTensor, 49151, 1));
 }
 
+// One name, three meanings.
+TEST(HfTensorNameTest, DependsOnTheArchitecture) {
+  const auto name = [](std::string_view suffix, const char* architecture) {
+    return HfTensorName("blk.0." + std::string(suffix) + ".weight", architecture);
+  };
+  EXPECT_EQ(name("ffn_norm", "Qwen2ForCausalLM"), "model.layers.0.post_attention_layernorm.weight");
+  EXPECT_EQ(name("ffn_norm", "Gemma3ForCausalLM"),
+            "model.layers.0.pre_feedforward_layernorm.weight");
+  EXPECT_EQ(name("post_attention_norm", "Gemma3ForCausalLM"),
+            "model.layers.0.post_attention_layernorm.weight");
+  EXPECT_EQ(name("ffn_up", "Gemma3ForCausalLM"), "model.layers.0.mlp.up_proj.weight");
+  EXPECT_EQ(name("ffn_up", "Phi3ForCausalLM"), "model.layers.0.mlp.gate_up_proj.weight");
+  EXPECT_EQ(name("attn_qkv", "Phi3ForCausalLM"), "model.layers.0.self_attn.qkv_proj.weight");
+}
+
 TEST(HfTensorNameTest, MapsEveryName) {
-  EXPECT_EQ(HfTensorName("token_embd.weight"), "model.embed_tokens.weight");
-  EXPECT_EQ(HfTensorName("output.weight"), "lm_head.weight");
-  EXPECT_EQ(HfTensorName("blk.12.attn_output.weight"), "model.layers.12.self_attn.o_proj.weight");
-  EXPECT_EQ(HfTensorName("blk.0.attn_q.bias"), "model.layers.0.self_attn.q_proj.bias");
-  EXPECT_EQ(HfTensorName("blk.0.other.weight"), "model.layers.0.other.weight");
-  EXPECT_EQ(HfTensorName("rope_freqs.weight"), "rope_freqs.weight");
-  EXPECT_EQ(HfTensorName("blk."), "blk.");
-  EXPECT_EQ(HfTensorName("blk.0"), "blk.0");
+  EXPECT_EQ(HfTensorName("token_embd.weight", "LlamaForCausalLM"), "model.embed_tokens.weight");
+  EXPECT_EQ(HfTensorName("output.weight", "LlamaForCausalLM"), "lm_head.weight");
+  EXPECT_EQ(HfTensorName("blk.12.attn_output.weight", "LlamaForCausalLM"),
+            "model.layers.12.self_attn.o_proj.weight");
+  EXPECT_EQ(HfTensorName("blk.0.attn_q.bias", "LlamaForCausalLM"),
+            "model.layers.0.self_attn.q_proj.bias");
+  EXPECT_EQ(HfTensorName("blk.0.other.weight", "LlamaForCausalLM"), "model.layers.0.other.weight");
+  EXPECT_EQ(HfTensorName("rope_freqs.weight", "LlamaForCausalLM"), "rope_freqs.weight");
+  EXPECT_EQ(HfTensorName("blk.", "LlamaForCausalLM"), "blk.");
+  EXPECT_EQ(HfTensorName("blk.0", "LlamaForCausalLM"), "blk.0");
 }
 
 }  // namespace

@@ -3,9 +3,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "common/architectures.h"
 #include "tests/testing/status_matchers.h"
 #include "worker/io/bounded_json.h"
 
@@ -124,17 +126,131 @@ TEST(ModelConfigTest, ReadsLinearScalingUnderBothNames) {
   }
 }
 
-TEST(ModelConfigTest, AcceptsMistralWithoutEffectiveSlidingWindow) {
-  json config = Base();
-  config["architectures"] = {"MistralForCausalLM"};
+json Family(const char* architecture) { return With("architectures", {architecture}); }
+
+ModelConfig Parsed(const json& config) {
+  const absl::StatusOr<ModelConfig> out = ParseModelConfig(config.dump());
+  EXPECT_OK(out);
+  return out.value_or(ModelConfig());
+}
+
+TEST(ModelConfigTest, ReadsTheSlidingWindowOfMistral) {
+  json config = Family("MistralForCausalLM");
+  config["sliding_window"] = 128;
+  const ModelConfig sliding = Parsed(config);
+  EXPECT_EQ(sliding.sliding_window, 128);
+  EXPECT_EQ(sliding.window(0), 128);
+  EXPECT_EQ(sliding.window(1), 128);
+  // None, or one that reaches over the whole context of 512.
   for (const json& window : {json(nullptr), json(512), json(4096)}) {
     config["sliding_window"] = window;
-    EXPECT_OK(ParseModelConfig(config.dump())) << window;
+    EXPECT_EQ(Parsed(config).sliding_window, 0) << window;
+    EXPECT_EQ(Parsed(config).window(0), 0) << window;
   }
-  config.erase("sliding_window");  // 4096 by default, beyond the context of 512
-  EXPECT_OK(ParseModelConfig(config.dump()));
+  config.erase("sliding_window");  // 4096 by default
+  EXPECT_EQ(Parsed(config).window(0), 0);
+  config["max_position_embeddings"] = 32768;
+  EXPECT_EQ(Parsed(config).window(0), 4096);
   // Llama has no such field, whatever a file says.
-  EXPECT_OK(ParseModelConfig(With("sliding_window", 16).dump()));
+  EXPECT_EQ(Parsed(With("sliding_window", 16)).window(0), 0);
+}
+
+TEST(ModelConfigTest, ReadsQwen2) {
+  json config = Family("Qwen2ForCausalLM");
+  config["use_sliding_window"] = false;
+  config["sliding_window"] = 64;
+  const ModelConfig out = Parsed(config);
+  EXPECT_TRUE(out.has_bias("self_attn.q_proj"));
+  EXPECT_TRUE(out.has_bias("self_attn.v_proj"));
+  EXPECT_FALSE(out.has_bias("self_attn.o_proj"));
+  EXPECT_FALSE(out.has_bias("mlp.up_proj"));
+  EXPECT_FALSE(out.has_qk_norm);
+  EXPECT_EQ(out.window(0), 0);
+  EXPECT_EQ(out.window(1), 0);
+
+  config["use_sliding_window"] = true;
+  config["max_window_layers"] = 1;
+  EXPECT_EQ(Parsed(config).window(0), 0);
+  EXPECT_EQ(Parsed(config).window(1), 64);
+  config["max_window_layers"] = 2;
+  EXPECT_EQ(Parsed(config).sliding_window, 0);
+  config["layer_types"] = {"sliding_attention", "full_attention"};
+  EXPECT_EQ(Parsed(config).window(0), 64);
+  EXPECT_EQ(Parsed(config).window(1), 0);
+}
+
+TEST(ModelConfigTest, ReadsQwen3) {
+  const ModelConfig out = Parsed(Family("Qwen3ForCausalLM"));
+  EXPECT_TRUE(out.has_qk_norm);
+  EXPECT_FALSE(out.attention_bias);
+  EXPECT_EQ(out.head_dim, 128);  // transformers' default
+  EXPECT_FALSE(out.has_output_norms);
+}
+
+TEST(ModelConfigTest, ReadsPhi3) {
+  json config = Family("Phi3ForCausalLM");
+  config.erase("rms_norm_eps");
+  EXPECT_TRUE(Parsed(config).has_fused_linears);
+  EXPECT_EQ(Parsed(config).window(0), 0);
+  EXPECT_EQ(Parsed(config).rms_norm_eps, 1e-5);
+  config["sliding_window"] = 31;
+  EXPECT_EQ(Parsed(config).window(1), 31);
+}
+
+json Gemma3() {
+  json config = Family("Gemma3ForCausalLM");
+  config["num_hidden_layers"] = 7;
+  config["sliding_window"] = 64;
+  return config;
+}
+
+TEST(ModelConfigTest, ReadsGemma3) {
+  json config = Gemma3();
+  const ModelConfig out = Parsed(config);
+  EXPECT_TRUE(out.has_qk_norm);
+  EXPECT_TRUE(out.has_output_norms);
+  EXPECT_TRUE(out.tied_embeddings);
+  EXPECT_EQ(out.norm_offset, 1.0f);
+  EXPECT_EQ(out.activation, MlpActivation::kGeluTanh);
+  EXPECT_EQ(out.embedding_scale, std::sqrt(128.0));
+  EXPECT_EQ(out.head_dim, 256);
+  EXPECT_EQ(out.attention_scale(), 1.0 / 16);
+  EXPECT_EQ(out.rope_theta, 1e6);
+  EXPECT_EQ(out.sliding_rope_theta, 1e4);
+  EXPECT_EQ(out.window(4), 64);
+  EXPECT_EQ(out.window(5), 0);
+  EXPECT_EQ(out.window(6), 64);
+
+  config["query_pre_attn_scalar"] = 64;
+  config["rope_scaling"] = {{"rope_type", "linear"}, {"factor", 8}};
+  config["rope_local_base_freq"] = 5000;
+  config["sliding_window"] = 4096;
+  const ModelConfig wide = Parsed(config);
+  EXPECT_EQ(wide.attention_scale(), 1.0 / 8);
+  EXPECT_EQ(wide.rope_scaling.kind, RopeScaling::Kind::kLinear);
+  EXPECT_EQ(wide.sliding_rope_theta, 5000);
+  // Without a window that matters, the layers still have their own RoPE.
+  EXPECT_EQ(wide.window(0), 0);
+  EXPECT_TRUE(wide.is_sliding(0));
+}
+
+// transformers 5 has RoPE by the types of layers.
+TEST(ModelConfigTest, ReadsRopeByLayerType) {
+  json config = Gemma3();
+  config["rope_parameters"] = {
+      {"full_attention", {{"rope_type", "linear"}, {"factor", 8}, {"rope_theta", 2e6}}},
+      {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 3e4}}}};
+  const ModelConfig out = Parsed(config);
+  EXPECT_EQ(out.rope_theta, 2e6);
+  EXPECT_EQ(out.rope_scaling.factor, 8);
+  EXPECT_EQ(out.sliding_rope_theta, 3e4);
+}
+
+TEST(ModelConfigTest, TakesEveryArchitectureThatItLists) {
+  for (const std::string_view name : kHfArchitectures) {
+    const ModelConfig out = Parsed(Family(std::string(name).c_str()));
+    EXPECT_EQ(out.architecture, name);
+  }
 }
 
 struct BadConfig {
@@ -160,10 +276,9 @@ TEST_P(BadModelConfigTest, IsRefused) {
               StatusIs(GetParam().code, HasSubstr(GetParam().message)));
 }
 
-std::string Mistral(const json& window, int64_t context) {
-  json config = With("architectures", {"MistralForCausalLM"});
-  config["max_position_embeddings"] = context;
-  if (!window.is_discarded()) config["sliding_window"] = window;
+std::string FamilyWith(const char* architecture, const char* field, const json& value) {
+  json config = Family(architecture);
+  config[field] = value;
   return config.dump();
 }
 
@@ -186,10 +301,11 @@ INSTANTIATE_TEST_SUITE_P(
                   "'architectures' is missing"},
         BadConfig{"ArchitectureNotAList", With("architectures", "LlamaForCausalLM").dump(),
                   kInvalid, "'architectures' is not a list"},
-        BadConfig{"UnknownArchitecture", With("architectures", {"Qwen2ForCausalLM"}).dump(),
+        BadConfig{"UnknownArchitecture", With("architectures", {"GPT2LMHeadModel"}).dump(),
                   kUnimplemented,
-                  "'Qwen2ForCausalLM' is not supported; supported: LlamaForCausalLM, "
-                  "MistralForCausalLM"},
+                  "'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM, "
+                  "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Phi3ForCausalLM, "
+                  "Gemma3ForCausalLM"},
         BadConfig{"MissingWidth", Without("hidden_size").dump(), kInvalid,
                   "'hidden_size' is missing"},
         BadConfig{"WidthIsText", With("hidden_size", "128").dump(), kInvalid,
@@ -255,10 +371,40 @@ INSTANTIATE_TEST_SUITE_P(
                   "'eos_token_id' is not an integer"},
         BadConfig{"BosBeyondVocabulary", With("bos_token_id", 4000).dump(), kInvalid,
                   "'bos_token_id' is 4000"},
-        BadConfig{"SlidingWindow", Mistral(128, 512), kUnimplemented,
-                  "sliding_window 128 is below max_position_embeddings 512"},
-        BadConfig{"SlidingWindowByDefault", Mistral(json(json::value_t::discarded), 32768),
-                  kUnimplemented, "sliding_window 4096 is below max_position_embeddings 32768"}),
+        BadConfig{"SlidingWindowZero", FamilyWith("MistralForCausalLM", "sliding_window", 0),
+                  kInvalid, "'sliding_window' is 0, must be 1 to"},
+        BadConfig{
+            "LongRope",
+            FamilyWith("Phi3ForCausalLM", "rope_scaling",
+                       {{"type", "longrope"}, {"short_factor", {1.0}}, {"long_factor", {1.0}}}),
+            kUnimplemented, "RoPE scaling 'longrope' is not supported"},
+        BadConfig{"PartialRotaryOfPhi3",
+                  FamilyWith("Phi3ForCausalLM", "partial_rotary_factor", 0.75), kUnimplemented,
+                  "partial_rotary_factor 0.75 is not supported"},
+        BadConfig{"SoftCapping", FamilyWith("Gemma3ForCausalLM", "final_logit_softcapping", 30.0),
+                  kUnimplemented, "final_logit_softcapping is not supported"},
+        BadConfig{"Bidirectional",
+                  FamilyWith("Gemma3ForCausalLM", "use_bidirectional_attention", true),
+                  kUnimplemented, "use_bidirectional_attention is not supported"},
+        BadConfig{"GemmaActivation", FamilyWith("Gemma3ForCausalLM", "hidden_activation", "gelu"),
+                  kUnimplemented,
+                  "hidden_activation 'gelu' is not supported; supported: gelu_pytorch_tanh"},
+        BadConfig{"QueryScalarZero", FamilyWith("Gemma3ForCausalLM", "query_pre_attn_scalar", 0),
+                  kInvalid, "'query_pre_attn_scalar' is 0, must be above 0"},
+        BadConfig{"LayerTypesTooFew",
+                  FamilyWith("Gemma3ForCausalLM", "layer_types", {"full_attention"}), kInvalid,
+                  "'layer_types' is not a list of 2 names"},
+        BadConfig{
+            "LayerTypeUnknown",
+            FamilyWith("Gemma3ForCausalLM", "layer_types", {"full_attention", "chunked_attention"}),
+            kUnimplemented, "\"chunked_attention\", supported: full_attention"},
+        BadConfig{"ScaledSlidingRope",
+                  FamilyWith("Gemma3ForCausalLM", "rope_parameters",
+                             {{"sliding_attention", {{"rope_type", "linear"}, {"factor", 2}}}}),
+                  kUnimplemented, "RoPE scaling of sliding_attention layers"},
+        BadConfig{"SlidingRopeBaseZero",
+                  FamilyWith("Gemma3ForCausalLM", "rope_local_base_freq", 0.5), kInvalid,
+                  "RoPE base of sliding layers is 0.5, must be 1 to 1e12"}),
     [](const auto& param_info) { return std::string(param_info.param.name); });
 
 }  // namespace

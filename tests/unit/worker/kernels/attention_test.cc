@@ -13,6 +13,7 @@ using testing::RandomFloats;
 struct AttentionCase {
   int64_t n_new, n_past, n_heads, n_kv_heads, head_dim;
   int64_t padding = 0;
+  int64_t window = 0;
 };
 
 struct AttentionInputs {
@@ -30,6 +31,7 @@ AttentionParams Params(const AttentionCase& c, const AttentionInputs& inputs, fl
           .n_heads = c.n_heads,
           .n_kv_heads = c.n_kv_heads,
           .head_dim = c.head_dim,
+          .window = c.window,
           .scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim)),
           .q = inputs.q.data(),
           .q_stride = c.n_heads * c.head_dim + c.padding,
@@ -41,8 +43,9 @@ AttentionParams Params(const AttentionCase& c, const AttentionInputs& inputs, fl
 }
 
 void TestAttention(const AttentionCase& c) {
-  SCOPED_TRACE(::testing::Message() << c.n_new << " new, " << c.n_past << " past, " << c.n_heads
-                                    << "/" << c.n_kv_heads << " heads of " << c.head_dim);
+  SCOPED_TRACE(::testing::Message()
+               << c.n_new << " new, " << c.n_past << " past, " << c.n_heads << "/" << c.n_kv_heads
+               << " heads of " << c.head_dim << ", window " << c.window);
   const AttentionInputs inputs(c);
   ExpectLikeReference(
       PoisonedFloats(c.n_new * c.n_heads * c.head_dim),
@@ -81,6 +84,43 @@ TEST(AttentionTest, EveryLength) {
   TestAttention({.n_new = 0, .n_past = 5, .n_heads = 2, .n_kv_heads = 1, .head_dim = 8});
 }
 
+// Windows around the borders of key blocks and chunks, shorter and longer than what is there.
+TEST(AttentionTest, EveryWindow) {
+  for (const int64_t window : {1, 2, 31, 32, 33, 127, 128, 129, 200, 384, 1000}) {
+    for (const int64_t n_past : {0, 1, 127, 128, 300, 513}) {
+      for (const int64_t n_new : {1, 13, 70}) {
+        TestAttention({.n_new = n_new,
+                       .n_past = n_past,
+                       .n_heads = 6,
+                       .n_kv_heads = 2,
+                       .head_dim = 8,
+                       .window = window});
+      }
+    }
+    TestAttention({.n_new = 600,
+                   .n_past = 0,
+                   .n_heads = 2,
+                   .n_kv_heads = 1,
+                   .head_dim = 8,
+                   .window = window});
+  }
+}
+
+// Keys and values before the window are not looked at.
+TEST(AttentionTest, WhatIsBeforeTheWindowDoesNotMatter) {
+  const AttentionCase c = {
+      .n_new = 3, .n_past = 300, .n_heads = 4, .n_kv_heads = 2, .head_dim = 16, .window = 40};
+  AttentionInputs inputs(c);
+  std::vector<float> expected = PoisonedFloats(3 * 4 * 16);
+  ASSERT_OK(Attention(Params(c, inputs, expected.data()), {}));
+  const int64_t first_seen = 300 + 1 - 40;
+  std::fill_n(inputs.k.begin(), first_seen * 2 * 16, 1e4f);
+  std::fill_n(inputs.v.begin(), first_seen * 2 * 16, 1e4f);
+  std::vector<float> y = PoisonedFloats(3 * 4 * 16);
+  ASSERT_OK(Attention(Params(c, inputs, y.data()), {}));
+  EXPECT_EQ(y, expected);
+}
+
 // Scores of ±100: the softmax must not overflow, and chunks with lower maxima must be scaled down.
 TEST(AttentionTest, ExtremeScores) {
   const AttentionCase c = {
@@ -94,9 +134,15 @@ TEST(AttentionTest, ExtremeScores) {
 }
 
 // A prompt in one piece, in pieces, and token by token gives the same bits.
-TEST(AttentionTest, DoesNotDependOnHowAPromptIsCut) {
-  const AttentionCase whole = {
-      .n_new = 330, .n_past = 0, .n_heads = 6, .n_kv_heads = 2, .head_dim = 64};
+class CutPromptTest : public ::testing::TestWithParam<int64_t> {};
+
+TEST_P(CutPromptTest, GivesTheSameBits) {
+  const AttentionCase whole = {.n_new = 330,
+                               .n_past = 0,
+                               .n_heads = 6,
+                               .n_kv_heads = 2,
+                               .head_dim = 64,
+                               .window = GetParam()};
   const AttentionInputs inputs(whole);
   std::vector<float> expected = PoisonedFloats(330 * 6 * 64);
   ASSERT_OK(Attention(Params(whole, inputs, expected.data()), {}));
@@ -113,6 +159,8 @@ TEST(AttentionTest, DoesNotDependOnHowAPromptIsCut) {
         << "in pieces of " << step;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Windows, CutPromptTest, ::testing::Values(0, 20, 100, 128, 200));
 
 TEST(AttentionTest, BatchEqualsEachAlone) {
   const std::vector<AttentionCase> cases = {

@@ -1,4 +1,4 @@
-// RmsNorm, Rope, SiluMultiply, Add and CrossEntropy against their references.
+// RmsNorm, Rope, SiluMultiply, GeluMultiply, Add and CrossEntropy against their references.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -107,6 +107,52 @@ TEST(SiluMultiplyTest, ExtremeGates) {
   ExpectLikeReference(PoisonedFloats(n),
                       [&](const Stream& stream, float* y) {
                         return SiluMultiply({.n_tokens = 1,
+                                             .dim = n,
+                                             .gate = gate.data(),
+                                             .gate_stride = n,
+                                             .up = up.data(),
+                                             .up_stride = n,
+                                             .y = y,
+                                             .y_stride = n},
+                                            stream);
+                      },
+                      {.max_abs = 1e24, .max_rel = 1e-6, .nmse = 1e-12});
+}
+
+TEST(GeluMultiplyTest, EverySizeAndMisalignment) {
+  for (const int64_t dim : TestSizes()) {
+    for (const int64_t misalignment : {0, 1, 3}) {
+      SCOPED_TRACE(::testing::Message() << "dim " << dim << " misalignment " << misalignment);
+      const int64_t stride = dim + 2;
+      const auto gate = RandomFloats(3 * stride + misalignment, 1, 4.0f);
+      const auto up = RandomFloats(3 * stride + misalignment, 2);
+      std::vector<float> initial(static_cast<size_t>(3 * stride), 7.0f);
+      for (int64_t t = 0; t < 3; ++t) {
+        std::fill_n(initial.begin() + t * stride, dim, std::numeric_limits<float>::quiet_NaN());
+      }
+      ExpectLikeReference(initial, [&](const Stream& stream, float* y) {
+        return GeluMultiply({.n_tokens = 3,
+                             .dim = dim,
+                             .gate = gate.data() + misalignment,
+                             .gate_stride = stride,
+                             .up = up.data() + misalignment,
+                             .up_stride = stride,
+                             .y = y,
+                             .y_stride = stride},
+                            stream);
+      });
+    }
+  }
+}
+
+TEST(GeluMultiplyTest, ExtremeGates) {
+  const std::vector<float> gate = {-1e30f, -1000, -104, -89,   -88,    -20,     -0.0f, 0, 20,
+                                   88,     89,    104,  1e30f, 1e-30f, -1e-30f, 1,     -1};
+  const std::vector<float> up(gate.size(), 1.0f);
+  const auto n = static_cast<int64_t>(gate.size());
+  ExpectLikeReference(PoisonedFloats(n),
+                      [&](const Stream& stream, float* y) {
+                        return GeluMultiply({.n_tokens = 1,
                                              .dim = n,
                                              .gate = gate.data(),
                                              .gate_stride = n,

@@ -40,6 +40,7 @@ absl::StatusOr<Matrix> Sequence::Append(std::span<const int32_t> tokens) {
   for (int64_t t = 0; t < n_tokens; ++t) {
     std::copy_n(model_.embedding.row(tokens[t]), config.hidden, hidden.row(t));
   }
+  ScaleEmbedding(config, hidden.span());
   std::vector<int32_t> positions(tokens.size());
   std::iota(positions.begin(), positions.end(), static_cast<int32_t>(n_past_));
   for (size_t i = 0; i < model_.layers.size(); ++i) {
