@@ -53,6 +53,11 @@ TinyModelOptions WithBiases() {
   options.dtype = "F16";
   return options;
 }
+TinyModelOptions Family(const char* architecture) {
+  TinyModelOptions options = Plain();
+  options.architecture = architecture;
+  return options;
+}
 TinyModelOptions Odd() {
   // A width with the factor 36, a tied head, GQA of three.
   return {.hidden = 288,
@@ -232,7 +237,9 @@ INSTANTIATE_TEST_SUITE_P(
                 Quantizer(4, 64, gptq::Method::kGptq, 0.5, true)},
         Variant{"Biases", WithBiases(), rotate::Kind::kGsr, true, Quantizer(4, 64)},
         Variant{"BiasesUnrotated", WithBiases(), rotate::Kind::kNone, false, Quantizer(8, 64)},
-        Variant{"OddWidth", Odd(), rotate::Kind::kWalsh, false, Quantizer(4, 32)}),
+        Variant{"OddWidth", Odd(), rotate::Kind::kWalsh, false, Quantizer(4, 32)},
+        Variant{"Qwen2", Family("Qwen2ForCausalLM"), rotate::Kind::kGsr, true, Quantizer(4, 64)},
+        Variant{"Phi3", Family("Phi3ForCausalLM"), rotate::Kind::kGsr, false, Quantizer(8, 64)}),
     [](const auto& variant) { return std::string(variant.param.name); });
 
 // Without its up projection a layer's down projection has no input other than zero.
@@ -422,6 +429,57 @@ TEST_F(CudaJobTest, CancelledInAnyStageLeavesNothing) {
 TEST_F(CudaJobTest, HeadsThatAttentionDoesNotTakeAreUnimplemented) {
   const JobSpec spec = Job({.hidden = 96, .n_heads = 1, .n_kv_heads = 1, .head_dim = 96});
   EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("96")));
+}
+
+// What the device's forward does not have is refused before anything runs, by its name.
+TEST_F(CudaJobTest, FamiliesThatItDoesNotHaveAreUnimplemented) {
+  const auto unimplemented = [](const char* feature) {
+    return StatusIs(absl::StatusCode::kUnimplemented, HasSubstr(feature));
+  };
+  EXPECT_THAT(RunOnCuda(Job(Family("Qwen3ForCausalLM"))), unimplemented("norms of q and k"));
+  JobSpec gemma = Job(Family("Gemma3ForCausalLM"));
+  gemma.rotation = rotate::Kind::kNone;
+  EXPECT_THAT(RunOnCuda(gemma), unimplemented("norms of q and k"));
+
+  ModelConfig config;
+  config.hidden = 128;
+  config.intermediate = 256;
+  config.n_layers = 2;
+  config.n_heads = config.n_kv_heads = 4;
+  config.head_dim = 32;
+  const ResolvedJob job = {.sequence_length = 64, .evaluation_length = 128};
+  const auto check = [&](const auto& change) {
+    ModelConfig changed = config;
+    change(changed);
+    return cuda_->CheckSupported(changed, job);
+  };
+  EXPECT_OK(check([](ModelConfig&) {}));
+  EXPECT_THAT(check([](ModelConfig& c) { c.has_output_norms = true; }),
+              unimplemented("norms behind attention and MLP"));
+  EXPECT_THAT(check([](ModelConfig& c) { c.activation = MlpActivation::kGeluTanh; }),
+              unimplemented("GELU"));
+  EXPECT_THAT(check([](ModelConfig& c) { c.embedding_scale = 8; }),
+              unimplemented("scaled embeddings"));
+  EXPECT_THAT(check([](ModelConfig& c) { c.query_pre_attention_scalar = 48; }),
+              unimplemented("a scale of attention scores"));
+  EXPECT_THAT(check([](ModelConfig& c) {
+                c.sliding_rope_theta = 1e4;
+                c.sliding_layers = {true, false};
+              }),
+              unimplemented("a RoPE base of sliding layers"));
+}
+
+// A window that no sequence of the job outgrows changes nothing.
+TEST_F(CudaJobTest, AWindowShorterThanTheSequencesIsUnimplemented) {
+  TinyModelOptions mistral = Family("MistralForCausalLM");
+  mistral.sliding_window = 128;
+  JobSpec spec = Job(mistral);
+  spec.evaluation_length = 128;
+  EXPECT_OK(RunOnCuda(spec));
+  mistral.sliding_window = 127;
+  EXPECT_THAT(RunOnCuda(Job(mistral), "refused"),
+              StatusIs(absl::StatusCode::kUnimplemented,
+                       HasSubstr("sliding-window attention (a window of 127, sequences of 128")));
 }
 
 TEST_F(CudaJobTest, WidthsThatNoKernelTakesAreUnimplemented) {

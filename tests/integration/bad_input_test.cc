@@ -130,7 +130,8 @@ TEST_F(BadInputTest, WrongShape) {
 }
 
 TEST_F(BadInputTest, UnknownArchitecture) {
-  ExpectDamageError(Damage::kUnknownArchitecture, "UNIMPLEMENTED", "GPT2LMHeadModel");
+  ExpectDamageError(Damage::kUnknownArchitecture, "UNIMPLEMENTED",
+                    "'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM, ");
 }
 
 TEST_F(BadInputTest, NanInTheWeights) {

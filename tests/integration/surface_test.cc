@@ -150,6 +150,15 @@ TEST(ReflectionTest, IsOffWhenTheFlagSaysSo) {
               HasCode(absl::StatusCode::kUnimplemented));
 }
 
+TEST_F(SurfaceTest, SupportedArchitecturesAreListed) {
+  ASSERT_OK_AND_ASSIGN(const v1::ListSupportedArchitecturesResponse response,
+                       service_->client().ListSupportedArchitectures());
+  EXPECT_THAT(response.architectures(),
+              ::testing::ElementsAre("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM",
+                                     "Qwen3ForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM",
+                                     "llama", "qwen2", "qwen3", "phi3", "gemma3"));
+}
+
 TEST_F(SurfaceTest, HttpRoutesAnswer) {
   const std::string http = service_->endpoint("coordinator", "http");
   for (const char* path : {"/livez", "/readyz", "/health", "/version", "/metrics"}) {
