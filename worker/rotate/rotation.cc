@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/rotate/hadamard_core.h"
 
 namespace walsh::rotate {
 namespace {
@@ -115,7 +116,7 @@ absl::StatusOr<Rotation> Rotation::Create(int64_t width, const Options& options)
   return r;
 }
 
-void Rotation::MultiplyHadamard(double* block, double* scratch) const {
+void Rotation::MultiplyHadamard(double* block, double* scratch, bool transposed) const {
   const int64_t sylvester = int64_t{1} << order_.log2_sylvester;
   for (int64_t i = 0; i < order_.core; ++i) Butterflies(block + i * sylvester, sylvester);
   if (order_.core == 1) return;
@@ -124,7 +125,8 @@ void Rotation::MultiplyHadamard(double* block, double* scratch) const {
     double* out = scratch + i * sylvester;
     for (int64_t j = 0; j < order_.core; ++j) {
       const double* in = block + j * sylvester;
-      const double sign = core_[static_cast<size_t>(j * order_.core + i)];
+      const double sign =
+          core_[static_cast<size_t>(transposed ? i * order_.core + j : j * order_.core + i)];
       for (int64_t a = 0; a < sylvester; ++a) out[a] += sign * in[a];
     }
   }
@@ -142,13 +144,13 @@ void Rotation::ApplyRight(double* x, int64_t rows, int64_t stride) const {
         for (int64_t i = 0; i < block; ++i) v[i] *= signs_[static_cast<size_t>(start + i)];
       }
       if (row_order_.empty()) {
-        MultiplyHadamard(v, scratch.data());
+        MultiplyHadamard(v, scratch.data(), false);
         for (int64_t i = 0; i < block; ++i) v[i] *= normalizer_;
       } else {
         for (int64_t s = 0; s < block; ++s) {
           work[static_cast<size_t>(row_order_[static_cast<size_t>(s)])] = v[s];
         }
-        MultiplyHadamard(work.data(), scratch.data());
+        MultiplyHadamard(work.data(), scratch.data(), false);
         for (int64_t i = 0; i < block; ++i) v[i] = work[static_cast<size_t>(i)] * normalizer_;
       }
     }
@@ -162,9 +164,7 @@ void Rotation::ApplyRightTransposed(double* x, int64_t rows, int64_t stride) con
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t start = 0; start < width_; start += block) {
       double* v = x + row * stride + start;
-      // The natural matrix is symmetric (core and Sylvester's part both are), so that its
-      // transpose needs no code of its own.
-      MultiplyHadamard(v, scratch.data());
+      MultiplyHadamard(v, scratch.data(), true);
       if (!row_order_.empty()) {
         std::copy_n(v, block, work.data());
         for (int64_t s = 0; s < block; ++s) {

@@ -2,7 +2,7 @@
 //
 // R = diag(s) · H, with s optional random signs and H the orthonormal Hadamard or Walsh matrix of
 // the whole width, or a block-diagonal one of equal blocks. It is never written out: a row is
-// multiplied by butterflies, a small dense core where the width has the factor 36, and a
+// multiplied by butterflies, a small dense core where the width is no power of two, and a
 // permutation.
 //
 // Source:  GSR (arXiv 2505.03810); QuaRot (arXiv 2404.00456); SpinQuant's offline R2
@@ -54,7 +54,7 @@ class Rotation {
   struct Parts {
     int64_t block = 0;  // order of H = core · 2^k
     int64_t core = 1;
-    std::span<const int8_t> core_matrix;  // [core, core], symmetric, ±1; empty when core is 1
+    std::span<const int8_t> core_matrix;  // [core, core], ±1; {1} when core is 1
     std::span<const int32_t> row_order;   // [block]: row s of H is this natural row; empty: natural
     std::span<const double> signs;        // [width] or empty
     double normalizer = 1;                // 1 / sqrt(block)
@@ -66,13 +66,14 @@ class Rotation {
   std::vector<double> Dense() const;
 
  private:
-  // block ← block · H_core ⊗ H_{2^k}, unnormalized. `scratch` has the block's size.
-  void MultiplyHadamard(double* block, double* scratch) const;
+  // block ← block · H_core ⊗ H_{2^k}, or its transpose, unnormalized. `scratch` has the block's
+  // size.
+  void MultiplyHadamard(double* block, double* scratch, bool transposed) const;
 
   int64_t width_ = 0;
   Options options_;
   HadamardOrder order_;             // of one block
-  std::vector<int8_t> core_;        // [core, core], symmetric
+  std::vector<int8_t> core_;        // [core, core]
   std::vector<int32_t> row_order_;  // [block] row s of H is this natural row; empty: natural
   std::vector<double> signs_;       // [width] or empty
   double normalizer_ = 1;           // 1 / sqrt(block)

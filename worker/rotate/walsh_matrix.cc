@@ -5,47 +5,18 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
-#include "common/check.h"
 #include "common/status_macros.h"
+#include "worker/rotate/hadamard_core.h"
 
 namespace walsh::rotate {
 namespace {
 
 constexpr int64_t kDenseOrderMax = 8192;  // 64 MiB of entries
-constexpr int64_t kPaleyCore = 36;
-constexpr int kPaleyPrime = 17;
 
 int64_t BitReverse(int64_t value, int bits) {
   int64_t reversed = 0;
   for (int b = 0; b < bits; ++b) reversed |= ((value >> b) & 1) << (bits - 1 - b);
   return reversed;
-}
-
-// Paley's second construction: with C the symmetric conference matrix of order q + 1 (zero border
-// of ones around the quadratic characters of i − j), H = C ⊗ [1 1; 1 −1] + I ⊗ [1 −1; −1 −1].
-std::vector<int8_t> PaleyMatrix() {
-  int character[kPaleyPrime];
-  std::fill(std::begin(character), std::end(character), -1);
-  character[0] = 0;
-  for (int i = 1; i < kPaleyPrime; ++i) character[i * i % kPaleyPrime] = 1;
-
-  constexpr int kConference = kPaleyPrime + 1;
-  std::vector<int8_t> h(kPaleyCore * kPaleyCore);
-  for (int i = 0; i < kConference; ++i) {
-    for (int j = 0; j < kConference; ++j) {
-      const int c = i == j               ? 0
-                    : (i == 0 || j == 0) ? 1
-                                         : character[(i - j + kPaleyPrime) % kPaleyPrime];
-      const int diagonal = i == j ? 1 : 0;
-      int8_t* top = &h[static_cast<size_t>(2 * i * kPaleyCore + 2 * j)];
-      int8_t* bottom = top + kPaleyCore;
-      top[0] = static_cast<int8_t>(c + diagonal);
-      top[1] = static_cast<int8_t>(c - diagonal);
-      bottom[0] = static_cast<int8_t>(c - diagonal);
-      bottom[1] = static_cast<int8_t>(-c - diagonal);
-    }
-  }
-  return h;
 }
 
 // Writes row `index` of H_core ⊗ H_{2^k}.
@@ -78,37 +49,42 @@ absl::StatusOr<HadamardOrder> FactorHadamardOrder(int64_t n) {
     const int twos = std::countr_zero(static_cast<uint64_t>(n));
     const int64_t odd = n >> twos;
     if (odd == 1) return HadamardOrder{1, twos};
-    if (odd == 9 && twos >= 2) return HadamardOrder{kPaleyCore, twos - 2};
+    if (twos >= 2 && HasHadamardCore(4 * odd)) return HadamardOrder{4 * odd, twos - 2};
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("no Hadamard matrix of order ", n,
-                   ": supported are 2^k and 36·2^k; use rotation gsr, whose blocks fit any "
-                   "width that 16 divides"));
-}
-
-std::vector<int8_t> HadamardCore(int64_t core) {
-  if (core == 1) return {1};
-  WALSH_CHECK_EQ(core, kPaleyCore);
-  return PaleyMatrix();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "no Hadamard matrix of order ", n,
+      ": supported are m·2^k with m = 1, 12, 20, 28, 36, 44, 52, 60, 108, 140, 172 and other "
+      "orders of Paley's constructions up to ",
+      kHadamardCoreMax, "; use rotation gsr, whose blocks fit any width that 16 divides"));
 }
 
 std::vector<int32_t> WalshRowOrder(const HadamardOrder& order) {
   const int64_t n = order.n();
-  std::vector<int32_t> rows(static_cast<size_t>(n));
-  if (order.core == 1) {
-    for (int64_t s = 0; s < n; ++s) {
-      rows[static_cast<size_t>(s)] =
-          static_cast<int32_t>(BitReverse(s ^ (s >> 1), order.log2_sylvester));
-    }
-    return rows;
+  const int64_t sylvester = int64_t{1} << order.log2_sylvester;
+  std::vector<int32_t> natural(static_cast<size_t>(sylvester));
+  std::vector<int64_t> sylvester_sequency(static_cast<size_t>(sylvester));
+  for (int64_t s = 0; s < sylvester; ++s) {
+    const int64_t row = BitReverse(s ^ (s >> 1), order.log2_sylvester);
+    natural[static_cast<size_t>(s)] = static_cast<int32_t>(row);
+    sylvester_sequency[static_cast<size_t>(row)] = s;
   }
+  if (order.core == 1) return natural;
+
+  // Row (i, a) of the product is row a of Sylvester's matrix under each sign of the core's row i.
+  // Where two copies meet the sign changes as in the core's row if row a ends as it begins, and
+  // just where it does not there if it ends otherwise: if it has an odd number of changes.
   const std::vector<int8_t> core = HadamardCore(order.core);
-  std::vector<int8_t> row(static_cast<size_t>(n));
   std::vector<int64_t> sequency(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) {
-    HadamardRow(order, core, i, row);
-    sequency[static_cast<size_t>(i)] = Sequency(row);
+  for (int64_t i = 0; i < order.core; ++i) {
+    const int64_t core_sequency =
+        Sequency(std::span(core).subspan(static_cast<size_t>(i * order.core), order.core));
+    for (int64_t a = 0; a < sylvester; ++a) {
+      const int64_t inside = sylvester_sequency[static_cast<size_t>(a)];
+      sequency[static_cast<size_t>(i * sylvester + a)] =
+          order.core * inside + (inside % 2 == 0 ? core_sequency : order.core - 1 - core_sequency);
+    }
   }
+  std::vector<int32_t> rows(static_cast<size_t>(n));
   std::iota(rows.begin(), rows.end(), 0);
   std::stable_sort(rows.begin(), rows.end(), [&](int32_t a, int32_t b) {
     return sequency[static_cast<size_t>(a)] < sequency[static_cast<size_t>(b)];

@@ -24,7 +24,7 @@
 #include "worker/kernels/cuda/stored_weights.h"
 #include "worker/kernels/kernels.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/rotate/walsh_matrix.h"
+#include "worker/rotate/hadamard_core.h"
 #include "worker/tensor/half.h"
 
 namespace walsh::kernels::cuda {

@@ -50,7 +50,9 @@ TEST(DefaultBlockTest, LargestPowerOfTwoWithinGroupThatDividesTheWidth) {
 }
 
 TEST(RotationTest, EveryKindIsOrthogonalAtEveryTestedWidth) {
-  for (int64_t width : {64, 128, 576}) {
+  // A power of two; 36 · 16; and cores by Paley's first construction, over GF(25), and
+  // Williamson's.
+  for (int64_t width : {64, 128, 576, 352, 208, 688}) {
     for (Kind kind : kAllKinds) {
       for (bool signs : {false, true}) {
         const Rotation rotation = Make(width, kind, signs, 7);
@@ -68,7 +70,7 @@ TEST(RotationTest, EveryKindIsOrthogonalAtEveryTestedWidth) {
 }
 
 TEST(RotationTest, DenseFormIsTheNamedMatrix) {
-  for (int64_t width : {128, 576}) {
+  for (int64_t width : {128, 352, 576}) {
     const double scale = 1 / std::sqrt(static_cast<double>(width));
     ASSERT_OK_AND_ASSIGN(const auto hadamard, HadamardMatrix(width));
     ASSERT_OK_AND_ASSIGN(const auto walsh_rows, WalshMatrix(width));
@@ -99,10 +101,8 @@ TEST(RotationTest, LocalKindsAreBlockDiagonal) {
 TEST(RotationTest, TransposeUndoesTheRotation) {
   std::mt19937 random(1);
   std::normal_distribution<double> normal;
-  for (int64_t width : {64, 128, 384, 576}) {
+  for (int64_t width : {64, 128, 352, 384, 576, 688}) {
     for (Kind kind : kAllKinds) {
-      // 384 = 3 · 128 has local rotations only.
-      if (width == 384 && (kind == Kind::kHadamard || kind == Kind::kWalsh)) continue;
       const Rotation rotation = Make(width, kind, true, 3);
       const int64_t stride = width + 5;
       std::vector<double> x(static_cast<size_t>(3 * stride));
@@ -139,10 +139,11 @@ TEST(RotationTest, SeededSignsFlipRowsOfTheMatrix) {
 }
 
 TEST(RotationTest, RefusesWhatDoesNotExist) {
-  EXPECT_THAT(Rotation::Create(384, {Kind::kHadamard, 0, false, 0}),
+  // 23 · 4 · 2^k and 107 · 4 · 2^k, of ChatGLM.
+  EXPECT_THAT(Rotation::Create(736, {Kind::kHadamard, 0, false, 0}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("gsr")));
-  EXPECT_THAT(Rotation::Create(172, {Kind::kWalsh, 0, false, 0}),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("172")));
+  EXPECT_THAT(Rotation::Create(13696, {Kind::kWalsh, 0, false, 0}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("13696")));
   EXPECT_THAT(Rotation::Create(576, {Kind::kGsr, 128, false, 0}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("does not divide")));
   for (int64_t block : {0, 8, 48, -64}) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "tests/testing/status_matchers.h"
+#include "worker/rotate/hadamard_core.h"
 
 namespace walsh::rotate {
 namespace {
@@ -58,35 +59,77 @@ TEST(HadamardMatrixTest, NaturalOrderSequenciesOfEight) {
   EXPECT_THAT(sequencies, ElementsAre(0, 7, 3, 4, 1, 6, 2, 5));
 }
 
-TEST(HadamardMatrixTest, PaleyOrders) {
-  for (int64_t n : {36, 72, 144, 576}) {
+// Of the widths that models have: m · 2^k with these m, and the larger cores of Qwen2.5-7B's,
+// Qwen3-14B's and Qwen2.5-72B's intermediate widths.
+TEST(HadamardMatrixTest, EveryNamedCore) {
+  for (int64_t m : {12, 20, 28, 36, 44, 52, 60, 108, 140, 172, 148, 68, 924}) {
+    SCOPED_TRACE(m);
+    ASSERT_OK_AND_ASSIGN(const auto h, HadamardMatrix(m));
+    ExpectHadamard(h, m);
+  }
+}
+
+TEST(HadamardMatrixTest, EveryCoreUpTo256) {
+  std::vector<int64_t> missing;
+  for (int64_t m = 12; m <= 256; m += 8) {
+    if (!HasHadamardCore(m)) {
+      missing.push_back(m);
+      continue;
+    }
+    SCOPED_TRACE(m);
+    ExpectHadamard(HadamardCore(m), m);
+  }
+  // Paley's constructions leave these, and Williamson's, which gives all but 236, is built for
+  // 172 alone.
+  EXPECT_THAT(missing, ElementsAre(92, 116, 156, 188, 236));
+}
+
+TEST(HadamardMatrixTest, ProductsWithSylvesters) {
+  for (int64_t n : {24, 72, 144, 344, 576, 880, 960}) {
     ASSERT_OK_AND_ASSIGN(const auto h, HadamardMatrix(n));
     ExpectHadamard(h, n);
   }
 }
 
-// The global Walsh matrix of 576 has the rows of H_36 ⊗ H_16 in ascending, not unique, sequency.
-TEST(WalshMatrixTest, PaleyOrderIsSortedStablyBySequency) {
-  ASSERT_OK_AND_ASSIGN(const auto h, HadamardMatrix(576));
-  ASSERT_OK_AND_ASSIGN(const auto w, WalshMatrix(576));
-  ExpectHadamard(w, 576);
-  ASSERT_OK_AND_ASSIGN(const HadamardOrder order, FactorHadamardOrder(576));
-  const std::vector<int32_t> rows = WalshRowOrder(order);
-  for (int64_t s = 0; s < 576; ++s) {
-    const auto row = Row(w, 576, s);
-    const auto natural = Row(h, 576, rows[static_cast<size_t>(s)]);
-    ASSERT_TRUE(std::equal(row.begin(), row.end(), natural.begin()));
-    if (s == 0) continue;
-    const int64_t before = Sequency(Row(w, 576, s - 1));
-    ASSERT_LE(before, Sequency(row));
-    if (before == Sequency(row)) {
-      ASSERT_LT(rows[static_cast<size_t>(s - 1)], rows[static_cast<size_t>(s)]);
+// A global Walsh matrix with a core has the rows of H_m ⊗ H_2^k in ascending, not unique, sequency.
+TEST(WalshMatrixTest, RowsWithACoreAreSortedStablyBySequency) {
+  for (int64_t n : {12, 40, 344, 576}) {
+    SCOPED_TRACE(n);
+    ASSERT_OK_AND_ASSIGN(const auto h, HadamardMatrix(n));
+    ASSERT_OK_AND_ASSIGN(const auto w, WalshMatrix(n));
+    ExpectHadamard(w, n);
+    ASSERT_OK_AND_ASSIGN(const HadamardOrder order, FactorHadamardOrder(n));
+    const std::vector<int32_t> rows = WalshRowOrder(order);
+    for (int64_t s = 0; s < n; ++s) {
+      const auto row = Row(w, n, s);
+      const auto natural = Row(h, n, rows[static_cast<size_t>(s)]);
+      ASSERT_TRUE(std::equal(row.begin(), row.end(), natural.begin()));
+      if (s == 0) continue;
+      const int64_t before = Sequency(Row(w, n, s - 1));
+      ASSERT_LE(before, Sequency(row));
+      if (before == Sequency(row)) {
+        ASSERT_LT(rows[static_cast<size_t>(s - 1)], rows[static_cast<size_t>(s)]);
+      }
     }
   }
 }
 
+// The smallest core: as much of the width as can be is Sylvester's.
+TEST(FactorHadamardOrderTest, CoreIsFourTimesTheOddPart) {
+  struct Case {
+    int64_t n, core;
+    int log2_sylvester;
+  };
+  for (const Case& c : {Case{4096, 1, 12}, Case{576, 36, 4}, Case{11008, 172, 6},
+                        Case{14336, 28, 9}, Case{2560, 20, 7}, Case{18944, 148, 7}}) {
+    ASSERT_OK_AND_ASSIGN(const HadamardOrder order, FactorHadamardOrder(c.n));
+    EXPECT_EQ(order.core, c.core) << c.n;
+    EXPECT_EQ(order.log2_sylvester, c.log2_sylvester) << c.n;
+  }
+}
+
 TEST(FactorHadamardOrderTest, RefusesOtherOrdersAndRecommendsGsr) {
-  for (int64_t n : {0, -4, 3, 12, 20, 172, 9, 18, 960, 2304 * 9}) {
+  for (int64_t n : {0, -4, 3, 9, 18, 86, 92, 116, 13696, 4 * 1021}) {
     EXPECT_THAT(FactorHadamardOrder(n),
                 StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("gsr")))
         << n;
