@@ -37,6 +37,7 @@ struct Stream {
   X(GeluMultiply)                \
   X(Add)                         \
   X(BlockWalsh)                  \
+  X(FakeQuantize)                \
   X(CrossEntropy)                \
   X(PackedMatmul)
 

@@ -138,6 +138,24 @@ struct BlockWalshParams {
   int64_t x_stride = 0;
 };
 
+// Each group of `group` columns of each row ← the values of its integer grid that are nearest, in
+// place. With hi = clip · max(x, 0) and lo = clip · min(x, 0) of the group:
+//   symmetric   scale = max(hi, −lo) / (2^(bits−1) − 1), codes −2^(bits−1) … 2^(bits−1) − 1
+//   asymmetric  scale = (hi − lo) / (2^bits − 1), codes −z … 2^bits − 1 − z, z = round(−lo / scale)
+//   x ← scale · clamp(round(x / scale)), halves to even
+// A group with a value that is not finite becomes NaN; one that spans less than 2^-100 zero.
+// Source: QuaRot (arXiv 2404.00456), quantization of activations and of the KV cache
+struct FakeQuantizeParams {
+  int64_t rows = 0;
+  int64_t cols = 0;   // a multiple of group
+  int64_t group = 0;  // values that share a scale
+  int bits = 8;       // 2 to 8
+  bool symmetric = true;
+  float clip = 1;  // in (0, 1]
+  float* x = nullptr;
+  int64_t x_stride = 0;
+};
+
 // loss[i] = logsumexp(logits[i]) − logits[i][target[i]], in double inside.
 struct CrossEntropyParams {
   int64_t n_tokens = 0;

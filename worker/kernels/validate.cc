@@ -210,6 +210,20 @@ absl::Status Validate(const BlockWalshParams& p) {
       .status();
 }
 
+absl::Status Validate(const FakeQuantizeParams& p) {
+  return Checker("FakeQuantize")
+      .Size("rows", p.rows)
+      .Size("cols", p.cols)
+      .Positive("group", p.group)
+      .That(p.group > 0 && p.cols % p.group == 0, "cols", "must be a multiple of group ", p.group,
+            ", is ", p.cols)
+      .That(p.bits >= 2 && p.bits <= 8, "bits", "must be in [2, 8], is ", p.bits)
+      .That(p.clip > 0 && p.clip <= 1, "clip", "must be in (0, 1], is ", p.clip)
+      .Stride("x_stride", p.x_stride, p.cols)
+      .Pointer("x", p.x, p.rows, p.cols)
+      .status();
+}
+
 absl::Status Validate(const CrossEntropyParams& p) {
   return Checker("CrossEntropy")
       .Size("n_tokens", p.n_tokens)
