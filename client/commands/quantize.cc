@@ -69,6 +69,16 @@ absl::StatusOr<v1::BitsOverride> ParseOverride(const std::string& text) {
   return result;
 }
 
+// The groups of activations ("token") and of the KV cache ("head"), where 0 is that word.
+absl::StatusOr<int> ParseRunTimeGroup(const std::string& text, const std::string& whole) {
+  if (text == whole) return 0;
+  int group_size = 0;
+  if (!absl::SimpleAtoi(text, &group_size) || group_size <= 0) {
+    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not ", whole, " or a number"));
+  }
+  return group_size;
+}
+
 // Under `walsh up` (one worker, on this machine) the person who quantizes is the one who chats
 // next; in a fleet loading is a decision about other people's memory.
 absl::StatusOr<bool> ShouldLoad(Client& client, const QuantizeFlags& flags) {
@@ -142,6 +152,20 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
   command.add_option("--rotation-signs", flags.rotation_signs, "Random signs before the rotation")
       ->check(CLI::IsMember(Names(kSigns)))
       ->capture_default_str();
+  command
+      .add_option("--online-rotation", flags.online_rotation,
+                  "Rotation of down_proj's input at run time (R4); only walsh serves such a model")
+      ->check(CLI::IsMember(Names(kRotations)))
+      ->capture_default_str();
+  command.add_option("--online-rotation-block", flags.online_rotation_block,
+                     "Width of its block, of gsr and local-hadamard; 0 takes it from the group");
+  command
+      .add_option(
+          "--qk-rotation", flags.qk_rotation,
+          "Rotation of queries and keys at run time (R3), for a quantized KV cache; auto is "
+          "on where that is and anything is rotated")
+      ->check(CLI::IsMember({"auto", "on", "off"}))
+      ->capture_default_str();
   CLI::Option* column_order = command
                                   .add_option("--column-order", flags.column_order,
                                               "Order in which GPTQ and GPTAQ take the columns")
@@ -187,6 +211,40 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
   command.add_option("--seed", flags.seed, "Seed of everything random")->capture_default_str();
 }
 
+// What is rounded at run time; only walsh serves such a model.
+void AddRunTimeFlags(CLI::App& command, QuantizeFlags& flags) {
+  command
+      .add_option(
+          "--act-bits", flags.act_bits,
+          "Bits of an activation that enters a quantized linear: 4, 8 or 16 (not quantized)")
+      ->check(CLI::IsMember({4, 8, 16}))
+      ->capture_default_str();
+  command
+      .add_option("--act-group-size", flags.act_group_size,
+                  "Channels that share an activation's scale: token (all), 32, 64 or 128")
+      ->check([](const std::string& text) {
+        return std::string(ParseRunTimeGroup(text, "token").status().message());
+      })
+      ->capture_default_str();
+  command.add_flag("--act-asymmetric", flags.act_asymmetric, "Activations with zero points");
+  command.add_option("--act-clip", flags.act_clip,
+                     "Share of the largest activation that is kept; 0 means 0.9 at 4 bits, 1 at 8");
+  command
+      .add_option("--kv-bits", flags.kv_bits,
+                  "Bits of a key or value in the cache: 2, 4, 8 or 16 (not quantized)")
+      ->check(CLI::IsMember({2, 4, 8, 16}))
+      ->capture_default_str();
+  command
+      .add_option("--kv-group-size", flags.kv_group_size,
+                  "Channels that share a scale in the cache: head (all of one), 32, 64 or 128")
+      ->check([](const std::string& text) {
+        return std::string(ParseRunTimeGroup(text, "head").status().message());
+      })
+      ->capture_default_str();
+  command.add_option("--kv-clip", flags.kv_clip,
+                     "Share of the largest that is kept; 0 means 0.95 at 2 and 4 bits, 1 at 8");
+}
+
 void AddDataFlags(CLI::App& command, QuantizeFlags& flags) {
   command
       .add_option("--calibration", flags.calibration,
@@ -211,6 +269,41 @@ void AddJobFlags(CLI::App& command, QuantizeFlags& flags) {
                      "Idempotency key: the same key and flags give the same job");
 }
 
+absl::Status OffButSet(const char* flag, const char* bits_flag) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(flag, " has no meaning without ", bits_flag, " of less than 16"));
+}
+
+absl::Status SetRunTimeQuantizers(const QuantizeFlags& flags, Config& config) {
+  constexpr int kOff = 16;
+  WALSH_ASSIGN_OR_RETURN(const int act_group, ParseRunTimeGroup(flags.act_group_size, "token"));
+  WALSH_ASSIGN_OR_RETURN(const int kv_group, ParseRunTimeGroup(flags.kv_group_size, "head"));
+  if (flags.act_bits != kOff) {
+    v1::ActivationQuantization& activations = *config.mutable_activation_quantization();
+    activations.set_bits(flags.act_bits);
+    activations.set_group_size(act_group);
+    activations.set_asymmetric(flags.act_asymmetric);
+    activations.set_clip_ratio(flags.act_clip);
+  } else if (act_group != 0) {
+    return OffButSet("--act-group-size", "--act-bits");
+  } else if (flags.act_asymmetric) {
+    return OffButSet("--act-asymmetric", "--act-bits");
+  } else if (flags.act_clip != 0) {
+    return OffButSet("--act-clip", "--act-bits");
+  }
+  if (flags.kv_bits != kOff) {
+    v1::KvCacheQuantization& kv = *config.mutable_kv_cache_quantization();
+    kv.set_bits(flags.kv_bits);
+    kv.set_group_size(kv_group);
+    kv.set_clip_ratio(flags.kv_clip);
+  } else if (kv_group != 0) {
+    return OffButSet("--kv-group-size", "--kv-bits");
+  } else if (flags.kv_clip != 0) {
+    return OffButSet("--kv-clip", "--kv-bits");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
@@ -232,6 +325,12 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   config.mutable_rotation()->set_kind(kRotations.at(flags.rotation));
   config.mutable_rotation()->set_block_size(flags.rotation_block);
   config.mutable_rotation()->set_signs(kSigns.at(flags.rotation_signs));
+  config.mutable_rotation()->set_online_kind(kRotations.at(flags.online_rotation));
+  config.mutable_rotation()->set_online_block_size(flags.online_rotation_block);
+  if (flags.qk_rotation != "auto") {
+    config.mutable_rotation()->set_query_key(flags.qk_rotation == "on");
+  }
+  WALSH_RETURN_IF_ERROR(SetRunTimeQuantizers(flags, config));
   if (flags.calibration != "self") {
     config.mutable_calibration()->set_uri(AbsolutePath(flags.calibration));
   }
@@ -273,6 +372,7 @@ void AddQuantizeCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen
       ->required();
   command.add_option("--name", flags->name, "Name of the new model")->required();
   AddRecipeFlags(command, *flags);
+  AddRunTimeFlags(command, *flags);
   AddDataFlags(command, *flags);
   AddJobFlags(command, *flags);
   command.callback([flags, &global, &chosen] {

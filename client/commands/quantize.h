@@ -20,6 +20,16 @@ struct QuantizeFlags {
   std::string rotation = "gsr";
   int rotation_block = 0;
   std::string rotation_signs = "none";
+  std::string online_rotation = "none";
+  int online_rotation_block = 0;
+  std::string qk_rotation = "auto";
+  int act_bits = 16;
+  std::string act_group_size = "token";
+  bool act_asymmetric = false;
+  double act_clip = 0;
+  int kv_bits = 16;
+  std::string kv_group_size = "head";
+  double kv_clip = 0;
   uint64_t seed = 0;
   std::string calibration = "self";
   int num_samples = 0;
@@ -41,8 +51,8 @@ struct QuantizeFlags {
   std::string request_id;
 };
 
-// INVALID_ARGUMENT for a group size that is no number and an override that is not PATTERN=BITS.
-// `auto_load` is what --load resolved to.
+// INVALID_ARGUMENT for a group size that is no number, an override that is not PATTERN=BITS, and for
+// what is set of a quantizer that is off. `auto_load` is what --load resolved to.
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
                                                                      bool auto_load);
 

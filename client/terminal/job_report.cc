@@ -36,16 +36,36 @@ absl::Duration RunTime(const Job& job) {
   return to_time(job.end_time()) - to_time(job.start_time());
 }
 
+std::string KindText(v1::Rotation::Kind kind) {
+  const std::string name = v1::Rotation::Kind_Name(kind);
+  if (kind == v1::Rotation::GSR) return name;
+  return absl::AsciiStrToLower(absl::StrReplaceAll(name, {{"_", "-"}}));
+}
+
 std::string RotationText(const v1::Rotation& rotation, int block_size) {
   const auto kind =
       rotation.kind() == v1::Rotation::KIND_UNSPECIFIED ? v1::Rotation::GSR : rotation.kind();
   if (kind == v1::Rotation::NONE) return "no rotation";
-  std::string name = v1::Rotation::Kind_Name(kind);
-  if (kind != v1::Rotation::GSR)
-    name = absl::AsciiStrToLower(absl::StrReplaceAll(name, {{"_", "-"}}));
-  std::string text = absl::StrCat(name, " rotation");
+  std::string text = absl::StrCat(KindText(kind), " rotation");
   if (block_size > 0) absl::StrAppend(&text, " in blocks of ", block_size);
   if (rotation.signs() == v1::Rotation::SEEDED) text += " with seeded signs";
+  return text;
+}
+
+// ", online GSR rotation, activations 4 bits, KV cache 4 bits": what is done at run time.
+std::string RunTimeText(const v1::QuantizationConfig& config) {
+  constexpr int kOff = 16;
+  std::string text;
+  const v1::Rotation::Kind online = config.rotation().online_kind();
+  if (online != v1::Rotation::KIND_UNSPECIFIED && online != v1::Rotation::NONE) {
+    absl::StrAppend(&text, ", online ", KindText(online), " rotation");
+  }
+  const int activation_bits = config.activation_quantization().bits();
+  if (activation_bits != 0 && activation_bits != kOff) {
+    absl::StrAppend(&text, ", activations ", activation_bits, " bits");
+  }
+  const int kv_bits = config.kv_cache_quantization().bits();
+  if (kv_bits != 0 && kv_bits != kOff) absl::StrAppend(&text, ", KV cache ", kv_bits, " bits");
   return text;
 }
 
@@ -236,7 +256,8 @@ std::string RecipeText(const Job& job) {
                       GroupText(resolved ? job.result().group_size() : config.group_size()), ", ",
                       MethodText(config.method()), GridText(config), ", ",
                       RotationText(config.rotation(), resolved ? job.result().rotation_block_size()
-                                                               : config.rotation().block_size()));
+                                                               : config.rotation().block_size()),
+                      RunTimeText(config));
 }
 
 std::string PreflightText(const Job& job) {

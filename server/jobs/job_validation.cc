@@ -66,6 +66,21 @@ absl::Status CheckOneOf(std::string_view field, int value, std::initializer_list
   return InvalidField(field, absl::StrCat("must be ", std::string(rule), ", is ", value));
 }
 
+absl::Status CheckBlock(std::string_view field, Rotation::Kind kind, int block) {
+  if (block == 0) return absl::OkStatus();
+  if (kind != Rotation::GSR && kind != Rotation::LOCAL_HADAMARD) {
+    return InvalidField(
+        field, absl::StrCat("is ", block, ", but only GSR and LOCAL_HADAMARD have blocks"));
+  }
+  if (block < limits::kRotationBlockMin || block > limits::kRotationBlockMax ||
+      !std::has_single_bit(static_cast<unsigned>(block))) {
+    return InvalidField(
+        field, absl::StrCat("must be 0 (auto) or a power of two from ", limits::kRotationBlockMin,
+                            " to ", limits::kRotationBlockMax, ", is ", block));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResolveRotation(Rotation* rotation) {
   if (!Rotation::Kind_IsValid(rotation->kind())) {
     return InvalidField("config.rotation.kind", absl::StrCat(static_cast<int>(rotation->kind()),
@@ -77,19 +92,49 @@ absl::Status ResolveRotation(Rotation* rotation) {
   }
   if (rotation->kind() == Rotation::KIND_UNSPECIFIED) rotation->set_kind(Rotation::GSR);
   if (rotation->signs() == Rotation::SIGNS_UNSPECIFIED) rotation->set_signs(Rotation::NO_SIGNS);
-  const int block = rotation->block_size();
-  if (block == 0) return absl::OkStatus();
-  if (rotation->kind() != Rotation::GSR && rotation->kind() != Rotation::LOCAL_HADAMARD) {
+  if (!Rotation::Kind_IsValid(rotation->online_kind())) {
     return InvalidField(
-        "config.rotation.block_size",
-        absl::StrCat("is ", block, ", but only GSR and LOCAL_HADAMARD have blocks"));
+        "config.rotation.online_kind",
+        absl::StrCat(static_cast<int>(rotation->online_kind()), " is not a kind of rotation"));
   }
-  if (block < limits::kRotationBlockMin || block > limits::kRotationBlockMax ||
-      !std::has_single_bit(static_cast<unsigned>(block))) {
+  if (rotation->online_kind() == Rotation::KIND_UNSPECIFIED) {
+    rotation->set_online_kind(Rotation::NONE);
+  }
+  WALSH_RETURN_IF_ERROR(
+      CheckBlock("config.rotation.block_size", rotation->kind(), rotation->block_size()));
+  return CheckBlock("config.rotation.online_block_size", rotation->online_kind(),
+                    rotation->online_block_size());
+}
+
+// Of a quantizer at run time.
+absl::Status CheckGrid(std::string_view message, int bits, std::initializer_list<int> allowed,
+                       std::string_view rule, int group_size, double clip_ratio) {
+  const auto field = [&](std::string_view name) {
+    return absl::StrCat("config.", std::string(message), ".", std::string(name));
+  };
+  WALSH_RETURN_IF_ERROR(CheckOneOf(field("bits"), bits, allowed, rule));
+  WALSH_RETURN_IF_ERROR(CheckOneOf(field("group_size"), group_size, {0, 32, 64, 128},
+                                   "0 (a token's values, or a head's), 32, 64 or 128"));
+  if (!std::isfinite(clip_ratio) || clip_ratio < 0 || clip_ratio > 1) {
     return InvalidField(
-        "config.rotation.block_size",
-        absl::StrCat("must be 0 (auto) or a power of two from ", limits::kRotationBlockMin, " to ",
-                     limits::kRotationBlockMax, ", is ", block));
+        field("clip_ratio"),
+        absl::StrCat("must be 0 (chosen by the bits) or above 0 and at most 1, is ", clip_ratio));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckRunTimeQuantizers(const QuantizationConfig& config) {
+  const v1::ActivationQuantization& activations = config.activation_quantization();
+  WALSH_RETURN_IF_ERROR(CheckGrid("activation_quantization", activations.bits(), {0, 4, 8, 16},
+                                  "0 or 16 (none), 4 or 8", activations.group_size(),
+                                  activations.clip_ratio()));
+  const v1::KvCacheQuantization& kv = config.kv_cache_quantization();
+  WALSH_RETURN_IF_ERROR(CheckGrid("kv_cache_quantization", kv.bits(), {0, 2, 4, 8, 16},
+                                  "0 or 16 (none), 2, 4 or 8", kv.group_size(), kv.clip_ratio()));
+  const bool is_kv_quantized = kv.bits() != 0 && kv.bits() != 16;
+  if (config.rotation().query_key() && !is_kv_quantized) {
+    return InvalidField("config.rotation.query_key",
+                        "is set, but the KV cache is not quantized: it would change nothing");
   }
   return absl::OkStatus();
 }
@@ -281,6 +326,7 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   QuantizationConfig* config = job.mutable_config();
   WALSH_RETURN_IF_ERROR(ResolveQuantizer(config));
   WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
+  WALSH_RETURN_IF_ERROR(CheckRunTimeQuantizers(*config));
   WALSH_RETURN_IF_ERROR(ResolveTexts(config));
   return job;
 }

@@ -218,7 +218,8 @@ absl::Status PackTo8Bit(std::unique_ptr<Linear>& linear) {
 
 class ArtifactLoader {
  public:
-  explicit ArtifactLoader(const ArtifactReader* reader) : reader_(reader) {}
+  ArtifactLoader(const ArtifactReader* reader, std::shared_ptr<const OnlineForward> online)
+      : reader_(reader), online_(std::move(online)) {}
 
   absl::StatusOr<std::unique_ptr<Linear>> LoadLinear(const std::string& name, bool has_bias) const {
     std::vector<float> bias;
@@ -241,9 +242,13 @@ class ArtifactLoader {
   }
 
   absl::StatusOr<DecoderLayer> LoadLayer(int64_t index) const {
-    return ReadLayer(
-        reader_->config(), index, [this](const std::string& name) { return LoadNorm(name); },
-        [this](const std::string& name, bool has_bias) { return LoadLinear(name, has_bias); });
+    WALSH_ASSIGN_OR_RETURN(
+        DecoderLayer layer,
+        ReadLayer(
+            reader_->config(), index, [this](const std::string& name) { return LoadNorm(name); },
+            [this](const std::string& name, bool has_bias) { return LoadLinear(name, has_bias); }));
+    layer.online = online_;
+    return layer;
   }
 
   absl::StatusOr<std::unique_ptr<Linear>> LoadHead(bool head_8bit) const {
@@ -256,6 +261,7 @@ class ArtifactLoader {
 
  private:
   const ArtifactReader* reader_;
+  const std::shared_ptr<const OnlineForward> online_;
 };
 
 }  // namespace
@@ -268,7 +274,9 @@ absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadArtifact(const std
   weights.config = reader->config();
   weights.info = reader->info();
   WALSH_RETURN_IF_ERROR(LoadText(reader->tokenizer(), weights));
-  const ArtifactLoader loader(reader.get());
+  WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online,
+                         OnlineForward::Create(reader->online(), weights.config));
+  const ArtifactLoader loader(reader.get(), std::move(online));
   {
     WALSH_ASSIGN_OR_RETURN(const Matrix embedding, reader->ReadDense(kEmbeddingTensor));
     weights.embedding = EmbeddingTable(embedding);

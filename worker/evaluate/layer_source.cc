@@ -53,9 +53,16 @@ absl::StatusOr<DecoderLayer> ArtifactSource::Layer(int64_t index) {
     WALSH_ASSIGN_OR_RETURN(const Matrix norm, artifact_.ReadDense(name));
     return ToVector(norm);
   };
-  return ReadLayer(config(), index, read_norm, [this](const std::string& name, bool has_bias) {
-    return ReadLinear(artifact_, name, has_bias);
-  });
+  if (online_ == nullptr) {
+    WALSH_ASSIGN_OR_RETURN(online_, OnlineForward::Create(artifact_.online(), config()));
+  }
+  WALSH_ASSIGN_OR_RETURN(
+      DecoderLayer layer,
+      ReadLayer(config(), index, read_norm, [this](const std::string& name, bool has_bias) {
+        return ReadLinear(artifact_, name, has_bias);
+      }));
+  layer.online = online_;
+  return layer;
 }
 
 absl::StatusOr<std::vector<float>> ArtifactSource::FinalNorm() {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -42,7 +43,8 @@ class CheckpointSource : public LayerSource {
   const Checkpoint& checkpoint_;
 };
 
-// An artifact's weights, dequantized: exactly what its integers and scales stand for.
+// An artifact's weights, dequantized: exactly what its integers and scales stand for; its layers do
+// its online transforms.
 class ArtifactSource : public LayerSource {
  public:
   explicit ArtifactSource(const ArtifactReader& artifact) : artifact_(artifact) {}
@@ -54,6 +56,8 @@ class ArtifactSource : public LayerSource {
 
  private:
   const ArtifactReader& artifact_;
+  std::shared_ptr<const OnlineForward>
+      online_;  // made with the first layer; null where there is none
 };
 
 }  // namespace walsh::evaluate

@@ -1,7 +1,7 @@
 // A quantized model on disk: a HF directory that other tools read, plus walsh.json.
 //
 //   config.json        of the source, with tie_word_embeddings false and quantization_config in the
-//                      gptq_v2 convention
+//                      gptq_v2 convention; with online transforms marked as walsh's own
 //   model-0000N-of-0000M.safetensors, model.safetensors.index.json
 //                      <linear>.qweight [in/32·bits, out] I32, .qzeros [groups, out/32·bits] I32,
 //                      .scales [groups, out] F16, .g_idx [in] I32; with float zero points .zeros
@@ -33,6 +33,7 @@
 #include "common/keep_going.h"
 #include "worker/io/checkpoint.h"
 #include "worker/io/gptq_packing.h"
+#include "worker/io/online_transforms.h"
 #include "worker/tensor/quantized_matrix.h"
 #include "worker/tensor/uninitialized_vector.h"
 
@@ -126,6 +127,8 @@ class ArtifactReader {
   virtual const ModelConfig& config() const = 0;
   virtual const TokenizerSource& tokenizer() const = 0;
   virtual const ArtifactInfo& info() const = 0;
+  // What a forward pass must do beside the weights.
+  virtual const OnlineTransforms& online() const = 0;
   // `name` without suffix, as in WriteQuantized.
   virtual bool IsQuantized(std::string_view name) const = 0;
   virtual absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const = 0;

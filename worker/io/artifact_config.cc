@@ -134,18 +134,19 @@ absl::Status CheckQuantizationConfig(const json& config) {
                                     value == q.end() ? "missing" : value->dump().substr(0, 64),
                                     ", only ", expected.dump(), " is supported"));
   };
-  WALSH_RETURN_IF_ERROR(require("quant_method", "gptq"));
-  const auto format = q.find("checkpoint_format");
-  if (format == q.end() || *format != kWalshFormat) {
-    WALSH_RETURN_IF_ERROR(require("checkpoint_format", "gptq_v2"));
-  }
   WALSH_RETURN_IF_ERROR(require("desc_act", false));
   WALSH_RETURN_IF_ERROR(require("lm_head", false));
-  // An artifact that needs transforms at run time must not be served without them.
   const auto online = q.find("online_transforms");
-  if (online == q.end() || online->is_null() || online->empty()) return absl::OkStatus();
-  return Unsupported(
-      absl::StrCat("online transforms are not supported: ", online->dump().substr(0, 256)));
+  const bool is_online = online != q.end() && !online->is_null() && !online->empty();
+  if (!is_online) {
+    WALSH_RETURN_IF_ERROR(require("quant_method", "gptq"));
+  } else if (q.contains("quant_method")) {
+    // Without the transforms the weights give nonsense: an artifact that another program would take
+    // for plain GPTQ is not one of ours.
+    return Unsupported("'quant_method' beside online transforms is not supported");
+  }
+  return require("checkpoint_format",
+                 is_online || q.contains("walsh") ? kWalshFormat : kGptqFormat);
 }
 
 }  // namespace walsh

@@ -15,12 +15,14 @@ namespace walsh {
 // configuration. quantization_config is still to be set.
 absl::StatusOr<nlohmann::json> ArtifactConfig(const Checkpoint& source);
 
-// checkpoint_format of what the gptq_v2 convention has no tensors for (docs/artifact-format.md).
-inline constexpr const char* kWalshFormat = "walsh";
+// quantization_config.checkpoint_format: GPTQ's, and of what that convention has no tensors for, or
+// what needs transforms at run time (docs/artifact-format.md).
+inline constexpr char kGptqFormat[] = "gptq_v2";
+inline constexpr char kWalshFormat[] = "walsh";
 
 // Whether walsh reads what `quantization_config` describes: GPTQ in the gptq_v2 convention or in
-// walsh's own, columns in order, head not quantized, no transforms at run time. UNIMPLEMENTED names
-// what it does not.
+// walsh's own, columns in order, head not quantized; marked as walsh's own where there are
+// transforms at run time (worker/io/online_transforms.h). UNIMPLEMENTED names what it does not.
 absl::Status CheckQuantizationConfig(const nlohmann::json& config);
 
 }  // namespace walsh

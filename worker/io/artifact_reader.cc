@@ -160,6 +160,7 @@ class Reader final : public ArtifactReader {
   const ModelConfig& config() const override { return config_; }
   const TokenizerSource& tokenizer() const override { return tokenizer_; }
   const ArtifactInfo& info() const override { return manifest_.info; }
+  const OnlineTransforms& online() const override { return online_; }
 
   bool IsQuantized(std::string_view name) const override {
     return linears_.find(name) != linears_.end();
@@ -297,7 +298,10 @@ class Reader final : public ArtifactReader {
                                             {.bytes_max = limits::kConfigFileBytesMax,
                                              .depth_max = limits::kJsonDepthMax}));
     WALSH_ASSIGN_OR_RETURN(weight_map_, ParseWeightMap(files.at(kWeightsIndexFile)));
-    return CheckQuantizationConfig(document);
+    WALSH_RETURN_IF_ERROR(CheckQuantizationConfig(document));
+    WALSH_ASSIGN_OR_RETURN(online_,
+                           ParseOnlineTransforms(document["quantization_config"], config_));
+    return absl::OkStatus();
   }
 
   absl::Status OpenShards(const std::string& directory) {
@@ -423,6 +427,7 @@ class Reader final : public ArtifactReader {
 
   Manifest manifest_;
   ModelConfig config_;
+  OnlineTransforms online_;
   TokenizerSource tokenizer_;
   WeightMap weight_map_;
   std::vector<std::string> shards_;

@@ -52,6 +52,12 @@ absl::Status Rope(const ForwardContext& context, const DecoderLayer& layer,
                        context.stream);
 }
 
+absl::Status PrepareInput(const ForwardContext& context, const DecoderLayer& layer,
+                          int64_t n_tokens, int64_t width, float* x) {
+  if (layer.online == nullptr) return absl::OkStatus();
+  return layer.online->PrepareInput(x, n_tokens, width, context.stream);
+}
+
 // hidden += linear(x), through `norm` where the family has one there.
 absl::Status AddOutput(const ForwardContext& context, const Linear& linear,
                        const std::vector<float>& norm, const float* x, int64_t n_tokens,
@@ -120,7 +126,9 @@ ForwardContext ForwardContext::Create(const ModelConfig& config, const kernels::
 
 absl::Status AttentionInput(const ForwardContext& context, const DecoderLayer& layer,
                             const float* hidden, int64_t n_tokens, float* normed) {
-  return Norm(context, layer.input_norm, n_tokens, context.config->hidden, hidden, normed);
+  WALSH_RETURN_IF_ERROR(
+      Norm(context, layer.input_norm, n_tokens, context.config->hidden, hidden, normed));
+  return PrepareInput(context, layer, n_tokens, context.config->hidden, normed);
 }
 
 absl::Status Project(const ForwardContext& context, const DecoderLayer& layer, const float* normed,
@@ -142,7 +150,9 @@ absl::Status Project(const ForwardContext& context, const DecoderLayer& layer, c
     }
     WALSH_RETURN_IF_ERROR(Rope(context, layer, positions, part.n_heads, part.x));
   }
-  return absl::OkStatus();
+  if (layer.online == nullptr) return absl::OkStatus();
+  return layer.online->PrepareHeads(q, k, v, static_cast<int64_t>(positions.size()),
+                                    context.stream);
 }
 
 absl::Status Attend(const ForwardContext& context, const DecoderLayer& layer, const float* q,
@@ -166,7 +176,12 @@ absl::Status Attend(const ForwardContext& context, const DecoderLayer& layer, co
                       .y = attended + sequence.first_row * config.q_width(),
                       .y_stride = config.q_width()});
   }
-  return kernels::AttentionBatch(params, context.stream);
+  WALSH_RETURN_IF_ERROR(kernels::AttentionBatch(params, context.stream));
+  for (const SequenceSlice& sequence : sequences) {
+    WALSH_RETURN_IF_ERROR(PrepareInput(context, layer, sequence.n_rows, config.q_width(),
+                                       attended + sequence.first_row * config.q_width()));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status AttentionOutput(const ForwardContext& context, const DecoderLayer& layer,
@@ -178,7 +193,9 @@ absl::Status AttentionOutput(const ForwardContext& context, const DecoderLayer& 
 
 absl::Status MlpInput(const ForwardContext& context, const DecoderLayer& layer, const float* hidden,
                       int64_t n_tokens, float* normed) {
-  return Norm(context, layer.post_attention_norm, n_tokens, context.config->hidden, hidden, normed);
+  WALSH_RETURN_IF_ERROR(
+      Norm(context, layer.post_attention_norm, n_tokens, context.config->hidden, hidden, normed));
+  return PrepareInput(context, layer, n_tokens, context.config->hidden, normed);
 }
 
 absl::Status MlpActivation(const ForwardContext& context, const DecoderLayer& layer,
@@ -199,10 +216,12 @@ absl::Status MlpActivation(const ForwardContext& context, const DecoderLayer& la
     params.y_stride = dim;
     return params;
   };
-  if (context.config->activation == MlpActivation::kGeluTanh) {
-    return kernels::GeluMultiply(gated(kernels::GeluMultiplyParams()), context.stream);
-  }
-  return kernels::SiluMultiply(gated(kernels::SiluMultiplyParams()), context.stream);
+  WALSH_RETURN_IF_ERROR(
+      context.config->activation == MlpActivation::kGeluTanh
+          ? kernels::GeluMultiply(gated(kernels::GeluMultiplyParams()), context.stream)
+          : kernels::SiluMultiply(gated(kernels::SiluMultiplyParams()), context.stream));
+  if (layer.online == nullptr) return absl::OkStatus();
+  return layer.online->PrepareDownInput(activation, n_tokens, context.stream);
 }
 
 absl::Status MlpOutput(const ForwardContext& context, const DecoderLayer& layer,

@@ -10,6 +10,9 @@
 //   s = act(gate(m)) · up(m)         MlpActivation: SiLU, or GELU by its tanh formula
 //   h += down_proj(s)                MlpOutput, likewise
 //
+// A layer's online transforms are part of the steps: what a step returns is what the next linears,
+// or the caches, really get.
+//
 // Serving runs them in a row (ForwardLayer); quantization runs each over all calibration windows
 // and quantizes the linears whose inputs it has seen before it goes on.
 //
@@ -31,6 +34,7 @@
 #include "worker/io/model_config.h"
 #include "worker/kernels/kernels.h"
 #include "worker/model/linear.h"
+#include "worker/model/online_forward.h"
 
 namespace walsh {
 
@@ -42,6 +46,7 @@ struct DecoderLayer {
   std::vector<float> q_norm, k_norm;                          // [head_dim]
   std::vector<float> attention_output_norm, mlp_output_norm;  // [hidden]
   bool is_sliding = false;  // ModelConfig::is_sliding of its index
+  std::shared_ptr<const OnlineForward> online;  // null: nothing beside the weights
 };
 
 // A layer's tensors by HF's names, and where they go.

@@ -137,7 +137,7 @@ json Linears(const JobReport& report) {
 json QuantizationConfig(const JobSpec& spec, const ModelConfig& model, const ResolvedJob& job) {
   json config = {
       {"quant_method", "gptq"},
-      {"checkpoint_format", "gptq_v2"},
+      {"checkpoint_format", kGptqFormat},
       {"bits", job.quantizer.bits},
       {"group_size", job.group_size},
       {"sym", job.quantizer.symmetric},
@@ -163,6 +163,12 @@ json QuantizationConfig(const JobSpec& spec, const ModelConfig& model, const Res
     config["walsh"] = {{"grid", grid}, {"bits", quantizer.bits}};
   }
   if (json dynamic = Dynamic(model, job); !dynamic.empty()) config["dynamic"] = std::move(dynamic);
+  if (!job.online.empty()) {
+    // Programs that know plain GPTQ take neither a missing method nor an unknown format.
+    config.erase("quant_method");
+    config["checkpoint_format"] = kWalshFormat;
+    config["online_transforms"] = OnlineTransformsJson(job.online);
+  }
   return config;
 }
 
@@ -199,6 +205,7 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
         {"signs", spec.rotation_signs ? "seeded" : "none"},
         {"head", job.r2.is_identity() ? "none" : "walsh"},
         {"gate", report.rotation_gate}}},
+      {"online_transforms", OnlineTransformsJson(job.online)},
       {"seed", spec.seed},
       {"calibration",
        {{"text", spec.calibration_path.empty() ? "self" : "file"},

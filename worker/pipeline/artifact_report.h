@@ -15,8 +15,8 @@
 
 namespace walsh::pipeline {
 
-// Read by other programs: GPTQ, format gptq_v2, weight-only; with a codebook or float zero points
-// walsh's own format, which they refuse.
+// Read by other programs: GPTQ, format gptq_v2, weight-only; with a codebook, float zero points or
+// online transforms walsh's own format, which they refuse.
 nlohmann::json QuantizationConfig(const JobSpec& spec, const ModelConfig& config,
                                   const ResolvedJob& job);
 

@@ -1,3 +1,4 @@
+#include <memory>
 #include <utility>
 
 #include "common/status_macros.h"
@@ -9,6 +10,10 @@
 
 namespace walsh::pipeline {
 namespace {
+
+absl::StatusOr<std::shared_ptr<const OnlineForward>> OnlineRotations(const JobInputs& inputs) {
+  return OnlineForward::Create(inputs.job.online.rotations(), inputs.checkpoint.config());
+}
 
 class CpuBackend final : public Backend {
  public:
@@ -27,13 +32,17 @@ class CpuBackend final : public Backend {
   absl::StatusOr<double> CheckRotation(const JobInputs& inputs,
                                        const calibrate::TokenWindows& windows,
                                        const std::function<absl::Status()>& progress) override {
-    RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool);
+    WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online, OnlineRotations(inputs));
+    RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool,
+                          std::move(online));
     return pipeline::CheckRotation(inputs.checkpoint, rotated, windows, inputs.pool, progress);
   }
 
   absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,
                         ArtifactWriter& writer, Progress& progress, JobReport& report) override {
-    RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool);
+    WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online, OnlineRotations(inputs));
+    RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool,
+                          std::move(online));
     return LayerQuantizer(inputs.job, rotated, windows, writer, inputs.pool, progress).Run(report);
   }
 

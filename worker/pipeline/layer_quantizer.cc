@@ -53,6 +53,7 @@ Matrix ToRow(const std::vector<float>& values) {
 DecoderLayer CopyDense(const ModelConfig& config, const DecoderLayer& layer) {
   DecoderLayer copy;
   copy.is_sliding = layer.is_sliding;
+  copy.online = layer.online;
   for (const LayerNorm& norm : LayerNorms(config)) copy.*norm.weights = layer.*norm.weights;
   for (const LayerLinear& linear : kLayerLinears) {
     const DenseLinear& dense = Dense(layer.*linear.linear);
@@ -97,6 +98,7 @@ LayerQuantizer::LayerQuantizer(const ResolvedJob& job, evaluate::LayerSource& so
 absl::Status LayerQuantizer::Run(JobReport& report) {
   const ModelConfig& config = source_.config();
   const int64_t n_tokens = windows_.count() * windows_.length;
+  WALSH_ASSIGN_OR_RETURN(online_, OnlineForward::Create(job_.online, config));
   WALSH_RETURN_IF_ERROR(WriteEmbedding());
 
   batch_rows_ = std::min(evaluate::WindowsPerBatch(windows_.length) * windows_.length, n_tokens);
@@ -118,6 +120,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
     progress_.Charge(Stage::kRotating);
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, source_.Layer(l));
     const DecoderLayer original = follows_original_ ? CopyDense(config, layer) : DecoderLayer();
+    layer.online = online_;
     rounded_.layer = &layer;
     original_.layer = &original;
     quantized_.clear();

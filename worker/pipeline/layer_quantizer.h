@@ -8,7 +8,8 @@
 //
 // With error propagation and with GPTAQ the windows run through the original layer as well, one
 // step beside the other, and each linear's target, or the updates of its columns, make up for the
-// difference of the two inputs.
+// difference of the two inputs. Online rotations are done in both, rounding of activations and of
+// keys and values in the quantized model only, so that this is made up for, too.
 //
 // Outputs of a sublayer wait for their linear's quantization in a buffer of bounded size; windows
 // that do not fit are computed a second time.
@@ -115,6 +116,7 @@ class LayerQuantizer {
   Progress& progress_;
   const bool follows_original_;
   const ForwardContext context_;
+  std::shared_ptr<const OnlineForward> online_;  // of the quantized model
 
   Flow rounded_;   // every linear that has had its turn is quantized
   Flow original_;  // empty unless its inputs are needed

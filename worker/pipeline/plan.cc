@@ -103,6 +103,91 @@ absl::Status ResolveRotation(const JobSpec& spec, const ModelConfig& config, Res
   return absl::OkStatus();
 }
 
+constexpr double kActivationClip = 0.9;
+constexpr double kKvClip = 0.95;
+constexpr int kClippedBitsMax = 4;
+
+// QuaRot's clip ratios at its 4 bits; at 8 what is cut off costs more than the finer grid gains.
+double ClipRatio(double asked, int bits, double narrow) {
+  if (asked != 0) return asked;
+  return bits <= kClippedBitsMax ? narrow : 1.0;
+}
+
+absl::Status ResolveDownRotation(const OnlineSpec& spec, const ModelConfig& config,
+                                 ResolvedJob& job) {
+  const std::string name(rotate::KindName(spec.down_rotation));
+  if (!rotate::IsLocal(spec.down_rotation) && spec.down_block != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("online rotation block ", spec.down_block,
+                                                   " has no meaning for rotation ", name,
+                                                   ": only local-hadamard and gsr have blocks"));
+  }
+  if (spec.down_rotation == rotate::Kind::kNone) return absl::OkStatus();
+  OnlineTransforms::BlockRotation& rotation = job.online.down_input;
+  rotation.sequency =
+      spec.down_rotation == rotate::Kind::kWalsh || spec.down_rotation == rotate::Kind::kGsr;
+  rotation.block = config.intermediate;
+  if (rotate::IsLocal(spec.down_rotation)) {
+    rotation.block = spec.down_block;
+    if (rotation.block == 0) {
+      WALSH_ASSIGN_OR_RETURN(rotation.block,
+                             rotate::DefaultBlock(config.intermediate, job.group_size));
+    }
+    job.online_block = rotation.block;
+  }
+  // The errors of the rotation that the weights get.
+  return rotate::Rotation::Create(config.intermediate,
+                                  {spec.down_rotation, job.online_block, false, 0})
+      .status();
+}
+
+absl::Status ResolveQueryKeyRotation(const JobSpec& spec, const ModelConfig& config,
+                                     ResolvedJob& job) {
+  const bool is_kv_quantized = job.online.kv_cache.is_on();
+  const bool asked = spec.online.query_key.value_or(false);
+  if (asked && !is_kv_quantized) {
+    return absl::InvalidArgumentError(
+        "queries and keys are to be rotated (R3), but the KV cache is not quantized: it would cost "
+        "time and change nothing");
+  }
+  const bool is_rotated =
+      spec.rotation != rotate::Kind::kNone || spec.online.down_rotation != rotate::Kind::kNone;
+  if (!asked && (spec.online.query_key.has_value() || !is_kv_quantized || !is_rotated)) {
+    return absl::OkStatus();
+  }
+  const absl::Status exists = rotate::FactorHadamardOrder(config.head_dim).status();
+  if (exists.ok()) {
+    job.online.query_key = {.block = config.head_dim, .sequency = true};
+  } else if (asked) {
+    return exists;
+  } else {
+    job.warnings.push_back(
+        absl::StrCat("queries and keys are not rotated (R3): no Hadamard matrix of order ",
+                     config.head_dim, ", the head dimension"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResolveOnline(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
+  const OnlineSpec& online = spec.online;
+  WALSH_RETURN_IF_ERROR(ResolveDownRotation(online, config, job));
+  if (online.activation_bits != OnlineTransforms::Rounding::kOff) {
+    job.online.activations = {
+        .bits = online.activation_bits,
+        .group_size =
+            online.activation_group == 0 ? OnlineTransforms::kWholeRow : online.activation_group,
+        .symmetric = online.activations_symmetric,
+        .clip_ratio = ClipRatio(online.activation_clip, online.activation_bits, kActivationClip)};
+  }
+  if (online.kv_bits != OnlineTransforms::Rounding::kOff) {
+    job.online.kv_cache = {.bits = online.kv_bits,
+                           .group_size = online.kv_group == 0 ? config.head_dim : online.kv_group,
+                           .symmetric = false,
+                           .clip_ratio = ClipRatio(online.kv_clip, online.kv_bits, kKvClip)};
+  }
+  WALSH_RETURN_IF_ERROR(ResolveQueryKeyRotation(spec, config, job));
+  return CheckOnlineTransforms(job.online, config);
+}
+
 int64_t LayerWeights(const ModelConfig& config) {
   int64_t n = 0;
   for (const LinearShape& shape : LinearShapes(config)) n += shape.in * shape.out;
@@ -128,7 +213,7 @@ class Memory {
 
   int64_t Peak() const {
     int64_t peak = std::max({Embedding(), Calibration(), Evaluation()});
-    if (spec_.rotation != rotate::Kind::kNone) peak = std::max(peak, Gate());
+    if (job_.rotates()) peak = std::max(peak, Gate());
     return std::max(Preparation(), kProcessBytes + TokenIds() + peak);
   }
   int64_t Preparation() const {
@@ -395,6 +480,7 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
                                         widest, " inputs: their Hessians are singular"));
   }
   WALSH_RETURN_IF_ERROR(ResolveRotation(spec, config, job));
+  WALSH_RETURN_IF_ERROR(ResolveOnline(spec, config, job));
   job.disk_bytes = DiskBytes(config, job);
   return job;
 }
@@ -427,6 +513,7 @@ absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec, const Backend& backend) {
   plan.layers = checkpoint->config().n_layers;
   plan.group_size = job.group_size;
   plan.rotation_block = job.rotation_block;
+  plan.online_block = job.online_block;
   plan.memory_bytes_needed = needs.host_bytes;
   plan.device_memory_bytes_needed = needs.device_bytes;
   plan.disk_bytes_needed = job.disk_bytes;

@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "worker/gptq/options.h"
 #include "worker/io/checkpoint.h"
+#include "worker/io/online_transforms.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/rotate/rotation.h"
 
@@ -39,11 +40,15 @@ struct ResolvedJob {
   int64_t group_size = 0;       // 32, 64 or 128; −1 per channel
   int64_t rotation_block = 0;   // 0 for none and global rotations
   rotate::Rotation r1, r2;      // of the residual stream and of a head
+  OnlineTransforms online;
+  int64_t online_block = 0;     // of R4; 0 for none and global
   int64_t sequence_length = 0;  // reduced to the model's context
   int64_t evaluation_length = 0;
   int64_t disk_bytes = 0;
   std::vector<std::string> warnings;
 
+  // Whether anything is rotated, in the weights or at run time.
+  bool rotates() const { return !r1.is_identity() || !online.rotations().empty(); }
   // What linears with `in` inputs share.
   gptq::Options OptionsFor(int64_t in) const;
   // Of one of them: the linear at `index` of LinearShapes(). A codebook is of linears of 2 bits.

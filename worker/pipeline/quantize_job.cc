@@ -141,6 +141,7 @@ class Job {
     report_.source_format = checkpoint_->format();
     report_.group_size = job_.group_size;
     report_.rotation_block = job_.rotation_block;
+    report_.online_block = job_.online_block;
     report_.warnings = job_.warnings;
     CountStorage();
     progress_.SetLayers(checkpoint_->config().n_layers);
@@ -197,7 +198,7 @@ class Job {
                   QuantizationWork(checkpoint_->config(), job_.quantizer, calibration_tokens) +
                   2 * EvaluationWork(evaluation_tokens) + ReadWork();
     if (spec_.calibration_path.empty()) work += SelfTextWork();
-    if (spec_.rotation != rotate::Kind::kNone) work += ReadWork();
+    if (job_.rotates()) work += ReadWork();
     progress_.Plan(work);
   }
 
@@ -256,7 +257,7 @@ class Job {
   JobInputs Inputs() { return {spec_, job_, *checkpoint_, pool_}; }
 
   absl::Status CheckEquivalence() {
-    if (spec_.rotation == rotate::Kind::kNone) return absl::OkStatus();
+    if (!job_.rotates()) return absl::OkStatus();
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1));
     const ModelConfig& config = checkpoint_->config();
     WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows, GateWindows(config, *tokenizer_));

@@ -21,17 +21,20 @@ absl::StatusOr<Matrix> RotatedSource::Embedding() {
 void RotatedSource::RotateLayer(DecoderLayer& layer) {
   DenseLinear& v = Dense(layer.v_proj);
   DenseLinear& o = Dense(layer.o_proj);
+  DenseLinear& down = Dense(layer.down_proj);
   if (r1_.is_identity()) {
     rotate::RotateHeadOutputs(v.weights(), v.bias(), r2_, pool_);
     rotate::RotateHeadInputs(o.weights(), r2_, pool_);
-    return;
+  } else {
+    rotate::FoldLayer(
+        {layer.input_norm, layer.post_attention_norm, Dense(layer.q_proj).weights(),
+         Dense(layer.k_proj).weights(), v.weights(), o.weights(), Dense(layer.gate_proj).weights(),
+         Dense(layer.up_proj).weights(), down.weights(), v.bias(), o.bias(), down.bias()},
+        r1_, r2_, pool_);
   }
-  DenseLinear& down = Dense(layer.down_proj);
-  rotate::FoldLayer(
-      {layer.input_norm, layer.post_attention_norm, Dense(layer.q_proj).weights(),
-       Dense(layer.k_proj).weights(), v.weights(), o.weights(), Dense(layer.gate_proj).weights(),
-       Dense(layer.up_proj).weights(), down.weights(), v.bias(), o.bias(), down.bias()},
-      r1_, r2_, pool_);
+  if (online_ == nullptr) return;
+  rotate::RotateReader(down.weights(), {}, online_->down_rotation(), pool_);
+  layer.online = online_;
 }
 
 absl::StatusOr<DecoderLayer> RotatedSource::Layer(int64_t index) {

@@ -1,6 +1,8 @@
 #include "worker/service/job_conversion.h"
 
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
@@ -136,6 +138,59 @@ absl::StatusOr<int64_t> Count(std::string_view field, int64_t value, int64_t def
   return value;
 }
 
+// `value`, or 16 for 0; one of `allowed` or 16.
+absl::StatusOr<int> BitsAtRunTime(std::string_view field, int value,
+                                  std::initializer_list<int> allowed, std::string_view rule) {
+  constexpr int kOff = 16;
+  if (value == 0 || value == kOff) return kOff;
+  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return value;
+  return OutOfRange(field, value, rule);
+}
+
+absl::Status CheckGroupAtRunTime(std::string_view field, int group, std::string_view rule) {
+  if (group == 0 || group == 32 || group == 64 || group == 128) return absl::OkStatus();
+  return OutOfRange(field, group, rule);
+}
+
+absl::Status CheckClipRatio(std::string_view field, double ratio) {
+  if (ratio == 0 || (ratio > 0 && ratio <= 1)) return absl::OkStatus();
+  return OutOfRange(field, ratio, "0 (chosen by the bits) or above 0 and at most 1");
+}
+
+absl::StatusOr<pipeline::OnlineSpec> ToOnlineSpec(const QuantizationConfig& config) {
+  pipeline::OnlineSpec online;
+  const Rotation& rotation = config.rotation();
+  if (rotation.online_kind() != Rotation::KIND_UNSPECIFIED) {
+    WALSH_ASSIGN_OR_RETURN(online.down_rotation, ToRotationKind(rotation.online_kind()));
+  }
+  online.down_block = rotation.online_block_size();
+  if (rotation.has_query_key()) online.query_key = rotation.query_key();
+
+  const v1::ActivationQuantization& activations = config.activation_quantization();
+  WALSH_ASSIGN_OR_RETURN(online.activation_bits,
+                         BitsAtRunTime("config.activation_quantization.bits", activations.bits(),
+                                       {4, 8}, "4, 8 or 16 (none)"));
+  WALSH_RETURN_IF_ERROR(CheckGroupAtRunTime("config.activation_quantization.group_size",
+                                            activations.group_size(),
+                                            "32, 64, 128 or 0 (a token)"));
+  WALSH_RETURN_IF_ERROR(
+      CheckClipRatio("config.activation_quantization.clip_ratio", activations.clip_ratio()));
+  online.activation_group = activations.group_size();
+  online.activations_symmetric = !activations.asymmetric();
+  online.activation_clip = activations.clip_ratio();
+
+  const v1::KvCacheQuantization& kv = config.kv_cache_quantization();
+  WALSH_ASSIGN_OR_RETURN(online.kv_bits,
+                         BitsAtRunTime("config.kv_cache_quantization.bits", kv.bits(), {2, 4, 8},
+                                       "2, 4, 8 or 16 (none)"));
+  WALSH_RETURN_IF_ERROR(CheckGroupAtRunTime("config.kv_cache_quantization.group_size",
+                                            kv.group_size(), "32, 64, 128 or 0 (a head)"));
+  WALSH_RETURN_IF_ERROR(CheckClipRatio("config.kv_cache_quantization.clip_ratio", kv.clip_ratio()));
+  online.kv_group = kv.group_size();
+  online.kv_clip = kv.clip_ratio();
+  return online;
+}
+
 }  // namespace
 
 absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
@@ -156,6 +211,7 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
   WALSH_ASSIGN_OR_RETURN(spec.rotation, ToRotationKind(config.rotation().kind()));
   spec.rotation_block = config.rotation().block_size();
   spec.rotation_signs = config.rotation().signs() == Rotation::SEEDED;
+  WALSH_ASSIGN_OR_RETURN(spec.online, ToOnlineSpec(config));
   spec.seed = config.seed();
   const v1::Calibration& calibration = config.calibration();
   WALSH_ASSIGN_OR_RETURN(spec.n_calibration_windows,
@@ -276,6 +332,7 @@ QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::s
   calibration.set_fingerprint(report.calibration_fingerprint);
   result.set_group_size(static_cast<int32_t>(report.group_size));
   result.set_rotation_block_size(static_cast<int32_t>(report.rotation_block));
+  result.set_online_block_size(static_cast<int32_t>(report.online_block));
   result.set_peak_memory_bytes(report.peak_memory_bytes);
   result.set_peak_device_memory_bytes(report.peak_device_memory_bytes);
   for (const std::string& warning : report.warnings) result.add_warnings(warning);

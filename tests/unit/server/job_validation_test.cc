@@ -42,6 +42,10 @@ TEST(JobValidationTest, DefaultsAreThoseOfTheProtocol) {
   EXPECT_EQ(config.rotation().kind(), Rotation::GSR);
   EXPECT_EQ(config.rotation().signs(), Rotation::NO_SIGNS);
   EXPECT_EQ(config.rotation().block_size(), 0);
+  EXPECT_EQ(config.rotation().online_kind(), Rotation::NONE);
+  EXPECT_FALSE(config.rotation().has_query_key()) << "the worker knows the shapes";
+  EXPECT_FALSE(config.has_activation_quantization());
+  EXPECT_FALSE(config.has_kv_cache_quantization());
   EXPECT_EQ(config.calibration().num_samples(), 128);
   EXPECT_EQ(config.calibration().sequence_length(), 2048);
   EXPECT_EQ(config.evaluation().max_windows(), 20);
@@ -292,6 +296,67 @@ TEST(JobValidationTest, OnlyBlockRotationsHaveBlocks) {
     const bool has_blocks = kind == 0 || kind == Rotation::GSR || kind == Rotation::LOCAL_HADAMARD;
     EXPECT_EQ(ValidateNewJob(request).ok(), has_blocks) << kind;
   }
+}
+
+TEST(JobValidationTest, OnlyOnlineBlockRotationsHaveOnlineBlocks) {
+  for (int kind = 0; kind <= 5; ++kind) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    Rotation* rotation = request.mutable_quantization_job()->mutable_config()->mutable_rotation();
+    rotation->set_online_kind(static_cast<Rotation::Kind>(kind));
+    EXPECT_OK(ValidateNewJob(request));
+    rotation->set_online_block_size(64);
+    const bool has_blocks = kind == Rotation::GSR || kind == Rotation::LOCAL_HADAMARD;
+    EXPECT_EQ(ValidateNewJob(request).ok(), has_blocks) << kind;
+  }
+  v1::CreateQuantizationJobRequest request = Valid();
+  Rotation* rotation = request.mutable_quantization_job()->mutable_config()->mutable_rotation();
+  rotation->set_online_kind(static_cast<Rotation::Kind>(77));
+  EXPECT_THAT(ValidateNewJob(request),
+              StatusIs(kInvalid, HasSubstr("config.rotation.online_kind")));
+  rotation->set_online_kind(Rotation::GSR);
+  rotation->set_online_block_size(48);
+  EXPECT_THAT(ValidateNewJob(request),
+              StatusIs(kInvalid, HasSubstr("config.rotation.online_block_size")));
+}
+
+TEST(JobValidationTest, QuantizersAtRunTime) {
+  const auto validate = [](const std::function<void(QuantizationConfig&)>& set) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    set(*request.mutable_quantization_job()->mutable_config());
+    return ValidateNewJob(request).status();
+  };
+  for (int bits = -1; bits <= 17; ++bits) {
+    const bool is_off = bits == 0 || bits == 16;
+    EXPECT_EQ(validate([&](auto& c) { c.mutable_activation_quantization()->set_bits(bits); }).ok(),
+              is_off || bits == 4 || bits == 8)
+        << bits;
+    EXPECT_EQ(validate([&](auto& c) { c.mutable_kv_cache_quantization()->set_bits(bits); }).ok(),
+              is_off || bits == 2 || bits == 4 || bits == 8)
+        << bits;
+  }
+  for (const int group : {-1, 1, 16, 33, 256, kIntMax, kIntMin}) {
+    EXPECT_THAT(
+        validate([&](auto& c) { c.mutable_activation_quantization()->set_group_size(group); }),
+        StatusIs(kInvalid, HasSubstr("config.activation_quantization.group_size")));
+    EXPECT_THAT(
+        validate([&](auto& c) { c.mutable_kv_cache_quantization()->set_group_size(group); }),
+        StatusIs(kInvalid, HasSubstr("config.kv_cache_quantization.group_size")));
+  }
+  for (const double clip : {-1e-9, 1.000001, std::nan("")}) {
+    EXPECT_THAT(
+        validate([&](auto& c) { c.mutable_activation_quantization()->set_clip_ratio(clip); }),
+        StatusIs(kInvalid, HasSubstr("config.activation_quantization.clip_ratio")));
+    EXPECT_THAT(validate([&](auto& c) { c.mutable_kv_cache_quantization()->set_clip_ratio(clip); }),
+                StatusIs(kInvalid, HasSubstr("config.kv_cache_quantization.clip_ratio")));
+  }
+  // R3 changes nothing where the cache is not quantized.
+  EXPECT_THAT(validate([](auto& c) { c.mutable_rotation()->set_query_key(true); }),
+              StatusIs(kInvalid, HasSubstr("config.rotation.query_key")));
+  EXPECT_OK(validate([](auto& c) { c.mutable_rotation()->set_query_key(false); }));
+  EXPECT_OK(validate([](auto& c) {
+    c.mutable_rotation()->set_query_key(true);
+    c.mutable_kv_cache_quantization()->set_bits(4);
+  }));
 }
 
 struct TextField {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,6 +15,7 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
+#include "worker/kernels/cuda/rotate.h"
 #include "worker/model/decoder_layer.h"
 #include "worker/pipeline/cuda/artifact_queue.h"
 #include "worker/pipeline/cuda/evaluator.h"
@@ -484,6 +486,19 @@ class CudaBackend final : public Backend {
                        " (of q, k and v together, of gate and up together, or of the "
                        "residual stream): the CUDA backend takes at most ",
                        kGridMax));
+    }
+    if (!job.online.empty()) {
+      return absl::UnimplementedError(absl::StrCat(
+          "online transforms (", OnlineTransformsJson(job.online).dump(),
+          "): the CUDA backend has none in this version; a worker with --device cpu takes them"));
+    }
+    // Heads have the sizes above: only the residual stream's rotation can have another core.
+    const int64_t core = job.r1.is_identity() ? 1 : job.r1.parts().core;
+    if (core != 1 && core != ops::DeviceRotation::kCore) {
+      return absl::UnimplementedError(
+          absl::StrCat("a global rotation of width ", config.hidden, " = ", core,
+                       " · 2^k: the CUDA backend takes 2^k and ", ops::DeviceRotation::kCore,
+                       " · 2^k; use rotation gsr, or a worker with --device cpu"));
     }
     return absl::OkStatus();
   }

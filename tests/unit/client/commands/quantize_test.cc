@@ -1,15 +1,19 @@
 #include "client/commands/quantize.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <functional>
 
 #include "tests/testing/status_matchers.h"
 
 namespace walsh::client {
 namespace {
 
+using ::testing::HasSubstr;
 using ::walsh::testing::HasCode;
+using ::walsh::testing::StatusIs;
 
 QuantizeFlags MinimalFlags() {
   QuantizeFlags flags;
@@ -37,6 +41,10 @@ TEST(MakeQuantizeRequestTest, DefaultsAreTheDesigns) {
   EXPECT_FALSE(job.config().disable_mse_clip());
   EXPECT_EQ(job.config().seed(), 0u);
   EXPECT_TRUE(job.config().has_auto_load());
+  EXPECT_EQ(job.config().rotation().online_kind(), v1::Rotation::NONE);
+  EXPECT_FALSE(job.config().rotation().has_query_key());
+  EXPECT_FALSE(job.config().has_activation_quantization());
+  EXPECT_FALSE(job.config().has_kv_cache_quantization());
   EXPECT_FALSE(request.validate_only());
 }
 
@@ -138,6 +146,58 @@ TEST_F(QuantizeCommandTest, OverridesMayBeRepeatedAndLeaveTheModelAlone) {
                  CLI::ValidationError)
         << text;
   }
+}
+
+TEST(MakeQuantizeRequestTest, CarriesWhatIsDoneAtRunTime) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.online_rotation = "gsr";
+  flags.online_rotation_block = 64;
+  flags.qk_rotation = "off";
+  flags.act_bits = 4;
+  flags.act_group_size = "128";
+  flags.act_asymmetric = true;
+  flags.act_clip = 0.85;
+  flags.kv_bits = 2;
+  flags.kv_group_size = "64";
+  flags.kv_clip = 0.9;
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  const v1::QuantizationConfig& config = request.quantization_job().config();
+  EXPECT_EQ(config.rotation().online_kind(), v1::Rotation::GSR);
+  EXPECT_EQ(config.rotation().online_block_size(), 64);
+  EXPECT_TRUE(config.rotation().has_query_key());
+  EXPECT_FALSE(config.rotation().query_key());
+  EXPECT_EQ(config.activation_quantization().bits(), 4);
+  EXPECT_EQ(config.activation_quantization().group_size(), 128);
+  EXPECT_TRUE(config.activation_quantization().asymmetric());
+  EXPECT_EQ(config.activation_quantization().clip_ratio(), 0.85);
+  EXPECT_EQ(config.kv_cache_quantization().bits(), 2);
+  EXPECT_EQ(config.kv_cache_quantization().group_size(), 64);
+  EXPECT_EQ(config.kv_cache_quantization().clip_ratio(), 0.9);
+
+  flags = MinimalFlags();
+  flags.act_bits = 8;
+  flags.kv_bits = 8;
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest whole,
+                       MakeQuantizeRequest(flags, false));
+  EXPECT_EQ(whole.quantization_job().config().activation_quantization().group_size(), 0);
+  EXPECT_EQ(whole.quantization_job().config().kv_cache_quantization().group_size(), 0);
+}
+
+TEST(MakeQuantizeRequestTest, RefusesWhatIsSetOfAQuantizerThatIsOff) {
+  const auto refused = [](const std::function<void(QuantizeFlags&)>& set, const char* flag) {
+    QuantizeFlags flags = MinimalFlags();
+    set(flags);
+    EXPECT_THAT(MakeQuantizeRequest(flags, false),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(flag)));
+  };
+  refused([](auto& f) { f.act_group_size = "64"; }, "--act-group-size");
+  refused([](auto& f) { f.act_asymmetric = true; }, "--act-asymmetric");
+  refused([](auto& f) { f.act_clip = 0.9; }, "--act-clip");
+  refused([](auto& f) { f.kv_group_size = "64"; }, "--kv-group-size");
+  refused([](auto& f) { f.kv_clip = 0.9; }, "--kv-clip");
+  refused([](auto& f) { f.act_group_size = "row"; }, "'row' is not token or a number");
+  refused([](auto& f) { f.kv_group_size = "0"; }, "'0' is not head or a number");
 }
 
 TEST(MakeQuantizeRequestTest, RelativePathsAreTheCallers) {

@@ -8,6 +8,7 @@
 namespace walsh::client {
 namespace {
 
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using Job = v1::QuantizationJob;
@@ -204,6 +205,18 @@ TEST(RecipeTextTest, NamesDefaultsAndChoices) {
   config.set_zero_point(v1::QuantizationConfig::FLOAT_ZERO);
   EXPECT_EQ(RecipeText(job),
             "3 (with 2 overrides), one group a channel, GPTAQ with float zeros, no rotation");
+  config.clear_overrides();
+  config.set_zero_point(v1::QuantizationConfig::INTEGER_ZERO);
+  config.mutable_rotation()->set_online_kind(v1::Rotation::HADAMARD);
+  config.mutable_activation_quantization()->set_bits(4);
+  config.mutable_kv_cache_quantization()->set_bits(2);
+  EXPECT_THAT(
+      RecipeText(job),
+      HasSubstr("no rotation, online hadamard rotation, activations 4 bits, KV cache 2 bits"));
+  config.mutable_rotation()->set_online_kind(v1::Rotation::NONE);
+  config.mutable_activation_quantization()->set_bits(16);
+  config.mutable_kv_cache_quantization()->set_bits(0);
+  EXPECT_THAT(RecipeText(job), EndsWith("no rotation"));
 }
 
 TEST(JobTableTest, HasARowForEachJob) {

@@ -584,8 +584,19 @@ TEST_F(ForgedArtifactTest, RefusesOtherQuantizationFormats) {
   ExpectRefused(kUnimplemented, "'desc_act' is true");
   forge("lm_head", true);
   ExpectRefused(kUnimplemented, "'lm_head' is true");
-  forge("online_transforms", {"R4"});
-  ExpectRefused(kUnimplemented, "online transforms are not supported: [\"R4\"]");
+  // With transforms at run time it is no plain GPTQ checkpoint, and must not look like one.
+  const json online = json::parse(R"({"query_key": {"matrix": "walsh", "block": 16}})");
+  forge("online_transforms", online);
+  ExpectRefused(kUnimplemented, "'quant_method' beside online transforms");
+  json marked = good;
+  marked["quantization_config"].erase("quant_method");
+  marked["quantization_config"]["online_transforms"] = online;
+  Forge("config.json", marked.dump());
+  ExpectRefused(kUnimplemented, "'checkpoint_format' is \"gptq_v2\", only \"walsh\"");
+  marked["quantization_config"]["checkpoint_format"] = "walsh";
+  marked["quantization_config"]["online_transforms"]["query_key"]["block"] = 24;
+  Forge("config.json", marked.dump());
+  ExpectRefused(kInvalid, "a block of 24 does not divide");
   json none = good;
   none.erase("quantization_config");
   Forge("config.json", none.dump());

@@ -84,6 +84,32 @@ TEST_F(RotationGateTest, LetsAnEquivalentModelPass) {
   EXPECT_EQ(n_layers, checkpoint_->config().n_layers);
 }
 
+// What is rotated at run time is undone by the weights after it (R4) or cancels (R3), with a
+// rotated residual stream and without. The FFN's width of 192 has a global rotation by its core
+// of 12.
+TEST_F(RotationGateTest, LetsOnlineRotationsPass) {
+  ASSERT_OK_AND_ASSIGN(checkpoint_, Checkpoint::Open(TinyJob({.intermediate = 192}).source_path));
+  const ModelConfig& config = checkpoint_->config();
+  ASSERT_OK_AND_ASSIGN(const rotate::Rotation none,
+                       rotate::Rotation::Create(config.hidden, {.kind = rotate::Kind::kNone}));
+  for (const OnlineTransforms::BlockRotation& down :
+       {OnlineTransforms::BlockRotation{64, true}, OnlineTransforms::BlockRotation{32, false},
+        OnlineTransforms::BlockRotation{192, true}, OnlineTransforms::BlockRotation{192, false}}) {
+    ASSERT_OK_AND_ASSIGN(const auto online,
+                         OnlineForward::Create({.down_input = down,
+                                                .query_key = {config.head_dim, true},
+                                                .activations = {},
+                                                .kv_cache = {}},
+                                               config));
+    for (const rotate::Rotation& r1 : {r1_, none}) {
+      RotatedSource rotated(*checkpoint_, r1, r2_, pool_, online);
+      ASSERT_OK_AND_ASSIGN(const double difference, Check(rotated, [] {}));
+      EXPECT_LT(difference, 1e-5);
+      EXPECT_GT(difference, 0);
+    }
+  }
+}
+
 // The second layer is turned by another rotation than the first, the embedding and the head.
 TEST_F(RotationGateTest, RefusesAMismatchedRotation) {
   ASSERT_OK_AND_ASSIGN(const rotate::Rotation other, Gsr(checkpoint_->config().hidden, 7));

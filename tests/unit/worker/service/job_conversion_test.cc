@@ -1,6 +1,12 @@
 #include "worker/service/job_conversion.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include <functional>
+#include <string>
+
+#include "tests/testing/status_matchers.h"
 
 namespace walsh::service {
 namespace {
@@ -31,6 +37,76 @@ TEST(ToResultTest, StepsComeInTheirOrder) {
   EXPECT_EQ(result.step_times(0).seconds(), 1.5);
   EXPECT_EQ(result.step_times(1).name(), "columns");
   EXPECT_EQ(result.step_times(1).seconds(), 0.25);
+}
+
+absl::StatusOr<pipeline::OnlineSpec> OnlineOf(
+    const std::function<void(v1::QuantizationConfig&)>& set) {
+  v1::QuantizationJob job;
+  job.set_model_name("m");
+  job.set_source_model("/models/m");
+  set(*job.mutable_config());
+  const auto spec = ToJobSpec(
+      job, [](std::string_view path) -> absl::StatusOr<std::string> { return std::string(path); });
+  if (!spec.ok()) return spec.status();
+  return spec->online;
+}
+
+TEST(ToJobSpecTest, NothingIsDoneAtRunTimeByDefault) {
+  ASSERT_OK_AND_ASSIGN(const pipeline::OnlineSpec online, OnlineOf([](auto&) {}));
+  EXPECT_EQ(online.down_rotation, rotate::Kind::kNone);
+  EXPECT_FALSE(online.query_key.has_value());
+  EXPECT_EQ(online.activation_bits, 16);
+  EXPECT_EQ(online.kv_bits, 16);
+}
+
+TEST(ToJobSpecTest, CarriesWhatIsDoneAtRunTime) {
+  ASSERT_OK_AND_ASSIGN(const pipeline::OnlineSpec online,
+                       OnlineOf([](v1::QuantizationConfig& config) {
+                         config.mutable_rotation()->set_online_kind(v1::Rotation::LOCAL_HADAMARD);
+                         config.mutable_rotation()->set_online_block_size(32);
+                         config.mutable_rotation()->set_query_key(false);
+                         config.mutable_activation_quantization()->set_bits(4);
+                         config.mutable_activation_quantization()->set_group_size(64);
+                         config.mutable_activation_quantization()->set_asymmetric(true);
+                         config.mutable_activation_quantization()->set_clip_ratio(0.8);
+                         config.mutable_kv_cache_quantization()->set_bits(2);
+                         config.mutable_kv_cache_quantization()->set_group_size(128);
+                         config.mutable_kv_cache_quantization()->set_clip_ratio(0.7);
+                       }));
+  EXPECT_EQ(online.down_rotation, rotate::Kind::kLocalHadamard);
+  EXPECT_EQ(online.down_block, 32);
+  EXPECT_EQ(online.query_key, false);
+  EXPECT_EQ(online.activation_bits, 4);
+  EXPECT_EQ(online.activation_group, 64);
+  EXPECT_FALSE(online.activations_symmetric);
+  EXPECT_EQ(online.activation_clip, 0.8);
+  EXPECT_EQ(online.kv_bits, 2);
+  EXPECT_EQ(online.kv_group, 128);
+  EXPECT_EQ(online.kv_clip, 0.7);
+}
+
+// A worker does not rely on a coordinator's checks.
+TEST(ToJobSpecTest, RefusesWhatCannotBeDoneAtRunTime) {
+  const auto refused = [](const std::function<void(v1::QuantizationConfig&)>& set,
+                          const char* message) {
+    EXPECT_THAT(OnlineOf(set), testing::StatusIs(absl::StatusCode::kInvalidArgument,
+                                                 ::testing::HasSubstr(message)));
+  };
+  refused([](auto& c) { c.mutable_activation_quantization()->set_bits(2); },
+          "config.activation_quantization.bits");
+  refused([](auto& c) { c.mutable_activation_quantization()->set_group_size(-1); },
+          "config.activation_quantization.group_size");
+  refused([](auto& c) { c.mutable_activation_quantization()->set_clip_ratio(2); },
+          "config.activation_quantization.clip_ratio");
+  refused([](auto& c) { c.mutable_kv_cache_quantization()->set_bits(3); },
+          "config.kv_cache_quantization.bits");
+  refused([](auto& c) { c.mutable_kv_cache_quantization()->set_group_size(16); },
+          "config.kv_cache_quantization.group_size");
+  refused([](auto& c) { c.mutable_kv_cache_quantization()->set_clip_ratio(-0.5); },
+          "config.kv_cache_quantization.clip_ratio");
+  refused(
+      [](auto& c) { c.mutable_rotation()->set_online_kind(static_cast<v1::Rotation::Kind>(77)); },
+      "77");
 }
 
 }  // namespace
