@@ -518,6 +518,25 @@ TEST_F(CudaJobTest, QuantizersThatItDoesNotDoAreUnimplemented) {
                  "FLOAT_ZERO");
 }
 
+TEST_F(CudaJobTest, OnlineTransformsAreUnimplemented) {
+  JobSpec spec = Job();
+  spec.online.kv_bits = 4;
+  EXPECT_THAT(RunOnCuda(spec),
+              StatusIs(absl::StatusCode::kUnimplemented,
+                       AllOf(HasSubstr("online transforms"), HasSubstr("kv_cache"))));
+  spec = Job();
+  spec.online.down_rotation = rotate::Kind::kGsr;
+  EXPECT_THAT(RunOnCuda(spec),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("down_proj_input")));
+}
+
+TEST_F(CudaJobTest, OtherCoresOfGlobalRotationsAreUnimplemented) {
+  JobSpec spec = Job({.hidden = 96});
+  spec.rotation = rotate::Kind::kWalsh;
+  EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented,
+                                        AllOf(HasSubstr("96 = 12"), HasSubstr("gsr"))));
+}
+
 TEST_F(CudaJobTest, NoSuchDevice) {
   EXPECT_THAT(MakeCudaBackend(99),
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("99")));

@@ -425,5 +425,47 @@ TEST_F(GenerationTest, ALoadedModelIsDeletedOnlyByForce) {
   EXPECT_OK(client().GetModel(kModel));
 }
 
+// 4-bit weights, 8-bit activations and caches, rotated where they are: through the command, the
+// coordinator and the worker to text.
+TEST_F(GenerationTest, AModelThatRotatesAndRoundsAtRunTimeIsServed) {
+  ASSERT_OK_AND_ASSIGN(const client::Output quantized, service_->RunWalsh({"quantize",
+                                                                           model_->path(),
+                                                                           "--name",
+                                                                           "w4a8kv8",
+                                                                           "--bits",
+                                                                           "4",
+                                                                           "--act-bits",
+                                                                           "8",
+                                                                           "--kv-bits",
+                                                                           "8",
+                                                                           "--online-rotation",
+                                                                           "gsr",
+                                                                           "--error-propagation",
+                                                                           "0",
+                                                                           "--calibration",
+                                                                           model_->text_path(),
+                                                                           "--num-samples",
+                                                                           "8",
+                                                                           "--seq-len",
+                                                                           "256",
+                                                                           "--eval-text",
+                                                                           model_->text_path(),
+                                                                           "--eval-windows",
+                                                                           "4",
+                                                                           "--load"}));
+  EXPECT_EQ(quantized.exit_code, 0) << quantized.err;
+  EXPECT_THAT(quantized.out, HasSubstr("online GSR rotation, activations 8 bits, KV cache 8 bits"));
+  v1::GenerateRequest request = Prompt("Once upon a time", 20);
+  request.set_model("w4a8kv8");
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse generated, client().Generate(request));
+  EXPECT_GT(generated.usage().completion_tokens(), 0);
+
+  ASSERT_OK_AND_ASSIGN(
+      const client::Output refused,
+      service_->RunWalsh({"quantize", model_->path(), "--name", "other", "--qk-rotation", "on"}));
+  EXPECT_EQ(refused.exit_code, 1);
+  EXPECT_THAT(refused.err, HasSubstr("config.rotation.query_key"));
+}
+
 }  // namespace
 }  // namespace walsh
