@@ -52,7 +52,8 @@ Files QuantizeWith(const TestModel& model, int n_threads) {
   // Text that the model writes itself: the seed decides that, too.
   config.mutable_calibration()->set_num_samples(8);
   config.mutable_calibration()->set_sequence_length(128);
-  config.mutable_evaluation()->set_disable(true);
+  config.mutable_evaluation()->set_max_windows(4);
+  config.mutable_evaluation()->set_sequence_length(128);
   const auto created = service.client().CreateJob(request);
   EXPECT_OK(created);
   if (!created.ok()) return {};

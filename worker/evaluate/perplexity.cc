@@ -12,27 +12,79 @@ namespace {
 
 constexpr int64_t kBatchRows = 2048;
 
-// Sum of the losses of one window's predictions.
-absl::StatusOr<double> WindowLoss(const ForwardContext& context, std::span<const float> final_norm,
-                                  const Matrix& head, const float* hidden,
-                                  std::span<const int32_t> ids, Matrix& logits) {
-  const auto n_predicted = static_cast<int64_t>(ids.size()) - 1;
-  double sum = 0;
-  std::vector<double> losses(static_cast<size_t>(kLogitRows));
-  for (int64_t first = 0; first < n_predicted; first += kLogitRows) {
-    const int64_t n = std::min(kLogitRows, n_predicted - first);
+// Logits and losses of a model, some rows at a time.
+class Predictor {
+ public:
+  Predictor(const ModelConfig& config, const FinalStates& states, const kernels::Stream& stream)
+      : context_(ForwardContext::Create(config, stream)),
+        states_(states),
+        losses_(static_cast<size_t>(kLogitRows)) {}
+
+  int64_t vocab() const { return states_.head.rows(); }
+  // Of the last Predict, [n_rows, vocab].
+  const float* logits() const { return logits_.data(); }
+
+  // At most kLogitRows hidden rows from `first`, each of which predicts its target; adds their
+  // losses to *sum.
+  absl::Status Predict(int64_t first, std::span<const int32_t> targets, double* sum) {
+    const auto n = static_cast<int64_t>(targets.size());
     WALSH_RETURN_IF_ERROR(
-        Logits(context, final_norm, head, hidden + first * context.config->hidden, n, logits));
+        Logits(context_, states_.final_norm, states_.head, states_.hidden.row(first), n, logits_));
     kernels::CrossEntropyParams p;
     p.n_tokens = n;
-    p.vocab = head.rows();
-    p.logits = logits.data();
-    p.targets = ids.data() + first + 1;
-    p.loss = losses.data();
-    WALSH_RETURN_IF_ERROR(kernels::CrossEntropy(p, context.stream));
-    sum = std::accumulate(losses.begin(), losses.begin() + n, sum);
+    p.vocab = vocab();
+    p.logits = logits_.data();
+    p.targets = targets.data();
+    p.loss = losses_.data();
+    WALSH_RETURN_IF_ERROR(kernels::CrossEntropy(p, context_.stream));
+    *sum = std::accumulate(losses_.begin(), losses_.begin() + n, *sum);
+    return absl::OkStatus();
   }
-  return sum;
+
+ private:
+  const ForwardContext context_;
+  const FinalStates& states_;
+  Matrix logits_;
+  std::vector<double> losses_;
+};
+
+int64_t FirstScored(ScoredFrom scored_from, int64_t window) {
+  return scored_from.empty() ? 1 : scored_from[static_cast<size_t>(window)];
+}
+
+absl::Status AddLoss(double sum, int64_t n_scored, int64_t window, WindowLosses& result) {
+  if (!std::isfinite(sum)) {
+    return absl::DataLossError(absl::StrCat("the loss of evaluation window ", window, " is ", sum));
+  }
+  result.losses.push_back(sum / static_cast<double>(n_scored));
+  result.n_tokens += n_scored;
+  return absl::OkStatus();
+}
+
+// Calls `rows(first hidden row, targets)` for the scored positions of a window, kLogitRows at most
+// at a time.
+template <typename Rows>
+absl::Status ForEachLogitRows(const calibrate::TokenWindows& windows, int64_t window,
+                              int64_t first_scored, const Rows& rows) {
+  const std::span<const int32_t> ids = windows.window(window);
+  for (int64_t target = first_scored; target < windows.length; target += kLogitRows) {
+    const int64_t n = std::min(kLogitRows, windows.length - target);
+    WALSH_RETURN_IF_ERROR(rows(window * windows.length + target - 1,
+                               ids.subspan(static_cast<size_t>(target), static_cast<size_t>(n))));
+  }
+  return absl::OkStatus();
+}
+
+double Share(int64_t done, int64_t total) {
+  return static_cast<double>(done) / static_cast<double>(total);
+}
+
+// A model's layers count as one each, its head as as many as it has parameters of one.
+double HeadLayers(const ModelConfig& config) {
+  const double layer_size =
+      static_cast<double>(2 * config.hidden * (config.q_width() + config.kv_width()) +
+                          3 * config.hidden * config.intermediate);
+  return static_cast<double>(config.vocab * config.hidden) / layer_size;
 }
 
 }  // namespace
@@ -41,6 +93,16 @@ double WindowLosses::Perplexity() const {
   if (losses.empty()) return 0;
   return std::exp(std::accumulate(losses.begin(), losses.end(), 0.0) /
                   static_cast<double>(losses.size()));
+}
+
+double Comparison::KlDivergence() const {
+  if (divergences.empty()) return 0;
+  return std::accumulate(divergences.begin(), divergences.end(), 0.0) /
+         static_cast<double>(divergences.size());
+}
+
+double Comparison::Top1Agreement() const {
+  return model.n_tokens == 0 ? 0 : Share(n_agreeing, model.n_tokens);
 }
 
 int64_t WindowsPerBatch(int64_t length) { return std::max<int64_t>(1, kBatchRows / length); }
@@ -104,55 +166,112 @@ absl::Status Logits(const ForwardContext& context, std::span<const float> final_
   return kernels::Matmul(product, context.stream);
 }
 
-absl::StatusOr<WindowLosses> EvaluateWindows(LayerSource& source,
-                                             const calibrate::TokenWindows& windows,
-                                             ThreadPool& pool, const Progress& progress) {
+absl::StatusOr<FinalStates> ForwardToHead(LayerSource& source,
+                                          const calibrate::TokenWindows& windows, ThreadPool& pool,
+                                          const Progress& progress) {
   const ModelConfig& config = source.config();
   const kernels::Stream stream{kernels::Backend::kCpu, &pool};
   const ForwardContext context = ForwardContext::Create(config, stream);
-  const int64_t count = windows.count();
-  const int64_t length = windows.length;
-  WindowLosses result;
-  if (count == 0) return result;
-
-  // The head counts as as many layers as it has parameters of one.
-  const double layer_size =
-      static_cast<double>(2 * config.hidden * (config.q_width() + config.kv_width()) +
-                          3 * config.hidden * config.intermediate);
-  const double head_layers = static_cast<double>(config.vocab * config.hidden) / layer_size;
-  const double total = static_cast<double>(config.n_layers) + head_layers;
-
-  Matrix hidden;
+  FinalStates states;
   {
     WALSH_ASSIGN_OR_RETURN(const Matrix embedding, source.Embedding());
-    hidden = Embed(config, embedding, windows.ids);
+    states.hidden = Embed(config, embedding, windows.ids);
   }
   ForwardScratch scratch;
   for (int64_t l = 0; l < config.n_layers; ++l) {
     WALSH_ASSIGN_OR_RETURN(const DecoderLayer layer, source.Layer(l));
     WALSH_RETURN_IF_ERROR(
-        ForwardWindows(context, layer, length, hidden, scratch, [&](int64_t n_rows) {
-          const double done = static_cast<double>(n_rows) / static_cast<double>(hidden.rows());
-          return progress((static_cast<double>(l) + done) / total);
+        ForwardWindows(context, layer, windows.length, states.hidden, scratch, [&](int64_t n_rows) {
+          return progress((static_cast<double>(l) + Share(n_rows, states.hidden.rows())) /
+                          static_cast<double>(config.n_layers));
         }));
   }
-  WALSH_ASSIGN_OR_RETURN(const std::vector<float> final_norm, source.FinalNorm());
-  WALSH_ASSIGN_OR_RETURN(const Matrix head, source.Head());
-  Matrix logits;
-  for (int64_t i = 0; i < count; ++i) {
-    WALSH_ASSIGN_OR_RETURN(
-        const double loss,
-        WindowLoss(context, final_norm, head, hidden.row(i * length), windows.window(i), logits));
-    if (!std::isfinite(loss)) {
-      return absl::DataLossError(absl::StrCat("the loss of evaluation window ", i, " is ", loss));
-    }
-    result.losses.push_back(loss / static_cast<double>(length - 1));
-    result.n_tokens += length - 1;
-    const double head_done = static_cast<double>(i + 1) / static_cast<double>(count);
+  WALSH_ASSIGN_OR_RETURN(states.final_norm, source.FinalNorm());
+  WALSH_ASSIGN_OR_RETURN(states.head, source.Head());
+  return states;
+}
+
+absl::StatusOr<WindowLosses> Losses(const ModelConfig& config, const FinalStates& states,
+                                    const calibrate::TokenWindows& windows, ScoredFrom scored_from,
+                                    ThreadPool& pool, const Progress& progress) {
+  Predictor model(config, states, {kernels::Backend::kCpu, &pool});
+  WindowLosses result;
+  for (int64_t i = 0; i < windows.count(); ++i) {
+    const int64_t first = FirstScored(scored_from, i);
+    double sum = 0;
     WALSH_RETURN_IF_ERROR(
-        progress((static_cast<double>(config.n_layers) + head_done * head_layers) / total));
+        ForEachLogitRows(windows, i, first, [&](int64_t row, std::span<const int32_t> targets) {
+          return model.Predict(row, targets, &sum);
+        }));
+    WALSH_RETURN_IF_ERROR(AddLoss(sum, windows.length - first, i, result));
+    WALSH_RETURN_IF_ERROR(progress(Share(i + 1, windows.count())));
   }
   return result;
+}
+
+absl::StatusOr<Comparison> Compare(const ModelConfig& reference_config,
+                                   const FinalStates& reference, const ModelConfig& config,
+                                   const FinalStates& states,
+                                   const calibrate::TokenWindows& windows, ScoredFrom scored_from,
+                                   ThreadPool& pool, const Progress& progress) {
+  const kernels::Stream stream{kernels::Backend::kCpu, &pool};
+  Predictor before(reference_config, reference, stream);
+  Predictor after(config, states, stream);
+  if (before.vocab() != after.vocab()) {
+    return absl::InvalidArgumentError(absl::StrCat("the reference has a vocabulary of ",
+                                                   before.vocab(), " tokens, the model one of ",
+                                                   after.vocab(), ": they cannot be compared"));
+  }
+  std::vector<double> divergences(static_cast<size_t>(kLogitRows));
+  std::vector<int32_t> agrees(static_cast<size_t>(kLogitRows));
+  Comparison result;
+  for (int64_t i = 0; i < windows.count(); ++i) {
+    const int64_t first = FirstScored(scored_from, i);
+    double sum_before = 0, sum_after = 0, divergence = 0;
+    const auto compare = [&](int64_t row, std::span<const int32_t> targets) -> absl::Status {
+      WALSH_RETURN_IF_ERROR(before.Predict(row, targets, &sum_before));
+      WALSH_RETURN_IF_ERROR(after.Predict(row, targets, &sum_after));
+      const auto n = static_cast<int64_t>(targets.size());
+      WALSH_RETURN_IF_ERROR(kernels::KlDivergence({.n_tokens = n,
+                                                   .vocab = after.vocab(),
+                                                   .reference = before.logits(),
+                                                   .logits = after.logits(),
+                                                   .divergence = divergences.data(),
+                                                   .agrees = agrees.data()},
+                                                  stream));
+      divergence = std::accumulate(divergences.begin(), divergences.begin() + n, divergence);
+      result.n_agreeing = std::accumulate(agrees.begin(), agrees.begin() + n, result.n_agreeing);
+      return absl::OkStatus();
+    };
+    WALSH_RETURN_IF_ERROR(ForEachLogitRows(windows, i, first, compare));
+    const int64_t n_scored = windows.length - first;
+    WALSH_RETURN_IF_ERROR(AddLoss(sum_before, n_scored, i, result.reference));
+    WALSH_RETURN_IF_ERROR(AddLoss(sum_after, n_scored, i, result.model));
+    if (!std::isfinite(divergence)) {
+      return absl::DataLossError(
+          absl::StrCat("the divergence of evaluation window ", i, " is ", divergence));
+    }
+    // Rounding can leave a tiny negative sum where the models agree.
+    result.divergences.push_back(std::max(0.0, divergence / static_cast<double>(n_scored)));
+    WALSH_RETURN_IF_ERROR(progress(Share(i + 1, windows.count())));
+  }
+  return result;
+}
+
+absl::StatusOr<WindowLosses> EvaluateWindows(LayerSource& source,
+                                             const calibrate::TokenWindows& windows,
+                                             ThreadPool& pool, const Progress& progress) {
+  if (windows.count() == 0) return WindowLosses();
+  const ModelConfig& config = source.config();
+  const auto layers = static_cast<double>(config.n_layers);
+  const double head = HeadLayers(config);
+  const double total = layers + head;
+  WALSH_ASSIGN_OR_RETURN(const FinalStates states,
+                         ForwardToHead(source, windows, pool, [&](double fraction) {
+                           return progress(fraction * layers / total);
+                         }));
+  return Losses(config, states, windows, {}, pool,
+                [&](double fraction) { return progress((layers + fraction * head) / total); });
 }
 
 }  // namespace walsh::evaluate

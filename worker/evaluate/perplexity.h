@@ -1,17 +1,29 @@
-// Perplexity over windows of tokens, by layers.
+// Perplexity over windows of tokens, by layers, and the divergence of one model from another.
 //
 // All windows go through one layer before the next is read, so that a model of any size needs the
 // memory of one layer, of the windows' hidden states and of the head. Windows are independent: no
 // state is carried from one to the next, and the first token of each is not predicted (the
 // convention of GPTQ and QuaRot for WikiText-2; windows do not overlap).
 //
-// Units:   losses in nats per predicted token
-// Errors:  DATA_LOSS  a non-finite loss; the message names the window
+// Two models are compared logit row by logit row, as
+//
+//   KL(original ‖ quantized) = Σ p (log p − log q)     mean over the predicted tokens
+//   top-1 agreement          = share of them whose likeliest next token is the same
+//
+// To have both models' logits of one token at a time and never those of all, the hidden states of
+// both wait before their heads.
+//
+// Units:   losses and divergence in nats per predicted token
+// Errors:  DATA_LOSS         a non-finite loss; the message names the window
+//          INVALID_ARGUMENT  models whose vocabularies differ
 //          and what the source or `progress` returns
+// Memory:  a model's FinalStates: hidden states of all windows and the head, in floats; to compare,
+//          of both; and kLogitRows rows of logits of each
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -34,6 +46,39 @@ using Progress = std::function<absl::Status(double fraction)>;
 absl::StatusOr<WindowLosses> EvaluateWindows(LayerSource& source,
                                              const calibrate::TokenWindows& windows,
                                              ThreadPool& pool, const Progress& progress);
+
+// The windows through a model's layers, up to what its head multiplies.
+struct FinalStates {
+  Matrix hidden;                  // [tokens of all windows, hidden]
+  std::vector<float> final_norm;  // [hidden]; empty: ones
+  Matrix head;                    // [vocab, hidden]
+};
+absl::StatusOr<FinalStates> ForwardToHead(LayerSource& source,
+                                          const calibrate::TokenWindows& windows, ThreadPool& pool,
+                                          const Progress& progress);
+
+struct Comparison {
+  WindowLosses reference, model;
+  std::vector<double> divergences;  // mean of each window
+  int64_t n_agreeing = 0;           // predicted tokens with the same likeliest one
+  double KlDivergence() const;      // mean over the predicted tokens; 0 without windows
+  double Top1Agreement() const;     // 0 without windows
+};
+
+// First predicted position of each window, from 1; what is before it was predicted in the window
+// before, which overlaps. Empty: 1 for all.
+using ScoredFrom = std::span<const int64_t>;
+
+// Losses of one model, or of two and their divergence. `config` is that of the (second) model; of
+// the reference only the width and the epsilon of its norm may differ.
+absl::StatusOr<WindowLosses> Losses(const ModelConfig& config, const FinalStates& states,
+                                    const calibrate::TokenWindows& windows, ScoredFrom scored_from,
+                                    ThreadPool& pool, const Progress& progress);
+absl::StatusOr<Comparison> Compare(const ModelConfig& reference_config,
+                                   const FinalStates& reference, const ModelConfig& config,
+                                   const FinalStates& states,
+                                   const calibrate::TokenWindows& windows, ScoredFrom scored_from,
+                                   ThreadPool& pool, const Progress& progress);
 
 // The pieces that calibration and the equivalence gate share with it.
 

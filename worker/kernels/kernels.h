@@ -39,6 +39,7 @@ struct Stream {
   X(BlockWalsh)                  \
   X(FakeQuantize)                \
   X(CrossEntropy)                \
+  X(KlDivergence)                \
   X(PackedMatmul)
 
 #define WALSH_DECLARE_KERNEL(Op)                                   \

@@ -165,4 +165,16 @@ struct CrossEntropyParams {
   double* loss = nullptr;            // [n_tokens]
 };
 
+// divergence[i] = KL(p ‖ q) = Σ p (log p − log q) over the vocabulary, in nats, of the softmaxes p
+// of reference[i] and q of logits[i], in double inside; agrees[i] = 1 where their largest logits
+// have one index (the lowest of equals), else 0.
+struct KlDivergenceParams {
+  int64_t n_tokens = 0;
+  int64_t vocab = 0;
+  const float* reference = nullptr;  // [n_tokens, vocab]
+  const float* logits = nullptr;     // [n_tokens, vocab]
+  double* divergence = nullptr;      // [n_tokens]; rounding can leave it slightly below 0
+  int32_t* agrees = nullptr;         // [n_tokens]
+};
+
 }  // namespace walsh::kernels

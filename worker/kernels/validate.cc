@@ -235,6 +235,17 @@ absl::Status Validate(const CrossEntropyParams& p) {
       .status();
 }
 
+absl::Status Validate(const KlDivergenceParams& p) {
+  return Checker("KlDivergence")
+      .Size("n_tokens", p.n_tokens)
+      .Positive("vocab", p.vocab)
+      .Pointer("reference", p.reference, p.n_tokens)
+      .Pointer("logits", p.logits, p.n_tokens)
+      .Pointer("divergence", p.divergence, p.n_tokens)
+      .Pointer("agrees", p.agrees, p.n_tokens)
+      .status();
+}
+
 absl::Status Validate(const PackedMatmulParams& p) {
   if (p.weights == nullptr) return absl::InvalidArgumentError("PackedMatmul: weights is null");
   return Checker("PackedMatmul")

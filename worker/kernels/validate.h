@@ -27,6 +27,7 @@ absl::Status Validate(const AddParams& p);
 absl::Status Validate(const BlockWalshParams& p);
 absl::Status Validate(const FakeQuantizeParams& p);
 absl::Status Validate(const CrossEntropyParams& p);
+absl::Status Validate(const KlDivergenceParams& p);
 absl::Status Validate(const PackedMatmulParams& p);
 absl::Status ValidateBatch(std::span<const AttentionParams> items);
 absl::Status ValidateBatch(std::span<const PackedMatmulParams> items);

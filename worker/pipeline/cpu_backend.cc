@@ -49,21 +49,35 @@ class CpuBackend final : public Backend {
   absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
                                    const calibrate::TokenWindows& windows,
                                    Progress& progress) override {
-    const double work = static_cast<double>(windows.count() * windows.length) *
-                        ModelFlopsPerToken(inputs.checkpoint.config());
-    const auto show = [&](double fraction) { return progress.Within(fraction * work); };
-    Quality quality;
+    const ModelConfig& config = inputs.checkpoint.config();
+    const auto n_tokens = static_cast<double>(windows.count() * windows.length);
+    const double layers =
+        n_tokens * LayerFlopsPerToken(config) * static_cast<double>(config.n_layers);
+    const double heads = 2 * (n_tokens * ModelFlopsPerToken(config) - layers);
+    const auto show_layers = [&](double fraction) { return progress.Within(fraction * layers); };
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "original"));
     evaluate::CheckpointSource original(inputs.checkpoint);
-    WALSH_ASSIGN_OR_RETURN(quality.before,
-                           evaluate::EvaluateWindows(original, windows, inputs.pool, show));
-    WALSH_RETURN_IF_ERROR(progress.Advance(work));
+    WALSH_ASSIGN_OR_RETURN(const evaluate::FinalStates before,
+                           evaluate::ForwardToHead(original, windows, inputs.pool, show_layers));
+    WALSH_RETURN_IF_ERROR(progress.Advance(layers));
 
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "quantized"));
     evaluate::ArtifactSource quantized(artifact);
-    WALSH_ASSIGN_OR_RETURN(quality.after,
-                           evaluate::EvaluateWindows(quantized, windows, inputs.pool, show));
-    WALSH_RETURN_IF_ERROR(progress.Advance(work));
+    WALSH_ASSIGN_OR_RETURN(const evaluate::FinalStates after,
+                           evaluate::ForwardToHead(quantized, windows, inputs.pool, show_layers));
+    WALSH_RETURN_IF_ERROR(progress.Advance(layers));
+
+    WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "logits"));
+    WALSH_ASSIGN_OR_RETURN(
+        evaluate::Comparison comparison,
+        evaluate::Compare(config, before, quantized.config(), after, windows, {}, inputs.pool,
+                          [&](double fraction) { return progress.Within(fraction * heads); }));
+    WALSH_RETURN_IF_ERROR(progress.Advance(heads));
+    Quality quality;
+    quality.kl_divergence = comparison.KlDivergence();
+    quality.top1_agreement = comparison.Top1Agreement();
+    quality.before = std::move(comparison.reference);
+    quality.after = std::move(comparison.model);
     return quality;
   }
 };

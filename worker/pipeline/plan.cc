@@ -288,15 +288,17 @@ class Memory {
     return levels + waiting;
   }
 
-  // Hidden states, buffers, keys and values; and either a layer, dequantized from a linear's packed
-  // and unpacked codes, or the head with some rows of logits.
+  // What waits of the original, its hidden states and head, beside the quantized model's hidden
+  // states, buffers, keys and values; and either a layer, dequantized from a linear's packed and
+  // unpacked codes, or the head with some rows of both models' logits.
   int64_t Evaluation() const {
     if (evaluation_tokens_ == 0) return 0;
     const int64_t rows = BatchRows(job_.evaluation_length, evaluation_tokens_);
     const int64_t layer =
         rows * 2 * config_.kv_width() * kFloat + layer_ * kFloat + 2 * largest_ * kCode;
-    const int64_t head = (vocabulary_ + evaluate::kLogitRows * config_.vocab) * kFloat;
-    return evaluation_tokens_ * config_.hidden * kFloat + Scratch(rows) + std::max(layer, head);
+    const int64_t head = (vocabulary_ + 2 * evaluate::kLogitRows * config_.vocab) * kFloat;
+    const int64_t hidden = evaluation_tokens_ * config_.hidden * kFloat;
+    return hidden + vocabulary_ * kFloat + hidden + Scratch(rows) + std::max(layer, head);
   }
 
   // The head, and the logits of both models.

@@ -3,8 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "common/status_macros.h"
@@ -25,10 +27,7 @@ using ::walsh::testing::TinyModel;
 class EvaluateWindowsTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    TinyModel({.seed = 3, .n_layers = 3, .is_tied = true}).WriteHf(directory_ / "model");
-    auto checkpoint = Checkpoint::Open(directory_ / "model");
-    ASSERT_OK(checkpoint);
-    checkpoint_ = *std::move(checkpoint);
+    checkpoint_ = Write("model", {.seed = 3, .n_layers = 3, .is_tied = true});
   }
 
   static calibrate::TokenWindows Windows(int64_t length, int64_t count) {
@@ -40,11 +39,21 @@ class EvaluateWindowsTest : public ::testing::Test {
     return windows;
   }
 
-  // One window at a time, token by token through the whole model, in double.
-  double Loss(const calibrate::TokenWindows& windows, int64_t index) {
-    const ModelConfig& config = checkpoint_->config();
+  std::unique_ptr<Checkpoint> Write(const std::string& name,
+                                    const testing::TinyModelOptions& options) {
+    TinyModel(options).WriteHf(directory_ / name);
+    auto checkpoint = Checkpoint::Open(directory_ / name);
+    EXPECT_OK(checkpoint);
+    return *std::move(checkpoint);
+  }
+
+  // Of each position of one window but the last, token by token through the whole model, in double.
+  static std::vector<std::vector<double>> LogProbabilities(const Checkpoint& checkpoint,
+                                                           const calibrate::TokenWindows& windows,
+                                                           int64_t index) {
+    const ModelConfig& config = checkpoint.config();
     const ForwardContext context = ForwardContext::Create(config, {kernels::Backend::kRef});
-    CheckpointSource source(*checkpoint_);
+    CheckpointSource source(checkpoint);
     const Matrix embedding = source.Embedding().value();
     const int64_t n = windows.length, width = config.kv_width();
     Matrix hidden = Embed(config, embedding, windows.window(index));
@@ -60,7 +69,7 @@ class EvaluateWindowsTest : public ::testing::Test {
       }
     }
     const std::vector<float> norm = source.FinalNorm().value();
-    double loss = 0;
+    std::vector<std::vector<double>> rows;
     for (int64_t t = 0; t + 1 < n; ++t) {
       double squares = 0;
       for (int64_t i = 0; i < config.hidden; ++i) squares += hidden(t, i) * hidden(t, i);
@@ -76,10 +85,25 @@ class EvaluateWindowsTest : public ::testing::Test {
         logits.push_back(logit);
         sum += std::exp(logit);
       }
-      const int32_t target = windows.window(index)[static_cast<size_t>(t + 1)];
-      loss += std::log(sum) - logits[static_cast<size_t>(target)];
+      for (double& logit : logits) logit -= std::log(sum);
+      rows.push_back(std::move(logits));
     }
-    return loss / static_cast<double>(n - 1);
+    return rows;
+  }
+
+  // Mean over the predictions of the tokens from `first_scored` on.
+  static double Loss(const std::vector<std::vector<double>>& log_probabilities,
+                     const calibrate::TokenWindows& windows, int64_t index,
+                     int64_t first_scored = 1) {
+    double loss = 0;
+    for (int64_t t = first_scored; t < windows.length; ++t) {
+      const int32_t target = windows.window(index)[static_cast<size_t>(t)];
+      loss -= log_probabilities[static_cast<size_t>(t - 1)][static_cast<size_t>(target)];
+    }
+    return loss / static_cast<double>(windows.length - first_scored);
+  }
+  double Loss(const calibrate::TokenWindows& windows, int64_t index) const {
+    return Loss(LogProbabilities(*checkpoint_, windows, index), windows, index);
   }
 
   testing::TempDir directory_;
@@ -160,6 +184,101 @@ TEST_F(EvaluateWindowsTest, NonFiniteLossNamesTheWindow) {
   EXPECT_THAT(
       EvaluateWindows(source, Windows(40, 2), pool, [](double) { return absl::OkStatus(); }),
       StatusIs(absl::StatusCode::kDataLoss, HasSubstr("window 0")));
+}
+
+class CompareTest : public EvaluateWindowsTest {
+ protected:
+  void SetUp() override {
+    EvaluateWindowsTest::SetUp();
+    other_ = Write("other", {.seed = 4, .n_layers = 2, .is_tied = true});
+  }
+
+  absl::StatusOr<Comparison> Run(const Checkpoint& reference, const Checkpoint& model,
+                                 const calibrate::TokenWindows& windows, ScoredFrom scored_from,
+                                 int n_threads) {
+    ThreadPool pool(n_threads);
+    const auto ignore = [](double) { return absl::OkStatus(); };
+    CheckpointSource first(reference), second(model);
+    WALSH_ASSIGN_OR_RETURN(const FinalStates before, ForwardToHead(first, windows, pool, ignore));
+    WALSH_ASSIGN_OR_RETURN(const FinalStates after, ForwardToHead(second, windows, pool, ignore));
+    return Compare(reference.config(), before, model.config(), after, windows, scored_from, pool,
+                   ignore);
+  }
+
+  std::unique_ptr<Checkpoint> other_;
+};
+
+TEST_F(CompareTest, EqualsTokenByTokenComparison) {
+  const calibrate::TokenWindows windows = Windows(40, 3);
+  ASSERT_OK_AND_ASSIGN(const Comparison found, Run(*checkpoint_, *other_, windows, {}, 2));
+  ASSERT_EQ(found.divergences.size(), 3);
+  EXPECT_EQ(found.model.n_tokens, 3 * 39);
+  double mean = 0;
+  int64_t n_agreeing = 0;
+  for (int64_t i = 0; i < 3; ++i) {
+    const auto p = LogProbabilities(*checkpoint_, windows, i);
+    const auto q = LogProbabilities(*other_, windows, i);
+    double divergence = 0;
+    for (size_t t = 0; t < p.size(); ++t) {
+      for (size_t v = 0; v < p[t].size(); ++v) {
+        divergence += std::exp(p[t][v]) * (p[t][v] - q[t][v]);
+      }
+      n_agreeing += std::max_element(p[t].begin(), p[t].end()) - p[t].begin() ==
+                    std::max_element(q[t].begin(), q[t].end()) - q[t].begin();
+    }
+    divergence /= static_cast<double>(p.size());
+    mean += divergence / 3;
+    const auto w = static_cast<size_t>(i);
+    EXPECT_NEAR(found.divergences[w], divergence, 1e-4 * divergence);
+    EXPECT_NEAR(found.reference.losses[w], Loss(p, windows, i), 1e-4);
+    EXPECT_NEAR(found.model.losses[w], Loss(q, windows, i), 1e-4);
+  }
+  EXPECT_GT(mean, 0.01);  // these models do differ
+  EXPECT_NEAR(found.KlDivergence(), mean, 1e-4 * mean);
+  EXPECT_EQ(found.n_agreeing, n_agreeing);
+  EXPECT_DOUBLE_EQ(found.Top1Agreement(), static_cast<double>(n_agreeing) / (3 * 39));
+}
+
+TEST_F(CompareTest, AModelEqualsItself) {
+  ASSERT_OK_AND_ASSIGN(const Comparison found,
+                       Run(*checkpoint_, *checkpoint_, Windows(40, 3), {}, 2));
+  EXPECT_EQ(found.KlDivergence(), 0);
+  EXPECT_EQ(found.Top1Agreement(), 1);
+  EXPECT_EQ(found.reference.losses, found.model.losses);
+}
+
+// The losses of both are those of evaluating each alone, to the bit, with any number of threads and
+// windows longer than the rows of logits that are made at once.
+TEST_F(CompareTest, ThreadsDoNotMatterNorDoesTheOtherModel) {
+  const calibrate::TokenWindows windows = Windows(kLogitRows + 45, 3);
+  ASSERT_OK_AND_ASSIGN(const Comparison one, Run(*checkpoint_, *other_, windows, {}, 1));
+  ASSERT_OK_AND_ASSIGN(const Comparison three, Run(*checkpoint_, *other_, windows, {}, 3));
+  EXPECT_EQ(one.divergences, three.divergences);
+  EXPECT_EQ(one.model.losses, three.model.losses);
+  ThreadPool pool(2);
+  const auto ignore = [](double) { return absl::OkStatus(); };
+  CheckpointSource first(*checkpoint_), second(*other_);
+  ASSERT_OK_AND_ASSIGN(const WindowLosses before, EvaluateWindows(first, windows, pool, ignore));
+  ASSERT_OK_AND_ASSIGN(const WindowLosses after, EvaluateWindows(second, windows, pool, ignore));
+  EXPECT_EQ(one.reference.losses, before.losses);
+  EXPECT_EQ(one.model.losses, after.losses);
+}
+
+// Overlapping windows: what the window before has predicted is not predicted again.
+TEST_F(CompareTest, PredictsFromTheGivenPositionsOn) {
+  const calibrate::TokenWindows windows = Windows(40, 2);
+  const std::vector<int64_t> scored_from = {1, 30};
+  ASSERT_OK_AND_ASSIGN(const Comparison found, Run(*checkpoint_, *other_, windows, scored_from, 2));
+  EXPECT_EQ(found.model.n_tokens, 39 + 10);
+  EXPECT_NEAR(found.model.losses[1],
+              Loss(LogProbabilities(*other_, windows, 1), windows, 1, /*first_scored=*/30), 1e-4);
+}
+
+TEST_F(CompareTest, RefusesAnotherVocabulary) {
+  const auto larger = Write("larger", {.seed = 5, .vocab = 300, .is_tied = true});
+  EXPECT_THAT(
+      Run(*larger, *checkpoint_, Windows(40, 1), {}, 1),
+      StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("a vocabulary of 300 tokens")));
 }
 
 }  // namespace

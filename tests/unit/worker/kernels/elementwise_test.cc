@@ -1,4 +1,5 @@
-// RmsNorm, Rope, SiluMultiply, GeluMultiply, Add and CrossEntropy against their references.
+// RmsNorm, Rope, SiluMultiply, GeluMultiply, Add, CrossEntropy and KlDivergence against their
+// references.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -218,6 +219,67 @@ TEST(CrossEntropyTest, LargeLogits) {
                           .loss = &loss},
                          {}));
   EXPECT_EQ(loss, 0);
+}
+
+struct Divergence {
+  std::vector<double> divergence;
+  std::vector<int32_t> agrees;
+};
+
+Divergence KlOf(const std::vector<float>& p, const std::vector<float>& q, int64_t n_tokens,
+                const Stream& stream) {
+  const auto n = static_cast<size_t>(n_tokens);
+  Divergence result{std::vector<double>(n, NAN), std::vector<int32_t>(n, -1)};
+  EXPECT_OK(KlDivergence({.n_tokens = n_tokens,
+                          .vocab = static_cast<int64_t>(p.size()) / n_tokens,
+                          .reference = p.data(),
+                          .logits = q.data(),
+                          .divergence = result.divergence.data(),
+                          .agrees = result.agrees.data()},
+                         stream));
+  return result;
+}
+
+TEST(KlDivergenceTest, LikeReference) {
+  for (const int64_t vocab : {1, 2, 7, 8, 15, 16, 17, 33, 512, 2048, 49152}) {
+    SCOPED_TRACE(::testing::Message() << "vocab " << vocab);
+    const int64_t n_tokens = 5;
+    const auto p = RandomFloats(n_tokens * vocab, 1, 6.0f);
+    // From far away to as near as eight bits are.
+    for (const float distance : {3.0f, 0.1f, 0.003f}) {
+      std::vector<float> q = RandomFloats(n_tokens * vocab, 2, distance);
+      for (size_t i = 0; i < q.size(); ++i) q[i] += p[i];
+      const Divergence expected = KlOf(p, q, n_tokens, {.backend = Backend::kRef});
+      for (const int n_threads : {1, 3}) {
+        ThreadPool pool(n_threads);
+        const Divergence found = KlOf(p, q, n_tokens, {.pool = &pool});
+        EXPECT_EQ(found.agrees, expected.agrees);
+        for (size_t t = 0; t < expected.divergence.size(); ++t) {
+          EXPECT_NEAR(found.divergence[t], expected.divergence[t],
+                      1e-6 * expected.divergence[t] + 1e-7)
+              << "token " << t << ", " << n_threads << " threads";
+        }
+      }
+    }
+  }
+}
+
+TEST(KlDivergenceTest, OfAModelFromItselfIsNothing) {
+  const auto p = RandomFloats(3 * 1000, 1, 6.0f);
+  const Divergence found = KlOf(p, p, 3, {});
+  EXPECT_EQ(found.divergence, std::vector<double>(3, 0.0));
+  EXPECT_EQ(found.agrees, std::vector<int32_t>(3, 1));
+}
+
+// By hand: p = (1/2, 1/2), q = (1/4, 3/4): KL = ln(2) / 2 + ln(2/3) / 2.
+TEST(KlDivergenceTest, OfTwoTokens) {
+  const std::vector<float> p = {5, 5};
+  const std::vector<float> q = {0, std::log(3.0f)};
+  for (const Backend backend : {Backend::kRef, Backend::kCpu}) {
+    const Divergence found = KlOf(p, q, 1, {.backend = backend});
+    EXPECT_NEAR(found.divergence[0], 0.5 * std::log(4.0 / 3.0), 1e-7);
+    EXPECT_EQ(found.agrees[0], 0) << "of equals, the first counts";
+  }
 }
 
 }  // namespace

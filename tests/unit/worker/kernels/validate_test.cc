@@ -171,6 +171,14 @@ TEST_F(ValidateTest, CrossEntropy) {
               IsInvalid("targets[0] must be in [0, 4), is 4"));
 }
 
+TEST_F(ValidateTest, KlDivergence) {
+  double divergence = 0;
+  EXPECT_THAT(
+      Validate(KlDivergenceParams{
+          .n_tokens = 1, .vocab = 4, .reference = f_, .logits = f_, .divergence = &divergence}),
+      IsInvalid("agrees is null"));
+}
+
 TEST_F(ValidateTest, PackedMatmul) {
   EXPECT_THAT(
       Validate(PackedMatmulParams{.n_tokens = 1, .x = f_, .x_stride = 8, .y = f_, .y_stride = 8}),

@@ -71,6 +71,10 @@ TEST_F(RunJobTest, MakesAnArtifactAndSaysWhatItIs) {
   EXPECT_EQ(report.evaluation_tokens, 4 * 127);
   EXPECT_NEAR(std::log(report.perplexity_after / report.perplexity_before), 0, 0.2);
   EXPECT_NE(report.perplexity_after, report.perplexity_before);
+  EXPECT_GT(report.kl_divergence, 0);
+  EXPECT_LT(report.kl_divergence, 0.2);
+  EXPECT_GT(report.top1_agreement, 0.5);
+  EXPECT_LE(report.top1_agreement, 1);
   EXPECT_GT(report.stage_seconds[static_cast<int>(Stage::kQuantizing)], 0);
   EXPECT_GT(report.forward_seconds, 0);
   EXPECT_GT(report.original_forward_seconds, 0);
