@@ -74,8 +74,17 @@ inline constexpr int kEvaluationWindowsMax = 8192;
 // --override of one job, and the length of a pattern.
 inline constexpr int kOverridesMax = 64;
 inline constexpr int kOverridePatternBytesMax = 256;
+// Artifacts that quality gates refused, kept on a worker's disk; the oldest goes for a newer one.
+inline constexpr int kRejectedArtifactsMax = 4;
 inline constexpr int kRotationBlockMin = 16;
 inline constexpr int kRotationBlockMax = 1 << 15;
+
+// -- Evaluations of published models
+// How long one may run: HellaSwag takes a small model hours on a CPU.
+inline constexpr int kEvaluateSecondsMax = 24 * 60 * 60;
+// That one worker runs at a time, beside its job and its traffic; more are refused.
+inline constexpr int kEvaluationsMax = 1;
+inline constexpr int kEvaluationTasksMax = 16;
 
 // -- Files
 inline constexpr int64_t kSafetensorsHeaderBytesMax = 32 << 20;
@@ -90,6 +99,11 @@ inline constexpr int64_t kJsonFileBytesMax = 64 << 20;
 inline constexpr int kJsonDepthMax = 32;
 inline constexpr int64_t kConfigFileBytesMax = 4 << 20;
 inline constexpr int64_t kCalibrationFileBytesMax = 512 << 20;
+// A zero-shot task's file, its items and their parts: HellaSwag, the largest, has 10,042 in 8 MB.
+inline constexpr int64_t kTaskFileBytesMax = 64 << 20;
+inline constexpr int64_t kTaskItemBytesMax = 256 << 10;
+inline constexpr int kTaskItemsMax = 100'000;
+inline constexpr int kTaskChoicesMax = 32;
 inline constexpr int64_t kGgufStringBytesMax = 16 << 20;
 inline constexpr int64_t kGgufArrayItemsMax = 4 << 20;
 // Over all strings of one file's metadata.

@@ -1,0 +1,319 @@
+#include "worker/evaluate/evaluate_artifact.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <numeric>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/limits.h"
+#include "common/publish.h"
+#include "common/status_macros.h"
+#include "worker/calibrate/samples.h"
+#include "worker/calibrate/token_windows.h"
+#include "worker/evaluate/layer_source.h"
+#include "worker/evaluate/perplexity.h"
+#include "worker/io/artifact.h"
+#include "worker/io/checkpoint.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::evaluate {
+namespace {
+
+constexpr int64_t kDefaultWindow = 2048;
+// Of hidden states that go through a model together: 128 MiB of floats, and not more tokens than
+// make the reading of a layer small beside their way through it.
+constexpr int64_t kBlockFloats = 32 << 20;
+constexpr int64_t kBlockTokens = 32768;
+
+absl::Status Named(const std::string& name, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat(name, ": ", status.message()));
+}
+
+struct TextInput {
+  StridedWindows cut;
+  int64_t stride = 0;
+  std::unique_ptr<Checkpoint> reference;  // null: none
+
+  int64_t n_models() const { return reference == nullptr ? 1 : 2; }
+};
+
+// What an evaluation costs, in tokens through the model.
+double Cost(const TextInput& text) {
+  return static_cast<double>(text.n_models() * static_cast<int64_t>(text.cut.windows.ids.size()));
+}
+
+// Before it is encoded: a token has about four characters.
+double Cost(const Task& task) {
+  int64_t n_bytes = 0;
+  for (const TaskItem& item : task.items) {
+    for (const TaskChoice& choice : item.choices) {
+      n_bytes += static_cast<int64_t>(choice.continuation.size());
+    }
+    n_bytes += static_cast<int64_t>(item.choices[0].context.size());
+  }
+  return static_cast<double>(n_bytes) / 4;
+}
+
+// Losses and divergences of all windows, gathered from blocks.
+class TextSums {
+ public:
+  void Add(const WindowLosses& losses, const WindowLosses* reference,
+           std::span<const double> divergences, int64_t n_agreeing,
+           std::span<const int64_t> scored) {
+    for (size_t i = 0; i < losses.losses.size(); ++i) {
+      losses_.push_back(losses.losses[i]);
+      if (reference != nullptr) reference_losses_.push_back(reference->losses[i]);
+      if (!divergences.empty()) divergences_.push_back(divergences[i]);
+      n_scored_.push_back(static_cast<double>(scored[i]));
+    }
+    n_agreeing_ += n_agreeing;
+  }
+
+  void Fill(TextReport& report) const {
+    const double n = std::accumulate(n_scored_.begin(), n_scored_.end(), 0.0);
+    report.windows = static_cast<int64_t>(losses_.size());
+    report.tokens = static_cast<int64_t>(n);
+    report.loss = WeightedMean(losses_);
+    const double perplexity = std::exp(report.loss);
+    report.perplexity = {.mean = perplexity,
+                         .standard_error = perplexity * MeanOf(losses_).standard_error};
+    if (reference_losses_.empty()) return;
+    report.reference_perplexity = std::exp(WeightedMean(reference_losses_));
+    report.kl_divergence = {.mean = WeightedMean(divergences_),
+                            .standard_error = MeanOf(divergences_).standard_error};
+    report.top1_agreement = static_cast<double>(n_agreeing_) / n;
+  }
+
+ private:
+  // The first of overlapping windows scores more tokens than the others.
+  double WeightedMean(const std::vector<double>& values) const {
+    return std::inner_product(values.begin(), values.end(), n_scored_.begin(), 0.0) /
+           std::accumulate(n_scored_.begin(), n_scored_.end(), 0.0);
+  }
+
+  std::vector<double> losses_, reference_losses_, divergences_, n_scored_;
+  int64_t n_agreeing_ = 0;
+};
+
+class Evaluation {
+ public:
+  Evaluation(const EvaluationSpec& spec, ThreadPool& pool, const StepProgress& progress)
+      : spec_(spec), pool_(pool), progress_(progress) {}
+
+  absl::StatusOr<EvaluationReport> Run() {
+    WALSH_RETURN_IF_ERROR(Prepare());
+    if (text_.has_value()) {
+      TextReport& report = report_.text.emplace();
+      WALSH_RETURN_IF_ERROR(EvaluateText(*text_, report));
+    }
+    for (const Task& task : tasks_) WALSH_RETURN_IF_ERROR(EvaluateTask(task));
+    return std::move(report_);
+  }
+
+ private:
+  absl::Status Prepare() {
+    WALSH_RETURN_IF_ERROR(progress_("files", 0));
+    WALSH_ASSIGN_OR_RETURN(
+        artifact_, ArtifactReader::Open(spec_.artifact_directory, /*verify=*/true,
+                                        pool_.n_threads(), [&] { return progress_("files", 0); }));
+    WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(artifact_->tokenizer()));
+    source_ = std::make_unique<ArtifactSource>(*artifact_);
+    for (const TaskSpec& task : spec_.tasks) {
+      absl::StatusOr<Task> read = ReadTask(task.path, task.limit);
+      if (!read.ok()) return Named(absl::StrCat("task ", tasks_.size() + 1), read.status());
+      tasks_.push_back(*std::move(read));
+      total_ += Cost(tasks_.back());
+    }
+    if (spec_.text.has_value()) {
+      absl::StatusOr<TextInput> text = PrepareText(*spec_.text);
+      if (!text.ok()) return Named("text", text.status());
+      text_ = *std::move(text);
+      total_ += Cost(*text_);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<TextInput> PrepareText(const TextSpec& spec) {
+    const ModelConfig& config = artifact_->config();
+    TextInput text;
+    if (!spec.reference_path.empty()) {
+      absl::StatusOr<std::unique_ptr<Checkpoint>> reference = Checkpoint::Open(spec.reference_path);
+      if (!reference.ok()) return Named("the reference", reference.status());
+      text.reference = *std::move(reference);
+      if (text.reference->config().vocab != config.vocab) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("the reference has a vocabulary of ", text.reference->config().vocab,
+                         " tokens, the model one of ", config.vocab, ": they cannot be compared"));
+      }
+    }
+    const int64_t asked = spec.window == 0 ? kDefaultWindow : spec.window;
+    const int64_t window = std::min(asked, config.max_position);
+    if (window < asked) {
+      report_.warnings.push_back(
+          absl::StrCat("window ", asked, " reduced to the model's context ", window));
+    }
+    text.stride = std::min(spec.stride == 0 ? window : spec.stride, window);
+    const int64_t n_max = spec.max_windows == 0 ? limits::kEvaluationWindowsMax : spec.max_windows;
+    WALSH_ASSIGN_OR_RETURN(std::vector<int32_t> ids,
+                           ReadIds(spec, window, window + (n_max - 1) * text.stride));
+    const auto n_ids = static_cast<int64_t>(ids.size());
+    if (n_ids < limits::kSequenceLengthMin) {
+      return absl::InvalidArgumentError(absl::StrCat("has ", n_ids, " tokens, at least ",
+                                                     limits::kSequenceLengthMin, " are needed"));
+    }
+    // A text shorter than a window is one shorter window.
+    text.cut = CutStrided(ids, std::min(window, n_ids), text.stride, n_max);
+    return text;
+  }
+
+  absl::StatusOr<std::vector<int32_t>> ReadIds(const TextSpec& spec, int64_t window,
+                                               int64_t n_wanted) {
+    calibrate::SampleSet samples;
+    if (spec.joins_rows) {
+      WALSH_ASSIGN_OR_RETURN(const std::string rows,
+                             ReadFile(spec.path, limits::kCalibrationFileBytesMax));
+      samples.samples.push_back({.text = JoinRows(rows), .is_chat = false});
+    } else {
+      WALSH_ASSIGN_OR_RETURN(samples, calibrate::ReadSamples(spec.path, *tokenizer_,
+                                                             artifact_->tokenizer().chat_template));
+    }
+    WALSH_ASSIGN_OR_RETURN(
+        calibrate::TokenStream stream,
+        calibrate::EncodeSamples(samples, *tokenizer_, artifact_->config().vocab, window, n_wanted,
+                                 [&] { return progress_("text", 0); }));
+    if (spec_.skip_bos && tokenizer_->bos() >= 0) std::erase(stream.ids, tokenizer_->bos());
+    return std::move(stream.ids);
+  }
+
+  // The share of everything that is done when `done` tokens of the running step are.
+  absl::Status Show(const std::string& step, double done) {
+    return progress_(step, std::min(1.0, (done_ + done) / total_));
+  }
+
+  absl::Status EvaluateText(const TextInput& text, TextReport& report) {
+    const calibrate::TokenWindows& all = text.cut.windows;
+    report.window = all.length;
+    report.stride = text.stride;
+    report.fingerprint = calibrate::Fingerprint(all);
+    if (text.reference != nullptr) report.reference_format = text.reference->format();
+    const int64_t tokens_max = std::min(kBlockTokens, kBlockFloats / artifact_->config().hidden);
+    const int64_t per_block = std::max<int64_t>(1, tokens_max / all.length);
+    TextSums sums;
+    for (int64_t first = 0; first < all.count(); first += per_block) {
+      const int64_t n = std::min(per_block, all.count() - first);
+      calibrate::TokenWindows block;
+      block.length = all.length;
+      block.ids.assign(all.ids.begin() + first * all.length,
+                       all.ids.begin() + (first + n) * all.length);
+      const auto scored_from = ScoredFrom(text.cut.scored_from)
+                                   .subspan(static_cast<size_t>(first), static_cast<size_t>(n));
+      WALSH_RETURN_IF_ERROR(EvaluateBlock(text, block, scored_from, sums));
+      done_ += static_cast<double>(text.n_models() * n * all.length);
+    }
+    sums.Fill(report);
+    return absl::OkStatus();
+  }
+
+  absl::Status EvaluateBlock(const TextInput& text, const calibrate::TokenWindows& block,
+                             ScoredFrom scored_from, TextSums& sums) {
+    const auto n_tokens = static_cast<double>(block.ids.size());
+    // The heads, at the end, count as a tenth of each model's way.
+    const auto step = [&](double offset, double share) -> Progress {
+      return [this, n_tokens, offset, share](double fraction) {
+        return Show("text", n_tokens * (offset + share * fraction));
+      };
+    };
+    std::vector<int64_t> scored;
+    for (const int64_t from : scored_from) scored.push_back(block.length - from);
+    if (text.reference == nullptr) {
+      WALSH_ASSIGN_OR_RETURN(const FinalStates states,
+                             ForwardToHead(*source_, block, pool_, step(0, 0.9)));
+      WALSH_ASSIGN_OR_RETURN(const WindowLosses losses, Losses(source_->config(), states, block,
+                                                               scored_from, pool_, step(0.9, 0.1)));
+      sums.Add(losses, nullptr, {}, 0, scored);
+      return absl::OkStatus();
+    }
+    CheckpointSource original(*text.reference);
+    WALSH_ASSIGN_OR_RETURN(const FinalStates before,
+                           ForwardToHead(original, block, pool_, step(0, 0.9)));
+    WALSH_ASSIGN_OR_RETURN(const FinalStates after,
+                           ForwardToHead(*source_, block, pool_, step(0.9, 0.9)));
+    WALSH_ASSIGN_OR_RETURN(const Comparison comparison,
+                           Compare(original.config(), before, source_->config(), after, block,
+                                   scored_from, pool_, step(1.8, 0.2)));
+    sums.Add(comparison.model, &comparison.reference, comparison.divergences, comparison.n_agreeing,
+             scored);
+    return absl::OkStatus();
+  }
+
+  absl::Status EvaluateTask(const Task& task) {
+    const double cost = Cost(task);
+    absl::StatusOr<TaskScore> score =
+        ScoreTask(task, *tokenizer_, *source_, {.skip_bos = spec_.skip_bos}, pool_,
+                  [&](double fraction) { return Show(task.name, fraction * cost); });
+    WALSH_RETURN_IF_ERROR(score.status());
+    done_ += cost;
+    if (score->truncated_items > 0) {
+      report_.warnings.push_back(
+          absl::StrCat("task '", task.name, "': the contexts of ", score->truncated_items,
+                       " items were cut from the left to the model's context of ",
+                       artifact_->config().max_position));
+    }
+    score->likelihoods.clear();
+    report_.tasks.push_back({.name = task.name,
+                             .items = static_cast<int64_t>(task.items.size()),
+                             .score = *std::move(score)});
+    return absl::OkStatus();
+  }
+
+  const EvaluationSpec& spec_;
+  ThreadPool& pool_;
+  const StepProgress& progress_;
+  std::unique_ptr<ArtifactReader> artifact_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<ArtifactSource> source_;
+  std::optional<TextInput> text_;
+  std::vector<Task> tasks_;
+  double total_ = 0, done_ = 0;  // as Cost counts
+  EvaluationReport report_;
+};
+
+}  // namespace
+
+absl::StatusOr<EvaluationReport> EvaluateArtifact(const EvaluationSpec& spec, ThreadPool& pool,
+                                                  const StepProgress& progress) {
+  return Evaluation(spec, pool, progress).Run();
+}
+
+std::string JoinRows(std::string_view text) {
+  std::string joined;
+  bool is_first = true;
+  while (!text.empty()) {
+    const size_t end = std::min(text.find('\n'), text.size());
+    const std::string_view row = text.substr(0, std::min(end + 1, text.size()));
+    text.remove_prefix(row.size());
+    if (!is_first) joined += "\n\n";
+    is_first = false;
+    if (row.find_first_not_of(" \t\r\n\v\f") != std::string_view::npos) joined += row;
+  }
+  return joined;
+}
+
+StridedWindows CutStrided(std::span<const int32_t> ids, int64_t length, int64_t stride,
+                          int64_t n_max) {
+  StridedWindows cut;
+  cut.windows.length = length;
+  for (int64_t begin = 0;
+       begin + length <= static_cast<int64_t>(ids.size()) && cut.windows.count() < n_max;
+       begin += stride) {
+    const auto window = ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(length));
+    cut.windows.ids.insert(cut.windows.ids.end(), window.begin(), window.end());
+    // The last `stride` tokens were in no window before; the first token of all is never predicted.
+    cut.scored_from.push_back(begin == 0 ? 1 : std::max<int64_t>(1, length - stride));
+  }
+  return cut;
+}
+
+}  // namespace walsh::evaluate

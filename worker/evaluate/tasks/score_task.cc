@@ -1,0 +1,179 @@
+#include "worker/evaluate/tasks/score_task.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+
+namespace walsh::evaluate {
+namespace {
+
+using Ids = std::vector<int32_t>;
+
+struct EncodedPair {
+  Ids context, continuation;
+  bool is_truncated = false;
+};
+
+class PairEncoder {
+ public:
+  PairEncoder(const Tokenizer& tokenizer, int64_t context_max, const TaskOptions& options)
+      : tokenizer_(tokenizer), context_max_(context_max), options_(options) {}
+
+  absl::StatusOr<EncodedPair> Encode(const TaskChoice& choice) const {
+    const size_t end = choice.context.find_last_not_of(" \t\r\n\v\f") + 1;
+    const std::string text = choice.context + choice.continuation;
+    WALSH_ASSIGN_OR_RETURN(Ids context, Tokens(std::string_view(text).substr(0, end)));
+    WALSH_ASSIGN_OR_RETURN(const Ids whole, Tokens(text));
+    if (whole.size() <= context.size()) {
+      const auto parted = std::mismatch(whole.begin(), whole.end(), context.begin()).first;
+      const auto at =
+          std::min<int64_t>(parted - whole.begin(), static_cast<int64_t>(whole.size()) - 1);
+      context.assign(whole.begin(), whole.begin() + std::max<int64_t>(at, 0));
+    }
+    EncodedPair pair;
+    pair.continuation.assign(whole.begin() + static_cast<int64_t>(context.size()), whole.end());
+    const auto n = static_cast<int64_t>(pair.continuation.size());
+    if (n > context_max_) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("a continuation has ", n, " tokens, the model's context ", context_max_));
+    }
+    const int64_t room = context_max_ + 1 - n;
+    if (static_cast<int64_t>(context.size()) > room) {
+      context.erase(context.begin(), context.end() - room);
+      pair.is_truncated = true;
+    }
+    pair.context = std::move(context);
+    return pair;
+  }
+
+ private:
+  absl::StatusOr<Ids> Tokens(std::string_view text) const {
+    WALSH_ASSIGN_OR_RETURN(Ids ids, tokenizer_.Encode(text, {.add_special_tokens = true,
+                                                             .parse_special_tokens = false}));
+    // Of the source's own rule only its BOS is wanted: no text ends here.
+    if (!ids.empty() && tokenizer_.eos() >= 0 && ids.back() == tokenizer_.eos() &&
+        tokenizer_.eos() != tokenizer_.bos()) {
+      ids.pop_back();
+    }
+    if (options_.skip_bos && !ids.empty() && tokenizer_.bos() >= 0 &&
+        ids.front() == tokenizer_.bos()) {
+      ids.erase(ids.begin());
+    }
+    return ids;
+  }
+
+  const Tokenizer& tokenizer_;
+  const int64_t context_max_;
+  const TaskOptions options_;
+};
+
+// Where a choice's likelihood is found: choices of one context share it.
+struct Place {
+  size_t context = 0;
+  size_t continuation = 0;
+};
+
+// An item's choices after one another; equal contexts become one.
+std::vector<Place> Share(std::vector<EncodedPair> pairs, std::vector<ContextTokens>& contexts) {
+  const size_t first = contexts.size();
+  std::vector<Place> places;
+  for (EncodedPair& pair : pairs) {
+    auto found =
+        std::find_if(contexts.begin() + static_cast<int64_t>(first), contexts.end(),
+                     [&](const ContextTokens& tokens) { return tokens.context == pair.context; });
+    if (found == contexts.end()) {
+      contexts.push_back({.context = std::move(pair.context), .continuations = {}});
+      found = contexts.end() - 1;
+    }
+    places.push_back({static_cast<size_t>(found - contexts.begin()), found->continuations.size()});
+    found->continuations.push_back(std::move(pair.continuation));
+  }
+  return places;
+}
+
+// The first of the highest.
+int64_t ArgMax(const std::vector<double>& values) {
+  return std::max_element(values.begin(), values.end()) - values.begin();
+}
+
+void Summarize(const Task& task, TaskScore& score) {
+  std::vector<double> right, right_norm, log_likelihoods;
+  for (size_t i = 0; i < task.items.size(); ++i) {
+    const TaskItem& item = task.items[i];
+    std::vector<double> plain, normalized;
+    for (size_t k = 0; k < item.choices.size(); ++k) {
+      plain.push_back(score.likelihoods[i][k].log_likelihood);
+      normalized.push_back(plain.back() / static_cast<double>(item.choices[k].characters));
+    }
+    if (task.kind == TaskKind::kLastWord) {
+      right.push_back(score.likelihoods[i][0].is_greedy);
+      log_likelihoods.push_back(plain[0]);
+    } else {
+      right.push_back(ArgMax(plain) == item.gold);
+      right_norm.push_back(ArgMax(normalized) == item.gold);
+    }
+  }
+  score.accuracy = MeanOf(right);
+  if (task.kind == TaskKind::kContinuations) score.accuracy_norm = MeanOf(right_norm);
+  if (task.kind == TaskKind::kLastWord) {
+    const Estimate loss = MeanOf(log_likelihoods);
+    const double perplexity = std::exp(-loss.mean);
+    score.perplexity = {.mean = perplexity, .standard_error = perplexity * loss.standard_error};
+  }
+}
+
+}  // namespace
+
+Estimate MeanOf(std::span<const double> values) {
+  if (values.empty()) return {};
+  const auto n = static_cast<double>(values.size());
+  const double mean = std::accumulate(values.begin(), values.end(), 0.0) / n;
+  double squares = 0;
+  for (const double value : values) squares += (value - mean) * (value - mean);
+  return {.mean = mean, .standard_error = n > 1 ? std::sqrt(squares / (n - 1) / n) : 0};
+}
+
+absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer,
+                                    LayerSource& source, const TaskOptions& options,
+                                    ThreadPool& pool, const Progress& progress) {
+  const PairEncoder encoder(tokenizer, source.config().max_position, options);
+  std::vector<ContextTokens> contexts;
+  std::vector<std::vector<Place>> places;
+  TaskScore score;
+  for (size_t i = 0; i < task.items.size(); ++i) {
+    std::vector<EncodedPair> pairs;
+    bool is_truncated = false;
+    for (const TaskChoice& choice : task.items[i].choices) {
+      absl::StatusOr<EncodedPair> pair = encoder.Encode(choice);
+      if (pair.ok() && pair->context.empty()) {
+        pair = absl::InvalidArgumentError("a context has no tokens");
+      }
+      if (!pair.ok()) {
+        return absl::Status(pair.status().code(), absl::StrCat("item ", i, " of task '", task.name,
+                                                               "': ", pair.status().message()));
+      }
+      is_truncated = is_truncated || pair->is_truncated;
+      pairs.push_back(*std::move(pair));
+    }
+    score.truncated_items += is_truncated;
+    places.push_back(Share(std::move(pairs), contexts));
+    if (i % 256 == 0) WALSH_RETURN_IF_ERROR(progress(0));
+  }
+  for (const ContextTokens& tokens : contexts) score.tokens += ForwardedTokens(tokens);
+  WALSH_ASSIGN_OR_RETURN(const auto likelihoods, LogLikelihoods(source, contexts, pool, progress));
+  for (const std::vector<Place>& of_item : places) {
+    std::vector<Likelihood>& choices = score.likelihoods.emplace_back();
+    for (const Place& place : of_item) {
+      choices.push_back(likelihoods[place.context][place.continuation]);
+    }
+  }
+  Summarize(task, score);
+  return score;
+}
+
+}  // namespace walsh::evaluate

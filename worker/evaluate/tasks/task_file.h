@@ -1,0 +1,62 @@
+// Zero-shot tasks on disk, as contexts and continuations whose log-likelihoods decide.
+//
+//   .jsonl   one object a line, all of one form:
+//     {"query": "…", "choices": ["…", …], "gold": 0}              PIQA, ARC
+//     {"context_options": ["…", …], "continuation": "…", "gold": 0}   WinoGrande
+//     {"context": "…", "continuation": "…"}                       LAMBADA
+//     {"activity_label": "…", "ctx_a": "…", "ctx_b": "…", "endings": ["…", …], "label": 0}
+//                                                                 HellaSwag as published
+//   other    HellaSwag in six lines an item: context, label, four endings
+//
+// Prompts are those of lm-evaluation-harness
+// (lm_eval/tasks/{piqa,arc,winogrande,lambada,hellaswag}, 2024): a query that begins with
+// "Question:" is followed by "\nAnswer:"; a space stands before a continuation; HellaSwag's texts
+// are cleaned of what WikiHow left in them; WinoGrande is evaluated partially, as the likelihood of
+// what follows the two contexts that differ in the option (Trinh and Le 2018, arXiv 1806.02847).
+//
+// Files are hostile: size, number, depth and lengths are bounded, text must be UTF-8.
+//
+// Errors:  NOT_FOUND         no such file
+//          INVALID_ARGUMENT  too large, not UTF-8, malformed (line), forms that differ, no item
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace walsh::evaluate {
+
+struct TaskChoice {
+  std::string context;
+  std::string continuation;  // with the space before it
+  int64_t characters = 0;    // code points of the choice, without that space: for accuracy_norm
+};
+
+struct TaskItem {
+  std::vector<TaskChoice> choices;  // one alone: right if greedy decoding gives it
+  int64_t gold = 0;                 // the index of the right one
+};
+
+enum class TaskKind {
+  kContinuations,  // one context, several continuations: accuracy and accuracy_norm
+  kContexts,       // several contexts, one continuation: accuracy
+  kLastWord,       // one of each: accuracy and perplexity
+};
+
+struct Task {
+  std::string name;  // the file's, without folder and endings
+  TaskKind kind = TaskKind::kContinuations;
+  std::vector<TaskItem> items;
+};
+
+// The first `limit` items, or all where it is 0; what follows them is not looked at.
+absl::StatusOr<Task> ReadTask(const std::string& path, int64_t limit);
+
+// HellaSwag's preprocessing: " [title]" becomes ". ", other text in brackets goes, double spaces
+// become single ones, from left to right.
+std::string CleanHellaSwag(std::string_view text);
+
+}  // namespace walsh::evaluate
