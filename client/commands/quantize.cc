@@ -256,6 +256,11 @@ void AddDataFlags(CLI::App& command, QuantizeFlags& flags) {
                      "Text for the perplexity before and after; else part of the calibration");
   command.add_option("--eval-windows", flags.eval_windows, "Windows of it; 0 means 20");
   command.add_flag("--no-eval", flags.no_eval, "Measure no perplexity");
+  command.add_option("--max-perplexity-ratio", flags.max_perplexity_ratio,
+                     "Quality gate: publish only if the perplexity grows at most so many times");
+  command.add_option("--max-kl", flags.max_kl,
+                     "Quality gate: publish only if the KL divergence from the original is at most "
+                     "so many nats a token");
 }
 
 void AddJobFlags(CLI::App& command, QuantizeFlags& flags) {
@@ -339,6 +344,10 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   if (!flags.eval_text.empty()) config.mutable_evaluation()->set_uri(AbsolutePath(flags.eval_text));
   config.mutable_evaluation()->set_max_windows(flags.eval_windows);
   config.mutable_evaluation()->set_disable(flags.no_eval);
+  if (flags.max_perplexity_ratio) {
+    config.mutable_quality_gate()->set_max_perplexity_ratio(*flags.max_perplexity_ratio);
+  }
+  if (flags.max_kl) config.mutable_quality_gate()->set_max_kl_divergence(*flags.max_kl);
   config.set_disable_mse_clip(flags.no_mse_clip);
   if (flags.error_propagation) config.set_error_propagation(*flags.error_propagation);
   if (flags.gptaq_alpha) config.set_gptaq_alpha(*flags.gptaq_alpha);

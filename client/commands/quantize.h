@@ -45,6 +45,8 @@ struct QuantizeFlags {
   std::string eval_text;
   int eval_windows = 0;
   bool no_eval = false;
+  std::optional<double> max_perplexity_ratio;
+  std::optional<double> max_kl;
   std::optional<bool> load;
   bool detach = false;
   bool validate_only = false;

@@ -32,8 +32,10 @@ absl::StatusOr<jobs::JobEvent> OutcomeOf(const CompleteJobRequest& request) {
         return jobs::JobEvent(jobs::Refuse{token, request.error(), request.error_reason()});
       }
       thread_local absl::BitGen random;
-      return jobs::JobEvent(jobs::Fail{token, request.error(), request.error_reason(),
-                                       absl::Uniform(absl::IntervalClosed, random, -1.0, 1.0)});
+      jobs::Fail failure{token, request.error(), request.error_reason(),
+                         absl::Uniform(absl::IntervalClosed, random, -1.0, 1.0)};
+      if (request.has_rejected_result()) failure.rejected_result = request.rejected_result();
+      return jobs::JobEvent(std::move(failure));
     }
     case CompleteJobRequest::kCancelled:
       return jobs::JobEvent(jobs::AcknowledgeCancel{token});

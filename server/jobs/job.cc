@@ -135,6 +135,9 @@ class Step {
     google::rpc::Status error = Shown(event.error);
     const auto code = static_cast<absl::StatusCode>(error.code());
     if (!IsRetried(code) || record_.retries >= limits::kJobRetriesMax) {
+      if (event.rejected_result.has_value()) {
+        *record_.job.mutable_result() = *event.rejected_result;
+      }
       return Finish(std::move(record_), now_, std::move(error), Cut(event.reason));
     }
     const absl::Duration delay = Backoff(record_.retries++, event.jitter);

@@ -64,6 +64,8 @@ struct Fail {
   google::rpc::Status error;
   std::string reason;
   double jitter = 0;  // -1 to 1, spreads the retry
+  // What the job made that its quality gate kept from being published; kept when the job ends.
+  std::optional<QuantizationJob::Result> rejected_result = {};
 };
 // The worker cannot run the job, though another one might.
 struct Refuse {

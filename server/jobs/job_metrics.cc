@@ -108,6 +108,10 @@ void JobMetrics::OnFinish(const JobRecord& record) {
   if (job.has_start_time()) {
     families_.duration_seconds.Observe(Seconds(job.start_time(), job.end_time()));
   }
+  // Of what a quality gate refused, too.
+  const double before = job.result().perplexity_before();
+  const double after = job.result().perplexity_after();
+  if (before > 0 && after > 0) families_.perplexity_ratio.Observe(after / before);
   if (job.state() != QuantizationJob::SUCCEEDED) return;
   for (const QuantizationJob::StageTime& time : job.result().stage_times()) {
     if (!QuantizationJob::Stage_IsValid(time.stage())) continue;
@@ -115,9 +119,6 @@ void JobMetrics::OnFinish(const JobRecord& record) {
         .Add({{"stage", QuantizationJob::Stage_Name(time.stage())}}, metrics::JobDurationBuckets())
         .Observe(time.seconds());
   }
-  const double before = job.result().perplexity_before();
-  const double after = job.result().perplexity_after();
-  if (before > 0 && after > 0) families_.perplexity_ratio.Observe(after / before);
 }
 
 void JobMetrics::OnDelete(const JobRecord& record) {

@@ -276,6 +276,26 @@ absl::Status ResolveTexts(QuantizationConfig* config) {
       config);
 }
 
+// Absent limits are no limits; a gate without any is none.
+absl::Status CheckQualityGate(const QuantizationConfig& config) {
+  const v1::QualityGate& gate = config.quality_gate();
+  const double ratio = gate.max_perplexity_ratio();
+  if (gate.has_max_perplexity_ratio() && !(std::isfinite(ratio) && ratio >= 1)) {
+    return InvalidField("config.quality_gate.max_perplexity_ratio",
+                        absl::StrCat("must be a number from 1, is ", ratio));
+  }
+  const double divergence = gate.max_kl_divergence();
+  if (gate.has_max_kl_divergence() && !(std::isfinite(divergence) && divergence > 0)) {
+    return InvalidField("config.quality_gate.max_kl_divergence",
+                        absl::StrCat("must be a number above 0, is ", divergence));
+  }
+  const bool is_set = gate.has_max_perplexity_ratio() || gate.has_max_kl_divergence();
+  if (is_set && config.evaluation().disable()) {
+    return InvalidField("config.quality_gate", "needs an evaluation, which is disabled");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckLabels(const QuantizationJob& job) {
   if (job.labels_size() > limits::kLabelsMax) {
     return InvalidField("labels", absl::StrCat("has ", job.labels_size(), " entries, at most ",
@@ -328,6 +348,7 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
   WALSH_RETURN_IF_ERROR(CheckRunTimeQuantizers(*config));
   WALSH_RETURN_IF_ERROR(ResolveTexts(config));
+  WALSH_RETURN_IF_ERROR(CheckQualityGate(*config));
   return job;
 }
 

@@ -62,6 +62,13 @@ struct OnlineSpec {
   double kv_clip = 0;    // 0: 0.95 at 2 and 4 bits, else 1
 };
 
+// What a model must keep of the original's quality to be published; quality_gate.h checks it.
+struct QualityGate {
+  std::optional<double> max_perplexity_ratio;  // of after to before
+  std::optional<double> max_kl_divergence;     // in nats
+  bool is_set() const { return max_perplexity_ratio.has_value() || max_kl_divergence.has_value(); }
+};
+
 struct JobSpec {
   std::string job_name;
   std::string source_path;  // resolved by the caller
@@ -79,6 +86,7 @@ struct JobSpec {
   std::string evaluation_path;  // empty: held-out calibration windows
   int64_t n_evaluation_windows = 20;
   int64_t evaluation_length = 2048;
+  QualityGate quality_gate;  // of the caller: the job's own end does not depend on it
   uint64_t seed = 0;
   std::string output_directory;  // temporary, must not exist; the caller publishes it
 };

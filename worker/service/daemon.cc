@@ -40,6 +40,7 @@
 #include "worker/service/memory_check.h"
 #include "worker/service/model_host_service.h"
 #include "worker/service/model_store.h"
+#include "worker/service/rejected_artifacts.h"
 
 namespace walsh::service {
 namespace {
@@ -92,7 +93,8 @@ class WorkerDaemon final : public Daemon {
         worker_id_(NewWorkerId()),
         lock_(std::move(lock)),
         roots_(std::move(roots)),
-        resolve_([this](std::string_view path) { return roots_.Resolve(path); }) {}
+        resolve_([this](std::string_view path) { return roots_.Resolve(path); }),
+        rejected_(options.data_dir + "/rejected") {}
 
   ~WorkerDaemon() override { Stop(); }
 
@@ -124,6 +126,7 @@ class WorkerDaemon final : public Daemon {
   const DataFolderLock lock_;
   const ModelRoots roots_;
   const PathResolver resolve_;
+  RejectedArtifacts rejected_;
   Clock* const clock_ = Clock::Real();
 
   JobDevice device_;
@@ -250,6 +253,7 @@ void WorkerDaemon::MakeAgent() {
       JobRunner::Options{
           .worker_id = worker_id_,
           .results_directory = options_.data_dir + "/results",
+          .rejected = &rejected_,
           .n_threads = options_.threads,
           .resolve = resolve_,
           .device = device_.name,

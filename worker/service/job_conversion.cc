@@ -231,6 +231,8 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
       Count("config.evaluation.sequence_length", evaluation.sequence_length(),
             kDefaultSequenceLength, limits::kSequenceLengthMin, limits::kSequenceLengthMax));
 
+  WALSH_ASSIGN_OR_RETURN(spec.quality_gate, ToQualityGate(config));
+
   WALSH_ASSIGN_OR_RETURN(spec.source_path, resolve(job.source_model()));
   if (!calibration.uri().empty()) {
     WALSH_ASSIGN_OR_RETURN(spec.calibration_path, resolve(calibration.uri()));
@@ -239,6 +241,29 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
     WALSH_ASSIGN_OR_RETURN(spec.evaluation_path, resolve(evaluation.uri()));
   }
   return spec;
+}
+
+absl::StatusOr<pipeline::QualityGate> ToQualityGate(const QuantizationConfig& config) {
+  pipeline::QualityGate gate;
+  const v1::QualityGate& asked = config.quality_gate();
+  if (asked.has_max_perplexity_ratio()) {
+    if (!(asked.max_perplexity_ratio() >= 1)) {
+      return OutOfRange("config.quality_gate.max_perplexity_ratio", asked.max_perplexity_ratio(),
+                        "from 1");
+    }
+    gate.max_perplexity_ratio = asked.max_perplexity_ratio();
+  }
+  if (asked.has_max_kl_divergence()) {
+    if (!(asked.max_kl_divergence() > 0)) {
+      return OutOfRange("config.quality_gate.max_kl_divergence", asked.max_kl_divergence(),
+                        "above 0");
+    }
+    gate.max_kl_divergence = asked.max_kl_divergence();
+  }
+  if (gate.is_set() && config.evaluation().disable()) {
+    return InvalidField("config.quality_gate", "needs an evaluation, which is disabled");
+  }
+  return gate;
 }
 
 QuantizationJob::Stage ToProto(pipeline::Stage stage) {

@@ -21,6 +21,9 @@ using PathResolver = std::function<absl::StatusOr<std::string>(std::string_view 
 absl::StatusOr<pipeline::JobSpec> ToJobSpec(const v1::QuantizationJob& job,
                                             const PathResolver& resolve);
 
+// INVALID_ARGUMENT also for a gate on a job that is not evaluated.
+absl::StatusOr<pipeline::QualityGate> ToQualityGate(const v1::QuantizationConfig& config);
+
 v1::QuantizationJob::Stage ToProto(pipeline::Stage stage);
 v1::QuantizationJob::LinearResult ToProto(const pipeline::LinearReport& linear);
 // `sequence`, `time` and `attempt` are the coordinator's.

@@ -24,6 +24,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/device_failure.h"
 #include "worker/kernels/thread_pool.h"
+#include "worker/pipeline/quality_gate.h"
 #include "worker/service/job_device.h"
 #include "worker/service/job_metrics.h"
 
@@ -40,6 +41,8 @@ constexpr size_t kReportsQueued = 4;
 constexpr int kHandBackTries = 3;
 constexpr int kJobNice = 10;
 constexpr int64_t kResultBytesMax = 4 << 20;
+// Reason of a job whose model was not good enough.
+constexpr char kQualityGate[] = "QUALITY_GATE";
 
 std::string JobId(const std::string& job_name) {
   return job_name.starts_with(kJobCollection) ? job_name.substr(kJobCollection.size()) : job_name;
@@ -186,15 +189,15 @@ JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface
     : options_(std::move(options)), coordinator_(coordinator), models_(models), clock_(clock) {}
 
 void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
-  bool is_refused = false;
+  Failure failure;
   absl::StatusOr<Outcome> outcome = FindEarlier(lease);
-  if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held, is_refused);
+  if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held, failure);
   if (IsDeviceBroken(outcome.status())) {
     options_.on_device_broken(outcome.status());
     outcome = DeviceBrokenError(options_.device, outcome.status());
   }
   if (outcome.ok()) LoadIfWanted(lease, *outcome);
-  Complete(outcome, is_refused, held);
+  Complete(outcome, failure, held);
 }
 
 absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease) {
@@ -232,7 +235,7 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Le
 }
 
 absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1::Lease& lease,
-                                                             HeldLease& held, bool& is_refused) {
+                                                             HeldLease& held, Failure& failure) {
   WALSH_RETURN_IF_ERROR(
       held.Check());  // a worker that stops, or whose device broke, begins nothing
   const std::string directory =
@@ -244,9 +247,10 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
       &directory, remove_directory);
 
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobReport report,
-                         QuantizeInto(directory, lease.job(), held, is_refused));
+                         QuantizeInto(directory, lease.job(), held, failure));
   Outcome outcome{.result = ToResult(report, lease.job().model_name()), .model = {}};
   outcome.result.set_device(options_.device);
+  WALSH_RETURN_IF_ERROR(CheckGate(directory, lease, report, outcome, failure));
   WALSH_RETURN_IF_ERROR(MakeDirectories(options_.results_directory));
   WALSH_RETURN_IF_ERROR(
       PublishFile(ResultPath(held.job_name()), outcome.result.SerializeAsString()));
@@ -254,6 +258,27 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
   WALSH_RETURN_IF_ERROR(held.Check());
   WALSH_RETURN_IF_ERROR(Publish(directory, lease, outcome));
   return outcome;
+}
+
+absl::Status JobRunner::CheckGate(const std::string& directory, const internal::v1::Lease& lease,
+                                  const pipeline::JobReport& report, const Outcome& outcome,
+                                  Failure& failure) {
+  // The conversion has passed once, before the job.
+  WALSH_ASSIGN_OR_RETURN(const pipeline::QualityGate gate, ToQualityGate(lease.job().config()));
+  absl::Status status = pipeline::CheckQuality(gate, report);
+  if (status.ok()) return status;
+  SetErrorInfo(status, kQualityGate);
+  const std::string id = JobId(lease.job_name());
+  if (const absl::Status kept = options_.rejected->Keep(directory, id); kept.ok()) {
+    WALSH_LOG(Warning, "a model failed its quality gate; its artifact is kept apart",
+              {"job", lease.job_name()}, {"directory", options_.rejected->Directory(id)});
+  } else {
+    WALSH_LOG(Error, "a model failed its quality gate; its artifact could not be kept",
+              {"job", lease.job_name()}, {"error", kept});
+  }
+  failure.rejected_result = outcome.result;
+  failure.rejected_result->clear_artifact_uri();
+  return status;
 }
 
 absl::Status JobRunner::Publish(const std::string& directory, const internal::v1::Lease& lease,
@@ -277,7 +302,7 @@ absl::Status JobRunner::Publish(const std::string& directory, const internal::v1
 
 absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& directory,
                                                             const v1::QuantizationJob& job,
-                                                            HeldLease& held, bool& is_refused) {
+                                                            HeldLease& held, Failure& failure) {
   WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
   spec.output_directory = directory;
   spec.job_name = held.job_name();
@@ -289,7 +314,7 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
     try {
       if (const absl::Status fits = CheckFits(spec); !fits.ok()) {
         report = fits;
-        is_refused = IsRefusal(fits);
+        failure.is_refused = IsRefusal(fits);
         return;
       }
       ProgressReporter reporter(this, &held);
@@ -347,7 +372,8 @@ void JobRunner::LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome)
   }
 }
 
-void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, bool is_refused, HeldLease& held) {
+void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, const Failure& failure,
+                         HeldLease& held) {
   internal::v1::CompleteJobRequest request;
   request.set_worker_id(options_.worker_id);
   request.set_job_name(held.job_name());
@@ -368,7 +394,10 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, bool is_refused
   } else {
     *request.mutable_error() = ToProtoStatus(outcome.status());
     request.set_error_reason(ErrorReason(outcome.status()));
-    request.set_refused(is_refused);
+    request.set_refused(failure.is_refused);
+    if (failure.rejected_result.has_value()) {
+      *request.mutable_rejected_result() = *failure.rejected_result;
+    }
     if (request.refused()) {
       WALSH_LOG(Warning, "this worker cannot run the job; left to others", {"job", held.job_name()},
                 {"error", outcome.status()});

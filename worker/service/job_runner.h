@@ -10,6 +10,9 @@
 // take the model, is refused before its work, and left to other workers. What fails later, whatever
 // its code, is the job's error.
 //
+// A model that fails its job's quality gate is not published: its artifact is moved to the rejected
+// ones, and the job ends FAILED with the result's figures.
+//
 // A failure that has broken the device is told to the worker before it is told to the coordinator,
 // so that no other lease is taken in between.
 //
@@ -19,6 +22,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +35,7 @@
 #include "worker/service/job_conversion.h"
 #include "worker/service/memory_check.h"
 #include "worker/service/model_store.h"
+#include "worker/service/rejected_artifacts.h"
 
 namespace walsh::service {
 
@@ -40,8 +45,9 @@ class JobRunner {
       const pipeline::JobSpec&, ThreadPool&, const pipeline::Observer&)>;
   struct Options {
     std::string worker_id;
-    std::string results_directory;  // where results wait for the coordinator
-    int n_threads = 0;              // 0: the machine's
+    std::string results_directory;          // where results wait for the coordinator
+    RejectedArtifacts* rejected = nullptr;  // what quality gates refuse; outlives the runner
+    int n_threads = 0;                      // 0: the machine's
     PathResolver resolve;
     std::string device = "cpu";  // of results and messages
     std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)> plan;
@@ -62,14 +68,23 @@ class JobRunner {
   };
   class ProgressReporter;
 
-  // `is_refused` becomes true with an error that is about this worker: another might run the job.
+  // What is told of a failure beside its status.
+  struct Failure {
+    bool is_refused = false;  // it is about this worker: another might run the job
+    // What the job's quality gate refused.
+    std::optional<v1::QuantizationJob::Result> rejected_result = {};
+  };
   absl::StatusOr<Outcome> RunToPublished(const internal::v1::Lease& lease, HeldLease& held,
-                                         bool& is_refused);
+                                         Failure& failure);
+  // FAILED_PRECONDITION, reason QUALITY_GATE, for a model that fails its gate, which is kept apart.
+  absl::Status CheckGate(const std::string& directory, const internal::v1::Lease& lease,
+                         const pipeline::JobReport& report, const Outcome& outcome,
+                         Failure& failure);
   // The outcome of an earlier holder of the same job, when it published.
   absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
                                                    const v1::QuantizationJob& job, HeldLease& held,
-                                                   bool& is_refused);
+                                                   Failure& failure);
   // Refuses a job now that would not fit later: it may have been validated by another worker, or by
   // none.
   absl::Status CheckFits(const pipeline::JobSpec& spec) const;
@@ -80,7 +95,7 @@ class JobRunner {
   void LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome);
   // Tells the coordinator how the job ended. An outcome that it will never take becomes an error,
   // so that the job ends.
-  void Complete(const absl::StatusOr<Outcome>& outcome, bool is_refused, HeldLease& held);
+  void Complete(const absl::StatusOr<Outcome>& outcome, const Failure& failure, HeldLease& held);
   // OK once the coordinator has it; ABORTED without the lease; else why it never will.
   absl::Status Deliver(const internal::v1::CompleteJobRequest& request, HeldLease& held);
 

@@ -194,6 +194,21 @@ TEST(JobTest, OnlyFailuresThatMayPassAreRetried) {
   }
 }
 
+// What a quality gate refused is kept with the job that ended so, and with no other.
+TEST(JobTest, AFailedJobKeepsItsRejectedResult) {
+  Fail fail = Failed(kToken, absl::StatusCode::kFailedPrecondition);
+  fail.rejected_result.emplace().set_perplexity_after(12.5);
+  ASSERT_OK_AND_ASSIGN(const Transition ended,
+                       Apply(InState(QuantizationJob::RUNNING), fail, kNow));
+  EXPECT_EQ(ended.next.job.state(), QuantizationJob::FAILED);
+  EXPECT_EQ(ended.next.job.result().perplexity_after(), 12.5);
+  fail.error.set_code(static_cast<int>(absl::StatusCode::kUnavailable));
+  ASSERT_OK_AND_ASSIGN(const Transition retried,
+                       Apply(InState(QuantizationJob::RUNNING), fail, kNow));
+  EXPECT_EQ(retried.next.job.state(), QuantizationJob::QUEUED);
+  EXPECT_FALSE(retried.next.job.has_result());
+}
+
 TEST(JobTest, FailureWithoutAnErrorCodeIsInternal) {
   for (const int code : {0, -1, 17, std::numeric_limits<int>::max()}) {
     ASSERT_OK_AND_ASSIGN(Transition failed,

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -165,6 +166,35 @@ TEST(JobValidationTest, Damping) {
     request.mutable_quantization_job()->mutable_config()->set_damp_percent(value);
     EXPECT_THAT(ValidateNewJob(request), StatusIs(kInvalid, HasSubstr("damp_percent"))) << value;
   }
+}
+
+TEST(JobValidationTest, QualityGate) {
+  const double inf = std::numeric_limits<double>::infinity();
+  const auto validate = [](std::optional<double> ratio, std::optional<double> divergence,
+                           bool disable = false) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    QuantizationConfig& config = *request.mutable_quantization_job()->mutable_config();
+    v1::QualityGate& gate = *config.mutable_quality_gate();
+    if (ratio.has_value()) gate.set_max_perplexity_ratio(*ratio);
+    if (divergence.has_value()) gate.set_max_kl_divergence(*divergence);
+    config.mutable_evaluation()->set_disable(disable);
+    return ValidateNewJob(request);
+  };
+  for (const double ratio : {1.0, 1.05, 1e9}) EXPECT_OK(validate(ratio, {})) << ratio;
+  for (const double ratio : {0.0, 0.999, -1.0, std::nan(""), inf, -inf}) {
+    EXPECT_THAT(validate(ratio, {}), StatusIs(kInvalid, HasSubstr("max_perplexity_ratio")))
+        << ratio;
+  }
+  for (const double divergence : {1e-9, 0.1, 1e9}) EXPECT_OK(validate({}, divergence));
+  for (const double divergence : {0.0, -1.0, std::nan(""), inf, -inf}) {
+    EXPECT_THAT(validate({}, divergence), StatusIs(kInvalid, HasSubstr("max_kl_divergence")))
+        << divergence;
+  }
+  EXPECT_OK(validate({}, {}, /*disable=*/true));
+  EXPECT_THAT(validate(1.5, {}, /*disable=*/true),
+              StatusIs(kInvalid, HasSubstr("needs an evaluation")));
+  EXPECT_THAT(validate({}, 0.5, /*disable=*/true),
+              StatusIs(kInvalid, HasSubstr("needs an evaluation")));
 }
 
 TEST(JobValidationTest, ErrorPropagation) {

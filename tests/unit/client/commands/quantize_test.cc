@@ -38,6 +38,7 @@ TEST(MakeQuantizeRequestTest, DefaultsAreTheDesigns) {
   EXPECT_EQ(job.config().calibration().uri(), "");
   EXPECT_EQ(job.config().evaluation().uri(), "");
   EXPECT_FALSE(job.config().evaluation().disable());
+  EXPECT_FALSE(job.config().has_quality_gate());
   EXPECT_FALSE(job.config().disable_mse_clip());
   EXPECT_EQ(job.config().seed(), 0u);
   EXPECT_TRUE(job.config().has_auto_load());
@@ -68,6 +69,8 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   flags.eval_text = "/texts/eval.txt";
   flags.eval_windows = 3;
   flags.no_eval = true;
+  flags.max_perplexity_ratio = 1.5;
+  flags.max_kl = 0.25;
   flags.validate_only = true;
   flags.request_id = "r";
   ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
@@ -92,6 +95,8 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   EXPECT_EQ(config.evaluation().uri(), "/texts/eval.txt");
   EXPECT_EQ(config.evaluation().max_windows(), 3);
   EXPECT_TRUE(config.evaluation().disable());
+  EXPECT_EQ(config.quality_gate().max_perplexity_ratio(), 1.5);
+  EXPECT_EQ(config.quality_gate().max_kl_divergence(), 0.25);
   EXPECT_FALSE(config.has_auto_load());
   EXPECT_TRUE(request.validate_only());
   EXPECT_EQ(request.request_id(), "r");

@@ -56,6 +56,7 @@ class JobRunnerTest : public StoreFixture {
         JobRunner::Options{
             .worker_id = "w-1",
             .results_directory = dir_ / "results",
+            .rejected = &rejected_,
             .n_threads = 1,
             .resolve = [](std::string_view path) { return "/roots/" + std::string(path); },
             .device = "cuda:0 NVIDIA H200",
@@ -125,6 +126,7 @@ class JobRunnerTest : public StoreFixture {
       {.heartbeat_interval = absl::Milliseconds(10), .lease_duration = absl::Seconds(30)}};
   std::function<absl::StatusOr<JobReport>(const JobSpec&, const pipeline::Observer&)> quantize_ =
       QuantizeTwoLayers;
+  RejectedArtifacts rejected_{dir_ / "rejected"};
   std::atomic<int> n_runs_ = 0;
   absl::StatusOr<pipeline::JobPlan> plan_ = pipeline::JobPlan();
   absl::StatusOr<WorkerMemory> memory_ = WorkerMemory();
@@ -162,6 +164,48 @@ TEST_F(JobRunnerTest, JobIsReportedPublishedAndCompleted) {
   EXPECT_EQ(NumTemporaries(), 0);
 }
 
+TEST_F(JobRunnerTest, WhatFailsItsQualityGateIsKeptApart) {
+  double perplexity_after = 12.5;
+  quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
+    absl::StatusOr<JobReport> report = QuantizeTwoLayers(spec, observer);
+    report->evaluation_tokens = 100;
+    report->perplexity_before = 10;
+    report->perplexity_after = perplexity_after;
+    report->kl_divergence = 0.25;
+    return report;
+  };
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->mutable_quality_gate()->set_max_perplexity_ratio(1.2);
+  job.mutable_config()->mutable_auto_load();
+  StartWorker();
+  coordinator_.Offer(job);
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error_reason(), "QUALITY_GATE");
+  EXPECT_FALSE(outcome.refused());
+  EXPECT_THAT(FromProtoStatus(outcome.error()),
+              testing::StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("1.25 times")));
+  ASSERT_TRUE(outcome.has_rejected_result());
+  EXPECT_EQ(outcome.rejected_result().perplexity_after(), 12.5);
+  EXPECT_EQ(outcome.rejected_result().kl_divergence(), 0.25);
+  EXPECT_EQ(outcome.rejected_result().device(), "cuda:0 NVIDIA H200");
+  EXPECT_EQ(outcome.rejected_result().artifact_uri(), "");
+  EXPECT_TRUE(store_->List().models.empty());
+  EXPECT_TRUE(fs::exists(rejected_.Directory("j") + "/walsh.json"));
+  EXPECT_EQ(NumTemporaries(), 0);
+  for (const auto& report : coordinator_.record().reports) {
+    EXPECT_NE(report.event().stage(), v1::QuantizationJob::PUBLISHING);
+  }
+
+  perplexity_after = 12;
+  job.set_name(JobName("k"));
+  coordinator_.Offer(job);
+  const Complete passed = AwaitOutcome(2);
+  EXPECT_TRUE(passed.has_result()) << passed.error().message();
+  EXPECT_FALSE(passed.has_rejected_result());
+  EXPECT_FALSE(fs::exists(rejected_.Directory("k")));
+}
+
 TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   v1::QuantizationJob job = Job("j", "m");
   v1::QuantizationConfig& config = *job.mutable_config();
@@ -185,6 +229,7 @@ TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   config.mutable_calibration()->set_uri("text.jsonl");
   config.mutable_calibration()->set_num_samples(4);
   config.mutable_evaluation()->set_disable(true);
+  config.mutable_quality_gate();
   JobSpec seen;
   quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
     seen = spec;
