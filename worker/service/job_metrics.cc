@@ -1,5 +1,10 @@
 #include "worker/service/job_metrics.h"
 
+#include <mutex>
+#include <set>
+#include <string>
+
+#include "absl/strings/str_cat.h"
 #include "common/metrics.h"
 
 namespace walsh::service {
@@ -15,14 +20,30 @@ const metrics::Buckets& ErrorBuckets() {
   return *buckets;
 }
 
+// An architecture has a dozen kinds of linears at most; what is beyond them shares one label, so
+// that no model makes more series than these.
+constexpr size_t kLinearKindsMax = 16;
+
+// "mlp.down_proj" of "layers.3.mlp.down_proj".
+std::string LinearKind(const pipeline::LinearReport& linear) {
+  static std::mutex mutex;
+  static auto* const known = new std::set<std::string>;
+  const std::string prefix = absl::StrCat("layers.", linear.layer, ".");
+  if (!linear.name.starts_with(prefix)) return "other";
+  std::string kind = linear.name.substr(prefix.size());
+  const std::lock_guard lock(mutex);
+  if (known->size() < kLinearKindsMax) known->insert(kind);
+  return known->count(kind) > 0 ? kind : "other";
+}
+
 void ObserveLinear(const pipeline::LinearReport& linear) {
-  static auto& error =
-      Histogram("walsh_quantization_layer_error",
-                "tr(dW H dWt) / tr(W H Wt) of each quantized linear over the calibration inputs.")
-          .Add({}, ErrorBuckets());
+  static auto& error = Histogram(
+      "walsh_quantization_layer_error",
+      "tr(dW H dWt) / tr(W H Wt) of each quantized linear over the calibration inputs, by "
+      "kind of linear.");
   static auto& fallbacks = Counter("walsh_quantization_fallbacks_total",
                                    "Linears that were rounded to nearest instead, by reason.");
-  error.Observe(linear.relative_error);
+  error.Add({{"linear", LinearKind(linear)}}, ErrorBuckets()).Observe(linear.relative_error);
   // The only reason there is; the report tells the details of each.
   if (!linear.fallback.empty()) fallbacks.Add({{"reason", "factorization"}}).Increment();
 }
