@@ -4,9 +4,11 @@
 
 #include "client/commands/follow_job.h"
 #include "client/resource_name.h"
+#include "client/terminal/html_report.h"
 #include "client/terminal/job_report.h"
 #include "client/terminal/json_text.h"
 #include "common/command_line.h"
+#include "common/publish.h"
 
 namespace walsh::client {
 namespace {
@@ -16,6 +18,7 @@ struct JobsFlags {
   std::string filter;
   int limit = 50;
   int64_t after_sequence = 0;
+  std::string report_path;
 };
 
 int RunList(const JobsFlags& flags, const GlobalFlags& global) {
@@ -59,6 +62,22 @@ int RunWatch(const JobsFlags& flags, const GlobalFlags& global) {
                     .json_events = global.json()});
 }
 
+int RunReport(const JobsFlags& flags, const GlobalFlags& global) {
+  Client client(MakeClientOptions(global));
+  const auto job = client.GetJob(flags.id);
+  if (!job.ok()) return Fail(job.status());
+  const std::string html = HtmlReport(*job);
+  if (flags.report_path.empty()) {
+    PrintOut(html);
+    return kExitOk;
+  }
+  if (const absl::Status written = PublishFile(flags.report_path, html); !written.ok()) {
+    return Fail(written);
+  }
+  std::fprintf(stderr, "wrote %s\n", flags.report_path.c_str());
+  return kExitOk;
+}
+
 int RunCancel(const JobsFlags& flags, const GlobalFlags& global) {
   Client client(MakeClientOptions(global));
   const auto job = client.CancelJob(flags.id);
@@ -98,6 +117,10 @@ void AddJobsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
   CLI::App& watch = add("watch", "Follow a job to its end", RunWatch);
   watch.add_option("ID", flags->id)->required();
   watch.add_option("--after-sequence", flags->after_sequence, "Only events after this one");
+  CLI::App& report = add("report", "Write a job's report as one HTML page with plots", RunReport);
+  report.add_option("ID", flags->id)->required();
+  // Not --output, which says for all commands how answers are printed.
+  report.add_option("--file,-f", flags->report_path, "File of the page; standard output without");
   add("cancel", "Cancel a job", RunCancel).add_option("ID", flags->id)->required();
   add("delete", "Forget a finished job; its model stays", RunDelete)
       .add_option("ID", flags->id)
