@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <optional>
 #include <random>
 #include <utility>
 
@@ -379,6 +380,27 @@ absl::StatusOr<v1::TokenizeResponse> Client::Tokenize(const v1::TokenizeRequest&
 
 absl::StatusOr<v1::DetokenizeResponse> Client::Detokenize(const v1::DetokenizeRequest& request) {
   return Unary(&Connection::generation, &GenerationStub::Detokenize, request, options_.timeout);
+}
+
+absl::StatusOr<v1::EvaluateModelResponse::Result> Client::EvaluateModel(
+    const v1::EvaluateModelRequest& request, const OnEvaluationProgress& on_progress,
+    Cancellation* cancellation, absl::Duration timeout) {
+  bool started = false;
+  std::optional<v1::EvaluateModelResponse::Result> result;
+  WALSH_RETURN_IF_ERROR(Retry(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        const auto reader = connection.evaluation->EvaluateModel(context, request);
+        v1::EvaluateModelResponse event;
+        while (reader->Read(&event)) {
+          started = true;
+          if (event.has_result()) result = event.result();
+          if (event.has_progress() && on_progress) on_progress(event.progress());
+        }
+        return reader->Finish();
+      },
+      timeout, cancellation, [&] { return !started; }));
+  if (!result.has_value()) return absl::DataLossError("the stream ended without a result");
+  return *std::move(result);
 }
 
 absl::Status Client::CheckHealth(const std::string& service, absl::Duration timeout) {

@@ -104,6 +104,13 @@ class Client {
   absl::StatusOr<v1::TokenizeResponse> Tokenize(const v1::TokenizeRequest& request);
   absl::StatusOr<v1::DetokenizeResponse> Detokenize(const v1::DetokenizeRequest& request);
 
+  // Returns the result; `on_progress` may be empty. Has no deadline unless `timeout` sets one. An
+  // evaluation that broke off is not begun anew.
+  using OnEvaluationProgress = std::function<void(const v1::EvaluateModelResponse::Progress&)>;
+  absl::StatusOr<v1::EvaluateModelResponse::Result> EvaluateModel(
+      const v1::EvaluateModelRequest& request, const OnEvaluationProgress& on_progress,
+      Cancellation* cancellation = nullptr, absl::Duration timeout = absl::InfiniteDuration());
+
   // grpc.health.v1: OK when `service` ("" is the whole server) is SERVING. One attempt.
   absl::Status CheckHealth(const std::string& service, absl::Duration timeout);
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <utility>
 
+#include "walsh/v1/evaluation.grpc.pb.h"
 #include "walsh/v1/generation.grpc.pb.h"
 #include "walsh/v1/model.grpc.pb.h"
 #include "walsh/v1/quantization.grpc.pb.h"
@@ -17,12 +18,14 @@ struct Connection {
       : channel(std::move(c)),
         quantization(v1::QuantizationService::NewStub(channel)),
         models(v1::ModelService::NewStub(channel)),
-        generation(v1::GenerationService::NewStub(channel)) {}
+        generation(v1::GenerationService::NewStub(channel)),
+        evaluation(v1::EvaluationService::NewStub(channel)) {}
 
   std::shared_ptr<grpc::Channel> channel;
   std::unique_ptr<v1::QuantizationService::Stub> quantization;
   std::unique_ptr<v1::ModelService::Stub> models;
   std::unique_ptr<v1::GenerationService::Stub> generation;
+  std::unique_ptr<v1::EvaluationService::Stub> evaluation;
 };
 
 }  // namespace walsh::client

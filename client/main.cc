@@ -2,6 +2,7 @@
 
 #include "client/commands/chat.h"
 #include "client/commands/doctor.h"
+#include "client/commands/eval.h"
 #include "client/commands/generate.h"
 #include "client/commands/jobs.h"
 #include "client/commands/models.h"
@@ -41,6 +42,7 @@ int Run(int argc, const char* const* argv) {
   AddModelsCommand(app, global, chosen);
   AddGenerateCommand(app, global, chosen);
   AddChatCommand(app, global, chosen);
+  AddEvalCommand(app, global, chosen);
   AddTokenizeCommand(app, global, chosen);
   AddDetokenizeCommand(app, global, chosen);
   AddWorkersCommand(app, global, chosen);

@@ -9,17 +9,21 @@ namespace {
 // Sorted. tests/integration/surface_test.cc compares it with the flags of the real binaries.
 // clang-format off
 constexpr std::string_view kConfigKeys[] = {
-    "add-special-tokens", "advertise-host", "after-sequence", "bits", "calibration", "column-order",
-    "coordinator", "damp", "data-dir", "describe", "detach", "device", "enable-reflection",
-    "error-propagation", "eval-text", "eval-windows", "filter", "force", "group-size", "grpc-port", "heartbeat-seconds",
-    "host", "http-port", "internal-port", "job-lease-seconds", "kv-cache-tokens", "limit", "load",
-    "load-model", "log-format", "log-level", "log-to-stderr", "max-num-batched-tokens",
-    "max-num-queued-reqs", "max-num-seqs", "max-queued-jobs", "max-tokens", "message", "method",
-    "metrics-port", "min-p", "model-root", "name", "no-eval", "no-load", "no-mse-clip",
-    "num-samples", "output", "port", "raw", "request-id", "rotation", "rotation-block",
-    "rotation-signs", "seed", "seq-len", "server", "shutdown-timeout", "skip-special-tokens",
-    "stats", "stop", "stream-interval-ms", "symmetric", "system", "temperature", "threads", "timeout", "top-k", "top-p",
-    "validate-only",
+    "act-asymmetric", "act-bits", "act-clip", "act-group-size", "act-order", "add-special-tokens",
+    "advertise-host", "after-sequence", "bits", "calibration", "column-order", "coordinator",
+    "damp", "data-dir", "deadline", "describe", "detach", "device", "dtype", "enable-reflection",
+    "error-propagation", "eval-text", "eval-windows", "export-root", "file", "filter", "force",
+    "format", "gptaq-alpha", "grid", "group-size", "grpc-port", "heartbeat-seconds", "host",
+    "http-port", "internal-port", "job-lease-seconds", "kv-bits", "kv-cache-tokens", "kv-clip",
+    "kv-group-size", "limit", "load", "load-model", "log-format", "log-level", "log-to-stderr",
+    "max-kl", "max-num-batched-tokens", "max-num-queued-reqs", "max-num-seqs",
+    "max-perplexity-ratio", "max-queued-jobs", "max-tokens", "message", "method", "metrics-port",
+    "min-p", "model-root", "name", "no-bos", "no-eval", "no-load", "no-mse-clip", "num-samples",
+    "online-rotation", "online-rotation-block", "output", "override", "port", "qk-rotation", "raw",
+    "reference", "request-id", "rotation", "rotation-block", "rotation-signs", "seed", "seq-len",
+    "server", "shutdown-timeout", "skip-special-tokens", "stats", "stop", "stream-interval-ms",
+    "stride", "symmetric", "system", "tasks", "temperature", "text", "text-format", "threads",
+    "timeout", "top-k", "top-p", "validate-only", "window", "windows", "zero-point",
 };
 // clang-format on
 

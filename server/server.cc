@@ -23,6 +23,7 @@
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "server/api/core.h"
+#include "server/api/evaluation_service.h"
 #include "server/api/generation_service.h"
 #include "server/api/model_service.h"
 #include "server/api/quantization_service.h"
@@ -87,6 +88,7 @@ struct Server::Impl {
   std::unique_ptr<api::QuantizationServiceImpl> quantization;
   std::unique_ptr<api::ModelServiceImpl> models;
   std::unique_ptr<api::GenerationServiceImpl> generation;
+  std::unique_ptr<api::EvaluationServiceImpl> evaluation;
   std::unique_ptr<api::WorkerServiceImpl> workers;
   std::unique_ptr<grpc::Server> public_server;
   std::unique_ptr<grpc::Server> internal_server;
@@ -149,16 +151,17 @@ absl::Status Server::Impl::Listen() {
   quantization = std::make_unique<api::QuantizationServiceImpl>(core.get());
   models = std::make_unique<api::ModelServiceImpl>(core.get());
   generation = std::make_unique<api::GenerationServiceImpl>(core.get());
+  evaluation = std::make_unique<api::EvaluationServiceImpl>(core.get());
   workers = std::make_unique<api::WorkerServiceImpl>(core.get());
   // Called for the linker, which may leave out a library that nothing calls.
   if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   // Workers first: a client that finds the public port finds them, too.
   WALSH_ASSIGN_OR_RETURN(internal_server, StartGrpc("internal", options.internal_port,
                                                     {workers.get()}, /*is_public=*/false));
-  WALSH_ASSIGN_OR_RETURN(
-      public_server,
-      StartGrpc("grpc", options.grpc_port, {quantization.get(), models.get(), generation.get()},
-                /*is_public=*/true));
+  WALSH_ASSIGN_OR_RETURN(public_server, StartGrpc("grpc", options.grpc_port,
+                                                  {quantization.get(), models.get(),
+                                                   generation.get(), evaluation.get()},
+                                                  /*is_public=*/true));
   WALSH_RETURN_IF_ERROR(ListenHttp());
   SetServing(true);
   Tick();
@@ -187,7 +190,7 @@ void Server::Impl::SetServing(bool is_serving) {
   if (!is_serving) return;
   for (const char* service :
        {v1::QuantizationService::service_full_name(), v1::ModelService::service_full_name(),
-        v1::GenerationService::service_full_name()}) {
+        v1::GenerationService::service_full_name(), v1::EvaluationService::service_full_name()}) {
     public_server->GetHealthCheckService()->SetServingStatus(service, true);
   }
 }

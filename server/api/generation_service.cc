@@ -98,8 +98,9 @@ grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Cor
 }
 
 template <typename Request, typename Method>
-fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* core,
-                                    const char* name, const Request* request, Method method) {
+fleet::StreamReactor<GenerateStreamResponse>* ForwardStream(grpc::CallbackServerContext* context,
+                                                            Core* core, const char* name,
+                                                            const Request* request, Method method) {
   const std::string request_id = EchoRequestId(context);
   OnEnd done;
   auto forwarded = Forward(core, name, *request, request_id, &done);
@@ -107,10 +108,11 @@ fleet::StreamReactor* ForwardStream(grpc::CallbackServerContext* context, Core* 
     LogEnd(name, request_id, forwarded.status());
     return new FailedStream<GenerateStreamResponse>(forwarded.status());
   }
-  const auto start = [call = *forwarded, method](grpc::ClientContext* client_context,
-                                                 fleet::StreamReader* reader) {
-    (call->async()->*method)(client_context, &call->request, reader);
-  };
+  const fleet::StartStream<GenerateStreamResponse> start =
+      [call = *forwarded, method](grpc::ClientContext* client_context,
+                                  fleet::StreamReader<GenerateStreamResponse>* reader) {
+        (call->async()->*method)(client_context, &call->request, reader);
+      };
   core->streams.Begin();
   // `call` must outlive the worker's call, of which `done` is the end.
   return fleet::ProxyStream(

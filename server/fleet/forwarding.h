@@ -13,17 +13,19 @@ namespace walsh::fleet {
 inline constexpr absl::Duration kGenerateTimeoutDefault =
     absl::Seconds(limits::kGenerateSecondsDefault);
 inline constexpr absl::Duration kGenerateTimeoutMax = absl::Seconds(limits::kGenerateSecondsMax);
+inline constexpr absl::Duration kEvaluateTimeout = absl::Seconds(limits::kEvaluateSecondsMax);
 inline constexpr absl::Duration kUnaryTimeoutDefault = absl::Seconds(10);
 inline constexpr absl::Duration kLoadTimeoutDefault = absl::Minutes(10);
 inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);  // of one worker
 
 // The worker's share of a client's deadline: 5 % less, so that its answer still arrives in time. A
-// client without a deadline gets `timeout_default`; nobody gets more than an hour.
+// client without a deadline gets `timeout_default`; nobody gets more than `timeout_max`.
 inline absl::Duration WorkerTimeout(std::chrono::system_clock::time_point deadline,
-                                    absl::Duration timeout_default) {
+                                    absl::Duration timeout_default,
+                                    absl::Duration timeout_max = kGenerateTimeoutMax) {
   if (deadline == std::chrono::system_clock::time_point::max()) return timeout_default;
   const absl::Duration left = absl::FromChrono(deadline) - absl::Now();
-  return std::min(left, kGenerateTimeoutMax) * 0.95;
+  return std::min(left, timeout_max) * 0.95;
 }
 
 }  // namespace walsh::fleet

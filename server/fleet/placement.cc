@@ -50,7 +50,23 @@ absl::Status Unavailable(std::string message, std::string_view reason, absl::Dur
   return status;
 }
 
+absl::Status NoWorkerHas(const std::string& model_id) {
+  return Unavailable(absl::StrCat("no connected worker has model '", model_id, "'"), "NO_WORKER",
+                     kNoWorkerRetry);
+}
+
 }  // namespace
+
+absl::StatusOr<WorkerAddress> ChooseForEvaluation(const std::string& model_id,
+                                                  std::span<const Replica> replicas) {
+  const auto it =
+      std::min_element(replicas.begin(), replicas.end(), [](const Replica& a, const Replica& b) {
+        if (a.load != b.load) return a.load < b.load;
+        return a.worker.worker_id < b.worker.worker_id;
+      });
+  if (it == replicas.end()) return NoWorkerHas(model_id);
+  return it->worker;
+}
 
 absl::Status NoWorker() {
   return Unavailable("no worker is connected", "NO_WORKER", kNoWorkerRetry);
@@ -59,10 +75,7 @@ absl::Status NoWorker() {
 absl::StatusOr<WorkerAddress> ChooseForGeneration(const std::string& model_id,
                                                   std::span<const Replica> replicas) {
   const Replica* best = Best(replicas);
-  if (best == nullptr) {
-    return Unavailable(absl::StrCat("no connected worker has model '", model_id, "'"), "NO_WORKER",
-                       kNoWorkerRetry);
-  }
+  if (best == nullptr) return NoWorkerHas(model_id);
   switch (best->model.state()) {
     case v1::Model::READY:
       return best->worker;

@@ -33,6 +33,11 @@ struct Replica {
 absl::StatusOr<WorkerAddress> ChooseForGeneration(const std::string& model_id,
                                                   std::span<const Replica> replicas);
 
+// The worker that evaluates a model: loaded or not, its artifact is what counts; the least busy
+// one. UNAVAILABLE (NO_WORKER) without any.
+absl::StatusOr<WorkerAddress> ChooseForEvaluation(const std::string& model_id,
+                                                  std::span<const Replica> replicas);
+
 // The replica to load: one that is READY or loading already, else the least busy.
 const Replica* ChooseForLoad(std::span<const Replica> replicas);
 

@@ -15,15 +15,17 @@ constexpr absl::Duration kStalledRetry = absl::Seconds(1);
 // How long a client that stalled may take to fetch the status that tells it so.
 constexpr absl::Duration kStalledGrace = absl::Seconds(30);
 
-class StreamProxy : public StreamReactor, public std::enable_shared_from_this<StreamProxy> {
+template <typename Response>
+class StreamProxy : public StreamReactor<Response>,
+                    public std::enable_shared_from_this<StreamProxy<Response>> {
  public:
   StreamProxy(grpc::CallbackServerContext* context, const StreamLimits& limits, Executor* executor,
               std::function<void(const absl::Status&)> done)
       : server_context_(context), limits_(limits), executor_(executor), done_(std::move(done)) {}
 
-  void Start(absl::Duration timeout, const StartStream& start) {
-    server_side_ = shared_from_this();
-    worker_side_ = shared_from_this();
+  void Start(absl::Duration timeout, const StartStream<Response>& start) {
+    server_side_ = this->shared_from_this();
+    worker_side_ = this->shared_from_this();
     client_context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
     start(&client_context_, &reader_);
     // Reads are started from the server's reactions too, which the worker's call must outlive.
@@ -59,7 +61,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   }
 
  private:
-  class Reader : public StreamReader {
+  class Reader : public StreamReader<Response> {
    public:
     explicit Reader(StreamProxy* proxy) : proxy_(proxy) {}
     void OnReadDone(bool ok) override { proxy_->OnWorkerRead(ok); }
@@ -100,7 +102,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
     if (!is_writing_ && !buffer_.empty()) {
       is_writing_ = true;
       write_start_ = Clock::Real()->Monotonic();
-      StartWrite(&buffer_.front());
+      this->StartWrite(&buffer_.front());
     }
     if (worker_status_.has_value()) {
       if (buffer_.empty()) FinishOnce(*worker_status_);
@@ -127,7 +129,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
     client_status_ = status;
     // The message that is being written belongs to gRPC until OnWriteDone.
     buffer_.erase(buffer_.begin() + (is_writing_ ? 1 : 0), buffer_.end());
-    Finish(ToGrpcStatus(status));
+    this->Finish(ToGrpcStatus(status));
   }
 
   void RemoveHold() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
@@ -135,7 +137,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   }
 
   void WatchForStall() {
-    const std::weak_ptr<StreamProxy> weak = weak_from_this();
+    const std::weak_ptr<StreamProxy> weak = this->weak_from_this();
     executor_->PostAfter(limits_.stall_max / 8, [weak] {
       if (const std::shared_ptr<StreamProxy> self = weak.lock()) self->CheckStall();
     });
@@ -161,7 +163,7 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   // The status waits behind the message that the client does not read. A client that does not come
   // back for it at all must not hold the stream for ever.
   void CancelLater() {
-    const std::weak_ptr<StreamProxy> weak = weak_from_this();
+    const std::weak_ptr<StreamProxy> weak = this->weak_from_this();
     executor_->PostAfter(kStalledGrace, [weak] {
       const std::shared_ptr<StreamProxy> self = weak.lock();
       if (self == nullptr) return;
@@ -181,8 +183,8 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
   // Each side keeps the object alive until gRPC has called its OnDone.
   std::shared_ptr<StreamProxy> server_side_ ABSL_GUARDED_BY(mu_);
   std::shared_ptr<StreamProxy> worker_side_ ABSL_GUARDED_BY(mu_);
-  std::deque<v1::GenerateStreamResponse> buffer_ ABSL_GUARDED_BY(mu_);
-  v1::GenerateStreamResponse incoming_;  // of the read in flight
+  std::deque<Response> buffer_ ABSL_GUARDED_BY(mu_);
+  Response incoming_;  // of the read in flight
   bool is_reading_ ABSL_GUARDED_BY(mu_) = false;
   bool is_writing_ ABSL_GUARDED_BY(mu_) = false;
   bool is_held_ ABSL_GUARDED_BY(mu_) = true;
@@ -195,12 +197,21 @@ class StreamProxy : public StreamReactor, public std::enable_shared_from_this<St
 
 }  // namespace
 
-StreamReactor* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
-                           const StreamLimits& limits, Executor* executor, const StartStream& start,
-                           std::function<void(const absl::Status&)> done) {
-  auto proxy = std::make_shared<StreamProxy>(context, limits, executor, std::move(done));
+template <typename Response>
+StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
+                                     const StreamLimits& limits, Executor* executor,
+                                     const StartStream<Response>& start,
+                                     std::function<void(const absl::Status&)> done) {
+  auto proxy = std::make_shared<StreamProxy<Response>>(context, limits, executor, std::move(done));
   proxy->Start(timeout, start);
   return proxy.get();
 }
+
+template StreamReactor<v1::GenerateStreamResponse>* ProxyStream(
+    grpc::CallbackServerContext*, absl::Duration, const StreamLimits&, Executor*,
+    const StartStream<v1::GenerateStreamResponse>&, std::function<void(const absl::Status&)>);
+template StreamReactor<v1::EvaluateModelResponse>* ProxyStream(
+    grpc::CallbackServerContext*, absl::Duration, const StreamLimits&, Executor*,
+    const StartStream<v1::EvaluateModelResponse>&, std::function<void(const absl::Status&)>);
 
 }  // namespace walsh::fleet

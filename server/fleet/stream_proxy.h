@@ -1,4 +1,4 @@
-// Carries one generated stream from a worker to a client.
+// Carries one stream from a worker to a client: of generated tokens, or of an evaluation.
 //
 // Between them is a buffer of at most kStreamChunksMax messages. When it is full nothing more is
 // read from the worker, whose own writes then wait: a slow client slows its own stream down and
@@ -21,6 +21,7 @@
 #include "common/executor.h"
 #include "common/limits.h"
 #include "server/fleet/worker_client.h"
+#include "walsh/v1/evaluation.pb.h"
 #include "walsh/v1/generation.pb.h"
 
 namespace walsh::fleet {
@@ -30,16 +31,22 @@ struct StreamLimits {
   absl::Duration stall_max = absl::Seconds(limits::kStreamStallSecondsMax);
 };
 
-using StreamReactor = grpc::ServerWriteReactor<v1::GenerateStreamResponse>;
-using StreamReader = grpc::ClientReadReactor<v1::GenerateStreamResponse>;
+template <typename Response>
+using StreamReactor = grpc::ServerWriteReactor<Response>;
+template <typename Response>
+using StreamReader = grpc::ClientReadReactor<Response>;
 
-// Starts the worker's call: GenerateStream or ChatStream with its request.
-using StartStream = std::function<void(grpc::ClientContext*, StreamReader*)>;
+// Starts the worker's call with its request.
+template <typename Response>
+using StartStream = std::function<void(grpc::ClientContext*, StreamReader<Response>*)>;
 
 // Returns the reactor of the client's call, which gRPC owns from there. `done` runs once, when the
-// worker's call has ended, with the status that the client gets.
-StreamReactor* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
-                           const StreamLimits& limits, Executor* executor, const StartStream& start,
-                           std::function<void(const absl::Status&)> done);
+// worker's call has ended, with the status that the client gets. For GenerateStreamResponse and
+// EvaluateModelResponse.
+template <typename Response>
+StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
+                                     const StreamLimits& limits, Executor* executor,
+                                     const StartStream<Response>& start,
+                                     std::function<void(const absl::Status&)> done);
 
 }  // namespace walsh::fleet

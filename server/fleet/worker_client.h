@@ -21,6 +21,7 @@
 #include "common/grpc_connection_pool.h"
 #include "server/fleet/placement.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
+#include "walsh/v1/evaluation.grpc.pb.h"
 #include "walsh/v1/generation.grpc.pb.h"
 
 namespace walsh::fleet {
@@ -30,8 +31,8 @@ namespace internal_v1 = walsh::internal::v1;
 // What a call to a worker ended with, fit for a client.
 absl::Status FromWorker(const grpc::Status& status);
 
-// Generation runs on connections of its own, as many as its calls need: a worker that is full says
-// so, and loading, unloading and validation never wait behind streams.
+// Generation and evaluation run on connections of their own, as many as their calls need: a worker
+// that is full says so, and loading, unloading and validation never wait behind streams.
 class WorkerClient {
  public:
   explicit WorkerClient(const std::string& address);
@@ -53,8 +54,10 @@ class WorkerClient {
 
   struct GenerationStubs {
     explicit GenerationStubs(const std::shared_ptr<grpc::Channel>& channel)
-        : generation(v1::GenerationService::NewStub(channel)) {}
+        : generation(v1::GenerationService::NewStub(channel)),
+          evaluation(v1::EvaluationService::NewStub(channel)) {}
     const std::unique_ptr<v1::GenerationService::Stub> generation;
+    const std::unique_ptr<v1::EvaluationService::Stub> evaluation;
   };
   using GenerationPool = ConnectionPool<GenerationStubs>;
   // A place for one call; the client must outlive it.

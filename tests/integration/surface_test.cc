@@ -130,8 +130,9 @@ absl::StatusOr<std::string> ListServices(const std::string& address) {
 TEST_F(SurfaceTest, ReflectionListsThePublicServices) {
   ASSERT_OK_AND_ASSIGN(const std::string services,
                        ListServices(service_->endpoint("coordinator", "grpc")));
-  for (const char* name : {"walsh.v1.QuantizationService", "walsh.v1.ModelService",
-                           "walsh.v1.GenerationService", "grpc.health.v1.Health"}) {
+  for (const char* name :
+       {"walsh.v1.QuantizationService", "walsh.v1.ModelService", "walsh.v1.GenerationService",
+        "walsh.v1.EvaluationService", "grpc.health.v1.Health"}) {
     EXPECT_THAT(services, HasSubstr(name));
   }
   EXPECT_THAT(ListServices(service_->endpoint("coordinator", "internal")),

@@ -34,6 +34,7 @@
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/agent.h"
 #include "worker/service/describe.h"
+#include "worker/service/evaluation_service.h"
 #include "worker/service/generation_service.h"
 #include "worker/service/host_memory.h"
 #include "worker/service/job_runner.h"
@@ -133,6 +134,7 @@ class WorkerDaemon final : public Daemon {
   std::unique_ptr<ModelStore> models_;
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelHostService> model_host_;
+  std::unique_ptr<EvaluationService> evaluation_;
   std::unique_ptr<grpc::Server> server_;
   int grpc_port_ = 0;
   std::unique_ptr<HttpServer> http_;
@@ -210,6 +212,9 @@ absl::Status WorkerDaemon::StartServer() {
           .memory = [this] { return ReadMemory(); },
           .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); }},
       models_.get());
+  evaluation_ = std::make_unique<EvaluationService>(
+      EvaluationService::Options{.resolve = resolve_, .n_threads = options_.threads}, models_.get(),
+      clock_);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
@@ -218,6 +223,7 @@ absl::Status WorkerDaemon::StartServer() {
                            grpc::InsecureServerCredentials(), &grpc_port_);
   builder.RegisterService(generation_.get());
   builder.RegisterService(model_host_.get());
+  builder.RegisterService(evaluation_.get());
   server_ = builder.BuildAndStart();
   if (server_ == nullptr || grpc_port_ == 0) {
     return absl::UnavailableError(absl::StrCat(
@@ -225,6 +231,7 @@ absl::Status WorkerDaemon::StartServer() {
   }
   grpc::HealthCheckServiceInterface& health = *server_->GetHealthCheckService();
   health.SetServingStatus(v1::GenerationService::service_full_name(), true);
+  health.SetServingStatus(v1::EvaluationService::service_full_name(), true);
   health.SetServingStatus(internal::v1::ModelHostService::service_full_name(), true);
   return absl::OkStatus();
 }
@@ -355,6 +362,7 @@ void WorkerDaemon::Stop() {
   if (is_stopping_.exchange(true)) return;
   WALSH_LOG(Info, "stopping");
   RefuseWork();
+  if (evaluation_ != nullptr) evaluation_->Stop();
   // The job goes back while requests finish.
   std::thread goodbye;
   if (agent_ != nullptr) goodbye = std::thread([this] { agent_->Stop(); });

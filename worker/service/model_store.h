@@ -77,6 +77,8 @@ class ModelStore {
   // Sums over all loaded models; the heartbeat is the oldest one.
   engine::Stats TotalStats() const;
 
+  // A model's artifact. It goes when the model is deleted, whoever reads it.
+  std::string Directory(const std::string& id) const;
   // Where a job builds its artifact; unique by job and token.
   std::string TemporaryDirectory(std::string_view job_id, int64_t fencing_token) const;
   // ALREADY_EXISTS (ErrorInfo MODEL_EXISTS) when a model or anything else has the name: a damaged
@@ -104,7 +106,6 @@ class ModelStore {
   };
 
   ModelStore(Options options, Clock* clock);
-  std::string Directory(const std::string& id) const;
   // The job's name is kept beside the artifact, whose own bytes depend on its inputs alone.
   std::string OriginPath(const std::string& id) const;
   void RemoveTemporaries();

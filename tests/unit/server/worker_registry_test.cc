@@ -303,6 +303,15 @@ TEST(PlacementTest, ReasonsForNone) {
   EXPECT_EQ(reason({ReplicaOn("a", Model::FAILED)}), "MODEL_NOT_LOADED");
 }
 
+TEST(PlacementTest, EvaluationGoesToTheLeastBusyWorkerLoadedOrNot) {
+  const std::vector<Replica> replicas = {ReplicaOn("a", Model::READY, 3),
+                                         ReplicaOn("c", Model::UNLOADED, 1),
+                                         ReplicaOn("b", Model::FAILED, 1)};
+  ASSERT_OK_AND_ASSIGN(const WorkerAddress worker, ChooseForEvaluation("m", replicas));
+  EXPECT_EQ(worker.worker_id, "b");
+  EXPECT_EQ(ErrorReason(ChooseForEvaluation("m", {}).status()), "NO_WORKER");
+}
+
 TEST(PlacementTest, MergeShowsTheMostUsefulState) {
   Model row;
   row.set_name("models/m");

@@ -78,7 +78,7 @@ TEST(HtmlReportTest, ShowsFiguresAndPlots) {
   const std::string html = HtmlReport(FinishedJob());
   ExpectWellFormed(html);
   EXPECT_THAT(html, AllOf(HasSubstr("walsh: demo-2bit (job abc)"), HasSubstr("20.313"),
-                          HasSubstr("x2.0431 on 8,190 tokens"), HasSubstr("0.25 nats"),
+                          HasSubstr("x2.0431 on 8,190 tokens"), HasSubstr("0.2500 nats"),
                           HasSubstr("75.00 %"), HasSubstr("QUANTIZING"), HasSubstr("12.5 s"),
                           HasSubstr("212 MB"), HasSubstr("layers.2.mlp.down_proj")));
   EXPECT_EQ(Count(html, "<polyline"), 2) << "a line for each kind";

@@ -1,0 +1,149 @@
+// Goal:   `walsh eval` through coordinator and worker: figures of a published model, and clear
+//         refusals.
+// Method: one quantized model on real daemons, evaluated by the command and by the client.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "common/grpc_cancellation.h"
+#include "common/grpc_status.h"
+#include "common/publish.h"
+#include "tests/testing/service_fixture.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/test_model.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::ServiceFixture;
+using ::walsh::testing::StatusIs;
+using ::walsh::testing::TestModel;
+
+constexpr char kTask[] =
+    R"({"query": "Question: What did the cat do?", "choices": ["It sat.", "Zebra tax."], "gold": 0})"
+    "\n"
+    R"({"query": "Question: Where is mom?", "choices": ["Sky bolt.", "At home."], "gold": 1})"
+    "\n";
+
+class EvalTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    ASSERT_OK(PublishFile(texts_ / "t.jsonl", kTask));
+    ASSERT_OK(service_.Start());
+    v1::CreateQuantizationJobRequest request;
+    v1::QuantizationJob& job = *request.mutable_quantization_job();
+    job.set_source_model(model_.path());
+    job.set_model_name("m");
+    v1::QuantizationConfig& config = *job.mutable_config();
+    config.set_bits(3);
+    config.mutable_calibration()->set_uri(model_.text_path());
+    config.mutable_calibration()->set_num_samples(8);
+    config.mutable_calibration()->set_sequence_length(128);
+    config.mutable_evaluation()->set_uri(model_.text_path());
+    config.mutable_evaluation()->set_max_windows(6);
+    config.mutable_evaluation()->set_sequence_length(128);
+    ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob created, service_.client().CreateJob(request));
+    ASSERT_OK_AND_ASSIGN(job_, service_.client().WatchJob(created.name(), 0, {}));
+    ASSERT_EQ(job_.state(), v1::QuantizationJob::SUCCEEDED) << job_.error().message();
+  }
+
+  const TestModel model_;
+  const testing::TempDir texts_;
+  ServiceFixture service_{{.model_roots = {model_.root(), texts_.path()}}};
+  v1::QuantizationJob job_;
+};
+
+// The model is not loaded: what counts is its artifact.
+TEST_F(EvalTest, TheCommandMeasuresWhatTheJobMeasured) {
+  ASSERT_OK_AND_ASSIGN(const client::Output output,
+                       service_.RunWalsh({"eval", "m", "--text", model_.text_path(), "--windows",
+                                          "6", "--window", "128", "--reference", "source",
+                                          "--tasks", texts_ / "t.jsonl", "--output", "json"}));
+  ASSERT_EQ(output.exit_code, 0) << output.err;
+  const auto result = nlohmann::json::parse(output.out);
+  EXPECT_EQ(result["model"], "models/m");
+  const auto& text = result["text"];
+  EXPECT_NEAR(text["perplexity"].get<double>(), job_.result().perplexity_after(), 1e-6);
+  EXPECT_NEAR(text["reference_perplexity"].get<double>(), job_.result().perplexity_before(), 1e-6);
+  EXPECT_NEAR(text["kl_divergence"].get<double>(), job_.result().kl_divergence(), 1e-9);
+  EXPECT_NEAR(text["top1_agreement"].get<double>(), job_.result().top1_agreement(), 1e-12);
+  EXPECT_GT(text["perplexity_stderr"].get<double>(), 0);
+  ASSERT_EQ(result["tasks"].size(), 1u);
+  EXPECT_EQ(result["tasks"][0]["name"], "t");
+  EXPECT_EQ(result["tasks"][0]["items"], "2");
+  EXPECT_TRUE(result["tasks"][0].contains("accuracy_norm"));
+
+  ASSERT_OK_AND_ASSIGN(
+      const client::Output shown,
+      service_.RunWalsh({"eval", "models/m", "--tasks", texts_ / "t.jsonl", "--limit", "1"}));
+  EXPECT_EQ(shown.exit_code, 0) << shown.err;
+  EXPECT_THAT(shown.out, AllOf(HasSubstr("model 'm', evaluated in"), HasSubstr("accuracy norm.")));
+  EXPECT_THAT(shown.err, HasSubstr("evaluating t"));
+}
+
+TEST_F(EvalTest, RefusesWithTheReason) {
+  const auto eval = [&](std::vector<std::string> flags) {
+    flags.insert(flags.begin(), "eval");
+    const auto output = service_.RunWalsh(flags);
+    EXPECT_OK(output);
+    EXPECT_EQ(output->exit_code, 1);
+    return output->err;
+  };
+  EXPECT_THAT(eval({"m"}), HasSubstr("nothing to evaluate"));
+  EXPECT_THAT(eval({"nobody", "--text", model_.text_path()}), HasSubstr("NOT_FOUND"));
+  EXPECT_THAT(eval({"m", "--text", "/etc/passwd"}), HasSubstr("text.uri"));
+  EXPECT_THAT(eval({"m", "--tasks", texts_ / "none.jsonl"}),
+              AllOf(HasSubstr("NOT_FOUND"), HasSubstr("tasks[0].uri")));
+  EXPECT_THAT(eval({"m", "--text", model_.text_path(), "--window", "8"}),
+              AllOf(HasSubstr("text.window"), HasSubstr("from 32 to 32768")));
+  EXPECT_THAT(eval({"m", "--tasks", texts_ / "t.jsonl", "--deadline", "0.001"}),
+              HasSubstr("DEADLINE_EXCEEDED"));
+}
+
+TEST_F(EvalTest, ACancelledEvaluationMakesRoomForTheNext) {
+  v1::EvaluateModelRequest request;
+  request.set_model("m");
+  request.mutable_text()->set_uri(model_.text_path());
+  request.mutable_text()->set_window(128);
+  request.mutable_text()->set_stride(1);  // some thousand windows: takes long enough
+  Cancellation cancellation;
+  std::thread canceller;
+  const auto ended = service_.client().EvaluateModel(
+      request,
+      [&](const v1::EvaluateModelResponse::Progress& progress) {
+        if (progress.step() == "text" && !canceller.joinable()) {
+          canceller = std::thread([&] { cancellation.Cancel(); });
+        }
+      },
+      &cancellation);
+  EXPECT_THAT(ended, HasCode(absl::StatusCode::kCancelled));
+  if (canceller.joinable()) canceller.join();
+  request.mutable_text()->set_stride(0);
+  request.mutable_text()->set_max_windows(1);
+  absl::StatusOr<v1::EvaluateModelResponse::Result> next;
+  const absl::Time deadline = absl::Now() + absl::Seconds(30);
+  do {
+    next = service_.client().EvaluateModel(request, {});
+  } while (absl::IsResourceExhausted(next.status()) && absl::Now() < deadline);
+  ASSERT_OK(next);
+  EXPECT_EQ(next->text().windows(), 1);
+}
+
+TEST_F(EvalTest, TheJobsReportIsAPage) {
+  const testing::TempDir dir;
+  ASSERT_OK_AND_ASSIGN(
+      const client::Output output,
+      service_.RunWalsh({"jobs", "report", job_.name(), "--file", dir / "r.html"}));
+  ASSERT_EQ(output.exit_code, 0) << output.err;
+  ASSERT_OK_AND_ASSIGN(const std::string html, ReadFile(dir / "r.html", 1 << 24));
+  EXPECT_THAT(html, AllOf(HasSubstr("<!DOCTYPE html>"), HasSubstr("<polyline"),
+                          HasSubstr("EVALUATING"), HasSubstr("KL divergence")));
+}
+
+}  // namespace
+}  // namespace walsh

@@ -1,0 +1,208 @@
+#include "worker/service/evaluation_service.h"
+
+#include <grpcpp/server_context.h>
+#include <sys/resource.h>
+
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/evaluation_limits.h"
+#include "common/grpc_status.h"
+#include "common/limits.h"
+#include "common/log.h"
+#include "common/resource_name.h"
+#include "common/status_macros.h"
+#include "worker/kernels/thread_pool.h"
+
+namespace walsh::service {
+namespace {
+
+constexpr int kEvaluationNice = 10;  // a job's
+constexpr absl::Duration kProgressInterval = absl::Seconds(1);
+constexpr absl::Duration kBusyRetryDelay = absl::Seconds(10);
+
+// One of the evaluations that may run; frees its place.
+class Place {
+ public:
+  explicit Place(std::atomic<int>* n_running)
+      : n_running_(n_running), is_taken_(++*n_running <= limits::kEvaluationsMax) {}
+  ~Place() { --*n_running_; }
+  Place(const Place&) = delete;
+  Place& operator=(const Place&) = delete;
+  bool is_taken() const { return is_taken_; }
+
+ private:
+  std::atomic<int>* const n_running_;
+  const bool is_taken_;
+};
+
+absl::Status Busy() {
+  absl::Status status = absl::ResourceExhaustedError(absl::StrCat(
+      "this worker runs as many evaluations as it takes (", limits::kEvaluationsMax, ")"));
+  SetErrorInfo(status, "EVALUATION_RUNNING");
+  SetRetryDelay(status, kBusyRetryDelay);
+  return status;
+}
+
+absl::Status Stopping() {
+  absl::Status status = absl::UnavailableError("the worker is stopping");
+  SetErrorInfo(status, "WORKER_STOPPING");
+  return status;
+}
+
+// As the client knows the field.
+absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std::string& field,
+                                         const std::string& path) {
+  absl::StatusOr<std::string> resolved = resolve(path);
+  if (resolved.ok()) return resolved;
+  return absl::Status(resolved.status().code(),
+                      absl::StrCat(field, ": ", resolved.status().message()));
+}
+
+v1::TextResult ToProto(const evaluate::TextReport& report) {
+  v1::TextResult result;
+  result.set_perplexity(report.perplexity.mean);
+  result.set_perplexity_stderr(report.perplexity.standard_error);
+  result.set_loss(report.loss);
+  result.set_windows(report.windows);
+  result.set_tokens(report.tokens);
+  result.set_window(static_cast<int32_t>(report.window));
+  result.set_stride(static_cast<int32_t>(report.stride));
+  result.set_fingerprint(report.fingerprint);
+  if (report.reference_format.empty()) return result;
+  result.set_reference_format(report.reference_format);
+  result.set_reference_perplexity(report.reference_perplexity);
+  result.set_kl_divergence(report.kl_divergence.mean);
+  result.set_kl_divergence_stderr(report.kl_divergence.standard_error);
+  result.set_top1_agreement(report.top1_agreement);
+  return result;
+}
+
+v1::TaskResult ToProto(const evaluate::TaskReport& report) {
+  v1::TaskResult result;
+  result.set_name(report.name);
+  result.set_items(report.items);
+  result.set_accuracy(report.score.accuracy.mean);
+  result.set_accuracy_stderr(report.score.accuracy.standard_error);
+  if (report.score.accuracy_norm.has_value()) {
+    result.set_accuracy_norm(report.score.accuracy_norm->mean);
+    result.set_accuracy_norm_stderr(report.score.accuracy_norm->standard_error);
+  }
+  if (report.score.perplexity.has_value()) {
+    result.set_perplexity(report.score.perplexity->mean);
+    result.set_perplexity_stderr(report.score.perplexity->standard_error);
+  }
+  result.set_tokens(report.score.tokens);
+  result.set_truncated_items(report.score.truncated_items);
+  return result;
+}
+
+}  // namespace
+
+EvaluationService::EvaluationService(Options options, const ModelStore* models, const Clock* clock)
+    : options_(std::move(options)), models_(models), clock_(clock) {}
+
+absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
+    const v1::EvaluateModelRequest& request) const {
+  WALSH_RETURN_IF_ERROR(ValidateEvaluation(request));
+  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", request.model()));
+  WALSH_RETURN_IF_ERROR(models_->Get(id).status());
+  evaluate::EvaluationSpec spec;
+  spec.artifact_directory = models_->Directory(id);
+  spec.skip_bos = request.skip_bos();
+  if (request.has_text()) {
+    const v1::TextEvaluation& asked = request.text();
+    evaluate::TextSpec& text = spec.text.emplace();
+    WALSH_ASSIGN_OR_RETURN(text.path, ResolveField(options_.resolve, "text.uri", asked.uri()));
+    text.joins_rows = asked.format() == v1::TextEvaluation::WIKITEXT;
+    text.window = asked.window();
+    text.stride = asked.stride();
+    text.max_windows = asked.max_windows();
+    if (!asked.reference().empty()) {
+      WALSH_ASSIGN_OR_RETURN(text.reference_path,
+                             ResolveField(options_.resolve, "text.reference", asked.reference()));
+    }
+  }
+  for (int i = 0; i < request.tasks_size(); ++i) {
+    const v1::TaskEvaluation& asked = request.tasks(i);
+    evaluate::TaskSpec& task = spec.tasks.emplace_back();
+    WALSH_ASSIGN_OR_RETURN(
+        task.path, ResolveField(options_.resolve, absl::StrCat("tasks[", i, "].uri"), asked.uri()));
+    task.limit = asked.limit();
+  }
+  return spec;
+}
+
+absl::StatusOr<evaluate::EvaluationReport> EvaluationService::RunNicely(
+    const evaluate::EvaluationSpec& spec, const evaluate::StepProgress& progress) {
+  absl::StatusOr<evaluate::EvaluationReport> report;
+  std::thread evaluating([&] {
+    // Of this thread alone, and of those that it starts; a process without privileges cannot take
+    // it back.
+    setpriority(PRIO_PROCESS, 0, kEvaluationNice);
+    try {
+      ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
+      report = options_.evaluate(spec, pool, progress);
+    } catch (const std::bad_alloc&) {
+      report = absl::ResourceExhaustedError("no memory left for the evaluation");
+    } catch (const std::system_error& e) {
+      report =
+          absl::ResourceExhaustedError(absl::StrCat("no thread for the evaluation: ", e.what()));
+    }
+  });
+  evaluating.join();
+  return report;
+}
+
+absl::Status EvaluationService::Run(grpc::ServerContext& context,
+                                    const v1::EvaluateModelRequest& request,
+                                    grpc::ServerWriter<v1::EvaluateModelResponse>& writer) {
+  WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationSpec spec, ToSpec(request));
+  if (is_stopping_) return Stopping();
+  const Place place(&n_running_);
+  if (!place.is_taken()) return Busy();
+  const absl::Duration start = clock_->Monotonic();
+  absl::Duration written = -absl::InfiniteDuration();
+  std::string step_written;
+  const auto show = [&](const std::string& step, double fraction) -> absl::Status {
+    if (is_stopping_) return Stopping();
+    if (std::chrono::system_clock::now() >= context.deadline()) {
+      return absl::DeadlineExceededError("the evaluation took longer than the call's deadline");
+    }
+    if (context.IsCancelled()) return absl::CancelledError("the call was cancelled");
+    const absl::Duration now = clock_->Monotonic();
+    if (step == step_written && now - written < kProgressInterval) return absl::OkStatus();
+    step_written = step;
+    written = now;
+    v1::EvaluateModelResponse response;
+    response.mutable_progress()->set_step(step);
+    response.mutable_progress()->set_fraction(fraction);
+    return writer.Write(response) ? absl::OkStatus() : absl::CancelledError("the client has gone");
+  };
+  WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationReport report, RunNicely(spec, show));
+
+  v1::EvaluateModelResponse response;
+  v1::EvaluateModelResponse::Result& result = *response.mutable_result();
+  result.set_model(ModelName(ParseModelName("model", request.model()).value()));
+  if (report.text.has_value()) *result.mutable_text() = ToProto(*report.text);
+  for (const evaluate::TaskReport& task : report.tasks) *result.add_tasks() = ToProto(task);
+  result.set_seconds(absl::ToDoubleSeconds(clock_->Monotonic() - start));
+  for (const std::string& warning : report.warnings) result.add_warnings(warning);
+  return writer.Write(response) ? absl::OkStatus() : absl::CancelledError("the client has gone");
+}
+
+grpc::Status EvaluationService::EvaluateModel(
+    grpc::ServerContext* context, const v1::EvaluateModelRequest* request,
+    grpc::ServerWriter<v1::EvaluateModelResponse>* writer) {
+  const absl::Duration start = clock_->Monotonic();
+  const absl::Status status = Run(*context, *request, *writer);
+  WALSH_LOG(Info, "evaluation ended", {"request_id", request->request_id()},
+            {"model", request->model()}, {"status", status},
+            {"seconds", absl::ToDoubleSeconds(clock_->Monotonic() - start)});
+  return ToGrpcStatus(status);
+}
+
+}  // namespace walsh::service
