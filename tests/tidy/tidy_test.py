@@ -29,6 +29,7 @@ ARROWS = {
     "worker/kernels": TENSOR,
     "worker/io": TENSOR,
     "worker/tokenizer": TENSOR + ["worker/io"],
+    "worker/interop": TENSOR + ["worker/io"],
     "worker/model": MODEL_PARTS,
     "worker/rotate": MODEL_PARTS,
     "worker/gptq": MODEL_PARTS,

@@ -34,6 +34,7 @@
 #include "worker/io/checkpoint.h"
 #include "worker/io/gptq_packing.h"
 #include "worker/io/online_transforms.h"
+#include "worker/io/sharded_safetensors_writer.h"
 #include "worker/tensor/quantized_matrix.h"
 #include "worker/tensor/uninitialized_vector.h"
 
@@ -53,9 +54,6 @@ struct ArtifactInfo {
   std::string sha256;            // of walsh.json, and through it of everything
   int64_t create_time_unix = 0;  // modification time of walsh.json
 };
-
-// A shard is closed before it would grow beyond this; one larger tensor has a shard of its own.
-inline constexpr int64_t kShardBytesMax = 2'000'000'000;
 
 // A linear in the tensors of the gptq_v2 convention, as a device packs them.
 struct PackedTensors {
@@ -129,6 +127,8 @@ class ArtifactReader {
   virtual const ArtifactInfo& info() const = 0;
   // What a forward pass must do beside the weights.
   virtual const OnlineTransforms& online() const = 0;
+  // config.json, tokenizer files and licence, by name: those that walsh.json lists.
+  virtual const std::map<std::string, std::string>& side_files() const = 0;
   // `name` without suffix, as in WriteQuantized.
   virtual bool IsQuantized(std::string_view name) const = 0;
   virtual absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const = 0;

@@ -148,9 +148,9 @@ class Reader final : public ArtifactReader {
                                                               const KeepGoing& keep_going) {
     auto reader = std::make_unique<Reader>();
     WALSH_ASSIGN_OR_RETURN(reader->manifest_, ReadManifest(directory));
-    WALSH_ASSIGN_OR_RETURN(const SideFiles files, reader->ReadListedSideFiles(directory));
-    WALSH_RETURN_IF_ERROR(reader->ReadConfig(files));
-    WALSH_ASSIGN_OR_RETURN(reader->tokenizer_, TokenizerSourceOf(files));
+    WALSH_ASSIGN_OR_RETURN(reader->side_files_, reader->ReadListedSideFiles(directory));
+    WALSH_RETURN_IF_ERROR(reader->ReadConfig(reader->side_files_));
+    WALSH_ASSIGN_OR_RETURN(reader->tokenizer_, TokenizerSourceOf(reader->side_files_));
     WALSH_RETURN_IF_ERROR(reader->OpenShards(directory));
     if (verify) WALSH_RETURN_IF_ERROR(reader->VerifyShards(directory, n_threads, keep_going));
     WALSH_RETURN_IF_ERROR(reader->CheckTensors());
@@ -161,6 +161,7 @@ class Reader final : public ArtifactReader {
   const TokenizerSource& tokenizer() const override { return tokenizer_; }
   const ArtifactInfo& info() const override { return manifest_.info; }
   const OnlineTransforms& online() const override { return online_; }
+  const SideFiles& side_files() const override { return side_files_; }
 
   bool IsQuantized(std::string_view name) const override {
     return linears_.find(name) != linears_.end();
@@ -429,6 +430,7 @@ class Reader final : public ArtifactReader {
   ModelConfig config_;
   OnlineTransforms online_;
   TokenizerSource tokenizer_;
+  SideFiles side_files_;
   WeightMap weight_map_;
   std::vector<std::string> shards_;
   std::vector<std::unique_ptr<RandomAccessFile>> files_;  // of the shards

@@ -26,7 +26,7 @@
 #include "worker/io/hf_directory.h"
 #include "worker/io/not_finite.h"
 #include "worker/io/random_access_file.h"
-#include "worker/io/safetensors_writer.h"
+#include "worker/io/sharded_safetensors_writer.h"
 #include "worker/io/tokenizer_json_writer.h"
 #include "worker/tensor/half.h"
 
@@ -36,14 +36,6 @@ namespace {
 using nlohmann::json;
 
 constexpr char kConfigFile[] = "config.json";
-
-std::string TemporaryShardName(size_t index) { return absl::StrCat("shard-", index, ".partial"); }
-
-std::string ShardName(size_t index, size_t n_shards) {
-  char name[64];
-  std::snprintf(name, sizeof(name), "model-%05zu-of-%05zu.safetensors", index + 1, n_shards);
-  return name;
-}
 
 std::string WithoutSuffix(const std::string& name, const std::string& suffix) {
   const bool has_suffix = name.size() > suffix.size() &&
@@ -63,6 +55,18 @@ absl::Status CheckFiniteInBf16(const std::string& tensor, const Matrix& matrix) 
     if (!std::isfinite(Bf16ToFloat(FloatToBf16(value)))) return NotFiniteInBf16(tensor, value, i);
   }
   return absl::OkStatus();
+}
+
+// Room for the header of any shard.
+int64_t HeaderBytes(ModelConfig model) {
+  model.tied_embeddings = false;
+  int64_t bytes = 256;
+  for (const ExpectedTensor& tensor : ExpectedTensors(model)) {
+    // A linear becomes four tensors, with about so much in the header for each.
+    constexpr int64_t kEntryBytes = 200;
+    bytes += 4 * (static_cast<int64_t>(tensor.name.size()) + kEntryBytes);
+  }
+  return bytes;
 }
 
 absl::Status CheckPacked(const PackedTensors& linear, const GptqShape& shape) {
@@ -88,13 +92,10 @@ class Writer final : public ArtifactWriter {
         model_(std::move(model)),
         config_(std::move(config)),
         side_files_(std::move(side_files)),
-        shard_bytes_max_(shard_bytes_max) {
+        weights_(directory_, HeaderBytes(model_), shard_bytes_max) {
     // The head is written on its own, whether or not the source ties it.
     model_.tied_embeddings = false;
     for (const ExpectedTensor& tensor : ExpectedTensors(model_)) {
-      // A linear becomes four tensors, with about so much in the header for each.
-      constexpr int64_t kEntryBytes = 200;
-      header_bytes_ += 4 * (static_cast<int64_t>(tensor.name.size()) + kEntryBytes);
       if (tensor.is_norm && model_.norm_offset != 0) offset_norms_.insert(tensor.name);
     }
   }
@@ -109,14 +110,14 @@ class Writer final : public ArtifactWriter {
     }
     WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, packed->qweight));
     if (shape.grid == StoredGrid::kCodebook) {
-      WALSH_RETURN_IF_ERROR(Write(linear + ".levels", "F16",
-                                  {shape.groups(), shape.rows, int64_t{1} << shape.bits},
-                                  std::as_bytes(std::span(packed->levels))));
+      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".levels", "F16",
+                                           {shape.groups(), shape.rows, int64_t{1} << shape.bits},
+                                           std::as_bytes(std::span(packed->levels))));
     } else {
-      WALSH_RETURN_IF_ERROR(Write(linear + ".zeros", "F16", {shape.groups(), shape.rows},
-                                  std::as_bytes(std::span(packed->zeros))));
-      WALSH_RETURN_IF_ERROR(Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
-                                  std::as_bytes(std::span(packed->scales))));
+      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".zeros", "F16", {shape.groups(), shape.rows},
+                                           std::as_bytes(std::span(packed->zeros))));
+      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
+                                           std::as_bytes(std::span(packed->scales))));
     }
     quantized_.insert(linear);
     return absl::OkStatus();
@@ -161,17 +162,16 @@ class Writer final : public ArtifactWriter {
       return NotFiniteInBf16(tensor, Bf16ToFloat(matrix.values[static_cast<size_t>(*bad)]), *bad);
     }
     WALSH_RETURN_IF_ERROR(BeginDense(tensor, matrix.rows, matrix.cols, one_dimensional));
-    WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(matrix.values))));
+    WALSH_RETURN_IF_ERROR(weights_.Append(std::as_bytes(std::span(matrix.values))));
     dense_.insert(tensor);
     return absl::OkStatus();
   }
 
   absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report, int n_threads,
                                       const KeepGoing& keep_going) override {
-    WALSH_RETURN_IF_ERROR(failure_);
+    WALSH_RETURN_IF_ERROR(weights_.failure());
     WALSH_RETURN_IF_ERROR(CheckComplete());
-    WALSH_RETURN_IF_ERROR(CloseShard());
-    WALSH_RETURN_IF_ERROR(NameShards());
+    WALSH_ASSIGN_OR_RETURN(files_, weights_.Finish());
     config_["quantization_config"] = quantization_config;
     side_files_[kConfigFile] = config_.dump(2) + "\n";
     for (const auto& [name, text] : side_files_) WALSH_RETURN_IF_ERROR(WriteSmall(name, text));
@@ -182,7 +182,7 @@ class Writer final : public ArtifactWriter {
     return ArtifactReader::ReadInfo(directory_);
   }
 
-  int64_t bytes_written() const override { return bytes_written_; }
+  int64_t bytes_written() const override { return weights_.bytes_written() + small_bytes_written_; }
 
  private:
   static absl::Status Named(const std::string& name, const absl::Status& status) {
@@ -194,10 +194,10 @@ class Writer final : public ArtifactWriter {
                            std::span<const uint32_t> qweight, std::span<const uint32_t> qzeros,
                            std::span<const uint16_t> scales) {
     WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, qweight));
-    WALSH_RETURN_IF_ERROR(Write(linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()},
-                                std::as_bytes(qzeros)));
-    WALSH_RETURN_IF_ERROR(
-        Write(linear + ".scales", "F16", {shape.groups(), shape.rows}, std::as_bytes(scales)));
+    WALSH_RETURN_IF_ERROR(weights_.Write(
+        linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()}, std::as_bytes(qzeros)));
+    WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
+                                         std::as_bytes(scales)));
     quantized_.insert(linear);
     return absl::OkStatus();
   }
@@ -206,9 +206,9 @@ class Writer final : public ArtifactWriter {
                           std::span<const uint32_t> qweight) {
     const std::vector<int32_t> g_idx = GroupIndex(shape);
     WALSH_RETURN_IF_ERROR(
-        Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
-    return Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
-                 std::as_bytes(qweight));
+        weights_.Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
+    return weights_.Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
+                          std::as_bytes(qweight));
   }
 
   absl::Status WriteAsItIs(const std::string& tensor, const Matrix& matrix, bool one_dimensional) {
@@ -220,7 +220,7 @@ class Writer final : public ArtifactWriter {
       const int64_t n = std::min(kPiece, matrix.size() - first);
       piece.resize(static_cast<size_t>(n));
       std::transform(matrix.data() + first, matrix.data() + first + n, piece.begin(), FloatToBf16);
-      WALSH_RETURN_IF_ERROR(Append(std::as_bytes(std::span(piece))));
+      WALSH_RETURN_IF_ERROR(weights_.Append(std::as_bytes(std::span(piece))));
     }
     dense_.insert(tensor);
     return absl::OkStatus();
@@ -232,68 +232,13 @@ class Writer final : public ArtifactWriter {
     const std::vector<int64_t> shape = one_dimensional && rows == 1
                                            ? std::vector<int64_t>{cols}
                                            : std::vector<int64_t>{rows, cols};
-    return Begin(tensor, "BF16", shape, rows * cols * static_cast<int64_t>(sizeof(uint16_t)));
-  }
-
-  absl::Status Write(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
-                     std::span<const std::byte> bytes) {
-    WALSH_RETURN_IF_ERROR(Begin(name, dtype, shape, static_cast<int64_t>(bytes.size())));
-    return Append(bytes);
-  }
-
-  absl::Status Begin(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
-                     int64_t n_bytes) {
-    WALSH_RETURN_IF_ERROR(failure_);
-    if (!written_.insert(name).second) {
-      return absl::FailedPreconditionError(absl::StrCat("tensor '", name, "' was written already"));
-    }
-    const bool is_full = shard_ != nullptr && (shard_->data_bytes() + n_bytes > shard_bytes_max_ ||
-                                               !shard_->HasRoom(name, shape));
-    if (is_full) WALSH_RETURN_IF_ERROR(CloseShard());
-    if (shard_ == nullptr) {
-      WALSH_ASSIGN_OR_RETURN(
-          shard_,
-          SafetensorsWriter::Create(
-              absl::StrCat(directory_, "/", TemporaryShardName(shards_.size())), header_bytes_));
-    }
-    shard_->Begin(name, dtype, shape);
-    return absl::OkStatus();
-  }
-
-  absl::Status Append(std::span<const std::byte> bytes) {
-    bytes_written_ += static_cast<int64_t>(bytes.size());
-    failure_ = shard_->Append(bytes);
-    return failure_;
-  }
-
-  absl::Status CloseShard() {
-    if (shard_ == nullptr) return absl::OkStatus();
-    WALSH_RETURN_IF_ERROR(shard_->Finish());
-    shards_.push_back(shard_->tensors());
-    data_bytes_ += shard_->data_bytes();
-    shard_.reset();
-    return absl::OkStatus();
-  }
-
-  // How many shards there are is in their names, so they get them last.
-  absl::Status NameShards() {
-    json weight_map = json::object();
-    for (size_t i = 0; i < shards_.size(); ++i) {
-      const std::string name = ShardName(i, shards_.size());
-      const std::string from = absl::StrCat(directory_, "/", TemporaryShardName(i));
-      if (rename(from.c_str(), absl::StrCat(directory_, "/", name).c_str()) != 0) {
-        return ErrnoStatus(errno, absl::StrCat("naming ", name));
-      }
-      files_.push_back(name);
-      for (const std::string& tensor : shards_[i]) weight_map[tensor] = name;
-    }
-    const json index = {{"metadata", {{"total_size", data_bytes_}}}, {"weight_map", weight_map}};
-    return WriteSmall(kWeightsIndexFile, index.dump(2) + "\n");
+    return weights_.Begin(tensor, "BF16", shape,
+                          rows * cols * static_cast<int64_t>(sizeof(uint16_t)));
   }
 
   absl::Status WriteSmall(const std::string& name, const std::string& text) {
     WALSH_RETURN_IF_ERROR(PublishFile(absl::StrCat(directory_, "/", name), text));
-    bytes_written_ += static_cast<int64_t>(text.size());
+    small_bytes_written_ += static_cast<int64_t>(text.size());
     files_.push_back(name);
     return absl::OkStatus();
   }
@@ -312,19 +257,12 @@ class Writer final : public ArtifactWriter {
   ModelConfig model_;
   json config_;
   SideFiles side_files_;
-  const int64_t shard_bytes_max_;
-  int64_t header_bytes_ = 256;
-
-  std::unique_ptr<SafetensorsWriter> shard_;
-  std::vector<std::vector<std::string>> shards_;  // the tensors of each
-  std::vector<std::string> files_;                // that walsh.json lists
-  std::set<std::string> written_;
+  ShardedSafetensorsWriter weights_;
+  std::vector<std::string> files_;  // that walsh.json lists
   std::set<std::string> quantized_;
   std::set<std::string> dense_;
   std::set<std::string> offset_norms_;  // stored less the model's norm_offset
-  absl::Status failure_;  // of the disk: a tensor is then there in part, and nothing can follow
-  int64_t data_bytes_ = 0;
-  int64_t bytes_written_ = 0;
+  int64_t small_bytes_written_ = 0;
 };
 
 // The source's own files, or tokenizer files made from a GGUF vocabulary.

@@ -496,6 +496,32 @@ std::string HfTensorName(std::string_view gguf_name, std::string_view architectu
                       std::string(gguf_name.substr(kind_begin)));
 }
 
+std::vector<float> Llama3FrequencyDivisors(const RopeScaling& scaling, int64_t head_dim,
+                                           double rope_theta) {
+  const std::vector<double> divisors = Llama3Divisors(scaling, head_dim, rope_theta);
+  return std::vector<float>(divisors.begin(), divisors.end());
+}
+
+absl::StatusOr<std::string> GgufTensorName(std::string_view hf_name) {
+  for (const NamePair& pair : kModelNames) {
+    if (hf_name == pair.hf) return std::string(pair.gguf);
+  }
+  constexpr std::string_view kLayers = "model.layers.";
+  const size_t layer_end = hf_name.find('.', kLayers.size());
+  const size_t kind_begin = hf_name.rfind('.');  // ".weight", ".bias"
+  if (hf_name.starts_with(kLayers) && layer_end < kind_begin) {
+    const std::string_view layer = hf_name.substr(kLayers.size(), layer_end - kLayers.size());
+    const std::string_view suffix = hf_name.substr(layer_end + 1, kind_begin - layer_end - 1);
+    for (const NamePair& pair : kLayerNames) {
+      if (suffix != pair.hf) continue;
+      return absl::StrCat("blk.", std::string(layer), ".", std::string(pair.gguf),
+                          std::string(hf_name.substr(kind_begin)));
+    }
+  }
+  return absl::UnimplementedError(
+      absl::StrCat("GGUF's architecture 'llama' has no tensor '", std::string(hf_name), "'"));
+}
+
 std::optional<RopeScaling> Llama3ScalingFromDivisors(const std::vector<float>& divisors,
                                                      int64_t head_dim, double rope_theta) {
   // Llama 3.1, 3.3 and 4: 8; Llama 3.2: 32. The other parameters never changed.

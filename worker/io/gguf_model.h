@@ -33,6 +33,13 @@ absl::StatusOr<GgufVocabulary> GgufVocabularyOf(const RandomAccessFile& file,
 // A string's contents, or empty where the key is absent or no string.
 std::string GgufStringOrEmpty(const GgufContents& contents, std::string_view key);
 
+// The divisors of the rotary frequencies, [head_dim / 2], that the llama3 parameters give.
+std::vector<float> Llama3FrequencyDivisors(const RopeScaling& scaling, int64_t head_dim,
+                                           double rope_theta);
+
+// The inverse of HfTensorName. UNIMPLEMENTED for a tensor that Llama does not have.
+absl::StatusOr<std::string> GgufTensorName(std::string_view hf_name);
+
 // "blk.3.attn_q.weight" gives "model.layers.3.self_attn.q_proj.weight"; some names mean something
 // else by `architecture` (HF's name). A layer's tensor that no family has keeps its suffix
 // ("model.layers.3.attn_sinks.weight"), so that the check against the configuration refuses it;

@@ -14,8 +14,7 @@
 namespace walsh {
 namespace {
 
-// Values that fill a whole number of words at every width.
-constexpr int64_t kRun = 32;
+constexpr int64_t kRun = kPackingRun;
 constexpr int kBitsMax = 8;
 
 using RunValues = std::array<uint8_t, kRun>;
@@ -230,6 +229,17 @@ std::vector<int32_t> GroupIndex(const GptqShape& shape) {
 
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape) {
   return CheckHalves("scale", scales, shape.rows);
+}
+
+void PackValues(std::span<const uint8_t> values, int bits, std::span<uint32_t> words) {
+  WALSH_CHECK_EQ(values.size() % kRun, 0u);
+  WALSH_CHECK_EQ(words.size(), values.size() / kRun * static_cast<size_t>(bits));
+  RunValues run;
+  for (size_t i = 0; i < values.size() / kRun; ++i) {
+    std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(i * kRun), kRun, run.begin());
+    const RunWords packed = PackRun(run, bits);
+    std::copy_n(packed.begin(), bits, words.begin() + static_cast<std::ptrdiff_t>(i) * bits);
+  }
 }
 
 absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix) {

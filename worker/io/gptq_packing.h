@@ -67,6 +67,12 @@ GptqShape ShapeOf(const QuantizedMatrix& matrix);
 // DATA_LOSS names the first of `scales` [groups, rows] that is not finite.
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape);
 
+// Values that fill a whole number of words at every width.
+inline constexpr int64_t kPackingRun = 32;
+// The stream of bits of `values`, kPackingRun of them or a multiple, each below 2^bits; `words` has
+// room for exactly that many bits.
+void PackValues(std::span<const uint8_t> values, int bits, std::span<uint32_t> words);
+
 absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix);
 // `tensors` have the sizes that `shape` implies.
 absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const GptqShape& shape);

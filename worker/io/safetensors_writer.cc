@@ -1,33 +1,17 @@
 #include "worker/io/safetensors_writer.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
-#include "common/publish.h"
 #include "common/status_macros.h"
-#include "worker/io/random_access_file.h"
 #include "worker/io/safetensors.h"
 
 namespace walsh {
 namespace {
 
 constexpr int64_t kLengthBytes = 8;
-
-absl::Status WriteAll(int fd, int64_t offset, const char* data, int64_t n_bytes) {
-  int64_t done = 0;
-  while (done < n_bytes) {
-    const ssize_t n = pwrite(fd, data + done, static_cast<size_t>(n_bytes - done), offset + done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return ErrnoStatus(errno, "writing weights");
-    done += n;
-  }
-  return absl::OkStatus();
-}
 
 // An upper bound of what a tensor adds to the header.
 int64_t EntryBytesMax(const std::string& name, const std::vector<int64_t>& shape) {
@@ -41,15 +25,11 @@ int64_t EntryBytesMax(const std::string& name, const std::vector<int64_t>& shape
 
 absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::Create(
     const std::string& path, int64_t header_bytes) {
-  const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
-  if (fd < 0) return ErrnoStatus(errno, absl::StrCat("creating ", BaseName(path)));
+  WALSH_ASSIGN_OR_RETURN(std::unique_ptr<OutputFile> file, OutputFile::Create(path));
   // The data begin at a multiple of 8 bytes, as the format recommends.
   const int64_t rounded = (header_bytes + 7) / 8 * 8;
-  return std::unique_ptr<SafetensorsWriter>(new SafetensorsWriter(fd, rounded));
-}
-
-SafetensorsWriter::~SafetensorsWriter() {
-  if (fd_ >= 0) close(fd_);
+  file->Skip(kLengthBytes + rounded);
+  return std::unique_ptr<SafetensorsWriter>(new SafetensorsWriter(std::move(file), rounded));
 }
 
 bool SafetensorsWriter::HasRoom(const std::string& name, const std::vector<int64_t>& shape) const {
@@ -72,21 +52,9 @@ void SafetensorsWriter::Begin(const std::string& name, const std::string& dtype,
 absl::Status SafetensorsWriter::Append(std::span<const std::byte> bytes) {
   const auto n_bytes = static_cast<int64_t>(bytes.size());
   WALSH_CHECK(data_bytes_ + n_bytes <= expected_end_);
-  WALSH_RETURN_IF_ERROR(WriteAll(fd_, kLengthBytes + header_bytes_ + data_bytes_,
-                                 reinterpret_cast<const char*>(bytes.data()), n_bytes));
+  WALSH_RETURN_IF_ERROR(file_->Append(bytes));
   data_bytes_ += n_bytes;
-  StartWriteback();
   return absl::OkStatus();
-}
-
-// What waits in the page cache until Finish() syncs would all have to reach the disk then.
-void SafetensorsWriter::StartWriteback() {
-  constexpr int64_t kPieceBytes = int64_t{32} << 20;
-  if (data_bytes_ - handed_over_bytes_ < kPieceBytes) return;
-  // A hint: where the system refuses it, Finish() waits longer.
-  (void)sync_file_range(fd_, kLengthBytes + header_bytes_ + handed_over_bytes_,
-                        data_bytes_ - handed_over_bytes_, SYNC_FILE_RANGE_WRITE);
-  handed_over_bytes_ = data_bytes_;
 }
 
 absl::Status SafetensorsWriter::Finish() {
@@ -97,12 +65,8 @@ absl::Status SafetensorsWriter::Finish() {
   std::string length(static_cast<size_t>(kLengthBytes), '\0');
   std::memcpy(length.data(), &header_bytes_, sizeof(header_bytes_));
   text.insert(0, length);
-  WALSH_RETURN_IF_ERROR(WriteAll(fd_, 0, text.data(), static_cast<int64_t>(text.size())));
-  if (fsync(fd_) != 0) return ErrnoStatus(errno, "syncing weights");
-  const int fd = fd_;
-  fd_ = -1;
-  if (close(fd) != 0) return ErrnoStatus(errno, "closing weights");
-  return absl::OkStatus();
+  WALSH_RETURN_IF_ERROR(file_->WriteAt(0, std::as_bytes(std::span(text))));
+  return file_->Finish();
 }
 
 }  // namespace walsh

@@ -14,23 +14,21 @@
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "worker/io/output_file.h"
 
 namespace walsh {
 
 class SafetensorsWriter {
  public:
-  // Creates `path`, which must not exist, with room for a header of `header_bytes`.
+  // Creates `path`, which must not exist, with room for a header of `header_bytes`. Without Finish
+  // the file is left incomplete; its folder is temporary.
   static absl::StatusOr<std::unique_ptr<SafetensorsWriter>> Create(const std::string& path,
                                                                    int64_t header_bytes);
-  // Without Finish the file is left incomplete; its folder is temporary.
-  ~SafetensorsWriter();
-  SafetensorsWriter(const SafetensorsWriter&) = delete;
-  SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
-
   // False when the header has no room left for this tensor: the caller begins another file.
   bool HasRoom(const std::string& name, const std::vector<int64_t>& shape) const;
 
@@ -45,16 +43,15 @@ class SafetensorsWriter {
   const std::vector<std::string>& tensors() const { return tensors_; }
 
  private:
-  SafetensorsWriter(int fd, int64_t header_bytes) : fd_(fd), header_bytes_(header_bytes) {}
-  void StartWriteback();
+  SafetensorsWriter(std::unique_ptr<OutputFile> file, int64_t header_bytes)
+      : file_(std::move(file)), header_bytes_(header_bytes) {}
 
-  int fd_;
+  const std::unique_ptr<OutputFile> file_;
   int64_t header_bytes_;
   nlohmann::json header_ = nlohmann::json::object();
   int64_t header_bytes_used_ = 2;  // "{}"
   int64_t data_bytes_ = 0;
-  int64_t handed_over_bytes_ = 0;  // of the data, to the system for writing
-  int64_t expected_end_ = 0;       // of the tensor that is being written
+  int64_t expected_end_ = 0;  // of the tensor that is being written
   std::vector<std::string> tensors_;
 };
 

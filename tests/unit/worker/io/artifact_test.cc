@@ -18,6 +18,7 @@
 #include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
+#include "tests/testing/tiny_artifact.h"
 #include "tests/testing/tiny_model.h"
 #include "worker/io/expected_tensors.h"
 #include "worker/io/gptq_packing.h"
@@ -31,6 +32,7 @@ using nlohmann::json;
 using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAre;
 using walsh::testing::HasCode;
+using walsh::testing::RoundToNearest;
 using walsh::testing::StatusIs;
 using walsh::testing::TempDir;
 using walsh::testing::TinyModel;
@@ -40,31 +42,6 @@ using walsh::testing::WriteFile;
 constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
 constexpr auto kDataLoss = absl::StatusCode::kDataLoss;
 constexpr auto kUnimplemented = absl::StatusCode::kUnimplemented;
-
-// Round-to-nearest, good enough to have something to store.
-QuantizedMatrix Quantize(const Matrix& w, int bits, int64_t group_size) {
-  QuantizedMatrix q;
-  q.rows = w.rows();
-  q.cols = w.cols();
-  q.bits = bits;
-  q.group_size = group_size < 0 ? w.cols() : group_size;
-  const float top = static_cast<float>((1 << bits) - 1);
-  for (int64_t r = 0; r < q.rows; ++r) {
-    for (int64_t g = 0; g < q.groups(); ++g) {
-      const float* v = w.row(r) + g * q.group_size;
-      const auto [low, high] = std::minmax_element(v, v + q.group_size);
-      const float scale = HalfToFloat(FloatToHalf((*high - *low) / top));
-      const float zero = std::clamp(std::round(-*low / scale), 0.0f, top);
-      q.scales.push_back(scale);
-      q.zeros.push_back(static_cast<uint8_t>(zero));
-      for (int64_t i = 0; i < q.group_size; ++i) {
-        const float code = std::round(v[i] / scale) + zero;
-        q.codes.push_back(static_cast<uint8_t>(std::clamp(code, 0.0f, top)));
-      }
-    }
-  }
-  return q;
-}
 
 // What a device would hand over for the same integers.
 PackedTensors Pack(const QuantizedMatrix& q) {
@@ -146,7 +123,7 @@ absl::Status WriteTensors(const Checkpoint& source, const Options& options,
     const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
     absl::Status status;
     if (IsLinear(tensor)) {
-      const QuantizedMatrix quantized = Quantize(*matrix, options.bits, options.group_size);
+      const QuantizedMatrix quantized = RoundToNearest(*matrix, options.bits, options.group_size);
       status = options.in_stored_form ? writer.WritePacked(linear, Pack(quantized))
                                       : writer.WriteQuantized(linear, quantized);
     } else {
@@ -232,7 +209,7 @@ TEST_P(ArtifactRoundTripTest, ReadsWhatWasWritten) {
     const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
     if (IsLinear(tensor)) {
       EXPECT_TRUE(reader->IsQuantized(linear));
-      const QuantizedMatrix expected = Quantize(original, bits, group_size);
+      const QuantizedMatrix expected = RoundToNearest(original, bits, group_size);
       ASSERT_OK_AND_ASSIGN(const QuantizedMatrix q, reader->ReadQuantized(linear));
       EXPECT_EQ(q.codes, expected.codes) << linear;
       EXPECT_EQ(q.scales, expected.scales) << linear;
@@ -406,7 +383,7 @@ TEST_F(ArtifactTest, RefusesToWriteWhatIsNotFinite) {
   large(0, 7) = std::numeric_limits<float>::max();  // rounds to infinity in BF16
   EXPECT_THAT(writer->WriteDense("model.layers.0.input_layernorm.weight", large, true),
               StatusIs(kDataLoss, HasSubstr("at element 7, must be finite in BF16")));
-  QuantizedMatrix bad = Quantize(*source->Read("model.layers.0.mlp.up_proj.weight"), 4, 32);
+  QuantizedMatrix bad = RoundToNearest(*source->Read("model.layers.0.mlp.up_proj.weight"), 4, 32);
   bad.codes[0] = 16;
   EXPECT_THAT(writer->WriteQuantized("model.layers.0.mlp.up_proj", bad),
               StatusIs(kInvalid, HasSubstr("linear 'model.layers.0.mlp.up_proj': a code is 16")));
@@ -416,7 +393,7 @@ TEST_F(ArtifactTest, RefusesAPackedLinearThatDoesNotFit) {
   const auto source = Source();
   ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
   const std::string name = "model.layers.0.mlp.up_proj";  // [128, 64]
-  const PackedTensors good = Pack(Quantize(*source->Read(name + ".weight"), 4, 32));
+  const PackedTensors good = Pack(RoundToNearest(*source->Read(name + ".weight"), 4, 32));
   const auto expect = [&](const PackedTensors& bad, absl::StatusCode code,
                           const std::string& message) {
     EXPECT_THAT(writer->WritePacked(name, bad),
