@@ -10,6 +10,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/packed_matrix.h"
 #include "worker/model/linear.h"
+#include "worker/model/reordered_linear.h"
 #include "worker/tensor/half.h"
 
 namespace walsh::engine {
@@ -231,9 +232,12 @@ class ArtifactLoader {
       WALSH_ASSIGN_OR_RETURN(Matrix weights, reader_->ReadDense(name + ".weight"));
       return std::make_unique<DenseLinear>(std::move(weights), std::move(bias));
     }
-    WALSH_ASSIGN_OR_RETURN(const QuantizedMatrix matrix, reader_->ReadQuantized(name));
-    WALSH_ASSIGN_OR_RETURN(kernels::PackedMatrix packed, kernels::PackedMatrix::Pack(matrix));
-    return std::make_unique<PackedLinear>(std::move(packed), std::move(bias));
+    WALSH_ASSIGN_OR_RETURN(OrderedMatrix ordered, reader_->ReadOrdered(name));
+    WALSH_ASSIGN_OR_RETURN(kernels::PackedMatrix packed,
+                           kernels::PackedMatrix::Pack(ordered.matrix));
+    auto linear = std::make_unique<PackedLinear>(std::move(packed), std::move(bias));
+    if (ordered.input_order.empty()) return linear;
+    return std::make_unique<ReorderedLinear>(std::move(linear), std::move(ordered.input_order));
   }
 
   absl::StatusOr<std::vector<float>> LoadNorm(const std::string& name) const {

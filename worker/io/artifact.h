@@ -89,6 +89,8 @@ class ArtifactWriter {
   virtual ~ArtifactWriter() = default;
   // `name` without suffix: "model.layers.0.mlp.down_proj". Both widths must be multiples of 32.
   virtual absl::Status WriteQuantized(std::string_view name, const QuantizedMatrix& matrix) = 0;
+  // The same with columns in another order, which quantization_config must then say (desc_act).
+  virtual absl::Status WriteOrdered(std::string_view name, const OrderedMatrix& ordered) = 0;
   // `name` in full: "model.norm.weight". Stored as BF16; 1-D when `matrix` has one row and
   // `one_dimensional`.
   virtual absl::Status WriteDense(std::string_view name, const Matrix& matrix,
@@ -129,14 +131,16 @@ class ArtifactReader {
   virtual const OnlineTransforms& online() const = 0;
   // config.json, tokenizer files and licence, by name: those that walsh.json lists.
   virtual const std::map<std::string, std::string>& side_files() const = 0;
-  // `name` without suffix, as in WriteQuantized.
+  // `name` without suffix, as in WriteQuantized. UNIMPLEMENTED where columns are not in order.
   virtual bool IsQuantized(std::string_view name) const = 0;
   virtual absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const = 0;
+  // The same, with another order of columns where quantization_config says desc_act.
+  virtual absl::StatusOr<OrderedMatrix> ReadOrdered(std::string_view name) const = 0;
   // `name` in full, as in WriteDense; one-dimensional tensors come as one row.
   virtual absl::StatusOr<Matrix> ReadDense(std::string_view name) const = 0;
   // The same two in their stored form, into memory of exactly its size (INVALID_ARGUMENT else): a
-  // linear, and rows [first, first + n) of a dense tensor. UNIMPLEMENTED for a linear with a
-  // codebook or float zero points, which is no GPTQ linear.
+  // linear whose columns are in order, and rows [first, first + n) of a dense tensor. UNIMPLEMENTED
+  // for a linear with another order, a codebook or float zero points.
   virtual absl::StatusOr<GptqShape> ShapeOf(std::string_view name) const = 0;
   virtual absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const = 0;
   virtual absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,

@@ -134,7 +134,10 @@ absl::Status CheckQuantizationConfig(const json& config) {
                                     value == q.end() ? "missing" : value->dump().substr(0, 64),
                                     ", only ", expected.dump(), " is supported"));
   };
-  WALSH_RETURN_IF_ERROR(require("desc_act", false));
+  const auto order = q.find("desc_act");
+  if (order == q.end() || !order->is_boolean()) {
+    return Unsupported("'desc_act' must be true or false");
+  }
   WALSH_RETURN_IF_ERROR(require("lm_head", false));
   const auto online = q.find("online_transforms");
   const bool is_online = online != q.end() && !online->is_null() && !online->empty();

@@ -21,8 +21,8 @@ inline constexpr char kGptqFormat[] = "gptq_v2";
 inline constexpr char kWalshFormat[] = "walsh";
 
 // Whether walsh reads what `quantization_config` describes: GPTQ in the gptq_v2 convention or in
-// walsh's own, columns in order, head not quantized; marked as walsh's own where there are
-// transforms at run time (worker/io/online_transforms.h). UNIMPLEMENTED names what it does not.
+// walsh's own, head not quantized; marked as walsh's own where there are transforms at run
+// time (worker/io/online_transforms.h). UNIMPLEMENTED names what it does not.
 absl::Status CheckQuantizationConfig(const nlohmann::json& config);
 
 }  // namespace walsh

@@ -169,10 +169,22 @@ class Reader final : public ArtifactReader {
 
   absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const override {
     WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
-    WALSH_ASSIGN_OR_RETURN(const GptqTensors tensors, ReadTensors(name, *linear));
+    WALSH_ASSIGN_OR_RETURN(const GptqTensors tensors, ReadTensors(*linear));
+    WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear->shape, tensors.g_idx));
     absl::StatusOr<QuantizedMatrix> matrix = UnpackGptq(tensors, linear->shape);
     if (matrix.ok()) return matrix;
     return Named(name, matrix.status());
+  }
+
+  absl::StatusOr<OrderedMatrix> ReadOrdered(std::string_view name) const override {
+    WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
+    WALSH_ASSIGN_OR_RETURN(const GptqTensors tensors, ReadTensors(*linear));
+    if (!has_act_order_) {
+      WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear->shape, tensors.g_idx));
+    }
+    absl::StatusOr<OrderedMatrix> ordered = UnpackOrdered(tensors, linear->shape);
+    if (ordered.ok()) return ordered;
+    return Named(name, ordered.status());
   }
 
   absl::StatusOr<Matrix> ReadDense(std::string_view name) const override {
@@ -302,6 +314,7 @@ class Reader final : public ArtifactReader {
     WALSH_RETURN_IF_ERROR(CheckQuantizationConfig(document));
     WALSH_ASSIGN_OR_RETURN(online_,
                            ParseOnlineTransforms(document["quantization_config"], config_));
+    has_act_order_ = document["quantization_config"]["desc_act"].get<bool>();
     return absl::OkStatus();
   }
 
@@ -375,9 +388,8 @@ class Reader final : public ArtifactReader {
     return absl::OkStatus();
   }
 
-  // As they are stored; columns are in order.
-  absl::StatusOr<GptqTensors> ReadTensors(std::string_view name,
-                                          const QuantizedLinear& linear) const {
+  // As they are stored, in whatever order columns are.
+  absl::StatusOr<GptqTensors> ReadTensors(const QuantizedLinear& linear) const {
     GptqTensors tensors;
     WALSH_RETURN_IF_ERROR(ReadAll(linear.qweight, tensors.qweight));
     WALSH_RETURN_IF_ERROR(ReadAll(linear.qzeros, tensors.qzeros));
@@ -385,7 +397,6 @@ class Reader final : public ArtifactReader {
     WALSH_RETURN_IF_ERROR(ReadAll(linear.zeros, tensors.zeros));
     WALSH_RETURN_IF_ERROR(ReadAll(linear.levels, tensors.levels));
     WALSH_RETURN_IF_ERROR(ReadAll(linear.g_idx, tensors.g_idx));
-    WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear.shape, tensors.g_idx));
     return tensors;
   }
 
@@ -429,6 +440,7 @@ class Reader final : public ArtifactReader {
   Manifest manifest_;
   ModelConfig config_;
   OnlineTransforms online_;
+  bool has_act_order_ = false;
   TokenizerSource tokenizer_;
   SideFiles side_files_;
   WeightMap weight_map_;

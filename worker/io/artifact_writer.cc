@@ -101,26 +101,11 @@ class Writer final : public ArtifactWriter {
   }
 
   absl::Status WriteQuantized(std::string_view name, const QuantizedMatrix& matrix) override {
-    const std::string linear(name);
-    const absl::StatusOr<GptqTensors> packed = PackGptq(matrix);
-    if (!packed.ok()) return Named(linear, packed.status());
-    const GptqShape shape = ShapeOf(matrix);
-    if (shape.grid == StoredGrid::kGptq) {
-      return WriteLinear(linear, shape, packed->qweight, packed->qzeros, packed->scales);
-    }
-    WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, packed->qweight));
-    if (shape.grid == StoredGrid::kCodebook) {
-      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".levels", "F16",
-                                           {shape.groups(), shape.rows, int64_t{1} << shape.bits},
-                                           std::as_bytes(std::span(packed->levels))));
-    } else {
-      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".zeros", "F16", {shape.groups(), shape.rows},
-                                           std::as_bytes(std::span(packed->zeros))));
-      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
-                                           std::as_bytes(std::span(packed->scales))));
-    }
-    quantized_.insert(linear);
-    return absl::OkStatus();
+    return WriteTensors(std::string(name), matrix, PackGptq(matrix));
+  }
+
+  absl::Status WriteOrdered(std::string_view name, const OrderedMatrix& ordered) override {
+    return WriteTensors(std::string(name), ordered.matrix, PackGptq(ordered));
   }
 
   absl::Status WritePacked(std::string_view name, const PackedTensors& packed) override {
@@ -132,7 +117,8 @@ class Writer final : public ArtifactWriter {
     if (const absl::Status status = CheckPacked(packed, shape); !status.ok()) {
       return Named(linear, status);
     }
-    return WriteLinear(linear, shape, packed.qweight, packed.qzeros, packed.scales);
+    return WriteLinear(linear, shape, GroupIndex(shape), packed.qweight, packed.qzeros,
+                       packed.scales);
   }
 
   absl::Status WriteDense(std::string_view name, const Matrix& matrix,
@@ -190,10 +176,33 @@ class Writer final : public ArtifactWriter {
                         absl::StrCat("linear '", name, "': ", std::string(status.message())));
   }
 
+  absl::Status WriteTensors(const std::string& linear, const QuantizedMatrix& matrix,
+                            const absl::StatusOr<GptqTensors>& packed) {
+    if (!packed.ok()) return Named(linear, packed.status());
+    const GptqShape shape = ShapeOf(matrix);
+    if (shape.grid == StoredGrid::kGptq) {
+      return WriteLinear(linear, shape, packed->g_idx, packed->qweight, packed->qzeros,
+                         packed->scales);
+    }
+    WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, packed->g_idx, packed->qweight));
+    if (shape.grid == StoredGrid::kCodebook) {
+      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".levels", "F16",
+                                           {shape.groups(), shape.rows, int64_t{1} << shape.bits},
+                                           std::as_bytes(std::span(packed->levels))));
+    } else {
+      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".zeros", "F16", {shape.groups(), shape.rows},
+                                           std::as_bytes(std::span(packed->zeros))));
+      WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
+                                           std::as_bytes(std::span(packed->scales))));
+    }
+    quantized_.insert(linear);
+    return absl::OkStatus();
+  }
+
   absl::Status WriteLinear(const std::string& linear, const GptqShape& shape,
-                           std::span<const uint32_t> qweight, std::span<const uint32_t> qzeros,
-                           std::span<const uint16_t> scales) {
-    WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, qweight));
+                           std::span<const int32_t> g_idx, std::span<const uint32_t> qweight,
+                           std::span<const uint32_t> qzeros, std::span<const uint16_t> scales) {
+    WALSH_RETURN_IF_ERROR(WriteCodes(linear, shape, g_idx, qweight));
     WALSH_RETURN_IF_ERROR(weights_.Write(
         linear + ".qzeros", "I32", {shape.groups(), shape.zero_words()}, std::as_bytes(qzeros)));
     WALSH_RETURN_IF_ERROR(weights_.Write(linear + ".scales", "F16", {shape.groups(), shape.rows},
@@ -203,10 +212,9 @@ class Writer final : public ArtifactWriter {
   }
 
   absl::Status WriteCodes(const std::string& linear, const GptqShape& shape,
-                          std::span<const uint32_t> qweight) {
-    const std::vector<int32_t> g_idx = GroupIndex(shape);
+                          std::span<const int32_t> g_idx, std::span<const uint32_t> qweight) {
     WALSH_RETURN_IF_ERROR(
-        weights_.Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(std::span(g_idx))));
+        weights_.Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(g_idx)));
     return weights_.Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
                           std::as_bytes(qweight));
   }

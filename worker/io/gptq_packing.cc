@@ -80,6 +80,21 @@ absl::Status CheckMatrix(const QuantizedMatrix& m) {
   return CheckBits(m.zeros, m.bits, "zero");
 }
 
+absl::Status CheckOrder(const OrderedMatrix& ordered) {
+  const int64_t cols = ordered.matrix.cols;
+  std::vector<bool> is_taken(static_cast<size_t>(cols), false);
+  bool is_permutation = static_cast<int64_t>(ordered.input_order.size()) == cols;
+  for (const int32_t input : ordered.input_order) {
+    is_permutation =
+        is_permutation && input >= 0 && input < cols && !is_taken[static_cast<size_t>(input)];
+    if (!is_permutation) break;
+    is_taken[static_cast<size_t>(input)] = true;
+  }
+  if (is_permutation) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the order of inputs is no permutation of ", cols, " columns"));
+}
+
 void PackCodes(const QuantizedMatrix& m, std::vector<uint32_t>& qweight) {
   RunValues run;
   for (int64_t out = 0; out < m.rows; ++out) {
@@ -227,6 +242,31 @@ std::vector<int32_t> GroupIndex(const GptqShape& shape) {
   return g_idx;
 }
 
+absl::StatusOr<std::vector<int32_t>> InputOrder(std::span<const int32_t> g_idx,
+                                                const GptqShape& shape) {
+  WALSH_CHECK_EQ(static_cast<int64_t>(g_idx.size()), shape.cols);
+  std::vector<int32_t> order(g_idx.size());
+  std::vector<int64_t> filled(static_cast<size_t>(shape.groups()), 0);
+  bool is_in_order = true;
+  for (size_t in = 0; in < g_idx.size(); ++in) {
+    if (g_idx[in] < 0 || g_idx[in] >= shape.groups()) {
+      return absl::InvalidArgumentError(absl::StrCat("g_idx is ", g_idx[in], " at [", in,
+                                                     "], must be 0 to ", shape.groups() - 1));
+    }
+    const auto group = static_cast<size_t>(g_idx[in]);
+    if (filled[group] == shape.group_size) {
+      return absl::InvalidArgumentError(absl::StrCat("g_idx gives group ", g_idx[in],
+                                                     " more than its ", shape.group_size,
+                                                     " inputs, at [", in, "]"));
+    }
+    const int64_t column = g_idx[in] * shape.group_size + filled[group]++;
+    order[static_cast<size_t>(column)] = static_cast<int32_t>(in);
+    is_in_order &= column == static_cast<int64_t>(in);
+  }
+  if (is_in_order) order.clear();
+  return order;
+}
+
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape) {
   return CheckHalves("scale", scales, shape.rows);
 }
@@ -255,6 +295,26 @@ absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix) {
   if (shape.grid == StoredGrid::kGptq) {
     out.qzeros.resize(static_cast<size_t>(shape.groups() * shape.zero_words()));
     PackZeros(matrix, out.qzeros);
+  }
+  return out;
+}
+
+absl::StatusOr<GptqTensors> PackGptq(const OrderedMatrix& ordered) {
+  if (ordered.input_order.empty()) return PackGptq(ordered.matrix);
+  WALSH_RETURN_IF_ERROR(CheckMatrix(ordered.matrix));
+  WALSH_RETURN_IF_ERROR(CheckOrder(ordered));
+  QuantizedMatrix by_input = ordered.matrix;
+  for (int64_t row = 0; row < by_input.rows; ++row) {
+    const uint8_t* columns = ordered.matrix.codes.data() + row * by_input.cols;
+    uint8_t* inputs = by_input.codes.data() + row * by_input.cols;
+    for (int64_t c = 0; c < by_input.cols; ++c) {
+      inputs[ordered.input_order[static_cast<size_t>(c)]] = columns[c];
+    }
+  }
+  WALSH_ASSIGN_OR_RETURN(GptqTensors out, PackGptq(by_input));
+  for (int64_t c = 0; c < by_input.cols; ++c) {
+    const int32_t input = ordered.input_order[static_cast<size_t>(c)];
+    out.g_idx[static_cast<size_t>(input)] = static_cast<int32_t>(c / by_input.group_size);
   }
   return out;
 }
@@ -290,6 +350,34 @@ absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const Gpt
   out.float_zeros = UnpackHalves(tensors.zeros, out, 1);
   out.levels = UnpackHalves(tensors.levels, out, 1 << shape.bits);
   return out;
+}
+
+absl::StatusOr<OrderedMatrix> UnpackOrdered(const GptqTensors& tensors, const GptqShape& shape) {
+  OrderedMatrix out;
+  WALSH_ASSIGN_OR_RETURN(out.matrix, UnpackGptq(tensors, shape));
+  WALSH_ASSIGN_OR_RETURN(out.input_order, InputOrder(tensors.g_idx, shape));
+  if (out.input_order.empty()) return out;
+  std::vector<uint8_t> inputs(static_cast<size_t>(shape.cols));
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    uint8_t* codes = out.matrix.codes.data() + row * shape.cols;
+    std::copy_n(codes, shape.cols, inputs.begin());
+    for (int64_t c = 0; c < shape.cols; ++c) {
+      codes[c] = inputs[static_cast<size_t>(out.input_order[static_cast<size_t>(c)])];
+    }
+  }
+  return out;
+}
+
+Matrix Dequantize(const OrderedMatrix& ordered) {
+  Matrix columns = Dequantize(ordered.matrix);
+  if (ordered.input_order.empty()) return columns;
+  Matrix inputs(columns.rows(), columns.cols());
+  for (int64_t row = 0; row < columns.rows(); ++row) {
+    for (int64_t c = 0; c < columns.cols(); ++c) {
+      inputs(row, ordered.input_order[static_cast<size_t>(c)]) = columns(row, c);
+    }
+  }
+  return inputs;
 }
 
 }  // namespace walsh

@@ -3,7 +3,8 @@
 //   qweight  [in/32·bits, out] u32      32 inputs of one output: `bits` words, one below the other
 //   qzeros   [groups, out/32·bits] u32  32 outputs of one group: `bits` words, side by side
 //   scales   [groups, out] half
-//   g_idx    [in] i32                   input / group_size
+//   g_idx    [in] i32                   the group of each input: input / group_size, unless act-order
+//                                       made groups of inputs that are no neighbours
 //
 // What GPTQ has no form for keeps qweight and g_idx, and has instead
 //
@@ -64,6 +65,12 @@ std::vector<int32_t> GroupIndex(const GptqShape& shape);
 
 GptqShape ShapeOf(const QuantizedMatrix& matrix);
 
+// The inputs by their group, those of one group in their order: OrderedMatrix::input_order. Empty
+// where that is the order that they have. INVALID_ARGUMENT when a group is out of range, or has
+// more or fewer inputs than the others.
+absl::StatusOr<std::vector<int32_t>> InputOrder(std::span<const int32_t> g_idx,
+                                                const GptqShape& shape);
+
 // DATA_LOSS names the first of `scales` [groups, rows] that is not finite.
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape);
 
@@ -73,8 +80,23 @@ inline constexpr int64_t kPackingRun = 32;
 // room for exactly that many bits.
 void PackValues(std::span<const uint8_t> values, int bits, std::span<uint32_t> words);
 
+// A matrix whose columns are not in the order of its inputs. Other programs' act-order makes groups
+// of inputs that are no neighbours; ours never does.
+struct OrderedMatrix {
+  QuantizedMatrix matrix;
+  // Column c multiplies input input_order[c]; empty: input c.
+  std::vector<int32_t> input_order;
+};
+
 absl::StatusOr<GptqTensors> PackGptq(const QuantizedMatrix& matrix);
-// `tensors` have the sizes that `shape` implies.
+// INVALID_ARGUMENT also where the order is no permutation of the columns.
+absl::StatusOr<GptqTensors> PackGptq(const OrderedMatrix& ordered);
+// `tensors` have the sizes that `shape` implies; columns are taken as they stand, whatever g_idx
+// says.
 absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const GptqShape& shape);
+// The same with the columns brought into the order of their groups.
+absl::StatusOr<OrderedMatrix> UnpackOrdered(const GptqTensors& tensors, const GptqShape& shape);
+// What it stands for, [rows, cols], columns in the order of the inputs.
+Matrix Dequantize(const OrderedMatrix& ordered);
 
 }  // namespace walsh

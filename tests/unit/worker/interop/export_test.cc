@@ -404,6 +404,9 @@ class Reconfigured final : public ArtifactReader {
   absl::StatusOr<QuantizedMatrix> ReadQuantized(std::string_view name) const override {
     return base_.ReadQuantized(name);
   }
+  absl::StatusOr<OrderedMatrix> ReadOrdered(std::string_view name) const override {
+    return base_.ReadOrdered(name);
+  }
   absl::StatusOr<Matrix> ReadDense(std::string_view name) const override {
     return base_.ReadDense(name);
   }

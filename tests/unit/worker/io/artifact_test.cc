@@ -557,8 +557,8 @@ TEST_F(ForgedArtifactTest, RefusesOtherQuantizationFormats) {
   ExpectRefused(kUnimplemented, "'quant_method' is \"awq\", only \"gptq\"");
   forge("checkpoint_format", "gptq");
   ExpectRefused(kUnimplemented, "'checkpoint_format' is \"gptq\", only \"gptq_v2\"");
-  forge("desc_act", true);
-  ExpectRefused(kUnimplemented, "'desc_act' is true");
+  forge("desc_act", 1);
+  ExpectRefused(kUnimplemented, "'desc_act' must be true or false");
   forge("lm_head", true);
   ExpectRefused(kUnimplemented, "'lm_head' is true");
   // With transforms at run time it is no plain GPTQ checkpoint, and must not look like one.

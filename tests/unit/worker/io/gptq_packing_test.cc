@@ -184,5 +184,39 @@ TEST(GptqPackingTest, RefusesScalesThatAreNotFinite) {
               StatusIs(absl::StatusCode::kDataLoss, HasSubstr("the scale at [1, 1] is nan")));
 }
 
+TEST(GptqPackingTest, KeepsAnotherOrderOfInputs) {
+  OrderedMatrix ordered{.matrix = Small(3, 32)};
+  for (size_t i = 0; i < ordered.matrix.codes.size(); ++i) {
+    ordered.matrix.codes[i] = static_cast<uint8_t>(i % 7);
+  }
+  ordered.matrix.zeros[1] = 4;
+  // Group 0 has the odd inputs, group 1 the even ones.
+  for (int32_t i = 0; i < 64; ++i) ordered.input_order.push_back(i < 32 ? 2 * i + 1 : 2 * (i - 32));
+  ASSERT_OK_AND_ASSIGN(const GptqTensors packed, PackGptq(ordered));
+  for (size_t input = 0; input < 64; ++input)
+    EXPECT_EQ(packed.g_idx[input], input % 2 == 1 ? 0 : 1);
+  const GptqShape shape{.rows = 32, .cols = 64, .bits = 3, .group_size = 32};
+  ASSERT_OK_AND_ASSIGN(const OrderedMatrix unpacked, UnpackOrdered(packed, shape));
+  EXPECT_EQ(unpacked.input_order, ordered.input_order);
+  EXPECT_EQ(unpacked.matrix.codes, ordered.matrix.codes);
+  // Column 32 is input 0, of group 1, whose zero is 4 in the first row.
+  const Matrix dense = Dequantize(unpacked);
+  EXPECT_EQ(dense(0, 0), 0.5f * (static_cast<float>(ordered.matrix.codes[32]) - 4.0f));
+  EXPECT_EQ(dense(0, 1), 0.5f * (static_cast<float>(ordered.matrix.codes[0]) - 1.0f));
+}
+
+TEST(GptqPackingTest, RefusesAnOrderThatIsNone) {
+  constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+  OrderedMatrix ordered{.matrix = Small(4, 32)};
+  for (int32_t i = 0; i < 64; ++i) ordered.input_order.push_back(i);
+  ASSERT_OK(PackGptq(ordered));
+  for (const int32_t bad : {-1, 64, 7}) {  // 7 is there already
+    ordered.input_order[3] = bad;
+    EXPECT_THAT(PackGptq(ordered), StatusIs(kInvalid, HasSubstr("no permutation of 64"))) << bad;
+  }
+  ordered.input_order.pop_back();
+  EXPECT_THAT(PackGptq(ordered), StatusIs(kInvalid, HasSubstr("no permutation")));
+}
+
 }  // namespace
 }  // namespace walsh

@@ -22,6 +22,7 @@ using ::walsh::testing::HasCode;
 class FakeWriter : public ArtifactWriter {
  public:
   absl::Status WriteQuantized(std::string_view, const QuantizedMatrix&) override { return {}; }
+  absl::Status WriteOrdered(std::string_view, const OrderedMatrix&) override { return {}; }
   absl::Status WriteDense(std::string_view name, const Matrix&, bool) override {
     names.emplace_back(name);
     return absl::OkStatus();
