@@ -319,6 +319,50 @@ absl::Status Client::DeleteModel(const std::string& name, bool force, Cancellati
       options_.load_timeout, cancellation);
 }
 
+template <typename Response, typename Request>
+absl::StatusOr<Response> Client::Convert(
+    std::unique_ptr<grpc::ClientReader<Response>> (ModelStub::*method)(grpc::ClientContext*,
+                                                                       const Request&),
+    const Request& request, const OnProgress& on_progress, Cancellation* cancellation) {
+  bool started = false;
+  Response last;
+  WALSH_RETURN_IF_ERROR(Retry(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        const auto reader = ((*connection.models).*method)(context, request);
+        Response message;
+        while (reader->Read(&message)) {
+          started = true;
+          if (message.has_progress() && on_progress) on_progress(message.progress());
+          last = message;
+        }
+        return reader->Finish();
+      },
+      absl::InfiniteDuration(), cancellation, [&] { return !started; }));
+  if (!started || last.has_progress()) {
+    return absl::DataLossError("the stream ended without its last message");
+  }
+  return last;
+}
+
+absl::StatusOr<v1::ModelExport> Client::ExportModel(v1::ExportModelRequest request,
+                                                    const OnProgress& on_progress,
+                                                    Cancellation* cancellation) {
+  request.set_name(FullModelName(request.name()));
+  WALSH_ASSIGN_OR_RETURN(v1::ExportModelResponse last,
+                         Convert<v1::ExportModelResponse>(&ModelStub::ExportModel, request,
+                                                          on_progress, cancellation));
+  return std::move(*last.mutable_model_export());
+}
+
+absl::StatusOr<v1::Model> Client::ImportModel(const v1::ImportModelRequest& request,
+                                              const OnProgress& on_progress,
+                                              Cancellation* cancellation) {
+  WALSH_ASSIGN_OR_RETURN(v1::ImportModelResponse last,
+                         Convert<v1::ImportModelResponse>(&ModelStub::ImportModel, request,
+                                                          on_progress, cancellation));
+  return std::move(*last.mutable_model());
+}
+
 absl::StatusOr<v1::ListWorkersResponse> Client::ListWorkers() {
   return Unary(&Connection::models, &ModelStub::ListWorkers, v1::ListWorkersRequest(),
                options_.timeout);

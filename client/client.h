@@ -83,6 +83,16 @@ class Client {
                                         Cancellation* cancellation = nullptr);
   absl::Status DeleteModel(const std::string& name, bool force,
                            Cancellation* cancellation = nullptr);
+  // Conversions have no deadline but the service's; `on_progress` may be empty. One that broke
+  // before its first message is tried again; an export or import that is cancelled leaves nothing
+  // behind.
+  using OnProgress = std::function<void(const v1::ConversionProgress&)>;
+  absl::StatusOr<v1::ModelExport> ExportModel(v1::ExportModelRequest request,
+                                              const OnProgress& on_progress,
+                                              Cancellation* cancellation = nullptr);
+  absl::StatusOr<v1::Model> ImportModel(const v1::ImportModelRequest& request,
+                                        const OnProgress& on_progress,
+                                        Cancellation* cancellation = nullptr);
   absl::StatusOr<v1::ListWorkersResponse> ListWorkers();
 
   // -- Generation. Whole answers have no deadline unless `timeout` sets one.
@@ -139,6 +149,13 @@ class Client {
                                                                 const Request&),
                       const Request& request, const OnStreamEvent& on_event,
                       Cancellation* cancellation, absl::Duration timeout);
+  // The last message of a conversion's stream.
+  template <typename Response, typename Request>
+  absl::StatusOr<Response> Convert(std::unique_ptr<grpc::ClientReader<Response>> (
+                                       v1::ModelService::Stub::*method)(grpc::ClientContext*,
+                                                                        const Request&),
+                                   const Request& request, const OnProgress& on_progress,
+                                   Cancellation* cancellation);
   struct WatchResult {
     absl::Status status;     // why the stream ended
     bool delivered = false;  // anything, heartbeats too

@@ -1,6 +1,10 @@
 #include "client/commands/models.h"
 
+#include <unistd.h>
+
 #include <cstdio>
+#include <map>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -18,6 +22,64 @@ namespace {
 struct ModelsFlags {
   std::string name;
   bool force = false;
+  std::string format;
+  std::string dtype = "bf16";
+  std::string output;
+  std::string source;
+};
+
+const std::map<std::string, v1::ExportModelRequest::Format>& Formats() {
+  static const auto* const formats = new std::map<std::string, v1::ExportModelRequest::Format>{
+      {"dequantized", v1::ExportModelRequest::DEQUANTIZED},
+      {"gptq_v2", v1::ExportModelRequest::GPTQ_V2},
+      {"gptq", v1::ExportModelRequest::GPTQ},
+      {"compressed-tensors", v1::ExportModelRequest::COMPRESSED_TENSORS},
+      {"gguf", v1::ExportModelRequest::GGUF}};
+  return *formats;
+}
+
+const std::map<std::string, v1::ExportModelRequest::DataType>& DataTypes() {
+  static const auto* const types = new std::map<std::string, v1::ExportModelRequest::DataType>{
+      {"bf16", v1::ExportModelRequest::BFLOAT16},
+      {"fp16", v1::ExportModelRequest::FLOAT16},
+      {"fp32", v1::ExportModelRequest::FLOAT32}};
+  return *types;
+}
+
+template <typename Value>
+std::vector<std::string> Names(const std::map<std::string, Value>& values) {
+  std::vector<std::string> names;
+  for (const auto& [name, value] : values) names.push_back(name);
+  return names;
+}
+
+// "exporting   12/30", redrawn on a terminal; a pipe gets the result only.
+class ConversionLine {
+ public:
+  explicit ConversionLine(const char* verb) : verb_(verb), redraws_(isatty(fileno(stderr)) != 0) {}
+  ~ConversionLine() {
+    if (is_drawn_) std::fputs("\r\033[K", stderr);
+  }
+  ConversionLine(const ConversionLine&) = delete;
+  ConversionLine& operator=(const ConversionLine&) = delete;
+
+  void Show(const v1::ConversionProgress& progress) {
+    if (!redraws_) return;
+    // Before the first tensor files are compared with their digests.
+    const std::string text =
+        progress.tensors_done() == 0
+            ? std::string("checking files")
+            : absl::StrFormat("%s  tensor %d/%d", verb_, progress.tensors_done(),
+                              progress.tensors_total());
+    std::fprintf(stderr, "\r\033[K%s", text.c_str());
+    std::fflush(stderr);
+    is_drawn_ = true;
+  }
+
+ private:
+  const char* const verb_;
+  const bool redraws_;
+  bool is_drawn_ = false;
 };
 
 std::string PerplexityText(double perplexity) {
@@ -134,6 +196,55 @@ int RunDelete(const ModelsFlags& flags, const GlobalFlags& global) {
   return status.ok() ? kExitOk : Fail(status);
 }
 
+std::string ExportPage(const ModelsFlags& flags, const v1::ModelExport& done) {
+  std::string text =
+      absl::StrCat("exported ", ResourceId(flags.name), " as ", flags.format, " to ",
+                   done.directory(), "\n  ", done.files_size(), " files, ",
+                   BytesText(done.size_bytes()), ", on ", ResourceId(done.worker()), "\n");
+  for (const std::string& warning : done.warnings()) {
+    absl::StrAppend(&text, "  warning: ", warning, "\n");
+  }
+  return SafeText(text);
+}
+
+int RunExport(const ModelsFlags& flags, const GlobalFlags& global) {
+  v1::ExportModelRequest request;
+  request.set_name(flags.name);
+  request.set_format(Formats().at(flags.format));
+  request.set_data_type(DataTypes().at(flags.dtype));
+  request.set_output(flags.output);
+  Interrupts interrupts;
+  Client client(MakeClientOptions(global));
+  Cancellation cancellation;
+  const Interrupts::Cancels cancels(interrupts, cancellation);
+  absl::StatusOr<v1::ModelExport> done;
+  {
+    ConversionLine line("exporting");
+    done = client.ExportModel(
+        request, [&](const auto& progress) { line.Show(progress); }, &cancellation);
+  }
+  if (!done.ok()) return Fail(done.status());
+  PrintOut(global.json() ? JsonText(*done) : ExportPage(flags, *done));
+  return kExitOk;
+}
+
+int RunImport(const ModelsFlags& flags, const GlobalFlags& global) {
+  v1::ImportModelRequest request;
+  request.set_source_model(AbsolutePath(flags.source));
+  request.set_model_name(flags.name);
+  Interrupts interrupts;
+  Client client(MakeClientOptions(global));
+  Cancellation cancellation;
+  const Interrupts::Cancels cancels(interrupts, cancellation);
+  absl::StatusOr<v1::Model> model;
+  {
+    ConversionLine line("importing");
+    model = client.ImportModel(
+        request, [&](const auto& progress) { line.Show(progress); }, &cancellation);
+  }
+  return PrintModel(model, global);
+}
+
 }  // namespace
 
 void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
@@ -160,6 +271,31 @@ void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) 
   CLI::App& remove = add("delete", "Delete a model's files", RunDelete);
   remove.add_option("NAME", flags->name)->required();
   remove.add_flag("--force", flags->force, "Unload it first");
+  CLI::App& do_export =
+      add("export", "Write a model in the format of another program, on the worker that has it",
+          RunExport);
+  do_export.add_option("NAME", flags->name)->required();
+  do_export
+      .add_option(
+          "--format", flags->format,
+          "dequantized: a plain checkpoint; gptq_v2, gptq: GPTQ, the latter without zeros of "
+          "0; compressed-tensors: 4 and 8 bits; gguf: 4 and 8 bits, symmetric")
+      ->required()
+      ->check(CLI::IsMember(Names(Formats())));
+  do_export
+      .add_option("--dtype", flags->dtype,
+                  "Of all weights (dequantized), or of embeddings and head (gguf)")
+      ->check(CLI::IsMember(Names(DataTypes())))
+      ->capture_default_str();
+  do_export.add_option("--output", flags->output,
+                       "Folder beneath the worker's folder of exports; NAME-FORMAT by default");
+  do_export.footer(
+      "The folder is beneath the worker's --export-root, by default exports in its data folder. "
+      "walsh does\nnot read it again: remove it when it is no longer wanted.");
+  CLI::App& import =
+      add("import", "Make a model of a GPTQ checkpoint that another program quantized", RunImport);
+  import.add_option("MODEL", flags->source, "Folder under a model root of the worker")->required();
+  import.add_option("--name", flags->name, "Of the model that is made")->required();
 }
 
 }  // namespace walsh::client

@@ -66,7 +66,7 @@ grpc::ServerWriteReactor<EvaluateModelResponse>* EvaluationServiceImpl::Evaluate
               {"seconds", absl::ToDoubleSeconds(core->clock->Monotonic() - begin)});
     core->streams.End();
   };
-  return fleet::ProxyStream(
+  return fleet::ProxyStream<v1::EvaluateModelResponse>(
       context,
       fleet::WorkerTimeout(context->deadline(), fleet::kEvaluateTimeout, fleet::kEvaluateTimeout),
       core_->stream_limits, core_->executor, start, done);

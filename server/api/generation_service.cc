@@ -108,14 +108,14 @@ fleet::StreamReactor<GenerateStreamResponse>* ForwardStream(grpc::CallbackServer
     LogEnd(name, request_id, forwarded.status());
     return new FailedStream<GenerateStreamResponse>(forwarded.status());
   }
-  const fleet::StartStream<GenerateStreamResponse> start =
-      [call = *forwarded, method](grpc::ClientContext* client_context,
-                                  fleet::StreamReader<GenerateStreamResponse>* reader) {
-        (call->async()->*method)(client_context, &call->request, reader);
-      };
+  const auto start = [call = *forwarded, method](
+                         grpc::ClientContext* client_context,
+                         fleet::StreamReader<GenerateStreamResponse>* reader) {
+    (call->async()->*method)(client_context, &call->request, reader);
+  };
   core->streams.Begin();
   // `call` must outlive the worker's call, of which `done` is the end.
-  return fleet::ProxyStream(
+  return fleet::ProxyStream<GenerateStreamResponse>(
       context, fleet::WorkerTimeout(context->deadline(), fleet::kGenerateTimeoutDefault),
       core->stream_limits, core->executor, start,
       [core, call = *forwarded, done = std::move(done)](const absl::Status& status) {

@@ -23,14 +23,6 @@ void Continue(Core* core, const Done& done, std::function<void()> next) {
   }
 }
 
-absl::Status NotHere(const std::string& id) {
-  absl::Status status =
-      absl::UnavailableError(absl::StrCat("no connected worker has model '", id, "'"));
-  SetErrorInfo(status, "NO_WORKER");
-  SetRetryDelay(status, absl::Seconds(5));
-  return status;
-}
-
 // Whether the worker goes on although nobody waits for its answer any more.
 bool StillMoves(const absl::Status& status) {
   return absl::IsCancelled(status) || absl::IsDeadlineExceeded(status);
@@ -97,11 +89,19 @@ void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> repl
 
 }  // namespace
 
+absl::Status ModelNotHere(const std::string& id) {
+  absl::Status status =
+      absl::UnavailableError(absl::StrCat("no connected worker has model '", id, "'"));
+  SetErrorInfo(status, "NO_WORKER");
+  SetRetryDelay(status, absl::Seconds(5));
+  return status;
+}
+
 void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
   if (!core->catalog->Knows(id)) return done(NotFound("model", id));
   const std::vector<Replica> replicas = core->registry->Replicas(id);
   const Replica* chosen = fleet::ChooseForLoad(replicas);
-  if (chosen == nullptr) return done(NotHere(id));
+  if (chosen == nullptr) return done(ModelNotHere(id));
   if (chosen->model.state() == v1::Model::READY) return done(absl::OkStatus());
   const std::string& worker_id = chosen->worker.worker_id;
   core->registry->SetModelState(worker_id, id, v1::Model::LOADING);

@@ -27,6 +27,9 @@ struct MoveLimits {
   std::shared_ptr<Cancellation> cancellation;
 };
 
+// UNAVAILABLE (NO_WORKER): the model is known, and no connected worker has it.
+absl::Status ModelNotHere(const std::string& id);
+
 // Loads the model on one worker; OK at once where one has it READY.
 void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done);
 // Unloads it on every worker.

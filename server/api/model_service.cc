@@ -1,13 +1,18 @@
 #include "server/api/model_service.h"
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "server/api/model_moves.h"
 #include "server/fleet/forwarding.h"
+#include "server/fleet/placement.h"
+#include "server/fleet/stream_proxy.h"
 #include "server/jobs/page_token.h"
 
 namespace walsh::api {
@@ -30,6 +35,63 @@ Done AnswerWithModel(Core* core, const Call& call, std::string id, v1::Model* re
     }
     call.Finish(status);
   };
+}
+
+// The worker that exports: any that has the model, the least busy first.
+absl::StatusOr<fleet::WorkerAddress> WorkerWith(const Core& core, const std::string& name) {
+  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("name", name));
+  if (core.is_stopping) return Stopping();
+  if (!core.catalog->Knows(id)) return NotFound("model", id);
+  const std::vector<fleet::Replica> replicas = core.registry->Replicas(id);
+  const fleet::Replica* chosen = fleet::ChooseForLoad(replicas);
+  if (chosen == nullptr) return ModelNotHere(id);
+  return chosen->worker;
+}
+
+// The worker that imports: the least busy one.
+absl::StatusOr<fleet::WorkerAddress> WorkerFor(const Core& core,
+                                               const v1::ImportModelRequest& request) {
+  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model_name", request.model_name()));
+  if (core.is_stopping) return Stopping();
+  if (core.catalog->Knows(id)) {
+    absl::Status status = absl::AlreadyExistsError(absl::StrCat(ModelName(id), " exists already"));
+    SetResourceInfo(status, "model", ModelName(id), "exists already");
+    return status;
+  }
+  const std::vector<fleet::WorkerAddress> workers = core.registry->Online();
+  if (workers.empty()) return fleet::NoWorker();
+  return workers.front();
+}
+
+// Alive until the worker's call has ended.
+template <typename Request>
+struct Conversion {
+  Request request;
+  std::shared_ptr<fleet::WorkerClient> client;
+};
+
+// `method` is one of WorkerClient's.
+template <typename Response, typename Request, typename Method>
+fleet::StreamReactor<Response>* ForwardConversion(
+    grpc::CallbackServerContext* context, Core* core, const char* name,
+    const absl::StatusOr<fleet::WorkerAddress>& worker, const Request& request, Method method) {
+  const std::string request_id = EchoRequestId(context);
+  if (!worker.ok()) {
+    LogEnd(name, request_id, worker.status());
+    return new FailedStream<Response>(worker.status());
+  }
+  const auto call = std::make_shared<Conversion<Request>>(request, core->clients->Get(*worker));
+  core->streams.Begin();
+  return fleet::ProxyStream<Response>(
+      context, fleet::WorkerTimeout(context->deadline(), fleet::kConversionTimeoutDefault),
+      core->stream_limits, core->executor,
+      [call, method](grpc::ClientContext* client_context, fleet::StreamReader<Response>* reader) {
+        ((*call->client).*method)(client_context, &call->request, reader);
+      },
+      [core, call, name, request_id](const absl::Status& status) {
+        LogEnd(name, request_id, status);
+        core->streams.End();
+      });
 }
 
 }  // namespace
@@ -101,6 +163,20 @@ grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModel(grpc::CallbackServerCont
         api::DeleteModel(core, id, request->force(), limits,
                          [call](const absl::Status& status) { call.Finish(status); });
       });
+}
+
+grpc::ServerWriteReactor<v1::ExportModelResponse>* ModelServiceImpl::ExportModel(
+    grpc::CallbackServerContext* context, const v1::ExportModelRequest* request) {
+  return ForwardConversion<v1::ExportModelResponse>(context, core_, "ExportModel",
+                                                    WorkerWith(*core_, request->name()), *request,
+                                                    &fleet::WorkerClient::ExportModel);
+}
+
+grpc::ServerWriteReactor<v1::ImportModelResponse>* ModelServiceImpl::ImportModel(
+    grpc::CallbackServerContext* context, const v1::ImportModelRequest* request) {
+  return ForwardConversion<v1::ImportModelResponse>(context, core_, "ImportModel",
+                                                    WorkerFor(*core_, *request), *request,
+                                                    &fleet::WorkerClient::ImportModel);
 }
 
 grpc::ServerUnaryReactor* ModelServiceImpl::ListWorkers(grpc::CallbackServerContext* context,

@@ -26,6 +26,10 @@ class ModelServiceImpl final : public v1::ModelService::CallbackService {
   grpc::ServerUnaryReactor* DeleteModel(grpc::CallbackServerContext* context,
                                         const v1::DeleteModelRequest* request,
                                         google::protobuf::Empty* response) override;
+  grpc::ServerWriteReactor<v1::ExportModelResponse>* ExportModel(
+      grpc::CallbackServerContext* context, const v1::ExportModelRequest* request) override;
+  grpc::ServerWriteReactor<v1::ImportModelResponse>* ImportModel(
+      grpc::CallbackServerContext* context, const v1::ImportModelRequest* request) override;
   grpc::ServerUnaryReactor* ListWorkers(grpc::CallbackServerContext* context,
                                         const v1::ListWorkersRequest* request,
                                         v1::ListWorkersResponse* response) override;

@@ -16,6 +16,8 @@ inline constexpr absl::Duration kGenerateTimeoutMax = absl::Seconds(limits::kGen
 inline constexpr absl::Duration kEvaluateTimeout = absl::Seconds(limits::kEvaluateSecondsMax);
 inline constexpr absl::Duration kUnaryTimeoutDefault = absl::Seconds(10);
 inline constexpr absl::Duration kLoadTimeoutDefault = absl::Minutes(10);
+// Of an export or an import: everything that a model has is read, converted and written.
+inline constexpr absl::Duration kConversionTimeoutDefault = kGenerateTimeoutMax;
 inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);  // of one worker
 
 // The worker's share of a client's deadline: 5 % less, so that its answer still arrives in time. A

@@ -7,6 +7,8 @@
 #include "absl/synchronization/mutex.h"
 #include "common/clock.h"
 #include "common/grpc_status.h"
+#include "walsh/v1/generation.pb.h"
+#include "walsh/v1/model.pb.h"
 
 namespace walsh::fleet {
 namespace {
@@ -207,11 +209,14 @@ StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, absl:
   return proxy.get();
 }
 
-template StreamReactor<v1::GenerateStreamResponse>* ProxyStream(
-    grpc::CallbackServerContext*, absl::Duration, const StreamLimits&, Executor*,
-    const StartStream<v1::GenerateStreamResponse>&, std::function<void(const absl::Status&)>);
-template StreamReactor<v1::EvaluateModelResponse>* ProxyStream(
-    grpc::CallbackServerContext*, absl::Duration, const StreamLimits&, Executor*,
-    const StartStream<v1::EvaluateModelResponse>&, std::function<void(const absl::Status&)>);
+#define WALSH_PROXY_STREAM_OF(Response)                                             \
+  template StreamReactor<Response>* ProxyStream<Response>(                          \
+      grpc::CallbackServerContext*, absl::Duration, const StreamLimits&, Executor*, \
+      const StartStream<Response>&, std::function<void(const absl::Status&)>)
+WALSH_PROXY_STREAM_OF(v1::GenerateStreamResponse);
+WALSH_PROXY_STREAM_OF(v1::EvaluateModelResponse);
+WALSH_PROXY_STREAM_OF(v1::ExportModelResponse);
+WALSH_PROXY_STREAM_OF(v1::ImportModelResponse);
+#undef WALSH_PROXY_STREAM_OF
 
 }  // namespace walsh::fleet

@@ -1,4 +1,5 @@
-// Carries one stream from a worker to a client: of generated tokens, or of an evaluation.
+// Carries one stream of messages from a worker to a client: of generated tokens, of an evaluation, or
+// the progress of an export.
 //
 // Between them is a buffer of at most kStreamChunksMax messages. When it is full nothing more is
 // read from the worker, whose own writes then wait: a slow client slows its own stream down and
@@ -21,8 +22,6 @@
 #include "common/executor.h"
 #include "common/limits.h"
 #include "server/fleet/worker_client.h"
-#include "walsh/v1/evaluation.pb.h"
-#include "walsh/v1/generation.pb.h"
 
 namespace walsh::fleet {
 
@@ -36,13 +35,13 @@ using StreamReactor = grpc::ServerWriteReactor<Response>;
 template <typename Response>
 using StreamReader = grpc::ClientReadReactor<Response>;
 
-// Starts the worker's call with its request.
+// Starts the worker's call, with its request.
 template <typename Response>
 using StartStream = std::function<void(grpc::ClientContext*, StreamReader<Response>*)>;
 
 // Returns the reactor of the client's call, which gRPC owns from there. `done` runs once, when the
-// worker's call has ended, with the status that the client gets. For GenerateStreamResponse and
-// EvaluateModelResponse.
+// worker's call has ended, with the status that the client gets. There is one for each kind of
+// message that a worker streams.
 template <typename Response>
 StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
                                      const StreamLimits& limits, Executor* executor,

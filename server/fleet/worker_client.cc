@@ -99,6 +99,16 @@ void WorkerClient::DeleteModel(const std::string& model, absl::Duration timeout,
                                  std::move(done));
 }
 
+void WorkerClient::ExportModel(grpc::ClientContext* context, const v1::ExportModelRequest* request,
+                               grpc::ClientReadReactor<v1::ExportModelResponse>* reader) {
+  host_->async()->ExportModel(context, request, reader);
+}
+
+void WorkerClient::ImportModel(grpc::ClientContext* context, const v1::ImportModelRequest* request,
+                               grpc::ClientReadReactor<v1::ImportModelResponse>* reader) {
+  host_->async()->ImportModel(context, request, reader);
+}
+
 std::shared_ptr<WorkerClient> WorkerClients::Get(const WorkerAddress& worker) {
   const absl::MutexLock lock(&mu_);
   Entry& entry = clients_[worker.worker_id];

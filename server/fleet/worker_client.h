@@ -52,6 +52,12 @@ class WorkerClient {
   void DeleteModel(const std::string& model, absl::Duration timeout, CancellationPtr cancellation,
                    Callback<google::protobuf::Empty> done);
 
+  // The request must outlive the call, and so must this client.
+  void ExportModel(grpc::ClientContext* context, const v1::ExportModelRequest* request,
+                   grpc::ClientReadReactor<v1::ExportModelResponse>* reader);
+  void ImportModel(grpc::ClientContext* context, const v1::ImportModelRequest* request,
+                   grpc::ClientReadReactor<v1::ImportModelResponse>* reader);
+
   struct GenerationStubs {
     explicit GenerationStubs(const std::shared_ptr<grpc::Channel>& channel)
         : generation(v1::GenerationService::NewStub(channel)),

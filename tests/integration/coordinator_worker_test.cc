@@ -60,7 +60,7 @@ class CoordinatorWorkerTest : public CoordinatorFixture {
             .plan = [](const pipeline::JobSpec&) { return pipeline::JobPlan(); },
             .memory = [] { return service::WorkerMemory(); },
             .on_device_broken = [](const absl::Status&) {}},
-        store_.get());
+        store_.get(), /*conversions=*/nullptr);
     grpc::ServerBuilder builder;
     ApplyServerLimits(builder);
     int port = 0;

@@ -39,6 +39,7 @@
 #include "worker/service/host_memory.h"
 #include "worker/service/job_runner.h"
 #include "worker/service/memory_check.h"
+#include "worker/service/model_conversions.h"
 #include "worker/service/model_host_service.h"
 #include "worker/service/model_store.h"
 #include "worker/service/rejected_artifacts.h"
@@ -133,6 +134,7 @@ class WorkerDaemon final : public Daemon {
   JobDevice device_;
   std::unique_ptr<ModelStore> models_;
   std::unique_ptr<GenerationService> generation_;
+  std::unique_ptr<ModelConversions> conversions_;
   std::unique_ptr<ModelHostService> model_host_;
   std::unique_ptr<EvaluationService> evaluation_;
   std::unique_ptr<grpc::Server> server_;
@@ -195,6 +197,14 @@ absl::Status WorkerDaemon::OpenStore() {
   };
   options.free_memory = [] { return ReadHostMemory().free_bytes; };
   WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));
+  WALSH_ASSIGN_OR_RETURN(conversions_,
+                         ModelConversions::Open({.export_root = options_.export_root.empty()
+                                                                    ? options_.data_dir + "/exports"
+                                                                    : options_.export_root,
+                                                 .worker_id = worker_id_,
+                                                 .resolve = resolve_,
+                                                 .n_threads = n_threads},
+                                                models_.get()));
   return absl::OkStatus();
 }
 
@@ -211,7 +221,7 @@ absl::Status WorkerDaemon::StartServer() {
           .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
           .memory = [this] { return ReadMemory(); },
           .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); }},
-      models_.get());
+      models_.get(), conversions_.get());
   evaluation_ = std::make_unique<EvaluationService>(
       EvaluationService::Options{.resolve = resolve_, .n_threads = options_.threads}, models_.get(),
       clock_);

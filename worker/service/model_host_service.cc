@@ -9,6 +9,7 @@
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "worker/kernels/device_failure.h"
+#include "worker/service/disk_check.h"
 #include "worker/service/job_device.h"
 
 namespace walsh::service {
@@ -22,22 +23,27 @@ grpc::Status Answer(absl::StatusOr<T> result, T* response) {
   return grpc::Status::OK;
 }
 
-absl::Status CheckDisk(int64_t needed, int64_t free, const std::string& data_dir) {
-  if (needed <= free) return absl::OkStatus();
-  // Clients are not told paths.
-  WALSH_LOG(Warning, "disk is short for a job", {"directory", data_dir}, {"needed_bytes", needed},
-            {"free_bytes", free});
-  absl::Status status = absl::ResourceExhaustedError(
-      absl::StrCat("the artifact needs ", needed, " bytes of disk, ", free, " are free"));
-  SetErrorInfo(status, "INSUFFICIENT_DISK",
-               {{"needed", absl::StrCat(needed)}, {"free", absl::StrCat(free)}});
-  return status;
+// Runs `convert` while its progress goes to the client, who ends it by going away; then `last`.
+template <typename Response, typename Function>
+grpc::Status Convert(grpc::ServerContext* context, grpc::ServerWriter<Response>* writer,
+                     Response* last, const Function& convert) {
+  const auto progress = [&](int64_t done, int64_t total) -> absl::Status {
+    Response response;
+    response.mutable_progress()->set_tensors_done(static_cast<int32_t>(done));
+    response.mutable_progress()->set_tensors_total(static_cast<int32_t>(total));
+    if (!context->IsCancelled() && writer->Write(response)) return absl::OkStatus();
+    return absl::CancelledError("the client has gone");
+  };
+  const absl::Status status = convert(progress);
+  if (status.ok()) writer->Write(*last);
+  return ToGrpcStatus(status);
 }
 
 }  // namespace
 
-ModelHostService::ModelHostService(Options options, ModelStore* models)
-    : options_(std::move(options)), models_(models) {}
+ModelHostService::ModelHostService(Options options, ModelStore* models,
+                                   ModelConversions* conversions)
+    : options_(std::move(options)), models_(models), conversions_(conversions) {}
 
 absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
     const v1::QuantizationJob& job) const {
@@ -47,7 +53,8 @@ absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
   WALSH_ASSIGN_OR_RETURN(const WorkerMemory memory, options_.memory());
   WALSH_RETURN_IF_ERROR(CheckMemory(plan, memory));
   WALSH_ASSIGN_OR_RETURN(const int64_t free_disk_bytes, FreeBytes(options_.data_dir));
-  WALSH_RETURN_IF_ERROR(CheckDisk(plan.disk_bytes_needed, free_disk_bytes, options_.data_dir));
+  WALSH_RETURN_IF_ERROR(
+      CheckDisk("the artifact", plan.disk_bytes_needed, free_disk_bytes, options_.data_dir));
   internal::v1::ValidateJobResponse response = ToResponse(plan);
   response.set_device(options_.device);
   response.set_memory_bytes_total(memory.host.total_bytes);
@@ -89,6 +96,26 @@ grpc::Status ModelHostService::DeleteModel(grpc::ServerContext*,
                                            google::protobuf::Empty*) {
   const absl::StatusOr<std::string> id = ParseModelName("model", request->model());
   return ToGrpcStatus(id.ok() ? models_->Delete(*id) : id.status());
+}
+
+grpc::Status ModelHostService::ExportModel(grpc::ServerContext* context,
+                                           const v1::ExportModelRequest* request,
+                                           grpc::ServerWriter<v1::ExportModelResponse>* writer) {
+  v1::ExportModelResponse last;
+  return Convert(context, writer, &last, [&](const ConversionProgress& progress) -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(*last.mutable_model_export(), conversions_->Export(*request, progress));
+    return absl::OkStatus();
+  });
+}
+
+grpc::Status ModelHostService::ImportModel(grpc::ServerContext* context,
+                                           const v1::ImportModelRequest* request,
+                                           grpc::ServerWriter<v1::ImportModelResponse>* writer) {
+  v1::ImportModelResponse last;
+  return Convert(context, writer, &last, [&](const ConversionProgress& progress) -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(*last.mutable_model(), conversions_->Import(*request, progress));
+    return absl::OkStatus();
+  });
 }
 
 }  // namespace walsh::service

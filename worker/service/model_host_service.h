@@ -17,6 +17,7 @@
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/job_conversion.h"
 #include "worker/service/memory_check.h"
+#include "worker/service/model_conversions.h"
 #include "worker/service/model_store.h"
 
 namespace walsh::service {
@@ -33,7 +34,7 @@ class ModelHostService final : public internal::v1::ModelHostService::Service {
     // Called with a status that IsDeviceBroken.
     std::function<void(const absl::Status&)> on_device_broken;
   };
-  ModelHostService(Options options, ModelStore* models);
+  ModelHostService(Options options, ModelStore* models, ModelConversions* conversions);
 
   grpc::Status ValidateJob(grpc::ServerContext* context,
                            const internal::v1::ValidateJobRequest* request,
@@ -47,12 +48,17 @@ class ModelHostService final : public internal::v1::ModelHostService::Service {
   grpc::Status DeleteModel(grpc::ServerContext* context,
                            const internal::v1::HostModelRequest* request,
                            google::protobuf::Empty* response) override;
+  grpc::Status ExportModel(grpc::ServerContext* context, const v1::ExportModelRequest* request,
+                           grpc::ServerWriter<v1::ExportModelResponse>* writer) override;
+  grpc::Status ImportModel(grpc::ServerContext* context, const v1::ImportModelRequest* request,
+                           grpc::ServerWriter<v1::ImportModelResponse>* writer) override;
 
  private:
   absl::StatusOr<internal::v1::ValidateJobResponse> Validate(const v1::QuantizationJob& job) const;
 
   const Options options_;
   ModelStore* const models_;
+  ModelConversions* const conversions_;
 };
 
 }  // namespace walsh::service

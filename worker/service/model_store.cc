@@ -130,6 +130,11 @@ absl::StatusOr<Model> ModelStore::Get(const std::string& id) const {
   return it->second.model;
 }
 
+absl::StatusOr<std::string> ModelStore::ArtifactDirectory(const std::string& id) const {
+  WALSH_RETURN_IF_ERROR(Get(id).status());
+  return Directory(id);
+}
+
 Model ModelStore::Update(const std::string& id, const std::function<void(Entry&)>& change) {
   Model model;
   Listener listener;

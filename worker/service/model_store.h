@@ -66,6 +66,8 @@ class ModelStore {
   // not loaded. Must not be called by a thread that holds an engine of FindEngine.
   absl::StatusOr<v1::Model> Unload(const std::string& id);
   absl::Status Delete(const std::string& id);
+  // The folder of a model's artifact. It goes with the model; a reader that is open reads on.
+  absl::StatusOr<std::string> ArtifactDirectory(const std::string& id) const;
   // Refuses new requests of all models and waits for the running ones; those that still run after
   // the timeout fail with UNAVAILABLE, reason WORKER_STOPPING.
   void DrainAll(absl::Duration timeout);

@@ -37,6 +37,9 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
   app.add_option("--data-dir", options.data_dir, "Folder of the models")->capture_default_str();
   app.add_option("--model-root", options.model_roots,
                  "Folder that source models and texts may be read from; repeatable");
+  app.add_option(
+      "--export-root", options.export_root,
+      "Folder that exported models are written beneath; exports in --data-dir by default");
   app.add_option("--device", options.device,
                  "Where jobs run: auto (CUDA device 0, or the CPU where there is none), cpu, cuda "
                  "or cuda:N")

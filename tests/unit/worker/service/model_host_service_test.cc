@@ -36,7 +36,7 @@ class ValidateJobTest : public StoreFixture {
          .plan = [this](const pipeline::JobSpec&) { return plan_; },
          .memory = [this] { return memory_; },
          .on_device_broken = [this](const absl::Status& cause) { broken_ = cause; }},
-        store_.get());
+        store_.get(), /*conversions=*/nullptr);
     internal::v1::ValidateJobRequest request;
     request.mutable_job()->set_model_name("m");
     request.mutable_job()->set_source_model("source");
