@@ -52,12 +52,6 @@ TEST_F(PlanJobTest, RefusesOptionsThatDoNotFitTheModel) {
   spec = good;
   spec.quantizer.damp = 7;
   EXPECT_THAT(PlanJob(spec), HasCode(absl::StatusCode::kInvalidArgument));
-  // 96 = 3 · 32 has no global Hadamard matrix.
-  for (rotate::Kind kind : {rotate::Kind::kHadamard, rotate::Kind::kWalsh}) {
-    spec = good;
-    spec.rotation = kind;
-    EXPECT_THAT(PlanJob(spec), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("gsr")));
-  }
   spec = good;
   spec.rotation_block = 64;
   EXPECT_THAT(PlanJob(spec), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("64")));
@@ -76,6 +70,19 @@ TEST_F(PlanJobTest, RefusesOptionsThatDoNotFitTheModel) {
   spec = good;
   spec.source_path = directory_ / "none";
   EXPECT_THAT(PlanJob(spec), HasCode(absl::StatusCode::kNotFound));
+}
+
+// 96 = 12 · 8 has a Hadamard matrix, 736 = 92 · 8 has none here.
+TEST_F(PlanJobTest, GlobalRotationsNeedAMatrixOfTheWidth) {
+  for (rotate::Kind kind : {rotate::Kind::kHadamard, rotate::Kind::kWalsh}) {
+    JobSpec spec = TinyJob({.hidden = 96});
+    spec.rotation = kind;
+    EXPECT_OK(PlanJob(spec));
+    spec = TinyJob({.hidden = 736});
+    spec.rotation = kind;
+    EXPECT_THAT(PlanJob(spec), StatusIs(absl::StatusCode::kInvalidArgument,
+                                        AllOf(HasSubstr("736"), HasSubstr("gsr"))));
+  }
 }
 
 TEST_F(PlanJobTest, InputsThatCannotBePackedAreRefused) {
@@ -100,9 +107,9 @@ TEST_F(PlanJobTest, WarnsOfWhatItChangesOrCannotDo) {
   ASSERT_OK_AND_ASSIGN(const JobPlan starved, PlanJob(spec));
   EXPECT_THAT(starved.warnings, Contains(HasSubstr("only 32 calibration tokens")));
 
-  spec = TinyJob({.hidden = 64, .n_heads = 2, .n_kv_heads = 2, .head_dim = 48});
+  spec = TinyJob({.hidden = 64, .n_heads = 8, .n_kv_heads = 8, .head_dim = 92});
   ASSERT_OK_AND_ASSIGN(const JobPlan odd_head, PlanJob(spec));
-  EXPECT_THAT(odd_head.warnings, Contains(AllOf(HasSubstr("R2"), HasSubstr("48"))));
+  EXPECT_THAT(odd_head.warnings, Contains(AllOf(HasSubstr("R2"), HasSubstr("92"))));
 }
 
 // Beyond 2 GiB outputs are computed a second time instead of being kept.
