@@ -129,6 +129,7 @@ void PackZeros(const QuantizedMatrix& m, std::vector<uint32_t>& qzeros) {
 absl::StatusOr<std::vector<uint16_t>> PackHalves(const char* what, const QuantizedMatrix& m,
                                                  const std::vector<float>& values, int64_t n) {
   std::vector<uint16_t> halves(values.size());
+  if (values.empty()) return halves;
   for (int64_t out = 0; out < m.rows; ++out) {
     for (int64_t group = 0; group < m.groups(); ++group) {
       for (int64_t i = 0; i < n; ++i) {
@@ -181,6 +182,7 @@ void UnpackZeros(const std::vector<uint32_t>& qzeros, QuantizedMatrix& m) {
 std::vector<float> UnpackHalves(const std::vector<uint16_t>& halves, const QuantizedMatrix& m,
                                 int64_t n) {
   std::vector<float> values(halves.size());
+  if (halves.empty()) return values;
   for (int64_t group = 0; group < m.groups(); ++group) {
     for (int64_t out = 0; out < m.rows; ++out) {
       for (int64_t i = 0; i < n; ++i) {

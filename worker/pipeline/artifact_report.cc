@@ -94,7 +94,7 @@ std::vector<std::pair<std::string, int>> OtherBits(const std::vector<LinearShape
     for (std::string_view part : fusion.parts) left.erase(part);
   }
   for (const auto& [suffix, n] : left) {
-    modules.emplace_back(absl::StrReplaceAll(suffix, {{".", "\\."}}), n);
+    modules.emplace_back(absl::StrReplaceAll(std::string(suffix), {{".", "\\."}}), n);
   }
   return modules;
 }

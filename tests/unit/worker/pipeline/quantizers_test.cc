@@ -4,8 +4,6 @@
 
 #include <cmath>
 #include <functional>
-#include <nlohmann/json.hpp>
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -22,10 +20,6 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::walsh::testing::StatusIs;
-
-double Mean(const std::vector<double>& values) {
-  return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
-}
 
 // −log p(next) of a row of logits.
 double Loss(const float* logits, int64_t vocab, int32_t next) {
@@ -161,7 +155,7 @@ INSTANTIATE_TEST_SUITE_P(
                   s.overrides = {{"layers.0.mlp.down_proj", 4}, {"*.{1-9}.*.q_proj", 8}};
                 },
                 MixedBits()}),
-    [](const auto& info) { return std::string(info.param.name); });
+    [](const auto& variant) { return std::string(variant.param.name); });
 
 class OverridesTest : public testing::JobTest {};
 
