@@ -53,8 +53,8 @@ struct QuantizeFlags {
   std::string request_id;
 };
 
-// INVALID_ARGUMENT for a group size that is no number, an override that is not PATTERN=BITS, and for
-// what is set of a quantizer that is off. `auto_load` is what --load resolved to.
+// INVALID_ARGUMENT for a group size that is no number, an override that is not PATTERN=BITS, and
+// for what is set of a quantizer that is off. `auto_load` is what --load resolved to.
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
                                                                      bool auto_load);
 

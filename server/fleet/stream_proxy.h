@@ -1,5 +1,5 @@
-// Carries one stream of messages from a worker to a client: of generated tokens, of an evaluation, or
-// the progress of an export.
+// Carries one stream of messages from a worker to a client: of generated tokens, of an evaluation,
+// or the progress of an export.
 //
 // Between them is a buffer of at most kStreamChunksMax messages. When it is full nothing more is
 // read from the worker, whose own writes then wait: a slow client slows its own stream down and

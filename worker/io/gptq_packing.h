@@ -3,7 +3,8 @@
 //   qweight  [in/32·bits, out] u32      32 inputs of one output: `bits` words, one below the other
 //   qzeros   [groups, out/32·bits] u32  32 outputs of one group: `bits` words, side by side
 //   scales   [groups, out] half
-//   g_idx    [in] i32                   the group of each input: input / group_size, unless act-order
+//   g_idx    [in] i32                   the group of each input: input / group_size, unless
+//   act-order
 //                                       made groups of inputs that are no neighbours
 //
 // What GPTQ has no form for keeps qweight and g_idx, and has instead

@@ -45,7 +45,7 @@ struct DecoderLayer {
   // Where the family has them (ModelConfig::has_qk_norm, has_output_norms).
   std::vector<float> q_norm, k_norm;                          // [head_dim]
   std::vector<float> attention_output_norm, mlp_output_norm;  // [hidden]
-  bool is_sliding = false;  // ModelConfig::is_sliding of its index
+  bool is_sliding = false;                      // ModelConfig::is_sliding of its index
   std::shared_ptr<const OnlineForward> online;  // null: nothing beside the weights
 };
 

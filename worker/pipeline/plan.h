@@ -37,9 +37,9 @@ struct ResolvedJob {
   gptq::Options quantizer;  // but for the group and the overrides: OptionsFor() has them
   // [layers][linears of LinearShapes()]; empty: quantizer.bits for all.
   std::vector<std::vector<int>> bits;
-  int64_t group_size = 0;       // 32, 64 or 128; −1 per channel
-  int64_t rotation_block = 0;   // 0 for none and global rotations
-  rotate::Rotation r1, r2;      // of the residual stream and of a head
+  int64_t group_size = 0;      // 32, 64 or 128; −1 per channel
+  int64_t rotation_block = 0;  // 0 for none and global rotations
+  rotate::Rotation r1, r2;     // of the residual stream and of a head
   OnlineTransforms online;
   int64_t online_block = 0;     // of R4; 0 for none and global
   int64_t sequence_length = 0;  // reduced to the model's context

@@ -20,7 +20,7 @@ struct WorkerOptions {
   int metrics_port = 8003;
   std::string data_dir;
   std::vector<std::string> model_roots;
-  std::string export_root;  // empty: exports beneath data_dir
+  std::string export_root;      // empty: exports beneath data_dir
   std::string device = "auto";  // as ParseDeviceChoice takes it
   int threads = 0;
   int max_num_seqs = 16;

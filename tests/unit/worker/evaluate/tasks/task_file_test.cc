@@ -91,8 +91,7 @@ TEST_F(ReadTaskTest, HellaSwagInBothForms) {
 }
 
 TEST(CleanHellaSwagTest, AsTheHarnessDoes) {
-  EXPECT_EQ(CleanHellaSwag("  How to [title] Begin. [step] Take  it. "),
-            "How to. Begin. Take it.");
+  EXPECT_EQ(CleanHellaSwag("  How to [title] Begin. [step] Take  it. "), "How to. Begin. Take it.");
   EXPECT_EQ(CleanHellaSwag("a [b [c] d] e"), "a d] e");
   EXPECT_EQ(CleanHellaSwag("[x\ny] [z]"), "[x\ny] ");
   EXPECT_EQ(CleanHellaSwag("open [ end"), "open [ end");
