@@ -47,6 +47,7 @@ struct Quality {
   // likeliest next token is the same. Negative: not measured.
   double kl_divergence = -1;
   double top1_agreement = -1;
+  std::vector<double> window_divergences;  // the same by window
 };
 
 struct DeviceMemory {

@@ -76,6 +76,7 @@ class CpuBackend final : public Backend {
     Quality quality;
     quality.kl_divergence = comparison.KlDivergence();
     quality.top1_agreement = comparison.Top1Agreement();
+    quality.window_divergences = std::move(comparison.divergences);
     quality.before = std::move(comparison.reference);
     quality.after = std::move(comparison.model);
     return quality;

@@ -301,6 +301,7 @@ class Job {
     report_.top1_agreement = quality.top1_agreement;
     report_.window_losses_before = std::move(quality.before.losses);
     report_.window_losses_after = std::move(quality.after.losses);
+    report_.window_divergences = std::move(quality.window_divergences);
     WALSH_RETURN_IF_ERROR(
         ReplaceReportMember(spec_.output_directory, "quality", QualityReport(texts_, report_)));
     WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));

@@ -120,8 +120,8 @@ struct JobReport {
   int64_t evaluation_tokens = 0;
   double kl_divergence = -1;  // negative: not measured; see Quality in backend.h
   double top1_agreement = -1;
-  // Loss per token of each evaluation window before and after, for paired statistics.
-  std::vector<double> window_losses_before, window_losses_after;
+  // Loss and divergence per token of each evaluation window, for paired statistics.
+  std::vector<double> window_losses_before, window_losses_after, window_divergences;
   double rotation_gate = 0;
   double stage_seconds[kStages] = {};
   // Inside CALIBRATING: time of the quantized model's float forward passes, which no GPTQ can

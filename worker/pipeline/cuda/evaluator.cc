@@ -113,9 +113,10 @@ absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome&
   int64_t agreeing = 0;
   for (int64_t w = 0; w < windows_.count(); ++w) {
     double sums[2] = {0, 0};
+    double window_kl = 0;
     for (int64_t i = w * windows_.length; i < (w + 1) * windows_.length - 1; ++i) {
       for (const int which : {0, 1}) sums[which] += losses[static_cast<size_t>(which * n + i)];
-      kl_sum += kl[static_cast<size_t>(i)];
+      window_kl += kl[static_cast<size_t>(i)];
       agreeing += top1[static_cast<size_t>(i)];
     }
     for (const int which : {0, 1}) {
@@ -127,6 +128,8 @@ absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome&
       result.losses.push_back(sums[which] / static_cast<double>(windows_.length - 1));
       result.n_tokens += windows_.length - 1;
     }
+    kl_sum += window_kl;
+    quality.window_divergences.push_back(window_kl / static_cast<double>(windows_.length - 1));
   }
   if (!std::isfinite(kl_sum)) {
     return absl::DataLossError(absl::StrCat("the divergence of the models is ", kl_sum));

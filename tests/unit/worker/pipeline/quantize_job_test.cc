@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <set>
 #include <string>
 #include <utility>
@@ -68,6 +69,10 @@ TEST_F(RunJobTest, MakesAnArtifactAndSaysWhatItIs) {
   EXPECT_EQ(report.calibration_fingerprint.size(), 64);
   EXPECT_EQ(report.window_losses_before.size(), 4);
   EXPECT_EQ(report.window_losses_after.size(), 4);
+  ASSERT_EQ(report.window_divergences.size(), 4);
+  EXPECT_NEAR(
+      std::accumulate(report.window_divergences.begin(), report.window_divergences.end(), 0.0) / 4,
+      report.kl_divergence, 1e-12);
   EXPECT_EQ(report.evaluation_tokens, 4 * 127);
   EXPECT_NEAR(std::log(report.perplexity_after / report.perplexity_before), 0, 0.2);
   EXPECT_NE(report.perplexity_after, report.perplexity_before);

@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""The tables of docs/quality.md: every rotation and quantizer on one model, with confidence intervals.
+
+    quality_study.py run   BIN MODEL --data DATA --out OUT [--device cuda:0] [--plan full|main]
+    quality_study.py table OUT
+
+`run` writes the rows of the plan, and has BIN (quality_rows) do them: those that only the CPU does, beside those of
+the device. It goes on where it was cut off. DATA has wikitext-train-1000.json, wikitext-2-test.txt
+(wikitext_test_text.py) and, in eval/, the zero-shot tasks. `table` prints Markdown.
+
+Each row is done twice, calibrated on two texts that share no sample (the two halves of the training file) and with two
+seeds of the random signs. With L_i the mean of a row's two losses in evaluation window i, a difference D of two rows is
+the mean over i of the difference of their L_i, and its interval is
+
+    D ± 1.96 sqrt(s_w² + s_c²)
+
+s_w is the standard error of the mean over windows. s_c is that of the mean over the two calibrations: the root of the
+mean of ((D_a − D_b) / 2)² over all rows of the same table, since two values of one row alone tell little.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+
+ROTATIONS = ("none", "hadamard", "walsh", "local-hadamard", "gsr")
+METHODS = {
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq", "error_propagation": 0.0},
+    "gptaq": {"method": "gptaq"},
+    "ep": {"method": "gptq", "error_propagation": 0.5},
+}
+# What one option changes, on top of gsr at 2 bits.
+OPTIONS = {
+    "gptq": METHODS["gptq"],
+    "gptq, natural order": {**METHODS["gptq"], "order": "natural"},
+    "gptq, act-order": {**METHODS["gptq"], "order": "act-order"},
+    "gptq, no MSE clip": {**METHODS["gptq"], "mse_clip": False},
+    "gptq, symmetric": {**METHODS["gptq"], "symmetric": True},
+    "gptq, float zero point": {**METHODS["gptq"], "zero_point": "float"},
+    "gptq, codebook": {**METHODS["gptq"], "grid": "codebook"},
+    "gptq, group 32": {**METHODS["gptq"], "group": 32},
+    "gptq, group 128": {**METHODS["gptq"], "group": 128},
+    "gptaq, α = 0.25": METHODS["gptaq"],
+    "gptaq, α = 0.5": {**METHODS["gptaq"], "gptaq_alpha": 0.5},
+    "gptaq, α = 1": {**METHODS["gptaq"], "gptaq_alpha": 1.0},
+    "ep, β = 0.25": {**METHODS["ep"], "error_propagation": 0.25},
+    "ep, β = 0.5": METHODS["ep"],
+    "ep, β = 0.75": {**METHODS["ep"], "error_propagation": 0.75},
+    "ep, β = 1": {**METHODS["ep"], "error_propagation": 1.0},
+    "ep, β = 0.5, act-order": {**METHODS["ep"], "order": "act-order"},
+    "ep, β = 0.5, float zero point": {**METHODS["ep"], "zero_point": "float"},
+    "ep, β = 1, float zero point": {**METHODS["ep"], "error_propagation": 1.0, "zero_point": "float"},
+    "ep, β = 0.5, codebook": {**METHODS["ep"], "grid": "codebook"},
+    "ep, β = 1, codebook": {**METHODS["ep"], "error_propagation": 1.0, "grid": "codebook"},
+    "ep, β = 0.5, group 32": {**METHODS["ep"], "group": 32},
+    "ep, β = 0.5, group 128": {**METHODS["ep"], "group": 128},
+    "ep, β = 1, group 128": {**METHODS["ep"], "error_propagation": 1.0, "group": 128},
+}
+MAIN_OPTIONS = ("gptq", "gptq, group 128", "ep, β = 0.25", "ep, β = 0.5", "ep, β = 1", "ep, β = 0.5, group 128")
+# Activations per token, symmetric, clipped at 0.9; keys and values by head, asymmetric, clipped at 0.95 (QuaRot).
+ROUNDING = {
+    "W2A16": {"bits": 2},
+    "W2A4": {"bits": 2, "activation_bits": 4},
+    "W2A4KV4": {"bits": 2, "activation_bits": 4, "kv_bits": 4, "query_key_rotation": True},
+    "W4A4KV4": {"bits": 4, "activation_bits": 4, "kv_bits": 4, "query_key_rotation": True},
+}
+TASKS = ("piqa.jsonl", "arc_easy.jsonl", "arc_challenge.jsonl", "hellaswag.txt", "winogrande.jsonl", "lambada_openai.jsonl")
+ZERO_SHOT = {
+    "original": {"bits": 16},
+    "W4 gsr, ep": {"bits": 4, "rotation": "gsr", **METHODS["ep"]},
+    "W3 gsr, ep": {"bits": 3, "rotation": "gsr", **METHODS["ep"]},
+    "W3 none, gptq": {"bits": 3, "rotation": "none", **METHODS["gptq"]},
+    "W2 none, gptq": {"bits": 2, "rotation": "none", **METHODS["gptq"]},
+    "W2 hadamard, signs, gptq": {"bits": 2, "rotation": "hadamard", "signs": True, **METHODS["gptq"]},
+    "W2 gsr, gptq": {"bits": 2, "rotation": "gsr", **METHODS["gptq"]},
+    "W2 gsr, gptaq": {"bits": 2, "rotation": "gsr", **METHODS["gptaq"]},
+    "W2 gsr, ep": {"bits": 2, "rotation": "gsr", **METHODS["ep"]},
+}
+CALIBRATIONS = ("a", "b")
+
+
+def variants(rotations=ROTATIONS):
+    """(name, members) of R1 without and with random signs."""
+    for rotation in rotations:
+        yield rotation, {"rotation": rotation}
+        if rotation != "none":
+            yield f"{rotation}, signs", {"rotation": rotation, "signs": True}
+
+
+def plan(which, group):
+    """(table, name of the row, members, whether only the CPU does it): one for each row, calibrations aside."""
+    rows = []
+
+    def add(bits, methods, rotations):
+        for method in methods:
+            for name, rotation in rotations:
+                members = {"bits": bits, "group": group, **METHODS[method], **rotation}
+                rows.append((f"W{bits} {method}", name, members, False))
+
+    signed = list(variants())
+    unsigned = [variant for variant in signed if "signs" not in variant[1]]
+    ends = [variant for variant in unsigned if variant[0] in ("none", "gsr")]
+    if which == "full":
+        add(2, METHODS, signed)
+        add(3, METHODS, signed)
+        add(4, METHODS, list(variants(("hadamard", "gsr"))))
+    else:
+        add(2, METHODS, unsigned + [variant for variant in signed if variant[0] == "hadamard, signs"])
+        add(3, METHODS, ends)
+        add(4, ("gptq", "ep"), ends)
+    for name, quantizer in OPTIONS.items():
+        if which == "full" or name in MAIN_OPTIONS:
+            members = {"bits": 2, "group": group, "rotation": "gsr", **quantizer}
+            rows.append(("W2 gsr, options", name, members, False))
+    if which == "full":
+        for rounding, members in ROUNDING.items():
+            for method in ("gptq", "ep"):
+                for rotation in ("hadamard", "gsr"):
+                    online = {"rotation": rotation, "down_rotation": rotation, "signs": rotation == "hadamard"}
+                    row = {"group": group, **members, **online, **METHODS[method]}
+                    rows.append(("Run-time rotations", f"{rounding} {rotation}, {method}", row, True))
+    return rows
+
+
+def divides(members, width):
+    return members["group"] <= 0 or width % members["group"] == 0
+
+
+def row_id(table, name, calibration):
+    return f"{table} | {name} | {calibration}"
+
+
+def write_lines(path, objects):
+    with open(path, "w", encoding="utf-8") as file:
+        for item in objects:
+            file.write(json.dumps(item, ensure_ascii=False) + "\n")
+
+
+def split_calibration(data, out):
+    with open(os.path.join(data, "wikitext-train-1000.json"), encoding="utf-8") as file:
+        samples = json.load(file)
+    halves = {"a": samples[: len(samples) // 2], "b": samples[len(samples) // 2 :]}
+    for name, half in halves.items():
+        with open(os.path.join(out, f"calibration-{name}.json"), "w", encoding="utf-8") as file:
+            json.dump(half, file, ensure_ascii=False)
+
+
+def write_rows(args):
+    """The rows of the device, of the CPU beside it, and of the zero-shot tasks."""
+    device, cpu, tasks = [], [], []
+    calibration = {"windows": args.windows, "length": args.length}
+    on_cpu = {"windows": args.cpu_windows, "length": args.length}
+    for table, name, members, needs_cpu in plan(args.plan, args.group):
+        if not divides(members, args.width):
+            continue
+        for index, which in enumerate(CALIBRATIONS):
+            if needs_cpu and index > 0 and not args.cpu_twice:
+                continue
+            text = os.path.join(args.out, f"calibration-{which}.json")
+            row = {"id": row_id(table, name, which), "calibration": text, "seed": index, **members}
+            if needs_cpu:
+                cpu.append(row | on_cpu)
+            else:
+                device.append(row | calibration)
+    for name, members in ZERO_SHOT.items() if args.task_limit >= 0 else ():
+        files = [os.path.join(args.data, "eval", task) for task in TASKS]
+        row = {"id": row_id("Zero-shot", name, "a"), "tasks": files, "task_limit": args.task_limit, **members}
+        if members["bits"] != 16:
+            row |= {"calibration": os.path.join(args.out, "calibration-a.json"), "group": args.group, **calibration}
+        tasks.append(row)
+    write_lines(os.path.join(args.out, "rows-device.jsonl"), device)
+    write_lines(os.path.join(args.out, "rows-cpu.jsonl"), cpu)
+    write_lines(os.path.join(args.out, "rows-tasks.jsonl"), tasks)
+
+
+def run(args):
+    os.makedirs(args.out, exist_ok=True)
+    split_calibration(args.data, args.out)
+    write_rows(args)
+    with open(os.path.join(args.out, "protocol.json"), "w", encoding="utf-8") as file:
+        json.dump({key: value for key, value in vars(args).items() if key in PROTOCOL}, file)
+
+    def start(part, device, threads, n_windows):
+        command = [args.binary, args.model, "--evaluation", os.path.join(args.data, "wikitext-2-test.txt")]
+        command += ["--rows", os.path.join(args.out, f"rows-{part}.jsonl")]
+        command += ["--results", os.path.join(args.out, f"results-{part}.jsonl"), "--device", device]
+        command += ["--threads", str(threads), "--eval-windows", str(n_windows)]
+        return subprocess.Popen(command)
+
+    processes = []
+    beside = max(1, args.threads // 4) if args.device != "cpu" else args.threads
+    for part in args.parts.split(","):
+        if part == "device":
+            process = start(part, args.device, beside, args.eval_windows)
+        elif part == "cpu":
+            process = start(part, "cpu", args.threads // 2 if args.device != "cpu" else args.threads, args.cpu_eval_windows)
+        else:
+            process = start(part, args.device, beside, 2)
+        processes.append(process)
+        if args.device == "cpu":
+            process.wait()
+    return max(process.wait() for process in processes)
+
+
+PROTOCOL = (
+    "plan windows length group eval_windows cpu_windows cpu_eval_windows cpu_twice task_limit device threads".split()
+)
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def standard_error(values):
+    if len(values) < 2:
+        return 0.0
+    m = mean(values)
+    return math.sqrt(sum((v - m) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def read_results(out):
+    """results[table][row][calibration] in the order of the plan's files."""
+    found = {}
+    order = []
+    for part in ("device", "cpu", "tasks"):
+        rows = os.path.join(out, f"rows-{part}.jsonl")
+        results = os.path.join(out, f"results-{part}.jsonl")
+        if os.path.exists(rows):
+            with open(rows, encoding="utf-8") as file:
+                order += [json.loads(line)["id"] for line in file]
+        if os.path.exists(results):
+            with open(results, encoding="utf-8") as file:
+                found |= {result["id"]: result for result in map(json.loads, file)}
+    tables = {}
+    for key in order:
+        if key in found:
+            table, name, calibration = key.split(" | ")
+            tables.setdefault(table, {}).setdefault(name, {})[calibration] = found[key]
+    return tables
+
+
+def differences(row, minus):
+    """By calibration, the list over windows of the difference to what `minus` gives for it."""
+    return {c: [x - y for x, y in zip(result["losses"], minus(c))] for c, result in row.items()}
+
+
+def calibration_spread(all_differences):
+    """s_c of the module's comment; 0 where nothing was calibrated twice."""
+    squares = [((mean(d["a"]) - mean(d["b"])) / 2) ** 2 for d in all_differences if len(d) == 2]
+    return math.sqrt(mean(squares)) if squares else 0.0
+
+
+def estimate(by_calibration, spread):
+    """(D, half the width of its interval)."""
+    windows = [mean(values) for values in zip(*by_calibration.values())]
+    return mean(windows), 1.96 * math.hypot(standard_error(windows), spread if len(by_calibration) == 2 else 0.0)
+
+
+def interval(value, digits=3, sign=True):
+    center, half = value
+    return f"{center:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
+
+
+class Table:
+    """Rows of one table and what their differences are."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.to_original = {n: differences(r, lambda c, r=r: r[c]["losses_before"]) for n, r in rows.items()}
+        self.reference = next((name for name in ("none", "gptq") if name in rows), None)
+        first = rows.get(self.reference)
+        self.to_first = {n: differences(r, lambda c: first[c]["losses"]) for n, r in rows.items()} if first else {}
+        self.spread = calibration_spread(self.to_original.values())
+        self.spread_to_first = calibration_spread([d for n, d in self.to_first.items() if n != self.reference])
+        kl = [{c: r["divergences"] for c, r in row.items()} for row in rows.values()]
+        self.kl_spread = calibration_spread(kl)
+
+    def delta(self, name):
+        return estimate(self.to_original[name], self.spread)
+
+    def delta_to_first(self, name):
+        return estimate(self.to_first[name], self.spread_to_first)
+
+    def kl(self, name):
+        return estimate({c: r["divergences"] for c, r in self.rows[name].items()}, self.kl_spread)
+
+    def base_loss(self):
+        return mean(next(iter(next(iter(self.rows.values())).values()))["losses_before"])
+
+    def perplexity(self, name):
+        return math.exp(self.base_loss() + self.delta(name)[0])
+
+    def of(self, name, member):
+        return mean([r[member] for r in self.rows[name].values()])
+
+    def lines(self):
+        to_first = f"Δ to {self.reference}, nat | " if self.reference else ""
+        yield f"| | bits a weight | perplexity | Δ to the original, nat | {to_first}KL, nat | top-1 | E | runs |"
+        yield "|---|---|---|---|---|---|---|---|" + ("---|" if self.reference else "")
+        for name, row in self.rows.items():
+            if self.reference:
+                to_first = (interval(self.delta_to_first(name)) if name != self.reference else "–") + " | "
+            error = math.exp(mean([math.log(r["error"]) for r in row.values()]))
+            yield (
+                f"| {name} | {self.of(name, 'bits_per_weight'):.3f} | {self.perplexity(name):.2f} | "
+                f"{interval(self.delta(name))} | {to_first}{interval(self.kl(name), sign=False)} | "
+                f"{100 * self.of(name, 'top1_agreement'):.1f} % | {error:.5f} | {len(row)} |"
+            )
+
+
+def print_matrix(tables, bits):
+    """Perplexity of every rotation by every method."""
+    built = {method: Table(tables[f"W{bits} {method}"]) for method in METHODS if f"W{bits} {method}" in tables}
+    if not built:
+        return
+    print(f"### W{bits}: perplexity, Δ to the original in nat\n")
+    print("| R1 | " + " | ".join(built) + " |\n|---|" + "---|" * len(built))
+    names = list(dict.fromkeys(name for table in built.values() for name in table.rows))
+    for name in names:
+        cells = [
+            f"{t.perplexity(name):.2f} ({interval(t.delta(name))})" if name in t.rows else "–" for t in built.values()
+        ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    print()
+
+
+def print_zero_shot(rows):
+    names = list(next(iter(rows.values()))["a"]["tasks"])
+    print("### Zero-shot\n")
+    print("Accuracy, normalised by length where the task has it, in %; the error of the average is that of its items.\n")
+    print("| | " + " | ".join(names) + " | average |\n|---|" + "---|" * (len(names) + 1))
+    for name, row in rows.items():
+        scores = [row["a"]["tasks"][task] for task in names]
+        values = [100 * score["accuracy_norm"] for score in scores]
+        error = 100 * math.sqrt(sum(score["standard_error"] ** 2 for score in scores)) / len(scores)
+        cells = " | ".join(f"{value:.1f}" for value in values)
+        print(f"| {name} | {cells} | {mean(values):.2f} ± {error:.2f} |")
+    print()
+
+
+def print_tables(args):
+    tables = read_results(args.out)
+    with open(os.path.join(args.out, "protocol.json"), encoding="utf-8") as file:
+        protocol = json.load(file)
+    one = next(iter(next(iter(next(iter(tables.values())).values())).values()))
+    base = Table(next(iter(tables.values())))
+    print(
+        f"Source {one['source_format']}; group {one['group']}; calibrated on {one['calibration_windows']} windows of "
+        f"{one['calibration_tokens'] // one['calibration_windows']} tokens of each half; {len(one['losses'])} windows of "
+        f"{one['evaluation_length']} tokens evaluated; on {one['device']}. Original: perplexity {math.exp(base.base_loss()):.3f}.\n"
+    )
+    print("Protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()) + ".\n")
+    for bits in (2, 3, 4):
+        print_matrix(tables, bits)
+    for title, rows in tables.items():
+        if title == "Zero-shot":
+            print_zero_shot(rows)
+            continue
+        table = Table(rows)
+        print(f"### {title}\n")
+        if title == "Run-time rotations":
+            first = next(iter(next(iter(rows.values())).values()))
+            print(f"On the CPU, the first {len(first['losses'])} windows; the original's perplexity there is {math.exp(table.base_loss()):.3f}.\n")
+        for line in table.lines():
+            print(line)
+        print()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    commands = parser.add_subparsers(required=True)
+    do_run = commands.add_parser("run")
+    do_run.add_argument("binary")
+    do_run.add_argument("model")
+    do_run.add_argument("--data", required=True)
+    do_run.add_argument("--out", required=True)
+    do_run.add_argument("--device", default="cpu")
+    do_run.add_argument("--parts", default="device,cpu,tasks")
+    do_run.add_argument("--plan", choices=("full", "main"), default="full")
+    do_run.add_argument("--group", type=int, default=64)
+    do_run.add_argument("--width", type=int, default=576, help="of the model: groups that do not divide it are left out")
+    do_run.add_argument("--windows", type=int, default=28)
+    do_run.add_argument("--length", type=int, default=2048)
+    do_run.add_argument("--eval-windows", type=int, default=1000)
+    do_run.add_argument("--cpu-windows", type=int, default=28, help="of calibration, of what only the CPU does")
+    do_run.add_argument("--cpu-eval-windows", type=int, default=20)
+    do_run.add_argument("--cpu-twice", action="store_true", help="both calibrations of what the CPU does")
+    do_run.add_argument("--task-limit", type=int, default=0, help="items of each task; 0: all; -1: no tasks")
+    do_run.add_argument("--threads", type=int, default=os.cpu_count())
+    do_run.set_defaults(call=run)
+    table = commands.add_parser("table")
+    table.add_argument("out")
+    table.set_defaults(call=lambda args: print_tables(args) or 0)
+    args = parser.parse_args()
+    return args.call(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
