@@ -183,25 +183,23 @@ def run(args):
     with open(os.path.join(args.out, "protocol.json"), "w", encoding="utf-8") as file:
         json.dump({key: value for key, value in vars(args).items() if key in PROTOCOL}, file)
 
-    def start(part, device, threads, n_windows):
+    def start(part, device, n_windows):
         command = [args.binary, args.model, "--evaluation", os.path.join(args.data, "wikitext-2-test.txt")]
         command += ["--rows", os.path.join(args.out, f"rows-{part}.jsonl")]
         command += ["--results", os.path.join(args.out, f"results-{part}.jsonl"), "--device", device]
-        command += ["--threads", str(threads), "--eval-windows", str(n_windows)]
+        command += ["--threads", str(args.threads), "--eval-windows", str(n_windows)]
         return subprocess.Popen(command)
 
+    starts = {
+        "device": lambda: start("device", args.device, args.eval_windows),
+        "cpu": lambda: start("cpu", "cpu", args.cpu_eval_windows),
+        "tasks": lambda: start("tasks", args.device, 1),  # of which the perplexity is not looked at
+    }
     processes = []
-    beside = max(1, args.threads // 4) if args.device != "cpu" else args.threads
     for part in args.parts.split(","):
-        if part == "device":
-            process = start(part, args.device, beside, args.eval_windows)
-        elif part == "cpu":
-            process = start(part, "cpu", args.threads // 2 if args.device != "cpu" else args.threads, args.cpu_eval_windows)
-        else:
-            process = start(part, args.device, beside, 2)
-        processes.append(process)
+        processes.append(starts[part]())
         if args.device == "cpu":
-            process.wait()
+            processes[-1].wait()
     return max(process.wait() for process in processes)
 
 
