@@ -47,7 +47,7 @@ absl::Status CheckDtype(const ExportOptions& options) {
                    " keeps what is not quantized in BF16; dequantized and gguf have a choice"));
 }
 
-absl::Status CheckQuantization(const ArtifactReader& artifact) {
+absl::Status CheckQuantization(const ArtifactReader& artifact, const ExportOptions& options) {
   WALSH_ASSIGN_OR_RETURN(const json config, ConfigOfArtifact(artifact));
   const auto quantization = config.find("quantization_config");
   if (quantization == config.end() || !quantization->is_object()) {
@@ -57,6 +57,8 @@ absl::Status CheckQuantization(const ArtifactReader& artifact) {
     const bool is_known =
         std::find(kKnownMembers.begin(), kKnownMembers.end(), member) != kKnownMembers.end();
     if (is_known || IsEmpty(value)) continue;
+    // The grid of the weights, which are floats there.
+    if (member == "walsh" && options.format == ExportFormat::kDequantized) continue;
     if (member == "online_transforms") {
       return absl::FailedPreconditionError(absl::StrCat(
           "the model needs transforms at run time (quantization_config.online_transforms: ",
@@ -65,6 +67,22 @@ absl::Status CheckQuantization(const ArtifactReader& artifact) {
     return absl::FailedPreconditionError(absl::StrCat("quantization_config.", member.substr(0, 64),
                                                       " is ", value.dump().substr(0, 128),
                                                       ", which no exported format can say"));
+  }
+  return absl::OkStatus();
+}
+
+// What a linear's tensors make of its codes, whatever the configuration says: the other formats
+// know scale x (code - integer zero) only.
+absl::Status CheckGrids(const ArtifactReader& artifact, const ExportOptions& options) {
+  if (options.format == ExportFormat::kDequantized) return absl::OkStatus();
+  for (const ExpectedTensor& tensor : ExpectedTensors(artifact.config())) {
+    const std::string name = LinearName(tensor.name);
+    if (tensor.is_one_dimensional || !artifact.IsQuantized(name)) continue;
+    WALSH_ASSIGN_OR_RETURN(const GptqShape shape, artifact.ShapeOf(name));
+    if (shape.grid == StoredGrid::kGptq) continue;
+    return OfLinear(name, absl::FailedPreconditionError(
+                              "it has a codebook, or zeros that are no integers, which only the "
+                              "format dequantized can hold"));
   }
   return absl::OkStatus();
 }
@@ -145,7 +163,8 @@ std::string_view FormatName(ExportFormat format) {
 
 absl::Status CheckExportable(const ArtifactReader& artifact, const ExportOptions& options) {
   WALSH_RETURN_IF_ERROR(CheckDtype(options));
-  WALSH_RETURN_IF_ERROR(CheckQuantization(artifact));
+  WALSH_RETURN_IF_ERROR(CheckQuantization(artifact, options));
+  WALSH_RETURN_IF_ERROR(CheckGrids(artifact, options));
   return CheckOuterTensors(artifact);
 }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "tests/testing/status_matchers.h"
@@ -437,6 +438,41 @@ TEST_F(ExportTest, RefusesWhatNoFormatCanSay) {
               StatusIs(kPrecondition, HasSubstr("quantization_config.codebook is 4")));
   // There, and empty: nothing is left out.
   EXPECT_OK(CheckExportable(Reconfigured(*artifact_, "online_transforms", json::object()), {}));
+}
+
+// The configuration says nothing of them: the tensors decide.
+TEST_F(ExportTest, OnlyDequantizedHoldsOtherGrids) {
+  const auto to_codebook = [](QuantizedMatrix& matrix) {
+    for (int64_t i = 0; i < matrix.rows * matrix.groups(); ++i) {
+      for (const float level : {-0.5f, -0.125f, 0.25f, 1.0f}) matrix.levels.push_back(level);
+    }
+    matrix.scales.clear();
+    matrix.zeros.clear();
+  };
+  const auto to_float_zeros = [](QuantizedMatrix& matrix) {
+    matrix.float_zeros.assign(matrix.zeros.size(), 1.25f);
+    matrix.zeros.clear();
+  };
+  for (const std::function<void(QuantizedMatrix&)>& change :
+       {std::function<void(QuantizedMatrix&)>(to_codebook),
+        std::function<void(QuantizedMatrix&)>(to_float_zeros)}) {
+    fs::remove_all(dir_ / "artifact");
+    MakeArtifact({.bits = 2, .edit = [&](const std::string& name, QuantizedMatrix& matrix) {
+                    if (name == kDown) change(matrix);
+                  }});
+    for (const ExportFormat format : {ExportFormat::kGptqV2, ExportFormat::kGptq,
+                                      ExportFormat::kCompressedTensors, ExportFormat::kGguf}) {
+      EXPECT_THAT(Export(format),
+                  StatusIs(kPrecondition, AllOf(HasSubstr(kDown), HasSubstr("only the format"))));
+    }
+    ASSERT_OK(Export(ExportFormat::kDequantized, {.dtype = StorageType::kF32}));
+    ASSERT_OK_AND_ASSIGN(const auto exported, Checkpoint::Open(out()));
+    ExpectSameWeights(*exported);
+  }
+  const Reconfigured named(*artifact_, "walsh", {{"grid", "codebook"}, {"bits", 2}});
+  EXPECT_OK(CheckExportable(named, {.format = ExportFormat::kDequantized}));
+  EXPECT_THAT(CheckExportable(named, {.format = ExportFormat::kGptqV2}),
+              StatusIs(kPrecondition, HasSubstr("quantization_config.walsh")));
 }
 
 TEST_F(ExportTest, EndsWhenItsCallerSaysSo) {
