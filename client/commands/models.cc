@@ -24,7 +24,7 @@ struct ModelsFlags {
   bool force = false;
   std::string format;
   std::string dtype = "bf16";
-  std::string output;
+  std::string output_dir;
   std::string source;
 };
 
@@ -212,7 +212,7 @@ int RunExport(const ModelsFlags& flags, const GlobalFlags& global) {
   request.set_name(flags.name);
   request.set_format(Formats().at(flags.format));
   request.set_data_type(DataTypes().at(flags.dtype));
-  request.set_output(flags.output);
+  request.set_output(flags.output_dir);
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
   Cancellation cancellation;
@@ -287,7 +287,7 @@ void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) 
                   "Of all weights (dequantized), or of embeddings and head (gguf)")
       ->check(CLI::IsMember(Names(DataTypes())))
       ->capture_default_str();
-  do_export.add_option("--output", flags->output,
+  do_export.add_option("--output-dir", flags->output_dir,
                        "Folder beneath the worker's folder of exports; NAME-FORMAT by default");
   do_export.footer(
       "The folder is beneath the worker's --export-root, by default exports in its data folder. "

@@ -74,6 +74,11 @@ TEST_F(InteropTest, AModelGoesToEveryFormatAndComesBack) {
     EXPECT_TRUE(fs::exists(directory + "/walsh-export.json")) << directory;
   }
   EXPECT_TRUE(fs::exists(dir_ / "exports/tiny-gguf/tiny.gguf"));
+  // --output says how answers are written, as for every other command.
+  const client::Output json = Walsh({"models", "export", "tiny", "--format", "gguf", "--output-dir",
+                                     "team/tiny", "--output", "json"});
+  EXPECT_EQ(json.exit_code, 0) << json.err;
+  EXPECT_EQ(nlohmann::json::parse(json.out)["directory"], dir_ / "exports/team/tiny");
 
   const client::Output imported =
       Walsh({"models", "import", dir_ / "exports/tiny-gptq", "--name", "back"});
@@ -88,7 +93,7 @@ TEST_F(InteropTest, AModelGoesToEveryFormatAndComesBack) {
 TEST_F(InteropTest, RefusalsReachTheUser) {
   EXPECT_EQ(Walsh({"models", "export", "tiny", "--format", "onnx"}).exit_code, 2);
   const client::Output outside =
-      Walsh({"models", "export", "tiny", "--format", "gptq", "--output", "../x"});
+      Walsh({"models", "export", "tiny", "--format", "gptq", "--output-dir", "../x"});
   EXPECT_EQ(outside.exit_code, 1);
   EXPECT_THAT(outside.err, HasSubstr("--export-root"));
   const client::Output nobody = Walsh({"models", "export", "nobody", "--format", "gptq"});
