@@ -58,6 +58,7 @@ inline constexpr int kDisplayNameBytesMax = 256;
 inline constexpr int kLabelsMax = 64;
 inline constexpr int kLabelBytesMax = 128;
 inline constexpr int kPathBytesMax = 4096;
+inline constexpr int kFileNameBytesMax = 255;
 inline constexpr int kPageSizeDefault = 50;
 inline constexpr int kPageSizeMax = 1000;
 inline constexpr int kCalibrationSamplesMax = 8192;

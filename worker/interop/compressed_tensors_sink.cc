@@ -62,13 +62,22 @@ json ConfigGroups(const std::vector<LinearForm>& linears, bool symmetric) {
   return groups;
 }
 
+bool HasSeveralForms(const std::vector<LinearForm>& linears) {
+  return std::any_of(linears.begin(), linears.end(), [&](const LinearForm& linear) {
+    const LinearForm& first = linears.front();
+    return linear.bits != first.bits || linear.is_per_channel != first.is_per_channel ||
+           (!linear.is_per_channel && linear.group_size != first.group_size);
+  });
+}
+
 class CompressedTensorsSink final : public HfSink {
  public:
   CompressedTensorsSink(const ArtifactReader& artifact, json config_json,
                         const ExportOptions& options, std::string directory,
                         const std::vector<LinearForm>& linears)
       : HfSink(artifact, std::move(config_json), StorageType::kBf16, options, std::move(directory)),
-        symmetric_(artifact.info().symmetric) {
+        symmetric_(artifact.info().symmetric),
+        is_mixed_(HasSeveralForms(linears)) {
     json ignore = DenseLinears(artifact);
     ignore.push_back("lm_head");
     config()["quantization_config"] = {{"quant_method", "compressed-tensors"},
@@ -87,6 +96,21 @@ class CompressedTensorsSink final : public HfSink {
     WALSH_RETURN_IF_ERROR(
         weights().Write(name + ".weight_shape", "I64", {2}, std::as_bytes(std::span(shape))));
     return symmetric_ ? CheckSymmetric(name, matrix) : WriteZeros(name, matrix);
+  }
+
+  std::vector<std::string> warnings() const override {
+    std::vector<std::string> warnings;
+    if (!symmetric_) {
+      warnings.push_back(
+          "transformers (5.24 with compressed-tensors 0.20) loads asymmetric zeros only with "
+          "CompressedTensorsConfig(dequantize=True)");
+    }
+    if (is_mixed_) {
+      warnings.push_back(
+          "linears differ in width or group: transformers (5.24 with compressed-tensors 0.20) "
+          "reads all by one scheme when told to dequantize, which gives wrong weights");
+    }
+    return warnings;
   }
 
  private:
@@ -135,6 +159,7 @@ class CompressedTensorsSink final : public HfSink {
   }
 
   const bool symmetric_;
+  const bool is_mixed_;
 };
 
 }  // namespace

@@ -54,11 +54,21 @@ absl::Status CheckQuantization(const ArtifactReader& artifact, const ExportOptio
     return absl::InvalidArgumentError("config.json: field 'quantization_config' is missing");
   }
   for (const auto& [member, value] : quantization->items()) {
+    // The grid of the weights, which are floats there.
+    if (member == "walsh") {
+      if (options.format == ExportFormat::kDequantized) continue;
+      return absl::FailedPreconditionError(
+          absl::StrCat("quantization_config.walsh is ", value.dump().substr(0, 128),
+                       ", which only the format dequantized can hold"));
+    }
+    if (member == "desc_act" && value == true) {
+      return absl::UnimplementedError(
+          "the model has its columns in act-order (quantization_config.desc_act), which is not "
+          "exported");
+    }
     const bool is_known =
         std::find(kKnownMembers.begin(), kKnownMembers.end(), member) != kKnownMembers.end();
     if (is_known || IsEmpty(value)) continue;
-    // The grid of the weights, which are floats there.
-    if (member == "walsh" && options.format == ExportFormat::kDequantized) continue;
     if (member == "online_transforms") {
       return absl::FailedPreconditionError(absl::StrCat(
           "the model needs transforms at run time (quantization_config.online_transforms: ",
@@ -124,7 +134,7 @@ absl::Status CopyDense(const ArtifactReader& artifact, const ExpectedTensor& ten
   for (int64_t first = 0; first < tensor.rows; first += rows_each) {
     const int64_t n = std::min(rows_each, tensor.rows - first);
     piece.resize(static_cast<size_t>(n * tensor.cols));
-    WALSH_RETURN_IF_ERROR(artifact.ReadBf16(tensor.name, first, n, piece));
+    WALSH_RETURN_IF_ERROR(artifact.ReadStoredBf16(tensor.name, first, n, piece));
     WALSH_RETURN_IF_ERROR(sink.AppendDense(piece));
   }
   return absl::OkStatus();

@@ -1,10 +1,13 @@
 // An artifact in the format of another program.
 //
-//   dequantized         a plain HF checkpoint: every weight as the float that its integer stands
-//   for gptq_v2, gptq       GPTQ checkpoints, which differ in how a zero is stored: as it is, or
-//   less one compressed-tensors  the library's "pack-quantized", 4 and 8 bits gguf one file of
-//   architecture llama, where one of ggml's types holds every weight
-//                       exactly: Q4_0 or Q4_1 for 4 bits, Q8_0 for 8
+//   dequantized         a plain HF checkpoint: of every weight the float that its code stands for
+//
+//   gptq_v2, gptq       GPTQ checkpoints, which differ in how a zero is stored: as it is, or less 1
+//
+//   compressed-tensors  the library's "pack-quantized", 4 and 8 bits
+//
+//   gguf                one file of architecture llama, where one of ggml's types holds every
+//                       weight exactly: Q4_0 or Q4_1 for 4 bits, Q8_0 for 8
 //
 // Only what is exact is exported (but for rounding to the type that `dtype` names): an artifact
 // that a format cannot hold is refused, before anything is written where that can be told. What

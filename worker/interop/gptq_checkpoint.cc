@@ -332,8 +332,29 @@ class Reader final : public GptqCheckpoint {
       }
       WALSH_ASSIGN_OR_RETURN(linears_[name], FindLinear(entries_, name, tensor, settings_));
     }
-    if (!linears_.empty()) return absl::OkStatus();
-    return absl::InvalidArgumentError("the checkpoint has no tensor that ends in .qweight");
+    if (linears_.empty()) {
+      return absl::InvalidArgumentError("the checkpoint has no tensor that ends in .qweight");
+    }
+    return CheckSettings();
+  }
+
+  // Widths and groups may differ between linears, but some linear has those that are named.
+  absl::Status CheckSettings() const {
+    const auto has = [&](auto is_it) {
+      return std::ranges::any_of(linears_, [&](const auto& entry) { return is_it(entry.second); });
+    };
+    const auto& [name, first] = *linears_.begin();
+    if (!has([&](const QuantizedLinear& l) { return l.shape.bits == settings_.bits; })) {
+      return Malformed(absl::StrCat("'bits' is ", settings_.bits, ", which no linear has: '", name,
+                                    "' has ", first.shape.bits));
+    }
+    const auto has_group = [&](const QuantizedLinear& l) {
+      return l.shape.group_size == (settings_.group_size < 0 ? l.shape.cols : settings_.group_size);
+    };
+    if (has(has_group)) return absl::OkStatus();
+    return Malformed(absl::StrCat("'group_size' is ", settings_.group_size,
+                                  ", which no linear has: '", name, "' has ",
+                                  first.shape.group_size));
   }
 
   // What is in floats, as a checkpoint of its own that checks it.
@@ -395,7 +416,7 @@ class Reader final : public GptqCheckpoint {
   // AutoGPTQ stores zeros for the biases that a model does not have.
   absl::Status RequireNoBias(const Located& located, const StoredTensor& stored) const {
     WALSH_ASSIGN_OR_RETURN(const Matrix bias,
-                           ReadStoredRows(*files_[located.file_index], stored, 0, 1));
+                           ReadStoredRows(*files_[located.file_index], stored, 0, stored.rows));
     if (std::ranges::all_of(bias.span(), [](float value) { return value == 0; })) {
       return absl::OkStatus();
     }

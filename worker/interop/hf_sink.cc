@@ -73,9 +73,13 @@ class GptqSink final : public HfSink {
   GptqSink(const ArtifactReader& artifact, json config_json, const ExportOptions& options,
            std::string directory, const std::vector<LinearForm>& linears)
       : HfSink(artifact, std::move(config_json), StorageType::kBf16, options, std::move(directory)),
-        is_v1_(options.format == ExportFormat::kGptq) {
+        is_v1_(options.format == ExportFormat::kGptq),
+        symmetric_(artifact.info().symmetric) {
     json& quantization = config()[kQuantizationConfig];
     quantization["checkpoint_format"] = std::string(FormatName(options.format));
+    // A job's artifact names its exceptions already, by the names of fused linears too.
+    const auto dynamic = quantization.find("dynamic");
+    if (dynamic != quantization.end() && !dynamic->empty()) return;
     if (json exceptions = Exceptions(artifact, linears); !exceptions.empty()) {
       quantization["dynamic"] = std::move(exceptions);
     }
@@ -89,6 +93,13 @@ class GptqSink final : public HfSink {
       --shifted.zeros[i];
     }
     return Write(name, shifted);
+  }
+
+  std::vector<std::string> warnings() const override {
+    if (!is_v1_ || symmetric_) return {};
+    return {
+        "GPTQModel, and transformers through it, load an asymmetric model of format gptq only if "
+        "GPTQModel wrote it; gptq_v2 has no such rule"};
   }
 
  private:
@@ -135,6 +146,7 @@ class GptqSink final : public HfSink {
   }
 
   const bool is_v1_;
+  const bool symmetric_;
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "worker/interop/import.h"
 
+#include <algorithm>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -19,19 +20,32 @@ using nlohmann::json;
 
 constexpr char kMethod[] = "gptq (imported)";
 
-json QuantizationConfig(const GptqCheckpoint& source) {
+// What the tensors say, whatever the checkpoint's own configuration does.
+struct Found {
+  bool is_symmetric = true;  // every zero is the middle
+  bool has_order = false;    // columns that are not sorted by group
+
+  void Add(const OrderedMatrix& ordered) {
+    const int middle = 1 << (ordered.matrix.bits - 1);
+    has_order |= !ordered.input_order.empty();
+    is_symmetric &= std::ranges::all_of(ordered.matrix.zeros,
+                                        [middle](uint8_t zero) { return zero == middle; });
+  }
+};
+
+json QuantizationConfig(const GptqCheckpoint& source, const Found& found) {
   return {{"quant_method", "gptq"},
           {"checkpoint_format", "gptq_v2"},
           {"bits", source.bits()},
           {"group_size", source.group_size()},
-          {"sym", source.symmetric()},
-          {"desc_act", source.has_act_order()},
+          {"sym", found.is_symmetric},
+          {"desc_act", found.has_order},
           {"pack_dtype", "int32"},
           {"lm_head", false},
           {"meta", {{"quantizer", json::array({"imported by walsh:" + std::string(Version())})}}}};
 }
 
-json Report(const GptqCheckpoint& source, const std::string& source_sha256) {
+json Report(const GptqCheckpoint& source, const Found& found, const std::string& source_sha256) {
   return {{"walsh_version", std::string(Version())},
           {"source",
            {{"format", source.format()},
@@ -43,7 +57,7 @@ json Report(const GptqCheckpoint& source, const std::string& source_sha256) {
            {{"method", kMethod},
             {"bits", source.bits()},
             {"group_size", source.group_size()},
-            {"symmetric", source.symmetric()}}},
+            {"symmetric", found.is_symmetric}}},
           {"rotation", {{"kind", "none"}, {"block", 0}}},
           {"quality", json::object()},
           {"linears", json::array()},
@@ -52,10 +66,11 @@ json Report(const GptqCheckpoint& source, const std::string& source_sha256) {
 }
 
 absl::Status CopyTensor(const GptqCheckpoint& source, const ExpectedTensor& tensor,
-                        ArtifactWriter& writer) {
+                        ArtifactWriter& writer, Found& found) {
   const std::string linear = LinearName(tensor.name);
   if (!tensor.is_one_dimensional && source.IsQuantized(linear)) {
     WALSH_ASSIGN_OR_RETURN(const OrderedMatrix ordered, source.ReadOrdered(linear));
+    found.Add(ordered);
     return writer.WriteOrdered(linear, ordered);
   }
   WALSH_ASSIGN_OR_RETURN(const Matrix matrix, source.Read(tensor.name));
@@ -75,12 +90,14 @@ absl::Status ImportGptq(const GptqCheckpoint& source, const std::string& directo
   WALSH_ASSIGN_OR_RETURN(const std::string fingerprint, source.Fingerprint(n_threads, keep_going));
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactWriter> writer,
                          ArtifactWriter::Create(directory, source));
+  Found found;
   for (const ExpectedTensor& tensor : tensors) {
-    WALSH_RETURN_IF_ERROR(CopyTensor(source, tensor, *writer));
+    WALSH_RETURN_IF_ERROR(CopyTensor(source, tensor, *writer, found));
     WALSH_RETURN_IF_ERROR(progress(++n_done, n_total));
   }
   return writer
-      ->Finish(QuantizationConfig(source), Report(source, fingerprint), n_threads, keep_going)
+      ->Finish(QuantizationConfig(source, found), Report(source, found, fingerprint), n_threads,
+               keep_going)
       .status();
 }
 

@@ -145,6 +145,10 @@ class ArtifactReader {
   virtual absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const = 0;
   virtual absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,
                                 std::span<uint16_t> into) const = 0;
+  // The same as HF checkpoints have it: of a norm that multiplies by 1 + γ, γ, which is what is
+  // stored. ReadBf16 is UNIMPLEMENTED there.
+  virtual absl::Status ReadStoredBf16(std::string_view name, int64_t first, int64_t n,
+                                      std::span<uint16_t> into) const = 0;
 };
 
 }  // namespace walsh

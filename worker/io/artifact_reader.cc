@@ -218,12 +218,15 @@ class Reader final : public ArtifactReader {
   absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,
                         std::span<uint16_t> into) const override {
     WALSH_ASSIGN_OR_RETURN(const DenseTensor* dense, FindDense(name));
-    const RandomAccessFile& file = *files_[dense->file_index];
-    const StoredTensor& tensor = dense->tensor;
-    WALSH_RETURN_IF_ERROR(ReadStoredBytes(file, tensor, first, n, std::as_writable_bytes(into)));
-    const std::optional<int64_t> bad = FirstNotFiniteBf16(into);
-    if (!bad.has_value()) return absl::OkStatus();
-    return NotFiniteError(file, tensor, first, *bad, Bf16ToFloat(into[static_cast<size_t>(*bad)]));
+    return ReadBf16(*files_[dense->file_index], dense->tensor, first, n, into);
+  }
+
+  absl::Status ReadStoredBf16(std::string_view name, int64_t first, int64_t n,
+                              std::span<uint16_t> into) const override {
+    WALSH_ASSIGN_OR_RETURN(const DenseTensor* dense, FindDense(name));
+    StoredTensor as_stored = dense->tensor;
+    as_stored.added = 0;
+    return ReadBf16(*files_[dense->file_index], as_stored, first, n, into);
   }
 
  private:
@@ -231,6 +234,14 @@ class Reader final : public ArtifactReader {
     size_t file_index = 0;
     StoredTensor tensor;
   };
+
+  static absl::Status ReadBf16(const RandomAccessFile& file, const StoredTensor& tensor,
+                               int64_t first, int64_t n, std::span<uint16_t> into) {
+    WALSH_RETURN_IF_ERROR(ReadStoredBytes(file, tensor, first, n, std::as_writable_bytes(into)));
+    const std::optional<int64_t> bad = FirstNotFiniteBf16(into);
+    if (!bad.has_value()) return absl::OkStatus();
+    return NotFiniteError(file, tensor, first, *bad, Bf16ToFloat(into[static_cast<size_t>(*bad)]));
+  }
 
   absl::StatusOr<const QuantizedLinear*> FindLinear(std::string_view name) const {
     const auto it = linears_.find(name);

@@ -26,7 +26,10 @@ namespace fs = std::filesystem;
 using interop::ExportFormat;
 using v1::ExportModelRequest;
 
-constexpr std::string_view kBuildPrefix = ".tmp-";
+// Of what is not finished yet; workers may share a folder of exports.
+std::string BuildPrefix(const std::string& worker_id) {
+  return absl::StrCat(".tmp-", worker_id, "@");
+}
 
 absl::Status Busy() {
   absl::Status status = absl::ResourceExhaustedError(
@@ -110,6 +113,28 @@ absl::Status CheckSpelling(const std::string& output) {
   if (has_control || !IsValidUtf8(output)) {
     return absl::InvalidArgumentError("output: has control characters or is not UTF-8");
   }
+  for (const fs::path& part : fs::path(output)) {
+    if (part.native().size() <= limits::kFileNameBytesMax) continue;
+    return absl::InvalidArgumentError(absl::StrCat("output: a part has ", part.native().size(),
+                                                   " bytes, at most ", limits::kFileNameBytesMax));
+  }
+  return absl::OkStatus();
+}
+
+// That `path` can be made: beneath folders, and not inside of another export.
+absl::Status CheckParents(const fs::path& root, const fs::path& path) {
+  for (fs::path parent = path.parent_path(); parent != root; parent = parent.parent_path()) {
+    std::error_code error;
+    const fs::file_status status = fs::status(parent, error);
+    if (!fs::exists(status)) continue;
+    const std::string name = parent.lexically_relative(root).string();
+    if (!fs::is_directory(status)) {
+      return absl::InvalidArgumentError(absl::StrCat("output: '", name, "' is no folder"));
+    }
+    if (fs::exists(parent / interop::kExportManifestFile, error)) {
+      return absl::InvalidArgumentError(absl::StrCat("output: '", name, "' is an export itself"));
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -123,7 +148,7 @@ absl::StatusOr<std::unique_ptr<ModelConversions>> ModelConversions::Open(Options
   if (error) return ErrnoStatus(error.value(), "find the folder of exports");
   for (const auto& entry : fs::directory_iterator(options.export_root, error)) {
     const std::string name = entry.path().filename().string();
-    if (!name.starts_with(kBuildPrefix)) continue;
+    if (!name.starts_with(BuildPrefix(options.worker_id))) continue;
     if (const absl::Status status = RemoveTree(entry.path().string()); !status.ok()) {
       WALSH_LOG(Warning, "a temporary folder stays", {"name", name}, {"error", status});
     }
@@ -147,6 +172,7 @@ absl::StatusOr<std::string> ModelConversions::OutputDirectory(const std::string&
   std::error_code error;
   const fs::path parent = fs::weakly_canonical(path.parent_path(), error);
   if (error || (parent != root && !IsBeneath(root, parent))) return OutsideRoot(output);
+  WALSH_RETURN_IF_ERROR(CheckParents(root, path));
   if (!fs::exists(fs::symlink_status(path, error))) return path.string();
   absl::Status status = absl::AlreadyExistsError(
       absl::StrCat("the folder of exports has '", path.lexically_relative(root).string(),
@@ -178,7 +204,8 @@ absl::StatusOr<v1::ModelExport> ModelConversions::Export(const ExportModelReques
                                   interop::ExportBytesMax(artifact->config(), options), free_bytes,
                                   options_.export_root));
   const BuildDirectory build(
-      absl::StrCat(options_.export_root, "/", std::string(kBuildPrefix), id));
+      absl::StrCat(options_.export_root, "/", BuildPrefix(options_.worker_id), id));
+  WALSH_RETURN_IF_ERROR(RemoveTree(build.path()));  // nothing of another run may be published
   WALSH_RETURN_IF_ERROR(MakeDirectories(build.path()));
   WALSH_ASSIGN_OR_RETURN(const interop::ExportReport report,
                          interop::ExportArtifact(*artifact, options, build.path(), progress));

@@ -27,8 +27,10 @@ namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
+using ::testing::_;
 using ::testing::AllOf;
 using ::testing::Contains;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::Not;
@@ -421,6 +423,10 @@ class Reconfigured final : public ArtifactReader {
                         std::span<uint16_t> into) const override {
     return base_.ReadBf16(name, first, n, into);
   }
+  absl::Status ReadStoredBf16(std::string_view name, int64_t first, int64_t n,
+                              std::span<uint16_t> into) const override {
+    return base_.ReadStoredBf16(name, first, n, into);
+  }
 
  private:
   const ArtifactReader& base_;
@@ -438,6 +444,55 @@ TEST_F(ExportTest, RefusesWhatNoFormatCanSay) {
               StatusIs(kPrecondition, HasSubstr("quantization_config.codebook is 4")));
   // There, and empty: nothing is left out.
   EXPECT_OK(CheckExportable(Reconfigured(*artifact_, "online_transforms", json::object()), {}));
+}
+
+// A job's artifact names them as readers that fuse linears do; nothing else is written instead.
+TEST_F(ExportTest, GptqKeepsTheArtifactsOwnNamesOfExceptions) {
+  MakeArtifact({.bits = 4, .bits_of = {{kDown, 8}}});
+  const json dynamic = {{R"(+:^model\.layers\.(?:0)\.mlp\.down_proj$)", {{"bits", 8}}}};
+  const Reconfigured named(*artifact_, "dynamic", dynamic);
+  fs::create_directory(out());
+  ASSERT_OK(ExportArtifact(named, {.format = ExportFormat::kGptqV2}, out(), GoOn));
+  EXPECT_EQ(Config()["quantization_config"]["dynamic"], dynamic);
+}
+
+TEST_F(ExportTest, RefusesActOrderBeforeWriting) {
+  MakeArtifact({});
+  const Reconfigured ordered(*artifact_, "desc_act", true);
+  EXPECT_THAT(CheckExportable(ordered, {}),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("act-order")));
+}
+
+TEST_F(ExportTest, WarnsOfWhatReadersDoNotTake) {
+  MakeArtifact(WithGolden(4, kDown));
+  ASSERT_OK_AND_ASSIGN(const ExportReport gptq, Export(ExportFormat::kGptq));
+  EXPECT_THAT(gptq.warnings, ElementsAre(HasSubstr("gptq_v2")));
+  ASSERT_OK_AND_ASSIGN(const ExportReport v2, Export(ExportFormat::kGptqV2));
+  EXPECT_THAT(v2.warnings, IsEmpty());
+  ASSERT_OK_AND_ASSIGN(const ExportReport packed, Export(ExportFormat::kCompressedTensors));
+  EXPECT_THAT(packed.warnings, ElementsAre(HasSubstr("asymmetric")));
+
+  fs::remove_all(dir_ / "artifact");
+  MakeArtifact({.bits = 4, .symmetric = true, .bits_of = {{kDown, 8}}});
+  ASSERT_OK_AND_ASSIGN(const ExportReport symmetric, Export(ExportFormat::kGptq));
+  EXPECT_THAT(symmetric.warnings, IsEmpty());
+  ASSERT_OK_AND_ASSIGN(const ExportReport mixed, Export(ExportFormat::kCompressedTensors));
+  EXPECT_THAT(mixed.warnings, ElementsAre(HasSubstr("differ in width")));
+}
+
+// Its norms multiply by 1 + γ, and γ is what checkpoints hold.
+TEST_F(ExportTest, Gemma3GoesToEveryCheckpointFormat) {
+  MakeArtifact({.bits = 8, .symmetric = true},
+               {.architecture = "Gemma3ForCausalLM", .sliding_window = 32});
+  for (const ExportFormat format :
+       {ExportFormat::kDequantized, ExportFormat::kGptqV2, ExportFormat::kCompressedTensors}) {
+    ASSERT_OK(Export(format, {.dtype = format == ExportFormat::kDequantized ? StorageType::kF32
+                                                                            : StorageType::kBf16}));
+    if (format != ExportFormat::kDequantized) continue;
+    ASSERT_OK_AND_ASSIGN(const auto exported, Checkpoint::Open(out()));
+    ExpectSameWeights(*exported);
+  }
+  EXPECT_THAT(Export(ExportFormat::kGguf), StatusIs(absl::StatusCode::kUnimplemented, _));
 }
 
 // The configuration says nothing of them: the tensors decide.

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 
@@ -129,6 +130,36 @@ TEST_F(GptqCheckpointTest, ActOrderIsReadOnlyByWhoKnowsIt) {
   ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 2));
   EXPECT_THAT(reader->ReadQuantized(kDown),
               StatusIs(kUnimplemented, HasSubstr("columns out of order")));
+}
+
+json ImportedConfig(const std::string& artifact) {
+  std::ifstream in(artifact + "/config.json");
+  return json::parse(in)["quantization_config"];
+}
+
+// What a checkpoint says of its order and its zeros is not what decides.
+TEST_F(GptqCheckpointTest, OrderAndSymmetryAreThoseOfTheTensors) {
+  Write("v1-3bit-act-order", {{"desc_act", false}, {"sym", true}});
+  ASSERT_OK_AND_ASSIGN(const auto ordered, GptqCheckpoint::Open(source()));
+  ASSERT_OK(ImportGptq(*ordered, artifact(), 2, GoOn));
+  EXPECT_EQ(ImportedConfig(artifact())["desc_act"], true);
+  EXPECT_EQ(ImportedConfig(artifact())["sym"], false);
+  EXPECT_OK(engine::LoadedModel::LoadArtifact(artifact(), {.head_8bit = false}));
+
+  fs::remove_all(source());
+  Write("v1-4bit-sym-act-order", {{"sym", false}});
+  ASSERT_OK_AND_ASSIGN(const auto symmetric, GptqCheckpoint::Open(source()));
+  ASSERT_OK(ImportGptq(*symmetric, dir_ / "symmetric", 2, GoOn));
+  EXPECT_EQ(ImportedConfig(dir_ / "symmetric")["sym"], true);
+}
+
+TEST_F(GptqCheckpointTest, RefusesWidthsAndGroupsThatNoLinearHas) {
+  Write("v2-2bit", {{"bits", 8}});
+  EXPECT_THAT(GptqCheckpoint::Open(source()),
+              StatusIs(kInvalid, HasSubstr("'bits' is 8, which no linear has")));
+  Write("v2-2bit", {{"group_size", 7}});
+  EXPECT_THAT(GptqCheckpoint::Open(source()),
+              StatusIs(kInvalid, HasSubstr("'group_size' is 7, which no linear has")));
 }
 
 // What we export as version 1 comes back.

@@ -9,6 +9,7 @@
 
 #include "common/grpc_status.h"
 #include "common/publish.h"
+#include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_artifact.h"
 #include "tests/testing/tiny_model.h"
@@ -134,6 +135,17 @@ TEST_F(ModelConversionsTest, RefusesFoldersOutsideTheRoot) {
   EXPECT_THAT(Names(exports()), UnorderedElementsAre("link"));
 }
 
+// Before the conversion, not after it.
+TEST_F(ModelConversionsTest, RefusesFoldersThatCannotBeMade) {
+  ASSERT_OK(Export("first"));
+  testing::WriteFile(exports() + "/file", "");
+  EXPECT_THAT(Export("first/inside"), StatusIs(kInvalid, HasSubstr("'first' is an export itself")));
+  EXPECT_THAT(Export("first/deep/inside"), StatusIs(kInvalid, HasSubstr("'first' is an export")));
+  EXPECT_THAT(Export("file/x"), StatusIs(kInvalid, HasSubstr("'file' is no folder")));
+  EXPECT_THAT(Export(std::string(256, 'a') + "/x"), StatusIs(kInvalid, HasSubstr("256 bytes")));
+  EXPECT_THAT(Names(exports()), UnorderedElementsAre("first", "file"));
+}
+
 TEST_F(ModelConversionsTest, DoesNotReplaceWhatIsThere) {
   ASSERT_OK(Export());
   const absl::Status again = Export().status();
@@ -177,10 +189,19 @@ TEST_F(ModelConversionsTest, OneRunsAtATime) {
 }
 
 TEST_F(ModelConversionsTest, RemovesWhatADeadProcessLeft) {
-  fs::create_directory(exports() + "/.tmp-m");
+  fs::create_directory(exports() + "/.tmp-w-1@m");
+  fs::create_directory(exports() + "/.tmp-w-10@m");  // another worker's
   fs::create_directory(exports() + "/kept");
   OpenConversions();
-  EXPECT_THAT(Names(exports()), UnorderedElementsAre("kept"));
+  EXPECT_THAT(Names(exports()), UnorderedElementsAre("kept", ".tmp-w-10@m"));
+}
+
+// It is not published with what comes after it.
+TEST_F(ModelConversionsTest, AnExportBeginsWithAnEmptyFolder) {
+  fs::create_directory(exports() + "/.tmp-w-1@m");
+  testing::WriteFile(exports() + "/.tmp-w-1@m/old", "");
+  ASSERT_OK_AND_ASSIGN(const v1::ModelExport exported, Export());
+  EXPECT_FALSE(fs::exists(exported.directory() + "/old"));
 }
 
 TEST_F(ModelConversionsTest, AnImportBecomesAModel) {
