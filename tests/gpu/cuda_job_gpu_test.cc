@@ -190,6 +190,8 @@ TEST_P(CudaJobVariantTest, AgreesWithTheCpu) {
   EXPECT_GT(cuda.top1_agreement, 0);
   EXPECT_LE(cuda.top1_agreement, 1);
   EXPECT_GT(cuda.peak_device_memory_bytes, 0);
+  ASSERT_OK_AND_ASSIGN(const JobPlan plan, PlanJob(spec, *cuda_));
+  EXPECT_LE(cuda.peak_device_memory_bytes, plan.device_memory_bytes_needed);
 
   ASSERT_OK_AND_ASSIGN(const auto cpu_artifact, ArtifactReader::Open(directory_ / "cpu", true, 1));
   ASSERT_OK_AND_ASSIGN(const auto cuda_artifact,
@@ -230,6 +232,12 @@ INSTANTIATE_TEST_SUITE_P(
         Variant{"Gsr3", Plain(), rotate::Kind::kGsr, false, Quantizer(3, 128)},
         Variant{"NoPropagation", Plain(), rotate::Kind::kGsr, false,
                 Quantizer(4, 32, gptq::Method::kGptq, 0)},
+        Variant{"Gptaq2", Plain(), rotate::Kind::kGsr, true,
+                Quantizer(2, 64, gptq::Method::kGptaq)},
+        Variant{"Gptaq4", WithBiases(), rotate::Kind::kGsr, false,
+                Quantizer(4, 32, gptq::Method::kGptaq)},
+        Variant{"GptaqPerChannel", Odd(), rotate::Kind::kNone, false,
+                Quantizer(4, -1, gptq::Method::kGptaq)},
         Variant{"PerChannel", Plain(), rotate::Kind::kLocalHadamard, false, Quantizer(4, -1)},
         Variant{"RoundToNearest", Plain(), rotate::Kind::kHadamard, true,
                 Quantizer(4, 64, gptq::Method::kRtn, 0)},
@@ -298,6 +306,39 @@ TEST_F(CudaJobTest, SaysWhereItsTimeWent) {
   for (const StepTime& step : without.steps) {
     EXPECT_THAT(step.name, ::testing::Not(::testing::AnyOf("gate", ::testing::StartsWith("eval"))));
   }
+}
+
+// Both make up for the layers before, one in the targets and one in the updates.
+TEST_F(CudaJobTest, GptaqHasItsOwnStep) {
+  JobSpec spec = Job();
+  spec.quantizer.method = gptq::Method::kGptaq;
+  ASSERT_OK_AND_ASSIGN(const JobReport report, RunOnCuda(spec));
+  std::vector<std::string> names;
+  for (const StepTime& step : report.steps) names.push_back(step.name);
+  EXPECT_THAT(names, ::testing::IsSupersetOf({"original_flow", "cross", "asymmetric_calibration"}));
+  EXPECT_THAT(names, ::testing::Not(::testing::Contains("error_propagation")));
+}
+
+// Without its α it is GPTQ, whatever the other method's β.
+TEST_F(CudaJobTest, GptaqWithoutAlphaIsGptq) {
+  JobSpec spec = Job();
+  spec.quantizer.error_propagation = 0;
+  ASSERT_OK(RunOnCuda(spec, "gptq"));
+  spec.quantizer.method = gptq::Method::kGptaq;
+  spec.quantizer.error_propagation = 0.5;
+  ASSERT_OK(RunOnCuda(spec, "gptaq"));
+  spec.quantizer.gptaq_alpha = 0;
+  ASSERT_OK(RunOnCuda(spec, "without"));
+  ASSERT_OK_AND_ASSIGN(const auto gptq, ArtifactReader::Open(directory_ / "gptq", true, 1));
+  ASSERT_OK_AND_ASSIGN(const auto gptaq, ArtifactReader::Open(directory_ / "gptaq", true, 1));
+  ASSERT_OK_AND_ASSIGN(const auto without, ArtifactReader::Open(directory_ / "without", true, 1));
+  constexpr char kDown[] = "model.layers.1.mlp.down_proj";
+  ASSERT_OK_AND_ASSIGN(const QuantizedMatrix plain, gptq->ReadQuantized(kDown));
+  ASSERT_OK_AND_ASSIGN(const QuantizedMatrix corrected, gptaq->ReadQuantized(kDown));
+  ASSERT_OK_AND_ASSIGN(const QuantizedMatrix uncorrected, without->ReadQuantized(kDown));
+  EXPECT_EQ(uncorrected.codes, plain.codes);
+  EXPECT_EQ(uncorrected.scales, plain.scales);
+  EXPECT_NE(corrected.codes, plain.codes);
 }
 
 TEST_F(CudaJobTest, TwoRunsGiveTheSameBytes) {
@@ -504,7 +545,6 @@ TEST_F(CudaJobTest, QuantizersThatItDoesNotDoAreUnimplemented) {
     change(spec);
     EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr(what)));
   };
-  expect_refused([](JobSpec& s) { s.quantizer.method = gptq::Method::kGptaq; }, "GPTAQ");
   expect_refused([](JobSpec& s) { s.quantizer.column_order = gptq::ColumnOrder::kActOrder; },
                  "ACT_ORDER");
   expect_refused([](JobSpec& s) { s.overrides = {{"*", 4}}; }, "overrides");

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/gptq/asymmetric_calibration.h"
 #include "worker/gptq/error_propagation.h"
 #include "worker/gptq/hessian.h"
 #include "worker/gptq/quantize_linear.h"
@@ -326,6 +327,18 @@ absl::Status PropagateError(Context&, const PropagateErrorParams& p) {
   return absl::OkStatus();
 }
 
+absl::Status CorrectAsymmetry(Context&, const CorrectAsymmetryParams& p) {
+  if (p.cols < 0) return absl::InvalidArgumentError(absl::StrCat(p.cols, " columns"));
+  gptq::HessianFactor factor;
+  factor.order.assign(p.perm, p.perm + p.cols);
+  factor.upper = Floats(p.cols, p.cols, p.u);
+  for (int64_t i = 0; i < p.cols; ++i) std::fill_n(factor.upper.row(i), i, 0.0f);
+  WALSH_RETURN_IF_ERROR(gptq::AddAsymmetricCalibration(Floats(p.cols, p.cols, p.cross), p.alpha,
+                                                       OneThread(), factor));
+  std::copy_n(factor.correction.data(), factor.correction.size(), p.correction);
+  return absl::OkStatus();
+}
+
 absl::Status QuantizeColumns(Context&, const QuantizeColumnsParams& p) {
   gptq::HessianFactor factor;
   factor.hessian = Matrix(p.cols, p.cols);  // for the error figure only
@@ -340,6 +353,7 @@ absl::Status QuantizeColumns(Context&, const QuantizeColumnsParams& p) {
   options.mse_clip = p.mse_clip;
   if (p.u != nullptr) {
     factor.upper = Floats(p.cols, p.cols, p.u);
+    if (p.correction != nullptr) factor.correction = Floats(p.cols, p.cols, p.correction);
   }
   WALSH_ASSIGN_OR_RETURN(const gptq::QuantizedLinear result,
                          gptq::QuantizeLinear("linear", Floats(p.rows, p.cols, p.w), factor,

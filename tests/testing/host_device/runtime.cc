@@ -1,5 +1,5 @@
-// The part of CUDA's runtime that worker/pipeline/cuda calls, on the host: device memory is the
-// heap's, and every call has finished when it returns.
+// The part of CUDA's runtime that worker/pipeline/cuda and its tests call, on the host: device
+// memory is the heap's, and every call has finished when it returns.
 //
 // So the orchestration of a job on a device is tested without one, under AddressSanitizer, too:
 // buffers have exactly their size there, and what is used after it was freed is found. What it
@@ -50,6 +50,10 @@ cudaError_t cudaFreeHost(void* pointer) {
   return cudaSuccess;
 }
 
+cudaError_t cudaMemcpy(void* to, const void* from, size_t n_bytes, cudaMemcpyKind) {
+  if (n_bytes > 0) std::memcpy(to, from, n_bytes);
+  return cudaSuccess;
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n_bytes, cudaMemcpyKind,
                             cudaStream_t) {
   if (n_bytes > 0) std::memcpy(to, from, n_bytes);

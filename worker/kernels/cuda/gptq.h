@@ -1,6 +1,7 @@
 // GPTQ of one linear on the device, from weights and Hessian to packed tensors.
 //
-// Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), algorithm 1.
+// Source:  Frantar et al. 2023, "GPTQ" (arXiv 2210.17323), algorithm 1; Li et al. 2025, "GPTAQ"
+//          (arXiv 2504.02692)
 // Symbols: W [rows, cols] weights (out × in); H [cols, cols] = XᵀX; U upper triangular with
 //          H⁻¹ = UᵀU; columns are processed in the order `perm`.
 //
@@ -15,7 +16,7 @@
 // Errors:  INVALID_ARGUMENT, RESOURCE_EXHAUSTED; FAILED_PRECONDITION when H is not positive
 //          definite with the damping given
 // Memory:  FactorHessian cols² / 4 floats, in double 5/4 · cols² doubles; QuantizeColumns
-//          rows · cols + 384 · (rows + cols) floats
+//          rows · cols + 384 · (rows + cols) floats, with a correction 768
 #pragma once
 
 #include <cuda_bf16.h>
@@ -59,12 +60,28 @@ struct PropagateErrorParams {
 // Memory: 3 · rows · cols + 2 · cols² floats; on the context's stream.
 absl::Status PropagateError(Context& context, const PropagateErrorParams& params);
 
+// GPTAQ's correction P = α · triu(D Uᵀ, 1) · U in processing order, by which columns make up for
+// what the inputs lost: see worker/gptq/asymmetric_calibration.h. In fp32, for the reason above.
+struct CorrectAsymmetryParams {
+  int64_t cols = 0;
+  float* cross = nullptr;  // [cols, cols]: Dᵀ = Σ x (x_original − x)ᵀ, natural order; used up
+  const float* u = nullptr;       // [cols, cols] of FactorHessian
+  const int32_t* perm = nullptr;  // [cols]
+  double alpha = 0;
+  float* correction = nullptr;  // [cols, cols]: P above the diagonal, on and below it anything
+};
+// Allocates nothing; on the context's stream.
+absl::Status CorrectAsymmetry(Context& context, const CorrectAsymmetryParams& params);
+
 struct QuantizeColumnsParams {
   int64_t rows = 0;
   int64_t cols = 0;
   const float* w = nullptr;  // [rows, cols], natural order
   // [cols, cols] of FactorHessian, aligned to 16 bytes; null: round to nearest.
   const float* u = nullptr;
+  // [cols, cols] of CorrectAsymmetry, aligned likewise: each column adds its weight as it was
+  // quantized times its row of P to the columns after it. Null: nothing; not read without u.
+  const float* correction = nullptr;
   const int32_t* perm = nullptr;  // [cols]
   const uint8_t* dead = nullptr;  // [cols] by column: 1 sets the column's weights to 0; or null
   int bits = 4;

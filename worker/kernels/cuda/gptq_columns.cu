@@ -4,6 +4,7 @@
 // one warp does them, a lane a row, with the row's weights in registers, so that no instruction is
 // done twice and nothing is exchanged between lanes. All warps then take the errors of the 32 from
 // the rest of the block as a small matrix product, and they share the clip search of the rows.
+// GPTAQ's correction is a second such product, of the weights that were quantized.
 //
 // Bound: latency, a chain of seven dependent operations for each of 128 columns; with clip search
 // the special functions of group_grid.cuh, by far. Bytes are negligible beside the trailing GEMM.
@@ -32,6 +33,10 @@ constexpr int kRowStride = kGptqBlock + 4;
 // The trailing update is a product by 3×TF32 (tf32x3.h) in one: what stands on its left is
 // [low, high, high], on its right [high, low, high].
 constexpr int kTermWidth = 3 * kGptqBlock;
+constexpr int kTiles = kSlices * (kSlices + 1) / 2;  // of a block, on and above the diagonal
+
+// What the columns after one get of it: nothing, its error, or that and GPTAQ's correction.
+enum class Feedback { kNone, kError, kCorrected };
 
 struct BlockArgs {
   int64_t rows;
@@ -40,6 +45,7 @@ struct BlockArgs {
   int n_cols;  // of this block, a multiple of 32
   float* w;    // [rows, cols], columns in `perm` order, updated by earlier blocks
   const float* u;
+  const float* correction;
   const int32_t* perm;
   int group_size;
   int64_t groups;  // of a row
@@ -49,7 +55,10 @@ struct BlockArgs {
   uint8_t* codes;
   float* scales;
   uint8_t* zeros;
-  float* error;  // [rows, kTermWidth]: err of each column of the block, as three terms
+  // [rows, term_width]: errors of the block's columns, as three terms, and with a correction the
+  // negated weights that were quantized, likewise.
+  float* terms;
+  int64_t term_width;
   float* loss;
 };
 
@@ -66,7 +75,7 @@ __global__ void GatherColumns(const float* w, const int32_t* perm, const uint8_t
 // The right side of a block's trailing update, transposed: tensor cores take TF32 with the summed
 // dimension contiguous. terms[j] is U[first_row + 0 … 127, first_col + j]. A CTA takes 32 × 32.
 __global__ void SplitFactor(const float* u, int64_t cols, int64_t first_row, int64_t first_col,
-                            float* terms) {
+                            float* terms, int64_t term_width) {
   __shared__ float tile[kWarpSize][kWarpSize + 1];
   const int lane = threadIdx.x;
   const int64_t row0 = first_row + blockIdx.y * kWarpSize;
@@ -76,7 +85,7 @@ __global__ void SplitFactor(const float* u, int64_t cols, int64_t first_row, int
   }
   __syncthreads();
   for (int c = threadIdx.y; c < kWarpSize; c += blockDim.y) {
-    float* out = terms + (col0 - first_col + c) * kTermWidth + blockIdx.y * kWarpSize + lane;
+    float* out = terms + (col0 - first_col + c) * term_width + blockIdx.y * kWarpSize + lane;
     const float value = tile[lane][c];
     const float high = RoundToTf32(value);
     out[0] = high;
@@ -150,10 +159,17 @@ struct alignas(16) RowTile {
   uint32_t codes[kRows][kRowStride / 4];  // four of a row in a word
   GroupGrid grid[kRows];                  // of the group that is worked on
 };
-// The block of U by tiles of 32 × 32, those on and above the diagonal, row by row.
+// The block of U or P by tiles of 32 × 32, those on and above the diagonal, row by row.
+using Tile = float[kSlice][kSlice];
 struct alignas(16) FactorTiles {
-  float tile[kSlices * (kSlices + 1) / 2][kSlice][kSlice];
+  Tile tile[kTiles];
   float inverse_diagonal[kSlice];  // of the slice that is worked on
+};
+constexpr int kSliceStride = kSlice + 4;  // for the same reason as kRowStride
+template <int kRows>
+struct alignas(16) CorrectionTiles {
+  Tile tile[kTiles];
+  float weights[kRows][kSliceStride];  // of the slice that is worked on, as they were quantized
 };
 __device__ __forceinline__ int TileIndex(int slice_row, int slice_col) {
   return slice_row * kSlices - slice_row * (slice_row + 1) / 2 + slice_col;
@@ -173,14 +189,14 @@ __device__ void LoadWeights(const BlockArgs& args, int64_t row0, RowTile<kRows>&
   }
 }
 
-// Starts the copies; they are there after __pipeline_wait_prior(0) and a barrier.
-__device__ void LoadFactor(const BlockArgs& args, FactorTiles& factor) {
+// Starts to copy the block of `u`; it is there after __pipeline_wait_prior(0) and a barrier.
+__device__ void LoadTiles(const BlockArgs& args, const float* u, Tile* tiles) {
   const int thread = Thread();
   const int c = 4 * (thread % kWarpSize);
   for (int r = thread / kWarpSize; r < args.n_cols; r += kWarps) {
     if (c < r / kSlice * kSlice || c >= args.n_cols) continue;
-    __pipeline_memcpy_async(&factor.tile[TileIndex(r / kSlice, c / kSlice)][r % kSlice][c % kSlice],
-                            args.u + (args.first_col + r) * args.cols + args.first_col + c,
+    __pipeline_memcpy_async(&tiles[TileIndex(r / kSlice, c / kSlice)][r % kSlice][c % kSlice],
+                            u + (args.first_col + r) * args.cols + args.first_col + c,
                             sizeof(float4));
   }
   __pipeline_commit();
@@ -229,14 +245,19 @@ __device__ void RoundSlice(const BlockArgs& args, int first, RowTile<kRows>& til
   tile.codes[r][c / 4] = word;
 }
 
-// Takes one row through 32 columns: codes, and errors in place of the weights.
+// Takes one row through 32 columns: codes, and errors in place of the weights. With kCorrects
+// `quantized` gets the weights as they were quantized; what a column adds to those after it does
+// not wait for its error, and comes first.
 //
 // Where tile.cc divides by the scale and by U's diagonal, this multiplies by their reciprocals.
 // That is at most twice the rounding error of the quotients, so that codes differ at ties alone.
+template <bool kCorrects>
 __device__ __forceinline__ void QuantizeSlice(float* __restrict__ row, uint32_t* __restrict__ codes,
                                               const GroupGrid grid, float max_code,
                                               const float (*__restrict__ u)[kSlice],
-                                              const float* __restrict__ inverse_diagonal) {
+                                              const float* __restrict__ inverse_diagonal,
+                                              const float (*__restrict__ correction)[kSlice],
+                                              float* __restrict__ quantized) {
   float w[kSlice];
 #pragma unroll
   for (int j = 0; j < kSlice; j += 4) {
@@ -250,12 +271,22 @@ __device__ __forceinline__ void QuantizeSlice(float* __restrict__ row, uint32_t*
   const float last_code = first_code + max_code;
   const auto zero = static_cast<uint32_t>(grid.zero);
   uint32_t words[kSlice / 4] = {};
+  [[maybe_unused]] float four[4];
 #pragma unroll
   for (int i = 0; i < kSlice; ++i) {
     // kRounding + (code − zero): its last bits are those of the integer.
     const float rounded =
         fminf(fmaxf(fmaf(w[i], grid.inverse_scale, kRounding), first_code), last_code);
     const float error = fmaf(-grid.scale, rounded - kRounding, w[i]) * inverse_diagonal[i];
+    if constexpr (kCorrects) {
+      four[i % 4] = w[i];
+      if (i % 4 == 3) {
+        *reinterpret_cast<float4*>(quantized + i - 3) =
+            make_float4(four[0], four[1], four[2], four[3]);
+      }
+#pragma unroll
+      for (int j = i + 1; j < kSlice; ++j) w[j] = fmaf(w[i], correction[i][j], w[j]);
+    }
     w[i] = error;
 #pragma unroll
     for (int j = i + 1; j < kSlice; ++j) w[j] = fmaf(-error, u[i][j], w[j]);
@@ -269,12 +300,42 @@ __device__ __forceinline__ void QuantizeSlice(float* __restrict__ row, uint32_t*
   }
 }
 
-// Takes the errors of the slice at column `first` from the block's columns after it. Two warps have
-// 32 columns, a thread four of them in every eighth row. Errors are taken in the order of their
-// columns, as if each had been when it arose.
-template <int kRows>
+// sum += left · right for 32 columns of `left`, of which every eighth row is taken, and four of a
+// tile from `c` on; with kSubtracts, −=. In the order of the 32.
+template <int kRows, int kStride, bool kSubtracts>
+__device__ __forceinline__ void AddProduct(const float* left, const float (*right)[kSlice], int c,
+                                           float4 (&sum)[kRows / 8]) {
+#pragma unroll 2
+  for (int k = 0; k < kSlice; k += 4) {
+    float factor[kRows / 8][4];
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const float4 four = *reinterpret_cast<const float4*>(left + 8 * i * kStride + k);
+      factor[i][0] = kSubtracts ? -four.x : four.x;
+      factor[i][1] = kSubtracts ? -four.y : four.y;
+      factor[i][2] = kSubtracts ? -four.z : four.z;
+      factor[i][3] = kSubtracts ? -four.w : four.w;
+    }
+#pragma unroll
+    for (int kk = 0; kk < 4; ++kk) {
+      const float4 four = *reinterpret_cast<const float4*>(&right[k + kk][c]);
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        sum[i].x = fmaf(factor[i][kk], four.x, sum[i].x);
+        sum[i].y = fmaf(factor[i][kk], four.y, sum[i].y);
+        sum[i].z = fmaf(factor[i][kk], four.z, sum[i].z);
+        sum[i].w = fmaf(factor[i][kk], four.w, sum[i].w);
+      }
+    }
+  }
+}
+
+// Takes the errors of the slice at column `first` from the block's columns after it, and with
+// kCorrects adds its corrections. Two warps have 32 columns, a thread four of them in every eighth
+// row. Errors are taken in the order of their columns, as if each had been when it arose.
+template <int kRows, bool kCorrects>
 __device__ void UpdateColumns(int first, int n_cols, const FactorTiles& factor,
-                              RowTile<kRows>& tile) {
+                              const CorrectionTiles<kRows>& correction, RowTile<kRows>& tile) {
   const int thread = Thread();
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
@@ -282,34 +343,15 @@ __device__ void UpdateColumns(int first, int n_cols, const FactorTiles& factor,
   if (slice * kSlice >= n_cols) return;
   const int row = lane / 8 + 4 * (warp % 2);
   const int c = 4 * (lane % 8);
-  const float(*u)[kSlice] = factor.tile[TileIndex(first / kSlice, slice)];
+  const int index = TileIndex(first / kSlice, slice);
   float4 sum[kRows / 8];
 #pragma unroll
   for (int i = 0; i < kRows / 8; ++i) {
     sum[i] = *reinterpret_cast<const float4*>(&tile.w[row + 8 * i][slice * kSlice + c]);
   }
-#pragma unroll 2
-  for (int k = 0; k < kSlice; k += 4) {
-    float error[kRows / 8][4];
-#pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      const float4 four = *reinterpret_cast<const float4*>(&tile.w[row + 8 * i][first + k]);
-      error[i][0] = four.x;
-      error[i][1] = four.y;
-      error[i][2] = four.z;
-      error[i][3] = four.w;
-    }
-#pragma unroll
-    for (int kk = 0; kk < 4; ++kk) {
-      const float4 four = *reinterpret_cast<const float4*>(&u[k + kk][c]);
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-        sum[i].x = fmaf(-error[i][kk], four.x, sum[i].x);
-        sum[i].y = fmaf(-error[i][kk], four.y, sum[i].y);
-        sum[i].z = fmaf(-error[i][kk], four.z, sum[i].z);
-        sum[i].w = fmaf(-error[i][kk], four.w, sum[i].w);
-      }
-    }
+  AddProduct<kRows, kRowStride, true>(&tile.w[row][first], factor.tile[index], c, sum);
+  if constexpr (kCorrects) {
+    AddProduct<kRows, kSliceStride, false>(correction.weights[row], correction.tile[index], c, sum);
   }
 #pragma unroll
   for (int i = 0; i < kRows / 8; ++i) {
@@ -317,19 +359,32 @@ __device__ void UpdateColumns(int first, int n_cols, const FactorTiles& factor,
   }
 }
 
-// Four errors as the left side of the trailing update.
-__device__ __forceinline__ void StoreTerms(const float4& error, float* terms) {
-  const float4 high = make_float4(RoundToTf32(error.x), RoundToTf32(error.y), RoundToTf32(error.z),
-                                  RoundToTf32(error.w));
-  const float4 low = make_float4(RoundToTf32(error.x - high.x), RoundToTf32(error.y - high.y),
-                                 RoundToTf32(error.z - high.z), RoundToTf32(error.w - high.w));
+// Four values as the left side of the trailing update.
+__device__ __forceinline__ void StoreTerms(const float4& value, float* terms) {
+  const float4 high = make_float4(RoundToTf32(value.x), RoundToTf32(value.y), RoundToTf32(value.z),
+                                  RoundToTf32(value.w));
+  const float4 low = make_float4(RoundToTf32(value.x - high.x), RoundToTf32(value.y - high.y),
+                                 RoundToTf32(value.z - high.z), RoundToTf32(value.w - high.w));
   *reinterpret_cast<float4*>(terms) = low;
   *reinterpret_cast<float4*>(terms + kGptqBlock) = high;
   *reinterpret_cast<float4*>(terms + 2 * kGptqBlock) = high;
 }
 
+// The weights of the slice at column `first` to the trailing update, which subtracts.
+template <int kRows>
+__device__ void StoreQuantized(const BlockArgs& args, int64_t row0, int first,
+                               const CorrectionTiles<kRows>& correction) {
+  const int thread = Thread();
+  const int r = thread / (kSlice / 4);
+  const int c = 4 * (thread % (kSlice / 4));
+  if (r >= kRows || row0 + r >= args.rows) return;
+  const float4 w = *reinterpret_cast<const float4*>(&correction.weights[r][c]);
+  StoreTerms(make_float4(-w.x, -w.y, -w.z, -w.w),
+             args.terms + (row0 + r) * args.term_width + kTermWidth + first + c);
+}
+
 // Codes to their columns in natural order, errors to the trailing update and, squared, to the loss.
-template <int kRows, bool kFeedback>
+template <int kRows, Feedback kFeedback>
 __device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kRows>& tile) {
   const int thread = Thread();
   const int c = thread % kGptqBlock;
@@ -341,13 +396,13 @@ __device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kR
       args.codes[(row0 + r) * args.cols + column] = codes[c];
     }
   }
-  if constexpr (kFeedback) {
+  if constexpr (kFeedback != Feedback::kNone) {
     const int lane = thread % kWarpSize;
     for (int r = thread / kWarpSize; r < kRows && row0 + r < args.rows; r += kWarps) {
       float loss = 0.0f;
       if (4 * lane < args.n_cols) {
         const float4 error = *reinterpret_cast<const float4*>(&tile.w[r][4 * lane]);
-        StoreTerms(error, args.error + (row0 + r) * kTermWidth + 4 * lane);
+        StoreTerms(error, args.terms + (row0 + r) * args.term_width + 4 * lane);
         loss = error.x * error.x + error.y * error.y + error.z * error.z + error.w * error.w;
       }
       loss = WarpReduce<Sum>(loss);
@@ -356,18 +411,24 @@ __device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kR
   }
 }
 
-template <int kRows, bool kFeedback>
+template <int kRows, Feedback kFeedback>
 constexpr size_t SharedBytes() {
-  return sizeof(RowTile<kRows>) + (kFeedback ? sizeof(FactorTiles) : 0);
+  return sizeof(RowTile<kRows>) + (kFeedback == Feedback::kNone ? 0 : sizeof(FactorTiles)) +
+         (kFeedback == Feedback::kCorrected ? sizeof(CorrectionTiles<kRows>) : 0);
 }
 
-template <int kRows, bool kFeedback>
+template <int kRows, Feedback kFeedback>
 __global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs args) {
+  constexpr bool kRounds = kFeedback == Feedback::kNone;
+  constexpr bool kCorrects = kFeedback == Feedback::kCorrected;
   extern __shared__ __align__(16) unsigned char shared[];
   auto& tile = *reinterpret_cast<RowTile<kRows>*>(shared);
   auto& factor = *reinterpret_cast<FactorTiles*>(shared + sizeof(RowTile<kRows>));
+  auto& correction = *reinterpret_cast<CorrectionTiles<kRows>*>(shared + sizeof(RowTile<kRows>) +
+                                                                sizeof(FactorTiles));
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
-  if constexpr (kFeedback) LoadFactor(args, factor);
+  if constexpr (!kRounds) LoadTiles(args, args.u, factor.tile);
+  if constexpr (kCorrects) LoadTiles(args, args.correction, correction.tile);
   LoadWeights(args, row0, tile);
   __syncthreads();
 
@@ -376,31 +437,34 @@ __global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs arg
     if (first == next_group) {
       next_group += args.group_size;
       SetGrids(args, row0, first, tile);
-      if constexpr (kFeedback) __pipeline_wait_prior(0);
+      if constexpr (!kRounds) __pipeline_wait_prior(0);
       __syncthreads();
     }
-    if constexpr (!kFeedback) {
+    if constexpr (kRounds) {
       RoundSlice(args, first, tile);
     } else {
       if (const int lane = Thread(); lane < kWarpSize) {
-        const int slice = first / kSlice;
-        const float(*u)[kSlice] = factor.tile[TileIndex(slice, slice)];
+        const int diagonal = TileIndex(first / kSlice, first / kSlice);
+        const float(*u)[kSlice] = factor.tile[diagonal];
         factor.inverse_diagonal[lane] = 1.0f / u[lane][lane];
         __syncwarp();
         if (lane < kRows) {
-          QuantizeSlice(&tile.w[lane][first], &tile.codes[lane][first / 4], tile.grid[lane],
-                        args.max_code, u, factor.inverse_diagonal);
+          QuantizeSlice<kCorrects>(&tile.w[lane][first], &tile.codes[lane][first / 4],
+                                   tile.grid[lane], args.max_code, u, factor.inverse_diagonal,
+                                   kCorrects ? correction.tile[diagonal] : nullptr,
+                                   kCorrects ? correction.weights[lane] : nullptr);
         }
       }
       __syncthreads();
-      UpdateColumns(first, args.n_cols, factor, tile);
+      if constexpr (kCorrects) StoreQuantized(args, row0, first, correction);
+      UpdateColumns<kRows, kCorrects>(first, args.n_cols, factor, correction, tile);
     }
     __syncthreads();
   }
   StoreBlock<kRows, kFeedback>(args, row0, tile);
 }
 
-template <int kRows, bool kFeedback>
+template <int kRows, Feedback kFeedback>
 absl::Status LaunchBlock(const BlockArgs& args, cudaStream_t stream) {
   constexpr size_t kShared = SharedBytes<kRows, kFeedback>();
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(QuantizeBlock<kRows, kFeedback>,
@@ -411,7 +475,7 @@ absl::Status LaunchBlock(const BlockArgs& args, cudaStream_t stream) {
   return LaunchStatus("QuantizeBlock", stream);
 }
 
-template <bool kFeedback>
+template <Feedback kFeedback>
 absl::Status LaunchBlock(Context& context, const BlockArgs& args) {
   // Few rows are spread over more multiprocessors.
   if (args.rows <= int64_t{16} * context.properties().multiProcessorCount) {
@@ -442,11 +506,13 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
   WALSH_RETURN_IF_ERROR(Validate(params));
   if (params.rows == 0 || params.cols == 0) return absl::OkStatus();
   const cudaStream_t stream = context.stream();
+  const bool corrects = params.u != nullptr && params.correction != nullptr;
+  const int64_t term_width = corrects ? 2 * kTermWidth : kTermWidth;
   WALSH_ASSIGN_OR_RETURN(auto w, DeviceBuffer<float>::Allocate(params.rows * params.cols, stream));
   WALSH_ASSIGN_OR_RETURN(
-      auto terms, DeviceBuffer<float>::Allocate((params.rows + params.cols) * kTermWidth, stream));
-  float* const error_terms = terms.data();
-  float* const factor_terms = error_terms + params.rows * kTermWidth;
+      auto terms, DeviceBuffer<float>::Allocate((params.rows + params.cols) * term_width, stream));
+  float* const row_terms = terms.data();
+  float* const factor_terms = row_terms + params.rows * term_width;
   const dim3 gather_grid(static_cast<unsigned>(std::min<int64_t>((params.cols + 255) / 256, 64)),
                          static_cast<unsigned>(params.rows));
   GatherColumns<<<gather_grid, 256, 0, stream>>>(params.w, params.perm, params.dead, params.rows,
@@ -473,6 +539,7 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
                          .n_cols = static_cast<int>(n_cols),
                          .w = w.data(),
                          .u = params.u,
+                         .correction = params.correction,
                          .perm = params.perm,
                          .group_size = static_cast<int>(params.group_size),
                          .groups = params.cols / params.group_size,
@@ -482,27 +549,36 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
                          .codes = params.codes,
                          .scales = params.scales,
                          .zeros = params.zeros,
-                         .error = error_terms,
+                         .terms = row_terms,
+                         .term_width = term_width,
                          .loss = params.loss};
     if (params.u == nullptr) {
-      WALSH_RETURN_IF_ERROR(LaunchBlock<false>(context, args));
+      WALSH_RETURN_IF_ERROR(LaunchBlock<Feedback::kNone>(context, args));
       continue;
     }
-    WALSH_RETURN_IF_ERROR(LaunchBlock<true>(context, args));
+    WALSH_RETURN_IF_ERROR(corrects ? LaunchBlock<Feedback::kCorrected>(context, args)
+                                   : LaunchBlock<Feedback::kError>(context, args));
     const int64_t rest = params.cols - c0 - n_cols;
     if (rest == 0) continue;
     const int64_t c1 = c0 + n_cols;
     const dim3 tiles(static_cast<unsigned>(rest / kWarpSize), kGptqBlock / kWarpSize);
     SplitFactor<<<tiles, dim3(kWarpSize, 8), 0, stream>>>(params.u, params.cols, c0, c1,
-                                                          factor_terms);
+                                                          factor_terms, term_width);
     WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor", stream);
-    // W[:, c1:] −= error · U[c0:c1, c1:], seen column-major: all three transposed.
+    if (corrects) {
+      SplitFactor<<<tiles, dim3(kWarpSize, 8), 0, stream>>>(params.correction, params.cols, c0, c1,
+                                                            factor_terms + kTermWidth, term_width);
+      WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor of the correction", stream);
+    }
+    // W[:, c1:] −= error · U[c0:c1, c1:] − quantized · P[c0:c1, c1:], seen column-major: all
+    // transposed.
     const float minus_one = -1.0f;
     const float one = 1.0f;
+    const auto n_terms = static_cast<int>(term_width);
     WALSH_CUBLAS_RETURN_IF_ERROR(cublasGemmEx(
         context.blas(), CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(rest),
-        static_cast<int>(params.rows), kTermWidth, &minus_one, factor_terms, CUDA_R_32F, kTermWidth,
-        error_terms, CUDA_R_32F, kTermWidth, &one, w.data() + c1, CUDA_R_32F,
+        static_cast<int>(params.rows), n_terms, &minus_one, factor_terms, CUDA_R_32F, n_terms,
+        row_terms, CUDA_R_32F, n_terms, &one, w.data() + c1, CUDA_R_32F,
         static_cast<int>(params.cols), CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
   }
   return absl::OkStatus();

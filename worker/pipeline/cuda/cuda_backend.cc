@@ -81,7 +81,6 @@ absl::Status CheckQuantizer(const ResolvedJob& job) {
     return absl::UnimplementedError(
         absl::StrCat(what, ": the CUDA backend does not do it; a worker with --device cpu does"));
   };
-  if (options.method == gptq::Method::kGptaq) return unimplemented("method GPTAQ");
   if (options.column_order == gptq::ColumnOrder::kActOrder) {
     return unimplemented("column order ACT_ORDER");
   }
@@ -179,6 +178,7 @@ class QuantizeRun {
     steps_.Add("cross", times.cross_ms / 1e3);
     steps_.Add("factorization", times.factor_ms / 1e3);
     steps_.Add("error_propagation", times.propagate_ms / 1e3);
+    steps_.Add("asymmetric_calibration", times.correct_ms / 1e3);
     steps_.Add("columns", times.columns_ms / 1e3);
     steps_.Add("report", times.report_ms / 1e3);
     steps_.Add("pack", pack_ms_ / 1e3 - waited_between);

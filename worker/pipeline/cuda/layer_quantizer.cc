@@ -86,8 +86,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
       : context_(*context),
         shape_(shape),
         options_(std::move(options)),
-        is_gptq_(options_.gptq.method == gptq::Method::kGptq),
-        propagates_error_(gptq::PropagatesError(options_.gptq)),
+        follows_original_(gptq::NeedsOriginalInputs(options_.gptq)),
         clock_(context->stream()) {}
 
   absl::Status Allocate(std::span<const float> frequencies) {
@@ -102,7 +101,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     WALSH_ASSIGN_OR_RETURN(kept_, DeviceBuffer<bf16>::Allocate(
                                       n * std::max(shape_.intermediate, shape_.q_width()), stream));
     WALSH_ASSIGN_OR_RETURN(hessian_, DeviceBuffer<float>::Allocate(widest * widest, stream));
-    if (propagates_error_) {
+    if (follows_original_) {
       WALSH_ASSIGN_OR_RETURN(original_hidden_,
                              DeviceBuffer<float>::Allocate(n * shape_.hidden, stream));
       WALSH_ASSIGN_OR_RETURN(original_inputs_,
@@ -131,7 +130,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                 .down_bias = floats.down_bias};
     original_ = rounded_;
     WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.other_ms));
-    if (propagates_error_) WALSH_RETURN_IF_ERROR(StartOriginalFlow());
+    if (follows_original_) WALSH_RETURN_IF_ERROR(StartOriginalFlow());
 
     WALSH_RETURN_IF_ERROR(CollectAttentionInputs());
     WALSH_RETURN_IF_ERROR(QuantizeSet(LinearSet::kQkv, layer.qkv));
@@ -185,7 +184,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     const auto n_bytes = static_cast<size_t>(dim * dim) * sizeof(float);
     WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.other_ms));
     WALSH_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(hessian_.data(), 0, n_bytes, context_.stream()));
-    if (!propagates_error_) return absl::OkStatus();
+    if (!follows_original_) return absl::OkStatus();
     WALSH_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(cross_.data(), 0, n_bytes, context_.stream()));
     return absl::OkStatus();
   }
@@ -197,7 +196,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.hessian_ms));
     WALSH_RETURN_IF_ERROR(
         ops::AccumulateGram(context_, {.n_tokens = n, .dim = dim, .x = x, .h = hessian_.data()}));
-    if (!propagates_error_) return absl::OkStatus();
+    if (!follows_original_) return absl::OkStatus();
     WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.cross_ms));
     bf16* difference = original_inputs_.data();
     WALSH_RETURN_IF_ERROR(ops::Subtract(context_, n * dim, difference, x, difference));
@@ -216,7 +215,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   absl::Status CollectAttentionInputs() {
     WALSH_RETURN_IF_ERROR(ClearSums(LinearSet::kQkv));
     return ForEachBatch([&](int64_t first, int64_t n) -> absl::Status {
-      if (propagates_error_) {
+      if (follows_original_) {
         WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.original_ms));
         WALSH_ASSIGN_OR_RETURN(
             const bf16* x,
@@ -234,9 +233,9 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   // Also moves the original flow behind its attention, whose `o` is not to be changed yet.
   absl::Status CollectAttended(const float* o) {
     WALSH_RETURN_IF_ERROR(ClearSums(LinearSet::kO));
-    if (propagates_error_) WALSH_RETURN_IF_ERROR(KeepOriginalWeights(LinearSet::kO, o));
+    if (follows_original_) WALSH_RETURN_IF_ERROR(KeepOriginalWeights(LinearSet::kO, o));
     return ForEachBatch([&](int64_t first, int64_t n) -> absl::Status {
-      if (propagates_error_) {
+      if (follows_original_) {
         WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.original_ms));
         float* rows = original_hidden_.data() + first * shape_.hidden;
         bf16* attended = original_inputs_.data();
@@ -256,7 +255,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   absl::Status CollectMlpInputs() {
     WALSH_RETURN_IF_ERROR(ClearSums(LinearSet::kGateUp));
     return ForEachBatch([&](int64_t first, int64_t n) -> absl::Status {
-      if (propagates_error_) {
+      if (follows_original_) {
         WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.original_ms));
         WALSH_ASSIGN_OR_RETURN(
             const bf16* x,
@@ -272,9 +271,9 @@ class LayerQuantizerImpl final : public LayerQuantizer {
 
   absl::Status CollectActivations(const float* down, bool is_last) {
     WALSH_RETURN_IF_ERROR(ClearSums(LinearSet::kDown));
-    if (propagates_error_) WALSH_RETURN_IF_ERROR(KeepOriginalWeights(LinearSet::kDown, down));
+    if (follows_original_) WALSH_RETURN_IF_ERROR(KeepOriginalWeights(LinearSet::kDown, down));
     return ForEachBatch([&](int64_t first, int64_t n) -> absl::Status {
-      if (propagates_error_) {
+      if (follows_original_) {
         WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.original_ms));
         float* rows = original_hidden_.data() + first * shape_.hidden;
         bf16* activation = original_inputs_.data();
@@ -344,7 +343,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     Factor factor;
     WALSH_ASSIGN_OR_RETURN(factor.perm,
                            Upload<int32_t>(context_, gptq::ColumnSteps(diagonal, options)));
-    if (!is_gptq_) return factor;
+    if (options.method == gptq::Method::kRtn) return factor;
     std::vector<uint8_t> dead(diagonal.size(), 0);
     double sum = 0;
     for (size_t i = 0; i < diagonal.size(); ++i) {
@@ -405,21 +404,14 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     out.dead_columns = factor.dead_columns;
     out.fallback = factor.fallback;
 
-    if (propagates_error_) {
-      // Those of o and down were kept before the flow went through them.
-      if (set == LinearSet::kQkv || set == LinearSet::kGateUp) {
-        WALSH_RETURN_IF_ERROR(KeepOriginalWeights(set, weights.data()));
-      }
-      if (factor.u.size() > 0) {
-        WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.propagate_ms));
-        WALSH_RETURN_IF_ERROR(ops::PropagateError(context_, {.rows = out.rows,
-                                                             .cols = out.cols,
-                                                             .w = weights.data(),
-                                                             .cross = cross_.data(),
-                                                             .u = factor.u.data(),
-                                                             .perm = factor.perm.data(),
-                                                             .beta = options.error_propagation}));
-      }
+    // Those of o and down were kept before the flow went through them.
+    if (follows_original_ && (set == LinearSet::kQkv || set == LinearSet::kGateUp)) {
+      WALSH_RETURN_IF_ERROR(KeepOriginalWeights(set, weights.data()));
+    }
+    DeviceBuffer<float> correction;
+    if (factor.u.size() > 0) {
+      WALSH_RETURN_IF_ERROR(PropagateError(options, factor, out, weights.data()));
+      WALSH_ASSIGN_OR_RETURN(correction, Correction(options, factor, out.cols));
     }
 
     const int64_t groups = out.cols / out.group_size;
@@ -427,10 +419,12 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     WALSH_ASSIGN_OR_RETURN(out.codes, DeviceBuffer<uint8_t>::Allocate(out.rows * out.cols, stream));
     WALSH_ASSIGN_OR_RETURN(out.scales, DeviceBuffer<float>::Allocate(out.rows * groups, stream));
     WALSH_ASSIGN_OR_RETURN(out.zeros, DeviceBuffer<uint8_t>::Allocate(out.rows * groups, stream));
+    WALSH_ASSIGN_OR_RETURN(auto loss, DeviceBuffer<float>::Allocate(out.rows, stream));
     WALSH_RETURN_IF_ERROR(ops::QuantizeColumns(context_, {.rows = out.rows,
                                                           .cols = out.cols,
                                                           .w = weights.data(),
                                                           .u = factor.u.data(),
+                                                          .correction = correction.data(),
                                                           .perm = factor.perm.data(),
                                                           .dead = factor.dead.data(),
                                                           .bits = options.bits,
@@ -439,7 +433,8 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                                                           .mse_clip = options.mse_clip,
                                                           .codes = out.codes.data(),
                                                           .scales = out.scales.data(),
-                                                          .zeros = out.zeros.data()}));
+                                                          .zeros = out.zeros.data(),
+                                                          .loss = loss.data()}));
     quantized_.Reset();
     WALSH_ASSIGN_OR_RETURN(quantized_, DeviceBuffer<bf16>::Allocate(out.rows * out.cols, stream));
     WALSH_RETURN_IF_ERROR(ops::Pack({.rows = out.rows,
@@ -453,11 +448,54 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                                      .stream = stream}));
     Weights(rounded_, set) = quantized_.data();
     WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.report_ms));
+    WALSH_RETURN_IF_ERROR(CheckUpdates(set, loss));
     WALSH_RETURN_IF_ERROR(Report(weights.data(), out));
     weights.Reset();
     WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.other_ms));
     WALSH_RETURN_IF_ERROR((*emit_)(std::move(out)));
     return (*on_step_)(Step::kCalibrating);
+  }
+
+  // The target in place of the weights, where the options ask for one.
+  absl::Status PropagateError(const gptq::Options& options, const Factor& factor,
+                              const QuantizedSet& out, float* weights) {
+    if (!gptq::PropagatesError(options)) return absl::OkStatus();
+    WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.propagate_ms));
+    return ops::PropagateError(context_, {.rows = out.rows,
+                                          .cols = out.cols,
+                                          .w = weights,
+                                          .cross = cross_.data(),
+                                          .u = factor.u.data(),
+                                          .perm = factor.perm.data(),
+                                          .beta = options.error_propagation});
+  }
+
+  // GPTAQ's, or an empty one.
+  absl::StatusOr<DeviceBuffer<float>> Correction(const gptq::Options& options, const Factor& factor,
+                                                 int64_t dim) {
+    DeviceBuffer<float> correction;
+    if (!gptq::CorrectsAsymmetry(options)) return correction;
+    WALSH_RETURN_IF_ERROR(clock_.Enter(&times_.correct_ms));
+    WALSH_ASSIGN_OR_RETURN(correction, DeviceBuffer<float>::Allocate(dim * dim, context_.stream()));
+    WALSH_RETURN_IF_ERROR(ops::CorrectAsymmetry(context_, {.cols = dim,
+                                                           .cross = cross_.data(),
+                                                           .u = factor.u.data(),
+                                                           .perm = factor.perm.data(),
+                                                           .alpha = options.gptaq_alpha,
+                                                           .correction = correction.data()}));
+    return correction;
+  }
+
+  // Codes and grids are always in range: what is not finite shows nowhere else.
+  absl::Status CheckUpdates(LinearSet set, const DeviceBuffer<float>& loss) {
+    WALSH_ASSIGN_OR_RETURN(const std::vector<float> losses,
+                           Download<float>(context_, loss.data(), loss.size()));
+    for (size_t row = 0; row < losses.size(); ++row) {
+      if (std::isfinite(losses[row])) continue;
+      return absl::DataLossError(absl::StrCat(Name(set), ": a weight of output ", row,
+                                              " overflowed while it was updated"));
+    }
+    return absl::OkStatus();
   }
 
   absl::Status Report(const float* weights, QuantizedSet& out) {
@@ -485,8 +523,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   Context& context_;
   const LayerShape shape_;
   const LayerQuantizerOptions options_;
-  const bool is_gptq_;
-  const bool propagates_error_;
+  const bool follows_original_;
   StageClock clock_;
   LayerTimes times_;
 
@@ -496,7 +533,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   DeviceBuffer<bf16> kept_;
   DeviceBuffer<bf16> quantized_;  // the last set's weights, as its outputs are computed
   LayerTensors<bf16> rounded_;
-  // The original flow; empty without error propagation.
+  // The original flow; empty where its inputs are not needed.
   DeviceBuffer<float> original_hidden_;
   DeviceBuffer<bf16> original_inputs_;  // of a batch; then their difference to the rounded ones
   DeviceBuffer<bf16> original_input_weights_;   // of qkv, or of gate_up
@@ -534,7 +571,6 @@ absl::Status Validate(const LayerShape& shape, const LayerQuantizerOptions& opti
 int64_t LayerQuantizer::BytesNeeded(const LayerShape& s, const LayerQuantizerOptions& o) {
   constexpr int64_t kFloat = sizeof(float);
   constexpr int64_t kBf16 = sizeof(bf16);
-  const bool propagates = gptq::PropagatesError(o.gptq);
   const int64_t n = o.n_windows * o.window;
   const int64_t batch = std::min(o.windows_at_once, o.n_windows) * o.window;
   const int64_t widest = WidestInput(s);
@@ -547,8 +583,9 @@ int64_t LayerQuantizer::BytesNeeded(const LayerShape& s, const LayerQuantizerOpt
   // block, codes, the forms' two products, and this set's weights.
   bytes += std::max(widest * widest * int64_t{sizeof(double)} * 5 / 4,
                     largest * (3 * kFloat + 1 + kBf16));
-  if (propagates) {
-    // The second residual stream, a batch's inputs, the sums with their low parts, the weights.
+  if (gptq::NeedsOriginalInputs(o.gptq)) {
+    // The second residual stream, a batch's inputs, the sums with their low parts or with the
+    // correction, the weights.
     bytes += n * kFloat * s.hidden + batch * widest * kBf16 + 2 * widest * widest * kFloat +
              2 * largest * kBf16;
   }

@@ -5,12 +5,12 @@
 // k and v share one input, Hessian and call, and so do gate and up. Only one layer's weights are on
 // the device; what stays between layers is the residual stream.
 //
-// With error propagation the windows run through the original layer as well. Nothing of that flow
-// waits for a quantized weight, so that it needs no buffer of sublayer outputs, only a residual
-// stream of its own.
+// With error propagation and with GPTAQ the windows run through the original layer as well. Nothing
+// of that flow waits for a quantized weight, so that it needs no buffer of sublayer outputs, only a
+// residual stream of its own.
 //
 // Source:  GPTQ (arXiv 2210.17323); QuaRot (arXiv 2404.00456) for the order of sublayers;
-//          worker/gptq/error_propagation.h
+//          worker/gptq/error_propagation.h, worker/gptq/asymmetric_calibration.h
 // Shapes:  n_tokens = n_windows · window; residual stream [n_tokens, hidden] fp32
 // Errors:  RESOURCE_EXHAUSTED (bytes needed and free), DATA_LOSS for non-finite activations; a
 //          Hessian that no damping makes positive definite falls back to round-to-nearest and says
@@ -76,6 +76,7 @@ struct LayerTimes {
   double cross_ms = 0;      // sums of input differences
   double factor_ms = 0;     // order, Cholesky, triangular inverse
   double propagate_ms = 0;  // the error-propagated target
+  double correct_ms = 0;    // GPTAQ's correction
   double columns_ms = 0;    // GPTQ's loop with the clip search and trailing updates
   double report_ms = 0;     // error forms
   double other_ms = 0;
