@@ -164,7 +164,7 @@ int Main(int argc, char** argv) {
       const auto begin = std::chrono::steady_clock::now();
       CheckOk((*quantizer)
                   ->QuantizeLayer(
-                      "layer", weights, /*is_last=*/layer + 1 == n_layers,
+                      "layer", weights, /*bits=*/{}, /*is_last=*/layer + 1 == n_layers,
                       [](LayerQuantizer::Step) { return absl::OkStatus(); },
                       [&](QuantizedSet set) -> absl::Status {
                         for (const double e : set.row_error) error += e;

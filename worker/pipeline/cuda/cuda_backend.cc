@@ -86,24 +86,7 @@ absl::Status CheckQuantizer(const ResolvedJob& job) {
   }
   if (options.grid == gptq::Grid::kCodebook) return unimplemented("grid CODEBOOK");
   if (options.zero_point == gptq::ZeroPoint::kFloat) return unimplemented("zero point FLOAT_ZERO");
-  if (!job.bits.empty()) return unimplemented("overrides of bits");
   return absl::OkStatus();
-}
-
-// The linears of a set, in the order of their rows.
-std::vector<LinearShape> PartsOf(LinearSet set, const ModelConfig& config) {
-  const std::vector<LinearShape> all = LinearShapes(config);  // q, k, v, o, gate, up, down
-  switch (set) {
-    case LinearSet::kQkv:
-      return {all[0], all[1], all[2]};
-    case LinearSet::kO:
-      return {all[3]};
-    case LinearSet::kGateUp:
-      return {all[4], all[5]};
-    case LinearSet::kDown:
-      break;
-  }
-  return {all[6]};
 }
 
 // The quantization of one job.
@@ -209,7 +192,10 @@ class QuantizeRun {
     WALSH_RETURN_IF_ERROR(ReadBiases(layer));
     progress_.Charge(Stage::kCalibrating);
     WALSH_RETURN_IF_ERROR(quantizer_->QuantizeLayer(
-        absl::StrCat("layers.", index), layer, /*is_last=*/index + 1 == config_.n_layers,
+        absl::StrCat("layers.", index), layer,
+        inputs_.job.bits.empty() ? LayerQuantizer::Bits()
+                                 : inputs_.job.bits[static_cast<size_t>(index)],
+        /*is_last=*/index + 1 == config_.n_layers,
         [&](LayerQuantizer::Step step) {
           const Stage stage =
               step == LayerQuantizer::Step::kQuantizing ? Stage::kQuantizing : Stage::kCalibrating;
@@ -235,15 +221,32 @@ class QuantizeRun {
     return absl::OkStatus();
   }
 
+  // A linear of a set.
+  struct Part {
+    LinearShape shape;
+    int bits = 0;
+  };
+  // In the order of their rows.
+  std::vector<Part> PartsOf(int64_t layer, LinearSet set) const {
+    constexpr size_t kFirst[kLinearSets + 1] = {0, 3, 4, 6, 7};  // q, k, v; o; gate, up; down
+    const std::vector<LinearShape> shapes = LinearShapes(config_);
+    std::vector<Part> parts;
+    for (size_t i = kFirst[static_cast<size_t>(set)]; i < kFirst[static_cast<size_t>(set) + 1];
+         ++i) {
+      parts.push_back({shapes[i], inputs_.job.OptionsFor(layer, i, shapes[i].in).bits});
+    }
+    return parts;
+  }
+
   absl::Status WriteSet(int64_t index, const QuantizedSet& set) {
     progress_.Charge(Stage::kPacking);
     WALSH_RETURN_IF_ERROR(clock().Enter(&pack_ms_));
-    const std::vector<LinearShape> parts = PartsOf(set.set, config_);
+    const std::vector<Part> parts = PartsOf(index, set.set);
     std::vector<PackedTensors> packed;
     WALSH_RETURN_IF_ERROR(Pack(set, parts, packed));
     int64_t first_row = 0;
     for (size_t i = 0; i < parts.size(); ++i) {
-      const LinearShape& part = parts[i];
+      const LinearShape& part = parts[i].shape;
       ReportLinear(index, part.suffix, set, first_row, packed[i]);
       const std::string name = LayerTensor(index, part.suffix);
       const auto n_bytes = static_cast<int64_t>(
@@ -264,21 +267,21 @@ class QuantizeRun {
   }
 
   // The linears of a set as the artifact has them, all in one copy to the host.
-  absl::Status Pack(const QuantizedSet& set, const std::vector<LinearShape>& parts,
+  absl::Status Pack(const QuantizedSet& set, const std::vector<Part>& parts,
                     std::vector<PackedTensors>& packed) {
     struct OnDevice {
       DeviceBuffer<uint32_t> qweight, qzeros;
       DeviceBuffer<__half> scales;
     };
     const cudaStream_t stream = context_.stream();
-    const int bits = inputs_.job.quantizer.bits;
     const int64_t groups = set.cols / set.group_size;
     std::vector<OnDevice> on_device(parts.size());
     packed.resize(parts.size());
     std::vector<DownloadPart> downloads;
     int64_t first_row = 0;
     for (size_t i = 0; i < parts.size(); ++i) {
-      const int64_t rows = parts[i].out;
+      const int64_t rows = parts[i].shape.out;
+      const int bits = parts[i].bits;
       auto& [qweight, qzeros, scales] = on_device[i];
       WALSH_ASSIGN_OR_RETURN(qweight,
                              DeviceBuffer<uint32_t>::Allocate(set.cols / 32 * bits * rows, stream));

@@ -70,6 +70,13 @@ int64_t LargestSet(const LayerShape& s) {
   return largest;
 }
 
+// Adjacent rows of a set that have the same bits.
+struct RowRange {
+  int64_t first = 0;
+  int64_t count = 0;
+  int bits = 0;
+};
+
 // What the linears of a set share; `u` is empty for round-to-nearest.
 struct Factor {
   DeviceBuffer<float> u;
@@ -115,9 +122,10 @@ class LayerQuantizerImpl final : public LayerQuantizer {
   const LayerTimes& times() const override { return times_; }
   StageClock& clock() override { return clock_; }
 
-  absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, bool is_last,
-                             const OnStep& on_step, const Emit& emit) override {
+  absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, Bits bits,
+                             bool is_last, const OnStep& on_step, const Emit& emit) override {
     name_ = std::string(name);
+    bits_ = bits;
     on_step_ = &on_step;
     emit_ = &emit;
     const LayerTensors<float> floats = layer.tensors();
@@ -334,6 +342,38 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     return diagonal;
   }
 
+  std::vector<RowRange> RowRanges(LinearSet set) const {
+    if (bits_.empty()) return {{0, SetRows(shape_, set), options_.gptq.bits}};
+    std::vector<std::pair<int64_t, int>> linears;  // rows, bits
+    switch (set) {
+      case LinearSet::kQkv:
+        linears = {{shape_.q_width(), bits_[0]},
+                   {shape_.kv_width(), bits_[1]},
+                   {shape_.kv_width(), bits_[2]}};
+        break;
+      case LinearSet::kO:
+        linears = {{shape_.hidden, bits_[3]}};
+        break;
+      case LinearSet::kGateUp:
+        linears = {{shape_.intermediate, bits_[4]}, {shape_.intermediate, bits_[5]}};
+        break;
+      case LinearSet::kDown:
+        linears = {{shape_.hidden, bits_[6]}};
+        break;
+    }
+    std::vector<RowRange> ranges;
+    int64_t row = 0;
+    for (const auto& [rows, bits] : linears) {
+      if (!ranges.empty() && ranges.back().bits == bits) {
+        ranges.back().count += rows;
+      } else {
+        ranges.push_back({row, rows, bits});
+      }
+      row += rows;
+    }
+    return ranges;
+  }
+
   std::string Name(LinearSet set) const { return absl::StrCat(name_, ".", SetName(set)); }
 
   // As gptq::FactorizeHessian: a ladder of damping in float, then in double, then none.
@@ -420,21 +460,25 @@ class LayerQuantizerImpl final : public LayerQuantizer {
     WALSH_ASSIGN_OR_RETURN(out.scales, DeviceBuffer<float>::Allocate(out.rows * groups, stream));
     WALSH_ASSIGN_OR_RETURN(out.zeros, DeviceBuffer<uint8_t>::Allocate(out.rows * groups, stream));
     WALSH_ASSIGN_OR_RETURN(auto loss, DeviceBuffer<float>::Allocate(out.rows, stream));
-    WALSH_RETURN_IF_ERROR(ops::QuantizeColumns(context_, {.rows = out.rows,
-                                                          .cols = out.cols,
-                                                          .w = weights.data(),
-                                                          .u = factor.u.data(),
-                                                          .correction = correction.data(),
-                                                          .perm = factor.perm.data(),
-                                                          .dead = factor.dead.data(),
-                                                          .bits = options.bits,
-                                                          .group_size = out.group_size,
-                                                          .symmetric = options.symmetric,
-                                                          .mse_clip = options.mse_clip,
-                                                          .codes = out.codes.data(),
-                                                          .scales = out.scales.data(),
-                                                          .zeros = out.zeros.data(),
-                                                          .loss = loss.data()}));
+    for (const RowRange& range : RowRanges(set)) {
+      const int64_t first_group = range.first * groups;
+      WALSH_RETURN_IF_ERROR(
+          ops::QuantizeColumns(context_, {.rows = range.count,
+                                          .cols = out.cols,
+                                          .w = weights.data() + range.first * out.cols,
+                                          .u = factor.u.data(),
+                                          .correction = correction.data(),
+                                          .perm = factor.perm.data(),
+                                          .dead = factor.dead.data(),
+                                          .bits = range.bits,
+                                          .group_size = out.group_size,
+                                          .symmetric = options.symmetric,
+                                          .mse_clip = options.mse_clip,
+                                          .codes = out.codes.data() + range.first * out.cols,
+                                          .scales = out.scales.data() + first_group,
+                                          .zeros = out.zeros.data() + first_group,
+                                          .loss = loss.data() + range.first}));
+    }
     quantized_.Reset();
     WALSH_ASSIGN_OR_RETURN(quantized_, DeviceBuffer<bf16>::Allocate(out.rows * out.cols, stream));
     WALSH_RETURN_IF_ERROR(ops::Pack({.rows = out.rows,
@@ -546,6 +590,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
 
   // Of the running call.
   std::string name_;
+  Bits bits_;
   const OnStep* on_step_ = nullptr;
   const Emit* emit_ = nullptr;
 };

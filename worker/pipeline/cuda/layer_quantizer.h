@@ -37,7 +37,7 @@
 namespace walsh::pipeline::cuda {
 
 struct LayerQuantizerOptions {
-  gptq::Options gptq;        // but for the group, which follows
+  gptq::Options gptq;        // but for the group, which follows, and other bits of some linears
   int64_t group_size = 128;  // −1: one group per output channel
   int64_t n_windows = 0;
   int64_t window = 0;
@@ -97,11 +97,13 @@ class LayerQuantizer {
   // The residual stream, [n_tokens, hidden]; the caller fills it with embeddings, once, before the
   // first layer.
   virtual float* hidden() = 0;
+  // Of a layer's linears in the order of LinearShapes; empty: the options' bits for all.
+  using Bits = std::span<const int>;
   // Quantizes the next layer and moves the residual stream behind it (not behind the last one,
   // which nothing reads). `layer` is used up: error propagation moves its weights. `emit` is called
   // once a set, as soon as its integers are there. `name` is the layer's, for messages.
-  virtual absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, bool is_last,
-                                     const OnStep& on_step, const Emit& emit) = 0;
+  virtual absl::Status QuantizeLayer(std::string_view name, DeviceLayer<float>& layer, Bits bits,
+                                     bool is_last, const OnStep& on_step, const Emit& emit) = 0;
   virtual const LayerTimes& times() const = 0;
   // Runs while `emit` is called, and is finished when QuantizeLayer returns: the caller may enter
   // totals of its own before and in between.
