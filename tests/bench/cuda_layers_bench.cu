@@ -3,7 +3,7 @@
 //
 // Prints a Markdown table: seconds by kind of work summed over the layers, each beside its floor
 // (FLOPs over the ceilings measured in this run), and the peak of device memory. Usage:
-// cuda_layers_bench [model] [bits] [layers] [share of error propagation].
+// cuda_layers_bench [model] [bits] [layers] [share of error propagation, or gptaq].
 #include <cuda_runtime_api.h>
 
 #include <chrono>
@@ -124,6 +124,7 @@ int Main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "Llama-2-7B";
   const int bits = argc > 2 ? std::atoi(argv[2]) : 2;
   const int layer_limit = argc > 3 ? std::atoi(argv[3]) : 1000;
+  const bool is_gptaq = argc > 4 && std::strcmp(argv[4], "gptaq") == 0;
   const double propagation = argc > 4 ? std::atof(argv[4]) : gptq::Options().error_propagation;
   const double bf16_rate = GemmRate(context, false);
   const double fp32_rate = GemmRate(context, true);
@@ -134,6 +135,7 @@ int Main(int argc, char** argv) {
     LayerQuantizerOptions options;
     options.gptq.bits = bits;
     options.gptq.error_propagation = propagation;
+    if (is_gptaq) options.gptq.method = gptq::Method::kGptaq;
     options.group_size = model.group_size;
     options.n_windows = 128;
     options.window = 2048;
@@ -189,22 +191,26 @@ int Main(int argc, char** argv) {
     const double attention = 4 * n * d(options.window) / 2 * q_width * layers / bf16_rate / 1e12;
     const double squares = 2 * hidden * hidden + q_width * q_width + inter * inter;
     const double hessian = n * squares * layers / bf16_rate / 1e12;
-    const bool propagates = propagation > 0;
     // The original flow, the full sums of input differences, and W D (H + λI)⁻¹ by triangular
-    // products.
-    const double original = propagates ? forward + attention : 0;
-    const double cross = propagates ? 2 * hessian : 0;
+    // products, or GPTAQ's correction by those above the diagonal and as many updates again.
+    const bool propagates = gptq::PropagatesError(options.gptq);
+    const bool follows_original = gptq::NeedsOriginalInputs(options.gptq);
+    const double original = follows_original ? forward + attention : 0;
+    const double cross = follows_original ? 2 * hessian : 0;
     const double cubes = 2 * std::pow(hidden, 3) + std::pow(q_width, 3) + std::pow(inter, 3);
     const double factor = 2.0 / 3.0 * cubes * layers / fp32_rate / 1e12;
-    const double updates = (qkv_rows * hidden * hidden + hidden * q_width * q_width +
+    const double correction = is_gptaq ? factor : 0;
+    const double updates = (is_gptaq ? 2 : 1) *
+                           (qkv_rows * hidden * hidden + hidden * q_width * q_width +
                             2 * inter * hidden * hidden + hidden * inter * inter) *
                            layers / fp32_rate / 1e12;
     const double target = propagates ? 4 * updates : 0;
     std::printf(
-        "\n%s, %d layers, %d bits, group %lld, error propagation %g, 128 x 2048 tokens; GPU %s; "
+        "\n%s, %d layers, %d bits, group %lld, %s %g, 128 x 2048 tokens; GPU %s; "
         "ceilings of this run: "
         "bf16 %.0f, fp32 %.1f TFLOP/s\n\n",
-        model.name, n_layers, bits, static_cast<long long>(model.group_size), propagation,
+        model.name, n_layers, bits, static_cast<long long>(model.group_size),
+        is_gptaq ? "GPTAQ" : "error propagation", is_gptaq ? options.gptq.gptaq_alpha : propagation,
         context.properties().name, bf16_rate, fp32_rate);
     std::printf("| step | seconds | floor | ratio |\n| --- | ---: | ---: | ---: |\n");
     const auto row = [](const char* what, double seconds, double floor) {
@@ -221,11 +227,12 @@ int Main(int argc, char** argv) {
     row("sums of input differences", total.cross_ms / 1e3, cross);
     row("factorization", total.factor_ms / 1e3, factor);
     row("error-propagated target", total.propagate_ms / 1e3, target);
+    row("GPTAQ's correction", total.correct_ms / 1e3, correction);
     row("column loop with clip search", total.columns_ms / 1e3, updates);
     row("error report", total.report_ms / 1e3, 0);
     row("other", total.other_ms / 1e3, 0);
     row("all, wall", wall,
-        forward + attention + original + hessian + cross + factor + target + updates);
+        forward + attention + original + hessian + cross + factor + target + correction + updates);
     std::printf("\npeak device memory %.2f GB (estimate %.2f GB); relative output error %.4f\n",
                 d(DeviceMemoryUse().bytes_peak) / 1e9,
                 d(LayerQuantizer::BytesNeeded(s, options) + 4 * static_cast<int64_t>(params)) / 1e9,

@@ -229,6 +229,10 @@ gptq::Options Quantizer(int bits, int64_t group, gptq::Method method = gptq::Met
   options.symmetric = symmetric;
   return options;
 }
+gptq::Options ActOrder(gptq::Options options) {
+  options.column_order = gptq::ColumnOrder::kActOrder;
+  return options;
+}
 INSTANTIATE_TEST_SUITE_P(
     All, CudaJobVariantTest,
     ::testing::Values(
@@ -256,6 +260,17 @@ INSTANTIATE_TEST_SUITE_P(
                 false,
                 Quantizer(2, 64, gptq::Method::kGptaq),
                 {{"layers.{0}.*.q_proj", 4}, {"*.{up,down,o}_proj", 3}}},
+        Variant{"ActOrder", Plain(), rotate::Kind::kGsr, false, ActOrder(Quantizer(4, 64))},
+        Variant{"ActOrderPerChannel", Odd(), rotate::Kind::kNone, false,
+                ActOrder(Quantizer(4, -1, gptq::Method::kGptaq))},
+        Variant{"ActOrderOverrides",
+                WithBiases(),
+                rotate::Kind::kLocalHadamard,
+                false,
+                ActOrder(Quantizer(2, 32, gptq::Method::kGptaq)),
+                {{"*.{v,up}_proj", 3}}},
+        Variant{"ActOrderRoundToNearest", Plain(), rotate::Kind::kGsr, false,
+                ActOrder(Quantizer(4, 128, gptq::Method::kRtn, 0))},
         Variant{"PerChannel", Plain(), rotate::Kind::kLocalHadamard, false, Quantizer(4, -1)},
         Variant{"RoundToNearest", Plain(), rotate::Kind::kHadamard, true,
                 Quantizer(4, 64, gptq::Method::kRtn, 0)},
@@ -563,8 +578,6 @@ TEST_F(CudaJobTest, QuantizersThatItDoesNotDoAreUnimplemented) {
     change(spec);
     EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr(what)));
   };
-  expect_refused([](JobSpec& s) { s.quantizer.column_order = gptq::ColumnOrder::kActOrder; },
-                 "ACT_ORDER");
   expect_refused(
       [](JobSpec& s) {
         s.quantizer.bits = 2;

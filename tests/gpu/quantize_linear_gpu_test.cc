@@ -143,7 +143,12 @@ class QuantizeLinearGpuTest : public GpuTest, public ::testing::WithParamInterfa
       diagonal[i] = p.hessian(i, i);
       mean += static_cast<double>(p.hessian(i, i)) / static_cast<double>(cols);
     }
-    const auto perm = Upload(gptq::ColumnSteps(diagonal, options));
+    const std::vector<int32_t> steps = gptq::ColumnSteps(diagonal, options);
+    const auto perm = Upload(steps);
+    DeviceBuffer<int32_t> static_groups;
+    if (gptq::HasStaticGroups(options)) {
+      static_groups = Upload(gptq::ColumnsByGroup(steps, options.group_size));
+    }
     const auto h = Upload(Values(p.hessian));
     const auto add =
         Upload(std::vector<float>(diagonal.size(), static_cast<float>(options.damp * mean)));
@@ -165,15 +170,17 @@ class QuantizeLinearGpuTest : public GpuTest, public ::testing::WithParamInterfa
                                              .alpha = options.gptaq_alpha,
                                              .correction = correction.data()}));
     }
+    const bool rounds = options.method == gptq::Method::kRtn;
     auto codes = Poisoned<uint8_t>(rows * cols);
     auto scales = Poisoned<float>(rows * groups);
     auto zeros = Poisoned<uint8_t>(rows * groups);
     EXPECT_OK(QuantizeColumns(context(), {.rows = rows,
                                           .cols = cols,
                                           .w = w.data(),
-                                          .u = u.data(),
+                                          .u = rounds ? nullptr : u.data(),
                                           .correction = correction.data(),
                                           .perm = perm.data(),
+                                          .static_groups = static_groups.data(),
                                           .bits = options.bits,
                                           .group_size = options.group_size,
                                           .symmetric = options.symmetric,
@@ -274,19 +281,36 @@ INSTANTIATE_TEST_SUITE_P(Gptaq, QuantizeLinearGpuTest,
                                            Case{8, 512, Gptaq(4, 256, kNatural)},
                                            Case{37, 160, Symmetric(Gptaq(4, 32, kGroupAware))}));
 
+gptq::Options ActOrder(gptq::Options options, gptq::Method method = gptq::Method::kGptaq) {
+  options.column_order = gptq::ColumnOrder::kActOrder;
+  options.method = method;
+  return options;
+}
+// Groups scattered over all blocks, narrower and wider than one, and in one block.
+INSTANTIATE_TEST_SUITE_P(
+    ActOrder, QuantizeLinearGpuTest,
+    ::testing::Values(Case{33, 128, ActOrder(Gptaq(4, 32, kNatural), gptq::Method::kGptq)},
+                      Case{17, 352, ActOrder(Gptaq(3, 32, kNatural), gptq::Method::kGptq)},
+                      Case{24, 384, ActOrder(Gptaq(4, 128, kNatural))},
+                      Case{5, 512, ActOrder(Gptaq(4, 256, kNatural))},
+                      Case{9, 288, ActOrder(Symmetric(Gptaq(4, 288, kNatural)))},
+                      Case{40, 192, ActOrder(Gptaq(4, 64, kNatural), gptq::Method::kRtn)}));
+
 // Both sizes of a CTA: what a row becomes does not depend on the rows beside it.
 TEST_F(QuantizeLinearGpuTest, ManyRowsAreQuantizedAsFewAre) {
   const int64_t cols = 160, few = 20;
   const Problem p(16 * context().properties().multiProcessorCount + 37, cols);
-  const gptq::Options options = Gptaq(4, 32, kGroupAware);
   Problem first_rows(few, cols);
   std::copy_n(p.weights.data(), few * cols, first_rows.weights.data());
   std::copy_n(p.hessian.data(), cols * cols, first_rows.hessian.data());
   std::copy_n(p.cross.data(), cols * cols, first_rows.cross.data());
-  std::vector<double> many = Quantize(p, options);
-  many.resize(static_cast<size_t>(few * cols));
-  // The trailing product of another number of rows may be summed in another order.
-  EXPECT_GE(Agreement(Quantize(first_rows, options), many), 0.99);
+  for (const gptq::Options& options : {Gptaq(4, 32, kGroupAware), ActOrder(Gptaq(4, 32, kNatural)),
+                                       ActOrder(Gptaq(4, 32, kNatural), gptq::Method::kGptq)}) {
+    std::vector<double> many = Quantize(p, options);
+    many.resize(static_cast<size_t>(few * cols));
+    // The trailing product of another number of rows may be summed in another order.
+    EXPECT_GE(Agreement(Quantize(first_rows, options), many), 0.99);
+  }
 }
 
 }  // namespace

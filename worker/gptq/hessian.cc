@@ -92,6 +92,12 @@ std::vector<int32_t> ColumnSteps(std::span<const float> diagonal, const Options&
   return steps;
 }
 
+std::vector<int32_t> ColumnsByGroup(std::vector<int32_t> steps, int64_t group_size) {
+  std::stable_sort(steps.begin(), steps.end(),
+                   [group_size](int32_t a, int32_t b) { return a / group_size < b / group_size; });
+  return steps;
+}
+
 std::vector<double> DampingLadder(double damp) {
   std::vector<double> ladder = {damp};
   // Products of tens miss kDampMax by a rounding; the last step is kDampMax itself.

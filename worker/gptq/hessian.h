@@ -52,6 +52,9 @@ absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& op
 // The parts of it that a device needs for its own factorization. The order in which the columns are
 // quantized, from the Hessian's diagonal; options.group_size divides its length.
 std::vector<int32_t> ColumnSteps(std::span<const float> diagonal, const Options& options);
+// The same columns group by group, those of a group in the order of their steps: that in which the
+// grids of static groups are chosen.
+std::vector<int32_t> ColumnsByGroup(std::vector<int32_t> steps, int64_t group_size);
 // Shares of the mean diagonal, tried in order.
 std::vector<double> DampingLadder(double damp);
 // Why there is no factor: no live column; nothing helped, `damp` being the last step of the ladder.

@@ -351,6 +351,7 @@ absl::Status QuantizeColumns(Context&, const QuantizeColumnsParams& p) {
   options.group_size = p.group_size;
   options.symmetric = p.symmetric;
   options.mse_clip = p.mse_clip;
+  if (p.static_groups != nullptr) options.column_order = gptq::ColumnOrder::kActOrder;
   if (p.u != nullptr) {
     factor.upper = Floats(p.cols, p.cols, p.u);
     if (p.correction != nullptr) factor.correction = Floats(p.cols, p.cols, p.correction);

@@ -12,7 +12,7 @@
 // worker/gptq/tile.h but for ties, which rounding decides.
 //
 // Shapes:  row-major; cols a multiple of 32; groups never cross a 128-column block unless they are
-//          a multiple of 128 or the whole row
+//          a multiple of 128 or the whole row, or static
 // Errors:  INVALID_ARGUMENT, RESOURCE_EXHAUSTED; FAILED_PRECONDITION when H is not positive
 //          definite with the damping given
 // Memory:  FactorHessian cols² / 4 floats, in double 5/4 · cols² doubles; QuantizeColumns
@@ -83,6 +83,10 @@ struct QuantizeColumnsParams {
   // quantized times its row of P to the columns after it. Null: nothing; not read without u.
   const float* correction = nullptr;
   const int32_t* perm = nullptr;  // [cols]
+  // [cols]: gptq::ColumnsByGroup of an order that scatters the columns of a group. All grids are
+  // then chosen before the first column, from the weights as they are given ("static groups").
+  // Null: `perm` keeps groups together, and a grid is chosen at the first column of its group.
+  const int32_t* static_groups = nullptr;
   const uint8_t* dead = nullptr;  // [cols] by column: 1 sets the column's weights to 0; or null
   int bits = 4;
   int64_t group_size = 128;  // 32, 64, a multiple of 128 or cols

@@ -171,6 +171,11 @@ struct alignas(16) CorrectionTiles {
   Tile tile[kTiles];
   float weights[kRows][kSliceStride];  // of the slice that is worked on, as they were quantized
 };
+// Scale and zero of each column's group, exact in half precision, of the slice that is worked on.
+template <int kRows>
+struct alignas(16) StaticGrids {
+  __half2 grid[kRows][kSlice + 1];
+};
 __device__ __forceinline__ int TileIndex(int slice_row, int slice_col) {
   return slice_row * kSlices - slice_row * (slice_row + 1) / 2 + slice_col;
 }
@@ -245,16 +250,37 @@ __device__ void RoundSlice(const BlockArgs& args, int first, RowTile<kRows>& til
   tile.codes[r][c / 4] = word;
 }
 
+__device__ __forceinline__ GroupGrid StaticGrid(__half2 stored) {
+  const float scale = __low2float(stored);
+  return {scale, 1.0f / scale, __high2float(stored)};
+}
+
+// The grids of the slice at column `first`, where each column has its own group's.
+template <int kRows>
+__device__ void SetStaticGrids(const BlockArgs& args, int64_t row0, int first,
+                               StaticGrids<kRows>& grids) {
+  const int thread = Thread();
+  const int c = thread % kSlice;
+  const int64_t group = args.perm[args.first_col + first + c] / args.group_size;
+  for (int r = thread / kSlice; r < kRows; r += kThreads / kSlice) {
+    const int64_t at = (row0 + r) * args.groups + group;
+    grids.grid[r][c] = row0 + r < args.rows
+                           ? __floats2half2_rn(args.scales[at], static_cast<float>(args.zeros[at]))
+                           : __floats2half2_rn(1.0f, 0.0f);
+  }
+}
+
 // Takes one row through 32 columns: codes, and errors in place of the weights. With kCorrects
 // `quantized` gets the weights as they were quantized; what a column adds to those after it does
 // not wait for its error, and comes first.
 //
 // Where tile.cc divides by the scale and by U's diagonal, this multiplies by their reciprocals.
 // That is at most twice the rounding error of the quotients, so that codes differ at ties alone.
-template <bool kCorrects>
+template <bool kCorrects, bool kStatic>
 __device__ __forceinline__ void QuantizeSlice(float* __restrict__ row, uint32_t* __restrict__ codes,
-                                              const GroupGrid grid, float max_code,
-                                              const float (*__restrict__ u)[kSlice],
+                                              const GroupGrid group_grid,
+                                              const __half2* __restrict__ static_grids,
+                                              float max_code, const float (*__restrict__ u)[kSlice],
                                               const float* __restrict__ inverse_diagonal,
                                               const float (*__restrict__ correction)[kSlice],
                                               float* __restrict__ quantized) {
@@ -267,13 +293,14 @@ __device__ __forceinline__ void QuantizeSlice(float* __restrict__ row, uint32_t*
     w[j + 2] = four.z;
     w[j + 3] = four.w;
   }
-  const float first_code = kRounding - grid.zero;
-  const float last_code = first_code + max_code;
-  const auto zero = static_cast<uint32_t>(grid.zero);
   uint32_t words[kSlice / 4] = {};
   [[maybe_unused]] float four[4];
 #pragma unroll
   for (int i = 0; i < kSlice; ++i) {
+    const GroupGrid grid = kStatic ? StaticGrid(static_grids[i]) : group_grid;
+    const float first_code = kRounding - grid.zero;
+    const float last_code = first_code + max_code;
+    const auto zero = static_cast<uint32_t>(grid.zero);
     // kRounding + (code − zero): its last bits are those of the integer.
     const float rounded =
         fminf(fmaxf(fmaf(w[i], grid.inverse_scale, kRounding), first_code), last_code);
@@ -411,21 +438,29 @@ __device__ void StoreBlock(const BlockArgs& args, int64_t row0, const RowTile<kR
   }
 }
 
-template <int kRows, Feedback kFeedback>
-constexpr size_t SharedBytes() {
-  return sizeof(RowTile<kRows>) + (kFeedback == Feedback::kNone ? 0 : sizeof(FactorTiles)) +
-         (kFeedback == Feedback::kCorrected ? sizeof(CorrectionTiles<kRows>) : 0);
-}
+// Shared memory of a CTA: a RowTile, FactorTiles, CorrectionTiles, StaticGrids, those that there
+// are.
+template <int kRows, Feedback kFeedback, bool kStatic>
+struct SharedLayout {
+  static constexpr size_t kFactor = sizeof(RowTile<kRows>);
+  static constexpr size_t kCorrection =
+      kFactor + (kFeedback == Feedback::kNone ? 0 : sizeof(FactorTiles));
+  static constexpr size_t kGrids =
+      kCorrection + (kFeedback == Feedback::kCorrected ? sizeof(CorrectionTiles<kRows>) : 0);
+  static constexpr size_t kBytes = kGrids + (kStatic ? sizeof(StaticGrids<kRows>) : 0);
+};
 
-template <int kRows, Feedback kFeedback>
+// With kStatic all grids are there.
+template <int kRows, Feedback kFeedback, bool kStatic>
 __global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs args) {
   constexpr bool kRounds = kFeedback == Feedback::kNone;
   constexpr bool kCorrects = kFeedback == Feedback::kCorrected;
+  using Layout = SharedLayout<kRows, kFeedback, kStatic>;
   extern __shared__ __align__(16) unsigned char shared[];
   auto& tile = *reinterpret_cast<RowTile<kRows>*>(shared);
-  auto& factor = *reinterpret_cast<FactorTiles*>(shared + sizeof(RowTile<kRows>));
-  auto& correction = *reinterpret_cast<CorrectionTiles<kRows>*>(shared + sizeof(RowTile<kRows>) +
-                                                                sizeof(FactorTiles));
+  auto& factor = *reinterpret_cast<FactorTiles*>(shared + Layout::kFactor);
+  auto& correction = *reinterpret_cast<CorrectionTiles<kRows>*>(shared + Layout::kCorrection);
+  auto& grids = *reinterpret_cast<StaticGrids<kRows>*>(shared + Layout::kGrids);
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows;
   if constexpr (!kRounds) LoadTiles(args, args.u, factor.tile);
   if constexpr (kCorrects) LoadTiles(args, args.correction, correction.tile);
@@ -434,9 +469,13 @@ __global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs arg
 
   int next_group = 0;
   for (int first = 0; first < args.n_cols; first += kSlice) {
-    if (first == next_group) {
+    if (kStatic || first == next_group) {
       next_group += args.group_size;
-      SetGrids(args, row0, first, tile);
+      if constexpr (kStatic) {
+        SetStaticGrids(args, row0, first, grids);
+      } else {
+        SetGrids(args, row0, first, tile);
+      }
       if constexpr (!kRounds) __pipeline_wait_prior(0);
       __syncthreads();
     }
@@ -449,10 +488,11 @@ __global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs arg
         factor.inverse_diagonal[lane] = 1.0f / u[lane][lane];
         __syncwarp();
         if (lane < kRows) {
-          QuantizeSlice<kCorrects>(&tile.w[lane][first], &tile.codes[lane][first / 4],
-                                   tile.grid[lane], args.max_code, u, factor.inverse_diagonal,
-                                   kCorrects ? correction.tile[diagonal] : nullptr,
-                                   kCorrects ? correction.weights[lane] : nullptr);
+          QuantizeSlice<kCorrects, kStatic>(&tile.w[lane][first], &tile.codes[lane][first / 4],
+                                            tile.grid[lane], kStatic ? grids.grid[lane] : nullptr,
+                                            args.max_code, u, factor.inverse_diagonal,
+                                            kCorrects ? correction.tile[diagonal] : nullptr,
+                                            kCorrects ? correction.weights[lane] : nullptr);
         }
       }
       __syncthreads();
@@ -464,24 +504,34 @@ __global__ void __launch_bounds__(kThreads, 2) QuantizeBlock(const BlockArgs arg
   StoreBlock<kRows, kFeedback>(args, row0, tile);
 }
 
-template <int kRows, Feedback kFeedback>
+template <int kRows, Feedback kFeedback, bool kStatic>
 absl::Status LaunchBlock(const BlockArgs& args, cudaStream_t stream) {
-  constexpr size_t kShared = SharedBytes<kRows, kFeedback>();
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(QuantizeBlock<kRows, kFeedback>,
+  constexpr size_t kShared = SharedLayout<kRows, kFeedback, kStatic>::kBytes;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(QuantizeBlock<kRows, kFeedback, kStatic>,
                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                   static_cast<int>(kShared)));
   const auto grid = static_cast<unsigned>((args.rows + kRows - 1) / kRows);
-  QuantizeBlock<kRows, kFeedback><<<grid, kThreads, kShared, stream>>>(args);
+  QuantizeBlock<kRows, kFeedback, kStatic><<<grid, kThreads, kShared, stream>>>(args);
   return LaunchStatus("QuantizeBlock", stream);
 }
 
-template <Feedback kFeedback>
+template <Feedback kFeedback, bool kStatic>
 absl::Status LaunchBlock(Context& context, const BlockArgs& args) {
   // Few rows are spread over more multiprocessors.
   if (args.rows <= int64_t{16} * context.properties().multiProcessorCount) {
-    return LaunchBlock<16, kFeedback>(args, context.stream());
+    return LaunchBlock<16, kFeedback, kStatic>(args, context.stream());
   }
-  return LaunchBlock<32, kFeedback>(args, context.stream());
+  return LaunchBlock<32, kFeedback, kStatic>(args, context.stream());
+}
+
+absl::Status LaunchBlock(Context& context, const BlockArgs& args, bool has_grids) {
+  if (args.u == nullptr) return LaunchBlock<Feedback::kNone, false>(context, args);
+  if (args.correction == nullptr) {
+    return has_grids ? LaunchBlock<Feedback::kError, true>(context, args)
+                     : LaunchBlock<Feedback::kError, false>(context, args);
+  }
+  return has_grids ? LaunchBlock<Feedback::kCorrected, true>(context, args)
+                   : LaunchBlock<Feedback::kCorrected, false>(context, args);
 }
 
 absl::Status Validate(const QuantizeColumnsParams& p) {
@@ -500,6 +550,86 @@ absl::Status Validate(const QuantizeColumnsParams& p) {
   return absl::OkStatus();
 }
 
+// The device memory of a call.
+struct Buffers {
+  float* w;             // [rows, cols], in the order of the columns
+  float* row_terms;     // [rows, term_width]
+  float* factor_terms;  // [cols, term_width]
+  int64_t term_width;
+};
+
+// W[:, first_col:] −= error · U − quantized · P, of a block that ends there. Seen column-major: all
+// transposed.
+absl::Status UpdateTrailing(Context& context, const BlockArgs& block, const Buffers& buffers) {
+  const int64_t first_col = block.first_col + block.n_cols;
+  const int64_t rest = block.cols - first_col;
+  if (rest == 0) return absl::OkStatus();
+  const cudaStream_t stream = context.stream();
+  const dim3 tiles(static_cast<unsigned>(rest / kWarpSize), kGptqBlock / kWarpSize);
+  const dim3 threads(kWarpSize, 8);
+  SplitFactor<<<tiles, threads, 0, stream>>>(block.u, block.cols, block.first_col, first_col,
+                                             buffers.factor_terms, buffers.term_width);
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor", stream);
+  if (block.correction != nullptr) {
+    SplitFactor<<<tiles, threads, 0, stream>>>(block.correction, block.cols, block.first_col,
+                                               first_col, buffers.factor_terms + kTermWidth,
+                                               buffers.term_width);
+    WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor of the correction", stream);
+  }
+  const float minus_one = -1.0f;
+  const float one = 1.0f;
+  const auto n_terms = static_cast<int>(buffers.term_width);
+  WALSH_CUBLAS_RETURN_IF_ERROR(cublasGemmEx(
+      context.blas(), CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(rest),
+      static_cast<int>(block.rows), n_terms, &minus_one, buffers.factor_terms, CUDA_R_32F, n_terms,
+      buffers.row_terms, CUDA_R_32F, n_terms, &one, buffers.w + first_col, CUDA_R_32F,
+      static_cast<int>(block.cols), CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
+  return absl::OkStatus();
+}
+
+// All columns in the order of `p.perm`; with `has_grids` on those in the outputs.
+absl::Status QuantizeInOrder(Context& context, const QuantizeColumnsParams& p, bool has_grids,
+                             const Buffers& buffers) {
+  const cudaStream_t stream = context.stream();
+  const dim3 gather_grid(static_cast<unsigned>(std::min<int64_t>((p.cols + 255) / 256, 64)),
+                         static_cast<unsigned>(p.rows));
+  GatherColumns<<<gather_grid, 256, 0, stream>>>(p.w, p.perm, p.dead, p.rows, p.cols, buffers.w);
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("GatherColumns", stream);
+  const auto max_code = static_cast<float>((1 << p.bits) - 1);
+  for (int64_t c0 = 0; c0 < p.cols; c0 += kGptqBlock) {
+    // QuantizeBlock takes the grids of narrower groups itself.
+    if (!has_grids && p.group_size > kGptqBlock && c0 % p.group_size == 0) {
+      // Wide groups are sets of adjacent positions: `perm` keeps a group together.
+      WideGroupGrid<<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(
+          buffers.w, p.perm, p.cols, c0, p.group_size, max_code, p.symmetric, p.mse_clip, p.scales,
+          p.zeros);
+      WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("WideGroupGrid", stream);
+    }
+    const BlockArgs block{.rows = p.rows,
+                          .cols = p.cols,
+                          .first_col = c0,
+                          .n_cols = static_cast<int>(std::min<int64_t>(kGptqBlock, p.cols - c0)),
+                          .w = buffers.w,
+                          .u = p.u,
+                          .correction = p.correction,
+                          .perm = p.perm,
+                          .group_size = static_cast<int>(p.group_size),
+                          .groups = p.cols / p.group_size,
+                          .max_code = max_code,
+                          .symmetric = p.symmetric,
+                          .mse_clip = p.mse_clip,
+                          .codes = p.codes,
+                          .scales = p.scales,
+                          .zeros = p.zeros,
+                          .terms = buffers.row_terms,
+                          .term_width = buffers.term_width,
+                          .loss = p.loss};
+    WALSH_RETURN_IF_ERROR(LaunchBlock(context, block, has_grids));
+    if (p.u != nullptr) WALSH_RETURN_IF_ERROR(UpdateTrailing(context, block, buffers));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& params) {
@@ -511,77 +641,24 @@ absl::Status QuantizeColumns(Context& context, const QuantizeColumnsParams& para
   WALSH_ASSIGN_OR_RETURN(auto w, DeviceBuffer<float>::Allocate(params.rows * params.cols, stream));
   WALSH_ASSIGN_OR_RETURN(
       auto terms, DeviceBuffer<float>::Allocate((params.rows + params.cols) * term_width, stream));
-  float* const row_terms = terms.data();
-  float* const factor_terms = row_terms + params.rows * term_width;
-  const dim3 gather_grid(static_cast<unsigned>(std::min<int64_t>((params.cols + 255) / 256, 64)),
-                         static_cast<unsigned>(params.rows));
-  GatherColumns<<<gather_grid, 256, 0, stream>>>(params.w, params.perm, params.dead, params.rows,
-                                                 params.cols, w.data());
-  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("GatherColumns", stream);
+  const Buffers buffers{.w = w.data(),
+                        .row_terms = terms.data(),
+                        .factor_terms = terms.data() + params.rows * term_width,
+                        .term_width = term_width};
   if (params.loss != nullptr) {
     WALSH_CUDA_RETURN_IF_ERROR(
         cudaMemsetAsync(params.loss, 0, static_cast<size_t>(params.rows) * sizeof(float), stream));
   }
-  const auto max_code = static_cast<float>((1 << params.bits) - 1);
-  for (int64_t c0 = 0; c0 < params.cols; c0 += kGptqBlock) {
-    const int64_t n_cols = std::min<int64_t>(kGptqBlock, params.cols - c0);
-    // QuantizeBlock takes the grids of narrower groups itself.
-    if (params.group_size > kGptqBlock && c0 % params.group_size == 0) {
-      // Wide groups are static sets of adjacent positions: `perm` keeps a group together.
-      WideGroupGrid<<<static_cast<unsigned>(params.rows), kThreads, 0, stream>>>(
-          w.data(), params.perm, params.cols, c0, params.group_size, max_code, params.symmetric,
-          params.mse_clip, params.scales, params.zeros);
-      WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("WideGroupGrid", stream);
-    }
-    const BlockArgs args{.rows = params.rows,
-                         .cols = params.cols,
-                         .first_col = c0,
-                         .n_cols = static_cast<int>(n_cols),
-                         .w = w.data(),
-                         .u = params.u,
-                         .correction = params.correction,
-                         .perm = params.perm,
-                         .group_size = static_cast<int>(params.group_size),
-                         .groups = params.cols / params.group_size,
-                         .max_code = max_code,
-                         .symmetric = params.symmetric,
-                         .mse_clip = params.mse_clip,
-                         .codes = params.codes,
-                         .scales = params.scales,
-                         .zeros = params.zeros,
-                         .terms = row_terms,
-                         .term_width = term_width,
-                         .loss = params.loss};
-    if (params.u == nullptr) {
-      WALSH_RETURN_IF_ERROR(LaunchBlock<Feedback::kNone>(context, args));
-      continue;
-    }
-    WALSH_RETURN_IF_ERROR(corrects ? LaunchBlock<Feedback::kCorrected>(context, args)
-                                   : LaunchBlock<Feedback::kError>(context, args));
-    const int64_t rest = params.cols - c0 - n_cols;
-    if (rest == 0) continue;
-    const int64_t c1 = c0 + n_cols;
-    const dim3 tiles(static_cast<unsigned>(rest / kWarpSize), kGptqBlock / kWarpSize);
-    SplitFactor<<<tiles, dim3(kWarpSize, 8), 0, stream>>>(params.u, params.cols, c0, c1,
-                                                          factor_terms, term_width);
-    WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor", stream);
-    if (corrects) {
-      SplitFactor<<<tiles, dim3(kWarpSize, 8), 0, stream>>>(params.correction, params.cols, c0, c1,
-                                                            factor_terms + kTermWidth, term_width);
-      WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("SplitFactor of the correction", stream);
-    }
-    // W[:, c1:] −= error · U[c0:c1, c1:] − quantized · P[c0:c1, c1:], seen column-major: all
-    // transposed.
-    const float minus_one = -1.0f;
-    const float one = 1.0f;
-    const auto n_terms = static_cast<int>(term_width);
-    WALSH_CUBLAS_RETURN_IF_ERROR(cublasGemmEx(
-        context.blas(), CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(rest),
-        static_cast<int>(params.rows), n_terms, &minus_one, factor_terms, CUDA_R_32F, n_terms,
-        row_terms, CUDA_R_32F, n_terms, &one, w.data() + c1, CUDA_R_32F,
-        static_cast<int>(params.cols), CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_GEMM_DEFAULT));
+  const bool has_static_groups = params.static_groups != nullptr;
+  if (has_static_groups) {
+    // Rounding to nearest chooses the grids; its codes last where there is no factor.
+    QuantizeColumnsParams rounding = params;
+    rounding.perm = params.static_groups;
+    rounding.u = nullptr;
+    WALSH_RETURN_IF_ERROR(QuantizeInOrder(context, rounding, /*has_grids=*/false, buffers));
+    if (params.u == nullptr) return absl::OkStatus();
   }
-  return absl::OkStatus();
+  return QuantizeInOrder(context, params, has_static_groups, buffers);
 }
 
 }  // namespace walsh::kernels::cuda

@@ -81,9 +81,6 @@ absl::Status CheckQuantizer(const ResolvedJob& job) {
     return absl::UnimplementedError(
         absl::StrCat(what, ": the CUDA backend does not do it; a worker with --device cpu does"));
   };
-  if (options.column_order == gptq::ColumnOrder::kActOrder) {
-    return unimplemented("column order ACT_ORDER");
-  }
   if (options.grid == gptq::Grid::kCodebook) return unimplemented("grid CODEBOOK");
   if (options.zero_point == gptq::ZeroPoint::kFloat) return unimplemented("zero point FLOAT_ZERO");
   return absl::OkStatus();

@@ -81,6 +81,7 @@ struct RowRange {
 struct Factor {
   DeviceBuffer<float> u;
   DeviceBuffer<int32_t> perm;
+  DeviceBuffer<int32_t> static_groups;  // empty where a group's grid is chosen at its first column
   DeviceBuffer<uint8_t> dead;
   double damp = 0;
   int64_t dead_columns = 0;
@@ -381,8 +382,13 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                                    const std::vector<float>& diagonal) {
     const int64_t dim = SetCols(shape_, set);
     Factor factor;
-    WALSH_ASSIGN_OR_RETURN(factor.perm,
-                           Upload<int32_t>(context_, gptq::ColumnSteps(diagonal, options)));
+    const std::vector<int32_t> steps = gptq::ColumnSteps(diagonal, options);
+    WALSH_ASSIGN_OR_RETURN(factor.perm, Upload<int32_t>(context_, steps));
+    if (gptq::HasStaticGroups(options)) {
+      WALSH_ASSIGN_OR_RETURN(
+          factor.static_groups,
+          Upload<int32_t>(context_, gptq::ColumnsByGroup(steps, options.group_size)));
+    }
     if (options.method == gptq::Method::kRtn) return factor;
     std::vector<uint8_t> dead(diagonal.size(), 0);
     double sum = 0;
@@ -469,6 +475,7 @@ class LayerQuantizerImpl final : public LayerQuantizer {
                                           .u = factor.u.data(),
                                           .correction = correction.data(),
                                           .perm = factor.perm.data(),
+                                          .static_groups = factor.static_groups.data(),
                                           .dead = factor.dead.data(),
                                           .bits = range.bits,
                                           .group_size = out.group_size,

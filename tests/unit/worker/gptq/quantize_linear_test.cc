@@ -118,6 +118,14 @@ void ExpectSound(const QuantizedLinear& q) {
   ASSERT_GE(q.relative_error, 0);
 }
 
+// The columns of a group are put together, and keep their order.
+TEST(ColumnsByGroupTest, KeepsTheOrderInAGroup) {
+  const std::vector<int32_t> steps = {5, 0, 7, 3, 1, 4, 2, 6};
+  EXPECT_THAT(ColumnsByGroup(steps, 4), ::testing::ElementsAre(0, 3, 1, 2, 5, 7, 4, 6));
+  EXPECT_EQ(ColumnsByGroup(steps, 8), steps);
+  EXPECT_THAT(ColumnsByGroup({}, 4), ::testing::IsEmpty());
+}
+
 struct ReferenceCase {
   int64_t rows, in, group;
   int bits;
