@@ -42,6 +42,7 @@ OPTIONS = {
     "gptq, float zero point": {**METHODS["gptq"], "zero_point": "float"},
     "gptq, codebook": {**METHODS["gptq"], "grid": "codebook"},
     "gptq, group 32": {**METHODS["gptq"], "group": 32},
+    "gptq, group 64": {**METHODS["gptq"], "group": 64},
     "gptq, group 128": {**METHODS["gptq"], "group": 128},
     "gptaq, α = 0.25": METHODS["gptaq"],
     "gptaq, α = 0.5": {**METHODS["gptaq"], "gptaq_alpha": 0.5},
@@ -56,10 +57,11 @@ OPTIONS = {
     "ep, β = 0.5, codebook": {**METHODS["ep"], "grid": "codebook"},
     "ep, β = 1, codebook": {**METHODS["ep"], "error_propagation": 1.0, "grid": "codebook"},
     "ep, β = 0.5, group 32": {**METHODS["ep"], "group": 32},
+    "ep, β = 0.5, group 64": {**METHODS["ep"], "group": 64},
     "ep, β = 0.5, group 128": {**METHODS["ep"], "group": 128},
     "ep, β = 1, group 128": {**METHODS["ep"], "error_propagation": 1.0, "group": 128},
 }
-MAIN_OPTIONS = ("gptq", "gptq, group 128", "ep, β = 0.25", "ep, β = 0.5", "ep, β = 1", "ep, β = 0.5, group 128")
+MAIN_OPTIONS = ("gptq", "gptq, group 64", "ep, β = 0.25", "ep, β = 0.5", "ep, β = 1", "ep, β = 0.5, group 64")
 # Activations per token, symmetric, clipped at 0.9; keys and values by head, asymmetric, clipped at 0.95 (QuaRot).
 ROUNDING = {
     "W2A16": {"bits": 2},
@@ -112,7 +114,8 @@ def plan(which, group):
         add(3, METHODS, ends)
         add(4, ("gptq", "ep"), ends)
     for name, quantizer in OPTIONS.items():
-        if which == "full" or name in MAIN_OPTIONS:
+        names_the_group = "group" in quantizer and quantizer["group"] == group
+        if (which == "full" or name in MAIN_OPTIONS) and not names_the_group:
             members = {"bits": 2, "group": group, "rotation": "gsr", **quantizer}
             rows.append(("W2 gsr, options", name, members, False))
     if which == "full":
