@@ -75,6 +75,7 @@ inline constexpr int kEvaluationWindowsMax = 8192;
 // --override of one job, and the length of a pattern.
 inline constexpr int kOverridesMax = 64;
 inline constexpr int kOverridePatternBytesMax = 256;
+inline constexpr int kPresetNameBytesMax = 64;
 // Artifacts that quality gates refused, kept on a worker's disk; the oldest goes for a newer one.
 inline constexpr int kRejectedArtifactsMax = 4;
 inline constexpr int kRotationBlockMin = 16;

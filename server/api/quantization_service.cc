@@ -11,6 +11,7 @@
 #include "server/api/create_job.h"
 #include "server/api/watch_stream.h"
 #include "server/jobs/job_query.h"
+#include "server/jobs/presets.h"
 
 namespace walsh::api {
 
@@ -94,6 +95,15 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::ListSupportedArchitectures(
   for (const std::string_view name : kGgufArchitectures) {
     response->add_architectures(std::string(name));
   }
+  return call.FinishNow(absl::OkStatus());
+}
+
+grpc::ServerUnaryReactor* QuantizationServiceImpl::ListQuantizationPresets(
+    grpc::CallbackServerContext* context, const v1::ListQuantizationPresetsRequest*,
+    v1::ListQuantizationPresetsResponse* response) {
+  const Call call(context, "ListQuantizationPresets");
+  const auto& presets = jobs::Presets();
+  response->mutable_presets()->Add(presets.begin(), presets.end());
   return call.FinishNow(absl::OkStatus());
 }
 

@@ -32,6 +32,9 @@ class QuantizationServiceImpl final : public v1::QuantizationService::CallbackSe
   grpc::ServerUnaryReactor* ListSupportedArchitectures(
       grpc::CallbackServerContext* context, const v1::ListSupportedArchitecturesRequest* request,
       v1::ListSupportedArchitecturesResponse* response) override;
+  grpc::ServerUnaryReactor* ListQuantizationPresets(
+      grpc::CallbackServerContext* context, const v1::ListQuantizationPresetsRequest* request,
+      v1::ListQuantizationPresetsResponse* response) override;
 
  private:
   Core* const core_;

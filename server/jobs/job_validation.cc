@@ -17,6 +17,7 @@
 #include "common/sha256.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
+#include "server/jobs/presets.h"
 
 namespace walsh::jobs {
 namespace {
@@ -119,6 +120,12 @@ absl::Status CheckGrid(std::string_view message, int bits, std::initializer_list
     return InvalidField(
         field("clip_ratio"),
         absl::StrCat("must be 0 (chosen by the bits) or above 0 and at most 1, is ", clip_ratio));
+  }
+  const bool is_on = bits != 0 && bits != 16;
+  if (!is_on && (group_size != 0 || clip_ratio != 0)) {
+    return InvalidField(field("bits"),
+                        absl::StrCat("is ", bits, " (none), but ",
+                                     group_size != 0 ? "group_size" : "clip_ratio", " is set"));
   }
   return absl::OkStatus();
 }
@@ -244,6 +251,10 @@ absl::Status ResolveQuantizer(QuantizationConfig* config) {
         absl::StrCat("must be from 0 to 1 (a share of the mean diagonal), is ", damp));
   }
   if (damp == 0) config->set_damp_percent(kDampDefault);
+  // Present from here on: a stored job tells them whatever they are.
+  config->set_group_size(config->group_size());
+  config->set_symmetric(config->symmetric());
+  config->set_disable_mse_clip(config->disable_mse_clip());
   WALSH_RETURN_IF_ERROR(ResolveMethodOptions(config));
   WALSH_RETURN_IF_ERROR(ResolveGrid(config));
   return CheckOverrides(*config);
@@ -344,6 +355,8 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   }
   WALSH_RETURN_IF_ERROR(CheckLabels(job));
   QuantizationConfig* config = job.mutable_config();
+  WALSH_RETURN_IF_ERROR(CheckText("config.preset", config->preset(), limits::kPresetNameBytesMax));
+  WALSH_RETURN_IF_ERROR(ExpandPreset(config));
   WALSH_RETURN_IF_ERROR(ResolveQuantizer(config));
   WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
   WALSH_RETURN_IF_ERROR(CheckRunTimeQuantizers(*config));

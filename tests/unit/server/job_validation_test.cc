@@ -37,6 +37,10 @@ TEST(JobValidationTest, DefaultsAreThoseOfTheProtocol) {
   EXPECT_EQ(config.method(), QuantizationConfig::GPTQ);
   EXPECT_EQ(config.bits(), 4);
   EXPECT_EQ(config.group_size(), 0) << "auto: the worker knows the shapes";
+  EXPECT_TRUE(config.has_group_size() && config.has_symmetric() && config.has_disable_mse_clip())
+      << "a stored job tells them";
+  EXPECT_FALSE(config.symmetric());
+  EXPECT_FALSE(config.disable_mse_clip());
   EXPECT_EQ(config.column_order(), QuantizationConfig::GROUP_AWARE);
   EXPECT_EQ(config.damp_percent(), 0.01);
   EXPECT_EQ(config.error_propagation(), 0.5);
