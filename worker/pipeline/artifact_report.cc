@@ -176,7 +176,7 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
   const JobSpec& spec = inputs.spec;
   const ResolvedJob& job = inputs.job;
   const calibrate::TokenWindows& windows = inputs.texts.calibration;
-  return {
+  json document = {
       {"walsh_version", std::string(Version())},
       {"source",
        {{"format", inputs.checkpoint.format()},
@@ -220,6 +220,8 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
       {"linears", Linears(report)},
       {"warnings", report.warnings},
   };
+  if (!spec.preset.empty()) document["quantization"]["preset"] = spec.preset;
+  return document;
 }
 
 json QualityReport(const JobTexts& texts, const JobReport& report) {

@@ -122,6 +122,14 @@ absl::Status ResolveDownRotation(const OnlineSpec& spec, const ModelConfig& conf
                                                    ": only local-hadamard and gsr have blocks"));
   }
   if (spec.down_rotation == rotate::Kind::kNone) return absl::OkStatus();
+  if (!rotate::IsLocal(spec.down_rotation) &&
+      !rotate::FactorHadamardOrder(config.intermediate).ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("online rotation ", name,
+                     " of down_proj's inputs: no Hadamard matrix of order ", config.intermediate,
+                     " (docs/rotations.md has those that there are); use online "
+                     "rotation gsr, whose blocks fit any width that 16 divides"));
+  }
   OnlineTransforms::BlockRotation& rotation = job.online.down_input;
   rotation.sequency =
       spec.down_rotation == rotate::Kind::kWalsh || spec.down_rotation == rotate::Kind::kGsr;

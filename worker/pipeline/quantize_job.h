@@ -73,6 +73,7 @@ struct JobSpec {
   std::string job_name;
   std::string source_path;  // resolved by the caller
   std::string model_name;
+  std::string preset;                   // that the options came from, for information; may be empty
   gptq::Options quantizer;              // group_size 0: auto; −1: per channel
   std::vector<BitsOverride> overrides;  // of several that match one linear, the last counts
   rotate::Kind rotation = rotate::Kind::kGsr;

@@ -204,6 +204,7 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
         "model_name",
         absl::StrCat("'", spec.model_name, "' is not of the form [a-z0-9][a-z0-9._-]{0,63}"));
   }
+  spec.preset = config.preset();
   WALSH_ASSIGN_OR_RETURN(spec.quantizer, ToQuantizer(config));
   for (const v1::BitsOverride& entry : config.overrides()) {
     spec.overrides.push_back({entry.pattern(), entry.bits()});

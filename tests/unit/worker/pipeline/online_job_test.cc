@@ -230,6 +230,7 @@ TEST_F(OnlineJobTest, RefusesWhatMakesNoSense) {
   spec = OnlineJob(16, 16, 736);  // 23 · 32
   spec.online.down_rotation = rotate::Kind::kHadamard;
   refused(spec, "no Hadamard matrix of order 736");
+  refused(spec, "use online rotation gsr");
   spec = OnlineJob(4, 16);
   spec.online.activation_group = 128;
   refused(spec, "a group of 128 does not divide the width 64");

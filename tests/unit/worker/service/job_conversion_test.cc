@@ -51,6 +51,18 @@ absl::StatusOr<pipeline::OnlineSpec> OnlineOf(
   return spec->online;
 }
 
+TEST(ToJobSpecTest, KeepsTheNameOfThePreset) {
+  v1::QuantizationJob job;
+  job.set_model_name("m");
+  job.set_source_model("/models/m");
+  job.mutable_config()->set_preset("gptq-w4");
+  ASSERT_OK_AND_ASSIGN(const pipeline::JobSpec spec,
+                       ToJobSpec(job, [](std::string_view path) -> absl::StatusOr<std::string> {
+                         return std::string(path);
+                       }));
+  EXPECT_EQ(spec.preset, "gptq-w4");
+}
+
 TEST(ToJobSpecTest, NothingIsDoneAtRunTimeByDefault) {
   ASSERT_OK_AND_ASSIGN(const pipeline::OnlineSpec online, OnlineOf([](auto&) {}));
   EXPECT_EQ(online.down_rotation, rotate::Kind::kNone);
