@@ -194,6 +194,11 @@ absl::StatusOr<v1::ListSupportedArchitecturesResponse> Client::ListSupportedArch
                v1::ListSupportedArchitecturesRequest(), options_.timeout);
 }
 
+absl::StatusOr<v1::ListQuantizationPresetsResponse> Client::ListQuantizationPresets() {
+  return Unary(&Connection::quantization, &JobStub::ListQuantizationPresets,
+               v1::ListQuantizationPresetsRequest(), options_.timeout);
+}
+
 Client::WatchResult Client::WatchOnce(const std::string& name, const WatchObserver& observer,
                                       Cancellation* cancellation, int64_t* last_sequence) {
   v1::WatchQuantizationJobRequest request;

@@ -73,6 +73,7 @@ class Client {
                                                const WatchObserver& observer,
                                                Cancellation* cancellation = nullptr);
   absl::StatusOr<v1::ListSupportedArchitecturesResponse> ListSupportedArchitectures();
+  absl::StatusOr<v1::ListQuantizationPresetsResponse> ListQuantizationPresets();
 
   // -- Models and workers. Names may be given with or without "models/".
   absl::StatusOr<v1::ListModelsResponse> ListModels();  // all pages

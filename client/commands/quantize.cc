@@ -10,6 +10,7 @@
 #include "client/resource_name.h"
 #include "client/terminal/job_report.h"
 #include "client/terminal/json_text.h"
+#include "client/terminal/preset_table.h"
 #include "common/command_line.h"
 #include "common/status_macros.h"
 
@@ -102,6 +103,14 @@ int LeaveSubmission(const v1::CreateQuantizationJobRequest& request, const Globa
   return kExitFailed;
 }
 
+int RunListPresets(const GlobalFlags& global) {
+  Client client(MakeClientOptions(global));
+  const auto response = client.ListQuantizationPresets();
+  if (!response.ok()) return Fail(response.status());
+  PrintOut(global.json() ? JsonText(*response) : PresetTable(*response));
+  return kExitOk;
+}
+
 int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
@@ -132,31 +141,33 @@ int RunQuantize(const QuantizeFlags& flags, const GlobalFlags& global) {
 }
 
 void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
-  command.add_option("--bits", flags.bits, "Bits of a weight: 2, 3, 4 or 8")->capture_default_str();
+  command.add_option("--preset", flags.preset,
+                     "Recipe with a name, which the other flags change; --list-presets shows them");
+  command.add_option("--bits", flags.bits, "Bits of a weight: 2, 3, 4 or 8; default 4");
   command
       .add_option("--group-size", flags.group_size,
-                  "Input columns that share a scale: auto, 32, 64, 128 or channel")
+                  "Input columns that share a scale: auto, 32, 64, 128 or channel; default auto")
       ->check([](const std::string& text) {
         return std::string(ParseGroupSize(text).status().message());
-      })
-      ->capture_default_str();
-  command.add_flag("--symmetric", flags.symmetric, "No zero points");
-  command.add_option("--method", flags.method, "How weights are rounded")
-      ->check(CLI::IsMember(Names(kMethods)))
-      ->capture_default_str();
-  command.add_option("--rotation", flags.rotation, "Rotation of the residual stream")
-      ->check(CLI::IsMember(Names(kRotations)))
-      ->capture_default_str();
+      });
+  command.add_flag_function(
+      "--symmetric,!--asymmetric", [&flags](int64_t count) { flags.symmetric = count > 0; },
+      "No zero points; default: with zero points");
+  command.add_option("--method", flags.method, "How weights are rounded; default gptq")
+      ->check(CLI::IsMember(Names(kMethods)));
+  command.add_option("--rotation", flags.rotation, "Rotation of the residual stream; default gsr")
+      ->check(CLI::IsMember(Names(kRotations)));
   command.add_option("--rotation-block", flags.rotation_block,
                      "Width of a block of gsr and local-hadamard; 0 takes it from the group");
-  command.add_option("--rotation-signs", flags.rotation_signs, "Random signs before the rotation")
-      ->check(CLI::IsMember(Names(kSigns)))
-      ->capture_default_str();
+  command
+      .add_option("--rotation-signs", flags.rotation_signs,
+                  "Random signs before the rotation; default none")
+      ->check(CLI::IsMember(Names(kSigns)));
   command
       .add_option("--online-rotation", flags.online_rotation,
-                  "Rotation of down_proj's input at run time (R4); only walsh serves such a model")
-      ->check(CLI::IsMember(Names(kRotations)))
-      ->capture_default_str();
+                  "Rotation of down_proj's input at run time (R4); only walsh serves such a model; "
+                  "default none")
+      ->check(CLI::IsMember(Names(kRotations)));
   command.add_option("--online-rotation-block", flags.online_rotation_block,
                      "Width of its block, of gsr and local-hadamard; 0 takes it from the group");
   command
@@ -168,9 +179,9 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
       ->capture_default_str();
   CLI::Option* column_order = command
                                   .add_option("--column-order", flags.column_order,
-                                              "Order in which GPTQ and GPTAQ take the columns")
-                                  ->check(CLI::IsMember(Names(kColumnOrders)))
-                                  ->capture_default_str();
+                                              "Order in which GPTQ and GPTAQ take the columns; "
+                                              "default group-aware")
+                                  ->check(CLI::IsMember(Names(kColumnOrders)));
   command
       .add_flag_callback(
           "--act-order", [&flags] { flags.column_order = "act-order"; },
@@ -179,8 +190,9 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
       ->excludes(column_order);
   command.add_option("--damp", flags.damp,
                      "Share of the mean Hessian diagonal added to it; 0 means 0.01");
-  command.add_flag("--no-mse-clip", flags.no_mse_clip,
-                   "Do not search the clip that minimises the weights' error");
+  command.add_flag_function(
+      "--no-mse-clip,!--mse-clip", [&flags](int64_t count) { flags.no_mse_clip = count > 0; },
+      "Do not search the clip that minimises the weights' error; default: search it");
   command.add_option("--error-propagation", flags.error_propagation,
                      "From 0 to 1: how much of earlier layers' errors GPTQ makes up for; default "
                      "0.5, 0 takes half the time");
@@ -200,14 +212,13 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
   command
       .add_option("--grid", flags.grid,
                   "Values that codes stand for: uniform, or a codebook of four levels for each "
-                  "group, at 2 bits")
-      ->check(CLI::IsMember(Names(kGrids)))
-      ->capture_default_str();
+                  "group, at 2 bits; default uniform")
+      ->check(CLI::IsMember(Names(kGrids)));
   command
       .add_option("--zero-point", flags.zero_point,
-                  "Zero points of a uniform grid: integer, or float for ranges without 0")
-      ->check(CLI::IsMember(Names(kZeroPoints)))
-      ->capture_default_str();
+                  "Zero points of a uniform grid: integer, or float for ranges without 0; default "
+                  "integer")
+      ->check(CLI::IsMember(Names(kZeroPoints)));
   command.add_option("--seed", flags.seed, "Seed of everything random")->capture_default_str();
 }
 
@@ -216,9 +227,9 @@ void AddRunTimeFlags(CLI::App& command, QuantizeFlags& flags) {
   command
       .add_option(
           "--act-bits", flags.act_bits,
-          "Bits of an activation that enters a quantized linear: 4, 8 or 16 (not quantized)")
-      ->check(CLI::IsMember({4, 8, 16}))
-      ->capture_default_str();
+          "Bits of an activation that enters a quantized linear: 4, 8 or 16 (not quantized); "
+          "default 16")
+      ->check(CLI::IsMember({4, 8, 16}));
   command
       .add_option("--act-group-size", flags.act_group_size,
                   "Channels that share an activation's scale: token (all), 32, 64 or 128")
@@ -231,9 +242,8 @@ void AddRunTimeFlags(CLI::App& command, QuantizeFlags& flags) {
                      "Share of the largest activation that is kept; 0 means 0.9 at 4 bits, 1 at 8");
   command
       .add_option("--kv-bits", flags.kv_bits,
-                  "Bits of a key or value in the cache: 2, 4, 8 or 16 (not quantized)")
-      ->check(CLI::IsMember({2, 4, 8, 16}))
-      ->capture_default_str();
+                  "Bits of a key or value in the cache: 2, 4, 8 or 16 (not quantized); default 16")
+      ->check(CLI::IsMember({2, 4, 8, 16}));
   command
       .add_option("--kv-group-size", flags.kv_group_size,
                   "Channels that share a scale in the cache: head (all of one), 32, 64 or 128")
@@ -281,31 +291,66 @@ absl::Status OffButSet(const char* flag, const char* bits_flag) {
 
 absl::Status SetRunTimeQuantizers(const QuantizeFlags& flags, Config& config) {
   constexpr int kOff = 16;
+  // With a preset it is for the service to say.
+  const auto is_off = [&](std::optional<int> bits) {
+    return bits.has_value() ? *bits == kOff : flags.preset.empty();
+  };
   WALSH_ASSIGN_OR_RETURN(const int act_group, ParseRunTimeGroup(flags.act_group_size, "token"));
   WALSH_ASSIGN_OR_RETURN(const int kv_group, ParseRunTimeGroup(flags.kv_group_size, "head"));
-  if (flags.act_bits != kOff) {
+  if (is_off(flags.act_bits)) {
+    if (act_group != 0) return OffButSet("--act-group-size", "--act-bits");
+    if (flags.act_asymmetric) return OffButSet("--act-asymmetric", "--act-bits");
+    if (flags.act_clip != 0) return OffButSet("--act-clip", "--act-bits");
+  }
+  if (is_off(flags.kv_bits)) {
+    if (kv_group != 0) return OffButSet("--kv-group-size", "--kv-bits");
+    if (flags.kv_clip != 0) return OffButSet("--kv-clip", "--kv-bits");
+  }
+  if (flags.act_bits || act_group != 0 || flags.act_asymmetric || flags.act_clip != 0) {
     v1::ActivationQuantization& activations = *config.mutable_activation_quantization();
-    activations.set_bits(flags.act_bits);
+    activations.set_bits(flags.act_bits.value_or(0));
     activations.set_group_size(act_group);
     activations.set_asymmetric(flags.act_asymmetric);
     activations.set_clip_ratio(flags.act_clip);
-  } else if (act_group != 0) {
-    return OffButSet("--act-group-size", "--act-bits");
-  } else if (flags.act_asymmetric) {
-    return OffButSet("--act-asymmetric", "--act-bits");
-  } else if (flags.act_clip != 0) {
-    return OffButSet("--act-clip", "--act-bits");
   }
-  if (flags.kv_bits != kOff) {
+  if (flags.kv_bits || kv_group != 0 || flags.kv_clip != 0) {
     v1::KvCacheQuantization& kv = *config.mutable_kv_cache_quantization();
-    kv.set_bits(flags.kv_bits);
+    kv.set_bits(flags.kv_bits.value_or(0));
     kv.set_group_size(kv_group);
     kv.set_clip_ratio(flags.kv_clip);
-  } else if (kv_group != 0) {
-    return OffButSet("--kv-group-size", "--kv-bits");
-  } else if (flags.kv_clip != 0) {
-    return OffButSet("--kv-clip", "--kv-bits");
   }
+  return absl::OkStatus();
+}
+
+void SetRotation(const QuantizeFlags& flags, v1::Rotation& rotation) {
+  if (!flags.rotation.empty()) rotation.set_kind(kRotations.at(flags.rotation));
+  rotation.set_block_size(flags.rotation_block);
+  if (!flags.rotation_signs.empty()) rotation.set_signs(kSigns.at(flags.rotation_signs));
+  if (!flags.online_rotation.empty()) {
+    rotation.set_online_kind(kRotations.at(flags.online_rotation));
+  }
+  rotation.set_online_block_size(flags.online_rotation_block);
+  if (flags.qk_rotation != "auto") rotation.set_query_key(flags.qk_rotation == "on");
+}
+
+absl::Status SetQuantizer(const QuantizeFlags& flags, Config& config) {
+  if (!flags.method.empty()) config.set_method(kMethods.at(flags.method));
+  if (flags.bits) config.set_bits(*flags.bits);
+  if (!flags.group_size.empty()) {
+    WALSH_ASSIGN_OR_RETURN(const int group_size, ParseGroupSize(flags.group_size));
+    config.set_group_size(group_size);
+  }
+  if (flags.symmetric) config.set_symmetric(*flags.symmetric);
+  if (!flags.column_order.empty()) config.set_column_order(kColumnOrders.at(flags.column_order));
+  config.set_damp_percent(flags.damp);
+  if (flags.no_mse_clip) config.set_disable_mse_clip(*flags.no_mse_clip);
+  if (flags.error_propagation) config.set_error_propagation(*flags.error_propagation);
+  if (flags.gptaq_alpha) config.set_gptaq_alpha(*flags.gptaq_alpha);
+  for (const std::string& text : flags.overrides) {
+    WALSH_ASSIGN_OR_RETURN(*config.add_overrides(), ParseOverride(text));
+  }
+  if (!flags.grid.empty()) config.set_grid(kGrids.at(flags.grid));
+  if (!flags.zero_point.empty()) config.set_zero_point(kZeroPoints.at(flags.zero_point));
   return absl::OkStatus();
 }
 
@@ -320,21 +365,9 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   job.set_source_model(AbsolutePath(flags.model));
   job.set_model_name(flags.name);
   Config& config = *job.mutable_config();
-  config.set_method(kMethods.at(flags.method));
-  config.set_bits(flags.bits);
-  WALSH_ASSIGN_OR_RETURN(const int group_size, ParseGroupSize(flags.group_size));
-  config.set_group_size(group_size);
-  config.set_symmetric(flags.symmetric);
-  config.set_column_order(kColumnOrders.at(flags.column_order));
-  config.set_damp_percent(flags.damp);
-  config.mutable_rotation()->set_kind(kRotations.at(flags.rotation));
-  config.mutable_rotation()->set_block_size(flags.rotation_block);
-  config.mutable_rotation()->set_signs(kSigns.at(flags.rotation_signs));
-  config.mutable_rotation()->set_online_kind(kRotations.at(flags.online_rotation));
-  config.mutable_rotation()->set_online_block_size(flags.online_rotation_block);
-  if (flags.qk_rotation != "auto") {
-    config.mutable_rotation()->set_query_key(flags.qk_rotation == "on");
-  }
+  config.set_preset(flags.preset);
+  WALSH_RETURN_IF_ERROR(SetQuantizer(flags, config));
+  SetRotation(flags, *config.mutable_rotation());
   WALSH_RETURN_IF_ERROR(SetRunTimeQuantizers(flags, config));
   if (flags.calibration != "self") {
     config.mutable_calibration()->set_uri(AbsolutePath(flags.calibration));
@@ -348,18 +381,11 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
     config.mutable_quality_gate()->set_max_perplexity_ratio(*flags.max_perplexity_ratio);
   }
   if (flags.max_kl) config.mutable_quality_gate()->set_max_kl_divergence(*flags.max_kl);
-  config.set_disable_mse_clip(flags.no_mse_clip);
-  if (flags.error_propagation) config.set_error_propagation(*flags.error_propagation);
-  if (flags.gptaq_alpha) config.set_gptaq_alpha(*flags.gptaq_alpha);
-  for (const std::string& text : flags.overrides) {
-    WALSH_ASSIGN_OR_RETURN(*config.add_overrides(), ParseOverride(text));
-  }
-  config.set_grid(kGrids.at(flags.grid));
-  config.set_zero_point(kZeroPoints.at(flags.zero_point));
   config.set_seed(flags.seed);
   if (auto_load) config.mutable_auto_load();
   for (const auto& [what, text] :
        {std::pair("model path", job.source_model()), std::pair("name", job.model_name()),
+        std::pair("preset", config.preset()),
         std::pair("calibration path", config.calibration().uri()),
         std::pair("evaluation path", config.evaluation().uri()),
         std::pair("request id", request.request_id())}) {
@@ -374,18 +400,30 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
 void AddQuantizeCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
   auto flags = std::make_shared<QuantizeFlags>();
   CLI::App& command = *app.add_subcommand("quantize", "Quantize a model and follow the job");
-  command
-      .add_option(
-          "MODEL", flags->model,
-          "Folder with config.json and safetensors, or a .gguf file, on the worker's machine")
-      ->required();
-  command.add_option("--name", flags->name, "Name of the new model")->required();
+  CLI::Option* model =
+      command
+          .add_option(
+              "MODEL", flags->model,
+              "Folder with config.json and safetensors, or a .gguf file, on the worker's machine")
+          ->required();
+  CLI::Option* name =
+      command.add_option("--name", flags->name, "Name of the new model")->required();
+  command.add_flag_callback(
+      "--list-presets",
+      [flags, model, name] {
+        flags->list_presets = true;
+        model->required(false);
+        name->required(false);
+      },
+      "Show the presets that the service has, and do nothing else");
   AddRecipeFlags(command, *flags);
   AddRunTimeFlags(command, *flags);
   AddDataFlags(command, *flags);
   AddJobFlags(command, *flags);
   command.callback([flags, &global, &chosen] {
-    chosen = [flags, &global] { return RunQuantize(*flags, global); };
+    chosen = [flags, &global] {
+      return flags->list_presets ? RunListPresets(global) : RunQuantize(*flags, global);
+    };
   });
 }
 

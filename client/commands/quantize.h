@@ -1,4 +1,4 @@
-// walsh quantize: submits a job and follows it.
+// walsh quantize: submits a job and follows it; --list-presets shows the recipes with names.
 #pragma once
 
 #include <optional>
@@ -9,37 +9,39 @@
 
 namespace walsh::client {
 
-// The flags as they were given; empty and unset ones are left to the service's defaults.
+// The flags as they were given. Empty and unset ones are not sent, and so left to the preset, if
+// one is named, and to the service's defaults.
 struct QuantizeFlags {
   std::string model;
   std::string name;
-  int bits = 4;
-  std::string group_size = "auto";
-  bool symmetric = false;
-  std::string method = "gptq";
-  std::string rotation = "gsr";
+  std::string preset;
+  std::optional<int> bits;
+  std::string group_size;
+  std::optional<bool> symmetric;
+  std::string method;
+  std::string rotation;
   int rotation_block = 0;
-  std::string rotation_signs = "none";
-  std::string online_rotation = "none";
+  std::string rotation_signs;
+  std::string online_rotation;
   int online_rotation_block = 0;
   std::string qk_rotation = "auto";
-  int act_bits = 16;
+  std::optional<int> act_bits;
   std::string act_group_size = "token";
   bool act_asymmetric = false;
   double act_clip = 0;
-  int kv_bits = 16;
+  std::optional<int> kv_bits;
   std::string kv_group_size = "head";
   double kv_clip = 0;
   uint64_t seed = 0;
   std::string calibration = "self";
   int num_samples = 0;
   int seq_len = 0;
-  std::string column_order = "group-aware";
+  std::string column_order;
   double damp = 0;
-  bool no_mse_clip = false;
+  std::optional<bool> no_mse_clip;
   std::vector<std::string> overrides;  // PATTERN=BITS
-  std::string grid = "uniform";
-  std::string zero_point = "integer";
+  std::string grid;
+  std::string zero_point;
   std::optional<double> error_propagation;
   std::optional<double> gptaq_alpha;
   std::string eval_text;
@@ -51,10 +53,12 @@ struct QuantizeFlags {
   bool detach = false;
   bool validate_only = false;
   std::string request_id;
+  bool list_presets = false;  // do nothing else
 };
 
 // INVALID_ARGUMENT for a group size that is no number, an override that is not PATTERN=BITS, and
-// for what is set of a quantizer that is off. `auto_load` is what --load resolved to.
+// for what is set of a quantizer that is off (with a preset only the service knows whether it is).
+// `auto_load` is what --load resolved to.
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
                                                                      bool auto_load);
 

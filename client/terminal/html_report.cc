@@ -194,6 +194,7 @@ std::string JobFacts(const Job& job) {
   facts.Add("state", Job::State_Name(job.state()));
   facts.Add("source", job.source_model());
   facts.Add("title", job.display_name());
+  facts.Add("preset", job.config().preset());
   facts.Add("recipe", absl::StrCat("bits ", RecipeText(job)));
   facts.Add("created", job.has_create_time() ? TimeText(job.create_time()) : "");
   facts.Add("worker", ResourceId(job.worker()));

@@ -285,6 +285,7 @@ std::string JobReport(const Job& job) {
   text = SafeText(text) + "\n";
   AppendFact(text, "source", job.source_model());
   if (!job.display_name().empty()) AppendFact(text, "title", job.display_name());
+  if (!job.config().preset().empty()) AppendFact(text, "preset", job.config().preset());
   if (job.attempt() > 0) {
     AppendFact(
         text, "attempt",

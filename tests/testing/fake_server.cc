@@ -146,6 +146,16 @@ class FakeServer::Quantization : public v1::QuantizationService::Service {
     return grpc::Status::OK;
   }
 
+  grpc::Status ListQuantizationPresets(grpc::ServerContext* context,
+                                       const v1::ListQuantizationPresetsRequest*,
+                                       v1::ListQuantizationPresetsResponse* response) override {
+    FAKE_ENTER("ListQuantizationPresets");
+    v1::QuantizationPreset& preset = *response->add_presets();
+    preset.set_name("fake-w2");
+    preset.mutable_config()->set_bits(2);
+    return grpc::Status::OK;
+  }
+
   grpc::Status WatchQuantizationJob(grpc::ServerContext* context,
                                     const v1::WatchQuantizationJobRequest* request,
                                     grpc::ServerWriter<v1::QuantizationJobEvent>* writer) override {

@@ -61,7 +61,7 @@ TEST_F(CommandTest, UsageErrorsEndWithTwo) {
            {"quantize", "m", "--name", "n", "--bits", "many"},
            {"quantize", "m", "--name", "n", "--group-size", "big"},
            {"quantize", "m", "--name", "n", "--rotation", "sideways"},
-           {"quantize", "m", "--name", "n", "--preset", "best"},
+           {"quantize", "m", "--preset", "best"},
            {"models", "list", "--output", "yaml"},
            {"up", "--port", "70000"}}) {
     const Output output = Run(arguments);
@@ -76,6 +76,16 @@ TEST_F(CommandTest, HelpAndVersionEndWithZero) {
   EXPECT_EQ(Run({"quantize", "--help"}).exit_code, 0);
   EXPECT_THAT(Run({"version"}).out, HasSubstr("walsh "));
   EXPECT_TRUE(json::parse(Run({"version", "--output", "json"}).out).contains("revision"));
+}
+
+TEST_F(CommandTest, PresetsAreListedAsATableAndJson) {
+  const Output table = Run({"quantize", "--list-presets"});
+  EXPECT_EQ(table.exit_code, 0) << table.err;
+  EXPECT_THAT(table.out, HasSubstr("PRESET"));
+  EXPECT_THAT(table.out, HasSubstr("fake-w2"));
+  const Output presets = Run({"quantize", "--list-presets", "--output", "json"});
+  EXPECT_EQ(json::parse(presets.out)["presets"][0]["config"]["bits"], 2);
+  EXPECT_TRUE(server_.create_requests().empty());
 }
 
 TEST_F(CommandTest, AServiceErrorIsOneClearLineAndEndsWithOne) {

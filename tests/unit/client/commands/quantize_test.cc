@@ -22,31 +22,80 @@ QuantizeFlags MinimalFlags() {
   return flags;
 }
 
-TEST(MakeQuantizeRequestTest, DefaultsAreTheDesigns) {
-  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+// As the client sends it: parts of the config are there, with no field set.
+v1::QuantizationConfig NothingSet() {
+  v1::QuantizationConfig config;
+  config.mutable_rotation();
+  config.mutable_calibration();
+  config.mutable_evaluation();
+  return config;
+}
+
+// What was not asked for is the preset's and the service's to choose.
+TEST(MakeQuantizeRequestTest, SendsOnlyWhatWasGiven) {
+  ASSERT_OK_AND_ASSIGN(v1::CreateQuantizationJobRequest request,
                        MakeQuantizeRequest(MinimalFlags(), true));
-  const v1::QuantizationJob& job = request.quantization_job();
+  v1::QuantizationJob& job = *request.mutable_quantization_job();
   EXPECT_EQ(job.source_model(), "/models/tiny");
   EXPECT_EQ(job.model_name(), "tiny-4bit");
-  EXPECT_EQ(job.config().bits(), 4);
-  EXPECT_EQ(job.config().group_size(), 0);
-  EXPECT_FALSE(job.config().symmetric());
-  EXPECT_EQ(job.config().method(), v1::QuantizationConfig::GPTQ);
-  EXPECT_EQ(job.config().rotation().kind(), v1::Rotation::GSR);
-  EXPECT_EQ(job.config().rotation().signs(), v1::Rotation::NO_SIGNS);
-  EXPECT_EQ(job.config().column_order(), v1::QuantizationConfig::GROUP_AWARE);
-  EXPECT_EQ(job.config().calibration().uri(), "");
-  EXPECT_EQ(job.config().evaluation().uri(), "");
-  EXPECT_FALSE(job.config().evaluation().disable());
-  EXPECT_FALSE(job.config().has_quality_gate());
-  EXPECT_FALSE(job.config().disable_mse_clip());
-  EXPECT_EQ(job.config().seed(), 0u);
   EXPECT_TRUE(job.config().has_auto_load());
-  EXPECT_EQ(job.config().rotation().online_kind(), v1::Rotation::NONE);
-  EXPECT_FALSE(job.config().rotation().has_query_key());
-  EXPECT_FALSE(job.config().has_activation_quantization());
-  EXPECT_FALSE(job.config().has_kv_cache_quantization());
   EXPECT_FALSE(request.validate_only());
+  job.mutable_config()->clear_auto_load();
+  EXPECT_EQ(job.config().SerializeAsString(), NothingSet().SerializeAsString());
+
+  QuantizeFlags flags = MinimalFlags();
+  flags.preset = "gsr-w2a16";
+  flags.bits = 4;
+  ASSERT_OK_AND_ASSIGN(request, MakeQuantizeRequest(flags, false));
+  v1::QuantizationConfig expected = NothingSet();
+  expected.set_preset("gsr-w2a16");
+  expected.set_bits(4);
+  EXPECT_EQ(request.quantization_job().config().SerializeAsString(), expected.SerializeAsString());
+}
+
+TEST(MakeQuantizeRequestTest, TurnsOffWhatAPresetTurnsOn) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.preset = "quarot-w4a4kv4";
+  flags.group_size = "auto";
+  flags.symmetric = false;
+  flags.no_mse_clip = false;
+  flags.error_propagation = 0;
+  flags.rotation_signs = "none";
+  flags.online_rotation = "none";
+  flags.act_bits = 16;
+  flags.kv_bits = 16;
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  const v1::QuantizationConfig& config = request.quantization_job().config();
+  EXPECT_TRUE(config.has_group_size());
+  EXPECT_EQ(config.group_size(), 0);
+  EXPECT_TRUE(config.has_symmetric());
+  EXPECT_FALSE(config.symmetric());
+  EXPECT_TRUE(config.has_disable_mse_clip());
+  EXPECT_FALSE(config.disable_mse_clip());
+  EXPECT_TRUE(config.has_error_propagation());
+  EXPECT_EQ(config.rotation().signs(), v1::Rotation::NO_SIGNS);
+  EXPECT_EQ(config.rotation().online_kind(), v1::Rotation::NONE);
+  EXPECT_EQ(config.activation_quantization().bits(), 16);
+  EXPECT_EQ(config.kv_cache_quantization().bits(), 16);
+}
+
+// Only the service knows whether the preset's quantizer is on.
+TEST(MakeQuantizeRequestTest, ChangesAPresetsQuantizer) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.preset = "quarot-w4a4kv4";
+  flags.act_clip = 0.8;
+  flags.kv_group_size = "64";
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  const v1::QuantizationConfig& config = request.quantization_job().config();
+  EXPECT_EQ(config.activation_quantization().bits(), 0) << "the preset's";
+  EXPECT_EQ(config.activation_quantization().clip_ratio(), 0.8);
+  EXPECT_EQ(config.kv_cache_quantization().bits(), 0);
+  EXPECT_EQ(config.kv_cache_quantization().group_size(), 64);
+  flags.act_bits = 16;
+  EXPECT_THAT(MakeQuantizeRequest(flags, false),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--act-clip")));
 }
 
 TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
@@ -153,6 +202,19 @@ TEST_F(QuantizeCommandTest, OverridesMayBeRepeatedAndLeaveTheModelAlone) {
   }
 }
 
+TEST_F(QuantizeCommandTest, ListingPresetsNeedsNoModel) {
+  AddQuantizeCommand(app_, global_, chosen_);
+  EXPECT_NO_THROW(app_.parse("quantize --list-presets"));
+  EXPECT_TRUE(chosen_ != nullptr);
+}
+
+TEST_F(QuantizeCommandTest, AnythingElseNeedsAModelAndAName) {
+  AddQuantizeCommand(app_, global_, chosen_);
+  EXPECT_THROW(app_.parse("quantize --preset gsr-w2a16"), CLI::RequiredError);
+  EXPECT_THROW(app_.parse("quantize model --preset gsr-w2a16"), CLI::RequiredError);
+  EXPECT_NO_THROW(app_.parse("quantize model --name m --preset gsr-w2a16 --asymmetric --mse-clip"));
+}
+
 TEST(MakeQuantizeRequestTest, CarriesWhatIsDoneAtRunTime) {
   QuantizeFlags flags = MinimalFlags();
   flags.online_rotation = "gsr";
@@ -219,7 +281,7 @@ TEST(MakeQuantizeRequestTest, RelativePathsAreTheCallers) {
 }
 
 TEST(MakeQuantizeRequestTest, RefusesAGroupSizeThatIsNoNumberAndTextThatIsNotUtf8) {
-  for (const char* group_size : {"", "big", "0", "-64", "64x"}) {
+  for (const char* group_size : {"big", "0", "-64", "64x"}) {
     QuantizeFlags flags = MinimalFlags();
     flags.group_size = group_size;
     EXPECT_THAT(MakeQuantizeRequest(flags, false), HasCode(absl::StatusCode::kInvalidArgument))

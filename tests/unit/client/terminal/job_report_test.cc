@@ -74,6 +74,13 @@ TEST(JobReportTest, AFinishedJobShowsEverythingThatWasMeasured) {
   EXPECT_THAT(report, HasSubstr("- only 32 of 128 windows\n"));
 }
 
+TEST(JobReportTest, NamesThePreset) {
+  Job job = FinishedJob();
+  EXPECT_THAT(JobReport(job), Not(HasSubstr("preset")));
+  job.mutable_config()->set_preset("gsr-w2a16");
+  EXPECT_THAT(JobReport(job), HasSubstr("  preset         gsr-w2a16\n"));
+}
+
 TEST(JobReportTest, ShowsTheDeviceAndWhatOnlyItMeasures) {
   Job job = FinishedJob();
   EXPECT_THAT(JobReport(job), Not(HasSubstr("divergence")));
