@@ -20,11 +20,11 @@ constexpr std::string_view kConfigKeys[] = {
     "max-num-queued-reqs", "max-num-seqs", "max-perplexity-ratio", "max-queued-jobs", "max-tokens",
     "message", "method", "metrics-port", "min-p", "model-root", "mse-clip", "name", "no-bos",
     "no-eval", "no-load", "no-mse-clip", "num-samples", "online-rotation", "online-rotation-block",
-    "output", "override", "port", "preset", "qk-rotation", "raw", "reference", "request-id",
-    "rotation", "rotation-block", "rotation-signs", "seed", "seq-len", "server", "shutdown-timeout",
-    "skip-special-tokens", "stats", "stop", "stream-interval-ms", "stride", "symmetric", "system",
-    "tasks", "temperature", "text", "text-format", "threads", "timeout", "top-k", "top-p",
-    "validate-only", "window", "windows", "zero-point",
+    "output", "output-dir", "override", "port", "preset", "qk-rotation", "raw", "reference",
+    "request-id", "rotation", "rotation-block", "rotation-signs", "seed", "seq-len", "server",
+    "shutdown-timeout", "skip-special-tokens", "stats", "stop", "stream-interval-ms", "stride",
+    "symmetric", "system", "tasks", "temperature", "text", "text-format", "threads", "timeout",
+    "top-k", "top-p", "validate-only", "window", "windows", "zero-point",
 };
 // clang-format on
 
