@@ -164,7 +164,12 @@ INSTANTIATE_TEST_SUITE_P(
         Case{.kind = Kind::kWalsh, .width = 64, .signs = true},
         Case{.kind = Kind::kWalsh, .width = 576}, Case{.kind = Kind::kWalsh, .width = 1024},
         Case{.kind = Kind::kWalsh, .width = 1152, .signs = true},
-        Case{.kind = Kind::kWalsh, .width = 4096}, Case{.kind = Kind::kWalsh, .width = 4608}));
+        Case{.kind = Kind::kWalsh, .width = 4096}, Case{.kind = Kind::kWalsh, .width = 4608},
+        Case{.kind = Kind::kHadamard, .width = 12}, Case{.kind = Kind::kHadamard, .width = 1536},
+        Case{.kind = Kind::kWalsh, .width = 1536, .signs = true},
+        Case{.kind = Kind::kHadamard, .width = 2560, .signs = true},
+        Case{.kind = Kind::kWalsh, .width = 5120}, Case{.kind = Kind::kWalsh, .width = 896},
+        Case{.kind = Kind::kHadamard, .width = 3584}));
 
 using RotateErrorsGpuTest = GpuTest;
 
@@ -197,8 +202,8 @@ TEST_F(RotateErrorsGpuTest, TablesThatAreNoRotation) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("width 100")));
   EXPECT_THAT(create({.width = 48, .block = 48}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("power of two")));
-  EXPECT_THAT(create({.width = 24, .block = 24, .core = 12}),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("core of 12")));
+  EXPECT_THAT(create({.width = 88, .block = 88, .core = 44}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("core of 44")));
   EXPECT_THAT(create({.width = 36, .block = 36, .core = 36}),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("0 entries")));
   const std::vector<double> signs(7, 1.0);

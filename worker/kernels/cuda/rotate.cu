@@ -11,14 +11,13 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/rotate.h"
 
 namespace walsh::kernels::cuda {
 namespace {
-
-using CoreSigns = DeviceRotation::CoreSigns;
 
 // Doubles of a tile that leave room for many CTAs a multiprocessor.
 constexpr int64_t kTileElements = 2048;
@@ -52,8 +51,16 @@ struct RotateArguments {
   const int32_t* row_order = nullptr;  // [block] or null
 };
 
-// In CoreSigns' place where the core is 1.
-struct NoCore {};
+// Bit j of element i: entry (j, i) of the core is −1.
+template <int kOrder>
+struct CoreSigns {
+  static constexpr int kCore = kOrder;
+  uint64_t negative[kOrder] = {};
+};
+// In its place where the core is 1.
+struct NoCore {
+  static constexpr int kCore = 1;
+};
 
 // `kSteps` steps of the butterflies over `n_elements` of all vectors, with distances of
 // 2^log2_half and twice and four times that.
@@ -90,10 +97,11 @@ __device__ __forceinline__ void Butterflies(double* tile, unsigned n_vectors, un
   __syncthreads();
 }
 
-// Sums over the core, a thread a column of it: in place, as its 36 values fit registers.
+// Sums over the core, a thread a column of it: in place, as its values fit registers.
+template <int kCore>
 __device__ __forceinline__ void MultiplyCore(double* tile, unsigned n_vectors,
-                                             const RotateArguments& args, const CoreSigns& signs) {
-  constexpr int kCore = DeviceRotation::kCore;
+                                             const RotateArguments& args,
+                                             const CoreSigns<kCore>& signs) {
   const unsigned sylvester = 1u << args.log2_sylvester;
   for (unsigned c = threadIdx.x; c < n_vectors * sylvester; c += blockDim.x) {
     double* data = tile + (c >> args.log2_sylvester) * args.vector_stride;
@@ -114,11 +122,11 @@ __device__ __forceinline__ void MultiplyCore(double* tile, unsigned n_vectors,
 }
 
 // Threads run along rows in global memory: over a vector's elements, or over vectors if these are
-// columns. Core is NoCore or CoreSigns.
+// columns. Core is NoCore or a CoreSigns.
 template <bool kColumns, typename Core>
 __global__ void __launch_bounds__(kThreadsLarge)
     RotateKernel(const RotateArguments args, const Core core) {
-  constexpr bool kHasCore = std::is_same_v<Core, CoreSigns>;
+  constexpr bool kHasCore = Core::kCore > 1;
   extern __shared__ double tile[];
   const int64_t tile_index = blockIdx.x % args.n_tiles;
   const int64_t row_of_tiles = blockIdx.x / args.n_tiles;  // 0 if vectors are rows
@@ -225,9 +233,9 @@ absl::Status CheckTables(const DeviceRotation::Tables& t) {
                                                    " in blocks of ", t.block,
                                                    ": the block must divide the width"));
   }
-  if (t.core != 1 && t.core != DeviceRotation::kCore) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("a rotation's core of ", t.core, ", must be 1 or ", DeviceRotation::kCore));
+  if (!DeviceRotation::HasCore(t.core)) {
+    return absl::InvalidArgumentError(absl::StrCat("a rotation's core of ", t.core, ", must be ",
+                                                   absl::StrJoin(DeviceRotation::kCores, ", ")));
   }
   if (t.block % t.core != 0 || !std::has_single_bit(static_cast<uint64_t>(t.block / t.core))) {
     return absl::InvalidArgumentError(absl::StrCat("a rotation's block of ", t.block,
@@ -272,6 +280,10 @@ absl::StatusOr<DeviceBuffer<T>> Upload(std::span<const T> host, cudaStream_t str
 
 }  // namespace
 
+bool DeviceRotation::HasCore(int64_t core) {
+  return std::find(std::begin(kCores), std::end(kCores), core) != std::end(kCores);
+}
+
 absl::StatusOr<DeviceRotation> DeviceRotation::Create(Context& context, const Tables& tables) {
   WALSH_RETURN_IF_ERROR(CheckTables(tables));
   DeviceRotation r;
@@ -280,10 +292,10 @@ absl::StatusOr<DeviceRotation> DeviceRotation::Create(Context& context, const Ta
   r.core_ = tables.core;
   r.normalizer_ = tables.normalizer;
   if (tables.core > 1) {
-    for (int i = 0; i < kCore; ++i) {
-      for (int j = 0; j < kCore; ++j) {
-        const bool is_negative = tables.core_matrix[static_cast<size_t>(j * kCore + i)] < 0;
-        r.core_signs_.negative[i] |= static_cast<uint64_t>(is_negative) << j;
+    for (int64_t i = 0; i < tables.core; ++i) {
+      for (int64_t j = 0; j < tables.core; ++j) {
+        const bool is_negative = tables.core_matrix[static_cast<size_t>(j * tables.core + i)] < 0;
+        r.core_signs_[i] |= static_cast<uint64_t>(is_negative) << j;
       }
     }
   }
@@ -324,11 +336,26 @@ absl::Status DeviceRotation::Rotate(Context& context, bool columns, int64_t rows
   };
   const int64_t rows_of_tiles = columns ? rows / block_ : 1;
   const cudaStream_t stream = context.stream();
-  if (columns && core_ == 1)
-    return Launch<true>(args, NoCore(), rows_of_tiles, tile, shared_max, stream);
-  if (columns) return Launch<true>(args, core_signs_, rows_of_tiles, tile, shared_max, stream);
-  if (core_ == 1) return Launch<false>(args, NoCore(), rows_of_tiles, tile, shared_max, stream);
-  return Launch<false>(args, core_signs_, rows_of_tiles, tile, shared_max, stream);
+  const auto launch = [&](const auto& core) {
+    return columns ? Launch<true>(args, core, rows_of_tiles, tile, shared_max, stream)
+                   : Launch<false>(args, core, rows_of_tiles, tile, shared_max, stream);
+  };
+  const auto launch_core = [&]<int kCore>(CoreSigns<kCore> signs) {
+    std::copy_n(core_signs_, kCore, signs.negative);
+    return launch(signs);
+  };
+  switch (core_) {
+    case 12:
+      return launch_core(CoreSigns<12>());
+    case 20:
+      return launch_core(CoreSigns<20>());
+    case 28:
+      return launch_core(CoreSigns<28>());
+    case 36:
+      return launch_core(CoreSigns<36>());
+    default:
+      return launch(NoCore());
+  }
 }
 
 absl::Status DeviceRotation::RotateRows(Context& context, int64_t rows, int64_t cols,

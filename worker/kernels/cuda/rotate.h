@@ -7,7 +7,7 @@
 //
 // Source:  GSR (arXiv 2505.03810); QuaRot (arXiv 2404.00456) section 4
 // Bound:   memory: each element is read and written once
-// Errors:  INVALID_ARGUMENT     sizes do not fit; a core other than 1 and 36
+// Errors:  INVALID_ARGUMENT     sizes do not fit; a core that HasCore() does not know
 //          FAILED_PRECONDITION  a piece does not fit the device's shared memory: width, limit named
 // Threads: asynchronous on the context's stream; allocates nothing
 #pragma once
@@ -25,12 +25,11 @@ namespace walsh::kernels::cuda {
 // The tables of one rotation on the device.
 class DeviceRotation {
  public:
-  // The one core that there is besides 1: see worker/rotate/walsh_matrix.h.
-  static constexpr int kCore = 36;
-  // Bit j of element i: entry (j, i) of the core is −1.
-  struct CoreSigns {
-    uint64_t negative[kCore] = {};
-  };
+  // 1 and the cores whose columns fit a thread's registers: those of the hidden sizes of published
+  // models (576 = 36 · 16, 896 = 28 · 32, 1536 = 12 · 128, 2560 = 20 · 128, …).
+  static constexpr int64_t kCores[] = {1, 12, 20, 28, 36};
+  static constexpr int kCoreMax = 36;
+  static bool HasCore(int64_t core);
 
   struct Tables {
     int64_t width = 0;  // of a piece; a multiple of block
@@ -61,9 +60,9 @@ class DeviceRotation {
   int64_t block_ = 0;
   int64_t core_ = 1;
   double normalizer_ = 1;
-  CoreSigns core_signs_;
-  DeviceBuffer<int32_t> row_order_;  // empty: natural
-  DeviceBuffer<double> signs_;       // empty: none
+  uint64_t core_signs_[kCoreMax] = {};  // bit j of element i: entry (j, i) of the core is −1
+  DeviceBuffer<int32_t> row_order_;     // empty: natural
+  DeviceBuffer<double> signs_;          // empty: none
 };
 
 }  // namespace walsh::kernels::cuda

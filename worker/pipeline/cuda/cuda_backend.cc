@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/compare.h"
 #include "worker/kernels/cuda/cuda_status.h"
@@ -494,11 +495,12 @@ class CudaBackend final : public Backend {
     }
     // Heads have the sizes above: only the residual stream's rotation can have another core.
     const int64_t core = job.r1.is_identity() ? 1 : job.r1.parts().core;
-    if (core != 1 && core != ops::DeviceRotation::kCore) {
+    if (!ops::DeviceRotation::HasCore(core)) {
       return absl::UnimplementedError(
           absl::StrCat("a global rotation of width ", config.hidden, " = ", core,
-                       " · 2^k: the CUDA backend takes 2^k and ", ops::DeviceRotation::kCore,
-                       " · 2^k; use rotation gsr, or a worker with --device cpu"));
+                       " · 2^k: the CUDA backend takes m · 2^k with m of ",
+                       absl::StrJoin(ops::DeviceRotation::kCores, ", "),
+                       "; use rotation gsr, or a worker with --device cpu"));
     }
     return absl::OkStatus();
   }
