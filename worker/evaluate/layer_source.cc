@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/io/gptq_packing.h"
 #include "worker/model/linear.h"
 
 namespace walsh::evaluate {
@@ -16,17 +17,18 @@ std::vector<float> ToVector(const Matrix& m) { return {m.span().begin(), m.span(
 
 absl::StatusOr<std::unique_ptr<Linear>> ReadLinear(const ArtifactReader& artifact,
                                                    const std::string& name, bool has_bias) {
-  Matrix weights;
-  if (artifact.IsQuantized(name)) {
-    WALSH_ASSIGN_OR_RETURN(const QuantizedMatrix quantized, artifact.ReadQuantized(name));
-    weights = Dequantize(quantized);
-  } else {
-    WALSH_ASSIGN_OR_RETURN(weights, artifact.ReadDense(name + ".weight"));
-  }
   std::vector<float> bias;
   if (has_bias) {
     WALSH_ASSIGN_OR_RETURN(const Matrix row, artifact.ReadDense(name + ".bias"));
     bias = ToVector(row);
+  }
+  Matrix weights;
+  if (artifact.IsQuantized(name)) {
+    // Act-order's columns come back to their inputs: in floats nothing is gained by their groups.
+    WALSH_ASSIGN_OR_RETURN(const OrderedMatrix ordered, artifact.ReadOrdered(name));
+    weights = Dequantize(ordered);
+  } else {
+    WALSH_ASSIGN_OR_RETURN(weights, artifact.ReadDense(name + ".weight"));
   }
   return std::make_unique<DenseLinear>(std::move(weights), std::move(bias));
 }

@@ -43,8 +43,8 @@ class CheckpointSource : public LayerSource {
   const Checkpoint& checkpoint_;
 };
 
-// An artifact's weights, dequantized: exactly what its integers and scales stand for; its layers do
-// its online transforms.
+// An artifact's weights, dequantized: exactly what its integers and scales stand for, act-order's
+// columns at their inputs; its layers do its online transforms.
 class ArtifactSource : public LayerSource {
  public:
   explicit ArtifactSource(const ArtifactReader& artifact) : artifact_(artifact) {}

@@ -22,10 +22,14 @@
 #include "tests/testing/tiny_artifact.h"
 #include "tests/testing/tiny_model.h"
 #include "tests/unit/worker/interop/logits_of.h"
+#include "worker/calibrate/token_windows.h"
+#include "worker/evaluate/layer_source.h"
+#include "worker/evaluate/perplexity.h"
 #include "worker/interop/export.h"
 #include "worker/interop/import.h"
 #include "worker/io/artifact.h"
 #include "worker/io/gptq_packing.h"
+#include "worker/kernels/thread_pool.h"
 
 namespace walsh::interop {
 namespace {
@@ -117,6 +121,30 @@ TEST_P(GoldenCheckpointTest, TheImportedArtifactStandsForTheSameWeights) {
   // Served with activations of 8 bits; the weights are compared above.
   const std::vector<float> logits = expected_["logits"];
   EXPECT_LE(RelativeDifference(LogitsOf(*served), logits), 0.04);
+}
+
+// In floats, as an evaluation runs it: what differs from GPTQModel's logits is the rounding of the
+// checkpoint's F16 tensors to BF16.
+TEST_P(GoldenCheckpointTest, TheImportedArtifactIsEvaluatedAsTheSameModel) {
+  Write(GetParam());
+  ASSERT_OK_AND_ASSIGN(const auto checkpoint, GptqCheckpoint::Open(source()));
+  ASSERT_OK(ImportGptq(*checkpoint, artifact(), 2, GoOn));
+  ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 2));
+  evaluate::ArtifactSource artifact_source(*reader);
+  calibrate::TokenWindows window;
+  window.ids = PromptIds(artifact_source.config().vocab);
+  window.length = static_cast<int64_t>(window.ids.size());
+  ThreadPool pool(2);
+  ASSERT_OK_AND_ASSIGN(const evaluate::FinalStates states,
+                       evaluate::ForwardToHead(artifact_source, window, pool,
+                                               [](double) { return absl::OkStatus(); }));
+  const ForwardContext context =
+      ForwardContext::Create(artifact_source.config(), {kernels::Backend::kCpu, &pool});
+  Matrix logits;
+  ASSERT_OK(evaluate::Logits(context, states.final_norm, states.head,
+                             states.hidden.row(window.length - 1), 1, logits));
+  const std::vector<float> expected = expected_["logits"];
+  EXPECT_LE(RelativeDifference({logits.span().begin(), logits.span().end()}, expected), 0.01);
 }
 
 INSTANTIATE_TEST_SUITE_P(, GoldenCheckpointTest,

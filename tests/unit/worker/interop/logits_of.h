@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -16,18 +18,24 @@
 
 namespace walsh::interop {
 
-// Of the last token of a short prompt.
+inline std::vector<int32_t> PromptIds(int64_t vocab) {
+  std::vector<int32_t> ids;
+  for (int32_t i = 0; i < 24; ++i) ids.push_back((i * 37 + 5) % static_cast<int32_t>(vocab));
+  return ids;
+}
+
+// Of the prompt's last token.
 inline std::vector<float> LogitsOf(const engine::LoadedModel& model) {
   const ModelConfig& config = model.config();
   auto slot = engine::KvSlot::Allocate(config.n_layers, config.kv_width(), config.max_position);
   EXPECT_OK(slot);
   if (!slot.ok()) return {};
   engine::LoadedModel::Batch batch;
-  for (int32_t i = 0; i < 24; ++i) {
-    batch.tokens.push_back((i * 37 + 5) % static_cast<int32_t>(config.vocab));
-    batch.positions.push_back(i);
-  }
-  batch.sequences.push_back({.n_rows = 24,
+  batch.tokens = PromptIds(config.vocab);
+  const auto n_tokens = static_cast<int64_t>(batch.tokens.size());
+  batch.positions.resize(batch.tokens.size());
+  std::iota(batch.positions.begin(), batch.positions.end(), 0);
+  batch.sequences.push_back({.n_rows = n_tokens,
                              .keys = slot->keys(),
                              .values = slot->values(),
                              .capacity = slot->capacity(),
