@@ -51,8 +51,9 @@ absl::StatusOr<Surroundings> FindSurroundings(const Tokenizer& tokenizer,
 
 class SampleEncoder {
  public:
-  SampleEncoder(const Tokenizer& tokenizer, int64_t slice_bytes, const KeepGoing& keep_going)
-      : tokenizer_(tokenizer), slice_bytes_(slice_bytes), keep_going_(keep_going) {}
+  SampleEncoder(const Tokenizer& tokenizer, const EncodeSettings& settings,
+                const KeepGoing& keep_going)
+      : tokenizer_(tokenizer), settings_(settings), keep_going_(keep_going) {}
 
   // Appends the ids of `sample`, at least `n_wanted` of them where it has so many.
   absl::Status Append(const Sample& sample, int64_t n_wanted, std::vector<int32_t>& ids) const {
@@ -61,16 +62,20 @@ class SampleEncoder {
     // A corpus must not be able to spell control tokens; a rendered template does just that, and
     // has them where a slice might end.
     options.parse_special_tokens = sample.is_chat;
-    if (sample.is_chat || static_cast<int64_t>(sample.text.size()) <= slice_bytes_) {
-      return AppendSlice(sample.text, options, ids);
+    const size_t begin = ids.size();
+    if (sample.is_chat || static_cast<int64_t>(sample.text.size()) <= settings_.slice_bytes) {
+      WALSH_RETURN_IF_ERROR(AppendSlice(sample.text, options, ids));
+      if (!sample.is_chat) DropBosAt(begin, ids);
+      return absl::OkStatus();
     }
     WALSH_ASSIGN_OR_RETURN(const Surroundings surroundings, FindSurroundings(tokenizer_, options));
     options.add_special_tokens = false;
     const size_t n_wanted_in_all = ids.size() + static_cast<size_t>(n_wanted);
     ids.insert(ids.end(), surroundings.before.begin(), surroundings.before.end());
+    DropBosAt(begin, ids);
     std::string_view rest = sample.text;
     while (!rest.empty() && ids.size() < n_wanted_in_all) {
-      const std::string_view slice = rest.substr(0, SliceEnd(rest, slice_bytes_));
+      const std::string_view slice = rest.substr(0, SliceEnd(rest, settings_.slice_bytes));
       WALSH_RETURN_IF_ERROR(AppendSlice(slice, options, ids));
       rest.remove_prefix(slice.size());
       // Such a tokenizer puts a space before every text, which here is there already.
@@ -91,8 +96,14 @@ class SampleEncoder {
     return absl::OkStatus();
   }
 
+  // Where a sample begins. Its own text cannot spell the token.
+  void DropBosAt(size_t begin, std::vector<int32_t>& ids) const {
+    if (!settings_.skip_bos || begin == ids.size() || tokenizer_.bos() < 0) return;
+    if (ids[begin] == tokenizer_.bos()) ids.erase(ids.begin() + static_cast<std::ptrdiff_t>(begin));
+  }
+
   const Tokenizer& tokenizer_;
-  const int64_t slice_bytes_;
+  const EncodeSettings& settings_;
   const KeepGoing& keep_going_;
 };
 
@@ -101,8 +112,8 @@ class SampleEncoder {
 absl::StatusOr<TokenStream> EncodeSamples(const SampleSet& set, const Tokenizer& tokenizer,
                                           int64_t vocab, int64_t window_length,
                                           int64_t tokens_wanted, const KeepGoing& keep_going,
-                                          int64_t slice_bytes) {
-  const SampleEncoder encoder(tokenizer, slice_bytes, keep_going);
+                                          const EncodeSettings& settings) {
+  const SampleEncoder encoder(tokenizer, settings, keep_going);
   TokenStream stream;
   stream.dropped = set.dropped;
   for (const Sample& sample : set.samples) {

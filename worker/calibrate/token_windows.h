@@ -43,15 +43,19 @@ struct TokenStream {
   int64_t left_over = 0;  // not needed
 };
 
-// Samples of more bytes than this are encoded in slices of about as many.
-inline constexpr int64_t kEncodeSliceBytes = 1 << 20;
+struct EncodeSettings {
+  // Leaves out the BOS that the tokenizer puts before a sample, and none that a rendered chat
+  // spells: there it may be the mark of every turn.
+  bool skip_bos = false;
+  int64_t slice_bytes = 1 << 20;  // longer samples are encoded in slices of about as many
+};
 
 // Encodes samples in their order until `tokens_wanted` ids are there. INVALID_ARGUMENT for an id
 // that is outside `vocab`. Asks `keep_going` before each sample and slice.
 absl::StatusOr<TokenStream> EncodeSamples(const SampleSet& set, const Tokenizer& tokenizer,
                                           int64_t vocab, int64_t window_length,
                                           int64_t tokens_wanted, const KeepGoing& keep_going = {},
-                                          int64_t slice_bytes = kEncodeSliceBytes);
+                                          const EncodeSettings& settings = {});
 
 // At most `n_max` windows from the start of `ids`.
 TokenWindows CutWindows(std::span<const int32_t> ids, int64_t length, int64_t n_max);

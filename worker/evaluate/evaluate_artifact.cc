@@ -179,11 +179,10 @@ class Evaluation {
       WALSH_ASSIGN_OR_RETURN(samples, calibrate::ReadSamples(spec.path, *tokenizer_,
                                                              artifact_->tokenizer().chat_template));
     }
-    WALSH_ASSIGN_OR_RETURN(
-        calibrate::TokenStream stream,
-        calibrate::EncodeSamples(samples, *tokenizer_, artifact_->config().vocab, window, n_wanted,
-                                 [&] { return progress_("text", 0); }));
-    if (spec_.skip_bos && tokenizer_->bos() >= 0) std::erase(stream.ids, tokenizer_->bos());
+    WALSH_ASSIGN_OR_RETURN(calibrate::TokenStream stream,
+                           calibrate::EncodeSamples(
+                               samples, *tokenizer_, artifact_->config().vocab, window, n_wanted,
+                               [&] { return progress_("text", 0); }, {.skip_bos = spec_.skip_bos}));
     return std::move(stream.ids);
   }
 

@@ -36,6 +36,24 @@ TEST(EncodeSamplesTest, EachSampleByTheTokenizersOwnRule) {
   EXPECT_EQ(stream.left_over, 0);
 }
 
+TEST(EncodeSamplesTest, OnlyTheTokenizersOwnBosIsLeftOut) {
+  const SampleSet set{{{"ab", false}, {"<s>c<s>d", true}, {"one two", false}, {"e", false}}, 0};
+  constexpr int32_t kBos = ByteTokenizer::kBos;
+  // In one piece and in slices, the third sample has none; the chat keeps what its template wrote.
+  for (const int64_t slice_bytes : {100, 3}) {
+    ASSERT_OK_AND_ASSIGN(const TokenStream stream,
+                         EncodeSamples(set, ByteTokenizer(true), 257, 3, 100, {},
+                                       {.skip_bos = true, .slice_bytes = slice_bytes}));
+    EXPECT_THAT(stream.ids, ElementsAre('a', 'b', kBos, 'c', kBos, 'd', 'o', 'n', 'e', ' ', 't',
+                                        'w', 'o', 'e'));
+  }
+  // As many ids as are wanted are counted without it.
+  ASSERT_OK_AND_ASSIGN(const TokenStream three,
+                       EncodeSamples({{{"ab", false}, {"cd", false}, {"ef", false}}, 0},
+                                     ByteTokenizer(true), 257, 2, 3, {}, {.skip_bos = true}));
+  EXPECT_THAT(three.ids, ElementsAre('a', 'b', 'c', 'd'));
+}
+
 TEST(EncodeSamplesTest, StopsWhenThereIsEnough) {
   const SampleSet set{{{"abc", false}, {"def", false}, {"ghi", false}}, 0};
   ASSERT_OK_AND_ASSIGN(const TokenStream stream,
@@ -54,12 +72,13 @@ TEST(EncodeSamplesTest, SlicesHaveOneBosAndOneEosBetweenThem) {
   ASSERT_OK_AND_ASSIGN(const TokenStream whole, EncodeSamples(set, tokenizer, 257, 2, kNoLimit));
   EXPECT_EQ(whole.ids.back(), kEos);
   for (const int64_t slice_bytes : {1, 2, 3, 5, 8, 13, 20}) {
-    ASSERT_OK_AND_ASSIGN(const TokenStream sliced,
-                         EncodeSamples(set, tokenizer, 257, 2, kNoLimit, {}, slice_bytes));
+    ASSERT_OK_AND_ASSIGN(const TokenStream sliced, EncodeSamples(set, tokenizer, 257, 2, kNoLimit,
+                                                                 {}, {.slice_bytes = slice_bytes}));
     EXPECT_EQ(sliced.ids, whole.ids) << slice_bytes;
   }
   // What is not wanted is not encoded, and a text without its end gets no EOS.
-  ASSERT_OK_AND_ASSIGN(const TokenStream start, EncodeSamples(set, tokenizer, 257, 2, 5, {}, 4));
+  ASSERT_OK_AND_ASSIGN(const TokenStream start,
+                       EncodeSamples(set, tokenizer, 257, 2, 5, {}, {.slice_bytes = 4}));
   EXPECT_EQ(start.ids, std::vector<int32_t>(whole.ids.begin(), whole.ids.begin() + 8));
   EXPECT_EQ(start.kept, 1);
 }
@@ -71,7 +90,7 @@ TEST(EncodeSamplesTest, AsksBeforeEachSliceAndStopsWhenTold) {
   const auto ask = [&] {
     return ++n_asked == 4 ? absl::CancelledError("enough") : absl::OkStatus();
   };
-  EXPECT_THAT(EncodeSamples(set, tokenizer, 257, 2, kNoLimit, ask, 1),
+  EXPECT_THAT(EncodeSamples(set, tokenizer, 257, 2, kNoLimit, ask, {.slice_bytes = 1}),
               StatusIs(absl::StatusCode::kCancelled, HasSubstr("enough")));
   EXPECT_EQ(n_asked, 4);
 }
@@ -89,14 +108,14 @@ TEST(EncodeSamplesTest, TextWithoutSpacesHasSlicesToo) {
     };
     const ByteTokenizer tokenizer(false);
     ASSERT_OK_AND_ASSIGN(const TokenStream whole, EncodeSamples(set, tokenizer, 257, 2, kNoLimit));
-    ASSERT_OK_AND_ASSIGN(const TokenStream sliced,
-                         EncodeSamples(set, tokenizer, 257, 2, kNoLimit, ask, 100));
+    ASSERT_OK_AND_ASSIGN(const TokenStream sliced, EncodeSamples(set, tokenizer, 257, 2, kNoLimit,
+                                                                 ask, {.slice_bytes = 100}));
     EXPECT_EQ(sliced.ids, whole.ids);
     // 399, 399 and 102 bytes; or 304, 399 and 198.
     EXPECT_EQ(n_asked, 3);
     // No more than the first slice is encoded for a few ids.
     ASSERT_OK_AND_ASSIGN(const TokenStream start,
-                         EncodeSamples(set, tokenizer, 257, 2, 5, {}, 100));
+                         EncodeSamples(set, tokenizer, 257, 2, 5, {}, {.slice_bytes = 100}));
     EXPECT_EQ(start.ids.size(), has_lines ? 304 : 399);
   }
 }
@@ -111,15 +130,16 @@ void ExpectSlicesGiveTheWhole(const TokenizerSource& source) {
   ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(source));
   const SampleSet set{{{text, false}}, 0};
   const int64_t vocab = tokenizer->vocab_size();
-  ASSERT_OK_AND_ASSIGN(const TokenStream whole,
-                       EncodeSamples(set, *tokenizer, vocab, 2, kNoLimit, {}, kNoLimit));
+  ASSERT_OK_AND_ASSIGN(const TokenStream whole, EncodeSamples(set, *tokenizer, vocab, 2, kNoLimit,
+                                                              {}, {.slice_bytes = kNoLimit}));
   for (const int64_t slice_bytes : {97, 5000}) {
-    ASSERT_OK_AND_ASSIGN(const TokenStream sliced,
-                         EncodeSamples(set, *tokenizer, vocab, 2, kNoLimit, {}, slice_bytes));
+    ASSERT_OK_AND_ASSIGN(
+        const TokenStream sliced,
+        EncodeSamples(set, *tokenizer, vocab, 2, kNoLimit, {}, {.slice_bytes = slice_bytes}));
     EXPECT_TRUE(sliced.ids == whole.ids) << "slices of " << slice_bytes;
   }
   ASSERT_OK_AND_ASSIGN(const TokenStream start,
-                       EncodeSamples(set, *tokenizer, vocab, 2, 3000, {}, 5000));
+                       EncodeSamples(set, *tokenizer, vocab, 2, 3000, {}, {.slice_bytes = 5000}));
   ASSERT_GE(start.ids.size(), 3000);
   ASSERT_LT(start.ids.size(), whole.ids.size() / 2);
   EXPECT_TRUE(std::equal(start.ids.begin(), start.ids.end(), whole.ids.begin()));

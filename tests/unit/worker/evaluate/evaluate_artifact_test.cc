@@ -143,14 +143,21 @@ TEST_F(EvaluateArtifactTest, TextAndTasksTogether) {
               ElementsAre(HasSubstr("window 4096 reduced to the model's context 256")));
 }
 
-// BOS is the tokenizer's own; without it a text has one token less and other figures.
+// BOS is the tokenizer's own: a text's one window, shorter than asked for, has one token less
+// without it, and so has a task's context.
 TEST_F(EvaluateArtifactTest, SkipsBos) {
+  spec_.text = {
+      .path = Write("short.txt", "The waves came in from the sea and went out again, and again."),
+      .window = 256};
   spec_.tasks.push_back(
       {.path = Write("last.jsonl", R"({"context": "The waves", "continuation": "of"})")});
   ASSERT_OK_AND_ASSIGN(const EvaluationReport with, Evaluate());
   spec_.skip_bos = true;
   ASSERT_OK_AND_ASSIGN(const EvaluationReport without, Evaluate());
-  EXPECT_LE(without.tasks[0].score.tokens, with.tasks[0].score.tokens);
+  EXPECT_EQ(with.tasks[0].score.tokens - without.tasks[0].score.tokens, 1);
+  ASSERT_EQ(with.text->windows, 1);
+  ASSERT_LT(with.text->window, 256);
+  EXPECT_EQ(with.text->tokens - without.text->tokens, 1);
 }
 
 TEST_F(EvaluateArtifactTest, BadFilesAreNamedBeforeAnyWork) {
