@@ -51,7 +51,7 @@ class SameHessianTest : public SmolLm2Test {
     ASSERT_OK_AND_ASSIGN(checkpoint_, Checkpoint::Open(spec_.source_path));
     ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(checkpoint_->tokenizer()));
     ASSERT_OK_AND_ASSIGN(const calibrate::SampleSet samples,
-                         calibrate::ReadSamples(spec_.calibration_path, *tokenizer, ""));
+                         calibrate::ReadSamples({.path = spec_.calibration_path}, *tokenizer, ""));
     ASSERT_OK_AND_ASSIGN(
         const calibrate::TokenStream stream,
         calibrate::EncodeSamples(samples, *tokenizer, config().vocab, kWindow, kWindows * kWindow));

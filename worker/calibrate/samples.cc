@@ -42,7 +42,7 @@ absl::Status CheckUtf8(std::string_view text) {
       high = middle;
     }
   }
-  return absl::InvalidArgumentError(absl::StrCat("calibration text is not UTF-8 near byte ", low));
+  return absl::InvalidArgumentError(absl::StrCat("the text is not UTF-8 near byte ", low));
 }
 
 class SampleReader {
@@ -71,14 +71,14 @@ class SampleReader {
     }
     return absl::InvalidArgumentError(
         absl::StrCat(where,
-                     ": a calibration sample must be an object with a string \"text\" or an array "
+                     ": a sample must be an object with a string \"text\" or an array "
                      "\"messages\""));
   }
 
   absl::StatusOr<SampleSet> Take() && {
     if (set_.samples.empty()) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "the calibration file has no sample with any text (", set_.dropped, " blank ones)"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("the file has no sample with any text (", set_.dropped, " blank ones)"));
     }
     return std::move(set_);
   }
@@ -148,10 +148,10 @@ absl::Status ReadArray(const std::string& text, SampleReader& reader) {
   // The bounded parser takes objects only.
   WALSH_ASSIGN_OR_RETURN(
       const json document,
-      ParseBoundedJson("calibration file", absl::StrCat("{\"samples\":", text, "}"), kBounds));
+      ParseBoundedJson("the file", absl::StrCat("{\"samples\":", text, "}"), kBounds));
   const json& samples = document["samples"];
   if (document.size() != 1 || !samples.is_array()) {
-    return absl::InvalidArgumentError("calibration file: a .json file must hold an array");
+    return absl::InvalidArgumentError("a .json file must hold an array");
   }
   for (size_t i = 0; i < samples.size(); ++i) {
     WALSH_RETURN_IF_ERROR(reader.AddElement(samples[i], absl::StrCat("element ", i)));
@@ -161,14 +161,14 @@ absl::Status ReadArray(const std::string& text, SampleReader& reader) {
 
 }  // namespace
 
-absl::StatusOr<SampleSet> ReadSamples(const std::string& path, const Tokenizer& tokenizer,
+absl::StatusOr<SampleSet> ReadSamples(const NamedFile& file, const Tokenizer& tokenizer,
                                       std::string_view chat_template) {
-  WALSH_ASSIGN_OR_RETURN(std::string text, ReadFile(path, limits::kCalibrationFileBytesMax));
+  WALSH_ASSIGN_OR_RETURN(std::string text, ReadFile(file.path, limits::kCalibrationFileBytesMax));
   WALSH_RETURN_IF_ERROR(CheckUtf8(text));
   SampleReader reader(tokenizer, chat_template);
-  if (EndsWith(path, ".jsonl")) {
+  if (EndsWith(file.shown(), ".jsonl")) {
     WALSH_RETURN_IF_ERROR(ReadLines(text, reader));
-  } else if (EndsWith(path, ".json")) {
+  } else if (EndsWith(file.shown(), ".json")) {
     WALSH_RETURN_IF_ERROR(ReadArray(text, reader));
   } else {
     reader.AddText(std::move(text));

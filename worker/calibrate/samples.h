@@ -5,6 +5,8 @@
 //   .json    an array of strings or of such objects
 //   other    plain text, one sample, byte for byte
 //
+// The ending is that of the name that the file was asked for by, not of what a link leads to.
+//
 // Files are hostile: size and depth are bounded, text must be UTF-8.
 //
 // Errors:  NOT_FOUND         no such file
@@ -20,6 +22,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "worker/io/named_file.h"
 #include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::calibrate {
@@ -36,7 +39,7 @@ struct SampleSet {
 };
 
 // `chat_template` is the model's own, in Jinja; parsed only where a sample needs it. May be empty.
-absl::StatusOr<SampleSet> ReadSamples(const std::string& path, const Tokenizer& tokenizer,
+absl::StatusOr<SampleSet> ReadSamples(const NamedFile& file, const Tokenizer& tokenizer,
                                       std::string_view chat_template);
 
 }  // namespace walsh::calibrate

@@ -121,7 +121,7 @@ class Evaluation {
     WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(artifact_->tokenizer()));
     source_ = std::make_unique<ArtifactSource>(*artifact_);
     for (const TaskSpec& task : spec_.tasks) {
-      absl::StatusOr<Task> read = ReadTask(task.path, task.limit);
+      absl::StatusOr<Task> read = ReadTask({task.path, task.name}, task.limit);
       if (!read.ok()) return Named(absl::StrCat("task ", tasks_.size() + 1), read.status());
       tasks_.push_back(*std::move(read));
       total_ += Cost(tasks_.back());
@@ -176,7 +176,7 @@ class Evaluation {
                              ReadFile(spec.path, limits::kCalibrationFileBytesMax));
       samples.samples.push_back({.text = JoinRows(rows), .is_chat = false});
     } else {
-      WALSH_ASSIGN_OR_RETURN(samples, calibrate::ReadSamples(spec.path, *tokenizer_,
+      WALSH_ASSIGN_OR_RETURN(samples, calibrate::ReadSamples({spec.path, spec.name}, *tokenizer_,
                                                              artifact_->tokenizer().chat_template));
     }
     WALSH_ASSIGN_OR_RETURN(calibrate::TokenStream stream,

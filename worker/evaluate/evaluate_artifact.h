@@ -26,7 +26,8 @@
 namespace walsh::evaluate {
 
 struct TextSpec {
-  std::string path;
+  std::string path;            // resolved
+  std::string name;            // as it was asked for, see NamedFile; empty: the path
   bool joins_rows = false;     // WikiText-2's convention; see JoinRows
   int64_t window = 0;          // tokens; 0: 2,048, cut to the model's context
   int64_t stride = 0;          // from window to window; 0: the window
@@ -35,7 +36,8 @@ struct TextSpec {
 };
 
 struct TaskSpec {
-  std::string path;
+  std::string path;   // resolved
+  std::string name;   // as it was asked for; empty: the path
   int64_t limit = 0;  // items; 0: all
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -10,6 +11,7 @@
 #include "common/status_macros.h"
 #include "worker/calibrate/samples.h"
 #include "worker/engine/loaded_model.h"
+#include "worker/io/named_file.h"
 
 namespace walsh::pipeline {
 namespace {
@@ -27,13 +29,18 @@ int64_t CalibrationTokens(const JobSpec& spec, const ResolvedJob& job) {
   return spec.n_calibration_windows * job.sequence_length;
 }
 
-absl::StatusOr<TokenStream> ReadText(const std::string& path, const Checkpoint& checkpoint,
-                                     const Tokenizer& tokenizer, int64_t window_length,
-                                     int64_t tokens_wanted, const KeepGoing& keep_going) {
-  WALSH_ASSIGN_OR_RETURN(
-      const calibrate::SampleSet samples,
-      calibrate::ReadSamples(path, tokenizer, checkpoint.tokenizer().chat_template));
-  return calibrate::EncodeSamples(samples, tokenizer, checkpoint.config().vocab, window_length,
+// `kind` begins the messages about the file.
+absl::StatusOr<TokenStream> ReadText(std::string_view kind, const NamedFile& file,
+                                     const Checkpoint& checkpoint, const Tokenizer& tokenizer,
+                                     int64_t window_length, int64_t tokens_wanted,
+                                     const KeepGoing& keep_going) {
+  const absl::StatusOr<calibrate::SampleSet> samples =
+      calibrate::ReadSamples(file, tokenizer, checkpoint.tokenizer().chat_template);
+  if (!samples.ok()) {
+    return absl::Status(samples.status().code(),
+                        absl::StrCat(std::string(kind), " text: ", samples.status().message()));
+  }
+  return calibrate::EncodeSamples(*samples, tokenizer, checkpoint.config().vocab, window_length,
                                   tokens_wanted, keep_going);
 }
 
@@ -85,7 +92,8 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
   TokenStream evaluation;
   if (spec.evaluate && !spec.evaluation_path.empty()) {
     WALSH_ASSIGN_OR_RETURN(
-        evaluation, ReadText(spec.evaluation_path, checkpoint, tokenizer, job.evaluation_length,
+        evaluation, ReadText("evaluation", {spec.evaluation_path, spec.evaluation_name}, checkpoint,
+                             tokenizer, job.evaluation_length,
                              spec.n_evaluation_windows * job.evaluation_length, keep_going));
   }
   TokenStream stream;
@@ -93,7 +101,8 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
     WALSH_ASSIGN_OR_RETURN(stream, WriteOwnText(spec, job, checkpoint, pool, self_progress));
   } else {
     WALSH_ASSIGN_OR_RETURN(
-        stream, ReadText(spec.calibration_path, checkpoint, tokenizer, job.sequence_length,
+        stream, ReadText("calibration", {spec.calibration_path, spec.calibration_name}, checkpoint,
+                         tokenizer, job.sequence_length,
                          CalibrationTokens(spec, job) + HeldOutTokens(spec, job), keep_going));
   }
   texts.kept = stream.kept;

@@ -12,6 +12,7 @@
 #include "worker/calibrate/self_text.h"
 #include "worker/evaluate/perplexity.h"
 #include "worker/gptq/tile.h"
+#include "worker/io/named_file.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/rotation_gate.h"
@@ -238,16 +239,17 @@ class Memory {
 
   // A file with the samples in it. Parsed JSON holds a text up to four times: the file, a copy in
   // braces, the document and the samples.
-  static int64_t TextBytes(const std::string& path) {
+  static int64_t TextBytes(const NamedFile& file) {
     std::error_code error;
-    const auto size = path.empty() ? 0 : std::filesystem::file_size(path, error);
+    const auto size = file.path.empty() ? 0 : std::filesystem::file_size(file.path, error);
     if (error) return 0;  // the job will say so
-    const std::string extension = std::filesystem::path(path).extension();
+    const std::string extension = std::filesystem::path(file.shown()).extension();
     return static_cast<int64_t>(size) * (extension == ".json" ? 4 : extension == ".jsonl" ? 2 : 1);
   }
   int64_t TokenIds() const { return (tokens_ + evaluation_tokens_) * kId; }
   int64_t Texts() const {
-    return std::max(TextBytes(spec_.calibration_path), TextBytes(spec_.evaluation_path));
+    return std::max(TextBytes({spec_.calibration_path, spec_.calibration_name}),
+                    TextBytes({spec_.evaluation_path, spec_.evaluation_name}));
   }
 
   // Rows that go through a layer at once, and the buffers of a forward for them.

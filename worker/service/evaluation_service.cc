@@ -117,6 +117,7 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
     const v1::TextEvaluation& asked = request.text();
     evaluate::TextSpec& text = spec.text.emplace();
     WALSH_ASSIGN_OR_RETURN(text.path, ResolveField(options_.resolve, "text.uri", asked.uri()));
+    text.name = asked.uri();
     text.joins_rows = asked.format() == v1::TextEvaluation::WIKITEXT;
     text.window = asked.window();
     text.stride = asked.stride();
@@ -131,6 +132,7 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
     evaluate::TaskSpec& task = spec.tasks.emplace_back();
     WALSH_ASSIGN_OR_RETURN(
         task.path, ResolveField(options_.resolve, absl::StrCat("tasks[", i, "].uri"), asked.uri()));
+    task.name = asked.uri();
     task.limit = asked.limit();
   }
   return spec;

@@ -237,9 +237,11 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
   WALSH_ASSIGN_OR_RETURN(spec.source_path, resolve(job.source_model()));
   if (!calibration.uri().empty()) {
     WALSH_ASSIGN_OR_RETURN(spec.calibration_path, resolve(calibration.uri()));
+    spec.calibration_name = calibration.uri();
   }
   if (!evaluation.uri().empty()) {
     WALSH_ASSIGN_OR_RETURN(spec.evaluation_path, resolve(evaluation.uri()));
+    spec.evaluation_name = evaluation.uri();
   }
   return spec;
 }

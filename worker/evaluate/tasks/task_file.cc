@@ -272,13 +272,13 @@ std::string CleanHellaSwag(std::string_view text) {
   return absl::StrReplaceAll(kept, {{"  ", " "}});
 }
 
-absl::StatusOr<Task> ReadTask(const std::string& path, int64_t limit) {
-  WALSH_ASSIGN_OR_RETURN(const std::string text, ReadFile(path, limits::kTaskFileBytesMax));
+absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit) {
+  WALSH_ASSIGN_OR_RETURN(const std::string text, ReadFile(file.path, limits::kTaskFileBytesMax));
   if (!IsValidUtf8(text)) return absl::InvalidArgumentError("the task's file is not UTF-8");
   Task task;
-  const std::filesystem::path file(path);
-  task.name = file.stem();
-  if (file.extension() == ".jsonl") {
+  const std::filesystem::path name(file.shown());
+  task.name = name.stem();
+  if (name.extension() == ".jsonl") {
     WALSH_RETURN_IF_ERROR(ReadJsonLines(text, limit, task));
   } else {
     WALSH_RETURN_IF_ERROR(ReadSixLines(text, limit, task));

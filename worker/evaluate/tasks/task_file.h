@@ -8,6 +8,8 @@
 //                                                                 HellaSwag as published
 //   other    HellaSwag in six lines an item: context, label, four endings
 //
+// The ending, and the task's name, are those of the name that the file was asked for by.
+//
 // Prompts are those of lm-evaluation-harness
 // (lm_eval/tasks/{piqa,arc,winogrande,lambada,hellaswag}, 2024): a query that begins with
 // "Question:" is followed by "\nAnswer:"; a space stands before a continuation; HellaSwag's texts
@@ -26,6 +28,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "worker/io/named_file.h"
 
 namespace walsh::evaluate {
 
@@ -53,7 +56,7 @@ struct Task {
 };
 
 // The first `limit` items, or all where it is 0; what follows them is not looked at.
-absl::StatusOr<Task> ReadTask(const std::string& path, int64_t limit);
+absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit);
 
 // HellaSwag's preprocessing: " [title]" becomes ". ", other text in brackets goes, double spaces
 // become single ones, from left to right.

@@ -31,7 +31,7 @@ class ReadSamplesTest : public ::testing::Test {
   }
   absl::StatusOr<SampleSet> Read(const std::string& name, const std::string& contents,
                                  std::string_view chat_template = kTemplate) {
-    return ReadSamples(Write(name, contents), tokenizer_, chat_template);
+    return ReadSamples({.path = Write(name, contents)}, tokenizer_, chat_template);
   }
 
   testing::TempDir directory_;
@@ -66,8 +66,22 @@ TEST_F(ReadSamplesTest, JsonArrayOfStringsAndObjects) {
   EXPECT_EQ(set.dropped, 1);
 }
 
+// As in a Hugging Face cache, where a file is the link to a blob.
+TEST_F(ReadSamplesTest, TheNameThatWasAskedForTellsTheFormat) {
+  const std::string lines = Write("2f1c", "{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
+  ASSERT_OK_AND_ASSIGN(
+      const SampleSet set,
+      ReadSamples({.path = lines, .name = "snapshots/1/texts.jsonl"}, tokenizer_, ""));
+  ASSERT_EQ(set.samples.size(), 2u);
+  EXPECT_EQ(set.samples[1].text, "two");
+  const std::string text = Write("blob.jsonl", "plain");
+  ASSERT_OK_AND_ASSIGN(const SampleSet plain,
+                       ReadSamples({.path = text, .name = "a.txt"}, tokenizer_, ""));
+  EXPECT_EQ(plain.samples[0].text, "plain");
+}
+
 TEST_F(ReadSamplesTest, NothingToReadIsRefused) {
-  EXPECT_THAT(ReadSamples(directory_ / "none.txt", tokenizer_, ""),
+  EXPECT_THAT(ReadSamples({.path = directory_ / "none.txt"}, tokenizer_, ""),
               HasCode(absl::StatusCode::kNotFound));
   for (const char* name : {"a.txt", "a.jsonl"}) {
     EXPECT_THAT(Read(name, ""),

@@ -132,6 +132,7 @@ TEST_F(EvaluationServiceTest, CarriesTheRequestThereAndTheReportBack) {
 
   EXPECT_EQ(seen.artifact_directory, root_ + "/m");
   EXPECT_EQ(seen.text->path, "/roots/text.txt");
+  EXPECT_EQ(seen.text->name, "/text.txt");
   EXPECT_TRUE(seen.text->joins_rows);
   EXPECT_EQ(seen.text->window, 128);
   EXPECT_EQ(seen.text->stride, 64);
@@ -139,6 +140,7 @@ TEST_F(EvaluationServiceTest, CarriesTheRequestThereAndTheReportBack) {
   EXPECT_EQ(seen.text->reference_path, "/roots/original");
   ASSERT_EQ(seen.tasks.size(), 1u);
   EXPECT_EQ(seen.tasks[0].path, "/roots/piqa.jsonl");
+  EXPECT_EQ(seen.tasks[0].name, "/piqa.jsonl");
   EXPECT_EQ(seen.tasks[0].limit, 9);
   EXPECT_TRUE(seen.skip_bos);
 

@@ -156,7 +156,7 @@ TEST_P(GoldenTaskTest, EqualsTheIndependentImplementation) {
   }
   const auto golden = nlohmann::json::parse(
       testing::GoldenFile(absl::StrCat("evaluate/", GetParam().name, ".json")));
-  ASSERT_OK_AND_ASSIGN(const Task all, ReadTask(path, 0));
+  ASSERT_OK_AND_ASSIGN(const Task all, ReadTask({.path = path}, 0));
   EXPECT_GT(all.items.size(), 1000u);
   Task task{.name = all.name, .kind = all.kind, .items = {}};
   for (const auto& expected : golden["items"]) {

@@ -25,7 +25,7 @@ class ReadTaskTest : public ::testing::Test {
   absl::StatusOr<Task> Read(const std::string& name, const std::string& contents,
                             int64_t limit = 0) {
     EXPECT_OK(PublishFile(dir_ / name, contents));
-    return ReadTask(dir_ / name, limit);
+    return ReadTask({.path = dir_ / name}, limit);
   }
   testing::TempDir dir_;
 };
@@ -98,6 +98,16 @@ TEST(CleanHellaSwagTest, AsTheHarnessDoes) {
   EXPECT_EQ(CleanHellaSwag("four    spaces"), "four  spaces");
 }
 
+// As in a Hugging Face cache, where a file is the link to a blob whose name may be any bytes.
+TEST_F(ReadTaskTest, TheNameThatWasAskedForTellsFormatAndName) {
+  const std::string blob = dir_ / "2f1c\xff";
+  ASSERT_OK(PublishFile(blob, R"({"context": "a", "continuation": "b"})"));
+  ASSERT_OK_AND_ASSIGN(const Task task,
+                       ReadTask({.path = blob, .name = "snapshots/1/lambada.jsonl"}, 0));
+  EXPECT_EQ(task.name, "lambada");
+  EXPECT_EQ(task.kind, TaskKind::kLastWord);
+}
+
 TEST_F(ReadTaskTest, StopsAtTheLimit) {
   const std::string good = R"({"context": "a", "continuation": "b"})";
   ASSERT_OK_AND_ASSIGN(const Task task,
@@ -106,7 +116,7 @@ TEST_F(ReadTaskTest, StopsAtTheLimit) {
 }
 
 TEST_F(ReadTaskTest, RefusesWhatIsNoTask) {
-  EXPECT_THAT(ReadTask(dir_ / "none.jsonl", 0), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(ReadTask({.path = dir_ / "none.jsonl"}, 0), HasCode(absl::StatusCode::kNotFound));
   EXPECT_THAT(Read("t.jsonl", ""), StatusIs(kInvalid, HasSubstr("task 't' has no item")));
   EXPECT_THAT(Read("t.txt", "\n\n"), StatusIs(kInvalid, HasSubstr("has no item")));
   EXPECT_THAT(Read("t.jsonl", "\xff"), StatusIs(kInvalid, HasSubstr("not UTF-8")));
