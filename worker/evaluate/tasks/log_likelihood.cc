@@ -15,6 +15,10 @@ namespace {
 // it, is spread over so many. And of those that go through a layer at once.
 constexpr int64_t kBlockTokens = 16384;
 constexpr int64_t kBatchTokens = 2048;
+// Rows of keys and values of the continuations that go through a layer at once, with the contexts
+// before them: a context of any length with any number of continuations is held twice, not once for
+// each of them.
+constexpr int64_t kCachedRows = 8192;
 
 // The last token of a continuation is only predicted.
 int64_t ContinuationRows(const std::vector<int32_t>& continuation) {
@@ -101,21 +105,16 @@ class Block {
   }
 
  private:
-  // Contexts that go through a layer together, with room for their keys and values.
+  // Contexts that go through a layer together, with their keys and values.
   struct Batch {
     Batch(std::span<const ContextTokens> contexts, int64_t kv_width) : items(contexts) {
-      int64_t n_cached = 0;
       for (const ContextTokens& tokens : contexts) {
-        const auto n_context = static_cast<int64_t>(tokens.context.size());
-        n_context_rows += n_context;
-        n_cached += n_context;
-        for (const std::vector<int32_t>& continuation : tokens.continuations) {
-          n_continuation_rows += ContinuationRows(continuation);
-          n_cached += n_context + ContinuationRows(continuation);
-        }
+        n_context_rows += static_cast<int64_t>(tokens.context.size());
+        n_continuation_rows += ForwardedTokens(tokens);
       }
-      keys = Matrix(n_cached, kv_width);
-      values = Matrix(n_cached, kv_width);
+      n_continuation_rows -= n_context_rows;
+      keys = Matrix(n_context_rows, kv_width);
+      values = Matrix(n_context_rows, kv_width);
     }
     std::span<const ContextTokens> items;
     int64_t n_context_rows = 0, n_continuation_rows = 0;
@@ -136,49 +135,82 @@ class Block {
   // The contexts first, since what follows them attends to their keys and values.
   absl::Status ForwardBatch(const DecoderLayer& layer, const Batch& batch, int64_t context_row,
                             int64_t continuation_row) {
-    const int64_t width = context_.config->kv_width();
-    std::vector<SequenceSlice> contexts, continuations;
-    std::vector<int32_t> context_positions, continuation_positions;
-    int64_t cached = 0;
+    std::vector<SequenceSlice> contexts;
+    std::vector<int32_t> positions;
     for (const ContextTokens& tokens : batch.items) {
+      const auto row = static_cast<int64_t>(positions.size());
       const auto n = static_cast<int64_t>(tokens.context.size());
-      contexts.push_back({static_cast<int64_t>(context_positions.size()), n, 0,
-                          batch.keys.row(cached), batch.values.row(cached)});
-      for (int64_t i = 0; i < n; ++i) context_positions.push_back(static_cast<int32_t>(i));
-      cached += n;
-      for (const std::vector<int32_t>& continuation : tokens.continuations) {
-        const int64_t n_rows = ContinuationRows(continuation);
-        continuations.push_back({static_cast<int64_t>(continuation_positions.size()), n_rows, n,
-                                 batch.keys.row(cached), batch.values.row(cached)});
-        for (int64_t i = 0; i < n_rows; ++i) {
-          continuation_positions.push_back(static_cast<int32_t>(n + i));
-        }
-        cached += n + n_rows;
-      }
+      contexts.push_back({row, n, 0, batch.keys.row(row), batch.values.row(row)});
+      for (int64_t i = 0; i < n; ++i) positions.push_back(static_cast<int32_t>(i));
     }
-    WALSH_RETURN_IF_ERROR(ForwardLayer(context_, layer, context_positions, contexts,
-                                       batch.n_context_rows, of_contexts_.row(context_row),
-                                       scratch_));
-    if (batch.n_continuation_rows == 0) return absl::OkStatus();
-    std::vector<SequenceSlice> with_rows;
-    size_t next = 0;
+    WALSH_RETURN_IF_ERROR(ForwardLayer(context_, layer, positions, contexts, batch.n_context_rows,
+                                       of_contexts_.row(context_row), scratch_));
+    return ForwardContinuations(layer, batch, contexts, continuation_row);
+  }
+
+  // A continuation's keys and values follow a copy of its context's. So many go through the layer
+  // at once as have room in kCachedRows together, or one that needs more.
+  absl::Status ForwardContinuations(const DecoderLayer& layer, const Batch& batch,
+                                    std::span<const SequenceSlice> contexts, int64_t first_row) {
+    std::vector<Following> waiting;
+    int64_t n_cached = 0;
     for (size_t i = 0; i < batch.items.size(); ++i) {
-      for (size_t k = 0; k < batch.items[i].continuations.size(); ++k) {
-        const SequenceSlice& slice = continuations[next++];
-        if (slice.n_rows == 0) continue;
-        std::copy_n(contexts[i].keys, slice.n_past * width, slice.keys);
-        std::copy_n(contexts[i].values, slice.n_past * width, slice.values);
-        with_rows.push_back(slice);
+      for (const std::vector<int32_t>& continuation : batch.items[i].continuations) {
+        const int64_t n_rows = ContinuationRows(continuation);
+        if (n_rows == 0) continue;
+        const int64_t n = contexts[i].n_rows + n_rows;
+        if (!waiting.empty() && n_cached + n > kCachedRows) {
+          WALSH_RETURN_IF_ERROR(ForwardFollowing(layer, waiting, n_cached, &first_row));
+          waiting.clear();
+          n_cached = 0;
+        }
+        waiting.push_back({&contexts[i], n_rows});
+        n_cached += n;
       }
     }
-    return ForwardLayer(context_, layer, continuation_positions, with_rows,
-                        batch.n_continuation_rows, of_continuations_.row(continuation_row),
-                        scratch_);
+    return waiting.empty() ? absl::OkStatus()
+                           : ForwardFollowing(layer, waiting, n_cached, &first_row);
+  }
+
+  // A continuation's rows, and the context that is before them.
+  struct Following {
+    const SequenceSlice* context = nullptr;
+    int64_t n_rows = 0;
+  };
+
+  // *first_row, of of_continuations_, goes on by the rows that were forwarded.
+  absl::Status ForwardFollowing(const DecoderLayer& layer, std::span<const Following> followings,
+                                int64_t n_cached, int64_t* first_row) {
+    const int64_t width = context_.config->kv_width();
+    if (keys_.rows() < n_cached) {
+      keys_ = Matrix(n_cached, width);
+      values_ = Matrix(n_cached, width);
+    }
+    std::vector<SequenceSlice> slices;
+    std::vector<int32_t> positions;
+    int64_t cached = 0;
+    for (const Following& following : followings) {
+      const int64_t n_past = following.context->n_rows;
+      std::copy_n(following.context->keys, n_past * width, keys_.row(cached));
+      std::copy_n(following.context->values, n_past * width, values_.row(cached));
+      slices.push_back({static_cast<int64_t>(positions.size()), following.n_rows, n_past,
+                        keys_.row(cached), values_.row(cached)});
+      for (int64_t i = 0; i < following.n_rows; ++i) {
+        positions.push_back(static_cast<int32_t>(n_past + i));
+      }
+      cached += n_past + following.n_rows;
+    }
+    const auto n_rows = static_cast<int64_t>(positions.size());
+    WALSH_RETURN_IF_ERROR(ForwardLayer(context_, layer, positions, slices, n_rows,
+                                       of_continuations_.row(*first_row), scratch_));
+    *first_row += n_rows;
+    return absl::OkStatus();
   }
 
   const ForwardContext& context_;
   const std::span<const ContextTokens> contexts_;
   Matrix of_contexts_, of_continuations_;  // hidden states, [tokens, hidden]
+  Matrix keys_, values_;                   // of continuations and what is before them
   ForwardScratch scratch_;
 };
 

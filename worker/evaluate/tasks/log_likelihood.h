@@ -4,7 +4,8 @@
 // through the model once, whatever the number of its continuations: they attend to its keys and
 // values. Contexts go through the layers in blocks of some thousand tokens, and each layer is read
 // once a block, so that a model of any size needs the memory of one layer, of a block's hidden
-// states and of the head.
+// states and of the head; and of the keys and values, in one layer, of some thousand tokens or of a
+// longest context twice, whatever the number of its continuations.
 //
 // Units:   nats
 // Errors:  INVALID_ARGUMENT  a continuation without tokens or longer than the model's context; an

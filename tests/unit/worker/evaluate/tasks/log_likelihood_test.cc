@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <memory>
 #include <vector>
@@ -21,6 +22,13 @@ using ::walsh::testing::StatusIs;
 using ::walsh::testing::TinyModel;
 
 absl::Status Ignore(double) { return absl::OkStatus(); }
+
+// Of this process since its start.
+int64_t PeakMemoryKib() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_maxrss;
+}
 
 class LogLikelihoodsTest : public ::testing::Test {
  protected:
@@ -91,6 +99,37 @@ TEST_F(LogLikelihoodsTest, EqualWholeSequencesOneByOne) {
           << i << ", " << k;
     }
   }
+}
+
+// More keys and values than are held at once.
+TEST_F(LogLikelihoodsTest, ManyContinuationsOfALongContext) {
+  std::vector<ContextTokens> contexts = {{.context = Ids(3, 5), .continuations = {Ids(4, 1)}},
+                                         {.context = Ids(240, 1), .continuations = {}},
+                                         {.context = Ids(7, 2), .continuations = {Ids(5, 9)}}};
+  for (int64_t k = 0; k < 100; ++k) contexts[1].continuations.push_back(Ids(1 + k % 9, k));
+  ASSERT_OK_AND_ASSIGN(const auto found, Run(contexts));
+  for (size_t i = 0; i < contexts.size(); ++i) {
+    for (size_t k = 0; k < found[i].size(); ++k) {
+      EXPECT_NEAR(found[i][k].log_likelihood,
+                  Alone(contexts[i].context, contexts[i].continuations[k]), 2e-4)
+          << i << ", " << k;
+    }
+  }
+}
+
+// Goal:   a context's keys and values are not held once for each of its continuations.
+// Method: with 4,000 of them that were 2 GB.
+TEST_F(LogLikelihoodsTest, MemoryDoesNotGrowWithTheContinuations) {
+  TinyModel({.seed = 3, .n_layers = 1, .n_heads = 8, .n_kv_heads = 8, .head_dim = 32})
+      .WriteHf(directory_ / "wide");
+  ASSERT_OK_AND_ASSIGN(const auto wide, Checkpoint::Open(directory_ / "wide"));
+  ContextTokens tokens{.context = Ids(250, 1), .continuations = {}};
+  for (int64_t k = 0; k < 4000; ++k) tokens.continuations.push_back(Ids(2, k));
+  CheckpointSource source(*wide);
+  ThreadPool pool(2);
+  const int64_t before = PeakMemoryKib();
+  ASSERT_OK(LogLikelihoods(source, std::vector{tokens}, pool, Ignore));
+  EXPECT_LT(PeakMemoryKib() - before, 256 << 10);
 }
 
 TEST_F(LogLikelihoodsTest, ThreadsAndNeighboursDoNotMatter) {
