@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/limits.h"
 #include "common/status_macros.h"
 
 namespace walsh::evaluate {
@@ -24,9 +25,10 @@ class PairEncoder {
   PairEncoder(const Tokenizer& tokenizer, int64_t context_max, const TaskOptions& options)
       : tokenizer_(tokenizer), context_max_(context_max), options_(options) {}
 
-  absl::StatusOr<EncodedPair> Encode(const TaskChoice& choice) const {
-    const size_t end = choice.context.find_last_not_of(" \t\r\n\v\f") + 1;
-    const std::string text = choice.context + choice.continuation;
+  absl::StatusOr<EncodedPair> Encode(const std::string& before,
+                                     const std::string& continuation) const {
+    const size_t end = before.find_last_not_of(" \t\r\n\v\f") + 1;
+    const std::string text = before + continuation;
     WALSH_ASSIGN_OR_RETURN(Ids context, Tokens(std::string_view(text).substr(0, end)));
     WALSH_ASSIGN_OR_RETURN(const Ids whole, Tokens(text));
     if (whole.size() <= context.size()) {
@@ -106,9 +108,9 @@ void Summarize(const Task& task, TaskScore& score) {
   for (size_t i = 0; i < task.items.size(); ++i) {
     const TaskItem& item = task.items[i];
     std::vector<double> plain, normalized;
-    for (size_t k = 0; k < item.choices.size(); ++k) {
+    for (size_t k = 0; k < item.n_choices(); ++k) {
       plain.push_back(score.likelihoods[i][k].log_likelihood);
-      normalized.push_back(plain.back() / static_cast<double>(item.choices[k].characters));
+      normalized.push_back(plain.back() / static_cast<double>(item.Characters(k)));
     }
     if (task.kind == TaskKind::kLastWord) {
       right.push_back(score.likelihoods[i][0].is_greedy);
@@ -146,25 +148,35 @@ absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer
   std::vector<std::vector<Place>> places;
   TaskScore score;
   for (size_t i = 0; i < task.items.size(); ++i) {
+    const TaskItem& item = task.items[i];
     std::vector<EncodedPair> pairs;
     bool is_truncated = false;
-    for (const TaskChoice& choice : task.items[i].choices) {
-      absl::StatusOr<EncodedPair> pair = encoder.Encode(choice);
+    for (size_t k = 0; k < item.n_choices(); ++k) {
+      WALSH_RETURN_IF_ERROR(progress(0));
+      absl::StatusOr<EncodedPair> pair = encoder.Encode(item.context(k), item.continuation(k));
       if (pair.ok() && pair->context.empty()) {
         pair = absl::InvalidArgumentError("a context has no tokens");
       }
       if (!pair.ok()) {
-        return absl::Status(pair.status().code(), absl::StrCat("item ", i, " of task '", task.name,
-                                                               "': ", pair.status().message()));
+        return absl::Status(pair.status().code(),
+                            absl::StrCat("item ", i, ": ", pair.status().message()));
       }
       is_truncated = is_truncated || pair->is_truncated;
       pairs.push_back(*std::move(pair));
     }
     score.truncated_items += is_truncated;
+    const size_t n_before = contexts.size();
     places.push_back(Share(std::move(pairs), contexts));
-    if (i % 256 == 0) WALSH_RETURN_IF_ERROR(progress(0));
+    for (size_t c = n_before; c < contexts.size(); ++c) {
+      score.tokens += ForwardedTokens(contexts[c]);
+    }
+    // A text of which the choices differ by a word is encoded once for each of them.
+    if (score.tokens > limits::kTaskFileBytesMax) {
+      return absl::InvalidArgumentError(absl::StrCat("has more than ", limits::kTaskFileBytesMax,
+                                                     " tokens, at most as many as a file has bytes "
+                                                     "are taken"));
+    }
   }
-  for (const ContextTokens& tokens : contexts) score.tokens += ForwardedTokens(tokens);
   WALSH_ASSIGN_OR_RETURN(const auto likelihoods, LogLikelihoods(source, contexts, pool, progress));
   for (const std::vector<Place>& of_item : places) {
     std::vector<Likelihood>& choices = score.likelihoods.emplace_back();

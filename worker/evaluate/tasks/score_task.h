@@ -14,6 +14,7 @@
 // no room for its continuation is cut from the left.
 //
 // Errors:  those of log_likelihood.h and of Tokenizer::Encode; the message names the item
+//          INVALID_ARGUMENT  also for more tokens in all than a task's file may have bytes
 #pragma once
 
 #include <cstdint>

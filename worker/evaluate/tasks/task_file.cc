@@ -5,7 +5,6 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
@@ -81,55 +80,57 @@ absl::StatusOr<int64_t> Gold(const json& item, const char* key, size_t n_choices
   return gold;
 }
 
-absl::StatusOr<TaskChoice> Choice(std::string context, std::string_view choice,
-                                  std::string_view where) {
-  if (Strip(context).empty()) return Malformed(where, "a context is empty");
+absl::Status CheckContext(std::string_view context, std::string_view where) {
+  return Strip(context).empty() ? Malformed(where, "a context is empty") : absl::OkStatus();
+}
+
+// With the space before it.
+absl::StatusOr<std::string> Continuation(std::string_view choice, std::string_view where) {
   if (Strip(choice).empty()) return Malformed(where, "a continuation is empty");
-  return TaskChoice{.context = std::move(context),
-                    .continuation = absl::StrCat(" ", std::string(choice)),
-                    .characters = CountCodePoints(choice)};
+  return absl::StrCat(" ", std::string(choice));
 }
 
 // Several continuations of one context.
-absl::StatusOr<TaskItem> Continuations(const std::string& context,
-                                       const std::vector<std::string>& choices, int64_t gold,
-                                       std::string_view where) {
-  TaskItem item{.choices = {}, .gold = gold};
-  for (const std::string& text : choices) {
-    WALSH_ASSIGN_OR_RETURN(TaskChoice choice, Choice(context, text, where));
-    item.choices.push_back(std::move(choice));
+absl::StatusOr<TaskItem> Continuations(std::string context, const std::vector<std::string>& choices,
+                                       int64_t gold, std::string_view where) {
+  WALSH_RETURN_IF_ERROR(CheckContext(context, where));
+  TaskItem item;
+  item.gold = gold;
+  item.contexts.push_back(std::move(context));
+  for (const std::string& choice : choices) {
+    WALSH_ASSIGN_OR_RETURN(std::string continuation, Continuation(choice, where));
+    item.continuations.push_back(std::move(continuation));
   }
   return item;
 }
 
 absl::StatusOr<TaskItem> Question(const json& line, std::string_view where) {
+  constexpr std::string_view kAnswer = "\nAnswer:";
   WALSH_ASSIGN_OR_RETURN(std::string query, Text(line, "query", where));
   WALSH_ASSIGN_OR_RETURN(const auto choices, Texts(line, "choices", where));
   WALSH_ASSIGN_OR_RETURN(const int64_t gold, Gold(line, "gold", choices.size(), where));
   query = StripRight(query);
-  if (absl::StartsWith(query, "Question:")) query += "\nAnswer:";
-  return Continuations(query, choices, gold, where);
+  if (query.starts_with("Question:") && !query.ends_with(kAnswer)) query += kAnswer;
+  return Continuations(std::move(query), choices, gold, where);
 }
 
 absl::StatusOr<TaskItem> Schema(const json& line, std::string_view where) {
-  WALSH_ASSIGN_OR_RETURN(const auto options, Texts(line, "context_options", where));
-  WALSH_ASSIGN_OR_RETURN(const std::string continuation, Text(line, "continuation", where));
-  WALSH_ASSIGN_OR_RETURN(const int64_t gold, Gold(line, "gold", options.size(), where));
-  TaskItem item{.choices = {}, .gold = gold};
-  for (const std::string& option : options) {
-    WALSH_ASSIGN_OR_RETURN(TaskChoice choice, Choice(option, continuation, where));
-    item.choices.push_back(std::move(choice));
+  TaskItem item;
+  WALSH_ASSIGN_OR_RETURN(item.contexts, Texts(line, "context_options", where));
+  WALSH_ASSIGN_OR_RETURN(const std::string text, Text(line, "continuation", where));
+  WALSH_ASSIGN_OR_RETURN(item.gold, Gold(line, "gold", item.contexts.size(), where));
+  for (const std::string& context : item.contexts) {
+    WALSH_RETURN_IF_ERROR(CheckContext(context, where));
   }
+  WALSH_ASSIGN_OR_RETURN(std::string continuation, Continuation(text, where));
+  item.continuations.push_back(std::move(continuation));
   return item;
 }
 
 absl::StatusOr<TaskItem> LastWord(const json& line, std::string_view where) {
   WALSH_ASSIGN_OR_RETURN(std::string context, Text(line, "context", where));
-  WALSH_ASSIGN_OR_RETURN(const std::string continuation, Text(line, "continuation", where));
-  WALSH_ASSIGN_OR_RETURN(TaskChoice choice, Choice(std::move(context), continuation, where));
-  TaskItem item;
-  item.choices.push_back(std::move(choice));
-  return item;
+  WALSH_ASSIGN_OR_RETURN(std::string continuation, Text(line, "continuation", where));
+  return Continuations(std::move(context), {std::move(continuation)}, 0, where);
 }
 
 // As Python's str.capitalize(), where the first letter is ASCII.
@@ -171,12 +172,16 @@ class LineReader {
  public:
   explicit LineReader(std::string_view text) : text_(text) {}
   bool is_done() const { return text_.empty(); }
-  std::string_view Next() {
+  absl::StatusOr<std::string_view> Next() {
     ++number_;
     const size_t end = std::min(text_.find('\n'), text_.size());
     std::string_view line = text_.substr(0, end);
     text_.remove_prefix(std::min(end + 1, text_.size()));
     if (!line.empty() && line.back() == '\r') line.remove_suffix(1);
+    if (static_cast<int64_t>(line.size()) > limits::kTaskItemBytesMax) {
+      return Malformed(where(), absl::StrCat("has ", line.size(), " bytes, at most ",
+                                             limits::kTaskItemBytesMax, " are taken"));
+    }
     return line;
   }
   std::string where() const { return absl::StrCat("line ", number_); }
@@ -199,10 +204,12 @@ bool IsFull(const Task& task, int64_t limit) {
   return limit > 0 && static_cast<int64_t>(task.items.size()) == limit;
 }
 
-absl::Status ReadJsonLines(std::string_view text, int64_t limit, Task& task) {
+absl::Status ReadJsonLines(std::string_view text, int64_t limit, const KeepGoing& keep_going,
+                           Task& task) {
   const Form* form = nullptr;
   for (LineReader lines(text); !lines.is_done() && !IsFull(task, limit);) {
-    const std::string_view line = lines.Next();
+    WALSH_RETURN_IF_ERROR(Ask(keep_going));
+    WALSH_ASSIGN_OR_RETURN(const std::string_view line, lines.Next());
     if (Strip(line).empty()) continue;
     const std::string where = lines.where();
     WALSH_ASSIGN_OR_RETURN(const json element, ParseBoundedJson(where, line, kBounds));
@@ -224,27 +231,26 @@ absl::Status ReadJsonLines(std::string_view text, int64_t limit, Task& task) {
   return absl::OkStatus();
 }
 
-absl::Status ReadSixLines(std::string_view text, int64_t limit, Task& task) {
+absl::Status ReadSixLines(std::string_view text, int64_t limit, const KeepGoing& keep_going,
+                          Task& task) {
   for (LineReader lines(text); !lines.is_done() && !IsFull(task, limit);) {
-    const std::string context(lines.Next());
+    WALSH_RETURN_IF_ERROR(Ask(keep_going));
+    WALSH_ASSIGN_OR_RETURN(const std::string_view context, lines.Next());
     const std::string where = lines.where();
-    if (static_cast<int64_t>(context.size()) > limits::kTaskItemBytesMax) {
-      return Malformed(where, absl::StrCat("has ", context.size(), " bytes, at most ",
-                                           limits::kTaskItemBytesMax, " are taken"));
-    }
     if (Strip(context).empty()) continue;
+    WALSH_ASSIGN_OR_RETURN(const std::string_view label, lines.Next());
     int gold = -1;
-    if (!absl::SimpleAtoi(std::string(lines.Next()), &gold) || gold < 0 ||
-        gold >= kHellaSwagEndings) {
+    if (!absl::SimpleAtoi(std::string(label), &gold) || gold < 0 || gold >= kHellaSwagEndings) {
       return Malformed(lines.where(), "must be the number of the right ending, from 0 to 3");
     }
     std::vector<std::string> endings;
     for (int i = 0; i < kHellaSwagEndings; ++i) {
       if (lines.is_done()) return Malformed(where, "the item that begins here has no four endings");
-      endings.emplace_back(lines.Next());
+      WALSH_ASSIGN_OR_RETURN(const std::string_view ending, lines.Next());
+      endings.emplace_back(ending);
     }
     WALSH_RETURN_IF_ERROR(
-        AddItem(HellaSwag(context, std::move(endings), gold, where), task, where));
+        AddItem(HellaSwag(std::string(context), std::move(endings), gold, where), task, where));
   }
   return absl::OkStatus();
 }
@@ -258,30 +264,31 @@ std::string CleanHellaSwag(std::string_view text) {
   while (at < titled.size()) {
     // An opening bracket up to the first closing one of the same line.
     const size_t open = titled.find('[', at);
-    const size_t close = open == std::string::npos ? open : titled.find(']', open);
-    if (close == std::string::npos) break;
-    if (titled.substr(open, close - open).find('\n') != std::string::npos) {
-      kept.append(titled, at, open + 1 - at);
-      at = open + 1;
-      continue;
-    }
-    kept.append(titled, at, open - at);
-    at = close + 1;
+    const size_t end = open == std::string::npos ? open : titled.find_first_of("]\n", open);
+    if (end == std::string::npos) break;
+    // What opens on a line without a closing one stays, all of it.
+    kept.append(titled, at, (titled[end] == ']' ? open : end + 1) - at);
+    at = end + 1;
   }
   kept.append(titled, at);
   return absl::StrReplaceAll(kept, {{"  ", " "}});
 }
 
-absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit) {
+int64_t TaskItem::Characters(size_t choice) const {
+  return CountCodePoints(continuation(choice)) - 1;
+}
+
+absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit, const KeepGoing& keep_going) {
   WALSH_ASSIGN_OR_RETURN(const std::string text, ReadFile(file.path, limits::kTaskFileBytesMax));
   if (!IsValidUtf8(text)) return absl::InvalidArgumentError("the task's file is not UTF-8");
   Task task;
+  task.file_bytes = static_cast<int64_t>(text.size());
   const std::filesystem::path name(file.shown());
   task.name = name.stem();
   if (name.extension() == ".jsonl") {
-    WALSH_RETURN_IF_ERROR(ReadJsonLines(text, limit, task));
+    WALSH_RETURN_IF_ERROR(ReadJsonLines(text, limit, keep_going, task));
   } else {
-    WALSH_RETURN_IF_ERROR(ReadSixLines(text, limit, task));
+    WALSH_RETURN_IF_ERROR(ReadSixLines(text, limit, keep_going, task));
   }
   if (task.items.empty()) {
     return absl::InvalidArgumentError(

@@ -12,9 +12,10 @@
 //
 // Prompts are those of lm-evaluation-harness
 // (lm_eval/tasks/{piqa,arc,winogrande,lambada,hellaswag}, 2024): a query that begins with
-// "Question:" is followed by "\nAnswer:"; a space stands before a continuation; HellaSwag's texts
-// are cleaned of what WikiHow left in them; WinoGrande is evaluated partially, as the likelihood of
-// what follows the two contexts that differ in the option (Trinh and Le 2018, arXiv 1806.02847).
+// "Question:" is followed by "\nAnswer:", unless it ends so; a space stands before a continuation;
+// HellaSwag's texts are cleaned of what WikiHow left in them; WinoGrande is evaluated partially, as
+// the likelihood of what follows the two contexts that differ in the option (Trinh and Le 2018,
+// arXiv 1806.02847).
 //
 // Files are hostile: size, number, depth and lengths are bounded, text must be UTF-8.
 //
@@ -22,25 +23,36 @@
 //          INVALID_ARGUMENT  too large, not UTF-8, malformed (line), forms that differ, no item
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/io/named_file.h"
 
 namespace walsh::evaluate {
 
-struct TaskChoice {
-  std::string context;
-  std::string continuation;  // with the space before it
-  int64_t characters = 0;    // code points of the choice, without that space: for accuracy_norm
-};
-
+// Choices, of which each is a context and what continues it. What all of them have in common is
+// held once, so that a task takes about as much memory as its file. One choice alone: right if
+// greedy decoding gives it.
 struct TaskItem {
-  std::vector<TaskChoice> choices;  // one alone: right if greedy decoding gives it
-  int64_t gold = 0;                 // the index of the right one
+  std::vector<std::string> contexts;       // one of all choices, or one each
+  std::vector<std::string> continuations;  // likewise, with the space before them
+  int64_t gold = 0;                        // the index of the right one
+
+  size_t n_choices() const { return std::max(contexts.size(), continuations.size()); }
+  const std::string& context(size_t choice) const {
+    return contexts[contexts.size() == 1 ? 0 : choice];
+  }
+  const std::string& continuation(size_t choice) const {
+    return continuations[continuations.size() == 1 ? 0 : choice];
+  }
+  // Code points of a continuation without the space before it: for accuracy_norm.
+  int64_t Characters(size_t choice) const;
 };
 
 enum class TaskKind {
@@ -53,10 +65,13 @@ struct Task {
   std::string name;  // the file's, without folder and endings
   TaskKind kind = TaskKind::kContinuations;
   std::vector<TaskItem> items;
+  int64_t file_bytes = 0;
 };
 
-// The first `limit` items, or all where it is 0; what follows them is not looked at.
-absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit);
+// The first `limit` items, or all where it is 0; what follows them is not looked at. Asks
+// `keep_going` before each item.
+absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit,
+                              const KeepGoing& keep_going = {});
 
 // HellaSwag's preprocessing: " [title]" becomes ". ", other text in brackets goes, double spaces
 // become single ones, from left to right.

@@ -22,6 +22,7 @@ namespace walsh::evaluate {
 namespace {
 
 using ::testing::HasSubstr;
+using ::walsh::testing::HasCode;
 using ::walsh::testing::StatusIs;
 using ::walsh::testing::TinyModel;
 
@@ -57,12 +58,8 @@ class ScoreTaskTest : public ::testing::Test {
 
   static TaskItem Item(const std::string& context, const std::vector<std::string>& choices,
                        int64_t gold) {
-    TaskItem item{.choices = {}, .gold = gold};
-    for (const std::string& choice : choices) {
-      item.choices.push_back({.context = context,
-                              .continuation = " " + choice,
-                              .characters = static_cast<int64_t>(choice.size())});
-    }
+    TaskItem item{.contexts = {context}, .continuations = {}, .gold = gold};
+    for (const std::string& choice : choices) item.continuations.push_back(" " + choice);
     return item;
   }
 
@@ -122,7 +119,40 @@ TEST_F(ScoreTaskTest, CutsAContextThatIsTooLong) {
   const Task too_long{
       .name = "t", .kind = TaskKind::kContinuations, .items = {Item("short", {context, "b"}, 0)}};
   EXPECT_THAT(Score(too_long), StatusIs(absl::StatusCode::kInvalidArgument,
-                                        HasSubstr("item 0 of task 't': a continuation has")));
+                                        HasSubstr("item 0: a continuation has")));
+}
+
+// Contexts that differ, of one continuation.
+TEST_F(ScoreTaskTest, ChoicesOfContexts) {
+  const Task task{.name = "t",
+                  .kind = TaskKind::kContexts,
+                  .items = {{.contexts = {"so Ann", "so Bob"}, .continuations = {" won."}}}};
+  ASSERT_OK_AND_ASSIGN(const TaskScore score, Score(task));
+  ASSERT_OK_AND_ASSIGN(
+      const TaskScore each,
+      Score({.name = "t",
+             .kind = TaskKind::kLastWord,
+             .items = {Item("so Ann", {"won."}, 0), Item("so Bob", {"won."}, 0)}}));
+  ASSERT_EQ(score.likelihoods[0].size(), 2u);
+  for (size_t k = 0; k < 2; ++k) {
+    EXPECT_NEAR(score.likelihoods[0][k].log_likelihood, each.likelihoods[k][0].log_likelihood,
+                1e-5);
+  }
+}
+
+// Between any two of what it encodes.
+TEST_F(ScoreTaskTest, StopsWithinAnItem) {
+  const Task task{
+      .name = "t", .kind = TaskKind::kContinuations, .items = {Item("a", {"b", "c", "d", "e"}, 0)}};
+  CheckpointSource source(*checkpoint_);
+  ThreadPool pool(1);
+  int n_asked = 0;
+  EXPECT_THAT(ScoreTask(task, *tokenizer_, source, {}, pool,
+                        [&](double) {
+                          return ++n_asked == 3 ? absl::CancelledError("stop") : absl::OkStatus();
+                        }),
+              HasCode(absl::StatusCode::kCancelled));
+  EXPECT_EQ(n_asked, 3);
 }
 
 TEST_F(ScoreTaskTest, BosIsTheTokenizersRuleUnlessSkipped) {

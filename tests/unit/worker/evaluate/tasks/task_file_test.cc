@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <string_view>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/limits.h"
 #include "common/publish.h"
 #include "tests/testing/status_matchers.h"
@@ -42,12 +44,16 @@ TEST_F(ReadTaskTest, QuestionsAreAskedAsTheHarnessAsksThem) {
   EXPECT_EQ(task.kind, TaskKind::kContinuations);
   ASSERT_EQ(task.items.size(), 2);
   EXPECT_EQ(task.items[0].gold, 1);
-  ASSERT_EQ(task.items[0].choices.size(), 2);
-  EXPECT_EQ(task.items[0].choices[0].context, "Question: dresser\nAnswer:");
-  EXPECT_EQ(task.items[0].choices[1].context, "Question: dresser\nAnswer:");
-  EXPECT_EQ(task.items[0].choices[1].continuation, " zwölf");
-  EXPECT_EQ(task.items[0].choices[1].characters, 5) << "code points, without the space";
-  EXPECT_EQ(task.items[1].choices[2].context, "No question");
+  ASSERT_EQ(task.items[0].n_choices(), 2);
+  EXPECT_EQ(task.items[0].context(0), "Question: dresser\nAnswer:");
+  EXPECT_EQ(task.items[0].context(1), "Question: dresser\nAnswer:");
+  EXPECT_EQ(task.items[0].continuation(1), " zwölf");
+  EXPECT_EQ(task.items[0].Characters(1), 5) << "code points, without the space";
+  EXPECT_EQ(task.items[1].context(2), "No question");
+  ASSERT_OK_AND_ASSIGN(
+      const Task asked,
+      Read("arc.jsonl", R"({"query": "Question: x\nAnswer: ", "choices": ["a", "b"], "gold": 0})"));
+  EXPECT_EQ(asked.items[0].context(0), "Question: x\nAnswer:") << "asked once";
 }
 
 TEST_F(ReadTaskTest, SchemasDifferInTheirContexts) {
@@ -56,9 +62,9 @@ TEST_F(ReadTaskTest, SchemasDifferInTheirContexts) {
       Read("winogrande.jsonl",
            R"({"context_options": ["so Sarah", "so Maria"], "continuation": "won.", "gold": 0})"));
   EXPECT_EQ(task.kind, TaskKind::kContexts);
-  EXPECT_EQ(task.items[0].choices[1].context, "so Maria");
-  EXPECT_EQ(task.items[0].choices[0].continuation, " won.");
-  EXPECT_EQ(task.items[0].choices[1].continuation, " won.");
+  EXPECT_EQ(task.items[0].context(1), "so Maria");
+  EXPECT_EQ(task.items[0].continuation(0), " won.");
+  EXPECT_EQ(task.items[0].continuation(1), " won.");
 }
 
 TEST_F(ReadTaskTest, LastWords) {
@@ -66,8 +72,8 @@ TEST_F(ReadTaskTest, LastWords) {
       const Task task,
       Read("lambada.jsonl", R"({"context": "I don't care about", "continuation": "signs"})"));
   EXPECT_EQ(task.kind, TaskKind::kLastWord);
-  ASSERT_EQ(task.items[0].choices.size(), 1);
-  EXPECT_EQ(task.items[0].choices[0].continuation, " signs");
+  ASSERT_EQ(task.items[0].n_choices(), 1);
+  EXPECT_EQ(task.items[0].continuation(0), " signs");
 }
 
 TEST_F(ReadTaskTest, HellaSwagInBothForms) {
@@ -77,16 +83,16 @@ TEST_F(ReadTaskTest, HellaSwagInBothForms) {
   ASSERT_EQ(lines.items.size(), 1);
   EXPECT_EQ(lines.kind, TaskKind::kContinuations);
   EXPECT_EQ(lines.items[0].gold, 2);
-  EXPECT_EQ(lines.items[0].choices[2].context, "Roof: A man is up. He");
-  EXPECT_EQ(lines.items[0].choices[2].continuation, " is away.");
-  EXPECT_EQ(lines.items[0].choices[2].characters, 8);
+  EXPECT_EQ(lines.items[0].context(2), "Roof: A man is up. He");
+  EXPECT_EQ(lines.items[0].continuation(2), " is away.");
+  EXPECT_EQ(lines.items[0].Characters(2), 8);
 
   ASSERT_OK_AND_ASSIGN(
       const Task published,
       Read("hellaswag.jsonl",
            R"({"activity_label": "Roof", "ctx_a": "A man is up.", "ctx_b": "he",)"
            R"( "endings": ["falls.", "sits.", "is away.", "sings."], "label": "2"})"));
-  EXPECT_EQ(published.items[0].choices[2].context, "Roof: A man is up. He");
+  EXPECT_EQ(published.items[0].context(2), "Roof: A man is up. He");
   EXPECT_EQ(published.items[0].gold, 2);
 }
 
@@ -96,6 +102,16 @@ TEST(CleanHellaSwagTest, AsTheHarnessDoes) {
   EXPECT_EQ(CleanHellaSwag("[x\ny] [z]"), "[x\ny] ");
   EXPECT_EQ(CleanHellaSwag("open [ end"), "open [ end");
   EXPECT_EQ(CleanHellaSwag("four    spaces"), "four  spaces");
+  EXPECT_EQ(CleanHellaSwag("[a [b\n[c [d] e] [f"), "[a [b\n e] [f");
+}
+
+// Brackets that nothing closes on their line cost a look each: ten times as many take about ten
+// times as long, not a hundred. Quadratic, these took minutes.
+TEST(CleanHellaSwagTest, ManyOpenBrackets) {
+  const std::string open = std::string(4 << 20, '[') + "\n]";
+  const absl::Time start = absl::Now();
+  EXPECT_EQ(CleanHellaSwag(open).size(), open.size());
+  EXPECT_LT(absl::Now() - start, absl::Seconds(20));
 }
 
 // As in a Hugging Face cache, where a file is the link to a blob whose name may be any bytes.
@@ -106,6 +122,46 @@ TEST_F(ReadTaskTest, TheNameThatWasAskedForTellsFormatAndName) {
                        ReadTask({.path = blob, .name = "snapshots/1/lambada.jsonl"}, 0));
   EXPECT_EQ(task.name, "lambada");
   EXPECT_EQ(task.kind, TaskKind::kLastWord);
+}
+
+// 32 choices of a context, and 32 contexts of a continuation, that fill their lines.
+TEST_F(ReadTaskTest, WhatChoicesHaveInCommonIsHeldOnce) {
+  const std::string large(limits::kTaskItemBytesMax - 1000, 'x');
+  std::string choices;
+  for (int i = 0; i < limits::kTaskChoicesMax; ++i) choices += i == 0 ? "\"a\"" : ", \"a\"";
+  const auto held = [](const Task& task) {
+    size_t n_bytes = 0;
+    for (const std::string& text : task.items[0].contexts) n_bytes += text.size();
+    for (const std::string& text : task.items[0].continuations) n_bytes += text.size();
+    return n_bytes;
+  };
+  ASSERT_OK_AND_ASSIGN(const Task context,
+                       Read("q.jsonl", absl::StrCat(R"({"query": ")", large, R"(", "choices": [)",
+                                                    choices, R"(], "gold": 0})")));
+  EXPECT_LT(held(context), large.size() + 100);
+  EXPECT_EQ(context.items[0].context(31), large);
+  ASSERT_OK_AND_ASSIGN(
+      const Task continuation,
+      Read("w.jsonl", absl::StrCat(R"({"continuation": ")", large, R"(", "context_options": [)",
+                                   choices, R"(], "gold": 0})")));
+  EXPECT_LT(held(continuation), large.size() + 100);
+  EXPECT_EQ(continuation.items[0].continuation(31), " " + large);
+}
+
+TEST_F(ReadTaskTest, AsksBeforeEachItem) {
+  for (const char* name : {"t.jsonl", "t.txt"}) {
+    const bool is_json = std::string_view(name) == "t.jsonl";
+    const std::string item = is_json ? R"({"context": "a", "continuation": "b"})"
+                                       "\n"
+                                     : "c\n0\na\nb\nc\nd\n";
+    ASSERT_OK(PublishFile(dir_ / name, item + item + item));
+    int n_asked = 0;
+    EXPECT_THAT(
+        ReadTask({.path = dir_ / name}, 0,
+                 [&] { return ++n_asked == 2 ? absl::CancelledError("stop") : absl::OkStatus(); }),
+        HasCode(absl::StatusCode::kCancelled));
+    EXPECT_EQ(n_asked, 2);
+  }
 }
 
 TEST_F(ReadTaskTest, StopsAtTheLimit) {
@@ -163,6 +219,12 @@ TEST_F(ReadTaskTest, IsBounded) {
               StatusIs(kInvalid, HasSubstr("line 1")));
   EXPECT_THAT(Read("t.txt", absl::StrCat(huge, "x\n3\na\nb\nc\nd\n")),
               StatusIs(kInvalid, HasSubstr("at most 262144")));
+  for (const char* lines :
+       {"c\n", "c\n3\n", "c\n3\na\nb\nc\n"}) {  // its label and its endings, too
+    EXPECT_THAT(Read("t.txt", absl::StrCat(lines, huge, "x\na\nb\nc\n")),
+                StatusIs(kInvalid, HasSubstr("has 262145 bytes, at most 262144")))
+        << lines;
+  }
   EXPECT_THAT(Read("t.jsonl", std::string(100, '[')), HasCode(kInvalid));
   std::string many;
   for (int i = 0; i <= limits::kTaskItemsMax; ++i) many += "c\n0\na\nb\nc\nd\n";
