@@ -5,7 +5,6 @@
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
-#include "common/sha256.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
 
@@ -149,11 +148,16 @@ TokenWindows CutWindows(std::span<const int32_t> ids, int64_t length, int64_t n_
 }
 
 std::string Fingerprint(const TokenWindows& windows) {
-  static_assert(std::endian::native == std::endian::little);
-  Sha256 hash;
-  hash.Update(&windows.length, sizeof(windows.length));
-  hash.Update(windows.ids.data(), windows.ids.size() * sizeof(int32_t));
+  WindowHash hash(windows.length);
+  hash.Add(windows.ids);
   return hash.HexDigest();
+}
+
+WindowHash::WindowHash(int64_t length) { hash_.Update(&length, sizeof(length)); }
+
+void WindowHash::Add(std::span<const int32_t> ids) {
+  static_assert(std::endian::native == std::endian::little);
+  hash_.Update(ids.data(), ids.size_bytes());
 }
 
 }  // namespace walsh::calibrate

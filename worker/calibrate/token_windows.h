@@ -20,6 +20,7 @@
 
 #include "absl/status/statusor.h"
 #include "common/keep_going.h"
+#include "common/sha256.h"
 #include "worker/calibrate/samples.h"
 #include "worker/tokenizer/tokenizer.h"
 
@@ -62,5 +63,15 @@ TokenWindows CutWindows(std::span<const int32_t> ids, int64_t length, int64_t n_
 
 // SHA-256 of the window length and the ids (little-endian 32-bit): what a job was calibrated with.
 std::string Fingerprint(const TokenWindows& windows);
+// The same of windows that come one after another.
+class WindowHash {
+ public:
+  explicit WindowHash(int64_t length);
+  void Add(std::span<const int32_t> ids);
+  std::string HexDigest() { return hash_.HexDigest(); }
+
+ private:
+  Sha256 hash_;
+};
 
 }  // namespace walsh::calibrate

@@ -4,14 +4,17 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "common/limits.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "worker/calibrate/samples.h"
 #include "worker/calibrate/token_windows.h"
+#include "worker/evaluate/evaluation_memory.h"
 #include "worker/evaluate/layer_source.h"
 #include "worker/evaluate/perplexity.h"
 #include "worker/io/artifact.h"
@@ -32,28 +35,46 @@ absl::Status Named(const std::string& name, const absl::Status& status) {
 }
 
 struct TextInput {
-  StridedWindows cut;
-  int64_t stride = 0;
+  StridedWindows windows;
+  int64_t per_block = 1;                  // windows that go through a model together
   std::unique_ptr<Checkpoint> reference;  // null: none
 
   int64_t n_models() const { return reference == nullptr ? 1 : 2; }
+  int64_t block_tokens() const { return std::min(per_block, windows.count()) * windows.length(); }
 };
 
 // What an evaluation costs, in tokens through the model.
 double Cost(const TextInput& text) {
-  return static_cast<double>(text.n_models() * static_cast<int64_t>(text.cut.windows.ids.size()));
+  return static_cast<double>(text.n_models() * text.windows.count() * text.windows.length());
+}
+
+// Bytes that go through the model: of contexts once, of continuations after each context. There are
+// at most as many tokens, and a BOS.
+int64_t ForwardedBytes(const TaskItem& item) {
+  int64_t n_bytes = 0;
+  for (const std::string& context : item.contexts) n_bytes += static_cast<int64_t>(context.size());
+  for (size_t k = 0; k < item.n_choices(); ++k) {
+    n_bytes += static_cast<int64_t>(item.continuation(k).size());
+  }
+  return n_bytes;
 }
 
 // Before it is encoded: a token has about four characters.
 double Cost(const Task& task) {
   int64_t n_bytes = 0;
-  for (const TaskItem& item : task.items) {
-    for (const TaskChoice& choice : item.choices) {
-      n_bytes += static_cast<int64_t>(choice.continuation.size());
-    }
-    n_bytes += static_cast<int64_t>(item.choices[0].context.size());
-  }
+  for (const TaskItem& item : task.items) n_bytes += ForwardedBytes(item);
   return static_cast<double>(n_bytes) / 4;
+}
+
+// Text that is held beside its token ids, and what is allocated for each of its pieces.
+int64_t HeldBytes(const Task& task) {
+  constexpr int64_t kPerPiece = 128;
+  int64_t n_bytes = 0;
+  for (const TaskItem& item : task.items) {
+    n_bytes += ForwardedBytes(item) * static_cast<int64_t>(1 + sizeof(int32_t)) +
+               static_cast<int64_t>(item.contexts.size() + item.n_choices()) * kPerPiece;
+  }
+  return n_bytes;
 }
 
 // Losses and divergences of all windows, gathered from blocks.
@@ -114,25 +135,62 @@ class Evaluation {
 
  private:
   absl::Status Prepare() {
-    WALSH_RETURN_IF_ERROR(progress_("files", 0));
+    WALSH_RETURN_IF_ERROR(Tell("files", 0));
     WALSH_ASSIGN_OR_RETURN(
         artifact_, ArtifactReader::Open(spec_.artifact_directory, /*verify=*/true,
-                                        pool_.n_threads(), [&] { return progress_("files", 0); }));
+                                        pool_.n_threads(), [&] { return Tell("files", 0); }));
     WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(artifact_->tokenizer()));
     source_ = std::make_unique<ArtifactSource>(*artifact_);
-    for (const TaskSpec& task : spec_.tasks) {
-      absl::StatusOr<Task> read = ReadTask({task.path, task.name}, task.limit);
-      if (!read.ok()) return Named(absl::StrCat("task ", tasks_.size() + 1), read.status());
-      tasks_.push_back(*std::move(read));
-      total_ += Cost(tasks_.back());
-    }
+    WALSH_RETURN_IF_ERROR(ReadTasks());
     if (spec_.text.has_value()) {
       absl::StatusOr<TextInput> text = PrepareText(*spec_.text);
-      if (!text.ok()) return Named("text", text.status());
+      if (!text.ok()) return About("text", text.status());
       text_ = *std::move(text);
       total_ += Cost(*text_);
     }
+    return spec_.check_memory ? spec_.check_memory(BytesNeeded()) : absl::OkStatus();
+  }
+
+  absl::Status ReadTasks() {
+    int64_t n_bytes = 0;
+    for (const TaskSpec& task : spec_.tasks) {
+      absl::StatusOr<Task> read =
+          ReadTask({task.path, task.name}, task.limit, [&] { return Tell("files", 0); });
+      if (!read.ok()) return About(absl::StrCat("task ", tasks_.size() + 1), read.status());
+      n_bytes += read->file_bytes;
+      tasks_.push_back(*std::move(read));
+      if (n_bytes > limits::kTaskFileBytesMax) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("the first ", tasks_.size(), " tasks' files have ", n_bytes,
+                         " bytes together, at most ", limits::kTaskFileBytesMax, " are taken"));
+      }
+      total_ += Cost(tasks_.back());
+    }
     return absl::OkStatus();
+  }
+
+  int64_t BytesNeeded() const {
+    EvaluationShape shape;
+    for (const Task& task : tasks_) {
+      shape.held_bytes += HeldBytes(task);
+      for (const TaskItem& item : task.items) {
+        shape.item_tokens_max = std::max(shape.item_tokens_max,
+                                         std::min(ForwardedBytes(item) + 1, ItemTokensMax(item)));
+      }
+    }
+    const ModelConfig* reference = nullptr;
+    if (text_.has_value()) {
+      shape.window = text_->windows.length();
+      shape.block_tokens = text_->block_tokens();
+      shape.held_bytes += text_->windows.n_ids() * static_cast<int64_t>(sizeof(int32_t));
+      if (text_->reference != nullptr) reference = &text_->reference->config();
+    }
+    return EvaluationBytes(artifact_->config(), reference, shape);
+  }
+
+  // Each choice is cut to the model's context.
+  int64_t ItemTokensMax(const TaskItem& item) const {
+    return static_cast<int64_t>(item.n_choices()) * (artifact_->config().max_position + 1);
   }
 
   absl::StatusOr<TextInput> PrepareText(const TextSpec& spec) {
@@ -154,18 +212,42 @@ class Evaluation {
       report_.warnings.push_back(
           absl::StrCat("window ", asked, " reduced to the model's context ", window));
     }
-    text.stride = std::min(spec.stride == 0 ? window : spec.stride, window);
+    const int64_t stride = std::min(spec.stride == 0 ? window : spec.stride, window);
     const int64_t n_max = spec.max_windows == 0 ? limits::kEvaluationWindowsMax : spec.max_windows;
+    // One window more than are cut tells whether all of the text is in them.
     WALSH_ASSIGN_OR_RETURN(std::vector<int32_t> ids,
-                           ReadIds(spec, window, window + (n_max - 1) * text.stride));
+                           ReadIds(spec, window, window + n_max * stride));
     const auto n_ids = static_cast<int64_t>(ids.size());
     if (n_ids < limits::kSequenceLengthMin) {
       return absl::InvalidArgumentError(absl::StrCat("has ", n_ids, " tokens, at least ",
                                                      limits::kSequenceLengthMin, " are needed"));
     }
+    if (text.reference != nullptr) {
+      WALSH_RETURN_IF_ERROR(CompareTokens(text.reference->tokenizer(), ids));
+    }
     // A text shorter than a window is one shorter window.
-    text.cut = CutStrided(ids, std::min(window, n_ids), text.stride, n_max);
+    text.windows = StridedWindows(std::move(ids), std::min(window, n_ids), stride, n_max);
+    const int64_t tokens_max = std::min(kBlockTokens, kBlockFloats / config.hidden);
+    text.per_block = std::max<int64_t>(1, tokens_max / text.windows.length());
+    WarnOfWindows(spec, window, text.windows);
     return text;
+  }
+
+  void WarnOfWindows(const TextSpec& spec, int64_t window, const StridedWindows& windows) {
+    if (windows.length() < window) {
+      report_.warnings.push_back(absl::StrCat("the text has ", windows.n_ids(),
+                                              " tokens, fewer than a window of ", window,
+                                              ": evaluated on one of ", windows.length()));
+    }
+    if (windows.count() < spec.max_windows) {
+      report_.warnings.push_back(absl::StrCat("evaluated on ", windows.count(),
+                                              " windows instead of ", spec.max_windows,
+                                              ": the text has ", windows.n_ids(), " tokens"));
+    }
+    if (spec.max_windows == 0 && windows.has_more()) {
+      report_.warnings.push_back(absl::StrCat("evaluated on the text's first ", windows.count(),
+                                              " windows, the most that are taken"));
+    }
   }
 
   absl::StatusOr<std::vector<int32_t>> ReadIds(const TextSpec& spec, int64_t window,
@@ -179,44 +261,68 @@ class Evaluation {
       WALSH_ASSIGN_OR_RETURN(samples, calibrate::ReadSamples({spec.path, spec.name}, *tokenizer_,
                                                              artifact_->tokenizer().chat_template));
     }
-    WALSH_ASSIGN_OR_RETURN(calibrate::TokenStream stream,
-                           calibrate::EncodeSamples(
-                               samples, *tokenizer_, artifact_->config().vocab, window, n_wanted,
-                               [&] { return progress_("text", 0); }, {.skip_bos = spec_.skip_bos}));
+    WALSH_ASSIGN_OR_RETURN(
+        calibrate::TokenStream stream,
+        calibrate::EncodeSamples(samples, *tokenizer_, artifact_->config().vocab, window, n_wanted,
+                                 [&] { return Tell("text", 0); }, {.skip_bos = spec_.skip_bos}));
     return std::move(stream.ids);
+  }
+
+  // The reference reads the model's ids: each must stand for the same.
+  absl::Status CompareTokens(const TokenizerSource& source, std::span<const int32_t> ids) {
+    absl::StatusOr<std::unique_ptr<Tokenizer>> reference = Tokenizer::Create(source);
+    if (!reference.ok()) return Named("the reference", reference.status());
+    for (const int32_t id : std::set<int32_t>(ids.begin(), ids.end())) {
+      const std::string own = tokenizer_->TokenBytes(id, /*skip_special=*/false);
+      const std::string other = (*reference)->TokenBytes(id, /*skip_special=*/false);
+      if (own == other) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("the reference has another tokenizer: its token ", id, " is \"",
+                       absl::CHexEscape(other), "\", the model's \"", absl::CHexEscape(own), "\""));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Tell(const std::string& step, double fraction) {
+    absl::Status status = progress_(step, fraction);
+    if (!status.ok()) stopped_ = status;
+    return status;
+  }
+
+  // What stopped the evaluation from outside is about no file of it.
+  absl::Status About(const std::string& name, const absl::Status& status) const {
+    return stopped_.ok() ? Named(name, status) : stopped_;
   }
 
   // The share of everything that is done when `done` tokens of the running step are.
   absl::Status Show(const std::string& step, double done) {
-    return progress_(step, std::min(1.0, (done_ + done) / total_));
+    return Tell(step, std::min(1.0, (done_ + done) / total_));
   }
 
   absl::Status EvaluateText(const TextInput& text, TextReport& report) {
-    const calibrate::TokenWindows& all = text.cut.windows;
-    report.window = all.length;
-    report.stride = text.stride;
-    report.fingerprint = calibrate::Fingerprint(all);
+    const StridedWindows& windows = text.windows;
+    report.window = windows.length();
+    report.stride = windows.stride();
     if (text.reference != nullptr) report.reference_format = text.reference->format();
-    const int64_t tokens_max = std::min(kBlockTokens, kBlockFloats / artifact_->config().hidden);
-    const int64_t per_block = std::max<int64_t>(1, tokens_max / all.length);
     TextSums sums;
-    for (int64_t first = 0; first < all.count(); first += per_block) {
-      const int64_t n = std::min(per_block, all.count() - first);
-      calibrate::TokenWindows block;
-      block.length = all.length;
-      block.ids.assign(all.ids.begin() + first * all.length,
-                       all.ids.begin() + (first + n) * all.length);
-      const auto scored_from = ScoredFrom(text.cut.scored_from)
-                                   .subspan(static_cast<size_t>(first), static_cast<size_t>(n));
-      WALSH_RETURN_IF_ERROR(EvaluateBlock(text, block, scored_from, sums));
-      done_ += static_cast<double>(text.n_models() * n * all.length);
+    calibrate::WindowHash hash(windows.length());
+    for (int64_t first = 0; first < windows.count(); first += text.per_block) {
+      const int64_t n = std::min(text.per_block, windows.count() - first);
+      const calibrate::TokenWindows block = windows.Cut(first, n);
+      hash.Add(block.ids);
+      const std::vector<int64_t> positions = windows.FirstScored(first, n);
+      const ScoredFrom scored_from{.positions = positions, .first_window = first};
+      const absl::Status status = EvaluateBlock(text, block, scored_from, sums);
+      if (!status.ok()) return About("text", status);
+      done_ += static_cast<double>(text.n_models() * n * windows.length());
     }
     sums.Fill(report);
+    report.fingerprint = hash.HexDigest();
     return absl::OkStatus();
   }
 
   absl::Status EvaluateBlock(const TextInput& text, const calibrate::TokenWindows& block,
-                             ScoredFrom scored_from, TextSums& sums) {
+                             const ScoredFrom& scored_from, TextSums& sums) {
     const auto n_tokens = static_cast<double>(block.ids.size());
     // The heads, at the end, count as a tenth of each model's way.
     const auto step = [&](double offset, double share) -> Progress {
@@ -225,7 +331,7 @@ class Evaluation {
       };
     };
     std::vector<int64_t> scored;
-    for (const int64_t from : scored_from) scored.push_back(block.length - from);
+    for (const int64_t from : scored_from.positions) scored.push_back(block.length - from);
     if (text.reference == nullptr) {
       WALSH_ASSIGN_OR_RETURN(const FinalStates states,
                              ForwardToHead(*source_, block, pool_, step(0, 0.9)));
@@ -252,7 +358,7 @@ class Evaluation {
     absl::StatusOr<TaskScore> score =
         ScoreTask(task, *tokenizer_, *source_, {.skip_bos = spec_.skip_bos}, pool_,
                   [&](double fraction) { return Show(task.name, fraction * cost); });
-    WALSH_RETURN_IF_ERROR(score.status());
+    if (!score.ok()) return About(absl::StrCat("task '", task.name, "'"), score.status());
     done_ += cost;
     if (score->truncated_items > 0) {
       report_.warnings.push_back(
@@ -276,6 +382,7 @@ class Evaluation {
   std::optional<TextInput> text_;
   std::vector<Task> tasks_;
   double total_ = 0, done_ = 0;  // as Cost counts
+  absl::Status stopped_;         // by `progress_`
   EvaluationReport report_;
 };
 
@@ -300,19 +407,28 @@ std::string JoinRows(std::string_view text) {
   return joined;
 }
 
-StridedWindows CutStrided(std::span<const int32_t> ids, int64_t length, int64_t stride,
-                          int64_t n_max) {
-  StridedWindows cut;
-  cut.windows.length = length;
-  for (int64_t begin = 0;
-       begin + length <= static_cast<int64_t>(ids.size()) && cut.windows.count() < n_max;
-       begin += stride) {
-    const auto window = ids.subspan(static_cast<size_t>(begin), static_cast<size_t>(length));
-    cut.windows.ids.insert(cut.windows.ids.end(), window.begin(), window.end());
-    // The last `stride` tokens were in no window before; the first token of all is never predicted.
-    cut.scored_from.push_back(begin == 0 ? 1 : std::max<int64_t>(1, length - stride));
+StridedWindows::StridedWindows(std::vector<int32_t> ids, int64_t length, int64_t stride,
+                               int64_t n_max)
+    : ids_(std::move(ids)), length_(length), stride_(stride) {
+  if (n_ids() >= length_) count_ = std::min(n_max, (n_ids() - length_) / stride_ + 1);
+}
+
+calibrate::TokenWindows StridedWindows::Cut(int64_t first, int64_t n) const {
+  calibrate::TokenWindows windows;
+  windows.length = length_;
+  windows.ids.reserve(static_cast<size_t>(n * length_));
+  for (int64_t i = first; i < first + n; ++i) {
+    const auto begin = ids_.begin() + i * stride_;
+    windows.ids.insert(windows.ids.end(), begin, begin + length_);
   }
-  return cut;
+  return windows;
+}
+
+std::vector<int64_t> StridedWindows::FirstScored(int64_t first, int64_t n) const {
+  // The last `stride` tokens were in no window before; the first token of all is never predicted.
+  std::vector<int64_t> positions(static_cast<size_t>(n), std::max<int64_t>(1, length_ - stride_));
+  if (first == 0 && n > 0) positions[0] = 1;
+  return positions;
 }
 
 }  // namespace walsh::evaluate

@@ -4,10 +4,13 @@
 // a bad file is refused at once. Weights are the artifact's stored ones in floats, read a layer at
 // a time; texts go through the model in blocks of windows. docs/quality.md defines the figures.
 //
-// Errors:  those of the files' readers, of the tokenizer and of the evaluation; what is about a
-//          text, a task or the reference begins with its name
-// Memory:  the head, a layer, and the hidden states of a block of windows; with a reference twice,
-//          one after the other but for the hidden states and the heads
+// Errors:  INVALID_ARGUMENT  task files that are too large together, a reference whose vocabulary
+// or
+//                            tokenizer is another; others are those of the files' readers, of the
+//                            tokenizer and of the evaluation; what is about a text, a task or the
+//                            reference begins with its name
+//          and what `progress` and `check_memory` return, as it is
+// Memory:  evaluation_memory.h
 #pragma once
 
 #include <cstdint>
@@ -42,10 +45,15 @@ struct TaskSpec {
 };
 
 struct EvaluationSpec {
+  // Asked once, before the work, whether so much memory may be used (EvaluationBytes). A status
+  // that is not OK becomes the evaluation's. Empty: it always may.
+  using CheckMemory = std::function<absl::Status(int64_t bytes_needed)>;
+
   std::string artifact_directory;
   std::optional<TextSpec> text;
   std::vector<TaskSpec> tasks;
   bool skip_bos = false;
+  CheckMemory check_memory;
 };
 
 struct TextReport {
@@ -74,7 +82,8 @@ struct EvaluationReport {
   std::vector<std::string> warnings;
 };
 
-// Called every few hundred milliseconds with what is evaluated and the share of all that is done.
+// Called with what is evaluated and the share of all that is done: between files, items and slices
+// of text that are read, and then as perplexity.h and log_likelihood.h say.
 using StepProgress = std::function<absl::Status(const std::string& step, double fraction)>;
 
 absl::StatusOr<EvaluationReport> EvaluateArtifact(const EvaluationSpec& spec, ThreadPool& pool,
@@ -85,12 +94,25 @@ absl::StatusOr<EvaluationReport> EvaluateArtifact(const EvaluationSpec& spec, Th
 std::string JoinRows(std::string_view text);
 
 // Windows of `length` tokens that begin `stride` apart, at most `n_max`: all tokens of a long text
-// but the last are in one. `scored_from` as Compare takes it.
-struct StridedWindows {
-  calibrate::TokenWindows windows;
-  std::vector<int64_t> scored_from;
+// but the last are in one. They are cut when they are needed, since those that overlap are many
+// times the text.
+class StridedWindows {
+ public:
+  StridedWindows() = default;
+  StridedWindows(std::vector<int32_t> ids, int64_t length, int64_t stride, int64_t n_max);
+  int64_t count() const { return count_; }
+  int64_t length() const { return length_; }
+  int64_t stride() const { return stride_; }
+  int64_t n_ids() const { return static_cast<int64_t>(ids_.size()); }
+  // Whether the text has another window, beyond `n_max`.
+  bool has_more() const { return length_ + count_ * stride_ <= n_ids(); }
+  calibrate::TokenWindows Cut(int64_t first, int64_t n) const;
+  // Of the same windows, as ScoredFrom::positions.
+  std::vector<int64_t> FirstScored(int64_t first, int64_t n) const;
+
+ private:
+  std::vector<int32_t> ids_;
+  int64_t length_ = 0, stride_ = 0, count_ = 0;
 };
-StridedWindows CutStrided(std::span<const int32_t> ids, int64_t length, int64_t stride,
-                          int64_t n_max);
 
 }  // namespace walsh::evaluate

@@ -48,8 +48,8 @@ class Predictor {
   std::vector<double> losses_;
 };
 
-int64_t FirstScored(ScoredFrom scored_from, int64_t window) {
-  return scored_from.empty() ? 1 : scored_from[static_cast<size_t>(window)];
+int64_t FirstScored(const ScoredFrom& scored_from, int64_t window) {
+  return scored_from.positions.empty() ? 1 : scored_from.positions[static_cast<size_t>(window)];
 }
 
 absl::Status AddLoss(double sum, int64_t n_scored, int64_t window, WindowLosses& result) {
@@ -61,22 +61,26 @@ absl::Status AddLoss(double sum, int64_t n_scored, int64_t window, WindowLosses&
   return absl::OkStatus();
 }
 
+double Share(int64_t done, int64_t total) {
+  return static_cast<double>(done) / static_cast<double>(total);
+}
+
 // Calls `rows(first hidden row, targets)` for the scored positions of a window, kLogitRows at most
-// at a time.
+// at a time, and `progress` after each.
 template <typename Rows>
 absl::Status ForEachLogitRows(const calibrate::TokenWindows& windows, int64_t window,
-                              int64_t first_scored, const Rows& rows) {
+                              int64_t first_scored, const Progress& progress, const Rows& rows) {
   const std::span<const int32_t> ids = windows.window(window);
   for (int64_t target = first_scored; target < windows.length; target += kLogitRows) {
     const int64_t n = std::min(kLogitRows, windows.length - target);
     WALSH_RETURN_IF_ERROR(rows(window * windows.length + target - 1,
                                ids.subspan(static_cast<size_t>(target), static_cast<size_t>(n))));
+    WALSH_RETURN_IF_ERROR(
+        progress((static_cast<double>(window) +
+                  Share(target + n - first_scored, windows.length - first_scored)) /
+                 static_cast<double>(windows.count())));
   }
   return absl::OkStatus();
-}
-
-double Share(int64_t done, int64_t total) {
-  return static_cast<double>(done) / static_cast<double>(total);
 }
 
 // A model's layers count as one each, its head as as many as it has parameters of one.
@@ -192,19 +196,20 @@ absl::StatusOr<FinalStates> ForwardToHead(LayerSource& source,
 }
 
 absl::StatusOr<WindowLosses> Losses(const ModelConfig& config, const FinalStates& states,
-                                    const calibrate::TokenWindows& windows, ScoredFrom scored_from,
-                                    ThreadPool& pool, const Progress& progress) {
+                                    const calibrate::TokenWindows& windows,
+                                    const ScoredFrom& scored_from, ThreadPool& pool,
+                                    const Progress& progress) {
   Predictor model(config, states, {kernels::Backend::kCpu, &pool});
   WindowLosses result;
   for (int64_t i = 0; i < windows.count(); ++i) {
     const int64_t first = FirstScored(scored_from, i);
     double sum = 0;
+    WALSH_RETURN_IF_ERROR(ForEachLogitRows(windows, i, first, progress,
+                                           [&](int64_t row, std::span<const int32_t> targets) {
+                                             return model.Predict(row, targets, &sum);
+                                           }));
     WALSH_RETURN_IF_ERROR(
-        ForEachLogitRows(windows, i, first, [&](int64_t row, std::span<const int32_t> targets) {
-          return model.Predict(row, targets, &sum);
-        }));
-    WALSH_RETURN_IF_ERROR(AddLoss(sum, windows.length - first, i, result));
-    WALSH_RETURN_IF_ERROR(progress(Share(i + 1, windows.count())));
+        AddLoss(sum, windows.length - first, scored_from.first_window + i, result));
   }
   return result;
 }
@@ -212,8 +217,9 @@ absl::StatusOr<WindowLosses> Losses(const ModelConfig& config, const FinalStates
 absl::StatusOr<Comparison> Compare(const ModelConfig& reference_config,
                                    const FinalStates& reference, const ModelConfig& config,
                                    const FinalStates& states,
-                                   const calibrate::TokenWindows& windows, ScoredFrom scored_from,
-                                   ThreadPool& pool, const Progress& progress) {
+                                   const calibrate::TokenWindows& windows,
+                                   const ScoredFrom& scored_from, ThreadPool& pool,
+                                   const Progress& progress) {
   const kernels::Stream stream{kernels::Backend::kCpu, &pool};
   Predictor before(reference_config, reference, stream);
   Predictor after(config, states, stream);
@@ -243,17 +249,17 @@ absl::StatusOr<Comparison> Compare(const ModelConfig& reference_config,
       result.n_agreeing = std::accumulate(agrees.begin(), agrees.begin() + n, result.n_agreeing);
       return absl::OkStatus();
     };
-    WALSH_RETURN_IF_ERROR(ForEachLogitRows(windows, i, first, compare));
+    WALSH_RETURN_IF_ERROR(ForEachLogitRows(windows, i, first, progress, compare));
     const int64_t n_scored = windows.length - first;
-    WALSH_RETURN_IF_ERROR(AddLoss(sum_before, n_scored, i, result.reference));
-    WALSH_RETURN_IF_ERROR(AddLoss(sum_after, n_scored, i, result.model));
+    const int64_t window = scored_from.first_window + i;
+    WALSH_RETURN_IF_ERROR(AddLoss(sum_before, n_scored, window, result.reference));
+    WALSH_RETURN_IF_ERROR(AddLoss(sum_after, n_scored, window, result.model));
     if (!std::isfinite(divergence)) {
       return absl::DataLossError(
-          absl::StrCat("the divergence of evaluation window ", i, " is ", divergence));
+          absl::StrCat("the divergence of evaluation window ", window, " is ", divergence));
     }
     // Rounding can leave a tiny negative sum where the models agree.
     result.divergences.push_back(std::max(0.0, divergence / static_cast<double>(n_scored)));
-    WALSH_RETURN_IF_ERROR(progress(Share(i + 1, windows.count())));
   }
   return result;
 }

@@ -40,7 +40,8 @@ struct WindowLosses {
   double Perplexity() const;   // exp of the mean; 0 without windows
 };
 
-// Called every few hundred milliseconds with the share that is done, 0 … 1.
+// Called with the share that is done, 0 … 1, after each batch of rows through a layer and after
+// each kLogitRows through a head.
 using Progress = std::function<absl::Status(double fraction)>;
 
 absl::StatusOr<WindowLosses> EvaluateWindows(LayerSource& source,
@@ -65,20 +66,26 @@ struct Comparison {
   double Top1Agreement() const;     // 0 without windows
 };
 
-// First predicted position of each window, from 1; what is before it was predicted in the window
-// before, which overlaps. Empty: 1 for all.
-using ScoredFrom = std::span<const int64_t>;
+// What is scored of some windows of a text.
+struct ScoredFrom {
+  // First predicted position of each, from 1; what is before it was predicted in the window before,
+  // which overlaps. Empty: 1 for all.
+  std::span<const int64_t> positions;
+  int64_t first_window = 0;  // the number of the first among all the text's, for messages
+};
 
 // Losses of one model, or of two and their divergence. `config` is that of the (second) model; of
 // the reference only the width and the epsilon of its norm may differ.
 absl::StatusOr<WindowLosses> Losses(const ModelConfig& config, const FinalStates& states,
-                                    const calibrate::TokenWindows& windows, ScoredFrom scored_from,
-                                    ThreadPool& pool, const Progress& progress);
+                                    const calibrate::TokenWindows& windows,
+                                    const ScoredFrom& scored_from, ThreadPool& pool,
+                                    const Progress& progress);
 absl::StatusOr<Comparison> Compare(const ModelConfig& reference_config,
                                    const FinalStates& reference, const ModelConfig& config,
                                    const FinalStates& states,
-                                   const calibrate::TokenWindows& windows, ScoredFrom scored_from,
-                                   ThreadPool& pool, const Progress& progress);
+                                   const calibrate::TokenWindows& windows,
+                                   const ScoredFrom& scored_from, ThreadPool& pool,
+                                   const Progress& progress);
 
 // The pieces that calibration and the equivalence gate share with it.
 

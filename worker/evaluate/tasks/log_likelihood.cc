@@ -5,20 +5,12 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/keep_going.h"
 #include "common/status_macros.h"
 #include "worker/kernels/kernels.h"
 
 namespace walsh::evaluate {
 namespace {
-
-// Tokens of a block: a layer's reading, which costs as much as a few hundred tokens' way through
-// it, is spread over so many. And of those that go through a layer at once.
-constexpr int64_t kBlockTokens = 16384;
-constexpr int64_t kBatchTokens = 2048;
-// Rows of keys and values of the continuations that go through a layer at once, with the contexts
-// before them: a context of any length with any number of continuations is held twice, not once for
-// each of them.
-constexpr int64_t kCachedRows = 8192;
 
 // The last token of a continuation is only predicted.
 int64_t ContinuationRows(const std::vector<int32_t>& continuation) {
@@ -75,7 +67,11 @@ class Block {
     for (size_t first = 0; first < contexts_.size();) {
       const size_t n = BatchSize(first);
       const Batch batch(contexts_.subspan(first, n), context_.config->kv_width());
-      WALSH_RETURN_IF_ERROR(ForwardBatch(layer, batch, first_context_row, first_continuation_row));
+      const auto keep_going = [&] {
+        return progress(static_cast<double>(first) / static_cast<double>(contexts_.size()));
+      };
+      WALSH_RETURN_IF_ERROR(
+          ForwardBatch(layer, batch, first_context_row, first_continuation_row, keep_going));
       first_context_row += batch.n_context_rows;
       first_continuation_row += batch.n_continuation_rows;
       first += n;
@@ -126,7 +122,7 @@ class Block {
     size_t n = 0;
     while (first + n < contexts_.size()) {
       n_tokens += ForwardedTokens(contexts_[first + n]);
-      if (n > 0 && n_tokens > kBatchTokens) break;
+      if (n > 0 && n_tokens > kTaskBatchTokens) break;
       ++n;
     }
     return n;
@@ -134,7 +130,7 @@ class Block {
 
   // The contexts first, since what follows them attends to their keys and values.
   absl::Status ForwardBatch(const DecoderLayer& layer, const Batch& batch, int64_t context_row,
-                            int64_t continuation_row) {
+                            int64_t continuation_row, const KeepGoing& keep_going) {
     std::vector<SequenceSlice> contexts;
     std::vector<int32_t> positions;
     for (const ContextTokens& tokens : batch.items) {
@@ -145,13 +141,14 @@ class Block {
     }
     WALSH_RETURN_IF_ERROR(ForwardLayer(context_, layer, positions, contexts, batch.n_context_rows,
                                        of_contexts_.row(context_row), scratch_));
-    return ForwardContinuations(layer, batch, contexts, continuation_row);
+    return ForwardContinuations(layer, batch, contexts, continuation_row, keep_going);
   }
 
   // A continuation's keys and values follow a copy of its context's. So many go through the layer
-  // at once as have room in kCachedRows together, or one that needs more.
+  // at once as have room in kTaskCachedRows together, or one that needs more.
   absl::Status ForwardContinuations(const DecoderLayer& layer, const Batch& batch,
-                                    std::span<const SequenceSlice> contexts, int64_t first_row) {
+                                    std::span<const SequenceSlice> contexts, int64_t first_row,
+                                    const KeepGoing& keep_going) {
     std::vector<Following> waiting;
     int64_t n_cached = 0;
     for (size_t i = 0; i < batch.items.size(); ++i) {
@@ -159,7 +156,8 @@ class Block {
         const int64_t n_rows = ContinuationRows(continuation);
         if (n_rows == 0) continue;
         const int64_t n = contexts[i].n_rows + n_rows;
-        if (!waiting.empty() && n_cached + n > kCachedRows) {
+        if (!waiting.empty() && n_cached + n > kTaskCachedRows) {
+          WALSH_RETURN_IF_ERROR(keep_going());
           WALSH_RETURN_IF_ERROR(ForwardFollowing(layer, waiting, n_cached, &first_row));
           waiting.clear();
           n_cached = 0;
@@ -215,12 +213,14 @@ class Block {
 };
 
 absl::Status Predict(const ForwardContext& context, std::span<const float> final_norm,
-                     const Matrix& head, std::span<const Prediction> predictions) {
+                     const Matrix& head, std::span<const Prediction> predictions,
+                     const KeepGoing& keep_going) {
   const int64_t dim = context.config->hidden;
   Matrix hidden(kLogitRows, dim), logits;
   std::vector<int32_t> targets(static_cast<size_t>(kLogitRows));
   std::vector<double> losses(static_cast<size_t>(kLogitRows));
   for (size_t first = 0; first < predictions.size(); first += static_cast<size_t>(kLogitRows)) {
+    WALSH_RETURN_IF_ERROR(keep_going());
     const auto rows = predictions.subspan(
         first, std::min(static_cast<size_t>(kLogitRows), predictions.size() - first));
     for (size_t i = 0; i < rows.size(); ++i) {
@@ -277,7 +277,7 @@ absl::StatusOr<std::vector<std::vector<Likelihood>>> LogLikelihoods(
   for (size_t first = 0; first < contexts.size();) {
     int64_t n_block = 0;
     size_t n = 0;
-    while (first + n < contexts.size() && (n == 0 || n_block < kBlockTokens)) {
+    while (first + n < contexts.size() && (n == 0 || n_block < kTaskBlockTokens)) {
       n_block += ForwardedTokens(contexts[first + n++]);
     }
     const auto show = [&](double n_steps) {
@@ -293,7 +293,8 @@ absl::StatusOr<std::vector<std::vector<Likelihood>>> LogLikelihoods(
     }
     std::vector<std::vector<Likelihood>> of_block(sums.begin() + static_cast<int64_t>(first),
                                                   sums.begin() + static_cast<int64_t>(first + n));
-    WALSH_RETURN_IF_ERROR(Predict(context, final_norm, head, block.Predictions(of_block)));
+    WALSH_RETURN_IF_ERROR(Predict(context, final_norm, head, block.Predictions(of_block),
+                                  [&] { return show(static_cast<double>(config.n_layers)); }));
     std::move(of_block.begin(), of_block.end(), sums.begin() + static_cast<int64_t>(first));
     n_done += n_block;
     first += n;

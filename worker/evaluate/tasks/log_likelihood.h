@@ -37,10 +37,21 @@ struct Likelihood {
   bool is_greedy = false;  // each token is the likeliest after what is before it
 };
 
-// In the order of `contexts` and of their continuations.
+// In the order of `contexts` and of their continuations. `progress` is called between batches of
+// some thousand tokens through a layer, or a longest context, and between rows of logits.
 absl::StatusOr<std::vector<std::vector<Likelihood>>> LogLikelihoods(
     LayerSource& source, std::span<const ContextTokens> contexts, ThreadPool& pool,
     const Progress& progress);
+
+// Tokens of a block: a layer's reading, which costs as much as a few hundred tokens' way through
+// it, is spread over so many. And of those that go through a layer at once. A single context with
+// its continuations may be more.
+inline constexpr int64_t kTaskBlockTokens = 16384;
+inline constexpr int64_t kTaskBatchTokens = 2048;
+// Rows of keys and values of the continuations that go through a layer at once, with the contexts
+// before them: a context of any length with any number of continuations is held twice, not once for
+// each of them.
+inline constexpr int64_t kTaskCachedRows = 8192;
 
 // Tokens that go through the model for a context.
 int64_t ForwardedTokens(const ContextTokens& context);

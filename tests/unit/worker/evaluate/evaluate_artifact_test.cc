@@ -4,15 +4,21 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "common/limits.h"
 #include "common/publish.h"
 #include "common/sha256.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
+#include "worker/calibrate/token_windows.h"
+#include "worker/io/checkpoint.h"
+#include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::evaluate {
 namespace {
@@ -40,19 +46,35 @@ TEST(JoinRowsTest, WikiText2) {
   EXPECT_EQ(Sha256Hex(joined), "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83");
 }
 
-TEST(CutStridedTest, EachTokenIsPredictedOnce) {
+TEST(StridedWindowsTest, EachTokenIsPredictedOnce) {
   std::vector<int32_t> ids(10);
   std::iota(ids.begin(), ids.end(), 0);
-  const StridedWindows overlapping = CutStrided(ids, 4, 2, 100);
-  EXPECT_THAT(overlapping.windows.ids, ElementsAre(0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9));
+  const StridedWindows overlapping(ids, 4, 2, 100);
+  ASSERT_EQ(overlapping.count(), 4);
+  EXPECT_THAT(overlapping.Cut(0, 4).ids,
+              ElementsAre(0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7, 8, 9));
+  EXPECT_THAT(overlapping.Cut(1, 2).ids, ElementsAre(2, 3, 4, 5, 4, 5, 6, 7));
   // 1, 2, 3; then 4, 5; 6, 7; 8, 9.
-  EXPECT_THAT(overlapping.scored_from, ElementsAre(1, 2, 2, 2));
-  const StridedWindows apart = CutStrided(ids, 4, 4, 100);
-  EXPECT_THAT(apart.windows.ids, ElementsAre(0, 1, 2, 3, 4, 5, 6, 7));
-  EXPECT_THAT(apart.scored_from, ElementsAre(1, 1));
-  EXPECT_EQ(CutStrided(ids, 4, 1, 3).windows.count(), 3);
-  EXPECT_EQ(CutStrided(ids, 10, 10, 3).windows.count(), 1);
-  EXPECT_EQ(CutStrided(ids, 11, 1, 3).windows.count(), 0);
+  EXPECT_THAT(overlapping.FirstScored(0, 4), ElementsAre(1, 2, 2, 2));
+  EXPECT_THAT(overlapping.FirstScored(2, 2), ElementsAre(2, 2));
+  const StridedWindows apart(ids, 4, 4, 100);
+  ASSERT_EQ(apart.count(), 2);
+  EXPECT_THAT(apart.Cut(0, 2).ids, ElementsAre(0, 1, 2, 3, 4, 5, 6, 7));
+  EXPECT_THAT(apart.FirstScored(0, 2), ElementsAre(1, 1));
+  EXPECT_FALSE(apart.has_more()) << "two tokens are no window";
+  EXPECT_TRUE(StridedWindows(ids, 4, 1, 6).has_more());
+  EXPECT_FALSE(StridedWindows(ids, 4, 1, 7).has_more());
+  EXPECT_EQ(StridedWindows(ids, 4, 1, 3).count(), 3);
+  EXPECT_EQ(StridedWindows(ids, 10, 10, 3).count(), 1);
+  EXPECT_EQ(StridedWindows(ids, 11, 1, 3).count(), 0);
+}
+
+// The widest that may be asked for: cut at once they were 1 GiB of ids.
+TEST(StridedWindowsTest, OverlappingWindowsAreNoCopiesOfTheText) {
+  const StridedWindows windows(std::vector<int32_t>(32768 + 8192, 7), 32768, 1, 8192);
+  EXPECT_EQ(windows.count(), 8192);
+  EXPECT_EQ(windows.n_ids(), 32768 + 8192);
+  EXPECT_EQ(windows.Cut(8191, 1).ids.size(), 32768u);
 }
 
 class EvaluateArtifactTest : public testing::JobTest {
@@ -102,6 +124,81 @@ TEST_F(EvaluateArtifactTest, MeasuresWhatTheJobMeasured) {
   EXPECT_GT(text.kl_divergence.standard_error, 0);
   EXPECT_EQ(text.reference_format, report_.source_format);
   EXPECT_THAT(report.tasks, IsEmpty());
+  EXPECT_THAT(report.warnings, IsEmpty());
+}
+
+TEST_F(EvaluateArtifactTest, TheFingerprintIsThatOfTheWindows) {
+  spec_.text = {.path = directory_ / "eval.txt", .window = 64, .stride = 16, .max_windows = 5};
+  ASSERT_OK_AND_ASSIGN(const EvaluationReport report, Evaluate());
+  ASSERT_OK_AND_ASSIGN(const auto model, Checkpoint::Open(directory_ / "model"));
+  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(model->tokenizer()));
+  ASSERT_OK_AND_ASSIGN(const std::string contents, ReadFile(directory_ / "eval.txt", 1 << 24));
+  ASSERT_OK_AND_ASSIGN(
+      const std::vector<int32_t> ids,
+      tokenizer->Encode(contents, {.add_special_tokens = true, .parse_special_tokens = false}));
+  calibrate::TokenWindows windows;
+  windows.length = 64;
+  for (int64_t begin = 0; begin < 5 * 16; begin += 16) {
+    windows.ids.insert(windows.ids.end(), ids.begin() + begin, ids.begin() + begin + 64);
+  }
+  EXPECT_EQ(report.text->fingerprint, calibrate::Fingerprint(windows));
+}
+
+TEST_F(EvaluateArtifactTest, SaysWhatWasNotEvaluatedAsAsked) {
+  spec_.text = {.path = directory_ / "eval.txt", .window = 128, .max_windows = 8000};
+  ASSERT_OK_AND_ASSIGN(const EvaluationReport fewer, Evaluate());
+  EXPECT_LT(fewer.text->windows, 8000);
+  EXPECT_THAT(fewer.warnings, ElementsAre(HasSubstr("windows instead of 8000: the text has ")));
+  spec_.text = {.path = Write("short.txt", "The waves came in from the sea and went out again."),
+                .window = 256};
+  ASSERT_OK_AND_ASSIGN(const EvaluationReport shorter, Evaluate());
+  EXPECT_THAT(shorter.warnings, ElementsAre(HasSubstr("fewer than a window of 256")));
+}
+
+// Asked before any work, with a figure that a longer text and a longer item raise.
+TEST_F(EvaluateArtifactTest, AsksForItsMemoryFirst) {
+  int64_t n_bytes = 0;
+  bool is_asked = false;
+  spec_.check_memory = [&](int64_t bytes_needed) {
+    n_bytes = bytes_needed;
+    is_asked = true;
+    return absl::OkStatus();
+  };
+  const auto before_work = [&](const std::string&, double fraction) {
+    EXPECT_TRUE(is_asked || fraction == 0);
+    return absl::OkStatus();
+  };
+  spec_.text = {.path = directory_ / "eval.txt", .window = 128, .max_windows = 1};
+  ASSERT_OK(Evaluate(before_work));
+  const int64_t small = n_bytes;
+  EXPECT_GT(small, 0);
+  spec_.text->max_windows = 4;
+  ASSERT_OK(Evaluate(before_work));
+  EXPECT_GT(n_bytes, small);
+  spec_.text.reset();
+  const std::string text(200, 'x');
+  spec_.tasks.push_back({.path = Write("a.jsonl", R"({"context": "a", "continuation": "b"})")});
+  ASSERT_OK(Evaluate(before_work));
+  const int64_t short_item = n_bytes;
+  spec_.tasks[0].path = Write("b.jsonl", R"({"context": ")" + text + R"(", "continuation": "b"})");
+  ASSERT_OK(Evaluate(before_work));
+  EXPECT_GT(n_bytes, short_item);
+  spec_.check_memory = [](int64_t) { return absl::FailedPreconditionError("too much"); };
+  EXPECT_THAT(Evaluate([](const std::string&, double fraction) {
+                EXPECT_EQ(fraction, 0);
+                return absl::OkStatus();
+              }),
+              StatusIs(absl::StatusCode::kFailedPrecondition, "too much"));
+}
+
+TEST_F(EvaluateArtifactTest, TheFilesOfAllTasksAreBounded) {
+  const std::string line = R"({"context": "a", "continuation": "b"})"
+                           "\n";
+  const std::string half =
+      Write("half.jsonl", line + std::string(limits::kTaskFileBytesMax / 2, ' '));
+  spec_.tasks = {{.path = half, .limit = 1}, {.path = half, .limit = 1}};
+  EXPECT_THAT(Evaluate(), StatusIs(absl::StatusCode::kInvalidArgument,
+                                   HasSubstr("bytes together, at most 67108864 are taken")));
 }
 
 // Overlapping windows give each token more context; the tokens of the windows are counted once.
@@ -176,6 +273,17 @@ TEST_F(EvaluateArtifactTest, BadFilesAreNamedBeforeAnyWork) {
   testing::TinyModel({.vocab = 400}).WriteHf(directory_ / "larger");
   spec_.text->reference_path = directory_ / "larger";
   EXPECT_THAT(Evaluate(no_work), StatusIs(invalid, HasSubstr("a vocabulary of 400 tokens")));
+  // As many tokens, but what two of them stand for is exchanged.
+  testing::TinyModel({}).WriteHf(directory_ / "other");
+  ASSERT_OK_AND_ASSIGN(std::string tokenizer,
+                       ReadFile(directory_ / "other/tokenizer.json", 1 << 24));
+  auto json = nlohmann::json::parse(tokenizer);
+  std::swap(json["model"]["vocab"]["e"], json["model"]["vocab"]["Q"]);
+  ASSERT_OK(PublishFile(directory_ / "other/tokenizer.json", json.dump()));
+  spec_.text->reference_path = directory_ / "other";
+  EXPECT_THAT(
+      Evaluate(no_work),
+      StatusIs(invalid, HasSubstr("text: the reference has another tokenizer: its token ")));
   spec_.text = {.path = directory_ / "eval.txt"};
   spec_.tasks.push_back({.path = Write("bad.jsonl", "{}")});
   EXPECT_THAT(Evaluate(no_work), StatusIs(invalid, HasSubstr("task 1: line 1")));
@@ -187,7 +295,19 @@ TEST_F(EvaluateArtifactTest, StopsWhenTold) {
                 return step == "text" && fraction > 0 ? absl::CancelledError("stop")
                                                       : absl::OkStatus();
               }),
-              HasCode(absl::StatusCode::kCancelled));
+              StatusIs(absl::StatusCode::kCancelled, "stop"));
+  // A text that is read or encoded is left at once, too, and the reason is the caller's alone.
+  EXPECT_THAT(Evaluate([](const std::string& step, double) {
+                return step == "text" ? absl::UnavailableError("stop") : absl::OkStatus();
+              }),
+              StatusIs(absl::StatusCode::kUnavailable, "stop"));
+}
+
+TEST_F(EvaluateArtifactTest, WhatIsAboutATaskNamesIt) {
+  spec_.tasks.push_back({.path = Write("long.jsonl", R"({"context": "a", "continuation": ")" +
+                                                         std::string(2000, 'x') + R"("})")});
+  EXPECT_THAT(Evaluate(), StatusIs(absl::StatusCode::kInvalidArgument,
+                                   HasSubstr("task 'long': item 0: a continuation has ")));
 }
 
 }  // namespace

@@ -186,6 +186,26 @@ TEST_F(EvaluateWindowsTest, NonFiniteLossNamesTheWindow) {
       StatusIs(absl::StatusCode::kDataLoss, HasSubstr("window 0")));
 }
 
+// Between any rows of logits, and the windows of a text's later block by their number in the text.
+TEST_F(EvaluateWindowsTest, TheHeadStopsWithinAWindowAndNamesIt) {
+  const calibrate::TokenWindows windows = Windows(3 * kLogitRows, 1);
+  ThreadPool pool(2);
+  CheckpointSource source(*checkpoint_);
+  ASSERT_OK_AND_ASSIGN(FinalStates states, ForwardToHead(source, windows, pool,
+                                                         [](double) { return absl::OkStatus(); }));
+  int n_asked = 0;
+  EXPECT_THAT(Losses(source.config(), states, windows, {}, pool,
+                     [&](double) {
+                       return ++n_asked == 2 ? absl::CancelledError("stop") : absl::OkStatus();
+                     }),
+              HasCode(absl::StatusCode::kCancelled));
+  EXPECT_EQ(n_asked, 2);
+  states.head(0, 0) = std::numeric_limits<float>::infinity();
+  EXPECT_THAT(Losses(source.config(), states, windows, {.positions = {}, .first_window = 16}, pool,
+                     [](double) { return absl::OkStatus(); }),
+              StatusIs(absl::StatusCode::kDataLoss, HasSubstr("window 16")));
+}
+
 class CompareTest : public EvaluateWindowsTest {
  protected:
   void SetUp() override {
@@ -194,8 +214,8 @@ class CompareTest : public EvaluateWindowsTest {
   }
 
   absl::StatusOr<Comparison> Run(const Checkpoint& reference, const Checkpoint& model,
-                                 const calibrate::TokenWindows& windows, ScoredFrom scored_from,
-                                 int n_threads) {
+                                 const calibrate::TokenWindows& windows,
+                                 const ScoredFrom& scored_from, int n_threads) {
     ThreadPool pool(n_threads);
     const auto ignore = [](double) { return absl::OkStatus(); };
     CheckpointSource first(reference), second(model);
@@ -268,7 +288,8 @@ TEST_F(CompareTest, ThreadsDoNotMatterNorDoesTheOtherModel) {
 TEST_F(CompareTest, PredictsFromTheGivenPositionsOn) {
   const calibrate::TokenWindows windows = Windows(40, 2);
   const std::vector<int64_t> scored_from = {1, 30};
-  ASSERT_OK_AND_ASSIGN(const Comparison found, Run(*checkpoint_, *other_, windows, scored_from, 2));
+  ASSERT_OK_AND_ASSIGN(const Comparison found,
+                       Run(*checkpoint_, *other_, windows, {.positions = scored_from}, 2));
   EXPECT_EQ(found.model.n_tokens, 39 + 10);
   EXPECT_NEAR(found.model.losses[1],
               Loss(LogProbabilities(*other_, windows, 1), windows, 1, /*first_scored=*/30), 1e-4);

@@ -77,7 +77,7 @@ class LogLikelihoodsTest : public ::testing::Test {
     window.length = static_cast<int64_t>(window.ids.size());
     const std::vector<int64_t> scored_from = {static_cast<int64_t>(context.size())};
     const FinalStates states = ForwardToHead(source, window, pool, Ignore).value();
-    return -Losses(checkpoint_->config(), states, window, scored_from, pool, Ignore)
+    return -Losses(checkpoint_->config(), states, window, {.positions = scored_from}, pool, Ignore)
                 .value()
                 .losses[0] *
            static_cast<double>(continuation.size());
