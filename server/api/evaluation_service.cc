@@ -57,6 +57,7 @@ grpc::ServerWriteReactor<EvaluateModelResponse>* EvaluationServiceImpl::Evaluate
                                                              reader);
       };
   core_->streams.Begin();
+  core_->registry->BeginEvaluation(worker->worker_id);
   // `call` must outlive the worker's call, of which this is the end.
   const auto done = [core = core_, call, worker_id = worker->worker_id,
                      begin = core_->clock->Monotonic()](const absl::Status& status) {
@@ -64,6 +65,7 @@ grpc::ServerWriteReactor<EvaluateModelResponse>* EvaluationServiceImpl::Evaluate
               {"model", call->request.model()}, {"worker", WorkerName(worker_id)},
               {"status", status},
               {"seconds", absl::ToDoubleSeconds(core->clock->Monotonic() - begin)});
+    core->registry->EndEvaluation(worker_id);
     core->streams.End();
   };
   return fleet::ProxyStream<v1::EvaluateModelResponse>(

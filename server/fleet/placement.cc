@@ -1,6 +1,7 @@
 #include "server/fleet/placement.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
@@ -59,12 +60,18 @@ absl::Status NoWorkerHas(const std::string& model_id) {
 
 absl::StatusOr<WorkerAddress> ChooseForEvaluation(const std::string& model_id,
                                                   std::span<const Replica> replicas) {
+  const auto order = [](const Replica& replica) {
+    return std::tie(replica.is_draining, replica.evaluations, replica.load,
+                    replica.worker.worker_id);
+  };
   const auto it =
-      std::min_element(replicas.begin(), replicas.end(), [](const Replica& a, const Replica& b) {
-        if (a.load != b.load) return a.load < b.load;
-        return a.worker.worker_id < b.worker.worker_id;
-      });
+      std::min_element(replicas.begin(), replicas.end(),
+                       [&](const Replica& a, const Replica& b) { return order(a) < order(b); });
   if (it == replicas.end()) return NoWorkerHas(model_id);
+  if (it->is_draining) {
+    return Unavailable(absl::StrCat("the workers that have model '", model_id, "' are draining"),
+                       "NO_WORKER", kNoWorkerRetry);
+  }
   return it->worker;
 }
 

@@ -25,16 +25,19 @@ struct WorkerAddress {
 // A model on one worker that is there.
 struct Replica {
   WorkerAddress worker;
-  v1::Model model;  // with the state on this worker
-  int load = 0;     // requests running and waiting
+  v1::Model model;           // with the state on this worker
+  int load = 0;              // requests running and waiting
+  int evaluations = 0;       // that this coordinator has sent there and that run
+  bool is_draining = false;  // the worker takes nothing new
 };
 
 // The READY replica with the least load.
 absl::StatusOr<WorkerAddress> ChooseForGeneration(const std::string& model_id,
                                                   std::span<const Replica> replicas);
 
-// The worker that evaluates a model: loaded or not, its artifact is what counts; the least busy
-// one. UNAVAILABLE (NO_WORKER) without any.
+// The worker that evaluates a model: loaded or not, its artifact is what counts. One with the
+// fewest evaluations, since a worker takes few, and of these the one with the least load.
+// UNAVAILABLE (NO_WORKER) without any that is not draining.
 absl::StatusOr<WorkerAddress> ChooseForEvaluation(const std::string& model_id,
                                                   std::span<const Replica> replicas);
 

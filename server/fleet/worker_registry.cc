@@ -156,9 +156,11 @@ Replica WorkerRegistry::ToReplica(const std::string& worker_id, const Entry& ent
                                   const v1::Model& model) {
   Replica replica = {.worker = {.worker_id = worker_id, .address = entry.address},
                      .model = model,
-                     .load = Load(entry)};
+                     .load = Load(entry),
+                     .evaluations = entry.evaluations_sent,
+                     .is_draining = entry.worker.state() == v1::Worker::DRAINING};
   // A draining worker finishes what it has and takes nothing new.
-  if (entry.worker.state() == v1::Worker::DRAINING && model.state() == v1::Model::READY) {
+  if (replica.is_draining && model.state() == v1::Model::READY) {
     replica.model.set_state(v1::Model::DRAINING);
   }
   return replica;
@@ -273,6 +275,13 @@ void WorkerRegistry::AddRequests(const std::string& worker_id, int n) {
   const auto it = workers_.find(worker_id);
   if (it == workers_.end()) return;
   it->second.requests_sent = std::max(0, it->second.requests_sent + n);
+}
+
+void WorkerRegistry::AddEvaluations(const std::string& worker_id, int n) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it == workers_.end()) return;
+  it->second.evaluations_sent = std::max(0, it->second.evaluations_sent + n);
 }
 
 }  // namespace walsh::fleet

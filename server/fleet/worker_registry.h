@@ -74,6 +74,9 @@ class WorkerRegistry {
   // Requests that this coordinator has sent to the worker and that are not answered.
   void BeginRequest(const std::string& worker_id) { AddRequests(worker_id, 1); }
   void EndRequest(const std::string& worker_id) { AddRequests(worker_id, -1); }
+  // Evaluations, likewise.
+  void BeginEvaluation(const std::string& worker_id) { AddEvaluations(worker_id, 1); }
+  void EndEvaluation(const std::string& worker_id) { AddEvaluations(worker_id, -1); }
 
  private:
   struct Entry {
@@ -81,6 +84,7 @@ class WorkerRegistry {
     std::string address;
     absl::Duration last_seen;  // monotonic
     int requests_sent = 0;
+    int evaluations_sent = 0;
     std::map<std::string, v1::Model> models;  // by id
   };
 
@@ -89,6 +93,7 @@ class WorkerRegistry {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void AddRequests(const std::string& worker_id, int n);
+  void AddEvaluations(const std::string& worker_id, int n);
   // Takes what a heartbeat lists, but for models of which something newer is known.
   static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
                         int64_t revision, Entry* entry);

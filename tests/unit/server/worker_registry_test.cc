@@ -113,6 +113,18 @@ TEST_F(WorkerRegistryTest, DrainingWorkerTakesNothingNew) {
   EXPECT_TRUE(registry_.IsDraining("w1"));
   EXPECT_THAT(registry_.Online(), IsEmpty());
   EXPECT_EQ(registry_.Replicas("m")[0].model.state(), Model::DRAINING);
+  EXPECT_TRUE(registry_.Replicas("m")[0].is_draining);
+}
+
+TEST_F(WorkerRegistryTest, CountsEvaluationsUntilTheyEnd) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  EXPECT_OK(Beat("w1"));
+  registry_.BeginEvaluation("w1");
+  EXPECT_EQ(registry_.Replicas("m")[0].evaluations, 1);
+  registry_.EndEvaluation("w1");
+  EXPECT_EQ(registry_.Replicas("m")[0].evaluations, 0);
+  registry_.BeginEvaluation("nobody");
+  registry_.EndEvaluation("nobody");
 }
 
 TEST_F(WorkerRegistryTest, OnlineWorkersAreListedTheLeastBusyFirst) {
@@ -310,6 +322,23 @@ TEST(PlacementTest, EvaluationGoesToTheLeastBusyWorkerLoadedOrNot) {
   ASSERT_OK_AND_ASSIGN(const WorkerAddress worker, ChooseForEvaluation("m", replicas));
   EXPECT_EQ(worker.worker_id, "b");
   EXPECT_EQ(ErrorReason(ChooseForEvaluation("m", {}).status()), "NO_WORKER");
+}
+
+TEST(PlacementTest, EvaluationPrefersWhoRunsNoneAndSkipsWhoDrains) {
+  std::vector<Replica> replicas = {ReplicaOn("a", Model::READY, 0), ReplicaOn("b", Model::READY, 9),
+                                   ReplicaOn("c", Model::UNLOADED, 0)};
+  replicas[0].evaluations = 1;
+  replicas[2].is_draining = true;
+  ASSERT_OK_AND_ASSIGN(WorkerAddress worker, ChooseForEvaluation("m", replicas));
+  EXPECT_EQ(worker.worker_id, "b");
+  // Without another the one that is busy says when to come again.
+  replicas[1].is_draining = true;
+  ASSERT_OK_AND_ASSIGN(worker, ChooseForEvaluation("m", replicas));
+  EXPECT_EQ(worker.worker_id, "a");
+  replicas[0].is_draining = true;
+  const absl::Status none = ChooseForEvaluation("m", replicas).status();
+  EXPECT_EQ(ErrorReason(none), "NO_WORKER");
+  EXPECT_THAT(none, StatusIs(absl::StatusCode::kUnavailable, HasSubstr("draining")));
 }
 
 TEST(PlacementTest, MergeShowsTheMostUsefulState) {
