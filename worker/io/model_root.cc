@@ -42,6 +42,13 @@ absl::Status CheckSpelling(std::string_view reference) {
   return absl::OkStatus();
 }
 
+// Both canonical.
+bool IsIn(const std::string& directory, const std::string& path) {
+  if (directory == "/") return true;
+  return path.compare(0, directory.size(), directory) == 0 &&
+         (path.size() == directory.size() || path[directory.size()] == '/');
+}
+
 absl::Status Outside(std::string_view reference) {
   return absl::InvalidArgumentError(absl::StrCat("'", std::string(reference),
                                                  "' lies outside the folders that this worker may "
@@ -50,7 +57,8 @@ absl::Status Outside(std::string_view reference) {
 
 }  // namespace
 
-absl::StatusOr<ModelRoots> ModelRoots::Create(const std::vector<std::string>& roots) {
+absl::StatusOr<ModelRoots> ModelRoots::Create(const std::vector<std::string>& roots,
+                                              const std::vector<std::string>& excluded) {
   std::vector<std::string> canonical;
   for (const std::string& root : roots) {
     const std::optional<std::string> path = Canonical(root);
@@ -60,14 +68,25 @@ absl::StatusOr<ModelRoots> ModelRoots::Create(const std::vector<std::string>& ro
     }
     canonical.push_back(*path);
   }
-  return ModelRoots(std::move(canonical));
+  std::vector<std::string> canonical_excluded;
+  for (const std::string& folder : excluded) {
+    std::error_code error;
+    const fs::path path = fs::weakly_canonical(folder, error);
+    if (error) {
+      return absl::InvalidArgumentError(absl::StrCat("folder '", folder, "': ", error.message()));
+    }
+    canonical_excluded.push_back(path.string());
+  }
+  return ModelRoots(std::move(canonical), std::move(canonical_excluded));
 }
 
 bool ModelRoots::IsBeneathRoot(const std::string& canonical) const {
   return std::any_of(roots_.begin(), roots_.end(), [&](const std::string& root) {
-    if (root == "/") return true;
-    return canonical.compare(0, root.size(), root) == 0 &&
-           (canonical.size() == root.size() || canonical[root.size()] == '/');
+    const bool is_excluded =
+        std::any_of(excluded_.begin(), excluded_.end(), [&](const std::string& folder) {
+          return folder != root && IsIn(root, folder) && IsIn(folder, canonical);
+        });
+    return IsIn(root, canonical) && !is_excluded;
   });
 }
 

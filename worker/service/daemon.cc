@@ -86,6 +86,10 @@ std::string NewWorkerId() {
   return absl::StrFormat("w-%08x", device());
 }
 
+std::string RejectedDirectory(const WorkerOptions& options) {
+  return options.data_dir + "/rejected";
+}
+
 class WorkerDaemon final : public Daemon {
  public:
   WorkerDaemon(const WorkerOptions& options, const Surroundings& surroundings, DataFolderLock lock,
@@ -96,7 +100,7 @@ class WorkerDaemon final : public Daemon {
         lock_(std::move(lock)),
         roots_(std::move(roots)),
         resolve_([this](std::string_view path) { return roots_.Resolve(path); }),
-        rejected_(options.data_dir + "/rejected") {}
+        rejected_(RejectedDirectory(options)) {}
 
   ~WorkerDaemon() override { Stop(); }
 
@@ -416,7 +420,10 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& optio
   const std::vector<std::string> roots = options.model_roots.empty()
                                              ? std::vector<std::string>{options.data_dir}
                                              : options.model_roots;
-  WALSH_ASSIGN_OR_RETURN(ModelRoots model_roots, ModelRoots::Create(roots));
+  // What a quality gate kept from being published is not evaluated, exported or quantized again by
+  // its path.
+  WALSH_ASSIGN_OR_RETURN(ModelRoots model_roots,
+                         ModelRoots::Create(roots, {RejectedDirectory(options)}));
   auto daemon = std::make_unique<WorkerDaemon>(options, surroundings, std::move(lock),
                                                std::move(model_roots));
   WALSH_RETURN_IF_ERROR(daemon->Start());

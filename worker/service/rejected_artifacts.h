@@ -1,8 +1,8 @@
 // Artifacts that a quality gate kept from being published, for a look at what went wrong.
 //
-// Each is a directory <root>/<job id>, outside the model store: it is not listed and cannot be
-// loaded by its model's name. The last limits::kRejectedArtifactsMax are kept; an older one is
-// removed when a newer one comes.
+// Each is a directory <root>/<job id>, outside the model store and the model roots: it is not
+// listed, and can neither be loaded by its model's name nor named by its path. The last
+// limits::kRejectedArtifactsMax are kept; an older one is removed when a newer one comes.
 //
 // Errors:  those of the file system
 // Threads: used by the job runner's thread.

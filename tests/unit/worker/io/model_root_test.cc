@@ -84,6 +84,27 @@ TEST_F(ModelRootsTest, RefusesADirectoryWhoseEntriesLeadOut) {
               StatusIs(kInvalid, HasSubstr("'model/model.safetensors' lies outside")));
 }
 
+// A folder that is taken out of a root, by path and through a link, though it came after the start.
+TEST_F(ModelRootsTest, RefusesExcludedFolders) {
+  const auto roots = ModelRoots::Create({dir_ / "root"}, {dir_ / "root/rejected"});
+  ASSERT_OK(roots);
+  EXPECT_THAT(roots->Resolve("rejected/job"), HasCode(kInvalid))
+      << "nothing is told of what is not";
+  fs::create_directories(dir_ / "root/rejected/job");
+  fs::create_directories(dir_ / "root/rejected-not");
+  fs::create_symlink(dir_ / "root/rejected/job", dir_ / "root/link");
+  for (const char* path : {"rejected", "rejected/job", "link", "model/../rejected/job"}) {
+    EXPECT_THAT(roots->Resolve(path), StatusIs(kInvalid, HasSubstr("lies outside"))) << path;
+  }
+  EXPECT_THAT(roots->Resolve(dir_ / "root/rejected/job"), HasCode(kInvalid));
+  EXPECT_OK(roots->Resolve("rejected-not"));
+  // Who names it as a root wants it.
+  const auto named =
+      ModelRoots::Create({dir_ / "root", dir_ / "root/rejected"}, {dir_ / "root/rejected"});
+  ASSERT_OK(named);
+  EXPECT_OK(named->Resolve(dir_ / "root/rejected/job"));
+}
+
 TEST_F(ModelRootsTest, NamesOnlyTheReference) {
   const auto missing = Roots().Resolve("absent/model");
   EXPECT_THAT(missing, StatusIs(absl::StatusCode::kNotFound,
