@@ -38,4 +38,10 @@ absl::Status CheckQuality(const QualityGate& gate, const JobReport& report) {
       absl::StrCat("the model failed the quality gate: ", absl::StrJoin(failures, "; ")));
 }
 
+std::string GateWarning(const QualityGate& gate, const JobReport& report) {
+  if (!gate.is_set() || report.evaluation_tokens >= kGateTokensMin) return "";
+  return absl::StrCat("the quality gate judged the model on ", report.evaluation_tokens,
+                      " tokens, fewer than ", kGateTokensMin, ": chance may have decided");
+}
+
 }  // namespace walsh::pipeline

@@ -250,6 +250,8 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
                          QuantizeInto(directory, lease.job(), held, failure));
   Outcome outcome{.result = ToResult(report, lease.job().model_name()), .model = {}};
   outcome.result.set_device(options_.device);
+  // What the gate refuses is kept, but not of a job that was cancelled or is another worker's now.
+  WALSH_RETURN_IF_ERROR(held.Check());
   WALSH_RETURN_IF_ERROR(CheckGate(directory, lease, report, outcome, failure));
   WALSH_RETURN_IF_ERROR(MakeDirectories(options_.results_directory));
   WALSH_RETURN_IF_ERROR(
@@ -261,10 +263,13 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
 }
 
 absl::Status JobRunner::CheckGate(const std::string& directory, const internal::v1::Lease& lease,
-                                  const pipeline::JobReport& report, const Outcome& outcome,
+                                  const pipeline::JobReport& report, Outcome& outcome,
                                   Failure& failure) {
   // The conversion has passed once, before the job.
   WALSH_ASSIGN_OR_RETURN(const pipeline::QualityGate gate, ToQualityGate(lease.job().config()));
+  if (const std::string warning = pipeline::GateWarning(gate, report); !warning.empty()) {
+    outcome.result.add_warnings(warning);
+  }
   absl::Status status = pipeline::CheckQuality(gate, report);
   if (status.ok()) return status;
   SetErrorInfo(status, kQualityGate);

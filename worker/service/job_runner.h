@@ -78,8 +78,7 @@ class JobRunner {
                                          Failure& failure);
   // FAILED_PRECONDITION, reason QUALITY_GATE, for a model that fails its gate, which is kept apart.
   absl::Status CheckGate(const std::string& directory, const internal::v1::Lease& lease,
-                         const pipeline::JobReport& report, const Outcome& outcome,
-                         Failure& failure);
+                         const pipeline::JobReport& report, Outcome& outcome, Failure& failure);
   // The outcome of an earlier holder of the same job, when it published.
   absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,

@@ -59,5 +59,14 @@ TEST(CheckQualityTest, WhatWasNotMeasuredFails) {
               StatusIs(kFailed, HasSubstr("perplexity nan")));
 }
 
+TEST(GateWarningTest, AFewTokensAreSaid) {
+  const QualityGate gate{.max_perplexity_ratio = 1.25, .max_kl_divergence = {}};
+  EXPECT_THAT(GateWarning(gate, Report(8, 9, 0)), HasSubstr("on 100 tokens, fewer than 2048"));
+  EXPECT_EQ(GateWarning({}, Report(8, 9, 0)), "") << "nothing was judged";
+  JobReport report = Report(8, 9, 0);
+  report.evaluation_tokens = 2048;
+  EXPECT_EQ(GateWarning(gate, report), "");
+}
+
 }  // namespace
 }  // namespace walsh::pipeline

@@ -190,6 +190,8 @@ TEST_F(JobRunnerTest, WhatFailsItsQualityGateIsKeptApart) {
   EXPECT_EQ(outcome.rejected_result().kl_divergence(), 0.25);
   EXPECT_EQ(outcome.rejected_result().device(), "cuda:0 NVIDIA H200");
   EXPECT_EQ(outcome.rejected_result().artifact_uri(), "");
+  EXPECT_THAT(outcome.rejected_result().warnings(),
+              ::testing::Contains(HasSubstr("judged the model on 100 tokens")));
   EXPECT_TRUE(store_->List().models.empty());
   EXPECT_TRUE(fs::exists(rejected_.Directory("j") + "/walsh.json"));
   EXPECT_EQ(NumTemporaries(), 0);
@@ -204,6 +206,27 @@ TEST_F(JobRunnerTest, WhatFailsItsQualityGateIsKeptApart) {
   EXPECT_TRUE(passed.has_result()) << passed.error().message();
   EXPECT_FALSE(passed.has_rejected_result());
   EXPECT_FALSE(fs::exists(rejected_.Directory("k")));
+}
+
+// A job that was cancelled, or that another worker has, while its last layer was evaluated.
+TEST_F(JobRunnerTest, WhatIsNoLongerItsJobIsNotKeptApart) {
+  quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
+    absl::StatusOr<JobReport> report = QuantizeTwoLayers(spec, observer);
+    report->evaluation_tokens = 5000;
+    report->perplexity_before = 10;
+    report->perplexity_after = 1000;
+    coordinator_.CancelJob();
+    EXPECT_TRUE(testing::WaitUntil(
+        [&] { return !observer({.stage = pipeline::Stage::kEvaluating, .layer = -1}).ok(); }));
+    return report;
+  };
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->mutable_quality_gate()->set_max_perplexity_ratio(1.2);
+  StartWorker();
+  coordinator_.Offer(job);
+  EXPECT_TRUE(AwaitOutcome().has_cancelled());
+  EXPECT_FALSE(fs::exists(rejected_.Directory("j")));
+  EXPECT_EQ(NumTemporaries(), 0);
 }
 
 TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
