@@ -161,8 +161,10 @@ void AddEvalCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
   command.add_option("--limit", flags->limit, "Items of each task; 0 means all");
   command.add_flag("--no-bos", flags->no_bos,
                    "Leave out the BOS with which the tokenizer begins texts and contexts");
-  command.add_option("--deadline", flags->deadline_seconds,
-                     "Seconds that the evaluation may take; 0 means a day");
+  command
+      .add_option("--deadline", flags->deadline_seconds,
+                  "Seconds that the evaluation may take; 0 means a day")
+      ->check(CLI::NonNegativeNumber);
   command.callback(
       [flags, &global, &chosen] { chosen = [flags, &global] { return RunEval(*flags, global); }; });
 }

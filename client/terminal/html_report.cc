@@ -15,6 +15,7 @@
 #include "client/terminal/job_report.h"
 #include "client/terminal/quantities.h"
 #include "client/terminal/safe_text.h"
+#include "common/limits.h"
 
 namespace walsh::client {
 namespace {
@@ -103,9 +104,10 @@ class ErrorPlot {
  public:
   explicit ErrorPlot(const Job::Result& result) {
     for (const Job::LinearResult& linear : result.per_layer()) {
-      // What is exact has no logarithm.
+      // What is exact has no logarithm; no model has such a layer.
       const double error = linear.relative_error();
       if (!std::isfinite(error) || error <= 0) continue;
+      if (linear.layer() < 0 || linear.layer() >= limits::kLayersMax) continue;
       const std::string kind = KindOf(linear);
       if (lines_.count(kind) == 0) kinds_.push_back(kind);
       lines_[kind].emplace_back(linear.layer(), error);

@@ -74,6 +74,19 @@ void ExpectWellFormed(const std::string& html) {
   EXPECT_TRUE(open.empty());
 }
 
+// From a coordinator that says anything.
+TEST(HtmlReportTest, LayersThatNoModelHasAreNotPlotted) {
+  Job job = FinishedJob();
+  const std::string html = HtmlReport(job);
+  for (const int layer : {-1, 1024, std::numeric_limits<int>::max()}) {
+    Job::LinearResult& linear = *job.mutable_result()->add_per_layer();
+    linear.set_name("mlp.up_proj");
+    linear.set_layer(layer);
+    linear.set_relative_error(0.5);
+  }
+  EXPECT_EQ(Count(HtmlReport(job), "<circle"), Count(html, "<circle"));
+}
+
 TEST(HtmlReportTest, ShowsFiguresAndPlots) {
   const std::string html = HtmlReport(FinishedJob());
   ExpectWellFormed(html);
