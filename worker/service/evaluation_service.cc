@@ -16,6 +16,8 @@
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "worker/kernels/thread_pool.h"
+#include "worker/service/memory_check.h"
+#include "worker/service/request_id.h"
 
 namespace walsh::service {
 namespace {
@@ -27,14 +29,24 @@ constexpr absl::Duration kBusyRetryDelay = absl::Seconds(10);
 // One of the evaluations that may run; frees its place.
 class Place {
  public:
-  explicit Place(std::atomic<int>* n_running)
-      : n_running_(n_running), is_taken_(++*n_running <= limits::kEvaluationsMax) {}
-  ~Place() { --*n_running_; }
+  explicit Place(std::atomic<int>* n_running) : n_running_(n_running), is_taken_(Take(n_running)) {}
+  ~Place() {
+    if (is_taken_) --*n_running_;
+  }
   Place(const Place&) = delete;
   Place& operator=(const Place&) = delete;
   bool is_taken() const { return is_taken_; }
 
  private:
+  // Counts nothing that has no place, which could make another seem to have none.
+  static bool Take(std::atomic<int>* n_running) {
+    int n = *n_running;
+    while (n < limits::kEvaluationsMax) {
+      if (n_running->compare_exchange_weak(n, n + 1)) return true;
+    }
+    return false;
+  }
+
   std::atomic<int>* const n_running_;
   const bool is_taken_;
 };
@@ -113,6 +125,7 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
   evaluate::EvaluationSpec spec;
   spec.artifact_directory = models_->Directory(id);
   spec.skip_bos = request.skip_bos();
+  spec.check_memory = [this](int64_t bytes_needed) { return CheckMemory(bytes_needed); };
   if (request.has_text()) {
     const v1::TextEvaluation& asked = request.text();
     evaluate::TextSpec& text = spec.text.emplace();
@@ -136,6 +149,16 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
     task.limit = asked.limit();
   }
   return spec;
+}
+
+absl::Status EvaluationService::CheckMemory(int64_t bytes_needed) const {
+  const HostMemory memory = options_.memory();
+  WALSH_RETURN_IF_ERROR(CheckEvaluationMemory(bytes_needed, memory));
+  if (bytes_needed > memory.free_bytes) {
+    WALSH_LOG(Warning, "memory is short for an evaluation", {"needed", bytes_needed},
+              {"free", memory.free_bytes});
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<evaluate::EvaluationReport> EvaluationService::RunNicely(
@@ -174,8 +197,12 @@ absl::Status EvaluationService::Run(grpc::ServerContext& context,
     if (std::chrono::system_clock::now() >= context.deadline()) {
       return absl::DeadlineExceededError("the evaluation took longer than the call's deadline");
     }
-    if (context.IsCancelled()) return absl::CancelledError("the call was cancelled");
     const absl::Duration now = clock_->Monotonic();
+    if (now - start >= absl::Seconds(limits::kEvaluateSecondsMax)) {
+      return absl::DeadlineExceededError(absl::StrCat(
+          "the evaluation took longer than ", limits::kEvaluateSecondsMax, " s, the most it may"));
+    }
+    if (context.IsCancelled()) return absl::CancelledError("the call was cancelled");
     if (step == step_written && now - written < kProgressInterval) return absl::OkStatus();
     step_written = step;
     written = now;
@@ -200,10 +227,10 @@ grpc::Status EvaluationService::EvaluateModel(
     grpc::ServerContext* context, const v1::EvaluateModelRequest* request,
     grpc::ServerWriter<v1::EvaluateModelResponse>* writer) {
   const absl::Duration start = clock_->Monotonic();
+  const std::string request_id = RequestId(*context, request->request_id());
   const absl::Status status = Run(*context, *request, *writer);
-  WALSH_LOG(Info, "evaluation ended", {"request_id", request->request_id()},
-            {"model", request->model()}, {"status", status},
-            {"seconds", absl::ToDoubleSeconds(clock_->Monotonic() - start)});
+  WALSH_LOG(Info, "evaluation ended", {"request_id", request_id}, {"model", request->model()},
+            {"status", status}, {"seconds", absl::ToDoubleSeconds(clock_->Monotonic() - start)});
   return ToGrpcStatus(status);
 }
 

@@ -6,11 +6,12 @@
 //
 // Errors:  INVALID_ARGUMENT    a field, or a file that is not what it should be
 //          NOT_FOUND           the model, or a file
-//          RESOURCE_EXHAUSTED  as many evaluations as are taken run (reason EVALUATION_RUNNING,
-//          with
-//                              a retry delay), or no memory is left
+//          FAILED_PRECONDITION more memory is needed than the worker has (INSUFFICIENT_MEMORY)
+//          RESOURCE_EXHAUSTED  as many evaluations as are taken run (EVALUATION_RUNNING, with a
+//                              retry delay), or no memory is left
 //          UNAVAILABLE         the worker stops (WORKER_STOPPING)
-//          CANCELLED, DEADLINE_EXCEEDED; others as EvaluateArtifact gives them
+//          CANCELLED, DEADLINE_EXCEEDED (at limits::kEvaluateSecondsMax, whatever the call's
+//          deadline); others as EvaluateArtifact gives them
 // Threads: gRPC's; Stop from any
 #pragma once
 
@@ -22,6 +23,7 @@
 #include "common/clock.h"
 #include "walsh/v1/evaluation.grpc.pb.h"
 #include "worker/evaluate/evaluate_artifact.h"
+#include "worker/service/host_memory.h"
 #include "worker/service/job_conversion.h"
 #include "worker/service/model_store.h"
 
@@ -34,6 +36,7 @@ class EvaluationService final : public v1::EvaluationService::Service {
   struct Options {
     PathResolver resolve;
     int n_threads = 0;  // 0: the machine's
+    std::function<HostMemory()> memory = ReadHostMemory;
     Evaluate evaluate = evaluate::EvaluateArtifact;
   };
   EvaluationService(Options options, const ModelStore* models, const Clock* clock);
@@ -45,6 +48,7 @@ class EvaluationService final : public v1::EvaluationService::Service {
 
  private:
   absl::StatusOr<evaluate::EvaluationSpec> ToSpec(const v1::EvaluateModelRequest& request) const;
+  absl::Status CheckMemory(int64_t bytes_needed) const;
   absl::Status Run(grpc::ServerContext& context, const v1::EvaluateModelRequest& request,
                    grpc::ServerWriter<v1::EvaluateModelResponse>& writer);
   // On threads of its own.

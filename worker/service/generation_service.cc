@@ -1,13 +1,11 @@
 #include "worker/service/generation_service.h"
 
 #include <algorithm>
-#include <random>
 #include <span>
 #include <type_traits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "common/generation_limits.h"
 #include "common/grpc_status.h"
 #include "common/resource_name.h"
@@ -15,24 +13,12 @@
 #include "worker/engine/engine_metrics.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/service/generation_conversion.h"
+#include "worker/service/request_id.h"
 
 namespace walsh::service {
 namespace {
 
-constexpr char kRequestIdHeader[] = "x-request-id";
 constexpr absl::Duration kQueueRetryDelay = absl::Seconds(1);
-
-// The client's id from the field, else from the header, else a random one.
-std::string RequestId(const grpc::CallbackServerContext& context, const std::string& field) {
-  if (!field.empty()) return field;
-  const auto& metadata = context.client_metadata();
-  if (const auto it = metadata.find(kRequestIdHeader); it != metadata.end()) {
-    return std::string(it->second.data(),
-                       std::min<size_t>(it->second.size(), limits::kRequestIdBytesMax));
-  }
-  std::random_device device;
-  return absl::StrFormat("req-%08x%08x", device(), device());
-}
 
 // gRPC aborts the process on metadata that is not printable ASCII.
 void EchoRequestId(grpc::CallbackServerContext& context, const std::string& id) {

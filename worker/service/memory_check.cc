@@ -1,7 +1,5 @@
 #include "worker/service/memory_check.h"
 
-#include <cstdint>
-
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/status_macros.h"
@@ -10,11 +8,11 @@ namespace walsh::service {
 namespace {
 
 // A total of 0 is one that the system does not tell.
-absl::Status CheckTotal(int64_t needed, int64_t total, const std::string& kind,
-                        const std::string& owner) {
+absl::Status CheckTotal(const std::string& who, int64_t needed, int64_t total,
+                        const std::string& kind, const std::string& owner) {
   if (total == 0 || needed <= total) return absl::OkStatus();
   absl::Status status = absl::FailedPreconditionError(
-      absl::StrCat("the job needs ", needed, " bytes of ", kind, ", ", owner, " has ", total));
+      absl::StrCat(who, " needs ", needed, " bytes of ", kind, ", ", owner, " has ", total));
   SetErrorInfo(
       status, kInsufficientMemory,
       {{"needed", absl::StrCat(needed)}, {"total", absl::StrCat(total)}, {"memory", kind}});
@@ -24,10 +22,14 @@ absl::Status CheckTotal(int64_t needed, int64_t total, const std::string& kind,
 }  // namespace
 
 absl::Status CheckMemory(const pipeline::JobPlan& plan, const WorkerMemory& memory) {
-  WALSH_RETURN_IF_ERROR(
-      CheckTotal(plan.memory_bytes_needed, memory.host.total_bytes, "memory", "the worker"));
-  return CheckTotal(plan.device_memory_bytes_needed, memory.device.total_bytes, "device memory",
-                    memory.device_name);
+  WALSH_RETURN_IF_ERROR(CheckTotal("the job", plan.memory_bytes_needed, memory.host.total_bytes,
+                                   "memory", "the worker"));
+  return CheckTotal("the job", plan.device_memory_bytes_needed, memory.device.total_bytes,
+                    "device memory", memory.device_name);
+}
+
+absl::Status CheckEvaluationMemory(int64_t bytes_needed, const HostMemory& memory) {
+  return CheckTotal("the evaluation", bytes_needed, memory.total_bytes, "memory", "the worker");
 }
 
 std::vector<std::string> MemoryWarnings(const pipeline::JobPlan& plan, const WorkerMemory& memory) {

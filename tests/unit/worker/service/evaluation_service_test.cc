@@ -10,11 +10,13 @@
 #include <thread>
 
 #include "absl/synchronization/notification.h"
+#include "common/clock.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
+#include "worker/service/memory_check.h"
 
 namespace walsh::service {
 namespace {
@@ -40,9 +42,10 @@ class EvaluationServiceTest : public StoreFixture {
               return "/roots" + std::string(path);
             },
             .n_threads = 1,
+            .memory = [] { return HostMemory{.total_bytes = 1000, .free_bytes = 10}; },
             .evaluate = [this](const EvaluationSpec& spec, ThreadPool&,
                                const StepProgress& progress) { return evaluate_(spec, progress); }},
-        store_.get(), Clock::Real());
+        store_.get(), &clock_);
     grpc::ServerBuilder builder;
     int port = 0;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
@@ -86,6 +89,7 @@ class EvaluationServiceTest : public StoreFixture {
 
   std::function<absl::StatusOr<EvaluationReport>(const EvaluationSpec&, const StepProgress&)>
       evaluate_ = [](const EvaluationSpec&, const StepProgress&) { return EvaluationReport(); };
+  ManualClock clock_;
   v1::EvaluateModelRequest request_;
   std::vector<std::string> steps_;
   std::atomic<bool> is_running_ = false;
@@ -202,6 +206,34 @@ TEST_F(EvaluationServiceTest, RunsOneAtATime) {
   evaluate_ = [](const EvaluationSpec&, const StepProgress&) { return EvaluationReport(); };
   // The place is free a moment after the evaluation has stopped.
   EXPECT_TRUE(WaitUntil([&] { return Call().ok(); }, absl::Seconds(20)));
+}
+
+TEST_F(EvaluationServiceTest, RefusesWhatItsMemoryCannotHold) {
+  int64_t bytes_needed = 1000;
+  evaluate_ = [&](const EvaluationSpec& spec,
+                  const StepProgress&) -> absl::StatusOr<EvaluationReport> {
+    if (absl::Status status = spec.check_memory(bytes_needed); !status.ok()) return status;
+    return EvaluationReport();
+  };
+  EXPECT_OK(Call()) << "more than is free now may still fit";
+  ++bytes_needed;
+  const absl::Status refused = Call().status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kFailedPrecondition,
+                                HasSubstr("the evaluation needs 1001 bytes of memory, the worker "
+                                          "has 1000")));
+  EXPECT_EQ(ErrorReason(refused), kInsufficientMemory);
+}
+
+// A call without a deadline, or one from a coordinator that does not cap it.
+TEST_F(EvaluationServiceTest, StopsAfterADayWhateverTheDeadline) {
+  evaluate_ = [this](const EvaluationSpec&, const StepProgress& p) { return Endless(p); };
+  absl::Status ended;
+  std::thread running([&] { ended = Call().status(); });
+  ASSERT_TRUE(WaitUntil([&] { return is_running_.load(); }, absl::Seconds(20)));
+  clock_.Advance(absl::Hours(24));
+  running.join();
+  EXPECT_THAT(ended,
+              StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("longer than 86400 s")));
 }
 
 TEST_F(EvaluationServiceTest, StopsAtTheDeadline) {
