@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -14,6 +15,7 @@
 #include "common/version.h"
 #include "worker/io/artifact.h"
 #include "worker/io/artifact_config.h"
+#include "worker/pipeline/quality_errors.h"
 
 namespace walsh::pipeline {
 namespace {
@@ -237,6 +239,15 @@ json QualityReport(const JobTexts& texts, const JobReport& report) {
   };
   if (report.kl_divergence >= 0) quality["kl_divergence"] = report.kl_divergence;
   if (report.top1_agreement >= 0) quality["top1_agreement"] = report.top1_agreement;
+  if (!report.window_divergences.empty()) {
+    quality["window_divergences"] = report.window_divergences;
+  }
+  if (const std::optional<QualityErrors> errors = StandardErrors(report); errors.has_value()) {
+    quality["perplexity_before_stderr"] = errors->perplexity_before;
+    quality["perplexity_after_stderr"] = errors->perplexity_after;
+    quality["perplexity_ratio_stderr"] = errors->perplexity_ratio;
+    if (errors->kl_divergence.has_value()) quality["kl_divergence_stderr"] = *errors->kl_divergence;
+  }
   return quality;
 }
 
