@@ -338,7 +338,8 @@ TEST(PlacementTest, EvaluationPrefersWhoRunsNoneAndSkipsWhoDrains) {
   replicas[0].is_draining = true;
   const absl::Status none = ChooseForEvaluation("m", replicas).status();
   EXPECT_EQ(ErrorReason(none), "NO_WORKER");
-  EXPECT_THAT(none, StatusIs(absl::StatusCode::kUnavailable, HasSubstr("draining")));
+  EXPECT_THAT(none,
+              testing::StatusIs(absl::StatusCode::kUnavailable, ::testing::HasSubstr("draining")));
 }
 
 TEST(PlacementTest, MergeShowsTheMostUsefulState) {

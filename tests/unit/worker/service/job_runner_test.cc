@@ -280,7 +280,7 @@ TEST_F(JobRunnerTest, SpecificationCarriesTheJobsOptions) {
   EXPECT_EQ(seen.rotation, rotate::Kind::kLocalHadamard);
   EXPECT_TRUE(seen.rotation_signs);
   EXPECT_EQ(seen.calibration_path, "/roots/text.jsonl");
-  EXPECT_EQ(seen.calibration_name, "/text.jsonl");
+  EXPECT_EQ(seen.calibration_name, "text.jsonl");
   EXPECT_EQ(seen.n_calibration_windows, 4);
   EXPECT_EQ(seen.sequence_length, 2048);
   EXPECT_FALSE(seen.evaluate);
