@@ -14,13 +14,6 @@ void AppendFact(std::string& text, const std::string& name, const std::string& f
   absl::StrAppend(&text, absl::StrFormat("  %-12s", name), SafeText(fact), "\n");
 }
 
-// "26.123 ± 0.45"; without an error where there is none.
-std::string EstimateText(double value, double error, int digits) {
-  std::string text = SignificantText(value, digits);
-  if (error > 0) absl::StrAppend(&text, " ± ", SignificantText(error, 2));
-  return text;
-}
-
 std::string PercentText(double share, double error) {
   return absl::StrFormat("%.2f ± %.2f", 100 * share, 100 * error);
 }

@@ -227,19 +227,22 @@ std::string QualitySection(const Job::Result& result, const v1::QualityGate& gat
   std::string html = "<h2>Quality</h2>\n";
   const double before = result.perplexity_before(), after = result.perplexity_after();
   if (before <= 0 || after <= 0) return html + "<p>The model was not evaluated.</p>\n";
-  html += Bars({{"perplexity before", before, SignificantText(before, 5)},
-                {"perplexity after", after, SignificantText(after, 5)}},
-               "Perplexity before and after");
+  html += Bars(
+      {{"perplexity before", before, EstimateText(before, result.perplexity_before_stderr(), 5)},
+       {"perplexity after", after, EstimateText(after, result.perplexity_after_stderr(), 5)}},
+      "Perplexity before and after");
   Facts facts;
-  std::string ratio =
-      absl::StrFormat("x%.4f on %s tokens", after / before, CountText(result.evaluation_tokens()));
+  std::string ratio = absl::StrFormat("x%.4f%s on %s tokens", after / before,
+                                      ErrorText(result.perplexity_ratio_stderr()),
+                                      CountText(result.evaluation_tokens()));
   if (gate.has_max_perplexity_ratio()) {
     absl::StrAppend(&ratio, "; the gate allows x", SignificantText(gate.max_perplexity_ratio(), 4));
   }
   facts.Add("perplexity", ratio);
   if (result.has_kl_divergence()) {
     std::string divergence =
-        absl::StrCat(SignificantText(result.kl_divergence(), 4), " nats a token from the original");
+        absl::StrCat(EstimateText(result.kl_divergence(), result.kl_divergence_stderr(), 4),
+                     " nats a token from the original");
     if (gate.has_max_kl_divergence()) {
       absl::StrAppend(&divergence, "; the gate allows ",
                       SignificantText(gate.max_kl_divergence(), 4));

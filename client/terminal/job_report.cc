@@ -72,17 +72,18 @@ std::string RunTimeText(const v1::QuantizationConfig& config) {
 // "x1.035" of perplexities; each is 0 when it was not measured.
 std::string PerplexityText(const Job::Result& result) {
   if (result.perplexity_before() <= 0 || result.perplexity_after() <= 0) return "not evaluated";
-  return absl::StrFormat("%s before, %s after (x%.3f), on %s tokens",
-                         SignificantText(result.perplexity_before(), 5),
-                         SignificantText(result.perplexity_after(), 5),
-                         result.perplexity_after() / result.perplexity_before(),
-                         CountText(result.evaluation_tokens()));
+  return absl::StrFormat(
+      "%s before, %s after (x%.3f%s), on %s tokens", SignificantText(result.perplexity_before(), 5),
+      SignificantText(result.perplexity_after(), 5),
+      result.perplexity_after() / result.perplexity_before(),
+      ErrorText(result.perplexity_ratio_stderr()), CountText(result.evaluation_tokens()));
 }
 
 // "0.0123 nats a token from the original; the likeliest token is the same at 95.2 %"
 std::string DivergenceText(const Job::Result& result) {
   std::string text =
-      absl::StrCat(SignificantText(result.kl_divergence(), 3), " nats a token from the original");
+      absl::StrCat(EstimateText(result.kl_divergence(), result.kl_divergence_stderr(), 3),
+                   " nats a token from the original");
   if (result.has_top1_agreement()) {
     absl::StrAppendFormat(&text, "; the likeliest token is the same at %.1f %%",
                           100 * result.top1_agreement());

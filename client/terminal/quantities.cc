@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 
 namespace walsh::client {
@@ -54,6 +55,14 @@ std::string SignificantText(double value, int n) {
   const int magnitude = static_cast<int>(std::floor(std::log10(std::fabs(rounded) * (1 + 1e-12))));
   if (magnitude < -4 || magnitude > 8) return absl::StrFormat("%.*e", n - 1, value);
   return absl::StrFormat("%.*f", std::max(0, n - 1 - magnitude), value);
+}
+
+std::string ErrorText(double error) {
+  return error > 0 ? absl::StrCat(" ± ", SignificantText(error, 2)) : "";
+}
+
+std::string EstimateText(double value, double error, int n) {
+  return SignificantText(value, n) + ErrorText(error);
 }
 
 std::string TimeText(const google::protobuf::Timestamp& time) {

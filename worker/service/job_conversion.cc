@@ -9,6 +9,7 @@
 #include "common/limits.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "worker/pipeline/quality_errors.h"
 #include "worker/service/proto_time.h"
 
 namespace walsh::service {
@@ -335,6 +336,14 @@ QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::s
   result.set_perplexity_after(report.perplexity_after);
   if (report.kl_divergence >= 0) result.set_kl_divergence(report.kl_divergence);
   if (report.top1_agreement >= 0) result.set_top1_agreement(report.top1_agreement);
+  if (const auto errors = pipeline::StandardErrors(report); errors.has_value()) {
+    result.set_perplexity_before_stderr(errors->perplexity_before);
+    result.set_perplexity_after_stderr(errors->perplexity_after);
+    result.set_perplexity_ratio_stderr(errors->perplexity_ratio);
+    if (errors->kl_divergence.has_value()) {
+      result.set_kl_divergence_stderr(*errors->kl_divergence);
+    }
+  }
   result.set_evaluation_tokens(report.evaluation_tokens);
   result.set_rotation_gate(report.rotation_gate);
   for (int stage = 0; stage < pipeline::kStages; ++stage) {

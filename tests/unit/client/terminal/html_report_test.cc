@@ -87,6 +87,16 @@ TEST(HtmlReportTest, LayersThatNoModelHasAreNotPlotted) {
   EXPECT_EQ(Count(HtmlReport(job), "<circle"), Count(html, "<circle"));
 }
 
+TEST(HtmlReportTest, ShowsStandardErrorsWhereThereAre) {
+  Job job = FinishedJob();
+  EXPECT_THAT(HtmlReport(job), Not(HasSubstr("±")));
+  job.mutable_result()->set_perplexity_after_stderr(1.25);
+  job.mutable_result()->set_perplexity_ratio_stderr(0.0312);
+  job.mutable_result()->set_kl_divergence_stderr(0.0123);
+  EXPECT_THAT(HtmlReport(job), AllOf(HasSubstr("41.500 ± 1.2"), HasSubstr("x2.0431 ± 0.031 on "),
+                                     HasSubstr("0.2500 ± 0.012 nats a token")));
+}
+
 TEST(HtmlReportTest, ShowsFiguresAndPlots) {
   const std::string html = HtmlReport(FinishedJob());
   ExpectWellFormed(html);

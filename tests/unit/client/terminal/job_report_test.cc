@@ -97,6 +97,10 @@ TEST(JobReportTest, ShowsTheDeviceAndWhatOnlyItMeasures) {
   EXPECT_THAT(report,
               HasSubstr("divergence     0.0123 nats a token from the original; the likeliest "
                         "token is the same at 95.2 %\n"));
+  result.set_kl_divergence_stderr(0.00056);
+  result.set_perplexity_ratio_stderr(0.0312);
+  EXPECT_THAT(JobReport(job), HasSubstr("0.0123 ± 0.00056 nats a token"));
+  EXPECT_THAT(JobReport(job), HasSubstr("(x2.043 ± 0.031), on "));
   result.set_kl_divergence(0);
   EXPECT_THAT(JobReport(job), HasSubstr("divergence")) << "a measured 0 is a result";
 }

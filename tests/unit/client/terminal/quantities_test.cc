@@ -42,6 +42,8 @@ TEST(QuantitiesTest, SignificantDigits) {
   EXPECT_EQ(SignificantText(0.012345, 3), "0.0123");
   EXPECT_EQ(SignificantText(3.14e-7, 2), "3.1e-07");
   EXPECT_EQ(SignificantText(123456, 3), "123456");
+  EXPECT_EQ(EstimateText(26.1234, 0.456, 5), "26.123 ± 0.46");
+  EXPECT_EQ(EstimateText(26.1234, 0, 5), "26.123");
 }
 
 }  // namespace

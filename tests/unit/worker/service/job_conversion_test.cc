@@ -27,6 +27,25 @@ TEST(ToResultTest, WhatWasNotMeasuredIsAbsent) {
   EXPECT_EQ(result.peak_device_memory_bytes(), 123);
 }
 
+TEST(ToResultTest, StandardErrorsNeedTwoWindows) {
+  pipeline::JobReport report;
+  report.perplexity_before = 10;
+  report.perplexity_after = 12;
+  report.window_losses_before = {2};
+  report.window_losses_after = {2.5};
+  EXPECT_FALSE(ToResult(report, "m").has_perplexity_after_stderr());
+  report.window_losses_before = {2, 3};
+  report.window_losses_after = {2.5, 3.5};
+  v1::QuantizationJob::Result result = ToResult(report, "m");
+  EXPECT_DOUBLE_EQ(result.perplexity_before_stderr(), 5);
+  EXPECT_DOUBLE_EQ(result.perplexity_after_stderr(), 6);
+  EXPECT_TRUE(result.has_perplexity_ratio_stderr());
+  EXPECT_EQ(result.perplexity_ratio_stderr(), 0) << "each window lost as much";
+  EXPECT_FALSE(result.has_kl_divergence_stderr());
+  report.window_divergences = {0.25, 0.75};
+  EXPECT_DOUBLE_EQ(ToResult(report, "m").kl_divergence_stderr(), 0.25);
+}
+
 TEST(ToResultTest, StepsComeInTheirOrder) {
   pipeline::JobReport report;
   EXPECT_EQ(ToResult(report, "m").step_times_size(), 0);
