@@ -410,6 +410,10 @@ absl::StatusOr<RowForms> ComputeRowForms(Context&, const RowFormsParams& p) {
   return forms;
 }
 
+bool DeviceRotation::HasCore(int64_t core) {
+  return std::find(std::begin(kCores), std::end(kCores), core) != std::end(kCores);
+}
+
 absl::StatusOr<DeviceRotation> DeviceRotation::Create(Context& context, const Tables& tables) {
   DeviceRotation rotation;
   rotation.width_ = tables.width;
