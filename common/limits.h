@@ -78,6 +78,9 @@ inline constexpr int kOverridePatternBytesMax = 256;
 inline constexpr int kPresetNameBytesMax = 64;
 // Artifacts that quality gates refused, kept on a worker's disk; the oldest goes for a newer one.
 inline constexpr int kRejectedArtifactsMax = 4;
+// Of what is rounded at run time: a grid that reaches less of the largest value keeps nothing of
+// it, and far less than this its step is no number above 0 any more.
+inline constexpr double kClipRatioMin = 0.01;
 inline constexpr int kRotationBlockMin = 16;
 inline constexpr int kRotationBlockMax = 1 << 15;
 
@@ -124,6 +127,9 @@ inline constexpr int kIntermediateMax = 1 << 19;
 inline constexpr int kHeadsMax = 4096;
 inline constexpr int kHeadDimMax = 1024;
 inline constexpr int kContextMax = 1 << 22;
+// query_pre_attn_scalar: scores are divided by its root, which must leave numbers of them.
+inline constexpr double kQueryPreAttentionScalarMin = 1.0;
+inline constexpr double kQueryPreAttentionScalarMax = 1e6;
 
 // -- Chat templates
 inline constexpr int64_t kTemplateBytesMax = 256 << 10;

@@ -81,22 +81,6 @@ absl::Status CheckQuantization(const ArtifactReader& artifact, const ExportOptio
   return absl::OkStatus();
 }
 
-// What a linear's tensors make of its codes, whatever the configuration says: the other formats
-// know scale x (code - integer zero) only.
-absl::Status CheckGrids(const ArtifactReader& artifact, const ExportOptions& options) {
-  if (options.format == ExportFormat::kDequantized) return absl::OkStatus();
-  for (const ExpectedTensor& tensor : ExpectedTensors(artifact.config())) {
-    const std::string name = LinearName(tensor.name);
-    if (tensor.is_one_dimensional || !artifact.IsQuantized(name)) continue;
-    WALSH_ASSIGN_OR_RETURN(const GptqShape shape, artifact.ShapeOf(name));
-    if (shape.grid == StoredGrid::kGptq) continue;
-    return OfLinear(name, absl::FailedPreconditionError(
-                              "it has a codebook, or zeros that are no integers, which only the "
-                              "format dequantized can hold"));
-  }
-  return absl::OkStatus();
-}
-
 // Embeddings and head are in floats in every format.
 absl::Status CheckOuterTensors(const ArtifactReader& artifact) {
   for (const std::string_view tensor : {kEmbeddingTensor, kLmHeadTensor}) {
@@ -174,7 +158,6 @@ std::string_view FormatName(ExportFormat format) {
 absl::Status CheckExportable(const ArtifactReader& artifact, const ExportOptions& options) {
   WALSH_RETURN_IF_ERROR(CheckDtype(options));
   WALSH_RETURN_IF_ERROR(CheckQuantization(artifact, options));
-  WALSH_RETURN_IF_ERROR(CheckGrids(artifact, options));
   return CheckOuterTensors(artifact);
 }
 

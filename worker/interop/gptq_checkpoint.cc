@@ -63,7 +63,8 @@ absl::StatusOr<bool> Truth(const json& q, const char* member, bool fallback) {
 
 absl::StatusOr<int64_t> Integer(const json& q, const char* member) {
   const auto it = q.find(member);
-  if (it != q.end() && it->is_number_integer()) return it->get<int64_t>();
+  const std::optional<int64_t> value = it == q.end() ? std::nullopt : Int64Of(*it);
+  if (value.has_value()) return *value;
   return Malformed(absl::StrCat("'", member, "' is missing or no integer"));
 }
 

@@ -44,8 +44,13 @@ struct ArtifactInfo {
   int bits = 0;
   int64_t group_size = 0;  // −1: per channel
   bool symmetric = false;
-  std::string method;    // "gptq" or "rtn"
-  std::string rotation;  // "gsr", "none", …
+  double bits_per_weight = 0;      // of the quantized linears, with their grids; 0: not told
+  std::vector<int> override_bits;  // other bits that some linears have, ascending
+  std::string grid;                // "uniform", "float-zero", "codebook"
+  int activation_bits = 0;         // at run time; 0: not rounded
+  int kv_cache_bits = 0;           // likewise
+  std::string method;              // "gptq" or "rtn"
+  std::string rotation;            // "gsr", "none", …
   int64_t rotation_block = 0;
   std::string job;  // not in the artifact: filled from the records of whoever published it
   double perplexity_before = 0;  // 0: not evaluated

@@ -12,6 +12,8 @@ namespace {
 
 using nlohmann::json;
 
+constexpr char kOwnGridMember[] = "walsh";
+
 json RopeScalingJson(const RopeScaling& scaling) {
   switch (scaling.kind) {
     case RopeScaling::Kind::kNone:
@@ -121,6 +123,30 @@ absl::StatusOr<json> ArtifactConfig(const Checkpoint& source) {
   return config;
 }
 
+absl::StatusOr<StoredGrid> ParseStoredGrid(const json& quantization_config) {
+  const auto it = quantization_config.find(kOwnGridMember);
+  if (it == quantization_config.end()) return StoredGrid::kGptq;
+  const auto unsupported = [&](const char* rule) {
+    return Unsupported(
+        absl::StrCat("'", kOwnGridMember, "' is ", it->dump().substr(0, 64), ", ", rule));
+  };
+  if (!it->is_object() || it->size() != 2 || !it->contains("grid") || !it->contains("bits")) {
+    return unsupported("only an object of 'grid' and 'bits' is supported");
+  }
+  const json& bits = (*it)["bits"];
+  if ((*it)["grid"] == "codebook") {
+    if (bits != 2) return unsupported("a codebook is of 2 bits");
+    return StoredGrid::kCodebook;
+  }
+  if ((*it)["grid"] == "float-zero") {
+    if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
+      return unsupported("bits must be 2, 3, 4 or 8");
+    }
+    return StoredGrid::kFloatZeros;
+  }
+  return unsupported("only the grids codebook and float-zero are known");
+}
+
 absl::Status CheckQuantizationConfig(const json& config) {
   const auto it = config.find("quantization_config");
   if (it == config.end() || !it->is_object()) {
@@ -148,8 +174,9 @@ absl::Status CheckQuantizationConfig(const json& config) {
     // for plain GPTQ is not one of ours.
     return Unsupported("'quant_method' beside online transforms is not supported");
   }
+  WALSH_ASSIGN_OR_RETURN(const StoredGrid grid, ParseStoredGrid(q));
   return require("checkpoint_format",
-                 is_online || q.contains("walsh") ? kWalshFormat : kGptqFormat);
+                 is_online || grid != StoredGrid::kGptq ? kWalshFormat : kGptqFormat);
 }
 
 }  // namespace walsh

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/io/checkpoint.h"
+#include "worker/io/gptq_packing.h"
 
 namespace walsh {
 
@@ -22,7 +23,13 @@ inline constexpr char kWalshFormat[] = "walsh";
 
 // Whether walsh reads what `quantization_config` describes: GPTQ in the gptq_v2 convention or in
 // walsh's own, head not quantized; marked as walsh's own where there are transforms at run
-// time (worker/io/online_transforms.h). UNIMPLEMENTED names what it does not.
+// time (worker/io/online_transforms.h) or a grid that has no form in that convention.
+// UNIMPLEMENTED names what it does not.
 absl::Status CheckQuantizationConfig(const nlohmann::json& config);
+
+// The grid that quantization_config's member `walsh` names; kGptq where it has none. With a
+// codebook, linears that an override gives other bits are kGptq all the same. UNIMPLEMENTED names
+// what is not known.
+absl::StatusOr<StoredGrid> ParseStoredGrid(const nlohmann::json& quantization_config);
 
 }  // namespace walsh

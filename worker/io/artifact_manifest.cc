@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -112,26 +113,69 @@ T Get(const json& report, const char* object, const char* member, T fallback) {
   } else if constexpr (std::is_same_v<T, bool>) {
     return value->is_boolean() ? value->get<bool>() : fallback;
   } else if constexpr (std::is_integral_v<T>) {
-    return value->is_number_integer() ? value->get<T>() : fallback;
+    static_assert(std::is_same_v<T, int64_t>, "a narrower one would wrap");
+    return Int64Of(*value).value_or(fallback);
   } else {
     return value->is_number() ? value->get<T>() : fallback;
   }
 }
 
+// Null where there is no such object.
+const json* Object(const json& report, const char* name) {
+  const auto it = report.find(name);
+  return it == report.end() || !it->is_object() ? nullptr : &*it;
+}
+
+std::string GridName(const json& report) {
+  if (Get(report, "quantization", "grid", std::string()) == "codebook") return "codebook";
+  const bool has_float_zeros = Get(report, "quantization", "zero_point", std::string()) == "float";
+  return has_float_zeros ? "float-zero" : "uniform";
+}
+
+// Bits of overrides that are not the model's.
+std::vector<int> OverrideBits(const json& report, int model_bits) {
+  std::set<int> bits;
+  const json* quantization = Object(report, "quantization");
+  if (quantization == nullptr || !quantization->contains("overrides")) return {};
+  for (const json& entry : (*quantization)["overrides"]) {
+    if (!entry.is_object() || !entry.contains("bits")) continue;
+    const int64_t n = Int64Of(entry["bits"]).value_or(0);
+    if ((n == 2 || n == 3 || n == 4 || n == 8) && n != model_bits) bits.insert(static_cast<int>(n));
+  }
+  return {bits.begin(), bits.end()};
+}
+
+// Of what is rounded at run time, "activations" or "kv_cache"; 0 where it is not.
+int RunTimeBits(const json& report, const char* member) {
+  const json* online = Object(report, "online_transforms");
+  const int64_t bits = online == nullptr ? 0 : Get(*online, member, "bits", int64_t{0});
+  return bits == 2 || bits == 4 || bits == 8 ? static_cast<int>(bits) : 0;
+}
+
 absl::StatusOr<ArtifactInfo> ParseInfo(const json& report) {
   ArtifactInfo info;
-  info.bits = Get(report, "quantization", "bits", 0);
-  if (info.bits != 2 && info.bits != 3 && info.bits != 4 && info.bits != 8) {
+  const int64_t bits = Get(report, "quantization", "bits", int64_t{0});
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) {
     return Malformed("member 'quantization.bits' must be 2, 3, 4 or 8");
   }
+  info.bits = static_cast<int>(bits);
   info.group_size = Get(report, "quantization", "group_size", int64_t{0});
-  if (info.group_size < -1 || info.group_size == 0) {
-    return Malformed("member 'quantization.group_size' must be positive, or -1 for channels");
+  if (info.group_size < -1 || info.group_size == 0 || info.group_size > limits::kIntermediateMax) {
+    return Malformed(absl::StrCat("member 'quantization.group_size' must be 1 to ",
+                                  limits::kIntermediateMax, ", or -1 for channels"));
   }
   info.symmetric = Get(report, "quantization", "symmetric", false);
+  info.bits_per_weight = Get(report, "quantization", "bits_per_weight", 0.0);
+  info.override_bits = OverrideBits(report, info.bits);
+  info.grid = GridName(report);
+  info.activation_bits = RunTimeBits(report, "activations");
+  info.kv_cache_bits = RunTimeBits(report, "kv_cache");
   info.method = Get(report, "quantization", "method", std::string());
   info.rotation = Get(report, "rotation", "kind", std::string("none"));
   info.rotation_block = Get(report, "rotation", "block", int64_t{0});
+  if (info.rotation_block < 0 || info.rotation_block > limits::kHiddenMax) {
+    return Malformed(absl::StrCat("member 'rotation.block' must be 0 to ", limits::kHiddenMax));
+  }
   info.perplexity_before = Get(report, "quality", "perplexity_before", 0.0);
   info.perplexity_after = Get(report, "quality", "perplexity_after", 0.0);
   return info;

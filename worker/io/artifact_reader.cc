@@ -73,15 +73,24 @@ struct QuantizedLinear {
   const LocatedEntry* levels = nullptr;
 };
 
-// What a linear has beside its codes tells its grid.
+// What a linear has beside its codes tells its grid: the tensors of one grid, and no others.
 absl::Status FindGrid(const Entries& entries, const std::string& name, QuantizedLinear& linear) {
+  const auto refuse = [&](const char* other, const char* beside) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("linear '", name, "' has ", other, " beside ", beside));
+  };
+  const bool has_zeros = entries.contains(name + ".zeros");
+  if (has_zeros && entries.contains(name + ".qzeros")) return refuse("qzeros", "zeros");
   if (entries.contains(name + ".levels")) {
+    for (const char* other : {"scales", "zeros", "qzeros"}) {
+      if (entries.contains(absl::StrCat(name, ".", other))) return refuse(other, "levels");
+    }
     linear.shape.grid = StoredGrid::kCodebook;
     WALSH_ASSIGN_OR_RETURN(linear.levels, Require(entries, name + ".levels"));
     return absl::OkStatus();
   }
   WALSH_ASSIGN_OR_RETURN(linear.scales, Require(entries, name + ".scales"));
-  if (entries.contains(name + ".zeros")) {
+  if (has_zeros) {
     linear.shape.grid = StoredGrid::kFloatZeros;
     WALSH_ASSIGN_OR_RETURN(linear.zeros, Require(entries, name + ".zeros"));
     return absl::OkStatus();
@@ -134,6 +143,29 @@ absl::StatusOr<QuantizedLinear> FindQuantized(const Entries& entries, const std:
   }
   WALSH_RETURN_IF_ERROR(RequireForm(*linear.g_idx, "I32", {cols}));
   return linear;
+}
+
+const char* Describe(StoredGrid grid) {
+  switch (grid) {
+    case StoredGrid::kGptq:
+      return "integer zeros";
+    case StoredGrid::kFloatZeros:
+      return "float zeros";
+    case StoredGrid::kCodebook:
+      return "a codebook";
+  }
+  return "";
+}
+
+// Whoever reads the configuration only must not take a linear for another than its tensors make it.
+absl::Status CheckGrid(const std::string& name, const GptqShape& shape, StoredGrid configured) {
+  constexpr int kCodebookBits = 2;
+  const bool is_override = configured == StoredGrid::kCodebook && shape.bits != kCodebookBits;
+  const StoredGrid expected = is_override ? StoredGrid::kGptq : configured;
+  if (shape.grid == expected) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("linear '", name, "' has ", Describe(shape.grid), " at ", shape.bits,
+                   " bits, quantization_config says ", Describe(expected)));
 }
 
 std::string LinearName(const std::string& weight) {
@@ -325,8 +357,21 @@ class Reader final : public ArtifactReader {
     WALSH_RETURN_IF_ERROR(CheckQuantizationConfig(document));
     WALSH_ASSIGN_OR_RETURN(online_,
                            ParseOnlineTransforms(document["quantization_config"], config_));
+    WALSH_RETURN_IF_ERROR(CheckReportedTransforms());
+    WALSH_ASSIGN_OR_RETURN(grid_, ParseStoredGrid(document["quantization_config"]));
     has_act_order_ = document["quantization_config"]["desc_act"].get<bool>();
     return absl::OkStatus();
+  }
+
+  // Both files of an artifact of ours say what a forward pass does. An imported one's may not.
+  absl::Status CheckReportedTransforms() const {
+    const auto reported = manifest_.report.find("online_transforms");
+    if (reported == manifest_.report.end()) return absl::OkStatus();
+    const json configured = OnlineTransformsJson(online_);
+    if (*reported == configured) return absl::OkStatus();
+    return absl::DataLossError(absl::StrCat(
+        kManifestFile, ": online_transforms is ", reported->dump().substr(0, 256),
+        ", config.json has ", configured.dump().substr(0, 256), "; the artifact is damaged"));
   }
 
   absl::Status OpenShards(const std::string& directory) {
@@ -377,9 +422,12 @@ class Reader final : public ArtifactReader {
     for (const ExpectedTensor& tensor : ExpectedTensors(config_)) {
       if (!tensor.is_one_dimensional &&
           entries_.find(LinearName(tensor.name) + ".qweight") != entries_.end()) {
-        WALSH_ASSIGN_OR_RETURN(linears_[LinearName(tensor.name)],
-                               FindQuantized(entries_, LinearName(tensor.name), tensor.rows,
-                                             tensor.cols, manifest_.info.symmetric));
+        const std::string name = LinearName(tensor.name);
+        WALSH_ASSIGN_OR_RETURN(
+            QuantizedLinear linear,
+            FindQuantized(entries_, name, tensor.rows, tensor.cols, manifest_.info.symmetric));
+        WALSH_RETURN_IF_ERROR(CheckGrid(name, linear.shape, grid_));
+        linears_[name] = linear;
         continue;
       }
       WALSH_ASSIGN_OR_RETURN(const LocatedEntry* located, Require(entries_, tensor.name));
@@ -451,6 +499,7 @@ class Reader final : public ArtifactReader {
   Manifest manifest_;
   ModelConfig config_;
   OnlineTransforms online_;
+  StoredGrid grid_ = StoredGrid::kGptq;  // of the linears, but for overrides
   bool has_act_order_ = false;
   TokenizerSource tokenizer_;
   SideFiles side_files_;

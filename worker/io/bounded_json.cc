@@ -120,4 +120,12 @@ absl::StatusOr<json> ParseBoundedJson(const std::string& name, std::string_view 
   }
 }
 
+std::optional<int64_t> Int64Of(const json& value) {
+  if (!value.is_number_integer()) return std::nullopt;
+  if (value.is_number_unsigned() && !std::in_range<int64_t>(value.get<uint64_t>())) {
+    return std::nullopt;
+  }
+  return value.get<int64_t>();
+}
+
 }  // namespace walsh

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -28,5 +29,9 @@ struct JsonBounds {
 // `name` is the file's, for messages. The top level must be an object.
 absl::StatusOr<nlohmann::json> ParseBoundedJson(const std::string& name, std::string_view text,
                                                 const JsonBounds& bounds);
+
+// Nothing where `value` is no integer, or one that 64 bits with a sign do not hold, which get<>()
+// would wrap.
+std::optional<int64_t> Int64Of(const nlohmann::json& value);
 
 }  // namespace walsh

@@ -474,9 +474,11 @@ absl::Status ValidateModelConfig(const ModelConfig& config, const std::string& o
     return OutOfRange(origin, "the RoPE base of sliding layers", config.sliding_rope_theta,
                       "1 to 1e12");
   }
-  if (!(config.query_pre_attention_scalar >= 0 && config.query_pre_attention_scalar <= 1e6)) {
-    return OutOfRange(origin, "query_pre_attn_scalar", config.query_pre_attention_scalar,
-                      "above 0 and at most 1e6");
+  // 0: the head's width.
+  const double scalar = config.query_pre_attention_scalar;
+  if (scalar != 0 && !(scalar >= limits::kQueryPreAttentionScalarMin &&
+                       scalar <= limits::kQueryPreAttentionScalarMax)) {
+    return OutOfRange(origin, "query_pre_attn_scalar", scalar, "1 to 1e6");
   }
   return ValidateRopeScaling(config.rope_scaling, origin);
 }

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "common/limits.h"
 #include "common/status_macros.h"
+#include "worker/io/bounded_json.h"
 
 namespace walsh {
 namespace {
@@ -34,9 +37,10 @@ absl::Status CheckRounding(std::string_view what, const Rounding& rounding,
     return absl::InvalidArgumentError(
         absl::StrCat(name, ": ", rounding.bits, " bits, must be ", std::string(bits_rule)));
   }
-  if (!(rounding.clip_ratio > 0 && rounding.clip_ratio <= 1)) {
+  if (!(rounding.clip_ratio >= limits::kClipRatioMin && rounding.clip_ratio <= 1)) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": clip ratio ", rounding.clip_ratio,
-                                                   ", must be above 0 and at most 1"));
+                                                   ", must be from ", limits::kClipRatioMin,
+                                                   " to 1"));
   }
   if (rounding.group_size == OnlineTransforms::kWholeRow) return absl::OkStatus();
   for (const int64_t width : widths) {
@@ -76,26 +80,26 @@ absl::StatusOr<BlockRotation> ParseRotation(std::string_view what, const json& o
                                                  std::string(what), ": matrix ",
                                                  matrix.dump().substr(0, 64), " is not known"));
   }
-  if (!object["block"].is_number_integer() || object["block"] < 1) {
-    return Malformed(what, "'block' is no positive integer");
-  }
-  return BlockRotation{object["block"].get<int64_t>(), matrix == "walsh"};
+  const std::optional<int64_t> block = Int64Of(object["block"]);
+  if (!block.has_value() || *block < 1) return Malformed(what, "'block' is no positive integer");
+  return BlockRotation{*block, matrix == "walsh"};
 }
 
 absl::StatusOr<Rounding> ParseRounding(std::string_view what, const json& object) {
   WALSH_RETURN_IF_ERROR(
       CheckMembers(what, object, {"bits", "group_size", "symmetric", "clip_ratio"}));
-  if (!object["bits"].is_number_integer() || !object["group_size"].is_number_integer() ||
-      !object["symmetric"].is_boolean() || !object["clip_ratio"].is_number()) {
+  // Wide, so that a number beyond 32 bits is refused as it is and not as its remainder.
+  const std::optional<int64_t> bits = Int64Of(object["bits"]);
+  const std::optional<int64_t> group_size = Int64Of(object["group_size"]);
+  if (!bits.has_value() || !group_size.has_value() || !object["symmetric"].is_boolean() ||
+      !object["clip_ratio"].is_number()) {
     return Malformed(what, "a member has the wrong type");
   }
-  // Wide, so that a number beyond 32 bits is refused as it is and not as its remainder.
-  const auto bits = object["bits"].get<int64_t>();
-  if (bits < 1 || bits >= Rounding::kOff) {
-    return Malformed(what, absl::StrCat(bits, " bits, must be less than ", Rounding::kOff));
+  if (*bits < 1 || *bits >= Rounding::kOff) {
+    return Malformed(what, absl::StrCat(*bits, " bits, must be less than ", Rounding::kOff));
   }
-  return Rounding{static_cast<int>(bits), object["group_size"].get<int64_t>(),
-                  object["symmetric"].get<bool>(), object["clip_ratio"].get<double>()};
+  return Rounding{static_cast<int>(*bits), *group_size, object["symmetric"].get<bool>(),
+                  object["clip_ratio"].get<double>()};
 }
 
 json RotationJson(const BlockRotation& rotation) {

@@ -34,7 +34,7 @@ struct OnlineTransforms {
     // Adjacent values of a row that share a grid; kWholeRow: all of the row.
     int64_t group_size = kWholeRow;
     bool symmetric = false;
-    double clip_ratio = 1;  // of the group's largest value, that the grid reaches; in (0, 1]
+    double clip_ratio = 1;  // of the group's largest value, that the grid reaches; from 0.01 to 1
     bool is_on() const { return bits != kOff; }
     bool operator==(const Rounding&) const = default;
   };

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "tests/testing/status_matchers.h"
@@ -495,39 +494,40 @@ TEST_F(ExportTest, Gemma3GoesToEveryCheckpointFormat) {
   EXPECT_THAT(Export(ExportFormat::kGguf), StatusIs(absl::StatusCode::kUnimplemented, _));
 }
 
-// The configuration says nothing of them: the tensors decide.
 TEST_F(ExportTest, OnlyDequantizedHoldsOtherGrids) {
-  const auto to_codebook = [](QuantizedMatrix& matrix) {
+  const auto to_codebook = [](const std::string&, QuantizedMatrix& matrix) {
     for (int64_t i = 0; i < matrix.rows * matrix.groups(); ++i) {
       for (const float level : {-0.5f, -0.125f, 0.25f, 1.0f}) matrix.levels.push_back(level);
     }
     matrix.scales.clear();
     matrix.zeros.clear();
   };
-  const auto to_float_zeros = [](QuantizedMatrix& matrix) {
+  const auto to_float_zeros = [](const std::string&, QuantizedMatrix& matrix) {
     matrix.float_zeros.assign(matrix.zeros.size(), 1.25f);
     matrix.zeros.clear();
   };
-  for (const std::function<void(QuantizedMatrix&)>& change :
-       {std::function<void(QuantizedMatrix&)>(to_codebook),
-        std::function<void(QuantizedMatrix&)>(to_float_zeros)}) {
+  const auto make = [&](const char* grid, auto edit) {
     fs::remove_all(dir_ / "artifact");
-    MakeArtifact({.bits = 2, .edit = [&](const std::string& name, QuantizedMatrix& matrix) {
-                    if (name == kDown) change(matrix);
-                  }});
+    MakeArtifact({.bits = 2,
+                  .quantization_config = {{"checkpoint_format", "walsh"},
+                                          {"walsh", {{"grid", grid}, {"bits", 2}}}},
+                  .edit = edit});
+  };
+  for (const bool has_codebook : {true, false}) {
+    if (has_codebook) {
+      make("codebook", to_codebook);
+    } else {
+      make("float-zero", to_float_zeros);
+    }
     for (const ExportFormat format : {ExportFormat::kGptqV2, ExportFormat::kGptq,
                                       ExportFormat::kCompressedTensors, ExportFormat::kGguf}) {
       EXPECT_THAT(Export(format),
-                  StatusIs(kPrecondition, AllOf(HasSubstr(kDown), HasSubstr("only the format"))));
+                  StatusIs(kPrecondition, HasSubstr("which only the format dequantized can hold")));
     }
     ASSERT_OK(Export(ExportFormat::kDequantized, {.dtype = StorageType::kF32}));
     ASSERT_OK_AND_ASSIGN(const auto exported, Checkpoint::Open(out()));
     ExpectSameWeights(*exported);
   }
-  const Reconfigured named(*artifact_, "walsh", {{"grid", "codebook"}, {"bits", 2}});
-  EXPECT_OK(CheckExportable(named, {.format = ExportFormat::kDequantized}));
-  EXPECT_THAT(CheckExportable(named, {.format = ExportFormat::kGptqV2}),
-              StatusIs(kPrecondition, HasSubstr("quantization_config.walsh")));
 }
 
 TEST_F(ExportTest, EndsWhenItsCallerSaysSo) {

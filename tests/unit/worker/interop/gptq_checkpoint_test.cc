@@ -225,6 +225,8 @@ TEST_F(GptqCheckpointTest, RefusesSettingsThatItDoesNotRead) {
   expect({{"bits", 5}}, kUnimplemented, "'bits' is 5");
   expect({{"bits", "4"}}, kInvalid, "'bits' is missing or no integer");
   expect({{"group_size", 0}}, kInvalid, "'group_size' is 0");
+  // 2^64 - 1 is no -1, which means a group of a channel.
+  expect({{"group_size", uint64_t{18446744073709551615u}}}, kInvalid, "no integer");
   expect({{"sym", "yes"}}, kInvalid, "'sym' is neither true nor false");
   expect({{"desc_act", 1}}, kInvalid, "'desc_act' is neither true nor false");
 }

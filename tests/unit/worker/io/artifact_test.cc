@@ -7,6 +7,7 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -586,6 +587,129 @@ TEST_F(ForgedArtifactTest, RefusesOtherQuantizationFormats) {
   EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
 }
 
+// Linears whose tensors are not those of the grid that quantization_config names: whoever looks at
+// one of the two only would take them for something else.
+TEST_F(ArtifactTest, TensorsAgreeWithTheConfiguredGrid) {
+  const auto to_codebook = [](QuantizedMatrix& matrix) {
+    for (int64_t i = 0; i < matrix.rows * matrix.groups(); ++i) {
+      for (const float level : {-0.5f, -0.125f, 0.25f, 1.0f}) matrix.levels.push_back(level);
+    }
+    matrix.scales.clear();
+    matrix.zeros.clear();
+  };
+  const auto to_float_zeros = [](QuantizedMatrix& matrix) {
+    matrix.float_zeros.assign(matrix.zeros.size(), 1.25f);
+    matrix.zeros.clear();
+  };
+  const auto keep = [](QuantizedMatrix&) {};
+  using Edit = std::function<void(QuantizedMatrix&)>;
+  const std::string odd = "model.layers.1.mlp.down_proj";
+  const auto source = Source();
+  const auto write = [&](const char* grid, const Edit& edit, const Edit& edit_odd,
+                         int odd_bits = 2) {
+    fs::remove_all(artifact());
+    json config = json::object();
+    if (grid != nullptr) {
+      config = {{"checkpoint_format", "walsh"}, {"walsh", {{"grid", grid}, {"bits", 2}}}};
+    }
+    ASSERT_OK(
+        testing::WriteTinyArtifact(*source, artifact(),
+                                   {.bits = 2,
+                                    .bits_of = {{odd, odd_bits}},
+                                    .quantization_config = config,
+                                    .edit = [&](const std::string& name, QuantizedMatrix& matrix) {
+                                      (name == odd ? edit_odd : edit)(matrix);
+                                    }}));
+  };
+  const auto expect_refused = [&](const char* message) {
+    EXPECT_THAT(ArtifactReader::Open(artifact(), true, 1),
+                StatusIs(kInvalid, ::testing::AllOf(HasSubstr(odd), HasSubstr(message))));
+  };
+  write(nullptr, keep, to_float_zeros);
+  expect_refused("has float zeros at 2 bits, quantization_config says integer zeros");
+  write(nullptr, keep, to_codebook);
+  expect_refused("has a codebook at 2 bits, quantization_config says integer zeros");
+  write("codebook", to_codebook, keep);
+  expect_refused("has integer zeros at 2 bits, quantization_config says a codebook");
+  write("codebook", to_codebook, to_float_zeros, 4);
+  expect_refused("has float zeros at 4 bits, quantization_config says integer zeros");
+  write("float-zero", to_float_zeros, keep);
+  expect_refused("has integer zeros at 2 bits, quantization_config says float zeros");
+  write("float-zero", to_float_zeros, to_codebook);
+  expect_refused("has a codebook at 2 bits, quantization_config says float zeros");
+  for (const auto& [grid, edit, edit_odd] :
+       {std::tuple<const char*, Edit, Edit>{nullptr, keep, keep},
+        {"codebook", to_codebook, keep},
+        {"float-zero", to_float_zeros, to_float_zeros}}) {
+    write(grid, edit, edit_odd, 4);
+    EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+  }
+}
+
+TEST_F(ForgedArtifactTest, RefusesGridsThatItDoesNotKnow) {
+  const json good = ReadJson("config.json");
+  for (const auto& [value, message] :
+       {std::pair("{}", "only an object of 'grid' and 'bits'"),
+        std::pair("null", "only an object of 'grid' and 'bits'"),
+        std::pair(R"(["codebook", 2])", "only an object of 'grid' and 'bits'"),
+        std::pair(R"({"grid": "codebook"})", "only an object of 'grid' and 'bits'"),
+        std::pair(R"({"grid": "codebook", "bits": 2, "levels": 16})",
+                  "only an object of 'grid' and 'bits'"),
+        std::pair(R"({"grid": "nf4", "bits": 4})", "only the grids codebook and float-zero"),
+        std::pair(R"({"grid": 2, "bits": 2})", "only the grids codebook and float-zero"),
+        std::pair(R"({"grid": "codebook", "bits": 4})", "a codebook is of 2 bits"),
+        std::pair(R"({"grid": "float-zero", "bits": 5})", "bits must be 2, 3, 4 or 8"),
+        std::pair(R"({"grid": "float-zero", "bits": "4"})", "bits must be 2, 3, 4 or 8")}) {
+    json bad = good;
+    bad["quantization_config"]["walsh"] = json::parse(value);
+    bad["quantization_config"]["checkpoint_format"] = "walsh";
+    Forge("config.json", bad.dump());
+    ExpectRefused(kUnimplemented, message);
+  }
+  json marked = good;
+  marked["quantization_config"]["walsh"] = {{"grid", "float-zero"}, {"bits", 4}};
+  Forge("config.json", marked.dump());
+  ExpectRefused(kUnimplemented, "'checkpoint_format' is \"gptq_v2\", only \"walsh\"");
+  json plain = good;
+  plain["quantization_config"]["checkpoint_format"] = "walsh";
+  Forge("config.json", plain.dump());
+  ExpectRefused(kUnimplemented, "'checkpoint_format' is \"walsh\", only \"gptq_v2\"");
+}
+
+// Which of two grids a linear has is not for the reader to guess.
+TEST_F(ForgedArtifactTest, RefusesTheTensorsOfTwoGrids) {
+  const std::string shard = "model-00001-of-00001.safetensors";
+  const std::string good = ReadAll(artifact() + "/" + shard);
+  const json good_index = ReadJson("model.safetensors.index.json");
+  uint64_t header_bytes = 0;
+  std::memcpy(&header_bytes, good.data(), 8);
+  const json header = json::parse(good.substr(8, header_bytes));
+  const std::string linear = "model.layers.0.self_attn.q_proj";
+  // Another tensor gets the name of one that this linear must not have.
+  const auto rename = [](json& object, const std::string& from, const std::string& to) {
+    object[to] = object[from];
+    object.erase(from);
+  };
+  const auto expect = [&](std::vector<const char*> added, const char* message) {
+    json names = header;
+    json index = good_index;
+    const char* spare[] = {"model.norm.weight", "lm_head.weight"};
+    for (size_t i = 0; i < added.size(); ++i) {
+      rename(names, spare[i], linear + added[i]);
+      rename(index["weight_map"], spare[i], linear + added[i]);
+    }
+    std::string text = names.dump();
+    ASSERT_LE(text.size(), header_bytes);
+    text.resize(header_bytes, ' ');
+    Forge(shard, good.substr(0, 8) + text + good.substr(8 + header_bytes));
+    Forge("model.safetensors.index.json", index.dump());
+    ExpectRefused(kInvalid, message);
+  };
+  expect({".zeros"}, "linear 'model.layers.0.self_attn.q_proj' has qzeros beside zeros");
+  expect({".levels"}, "linear 'model.layers.0.self_attn.q_proj' has scales beside levels");
+  expect({".levels", ".zeros"}, "q_proj' has qzeros beside zeros");
+}
+
 // Changes one tensor's entry in the header of the only shard, keeping its length.
 TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
   const std::string shard = "model-00001-of-00001.safetensors";
@@ -679,6 +803,42 @@ TEST_F(ForgedArtifactTest, RefusesTensorsOfTheWrongForm) {
   EXPECT_THAT(ReadBf16(*reader, "model.norm.weight", 1, 64), nan_in_vector);
 }
 
+// What a list of models shows beside the bits.
+TEST_F(ForgedArtifactTest, TellsWhatBitsAloneDoNot) {
+  json manifest = ReadJson("walsh.json");
+  ASSERT_OK_AND_ASSIGN(ArtifactInfo info, ArtifactReader::ReadInfo(artifact()));
+  EXPECT_EQ(info.grid, "uniform");
+  EXPECT_EQ(info.activation_bits, 0);
+  EXPECT_EQ(info.kv_cache_bits, 0);
+  EXPECT_EQ(info.bits_per_weight, 0);
+  EXPECT_TRUE(info.override_bits.empty());
+  manifest["quantization"]["bits"] = 2;
+  manifest["quantization"]["bits_per_weight"] = 2.75;
+  manifest["quantization"]["grid"] = "codebook";
+  manifest["quantization"]["overrides"] = json::parse(
+      R"([{"pattern": "a*", "bits": 8}, {"pattern": "b*", "bits": 4}, {"pattern": "c*", "bits": 4},
+          {"pattern": "d*", "bits": 2}, {"pattern": "e*", "bits": 4294967298}, 4, {}])");
+  manifest["online_transforms"] =
+      json::parse(R"({"activations": {"bits": 4}, "kv_cache": {"bits": 2}})");
+  ForgeManifest(manifest);
+  ASSERT_OK_AND_ASSIGN(info, ArtifactReader::ReadInfo(artifact()));
+  EXPECT_EQ(info.bits, 2);
+  EXPECT_EQ(info.bits_per_weight, 2.75);
+  EXPECT_EQ(info.grid, "codebook");
+  EXPECT_EQ(info.override_bits, (std::vector<int>{4, 8}));
+  EXPECT_EQ(info.activation_bits, 4);
+  EXPECT_EQ(info.kv_cache_bits, 2);
+  manifest["quantization"].erase("grid");
+  manifest["quantization"]["zero_point"] = "float";
+  manifest["quantization"]["overrides"] = "4";
+  manifest["online_transforms"] = 4;
+  ForgeManifest(manifest);
+  ASSERT_OK_AND_ASSIGN(info, ArtifactReader::ReadInfo(artifact()));
+  EXPECT_EQ(info.grid, "float-zero");
+  EXPECT_TRUE(info.override_bits.empty());
+  EXPECT_EQ(info.activation_bits, 0);
+}
+
 TEST_F(ForgedArtifactTest, RefusesBadManifests) {
   const json good = ReadJson("walsh.json");
   const auto expect = [&](const json& manifest, absl::StatusCode code, const char* message) {
@@ -728,6 +888,20 @@ TEST_F(ForgedArtifactTest, RefusesBadManifests) {
   bad = good;
   bad["quantization"]["group_size"] = 0;
   expect(bad, kInvalid, "'quantization.group_size' must be");
+  // What a narrower integer would wrap to values that are right: 2 bits, a group of a channel.
+  bad = good;
+  bad["quantization"]["bits"] = (int64_t{1} << 32) + 2;
+  expect(bad, kInvalid, "'quantization.bits' must be 2, 3, 4 or 8");
+  bad = good;
+  bad["quantization"]["group_size"] = std::numeric_limits<uint64_t>::max();
+  expect(bad, kInvalid, "'quantization.group_size' must be");
+  bad["quantization"]["group_size"] = (int64_t{1} << 32) + 32;
+  expect(bad, kInvalid, "'quantization.group_size' must be");
+  bad = good;
+  bad["rotation"]["block"] = (int64_t{1} << 32) + 64;
+  expect(bad, kInvalid, "'rotation.block' must be 0 to 131072");
+  bad["rotation"]["block"] = -16;
+  expect(bad, kInvalid, "'rotation.block' must be 0 to 131072");
 
   WriteFile(artifact() + "/walsh.json", good.dump(2));  // one newline short of the one spelling
   ExpectRefused(kDataLoss, "not in canonical form");
@@ -740,6 +914,34 @@ TEST_F(ForgedArtifactTest, RefusesBadManifests) {
   ExpectRefused(kInvalid, "'digest' is missing");
   fs::remove(artifact() + "/walsh.json");
   ExpectRefused(absl::StatusCode::kNotFound, "'artifact' is no artifact: it has no walsh.json");
+}
+
+// walsh.json says it for people and tools, config.json for the forward pass.
+TEST_F(ForgedArtifactTest, RefusesTwoAccountsOfItsTransforms) {
+  const json online = json::parse(R"({"query_key": {"matrix": "walsh", "block": 16}})");
+  json config = ReadJson("config.json");
+  config["quantization_config"].erase("quant_method");
+  config["quantization_config"]["checkpoint_format"] = "walsh";
+  config["quantization_config"]["online_transforms"] = online;
+  Forge("config.json", config.dump());
+  json manifest = ReadJson("walsh.json");
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1)) << "an imported one need not repeat them";
+  manifest["online_transforms"] = online;
+  ForgeManifest(manifest);
+  EXPECT_OK(ArtifactReader::Open(artifact(), true, 1));
+  for (const char* other :
+       {"{}", "null", R"({"query_key": {"matrix": "hadamard", "block": 16}})"}) {
+    manifest["online_transforms"] = json::parse(other);
+    ForgeManifest(manifest);
+    ExpectRefused(kDataLoss, "walsh.json: online_transforms is");
+  }
+  manifest["online_transforms"] = online;
+  ForgeManifest(manifest);
+  config["quantization_config"].erase("online_transforms");
+  config["quantization_config"]["quant_method"] = "gptq";
+  config["quantization_config"]["checkpoint_format"] = "gptq_v2";
+  Forge("config.json", config.dump());
+  ExpectRefused(kDataLoss, "config.json has {}");
 }
 
 TEST_F(ForgedArtifactTest, RefusesShardsThatTheIndexDoesNotDescribe) {

@@ -389,6 +389,12 @@ INSTANTIATE_TEST_SUITE_P(
         BadConfig{"GemmaActivation", FamilyWith("Gemma3ForCausalLM", "hidden_activation", "gelu"),
                   kUnimplemented,
                   "hidden_activation 'gelu' is not supported; supported: gelu_pytorch_tanh"},
+        // Its root would be no number, or make infinite scores.
+        BadConfig{"QueryScalarTiny",
+                  FamilyWith("Gemma3ForCausalLM", "query_pre_attn_scalar", 1e-80), kInvalid,
+                  "query_pre_attn_scalar is 1e-80, must be 1 to 1e6"},
+        BadConfig{"QueryScalarHuge", FamilyWith("Gemma3ForCausalLM", "query_pre_attn_scalar", 1e7),
+                  kInvalid, "query_pre_attn_scalar is 1e+07, must be 1 to 1e6"},
         BadConfig{"QueryScalarZero", FamilyWith("Gemma3ForCausalLM", "query_pre_attn_scalar", 0),
                   kInvalid, "'query_pre_attn_scalar' is 0, must be above 0"},
         BadConfig{"LayerTypesTooFew",
