@@ -15,11 +15,13 @@
 // Source:  Li et al. 2025, "GPTAQ" (arXiv 2504.02692)
 // Symbols: D = Σ (x_fp − x) xᵀ [in, in] in H's scale; H, λ and U as in worker/gptq/hessian.h
 // Errors:  INVALID_ARGUMENT  shapes do not fit
+//          and what `keep_going` returns
 // Threads: over the stream's pool; results do not depend on its size
-// Memory:  two [in, in] float matrices, of which one stays in the factor
+// Memory:  an [in, in] float matrix, which stays in the factor
 #pragma once
 
 #include "absl/status/status.h"
+#include "common/keep_going.h"
 #include "worker/gptq/hessian.h"
 #include "worker/kernels/kernels.h"
 #include "worker/tensor/matrix.h"
@@ -27,8 +29,10 @@
 namespace walsh::gptq {
 
 // Sets factor.correction to P. `cross` is Dᵀ, natural order. Changes nothing where there is no
-// factor.
+// factor, nor where it was stopped: `keep_going` is asked before every kProductRows rows, which
+// take seconds for the widest linears.
 absl::Status AddAsymmetricCalibration(const Matrix& cross, double alpha,
-                                      const kernels::Stream& stream, HessianFactor& factor);
+                                      const kernels::Stream& stream, HessianFactor& factor,
+                                      const KeepGoing& keep_going = {});
 
 }  // namespace walsh::gptq

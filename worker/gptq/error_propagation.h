@@ -13,11 +13,13 @@
 //          2025)
 // Symbols: W [out, in]   H, λ and its factor as in worker/gptq/hessian.h, D in H's scale
 // Errors:  INVALID_ARGUMENT  shapes do not fit
+//          and what `keep_going` returns
 // Threads: over the stream's pool; results do not depend on its size
-// Memory:  twice W in floats
+// Memory:  kProductRows rows of W in floats, twice
 #pragma once
 
 #include "absl/status/status.h"
+#include "common/keep_going.h"
 #include "worker/gptq/hessian.h"
 #include "worker/kernels/kernels.h"
 #include "worker/tensor/matrix.h"
@@ -25,8 +27,10 @@
 namespace walsh::gptq {
 
 // W += β W D (H + λI)⁻¹, with the damping that the factor needed. `cross` is Dᵀ, natural order.
-// Changes nothing where there is no factor.
+// Changes nothing where there is no factor. `keep_going` is asked before every kProductRows rows;
+// where it stops, those before it are changed and the others are not.
 absl::Status PropagateError(const Matrix& cross, const HessianFactor& factor, double beta,
-                            const kernels::Stream& stream, Matrix& weights);
+                            const kernels::Stream& stream, Matrix& weights,
+                            const KeepGoing& keep_going = {});
 
 }  // namespace walsh::gptq

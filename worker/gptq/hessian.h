@@ -43,6 +43,10 @@ struct HessianFactor {
   std::string fallback;  // why there is no factor; empty when there is one
 };
 
+// Rows of a product with an [in, in] matrix between two questions whether to go on: seconds for the
+// widest linears.
+inline constexpr int64_t kProductRows = 256;
+
 // `name` is used in messages. For Method::kRtn nothing is factorized. Asks `keep_going` before each
 // step of the damping ladder.
 absl::StatusOr<HessianFactor> FactorizeHessian(Matrix hessian, const Options& options,

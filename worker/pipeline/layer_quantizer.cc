@@ -36,10 +36,16 @@ ForwardShares Shares(const ModelConfig& config) {
 
 double Squared(int64_t n) { return static_cast<double>(n) * static_cast<double>(n); }
 
-// Factor, trailing updates, error measurement, grids and codes; the target's three products, or
-// GPTAQ's two for the inputs and its trailing updates.
+// What linears with the same inputs share, beside the factor that LinearWork counts: GPTAQ's two
+// products, of which half and a third are done.
+double SharedWork(int64_t in, const gptq::Options& options) {
+  return CorrectsAsymmetry(options) ? 5.0 / 3 * Squared(in) * static_cast<double>(in) : 0.0;
+}
+
+// Factor, trailing updates, error measurement, grids and codes; the target's two products and a
+// half, or GPTAQ's trailing updates.
 double LinearWork(int64_t in, int64_t out, const gptq::Options& options) {
-  const double products = PropagatesError(options) ? 11 : CorrectsAsymmetry(options) ? 8 : 5;
+  const double products = PropagatesError(options) ? 10 : CorrectsAsymmetry(options) ? 6 : 5;
   return products * Squared(in) * static_cast<double>(out) +
          kWorkPerWeight * static_cast<double>(in) * static_cast<double>(out);
 }
@@ -77,6 +83,9 @@ double QuantizationWork(const ModelConfig& config, const gptq::Options& options,
   work += tokens *
           (2 * Squared(config.hidden) + Squared(config.q_width()) + Squared(config.intermediate)) *
           (follows_original ? 3 : 1);
+  for (const int64_t in : {config.hidden, config.q_width(), config.hidden, config.intermediate}) {
+    work += SharedWork(in, options);
+  }
   for (const LinearShape& shape : LinearShapes(config)) {
     work += LinearWork(shape.in, shape.out, options);
   }
@@ -338,8 +347,9 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
                          gptq::FactorizeHessian(std::move(inputs.hessian), shared,
                                                 name_of(parts.front()), keep_going));
   if (CorrectsAsymmetry(shared)) {
-    WALSH_RETURN_IF_ERROR(
-        gptq::AddAsymmetricCalibration(inputs.cross, shared.gptaq_alpha, context_.stream, factor));
+    WALSH_RETURN_IF_ERROR(gptq::AddAsymmetricCalibration(inputs.cross, shared.gptaq_alpha,
+                                                         context_.stream, factor, keep_going));
+    WALSH_RETURN_IF_ERROR(progress_.Advance(SharedWork(in, shared)));
   }
   for (const Part& part : parts) {
     const std::string name = name_of(part);
@@ -347,7 +357,7 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
     DenseLinear& linear = Dense(*part.linear);
     if (PropagatesError(options)) {
       WALSH_RETURN_IF_ERROR(gptq::PropagateError(inputs.cross, factor, options.error_propagation,
-                                                 context_.stream, linear.weights()));
+                                                 context_.stream, linear.weights(), keep_going));
     }
     WALSH_ASSIGN_OR_RETURN(
         gptq::QuantizedLinear result,

@@ -3,11 +3,14 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <random>
 #include <vector>
 
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/worker/gptq/drifted_problem.h"
+#include "tests/unit/worker/gptq/wide_factor.h"
 #include "worker/gptq/quantize_linear.h"
 
 namespace walsh::gptq {
@@ -98,6 +101,53 @@ TEST(AsymmetricCalibrationTest, SameBytesWithAnyNumberOfThreads) {
   for (int64_t i = 0; i < alone.correction.size(); ++i) {
     ASSERT_EQ(alone.correction.data()[i], together.correction.data()[i]);
   }
+}
+
+// α · triu(D Uᵀ, 1) · U in double, where more rows are needed than are taken at a time.
+TEST(AsymmetricCalibrationTest, RowsAreTakenInParts) {
+  constexpr double kAlpha = 0.25;
+  constexpr int64_t n = wide::kIn;
+  std::mt19937 random(8);
+  HessianFactor factor = wide::MakeFactor(random);
+  Matrix cross(n, n);
+  wide::Randomize(cross, random);
+  int n_asked = 0;
+  ASSERT_OK(AddAsymmetricCalibration(cross, kAlpha, {}, factor, [&] {
+    ++n_asked;
+    return absl::OkStatus();
+  }));
+  EXPECT_EQ(n_asked, 2);
+  ASSERT_EQ(factor.correction.rows(), n);
+  std::vector<double> right(n), expected(n), scale(n);
+  for (int64_t i = 0; i < n; ++i) {
+    std::fill(expected.begin(), expected.end(), 0.0);
+    std::fill(scale.begin(), scale.end(), 0.0);
+    for (int64_t k = i + 1; k < n; ++k) {
+      right[k] = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        right[k] += double{cross(factor.order[j], factor.order[i])} * factor.upper(k, j);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        expected[j] += kAlpha * right[k] * factor.upper(k, j);
+        scale[j] += std::abs(kAlpha * right[k] * factor.upper(k, j));
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      ASSERT_LE(std::abs(factor.correction(i, j) - expected[j]), 1e-5 * scale[j] + 1e-6)
+          << i << ", " << j;
+    }
+  }
+}
+
+TEST(AsymmetricCalibrationTest, StopsWhenItsCallerSaysSo) {
+  std::mt19937 random(9);
+  HessianFactor factor = wide::MakeFactor(random);
+  int n_asked = 0;
+  EXPECT_THAT(AddAsymmetricCalibration(
+                  Matrix(wide::kIn, wide::kIn), 0.25, {}, factor,
+                  [&] { return ++n_asked < 2 ? absl::OkStatus() : absl::CancelledError("stop"); }),
+              walsh::testing::HasCode(absl::StatusCode::kCancelled));
+  EXPECT_TRUE(factor.correction.empty());
 }
 
 TEST(AsymmetricCalibrationTest, NothingHappensWithoutAFactor) {

@@ -4,10 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <random>
 #include <vector>
 
 #include "tests/testing/status_matchers.h"
 #include "tests/unit/worker/gptq/drifted_problem.h"
+#include "tests/unit/worker/gptq/wide_factor.h"
 #include "worker/gptq/quantize_linear.h"
 
 namespace walsh::gptq {
@@ -99,6 +101,54 @@ TEST(ErrorPropagationTest, SameBytesWithAnyNumberOfThreads) {
   ThreadPool pool(3);
   const Matrix together = Target(p, factor, 0.5, {.pool = &pool});
   for (int64_t i = 0; i < alone.size(); ++i) ASSERT_EQ(alone.data()[i], together.data()[i]);
+}
+
+// W += β W D Uᵀ U in double, where more rows and columns are needed than are taken at a time.
+TEST(ErrorPropagationTest, RowsAreTakenInParts) {
+  constexpr double kBeta = 0.5;
+  constexpr int64_t n = wide::kIn;
+  std::mt19937 random(7);
+  const HessianFactor factor = wide::MakeFactor(random);
+  Matrix cross(n, n), weights(wide::kOut, n);
+  wide::Randomize(cross, random);
+  wide::Randomize(weights, random);
+  const Matrix before = weights.Copy();
+  int n_asked = 0;
+  ASSERT_OK(PropagateError(cross, factor, kBeta, {}, weights, [&] {
+    ++n_asked;
+    return absl::OkStatus();
+  }));
+  EXPECT_EQ(n_asked, 2);
+  std::vector<double> wd(n), right(n);
+  for (int64_t o = 0; o < wide::kOut; ++o) {
+    for (int64_t i = 0; i < n; ++i) {
+      wd[i] = 0;
+      for (int64_t k = 0; k < n; ++k) wd[i] += double{before(o, k)} * cross(factor.order[i], k);
+    }
+    for (int64_t k = 0; k < n; ++k) {
+      right[k] = 0;
+      for (int64_t i = k; i < n; ++i) right[k] += wd[i] * factor.upper(k, i);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      double step = 0, scale = 0;
+      for (int64_t k = 0; k <= j; ++k) {
+        step += kBeta * right[k] * factor.upper(k, j);
+        scale += std::abs(kBeta * right[k] * factor.upper(k, j));
+      }
+      const int32_t column = factor.order[j];
+      ASSERT_LE(std::abs(weights(o, column) - before(o, column) - step), 1e-5 * scale + 1e-5)
+          << o << ", " << j;
+    }
+  }
+}
+
+TEST(ErrorPropagationTest, StopsWhenItsCallerSaysSo) {
+  std::mt19937 random(8);
+  const HessianFactor factor = wide::MakeFactor(random);
+  Matrix weights(wide::kOut, wide::kIn);
+  EXPECT_THAT(PropagateError(Matrix(wide::kIn, wide::kIn), factor, 0.5, {}, weights,
+                             [] { return absl::CancelledError("stop"); }),
+              walsh::testing::HasCode(absl::StatusCode::kCancelled));
 }
 
 TEST(ErrorPropagationTest, NothingHappensWithoutAFactor) {
