@@ -13,7 +13,7 @@ constexpr std::string_view kConfigKeys[] = {
     "advertise-host", "after-sequence", "asymmetric", "bits", "calibration", "column-order",
     "coordinator", "damp", "data-dir", "deadline", "describe", "detach", "device", "dtype",
     "enable-reflection", "error-propagation", "eval-text", "eval-windows", "export-root", "file",
-    "filter", "force", "format", "gptaq-alpha", "grid", "group-size", "grpc-port",
+    "filter", "force", "format", "gptaq-alpha", "grid", "group-size", "grpc-port", "head-rotation",
     "heartbeat-seconds", "host", "http-port", "internal-port", "job-lease-seconds", "kv-bits",
     "kv-cache-tokens", "kv-clip", "kv-group-size", "limit", "list-presets", "load", "load-model",
     "log-format", "log-level", "log-to-stderr", "max-kl", "max-num-batched-tokens",

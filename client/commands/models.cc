@@ -4,10 +4,12 @@
 
 #include <cstdio>
 #include <map>
+#include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "client/resource_name.h"
 #include "client/terminal/interrupts.h"
 #include "client/terminal/json_text.h"
@@ -90,6 +92,43 @@ std::string GroupText(int group_size) {
   return group_size < 0 ? "channel" : absl::StrCat(group_size);
 }
 
+// "2", "2/4" where overrides gave some linears 4, "2 A4 KV4" with rounding at run time.
+std::string BitsText(const v1::Model& model) {
+  std::string text = absl::StrCat(model.bits());
+  for (const int bits : model.override_bits()) absl::StrAppend(&text, "/", bits);
+  if (model.activation_bits() > 0) absl::StrAppend(&text, " A", model.activation_bits());
+  if (model.kv_cache_bits() > 0) absl::StrAppend(&text, " KV", model.kv_cache_bits());
+  return text;
+}
+
+// "2 (4 and 8 in some linears), 2.81 a weight, codebooks, group 64, gptq, rotation gsr"
+std::string RecipeText(const v1::Model& model) {
+  std::string text = absl::StrCat(model.bits());
+  if (model.override_bits_size() > 0) {
+    absl::StrAppend(&text, " (", absl::StrJoin(model.override_bits(), " and "),
+                    " in some linears)");
+  }
+  if (model.bits_per_weight() > 0) {
+    absl::StrAppend(&text, ", ", SignificantText(model.bits_per_weight(), 3), " a weight");
+  }
+  if (model.grid() == "codebook") text += ", codebooks";
+  if (model.grid() == "float-zero") text += ", float zeros";
+  absl::StrAppend(&text, ", group ", GroupText(model.group_size()), ", ", model.method(),
+                  ", rotation ", model.rotation());
+  return text;
+}
+
+std::string RunTimeText(const v1::Model& model) {
+  std::vector<std::string> parts;
+  if (model.activation_bits() > 0) {
+    parts.push_back(absl::StrCat("activations ", model.activation_bits(), " bits"));
+  }
+  if (model.kv_cache_bits() > 0) {
+    parts.push_back(absl::StrCat("KV cache ", model.kv_cache_bits(), " bits"));
+  }
+  return absl::StrJoin(parts, ", ");
+}
+
 std::string ModelTable(const v1::ListModelsResponse& response) {
   Table table({{"MODEL"},
                {"STATE"},
@@ -102,10 +141,9 @@ std::string ModelTable(const v1::ListModelsResponse& response) {
                {"BEFORE", Align::kRight},
                {"WORKER"}});
   for (const auto& model : response.models()) {
-    table.AddRow({ResourceId(model.name()), v1::Model::State_Name(model.state()),
-                  absl::StrCat(model.bits()), GroupText(model.group_size()), model.rotation(),
-                  model.method(), BytesText(model.size_bytes()),
-                  PerplexityText(model.perplexity_after()),
+    table.AddRow({ResourceId(model.name()), v1::Model::State_Name(model.state()), BitsText(model),
+                  GroupText(model.group_size()), model.rotation(), model.method(),
+                  BytesText(model.size_bytes()), PerplexityText(model.perplexity_after()),
                   PerplexityText(model.perplexity_before()), ResourceId(model.worker())});
   }
   return table.Text();
@@ -118,8 +156,8 @@ std::string ModelPage(const v1::Model& model) {
     if (!value.empty()) absl::StrAppendFormat(&text, "  %-14s %s\n", label, value);
   };
   fact("architecture", model.architecture());
-  fact("bits", absl::StrCat(model.bits(), ", group ", GroupText(model.group_size()), ", ",
-                            model.method(), ", rotation ", model.rotation()));
+  fact("bits", RecipeText(model));
+  fact("at run time", RunTimeText(model));
   fact("size",
        absl::StrCat(
            BytesText(model.size_bytes()),

@@ -177,6 +177,12 @@ void AddRecipeFlags(CLI::App& command, QuantizeFlags& flags) {
           "on where that is and anything is rotated")
       ->check(CLI::IsMember({"auto", "on", "off"}))
       ->capture_default_str();
+  command
+      .add_option("--head-rotation", flags.head_rotation,
+                  "Rotation of attention values by head, folded into the weights (R2); auto is on "
+                  "with --rotation where the head's width has a Walsh matrix")
+      ->check(CLI::IsMember({"auto", "on", "off"}))
+      ->capture_default_str();
   CLI::Option* column_order = command
                                   .add_option("--column-order", flags.column_order,
                                               "Order in which GPTQ and GPTAQ take the columns; "
@@ -331,6 +337,7 @@ void SetRotation(const QuantizeFlags& flags, v1::Rotation& rotation) {
   }
   rotation.set_online_block_size(flags.online_rotation_block);
   if (flags.qk_rotation != "auto") rotation.set_query_key(flags.qk_rotation == "on");
+  if (flags.head_rotation != "auto") rotation.set_head(flags.head_rotation == "on");
 }
 
 absl::Status SetQuantizer(const QuantizeFlags& flags, Config& config) {

@@ -25,6 +25,7 @@ struct QuantizeFlags {
   std::string online_rotation;
   int online_rotation_block = 0;
   std::string qk_rotation = "auto";
+  std::string head_rotation = "auto";
   std::optional<int> act_bits;
   std::string act_group_size = "token";
   bool act_asymmetric = false;

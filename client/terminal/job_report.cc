@@ -45,20 +45,25 @@ std::string KindText(v1::Rotation::Kind kind) {
 std::string RotationText(const v1::Rotation& rotation, int block_size) {
   const auto kind =
       rotation.kind() == v1::Rotation::KIND_UNSPECIFIED ? v1::Rotation::GSR : rotation.kind();
-  if (kind == v1::Rotation::NONE) return "no rotation";
+  if (kind == v1::Rotation::NONE) {
+    return rotation.head() ? "no rotation but of values by head" : "no rotation";
+  }
   std::string text = absl::StrCat(KindText(kind), " rotation");
   if (block_size > 0) absl::StrAppend(&text, " in blocks of ", block_size);
   if (rotation.signs() == v1::Rotation::SEEDED) text += " with seeded signs";
+  if (rotation.has_head() && !rotation.head()) text += ", values not rotated";
   return text;
 }
 
-// ", online GSR rotation, activations 4 bits, KV cache 4 bits": what is done at run time.
-std::string RunTimeText(const v1::QuantizationConfig& config) {
+// ", online GSR rotation in blocks of 64, activations 4 bits, KV cache 4 bits": what is done at run
+// time.
+std::string RunTimeText(const v1::QuantizationConfig& config, int online_block_size) {
   constexpr int kOff = 16;
   std::string text;
   const v1::Rotation::Kind online = config.rotation().online_kind();
   if (online != v1::Rotation::KIND_UNSPECIFIED && online != v1::Rotation::NONE) {
     absl::StrAppend(&text, ", online ", KindText(online), " rotation");
+    if (online_block_size > 0) absl::StrAppend(&text, " in blocks of ", online_block_size);
   }
   const int activation_bits = config.activation_quantization().bits();
   if (activation_bits != 0 && activation_bits != kOff) {
@@ -258,7 +263,8 @@ std::string RecipeText(const Job& job) {
                       MethodText(config.method()), GridText(config), ", ",
                       RotationText(config.rotation(), resolved ? job.result().rotation_block_size()
                                                                : config.rotation().block_size()),
-                      RunTimeText(config));
+                      RunTimeText(config, resolved ? job.result().online_block_size()
+                                                   : config.rotation().online_block_size()));
 }
 
 std::string PreflightText(const Job& job) {

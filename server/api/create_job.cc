@@ -77,6 +77,9 @@ void Describe(const Creation& creation, const std::string& worker,
   if (config->rotation().block_size() == 0) {
     config->mutable_rotation()->set_block_size(validated.rotation_block_size());
   }
+  if (config->rotation().online_block_size() == 0) {
+    config->mutable_rotation()->set_online_block_size(validated.online_block_size());
+  }
   v1::QuantizationJob::Preflight* preflight = creation.response->mutable_preflight();
   preflight->set_worker(worker);
   preflight->set_device(validated.device());

@@ -116,10 +116,10 @@ absl::Status CheckGrid(std::string_view message, int bits, std::initializer_list
   WALSH_RETURN_IF_ERROR(CheckOneOf(field("bits"), bits, allowed, rule));
   WALSH_RETURN_IF_ERROR(CheckOneOf(field("group_size"), group_size, {0, 32, 64, 128},
                                    "0 (a token's values, or a head's), 32, 64 or 128"));
-  if (!std::isfinite(clip_ratio) || clip_ratio < 0 || clip_ratio > 1) {
-    return InvalidField(
-        field("clip_ratio"),
-        absl::StrCat("must be 0 (chosen by the bits) or above 0 and at most 1, is ", clip_ratio));
+  if (clip_ratio != 0 && !(clip_ratio >= limits::kClipRatioMin && clip_ratio <= 1)) {
+    return InvalidField(field("clip_ratio"),
+                        absl::StrCat("must be 0 (chosen by the bits) or from ",
+                                     limits::kClipRatioMin, " to 1, is ", clip_ratio));
   }
   const bool is_on = bits != 0 && bits != 16;
   if (!is_on && (group_size != 0 || clip_ratio != 0)) {
@@ -135,6 +135,11 @@ absl::Status CheckRunTimeQuantizers(const QuantizationConfig& config) {
   WALSH_RETURN_IF_ERROR(CheckGrid("activation_quantization", activations.bits(), {0, 4, 8, 16},
                                   "0 or 16 (none), 4 or 8", activations.group_size(),
                                   activations.clip_ratio()));
+  const bool are_quantized = activations.bits() != 0 && activations.bits() != 16;
+  if (activations.asymmetric() && !are_quantized) {
+    return InvalidField("config.activation_quantization.bits",
+                        absl::StrCat("is ", activations.bits(), " (none), but asymmetric is set"));
+  }
   const v1::KvCacheQuantization& kv = config.kv_cache_quantization();
   WALSH_RETURN_IF_ERROR(CheckGrid("kv_cache_quantization", kv.bits(), {0, 2, 4, 8, 16},
                                   "0 or 16 (none), 2, 4 or 8", kv.group_size(), kv.clip_ratio()));
@@ -260,6 +265,51 @@ absl::Status ResolveQuantizer(QuantizationConfig* config) {
   return CheckOverrides(*config);
 }
 
+// What was set and can do nothing beside the rest. Of what the caller set, before any default.
+absl::Status CheckIdleOptions(const QuantizationConfig& config) {
+  if (config.rotation().kind() == Rotation::NONE && config.rotation().signs() == Rotation::SEEDED) {
+    return InvalidField("config.rotation.signs", "is SEEDED, but kind is NONE: there are no signs");
+  }
+  if (config.method() == QuantizationConfig::RTN) {
+    if (config.damp_percent() != 0) {
+      return InvalidField("config.damp_percent",
+                          absl::StrCat("is ", config.damp_percent(), ", and RTN has no Hessian"));
+    }
+    const auto order = config.column_order();
+    if (order != QuantizationConfig::COLUMN_ORDER_UNSPECIFIED &&
+        order != QuantizationConfig::NATURAL) {
+      return InvalidField("config.column_order",
+                          absl::StrCat("is ", QuantizationConfig::ColumnOrder_Name(order),
+                                       ", and RTN takes every column by itself"));
+    }
+  }
+  // Linears that an override gives other bits have a uniform grid.
+  if (config.grid() == QuantizationConfig::CODEBOOK && config.overrides().empty()) {
+    if (config.disable_mse_clip()) {
+      return InvalidField("config.disable_mse_clip", "is set, but a CODEBOOK has no clip");
+    }
+    if (config.zero_point() == QuantizationConfig::INTEGER_ZERO) {
+      return InvalidField("config.zero_point", "is INTEGER_ZERO, but a CODEBOOK has none");
+    }
+  }
+  return absl::OkStatus();
+}
+
+// What defaults have left that does nothing: a stored job tells what acts, and can be sent again.
+void DropIdleOptions(QuantizationConfig* config) {
+  if (config->rotation().kind() == Rotation::NONE) {
+    config->mutable_rotation()->set_signs(Rotation::NO_SIGNS);
+  }
+  if (config->method() == QuantizationConfig::RTN) {
+    config->set_damp_percent(0);
+    config->set_column_order(QuantizationConfig::NATURAL);
+  }
+  if (config->grid() == QuantizationConfig::CODEBOOK && config->overrides().empty()) {
+    config->set_disable_mse_clip(false);
+    config->set_zero_point(QuantizationConfig::ZERO_POINT_UNSPECIFIED);
+  }
+}
+
 absl::Status ResolveTexts(QuantizationConfig* config) {
   const Calibration& calibration = config->calibration();
   const Evaluation& evaluation = config->evaluation();
@@ -355,10 +405,12 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   }
   WALSH_RETURN_IF_ERROR(CheckLabels(job));
   QuantizationConfig* config = job.mutable_config();
+  WALSH_RETURN_IF_ERROR(CheckIdleOptions(*config));
   WALSH_RETURN_IF_ERROR(CheckText("config.preset", config->preset(), limits::kPresetNameBytesMax));
   WALSH_RETURN_IF_ERROR(ExpandPreset(config));
   WALSH_RETURN_IF_ERROR(ResolveQuantizer(config));
   WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
+  DropIdleOptions(config);
   WALSH_RETURN_IF_ERROR(CheckRunTimeQuantizers(*config));
   WALSH_RETURN_IF_ERROR(ResolveTexts(config));
   WALSH_RETURN_IF_ERROR(CheckQualityGate(*config));

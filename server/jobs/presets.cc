@@ -46,6 +46,7 @@ QuantizationConfig Published(int bits) {
 QuantizationConfig Rtn(QuantizationConfig config) {
   config.set_method(QuantizationConfig::RTN);
   config.clear_error_propagation();
+  config.clear_damp_percent();
   config.set_disable_mse_clip(true);
   return config;
 }

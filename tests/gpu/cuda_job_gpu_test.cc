@@ -588,6 +588,13 @@ TEST_F(CudaJobTest, QuantizersThatItDoesNotDoAreUnimplemented) {
                  "FLOAT_ZERO");
 }
 
+TEST_F(CudaJobTest, HeadsAloneAreNotRotated) {
+  JobSpec spec = Job();
+  spec.rotation = rotate::Kind::kNone;
+  spec.head_rotation = true;
+  EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("(R2)")));
+}
+
 TEST_F(CudaJobTest, OnlineTransformsAreUnimplemented) {
   JobSpec spec = Job();
   spec.online.kv_bits = 4;

@@ -320,6 +320,7 @@ TEST_F(CoordinatorJobsTest, ValidateOnlyStoresNothingAndShowsWhatAutoMeans) {
   worker->on_validate = [](const auto&, auto* response) {
     response->set_group_size(64);
     response->set_rotation_block_size(64);
+    response->set_online_block_size(32);
     response->set_device("cuda:0 NVIDIA H200");
     response->set_memory_bytes_needed(11);
     response->set_memory_bytes_total(13);
@@ -350,6 +351,7 @@ TEST_F(CoordinatorJobsTest, ValidateOnlyStoresNothingAndShowsWhatAutoMeans) {
   EXPECT_EQ(job.name(), "");
   EXPECT_EQ(job.config().group_size(), 64);
   EXPECT_EQ(job.config().rotation().block_size(), 64);
+  EXPECT_EQ(job.config().rotation().online_block_size(), 32);
   EXPECT_THAT(Get("a"), HasCode(absl::StatusCode::kNotFound));
   // A job that is created has none.
   request.set_validate_only(false);

@@ -61,6 +61,42 @@ json Overrides(const JobSpec& spec) {
   return overrides;
 }
 
+// Whether columns have an order and a damping at all.
+bool HasHessian(const gptq::Options& options) { return options.method != gptq::Method::kRtn; }
+
+// Whether some linear has a uniform grid, with a clip and zero points.
+bool HasUniformGrid(const ResolvedJob& job) {
+  return job.quantizer.grid == gptq::Grid::kUniform || !job.bits.empty();
+}
+
+// The options as they acted; those that do nothing in such a job are null.
+json Quantization(const JobSpec& spec, const ResolvedJob& job, const JobReport& report) {
+  const gptq::Options& quantizer = job.quantizer;
+  json out = {
+      {"method", MethodName(quantizer.method)},
+      {"bits", quantizer.bits},
+      {"overrides", Overrides(spec)},
+      {"group_size", job.group_size},
+      {"symmetric", quantizer.symmetric},
+      {"grid", quantizer.grid == gptq::Grid::kCodebook ? "codebook" : "uniform"},
+      {"zero_point", nullptr},
+      {"column_order", nullptr},
+      {"damp", nullptr},
+      {"mse_clip", nullptr},
+      {"error_propagation", gptq::PropagatesError(quantizer) ? quantizer.error_propagation : 0.0},
+      {"gptaq_alpha", gptq::CorrectsAsymmetry(quantizer) ? quantizer.gptaq_alpha : 0.0},
+      {"bits_per_weight", report.bits_per_weight}};
+  if (HasHessian(quantizer)) {
+    out["column_order"] = OrderName(quantizer.column_order);
+    out["damp"] = quantizer.damp;
+  }
+  if (HasUniformGrid(job)) {
+    out["mse_clip"] = quantizer.mse_clip;
+    out["zero_point"] = quantizer.zero_point == gptq::ZeroPoint::kFloat ? "float" : "integer";
+  }
+  return out;
+}
+
 // What readers that fuse linears call them, beside the names of the parts.
 struct FusedLinears {
   std::vector<std::string_view> parts;  // suffixes of LinearShapes()
@@ -145,7 +181,7 @@ json QuantizationConfig(const JobSpec& spec, const ModelConfig& model, const Res
       {"sym", job.quantizer.symmetric},
       // Columns are stored in their natural order whatever order they were quantized in.
       {"desc_act", false},
-      {"static_groups", gptq::HasStaticGroups(job.quantizer)},
+      {"static_groups", HasHessian(job.quantizer) && gptq::HasStaticGroups(job.quantizer)},
       {"true_sequential", true},
       {"damp_percent", job.quantizer.damp},
       {"pack_dtype", "int32"},
@@ -186,25 +222,11 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
         {"sha256", inputs.source_sha256},
         {"size_bytes", inputs.checkpoint.size_bytes()},
         {"license", ReplaceInvalidUtf8(inputs.checkpoint.license())}}},
-      {"quantization",
-       {{"method", MethodName(job.quantizer.method)},
-        {"bits", job.quantizer.bits},
-        {"overrides", Overrides(spec)},
-        {"group_size", job.group_size},
-        {"symmetric", job.quantizer.symmetric},
-        {"grid", job.quantizer.grid == gptq::Grid::kCodebook ? "codebook" : "uniform"},
-        {"zero_point", job.quantizer.zero_point == gptq::ZeroPoint::kFloat ? "float" : "integer"},
-        {"column_order", OrderName(job.quantizer.column_order)},
-        {"damp", job.quantizer.damp},
-        {"mse_clip", job.quantizer.mse_clip},
-        {"error_propagation",
-         gptq::PropagatesError(job.quantizer) ? job.quantizer.error_propagation : 0.0},
-        {"gptaq_alpha", gptq::CorrectsAsymmetry(job.quantizer) ? job.quantizer.gptaq_alpha : 0.0},
-        {"bits_per_weight", report.bits_per_weight}}},
+      {"quantization", Quantization(spec, job, report)},
       {"rotation",
        {{"kind", std::string(rotate::KindName(spec.rotation))},
         {"block", job.rotation_block},
-        {"signs", spec.rotation_signs ? "seeded" : "none"},
+        {"signs", spec.rotation_signs && !job.r1.is_identity() ? "seeded" : "none"},
         {"head", job.r2.is_identity() ? "none" : "walsh"},
         {"gate", report.rotation_gate}}},
       {"online_transforms", OnlineTransformsJson(job.online)},

@@ -68,6 +68,30 @@ absl::StatusOr<int64_t> ResolveGroup(int64_t asked, const std::vector<LinearShap
   return asked;
 }
 
+// R2 stays within the attention: it needs no rotation of the residual stream, and no norm is in its
+// way.
+absl::Status ResolveHeadRotation(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
+  rotate::Kind kind = rotate::Kind::kNone;
+  if (spec.head_rotation.value_or(spec.rotation != rotate::Kind::kNone)) {
+    const absl::Status exists = rotate::FactorHadamardOrder(config.head_dim).status();
+    if (exists.ok()) {
+      kind = rotate::Kind::kWalsh;
+    } else if (spec.head_rotation.has_value()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("attention values are to be rotated by head (R2): no Hadamard matrix of "
+                       "order ",
+                       config.head_dim, ", the head dimension"));
+    } else {
+      job.warnings.push_back(
+          absl::StrCat("attention values are not rotated (R2): no Hadamard "
+                       "matrix of order ",
+                       config.head_dim, ", the head dimension"));
+    }
+  }
+  WALSH_ASSIGN_OR_RETURN(job.r2, rotate::Rotation::Create(config.head_dim, {.kind = kind}));
+  return absl::OkStatus();
+}
+
 absl::Status ResolveRotation(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
   if (spec.rotation != rotate::Kind::kNone && config.has_output_norms) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -89,19 +113,7 @@ absl::Status ResolveRotation(const JobSpec& spec, const ModelConfig& config, Res
   job.rotation_block = options.block;
   WALSH_ASSIGN_OR_RETURN(job.r1, rotate::Rotation::Create(config.hidden, options));
 
-  rotate::Rotation::Options head{rotate::Kind::kNone, 0, false, 0};
-  if (spec.rotation != rotate::Kind::kNone) {
-    if (rotate::FactorHadamardOrder(config.head_dim).ok()) {
-      head.kind = rotate::Kind::kWalsh;
-    } else {
-      job.warnings.push_back(
-          absl::StrCat("attention values are not rotated (R2): no Hadamard "
-                       "matrix of order ",
-                       config.head_dim, ", the head dimension"));
-    }
-  }
-  WALSH_ASSIGN_OR_RETURN(job.r2, rotate::Rotation::Create(config.head_dim, head));
-  return absl::OkStatus();
+  return ResolveHeadRotation(spec, config, job);
 }
 
 constexpr double kActivationClip = 0.9;
@@ -158,8 +170,8 @@ absl::Status ResolveQueryKeyRotation(const JobSpec& spec, const ModelConfig& con
         "queries and keys are to be rotated (R3), but the KV cache is not quantized: it would cost "
         "time and change nothing");
   }
-  const bool is_rotated =
-      spec.rotation != rotate::Kind::kNone || spec.online.down_rotation != rotate::Kind::kNone;
+  const bool is_rotated = !job.r1.is_identity() || !job.r2.is_identity() ||
+                          spec.online.down_rotation != rotate::Kind::kNone;
   if (!asked && (spec.online.query_key.has_value() || !is_kv_quantized || !is_rotated)) {
     return absl::OkStatus();
   }
@@ -174,6 +186,24 @@ absl::Status ResolveQueryKeyRotation(const JobSpec& spec, const ModelConfig& con
                      config.head_dim, ", the head dimension"));
   }
   return absl::OkStatus();
+}
+
+// A block spreads an outlier over its own channels only, a global rotation over all. At fewer bits
+// of the weights those decide, and a local one is better (GSR's table, W2A4).
+void WarnOfLocalRotation(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
+  constexpr int kFewBits = 4;
+  const OnlineTransforms::Rounding& activations = job.online.activations;
+  const bool is_whole_row = activations.group_size == OnlineTransforms::kWholeRow;
+  if (activations.bits > kFewBits || spec.quantizer.bits < kFewBits ||
+      !rotate::IsLocal(spec.rotation) || job.rotation_block == config.hidden ||
+      (!is_whole_row && activations.group_size <= job.rotation_block) ||
+      !rotate::FactorHadamardOrder(config.hidden).ok()) {
+    return;
+  }
+  job.warnings.push_back(absl::StrCat(
+      "activations of ", activations.bits, " bits beneath a rotation in blocks of ",
+      job.rotation_block, ": rotation walsh or hadamard spreads outliers over the whole width ",
+      config.hidden));
 }
 
 absl::Status ResolveOnline(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
@@ -193,6 +223,7 @@ absl::Status ResolveOnline(const JobSpec& spec, const ModelConfig& config, Resol
                            .symmetric = false,
                            .clip_ratio = ClipRatio(online.kv_clip, online.kv_bits, kKvClip)};
   }
+  WarnOfLocalRotation(spec, config, job);
   WALSH_RETURN_IF_ERROR(ResolveQueryKeyRotation(spec, config, job));
   return CheckOnlineTransforms(job.online, config);
 }

@@ -48,7 +48,9 @@ struct ResolvedJob {
   std::vector<std::string> warnings;
 
   // Whether anything is rotated, in the weights or at run time.
-  bool rotates() const { return !r1.is_identity() || !online.rotations().empty(); }
+  bool rotates() const {
+    return !r1.is_identity() || !r2.is_identity() || !online.rotations().empty();
+  }
   // What linears with `in` inputs share.
   gptq::Options OptionsFor(int64_t in) const;
   // Of one of them: the linear at `index` of LinearShapes(). A codebook is of linears of 2 bits.

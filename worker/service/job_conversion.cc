@@ -154,8 +154,10 @@ absl::Status CheckGroupAtRunTime(std::string_view field, int group, std::string_
 }
 
 absl::Status CheckClipRatio(std::string_view field, double ratio) {
-  if (ratio == 0 || (ratio > 0 && ratio <= 1)) return absl::OkStatus();
-  return OutOfRange(field, ratio, "0 (chosen by the bits) or above 0 and at most 1");
+  if (ratio == 0 || (ratio >= limits::kClipRatioMin && ratio <= 1)) return absl::OkStatus();
+  return OutOfRange(
+      field, ratio,
+      absl::StrCat("0 (chosen by the bits) or from ", limits::kClipRatioMin, " to 1"));
 }
 
 absl::StatusOr<pipeline::OnlineSpec> ToOnlineSpec(const QuantizationConfig& config) {
@@ -213,6 +215,7 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
   WALSH_ASSIGN_OR_RETURN(spec.rotation, ToRotationKind(config.rotation().kind()));
   spec.rotation_block = config.rotation().block_size();
   spec.rotation_signs = config.rotation().signs() == Rotation::SEEDED;
+  if (config.rotation().has_head()) spec.head_rotation = config.rotation().head();
   WALSH_ASSIGN_OR_RETURN(spec.online, ToOnlineSpec(config));
   spec.seed = config.seed();
   const v1::Calibration& calibration = config.calibration();
@@ -382,6 +385,7 @@ internal::v1::ValidateJobResponse ToResponse(const pipeline::JobPlan& plan) {
   response.set_layers(static_cast<int32_t>(plan.layers));
   response.set_group_size(static_cast<int32_t>(plan.group_size));
   response.set_rotation_block_size(static_cast<int32_t>(plan.rotation_block));
+  response.set_online_block_size(static_cast<int32_t>(plan.online_block));
   response.set_memory_bytes_needed(plan.memory_bytes_needed);
   response.set_device_memory_bytes_needed(plan.device_memory_bytes_needed);
   response.set_disk_bytes_needed(plan.disk_bytes_needed);

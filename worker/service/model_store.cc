@@ -103,6 +103,11 @@ absl::StatusOr<Model> ModelStore::ReadArtifact(const std::string& id) const {
   model.set_state(Model::UNLOADED);
   model.set_bits(info.bits);
   model.set_group_size(static_cast<int32_t>(info.group_size));
+  model.set_bits_per_weight(info.bits_per_weight);
+  for (const int bits : info.override_bits) model.add_override_bits(bits);
+  model.set_grid(info.grid);
+  model.set_activation_bits(info.activation_bits);
+  model.set_kv_cache_bits(info.kv_cache_bits);
   model.set_rotation(info.rotation);
   model.set_method(info.method);
   model.set_architecture(config.architecture);

@@ -18,7 +18,9 @@ namespace walsh::client {
 namespace {
 
 using nlohmann::json;
+using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::walsh::testing::FakeServer;
 using ::walsh::testing::WaitUntil;
 
@@ -103,6 +105,17 @@ TEST_F(CommandTest, ModelsAndWorkersAsTablesAndJson) {
   model.set_group_size(64);
   model.set_size_bytes(151'000'000);
   server_.AddModel(model);
+  v1::Model mixed = model;
+  mixed.set_name("models/mixed");
+  mixed.set_method("gptq");
+  mixed.set_rotation("gsr");
+  mixed.add_override_bits(4);
+  mixed.add_override_bits(8);
+  mixed.set_bits_per_weight(2.8125);
+  mixed.set_grid("codebook");
+  mixed.set_activation_bits(4);
+  mixed.set_kv_cache_bits(8);
+  server_.AddModel(mixed);
   v1::Worker worker;
   worker.set_name("workers/w1");
   worker.set_state(v1::Worker::ONLINE);
@@ -112,6 +125,12 @@ TEST_F(CommandTest, ModelsAndWorkersAsTablesAndJson) {
 
   EXPECT_THAT(Run({"models", "list"}).out, HasSubstr("demo   READY"));
   EXPECT_THAT(Run({"models", "get", "demo"}).out, HasSubstr("151 MB"));
+  EXPECT_THAT(Run({"models", "get", "demo"}).out, Not(HasSubstr("at run time")));
+  EXPECT_THAT(Run({"models", "list"}).out, HasSubstr("2/4/8 A4 KV8"));
+  EXPECT_THAT(Run({"models", "get", "mixed"}).out,
+              AllOf(HasSubstr("2 (4 and 8 in some linears), 2.81 a weight, codebooks, group 64, "
+                              "gptq, rotation gsr\n"),
+                    HasSubstr("activations 4 bits, KV cache 8 bits\n")));
   EXPECT_THAT(Run({"workers", "list"}).out, HasSubstr("w1      ONLINE  cpu"));
   EXPECT_EQ(json::parse(Run({"models", "list", "--output", "json"}).out)["models"][0]["name"],
             "models/demo");

@@ -321,6 +321,73 @@ TEST(JobValidationTest, Grids) {
               StatusIs(kInvalid, HasSubstr("symmetric grid has none")));
 }
 
+// An option that is set and can do nothing is a mistake; what defaults leave of it is not stored.
+TEST(JobValidationTest, OptionsThatDoNothingAreRefused) {
+  const auto validate = [](const std::function<void(QuantizationConfig&)>& change) {
+    v1::CreateQuantizationJobRequest request = Valid();
+    change(*request.mutable_quantization_job()->mutable_config());
+    return ValidateNewJob(request);
+  };
+  const auto unrotated = [](QuantizationConfig& c) {
+    c.mutable_rotation()->set_kind(Rotation::NONE);
+  };
+  const auto rtn = [](QuantizationConfig& c) { c.set_method(QuantizationConfig::RTN); };
+  const auto codebook = [](QuantizationConfig& c) {
+    c.set_bits(2);
+    c.set_grid(QuantizationConfig::CODEBOOK);
+  };
+  const auto refused = [&](const std::function<void(QuantizationConfig&)>& change,
+                           const char* field) {
+    EXPECT_THAT(validate(change), StatusIs(kInvalid, HasSubstr(field)));
+  };
+  refused([&](auto& c) { unrotated(c), c.mutable_rotation()->set_signs(Rotation::SEEDED); },
+          "config.rotation.signs");
+  refused([&](auto& c) { rtn(c), c.set_damp_percent(0.01); }, "config.damp_percent");
+  refused([&](auto& c) { rtn(c), c.set_column_order(QuantizationConfig::GROUP_AWARE); },
+          "config.column_order");
+  refused([&](auto& c) { rtn(c), c.set_column_order(QuantizationConfig::ACT_ORDER); },
+          "config.column_order");
+  refused([&](auto& c) { codebook(c), c.set_disable_mse_clip(true); }, "config.disable_mse_clip");
+  refused([&](auto& c) { codebook(c), c.set_zero_point(QuantizationConfig::INTEGER_ZERO); },
+          "config.zero_point");
+  refused([](auto& c) { c.mutable_activation_quantization()->set_group_size(64); },
+          "config.activation_quantization.bits: is 0 (none), but group_size is set");
+  refused(
+      [](auto& c) {
+        c.mutable_activation_quantization()->set_bits(16);
+        c.mutable_activation_quantization()->set_clip_ratio(0.9);
+      },
+      "config.activation_quantization.bits: is 16 (none), but clip_ratio is set");
+  refused([](auto& c) { c.mutable_activation_quantization()->set_asymmetric(true); },
+          "but asymmetric is set");
+  refused([](auto& c) { c.mutable_kv_cache_quantization()->set_group_size(64); },
+          "config.kv_cache_quantization.bits");
+  refused([](auto& c) { c.mutable_kv_cache_quantization()->set_clip_ratio(0.9); },
+          "config.kv_cache_quantization.bits");
+
+  // With overrides some linears have a uniform grid.
+  EXPECT_OK(validate([&](auto& c) {
+    codebook(c);
+    c.set_disable_mse_clip(true);
+    c.set_zero_point(QuantizationConfig::INTEGER_ZERO);
+    c.add_overrides()->set_pattern("*.v_proj");
+    c.mutable_overrides(0)->set_bits(4);
+  }));
+  for (const std::function<void(QuantizationConfig&)>& change :
+       {std::function<void(QuantizationConfig&)>(unrotated),
+        std::function<void(QuantizationConfig&)>(rtn),
+        std::function<void(QuantizationConfig&)>(codebook)}) {
+    ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job, validate(change));
+    // What a stored job tells can be sent again.
+    ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob again,
+                         validate([&](QuantizationConfig& c) { c = job.config(); }));
+    EXPECT_EQ(again.config().SerializeAsString(), job.config().SerializeAsString());
+    if (job.config().method() != QuantizationConfig::RTN) continue;
+    EXPECT_EQ(job.config().damp_percent(), 0);
+    EXPECT_EQ(job.config().column_order(), QuantizationConfig::NATURAL);
+  }
+}
+
 TEST(JobValidationTest, OnlyBlockRotationsHaveBlocks) {
   for (int kind = 0; kind <= 5; ++kind) {
     v1::CreateQuantizationJobRequest request = Valid();
@@ -376,7 +443,7 @@ TEST(JobValidationTest, QuantizersAtRunTime) {
         validate([&](auto& c) { c.mutable_kv_cache_quantization()->set_group_size(group); }),
         StatusIs(kInvalid, HasSubstr("config.kv_cache_quantization.group_size")));
   }
-  for (const double clip : {-1e-9, 1.000001, std::nan("")}) {
+  for (const double clip : {-1e-9, 1e-46, 0.0099, 1.000001, std::nan("")}) {
     EXPECT_THAT(
         validate([&](auto& c) { c.mutable_activation_quantization()->set_clip_ratio(clip); }),
         StatusIs(kInvalid, HasSubstr("config.activation_quantization.clip_ratio")));

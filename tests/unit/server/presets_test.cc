@@ -121,7 +121,8 @@ TEST(PresetsTest, RowsOfPapersArePlain) {
     }
     EXPECT_EQ(config.error_propagation(), 0);
     EXPECT_EQ(config.column_order(), QuantizationConfig::NATURAL);
-    EXPECT_EQ(config.damp_percent(), 0.01);
+    const bool has_hessian = config.method() != QuantizationConfig::RTN;
+    EXPECT_EQ(config.damp_percent(), has_hessian ? 0.01 : 0);
     EXPECT_EQ(config.calibration().num_samples(), 128);
     EXPECT_EQ(config.calibration().sequence_length(), 2048);
   }
@@ -205,6 +206,12 @@ TEST(PresetsTest, WhatIsOfAnotherChoiceOfThePresetGoesWithIt) {
                          given.set_method(QuantizationConfig::RTN);
                        }));
   EXPECT_FALSE(rtn.has_error_propagation());
+  EXPECT_EQ(rtn.damp_percent(), 0);
+  EXPECT_EQ(rtn.column_order(), QuantizationConfig::NATURAL);
+  ASSERT_OK_AND_ASSIGN(const QuantizationConfig unrotated, Stored("quarot-w2a16", [](auto& given) {
+                         given.mutable_rotation()->set_kind(Rotation::NONE);
+                       }));
+  EXPECT_EQ(unrotated.rotation().signs(), Rotation::NO_SIGNS);
   ASSERT_OK_AND_ASSIGN(const QuantizationConfig gptq, Stored("gptaq-w2", [](auto& given) {
                          given.set_method(QuantizationConfig::GPTQ);
                        }));

@@ -493,6 +493,11 @@ class CudaBackend final : public Backend {
           "online transforms (", OnlineTransformsJson(job.online).dump(),
           "): the CUDA backend has none in this version; a worker with --device cpu takes them"));
     }
+    if (job.r1.is_identity() && !job.r2.is_identity()) {
+      return absl::UnimplementedError(
+          "a rotation of heads (R2) without one of the residual stream: the CUDA backend does not "
+          "do it; a worker with --device cpu does");
+    }
     // Heads have the sizes above: only the residual stream's rotation can have another core.
     const int64_t core = job.r1.is_identity() ? 1 : job.r1.parts().core;
     if (!ops::DeviceRotation::HasCore(core)) {

@@ -220,6 +220,7 @@ TEST(MakeQuantizeRequestTest, CarriesWhatIsDoneAtRunTime) {
   flags.online_rotation = "gsr";
   flags.online_rotation_block = 64;
   flags.qk_rotation = "off";
+  flags.head_rotation = "on";
   flags.act_bits = 4;
   flags.act_group_size = "128";
   flags.act_asymmetric = true;
@@ -234,6 +235,7 @@ TEST(MakeQuantizeRequestTest, CarriesWhatIsDoneAtRunTime) {
   EXPECT_EQ(config.rotation().online_block_size(), 64);
   EXPECT_TRUE(config.rotation().has_query_key());
   EXPECT_FALSE(config.rotation().query_key());
+  EXPECT_TRUE(config.rotation().head());
   EXPECT_EQ(config.activation_quantization().bits(), 4);
   EXPECT_EQ(config.activation_quantization().group_size(), 128);
   EXPECT_TRUE(config.activation_quantization().asymmetric());

@@ -224,10 +224,18 @@ TEST(RecipeTextTest, NamesDefaultsAndChoices) {
   EXPECT_THAT(
       RecipeText(job),
       HasSubstr("no rotation, online hadamard rotation, activations 4 bits, KV cache 2 bits"));
+  config.mutable_rotation()->set_online_block_size(64);
+  EXPECT_THAT(RecipeText(job), HasSubstr("online hadamard rotation in blocks of 64, activations"));
   config.mutable_rotation()->set_online_kind(v1::Rotation::NONE);
   config.mutable_activation_quantization()->set_bits(16);
   config.mutable_kv_cache_quantization()->set_bits(0);
   EXPECT_THAT(RecipeText(job), EndsWith("no rotation"));
+  config.mutable_rotation()->set_head(true);
+  EXPECT_THAT(RecipeText(job), EndsWith("no rotation but of values by head"));
+  config.mutable_rotation()->set_kind(v1::Rotation::WALSH);
+  config.mutable_rotation()->set_head(false);
+  EXPECT_THAT(RecipeText(job), HasSubstr("walsh rotation"));
+  EXPECT_THAT(RecipeText(job), EndsWith(", values not rotated"));
 }
 
 TEST(JobTableTest, HasARowForEachJob) {

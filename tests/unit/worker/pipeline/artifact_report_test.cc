@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
+#include <utility>
 #include <vector>
 
 namespace walsh::pipeline {
@@ -61,6 +62,17 @@ TEST(QuantizationConfigTest, OwnGridsAreNoOtherReaders) {
   config = QuantizationConfig({}, {}, job);
   EXPECT_EQ(config["checkpoint_format"], "walsh");
   EXPECT_EQ(config["walsh"]["grid"], "float-zero");
+}
+
+TEST(QuantizationConfigTest, OnlyColumnsWithAnOrderHaveStaticGroups) {
+  ResolvedJob job;
+  job.quantizer.column_order = gptq::ColumnOrder::kActOrder;
+  for (const auto& [method, has_static_groups] :
+       {std::pair(gptq::Method::kGptq, true), std::pair(gptq::Method::kGptaq, true),
+        std::pair(gptq::Method::kRtn, false)}) {
+    job.quantizer.method = method;
+    EXPECT_EQ(QuantizationConfig({}, {}, job)["static_groups"], has_static_groups);
+  }
 }
 
 }  // namespace

@@ -164,23 +164,32 @@ TEST_F(FamilyRulesTest, NormsBehindSublayersAdmitNoRotation) {
   EXPECT_EQ(plan.architecture, "Gemma3ForCausalLM");
 }
 
-// R2 stays within the attention: no norm is in its way.
+// R2 stays within the attention: no norm is in its way. It is folded into the weights, which any
+// program then serves.
 TEST_F(FamilyRulesTest, ValuesOfGemma3MayBeRotated) {
-  const JobSpec spec = Golden("gemma3");
-  ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(spec.source_path));
-  const ModelConfig& config = checkpoint->config();
-  ASSERT_OK_AND_ASSIGN(const auto tokenizer, Tokenizer::Create(checkpoint->tokenizer()));
-  ASSERT_OK_AND_ASSIGN(const auto windows, GateWindows(config, *tokenizer));
-  ASSERT_OK_AND_ASSIGN(const rotate::Rotation none,
-                       rotate::Rotation::Create(config.hidden, {rotate::Kind::kNone}));
-  ASSERT_OK_AND_ASSIGN(const rotate::Rotation r2,
-                       rotate::Rotation::Create(config.head_dim, {rotate::Kind::kWalsh}));
-  ThreadPool pool(2);
-  RotatedSource rotated(*checkpoint, none, r2, pool);
-  ASSERT_OK_AND_ASSIGN(const double difference, CheckRotation(*checkpoint, rotated, windows, pool,
-                                                              [] { return absl::OkStatus(); }));
-  EXPECT_LT(difference, 1e-5);
-  EXPECT_GT(difference, 0);
+  JobSpec spec = Golden("gemma3");
+  spec.rotation = rotate::Kind::kNone;
+  spec.quantizer.bits = 8;
+  spec.head_rotation = true;
+  ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec));
+  EXPECT_GT(report.rotation_gate, 0) << "a job that only rotates heads is proven, too";
+  EXPECT_LT(report.rotation_gate, 1e-5);
+  EXPECT_NEAR(report.perplexity_after / report.perplexity_before, 1, 0.01);
+  ASSERT_OK_AND_ASSIGN(const std::string text,
+                       ReadSmallFile(spec.output_directory + "/walsh.json", 1 << 20));
+  EXPECT_EQ(nlohmann::json::parse(text)["rotation"]["head"], "walsh");
+  ASSERT_OK_AND_ASSIGN(const auto artifact, ArtifactReader::Open(spec.output_directory, true, 1));
+  EXPECT_TRUE(artifact->online().empty());
+  // The weights are other ones than those of a job without.
+  ASSERT_OK_AND_ASSIGN(const auto rotated,
+                       artifact->ReadQuantized("model.layers.0.self_attn.v_proj"));
+  spec.head_rotation = std::nullopt;
+  spec.output_directory += "2";
+  ASSERT_OK(Run(spec));
+  ASSERT_OK_AND_ASSIGN(const auto plain, ArtifactReader::Open(spec.output_directory, true, 1));
+  ASSERT_OK_AND_ASSIGN(const auto original,
+                       plain->ReadQuantized("model.layers.0.self_attn.v_proj"));
+  EXPECT_NE(rotated.codes, original.codes);
 }
 
 // transformers and other readers take the artifact of a Phi-3 for the Mistral that it is.

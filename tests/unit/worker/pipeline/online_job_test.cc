@@ -3,8 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <cmath>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -13,9 +12,7 @@
 
 #include "common/status_macros.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
-#include "worker/engine/kv_cache.h"
-#include "worker/engine/loaded_model.h"
-#include "worker/evaluate/perplexity.h"
+#include "tests/unit/worker/pipeline/served_logits.h"
 #include "worker/io/artifact.h"
 #include "worker/pipeline/plan.h"
 
@@ -24,6 +21,9 @@ namespace {
 
 using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::walsh::testing::EvaluatedLogits;
+using ::walsh::testing::RelativeDifference;
+using ::walsh::testing::ServedLogits;
 using ::walsh::testing::StatusIs;
 
 class OnlineJobTest : public testing::JobTest {
@@ -75,6 +75,33 @@ TEST_F(OnlineJobTest, WithoutOnlineTransformsItIsPlainGptq) {
   EXPECT_FALSE(quantization.contains("online_transforms"));
 }
 
+// Options that do nothing in such a job are not told as if they had.
+TEST_F(OnlineJobTest, ReportTellsWhatActed) {
+  JobSpec spec = TinyJob();
+  spec.evaluate = false;
+  spec.quantizer.method = gptq::Method::kRtn;
+  spec.quantizer.column_order = gptq::ColumnOrder::kActOrder;
+  spec.rotation = rotate::Kind::kNone;
+  spec.rotation_signs = true;
+  ASSERT_OK(Run(spec));
+  nlohmann::json report = ReadJson("walsh.json");
+  EXPECT_EQ(report["rotation"]["signs"], "none");
+  EXPECT_TRUE(report["quantization"]["damp"].is_null());
+  EXPECT_TRUE(report["quantization"]["column_order"].is_null());
+  EXPECT_EQ(report["quantization"]["mse_clip"], true);
+  EXPECT_EQ(report["quantization"]["zero_point"], "integer");
+  std::filesystem::remove_all(spec.output_directory);
+  spec.quantizer = {.bits = 2, .group_size = 32, .grid = gptq::Grid::kCodebook};
+  spec.rotation = rotate::Kind::kGsr;
+  ASSERT_OK(Run(spec));
+  report = ReadJson("walsh.json");
+  EXPECT_EQ(report["rotation"]["signs"], "seeded");
+  EXPECT_EQ(report["quantization"]["damp"], 0.01);
+  EXPECT_EQ(report["quantization"]["column_order"], "group-aware");
+  EXPECT_TRUE(report["quantization"]["mse_clip"].is_null());
+  EXPECT_TRUE(report["quantization"]["zero_point"].is_null());
+}
+
 TEST_F(OnlineJobTest, BytesDoNotDependOnThreads) {
   JobSpec spec = OnlineJob(4, 4, 192);
   spec.online.down_rotation = rotate::Kind::kWalsh;  // by the core of 12
@@ -85,73 +112,10 @@ TEST_F(OnlineJobTest, BytesDoNotDependOnThreads) {
   EXPECT_EQ(Digests(spec.output_directory), first);
 }
 
-// Last-token logits of one window as the evaluation computes them.
-absl::StatusOr<std::vector<float>> EvaluatedLogits(const ArtifactReader& artifact,
-                                                   const std::vector<int32_t>& ids,
-                                                   bool with_transforms = true) {
-  evaluate::ArtifactSource source(artifact);
-  ThreadPool pool(2);
-  const ForwardContext context = ForwardContext::Create(artifact.config(), {.pool = &pool});
-  WALSH_ASSIGN_OR_RETURN(const Matrix embedding, source.Embedding());
-  Matrix hidden = evaluate::Embed(artifact.config(), embedding, ids);
-  ForwardScratch scratch;
-  for (int64_t l = 0; l < artifact.config().n_layers; ++l) {
-    WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, source.Layer(l));
-    if (!with_transforms) layer.online = nullptr;
-    WALSH_RETURN_IF_ERROR(evaluate::ForwardWindows(context, layer, static_cast<int64_t>(ids.size()),
-                                                   hidden, scratch,
-                                                   [](int64_t) { return absl::OkStatus(); }));
-  }
-  WALSH_ASSIGN_OR_RETURN(const std::vector<float> norm, source.FinalNorm());
-  WALSH_ASSIGN_OR_RETURN(const Matrix head, source.Head());
-  Matrix logits;
-  WALSH_RETURN_IF_ERROR(
-      evaluate::Logits(context, norm, head, hidden.row(hidden.rows() - 1), 1, logits));
-  return std::vector<float>(logits.span().begin(), logits.span().end());
-}
-
-// The same as the engine computes them, in steps of so many tokens.
-absl::StatusOr<std::vector<float>> ServedLogits(const std::string& directory,
-                                                const std::vector<int32_t>& ids, size_t step) {
-  WALSH_ASSIGN_OR_RETURN(const auto model,
-                         engine::LoadedModel::LoadArtifact(directory, {.head_8bit = false}));
-  const ModelConfig& config = model->config();
-  WALSH_ASSIGN_OR_RETURN(
-      engine::KvSlot kv,
-      engine::KvSlot::Allocate(config.n_layers, config.kv_width(), config.max_position));
-  ForwardScratch scratch;
-  Matrix logits;
-  for (size_t first = 0; first < ids.size(); first += step) {
-    const size_t n = std::min(step, ids.size() - first);
-    engine::LoadedModel::Batch batch;
-    batch.sequences = {{.n_rows = static_cast<int64_t>(n),
-                        .n_past = static_cast<int64_t>(first),
-                        .keys = kv.keys(),
-                        .values = kv.values(),
-                        .capacity = kv.capacity(),
-                        .needs_logits = true}};
-    for (size_t i = first; i < first + n; ++i) {
-      batch.tokens.push_back(ids[i]);
-      batch.positions.push_back(static_cast<int32_t>(i));
-    }
-    WALSH_RETURN_IF_ERROR(model->Forward(batch, {}, scratch, logits));
-  }
-  return std::vector<float>(logits.row(0), logits.row(0) + logits.cols());
-}
-
 std::vector<int32_t> Ids() {
   std::vector<int32_t> ids;
   for (int32_t i = 0; i < 40; ++i) ids.push_back(i * 37 % 256);
   return ids;
-}
-
-double RelativeDifference(const std::vector<float>& a, const std::vector<float>& b) {
-  double largest = 0, difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    largest = std::max(largest, std::abs(double{b[i]}));
-    difference = std::max(difference, std::abs(double{a[i]} - b[i]));
-  }
-  return difference / largest;
 }
 
 // The engine's packed products round their inputs to 8 bits, which is all that may differ: some
@@ -161,7 +125,7 @@ TEST_F(OnlineJobTest, ServesWhatItEvaluated) {
   struct Case {
     int activation_bits, kv_bits;
   };
-  for (const auto [activation_bits, kv_bits] : {Case{16, 16}, Case{16, 8}, Case{8, 8}}) {
+  for (const auto [activation_bits, kv_bits] : {Case{16, 16}, Case{16, 8}, Case{8, 8}, Case{16, 4}, Case{16, 2}, Case{4, 16}, Case{4, 4}}) {
     SCOPED_TRACE(::testing::Message() << activation_bits << " and " << kv_bits << " bits");
     JobSpec spec = OnlineJob(activation_bits, kv_bits, 192);
     spec.output_directory += std::to_string(activation_bits) + std::to_string(kv_bits);

@@ -3,6 +3,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <optional>
+#include <string>
+#include <vector>
+
 #include "tests/unit/worker/pipeline/job_fixture.h"
 
 namespace walsh::pipeline {
@@ -110,6 +114,68 @@ TEST_F(PlanJobTest, WarnsOfWhatItChangesOrCannotDo) {
   spec = TinyJob({.hidden = 64, .n_heads = 8, .n_kv_heads = 8, .head_dim = 92});
   ASSERT_OK_AND_ASSIGN(const JobPlan odd_head, PlanJob(spec));
   EXPECT_THAT(odd_head.warnings, Contains(AllOf(HasSubstr("R2"), HasSubstr("92"))));
+}
+
+// R2: with a rotation of the residual stream unless told otherwise, and without one where asked.
+TEST_F(PlanJobTest, HeadsAreRotatedAsAskedFor) {
+  const auto resolve = [](const JobSpec& spec) -> absl::StatusOr<ResolvedJob> {
+    const auto checkpoint = Checkpoint::Open(spec.source_path);
+    if (!checkpoint.ok()) return checkpoint.status();
+    return Resolve(spec, **checkpoint);
+  };
+  JobSpec spec = TinyJob();
+  spec.online.kv_bits = 4;
+  for (const rotate::Kind kind : {rotate::Kind::kNone, rotate::Kind::kGsr}) {
+    const bool has_residual = kind != rotate::Kind::kNone;
+    spec.rotation = kind;
+    for (const std::optional<bool> asked :
+         {std::optional<bool>(), std::optional(false), std::optional(true)}) {
+      spec.head_rotation = asked;
+      ASSERT_OK_AND_ASSIGN(const ResolvedJob job, resolve(spec));
+      const bool is_on = asked.value_or(has_residual);
+      EXPECT_EQ(!job.r2.is_identity(), is_on);
+      EXPECT_EQ(job.rotates(), is_on || has_residual);
+      // R3 is where anything is rotated.
+      EXPECT_EQ(job.online.query_key.block != 0, is_on || has_residual);
+    }
+  }
+  spec = TinyJob({.hidden = 64, .n_heads = 8, .n_kv_heads = 8, .head_dim = 92});
+  spec.head_rotation = true;
+  EXPECT_THAT(PlanJob(spec), StatusIs(absl::StatusCode::kInvalidArgument,
+                                      AllOf(HasSubstr("R2"), HasSubstr("order 92"))));
+  spec.head_rotation = false;
+  ASSERT_OK_AND_ASSIGN(const JobPlan plan, PlanJob(spec));
+  EXPECT_THAT(plan.warnings, ::testing::Not(Contains(HasSubstr("R2"))));
+}
+
+// A block spreads what stands out of an activation over its own channels only.
+TEST_F(PlanJobTest, WarnsOfLocalRotationsBeneathFourBitActivations) {
+  const auto warnings = [](const JobSpec& spec) {
+    const auto plan = PlanJob(spec);
+    EXPECT_OK(plan);
+    return plan.ok() ? plan->warnings : std::vector<std::string>();
+  };
+  const auto warned = Contains(AllOf(HasSubstr("activations of 4 bits"), HasSubstr("width 64")));
+  JobSpec good = TinyJob();
+  good.rotation = rotate::Kind::kGsr;
+  good.rotation_block = 32;
+  good.quantizer.bits = 4;
+  good.online.activation_bits = 4;
+  EXPECT_THAT(warnings(good), warned);
+  JobSpec spec = good;
+  spec.rotation = rotate::Kind::kWalsh;
+  spec.rotation_block = 0;
+  EXPECT_THAT(warnings(spec), IsEmpty());
+  spec = good;
+  spec.online.activation_bits = 8;
+  EXPECT_THAT(warnings(spec), IsEmpty());
+  // The weights decide there, and a group of a block sees none of the others.
+  spec = good;
+  spec.quantizer.bits = 2;
+  EXPECT_THAT(warnings(spec), IsEmpty());
+  spec = good;
+  spec.online.activation_group = 32;
+  EXPECT_THAT(warnings(spec), IsEmpty());
 }
 
 // Beyond 2 GiB outputs are computed a second time instead of being kept.

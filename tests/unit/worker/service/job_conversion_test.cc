@@ -58,14 +58,18 @@ TEST(ToResultTest, StepsComeInTheirOrder) {
   EXPECT_EQ(result.step_times(1).seconds(), 0.25);
 }
 
-absl::StatusOr<pipeline::OnlineSpec> OnlineOf(
-    const std::function<void(v1::QuantizationConfig&)>& set) {
+absl::StatusOr<pipeline::JobSpec> SpecOf(const std::function<void(v1::QuantizationConfig&)>& set) {
   v1::QuantizationJob job;
   job.set_model_name("m");
   job.set_source_model("/models/m");
   set(*job.mutable_config());
-  const auto spec = ToJobSpec(
+  return ToJobSpec(
       job, [](std::string_view path) -> absl::StatusOr<std::string> { return std::string(path); });
+}
+
+absl::StatusOr<pipeline::OnlineSpec> OnlineOf(
+    const std::function<void(v1::QuantizationConfig&)>& set) {
+  const auto spec = SpecOf(set);
   if (!spec.ok()) return spec.status();
   return spec->online;
 }
@@ -116,6 +120,23 @@ TEST(ToJobSpecTest, CarriesWhatIsDoneAtRunTime) {
   EXPECT_EQ(online.kv_clip, 0.7);
 }
 
+TEST(ToJobSpecTest, HeadsAreRotatedAsAskedFor) {
+  ASSERT_OK_AND_ASSIGN(pipeline::JobSpec spec, SpecOf([](auto&) {}));
+  EXPECT_FALSE(spec.head_rotation.has_value());
+  for (const bool is_on : {false, true}) {
+    ASSERT_OK_AND_ASSIGN(spec, SpecOf([&](auto& c) { c.mutable_rotation()->set_head(is_on); }));
+    EXPECT_EQ(spec.head_rotation, is_on);
+  }
+}
+
+TEST(ToResponseTest, CarriesWhatAutoMeans) {
+  const auto response =
+      ToResponse(pipeline::JobPlan{.group_size = 64, .rotation_block = 32, .online_block = 16});
+  EXPECT_EQ(response.group_size(), 64);
+  EXPECT_EQ(response.rotation_block_size(), 32);
+  EXPECT_EQ(response.online_block_size(), 16);
+}
+
 // A worker does not rely on a coordinator's checks.
 TEST(ToJobSpecTest, RefusesWhatCannotBeDoneAtRunTime) {
   const auto refused = [](const std::function<void(v1::QuantizationConfig&)>& set,
@@ -129,6 +150,8 @@ TEST(ToJobSpecTest, RefusesWhatCannotBeDoneAtRunTime) {
           "config.activation_quantization.group_size");
   refused([](auto& c) { c.mutable_activation_quantization()->set_clip_ratio(2); },
           "config.activation_quantization.clip_ratio");
+  refused([](auto& c) { c.mutable_activation_quantization()->set_clip_ratio(1e-46); },
+          "must be 0 (chosen by the bits) or from 0.01 to 1");
   refused([](auto& c) { c.mutable_kv_cache_quantization()->set_bits(3); },
           "config.kv_cache_quantization.bits");
   refused([](auto& c) { c.mutable_kv_cache_quantization()->set_group_size(16); },

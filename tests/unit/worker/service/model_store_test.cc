@@ -49,6 +49,12 @@ TEST_F(ModelStoreTest, ListsArtifactsAndLeavesTheRestAlone) {
   EXPECT_EQ(models[0].name(), "models/good");
   EXPECT_EQ(models[0].state(), Model::UNLOADED);
   EXPECT_EQ(models[0].bits(), 4);
+  EXPECT_EQ(models[0].bits_per_weight(), 4.5);
+  ASSERT_EQ(models[0].override_bits_size(), 1);
+  EXPECT_EQ(models[0].override_bits(0), 8);
+  EXPECT_EQ(models[0].grid(), "float-zero");
+  EXPECT_EQ(models[0].activation_bits(), 8);
+  EXPECT_EQ(models[0].kv_cache_bits(), 2);
   EXPECT_EQ(models[0].rotation(), "gsr");
   EXPECT_EQ(models[0].architecture(), "LlamaForCausalLM");
   EXPECT_EQ(models[0].max_model_len(), 256);
