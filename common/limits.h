@@ -129,7 +129,7 @@ inline constexpr int kHeadDimMax = 1024;
 inline constexpr int kContextMax = 1 << 22;
 // query_pre_attn_scalar: scores are divided by its root, which must leave numbers of them.
 inline constexpr double kQueryPreAttentionScalarMin = 1.0;
-inline constexpr double kQueryPreAttentionScalarMax = 1e6;
+inline constexpr double kQueryPreAttentionScalarMax = 1000000.0;
 
 // -- Chat templates
 inline constexpr int64_t kTemplateBytesMax = 256 << 10;
