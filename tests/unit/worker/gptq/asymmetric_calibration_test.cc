@@ -118,22 +118,25 @@ TEST(AsymmetricCalibrationTest, RowsAreTakenInParts) {
   }));
   EXPECT_EQ(n_asked, 2);
   ASSERT_EQ(factor.correction.rows(), n);
-  std::vector<double> right(n), expected(n), scale(n);
+  // Each sum beside that of its terms' sizes, which bounds what rounding makes of it.
+  std::vector<double> expected(n), size(n);
   for (int64_t i = 0; i < n; ++i) {
     std::fill(expected.begin(), expected.end(), 0.0);
-    std::fill(scale.begin(), scale.end(), 0.0);
+    std::fill(size.begin(), size.end(), 0.0);
     for (int64_t k = i + 1; k < n; ++k) {
-      right[k] = 0;
+      double right = 0, right_size = 0;
       for (int64_t j = 0; j < n; ++j) {
-        right[k] += double{cross(factor.order[j], factor.order[i])} * factor.upper(k, j);
+        const double term = double{cross(factor.order[j], factor.order[i])} * factor.upper(k, j);
+        right += term;
+        right_size += std::abs(term);
       }
       for (int64_t j = 0; j < n; ++j) {
-        expected[j] += kAlpha * right[k] * factor.upper(k, j);
-        scale[j] += std::abs(kAlpha * right[k] * factor.upper(k, j));
+        expected[j] += kAlpha * right * factor.upper(k, j);
+        size[j] += kAlpha * right_size * std::abs(factor.upper(k, j));
       }
     }
     for (int64_t j = 0; j < n; ++j) {
-      ASSERT_LE(std::abs(factor.correction(i, j) - expected[j]), 1e-5 * scale[j] + 1e-6)
+      ASSERT_LE(std::abs(factor.correction(i, j) - expected[j]), 1e-6 * size[j] + 1e-6)
           << i << ", " << j;
     }
   }

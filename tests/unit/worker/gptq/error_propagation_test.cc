@@ -119,24 +119,32 @@ TEST(ErrorPropagationTest, RowsAreTakenInParts) {
     return absl::OkStatus();
   }));
   EXPECT_EQ(n_asked, 2);
-  std::vector<double> wd(n), right(n);
+  // Each sum beside that of its terms' sizes, which bounds what rounding makes of it.
+  std::vector<double> wd(n), wd_size(n), right(n), right_size(n);
   for (int64_t o = 0; o < wide::kOut; ++o) {
     for (int64_t i = 0; i < n; ++i) {
-      wd[i] = 0;
-      for (int64_t k = 0; k < n; ++k) wd[i] += double{before(o, k)} * cross(factor.order[i], k);
+      wd[i] = wd_size[i] = 0;
+      for (int64_t k = 0; k < n; ++k) {
+        const double term = double{before(o, k)} * cross(factor.order[i], k);
+        wd[i] += term;
+        wd_size[i] += std::abs(term);
+      }
     }
     for (int64_t k = 0; k < n; ++k) {
-      right[k] = 0;
-      for (int64_t i = k; i < n; ++i) right[k] += wd[i] * factor.upper(k, i);
+      right[k] = right_size[k] = 0;
+      for (int64_t i = k; i < n; ++i) {
+        right[k] += wd[i] * factor.upper(k, i);
+        right_size[k] += wd_size[i] * std::abs(factor.upper(k, i));
+      }
     }
     for (int64_t j = 0; j < n; ++j) {
-      double step = 0, scale = 0;
+      double step = 0, size = 0;
       for (int64_t k = 0; k <= j; ++k) {
         step += kBeta * right[k] * factor.upper(k, j);
-        scale += std::abs(kBeta * right[k] * factor.upper(k, j));
+        size += kBeta * right_size[k] * std::abs(factor.upper(k, j));
       }
       const int32_t column = factor.order[j];
-      ASSERT_LE(std::abs(weights(o, column) - before(o, column) - step), 1e-5 * scale + 1e-5)
+      ASSERT_LE(std::abs(weights(o, column) - before(o, column) - step), 1e-6 * size + 1e-6)
           << o << ", " << j;
     }
   }

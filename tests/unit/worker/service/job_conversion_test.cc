@@ -130,8 +130,11 @@ TEST(ToJobSpecTest, HeadsAreRotatedAsAskedFor) {
 }
 
 TEST(ToResponseTest, CarriesWhatAutoMeans) {
-  const auto response =
-      ToResponse(pipeline::JobPlan{.group_size = 64, .rotation_block = 32, .online_block = 16});
+  pipeline::JobPlan plan;
+  plan.group_size = 64;
+  plan.rotation_block = 32;
+  plan.online_block = 16;
+  const internal::v1::ValidateJobResponse response = ToResponse(plan);
   EXPECT_EQ(response.group_size(), 64);
   EXPECT_EQ(response.rotation_block_size(), 32);
   EXPECT_EQ(response.online_block_size(), 16);

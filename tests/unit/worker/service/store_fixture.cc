@@ -1,5 +1,7 @@
 #include "tests/unit/worker/service/store_fixture.h"
 
+#include <nlohmann/json.hpp>
+
 #include "common/publish.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
@@ -10,20 +12,13 @@ namespace walsh::service {
 void WriteFakeArtifact(const std::string& directory) {
   ASSERT_OK(MakeDirectories(directory));
   ASSERT_OK(PublishFile(directory + "/config.json", testing::TinyModel({}).ConfigJson()));
-  ASSERT_OK_AND_ASSIGN(
-      const std::string manifest,
-      ManifestText(
-          {{"quantization",
-            {{"bits", 4},
-             {"group_size", 64},
-             {"method", "gptq"},
-             {"bits_per_weight", 4.5},
-             {"zero_point", "float"},
-             {"overrides", {{{"pattern", "*.v_proj"}, {"bits", 8}}}}}},
-           {"online_transforms", {{"activations", {{"bits", 8}}}, {"kv_cache", {{"bits", 2}}}}},
-           {"rotation", {{"kind", "gsr"}, {"block", 64}}},
-           {"quality", {{"perplexity_before", 10.0}, {"perplexity_after", 11.0}}}},
-          {}));
+  const auto report = nlohmann::json::parse(R"({
+      "quantization": {"bits": 4, "group_size": 64, "method": "gptq", "bits_per_weight": 4.5,
+                       "zero_point": "float", "overrides": [{"pattern": "*.v_proj", "bits": 8}]},
+      "online_transforms": {"activations": {"bits": 8}, "kv_cache": {"bits": 2}},
+      "rotation": {"kind": "gsr", "block": 64},
+      "quality": {"perplexity_before": 10.0, "perplexity_after": 11.0}})");
+  ASSERT_OK_AND_ASSIGN(const std::string manifest, ManifestText(report, {}));
   ASSERT_OK(PublishFile(directory + "/walsh.json", manifest));
 }
 
