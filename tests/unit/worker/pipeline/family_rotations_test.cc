@@ -110,13 +110,18 @@ TEST_P(FamilyRotationsTest, KeepTheFunction) {
 }
 
 // With R3 behind the norms of queries and keys, R4 behind the activation, and rounded keys and
-// values in windows that slide. What may differ is the rounding of the engine's packed products.
+// values in windows that slide. What may differ is the rounding of the engine's packed products,
+// and at 4 bits what then falls to the other side of a step.
 TEST_P(FamilyRotationsTest, AreServedAsEvaluated) {
   spec_.rotation = config().has_output_norms ? rotate::Kind::kNone : rotate::Kind::kGsr;
   spec_.online.down_rotation = rotate::Kind::kWalsh;
   spec_.online.activation_bits = 8;
   spec_.evaluate = false;
-  for (const int kv_bits : {8, 4}) {
+  struct Case {
+    int kv_bits;
+    double tolerance;
+  };
+  for (const auto [kv_bits, tolerance] : {Case{8, 0.05}, Case{4, 0.15}}) {
     SCOPED_TRACE(absl::StrCat(kv_bits, " bits of keys and values"));
     spec_.online.kv_bits = kv_bits;
     spec_.output_directory = directory_ / absl::StrCat("kv", kv_bits);
@@ -130,7 +135,7 @@ TEST_P(FamilyRotationsTest, AreServedAsEvaluated) {
     ASSERT_OK_AND_ASSIGN(const auto evaluated, EvaluatedLogits(*artifact, tokens_));
     for (const size_t step : {size_t{80}, size_t{7}, size_t{1}}) {
       ASSERT_OK_AND_ASSIGN(const auto served, ServedLogits(spec_.output_directory, tokens_, step));
-      EXPECT_LT(RelativeDifference(served, evaluated), 0.05) << step;
+      EXPECT_LT(RelativeDifference(served, evaluated), tolerance) << step;
     }
     ASSERT_OK_AND_ASSIGN(const auto wrong, EvaluatedLogits(*artifact, tokens_, false));
     EXPECT_GT(RelativeDifference(wrong, evaluated), 0.25);

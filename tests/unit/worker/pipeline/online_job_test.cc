@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -120,12 +121,15 @@ std::vector<int32_t> Ids() {
 
 // The engine's packed products round their inputs to 8 bits, which is all that may differ: some
 // percent of the largest logit on random weights. At 8 bits a value that falls to the other side
-// moves by as little.
+// moves by as little; at 4 and 2 by a step that is a good part of it.
 TEST_F(OnlineJobTest, ServesWhatItEvaluated) {
   struct Case {
     int activation_bits, kv_bits;
+    double tolerance;
   };
-  for (const auto [activation_bits, kv_bits] : {Case{16, 16}, Case{16, 8}, Case{8, 8}, Case{16, 4}, Case{16, 2}, Case{4, 16}, Case{4, 4}}) {
+  for (const auto [activation_bits, kv_bits, tolerance] :
+       {Case{16, 16, 0.05}, Case{16, 8, 0.05}, Case{8, 8, 0.05}, Case{16, 4, 0.12},
+        Case{16, 2, 0.2}, Case{4, 16, 0.3}, Case{4, 4, 0.4}}) {
     SCOPED_TRACE(::testing::Message() << activation_bits << " and " << kv_bits << " bits");
     JobSpec spec = OnlineJob(activation_bits, kv_bits, 192);
     spec.output_directory += std::to_string(activation_bits) + std::to_string(kv_bits);
@@ -135,10 +139,10 @@ TEST_F(OnlineJobTest, ServesWhatItEvaluated) {
     ASSERT_OK_AND_ASSIGN(const auto evaluated, EvaluatedLogits(*artifact, Ids()));
     for (const size_t step : {size_t{40}, size_t{7}, size_t{1}}) {
       ASSERT_OK_AND_ASSIGN(const auto served, ServedLogits(spec.output_directory, Ids(), step));
-      EXPECT_LT(RelativeDifference(served, evaluated), 0.05) << step;
+      EXPECT_LT(RelativeDifference(served, evaluated), tolerance) << step;
     }
     ASSERT_OK_AND_ASSIGN(const auto wrong, EvaluatedLogits(*artifact, Ids(), false));
-    EXPECT_GT(RelativeDifference(wrong, evaluated), 0.25);
+    EXPECT_GT(RelativeDifference(wrong, evaluated), std::max(0.25, 1.5 * tolerance));
   }
 }
 
