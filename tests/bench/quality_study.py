@@ -61,6 +61,16 @@ OPTIONS = {
     "ep, β = 0.5, group 128": {**METHODS["ep"], "group": 128},
     "ep, β = 1, group 128": {**METHODS["ep"], "error_propagation": 1.0, "group": 128},
 }
+# Calibrated on both halves at once, as a user would: twice the tokens.
+WHOLE_TEXT = {
+    "none, gptq": {"rotation": "none", **METHODS["gptq"]},
+    "gsr, gptq": {"rotation": "gsr", **METHODS["gptq"]},
+    "gsr, gptaq": {"rotation": "gsr", **METHODS["gptaq"]},
+    "gsr, ep, β = 0.25": {"rotation": "gsr", **METHODS["ep"], "error_propagation": 0.25},
+    "gsr, ep, β = 0.5": {"rotation": "gsr", **METHODS["ep"]},
+    "gsr, ep, β = 0.75": {"rotation": "gsr", **METHODS["ep"], "error_propagation": 0.75},
+    "gsr, ep, β = 1": {"rotation": "gsr", **METHODS["ep"], "error_propagation": 1.0},
+}
 MAIN_OPTIONS = ("gptq", "gptq, group 64", "ep, β = 0.25", "ep, β = 0.5", "ep, β = 1", "ep, β = 0.5, group 64")
 # Activations per token, symmetric, clipped at 0.9; keys and values by head, asymmetric, clipped at 0.95 (QuaRot).
 ROUNDING = {
@@ -82,6 +92,7 @@ ZERO_SHOT = {
     "W2 gsr, ep": {"bits": 2, "rotation": "gsr", **METHODS["ep"]},
 }
 CALIBRATIONS = ("a", "b")
+WHOLE_TEXT_TABLE = "W2, calibrated on the whole text"
 
 
 def variants(rotations=ROTATIONS):
@@ -118,6 +129,8 @@ def plan(which, group):
         if (which == "full" or name in MAIN_OPTIONS) and not names_the_group:
             members = {"bits": 2, "group": group, "rotation": "gsr", **quantizer}
             rows.append(("W2 gsr, options", name, members, False))
+    for name, quantizer in WHOLE_TEXT.items():
+        rows.append((WHOLE_TEXT_TABLE, name, {"bits": 2, "group": group, **quantizer}, False))
     if which == "full":
         for rounding, members in ROUNDING.items():
             for method in ("gptq", "ep"):
@@ -145,10 +158,10 @@ def write_lines(path, objects):
 def split_calibration(data, out):
     with open(os.path.join(data, "wikitext-train-1000.json"), encoding="utf-8") as file:
         samples = json.load(file)
-    halves = {"a": samples[: len(samples) // 2], "b": samples[len(samples) // 2 :]}
-    for name, half in halves.items():
+    texts = {"a": samples[: len(samples) // 2], "b": samples[len(samples) // 2 :], "whole": samples}
+    for name, text in texts.items():
         with open(os.path.join(out, f"calibration-{name}.json"), "w", encoding="utf-8") as file:
-            json.dump(half, file, ensure_ascii=False)
+            json.dump(text, file, ensure_ascii=False)
 
 
 def write_rows(args):
@@ -159,13 +172,16 @@ def write_rows(args):
     for table, name, members, needs_cpu in plan(args.plan, args.group):
         if not divides(members, args.width):
             continue
-        for index, which in enumerate(CALIBRATIONS):
+        is_whole = table == WHOLE_TEXT_TABLE
+        for index, which in enumerate(("whole",) if is_whole else CALIBRATIONS):
             if needs_cpu and index > 0 and not args.cpu_twice:
                 continue
             text = os.path.join(args.out, f"calibration-{which}.json")
             row = {"id": row_id(table, name, which), "calibration": text, "seed": index, **members}
             if needs_cpu:
                 cpu.append(row | on_cpu)
+            elif is_whole:
+                device.append(row | calibration | {"windows": 2 * args.windows})
             else:
                 device.append(row | calibration)
     for name, members in ZERO_SHOT.items() if args.task_limit >= 0 else ():
@@ -274,7 +290,7 @@ class Table:
     def __init__(self, rows):
         self.rows = rows
         self.to_original = {n: differences(r, lambda c, r=r: r[c]["losses_before"]) for n, r in rows.items()}
-        self.reference = next((name for name in ("none", "gptq") if name in rows), None)
+        self.reference = next((name for name in ("none", "gptq", "none, gptq") if name in rows), None)
         first = rows.get(self.reference)
         self.to_first = {n: differences(r, lambda c: first[c]["losses"]) for n, r in rows.items()} if first else {}
         self.spread = calibration_spread(self.to_original.values())
