@@ -608,10 +608,10 @@ TEST_F(CudaJobTest, OnlineTransformsAreUnimplemented) {
 }
 
 TEST_F(CudaJobTest, OtherCoresOfGlobalRotationsAreUnimplemented) {
-  JobSpec spec = Job({.hidden = 96});
+  JobSpec spec = Job({.hidden = 352});
   spec.rotation = rotate::Kind::kWalsh;
   EXPECT_THAT(RunOnCuda(spec), StatusIs(absl::StatusCode::kUnimplemented,
-                                        AllOf(HasSubstr("96 = 12"), HasSubstr("gsr"))));
+                                        AllOf(HasSubstr("352 = 44"), HasSubstr("gsr"))));
 }
 
 TEST_F(CudaJobTest, NoSuchDevice) {

@@ -454,7 +454,9 @@ TEST_F(GenerationTest, AModelThatRotatesAndRoundsAtRunTimeIsServed) {
                                                                            "4",
                                                                            "--load"}));
   EXPECT_EQ(quantized.exit_code, 0) << quantized.err;
-  EXPECT_THAT(quantized.out, HasSubstr("online GSR rotation, activations 8 bits, KV cache 8 bits"));
+  EXPECT_THAT(
+      quantized.out,
+      HasSubstr("online GSR rotation in blocks of 128, activations 8 bits, KV cache 8 bits"));
   v1::GenerateRequest request = Prompt("Once upon a time", 20);
   request.set_model("w4a8kv8");
   ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse generated, client().Generate(request));

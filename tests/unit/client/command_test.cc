@@ -139,6 +139,7 @@ TEST_F(CommandTest, ModelsAndWorkersAsTablesAndJson) {
   EXPECT_THAT(Run({"models", "unload", "models/demo"}).out, HasSubstr("UNLOADED"));
   EXPECT_THAT(Run({"models", "load", "demo"}).out, HasSubstr("READY"));
   EXPECT_EQ(Run({"models", "delete", "demo"}).exit_code, 0);
+  EXPECT_EQ(Run({"models", "delete", "mixed"}).exit_code, 0);
   EXPECT_THAT(Run({"models", "list"}).err, HasSubstr("no models"));
 }
 
