@@ -222,7 +222,8 @@ absl::StatusOr<json> ScoreTasks(const Row& row, const TokenizerSource& files,
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Tokenizer> tokenizer, Tokenizer::Create(files));
   json scores = json::object();
   for (const std::string& path : row.tasks) {
-    WALSH_ASSIGN_OR_RETURN(const evaluate::Task task, evaluate::ReadTask({.path = path, .name = ""}, row.task_limit));
+    WALSH_ASSIGN_OR_RETURN(const evaluate::Task task,
+                           evaluate::ReadTask({.path = path, .name = ""}, row.task_limit));
     WALSH_ASSIGN_OR_RETURN(const evaluate::TaskScore score,
                            evaluate::ScoreTask(task, *tokenizer, source, {}, pool,
                                                [](double) { return absl::OkStatus(); }));

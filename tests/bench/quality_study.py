@@ -350,7 +350,7 @@ def print_matrix(tables, bits):
 def print_zero_shot(rows):
     names = list(next(iter(rows.values()))["a"]["tasks"])
     print("### Zero-shot\n")
-    print("Accuracy, normalised by length where the task has it, in %; the error of the average is that of its items.\n")
+    print("Accuracy, normalised by length where the task has it, in %; ± is the standard error of the average, from those of the plain accuracies.\n")
     print("| | " + " | ".join(names) + " | average |\n|---|" + "---|" * (len(names) + 1))
     for name, row in rows.items():
         scores = [row["a"]["tasks"][task] for task in names]
