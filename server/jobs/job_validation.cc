@@ -265,32 +265,27 @@ absl::Status ResolveQuantizer(QuantizationConfig* config) {
   return CheckOverrides(*config);
 }
 
-// What was set and can do nothing beside the rest. Of what the caller set, before any default.
-absl::Status CheckIdleOptions(const QuantizationConfig& config) {
-  if (config.rotation().kind() == Rotation::NONE && config.rotation().signs() == Rotation::SEEDED) {
+// What the caller set and can do nothing beside the rest. `given` is what was set, before any
+// default; `expanded` has what a preset adds to it. A default that is named is no more than that.
+absl::Status CheckIdleOptions(const QuantizationConfig& given, const QuantizationConfig& expanded) {
+  if (expanded.rotation().kind() == Rotation::NONE &&
+      given.rotation().signs() == Rotation::SEEDED) {
     return InvalidField("config.rotation.signs", "is SEEDED, but kind is NONE: there are no signs");
   }
-  if (config.method() == QuantizationConfig::RTN) {
-    if (config.damp_percent() != 0) {
+  if (expanded.method() == QuantizationConfig::RTN) {
+    if (given.damp_percent() != 0 && given.damp_percent() != kDampDefault) {
       return InvalidField("config.damp_percent",
-                          absl::StrCat("is ", config.damp_percent(), ", and RTN has no Hessian"));
+                          absl::StrCat("is ", given.damp_percent(), ", and RTN has no Hessian"));
     }
-    const auto order = config.column_order();
-    if (order != QuantizationConfig::COLUMN_ORDER_UNSPECIFIED &&
-        order != QuantizationConfig::NATURAL) {
+    if (given.column_order() == QuantizationConfig::ACT_ORDER) {
       return InvalidField("config.column_order",
-                          absl::StrCat("is ", QuantizationConfig::ColumnOrder_Name(order),
-                                       ", and RTN takes every column by itself"));
+                          "is ACT_ORDER, and RTN takes every column by itself");
     }
   }
   // Linears that an override gives other bits have a uniform grid.
-  if (config.grid() == QuantizationConfig::CODEBOOK && config.overrides().empty()) {
-    if (config.disable_mse_clip()) {
-      return InvalidField("config.disable_mse_clip", "is set, but a CODEBOOK has no clip");
-    }
-    if (config.zero_point() == QuantizationConfig::INTEGER_ZERO) {
-      return InvalidField("config.zero_point", "is INTEGER_ZERO, but a CODEBOOK has none");
-    }
+  if (expanded.grid() == QuantizationConfig::CODEBOOK && expanded.overrides().empty() &&
+      given.disable_mse_clip()) {
+    return InvalidField("config.disable_mse_clip", "is set, but a CODEBOOK has no clip");
   }
   return absl::OkStatus();
 }
@@ -405,9 +400,10 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   }
   WALSH_RETURN_IF_ERROR(CheckLabels(job));
   QuantizationConfig* config = job.mutable_config();
-  WALSH_RETURN_IF_ERROR(CheckIdleOptions(*config));
   WALSH_RETURN_IF_ERROR(CheckText("config.preset", config->preset(), limits::kPresetNameBytesMax));
+  const QuantizationConfig given = *config;
   WALSH_RETURN_IF_ERROR(ExpandPreset(config));
+  WALSH_RETURN_IF_ERROR(CheckIdleOptions(given, *config));
   WALSH_RETURN_IF_ERROR(ResolveQuantizer(config));
   WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
   DropIdleOptions(config);

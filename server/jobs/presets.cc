@@ -219,6 +219,8 @@ absl::Status ExpandPreset(QuantizationConfig* config) {
   if (IsOther(config->method(), expanded.method())) {
     expanded.clear_error_propagation();
     expanded.clear_gptaq_alpha();
+    // RTN's presets are the usual baseline, without it.
+    if (expanded.method() == QuantizationConfig::RTN) expanded.clear_disable_mse_clip();
   }
   if (IsOther(config->activation_quantization().bits(),
               expanded.activation_quantization().bits())) {

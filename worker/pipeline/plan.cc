@@ -189,7 +189,8 @@ absl::Status ResolveQueryKeyRotation(const JobSpec& spec, const ModelConfig& con
 }
 
 // A block spreads an outlier over its own channels only, a global rotation over all. At fewer bits
-// of the weights those decide, and a local one is better (GSR's table, W2A4).
+// of the weights it is open which is better: GSR's table has the local one at W2A4, docs/quality.md
+// the global one, with R4 of the same kind.
 void WarnOfLocalRotation(const JobSpec& spec, const ModelConfig& config, ResolvedJob& job) {
   constexpr int kFewBits = 4;
   const OnlineTransforms::Rounding& activations = job.online.activations;

@@ -216,6 +216,10 @@ TEST(PresetsTest, WhatIsOfAnotherChoiceOfThePresetGoesWithIt) {
                          given.set_method(QuantizationConfig::GPTQ);
                        }));
   EXPECT_FALSE(gptq.has_gptaq_alpha());
+  ASSERT_OK_AND_ASSIGN(const QuantizationConfig clipped, Stored("rtn-w4", [](auto& given) {
+                         given.set_method(QuantizationConfig::GPTQ);
+                       }));
+  EXPECT_FALSE(clipped.disable_mse_clip()) << "RTN's baseline has no clip search, GPTQ has";
   ASSERT_OK_AND_ASSIGN(const QuantizationConfig eight, Stored("gsr-w2a4", [](auto& given) {
                          given.mutable_activation_quantization()->set_bits(8);
                        }));
@@ -236,6 +240,17 @@ TEST(PresetsTest, OverridesStandAfterThePresets) {
   const int before = Find("gsr-w2-portable").config().overrides_size();
   ASSERT_EQ(config.overrides_size(), before + 1);
   EXPECT_EQ(config.overrides(before).pattern(), "*down_proj");
+}
+
+TEST(PresetsTest, WhatDoesNothingBesideThePresetIsRefused) {
+  EXPECT_THAT(Stored("rtn-w4", [](auto& given) { given.set_damp_percent(0.05); }),
+              StatusIs(kInvalid, HasSubstr("config.damp_percent")));
+  EXPECT_THAT(
+      Stored("rtn-w4", [](auto& given) { given.set_column_order(QuantizationConfig::ACT_ORDER); }),
+      StatusIs(kInvalid, HasSubstr("config.column_order")));
+  EXPECT_THAT(
+      Stored("gptq-w4", [](auto& given) { given.mutable_rotation()->set_signs(Rotation::SEEDED); }),
+      StatusIs(kInvalid, HasSubstr("config.rotation.signs")));
 }
 
 TEST(PresetsTest, RefusesUnknownNamesAndWhatDoesNotFit) {
