@@ -322,6 +322,7 @@ absl::Status Run(const Flags& flags) {
   WALSH_ASSIGN_OR_RETURN(const std::vector<Row> rows, ReadRows(flags.rows));
   std::set<std::string> finished = FinishedIds(flags.results);
   std::ofstream results(flags.results, std::ios::app);
+  results << "\n";  // ends a line that was cut off; empty ones mean nothing
   Study study(flags, *backend, pool);
   int n_failed = 0;
   for (const Row& row : rows) {

@@ -10,12 +10,13 @@ the device. It goes on where it was cut off. DATA has wikitext-train-1000.json, 
 
 Each row is done twice, calibrated on two texts that share no sample (the two halves of the training file) and with two
 seeds of the random signs. With L_i the mean of a row's two losses in evaluation window i, a difference D of two rows is
-the mean over i of the difference of their L_i, and its interval is
+the mean over i of the difference of their L_i, and its interval of about 95 % is
 
-    D ± 1.96 sqrt(s_w² + s_c²)
+    D ± sqrt((1.96 s_w)² + (t s_c)²)
 
 s_w is the standard error of the mean over windows. s_c is that of the mean over the two calibrations: the root of the
-mean of ((D_a − D_b) / 2)² over all rows of the same table, since two values of one row alone tell little.
+mean of ((D_a − D_b) / 2)² over the n rows of all methods of that many bits (round-to-nearest by itself), since two
+values of one row alone tell little; t is Student's for n. It is approximate: the rows share the two texts.
 """
 
 import argparse
@@ -241,6 +242,14 @@ def standard_error(values):
     return math.sqrt(sum((v - m) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
+def parsed(line):
+    """None for a line that a run which was cut off has left."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
 def read_results(out):
     """results[table][row][calibration] in the order of the plan's files."""
     found = {}
@@ -253,7 +262,7 @@ def read_results(out):
                 order += [json.loads(line)["id"] for line in file]
         if os.path.exists(results):
             with open(results, encoding="utf-8") as file:
-                found |= {result["id"]: result for result in map(json.loads, file)}
+                found |= {result["id"]: result for result in filter(None, map(parsed, file))}
     tables = {}
     for key in order:
         if key in found:
@@ -264,19 +273,25 @@ def read_results(out):
 
 def differences(row, minus):
     """By calibration, the list over windows of the difference to what `minus` gives for it."""
-    return {c: [x - y for x, y in zip(result["losses"], minus(c))] for c, result in row.items()}
+    return {c: [x - y for x, y in zip(result["losses"], minus(c), strict=True)] for c, result in row.items()}
+
+
+# Two-sided 95 % of Student's t, by degrees of freedom; between them the one before, which is larger.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 8: 2.31, 10: 2.23, 15: 2.13, 20: 2.09, 30: 2.04}
 
 
 def calibration_spread(all_differences):
-    """s_c of the module's comment; 0 where nothing was calibrated twice."""
+    """t s_c of the module's comment; 0 where nothing was calibrated twice."""
     squares = [((mean(d["a"]) - mean(d["b"])) / 2) ** 2 for d in all_differences if len(d) == 2]
-    return math.sqrt(mean(squares)) if squares else 0.0
+    if not squares:
+        return 0.0
+    return STUDENT[max(n for n in STUDENT if n <= len(squares))] * math.sqrt(mean(squares))
 
 
 def estimate(by_calibration, spread):
     """(D, half the width of its interval)."""
     windows = [mean(values) for values in zip(*by_calibration.values())]
-    return mean(windows), 1.96 * math.hypot(standard_error(windows), spread if len(by_calibration) == 2 else 0.0)
+    return mean(windows), math.hypot(1.96 * standard_error(windows), spread if len(by_calibration) == 2 else 0.0)
 
 
 def interval(value, digits=3, sign=True):
@@ -284,25 +299,44 @@ def interval(value, digits=3, sign=True):
     return f"{center:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
 
 
-class Table:
-    """Rows of one table and what their differences are."""
+# Differences of rotations that papers order.
+PAIRS = (
+    ("gsr", "local-hadamard"),
+    ("gsr", "hadamard"),
+    ("gsr", "hadamard, signs"),
+    ("gsr", "walsh"),
+    ("walsh", "hadamard"),
+    ("walsh", "hadamard, signs"),
+)
 
-    def __init__(self, rows):
+
+class Table:
+    """Rows of one table and what their differences are. `siblings` are the tables whose calibrations tell its spread."""
+
+    def __init__(self, rows, siblings=None):
         self.rows = rows
-        self.to_original = {n: differences(r, lambda c, r=r: r[c]["losses_before"]) for n, r in rows.items()}
+        self.siblings = siblings or [rows]
         self.reference = next((name for name in ("none", "gptq", "none, gptq") if name in rows), None)
-        first = rows.get(self.reference)
-        self.to_first = {n: differences(r, lambda c: first[c]["losses"]) for n, r in rows.items()} if first else {}
-        self.spread = calibration_spread(self.to_original.values())
-        self.spread_to_first = calibration_spread([d for n, d in self.to_first.items() if n != self.reference])
-        kl = [{c: r["divergences"] for c, r in row.items()} for row in rows.values()]
+        self.spread = calibration_spread(self.against(t, n, None) for t in self.siblings for n in t)
+        kl = [{c: r["divergences"] for c, r in row.items()} for t in self.siblings for row in t.values()]
         self.kl_spread = calibration_spread(kl)
 
+    @staticmethod
+    def against(rows, name, other):
+        """By calibration and window, row `name` minus row `other`, or minus the original."""
+        return differences(rows[name], lambda c: rows[other][c]["losses"] if other else rows[name][c]["losses_before"])
+
+    def difference(self, name, other):
+        """Of two rows of this table, with its interval."""
+        tables = [t for t in self.siblings if other in t]
+        spread = calibration_spread(self.against(t, n, other) for t in tables for n in t if n != other)
+        return estimate(self.against(self.rows, name, other), spread)
+
     def delta(self, name):
-        return estimate(self.to_original[name], self.spread)
+        return estimate(self.against(self.rows, name, None), self.spread)
 
     def delta_to_first(self, name):
-        return estimate(self.to_first[name], self.spread_to_first)
+        return self.difference(name, self.reference)
 
     def kl(self, name):
         return estimate({c: r["divergences"] for c, r in self.rows[name].items()}, self.kl_spread)
@@ -311,7 +345,10 @@ class Table:
         return mean(next(iter(next(iter(self.rows.values())).values()))["losses_before"])
 
     def perplexity(self, name):
-        return math.exp(self.base_loss() + self.delta(name)[0])
+        return math.exp(mean([mean(r["losses"]) for r in self.rows[name].values()]))
+
+    def windows(self, name):
+        return len(next(iter(self.rows[name].values()))["losses"])
 
     def of(self, name, member):
         return mean([r[member] for r in self.rows[name].values()])
@@ -329,11 +366,24 @@ class Table:
                 f"{interval(self.delta(name))} | {to_first}{interval(self.kl(name), sign=False)} | "
                 f"{100 * self.of(name, 'top1_agreement'):.1f} % | {error:.5f} | {len(row)} |"
             )
+        pairs = [pair for pair in PAIRS if pair[0] in self.rows and pair[1] in self.rows]
+        if pairs:
+            yield ""
+            yield "Differences, nat: " + "; ".join(f"{x} − {y} {interval(self.difference(x, y))}" for x, y in pairs) + "."
+
+
+def table_of(tables, title):
+    bits, _, method = title.partition(" ")
+    siblings = [f"{bits} {other}" for other in METHODS if other != "rtn"]
+    if method not in METHODS or method == "rtn":
+        return Table(tables[title])
+    return Table(tables[title], [tables[sibling] for sibling in siblings if sibling in tables])
 
 
 def print_matrix(tables, bits):
     """Perplexity of every rotation by every method."""
-    built = {method: Table(tables[f"W{bits} {method}"]) for method in METHODS if f"W{bits} {method}" in tables}
+    titles = {method: f"W{bits} {method}" for method in METHODS}
+    built = {method: table_of(tables, title) for method, title in titles.items() if title in tables}
     if not built:
         return
     print(f"### W{bits}: perplexity, Δ to the original in nat\n")
@@ -379,11 +429,11 @@ def print_tables(args):
         if title == "Zero-shot":
             print_zero_shot(rows)
             continue
-        table = Table(rows)
+        table = table_of(tables, title)
         print(f"### {title}\n")
         if title == "Run-time rotations":
-            first = next(iter(next(iter(rows.values())).values()))
-            print(f"On the CPU, the first {len(first['losses'])} windows; the original's perplexity there is {math.exp(table.base_loss()):.3f}.\n")
+            windows = "; ".join(sorted({f"{table.windows(n)} for {n.split()[0]}" for n in rows}))
+            print(f"On the CPU, the first windows alone ({windows}).\n")
         for line in table.lines():
             print(line)
         print()
