@@ -181,7 +181,8 @@ class Block {
                                 int64_t n_cached, int64_t* first_row) {
     const int64_t width = context_.config->kv_width();
     if (keys_.rows() < n_cached) {
-      keys_ = values_ = Matrix();  // not beside the larger ones
+      keys_ = Matrix();  // not beside the larger ones
+      values_ = Matrix();
       keys_ = Matrix(n_cached, width);
       values_ = Matrix(n_cached, width);
     }
