@@ -294,9 +294,9 @@ def estimate(by_calibration, spread):
     return mean(windows), math.hypot(1.96 * standard_error(windows), spread if len(by_calibration) == 2 else 0.0)
 
 
-def interval(value, digits=3, sign=True):
+def interval(value, sign=True):
     center, half = value
-    return f"{center:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
+    return f"{center:{'+' if sign else ''}.3f} ± {half:.3f}"
 
 
 # Differences of rotations that papers order.

@@ -232,8 +232,6 @@ class Reader final : public GptqCheckpoint {
   bool IsQuantized(std::string_view name) const override { return linears_.contains(name); }
   int bits() const override { return settings_.bits; }
   int64_t group_size() const override { return settings_.group_size; }
-  bool symmetric() const override { return settings_.symmetric; }
-  bool has_act_order() const override { return settings_.has_act_order; }
 
   absl::StatusOr<OrderedMatrix> ReadOrdered(std::string_view name) const override {
     const auto it = linears_.find(name);

@@ -35,8 +35,6 @@ class GptqCheckpoint : public Checkpoint {
   // As the checkpoint's configuration says.
   virtual int bits() const = 0;
   virtual int64_t group_size() const = 0;  // −1: per channel
-  virtual bool symmetric() const = 0;
-  virtual bool has_act_order() const = 0;
 };
 
 }  // namespace walsh::interop
