@@ -35,8 +35,6 @@ constexpr absl::Duration kCallTimeout = absl::Seconds(5);
 constexpr absl::Duration kRetryDelay = absl::Milliseconds(500);
 // Reports between changes of stage and layer are thinned to this.
 constexpr absl::Duration kReportInterval = absl::Seconds(1);
-// Reports that wait while one is on its way; of more, the last takes the place of the one before.
-constexpr size_t kReportsQueued = 4;
 // How often a hand-back is tried: the coordinator would learn it from the lease's end anyway.
 constexpr int kHandBackTries = 3;
 constexpr int kJobNice = 10;
@@ -81,7 +79,9 @@ bool MayPass(const absl::Status& status) {
 // Passes the pipeline's progress on, and the coordinator's and the lease's verdict back.
 //
 // Reports go out on a thread of their own: the coordinator stores each on its disk before it
-// answers, and a device would have nothing to do meanwhile.
+// answers, and a device would have nothing to do meanwhile. While one is on its way those behind it
+// wait, at most one for each stage of each layer; once one is not taken, they become one, since
+// each may cost the timeout of a call.
 class JobRunner::ProgressReporter {
  public:
   ProgressReporter(JobRunner* runner, HeldLease* held)
@@ -121,12 +121,27 @@ class JobRunner::ProgressReporter {
     report.linears = std::move(linears);
   }
 
+  // `report` stands for the last of the queue as well, which is not empty. `mutex_` is held.
+  void MergeLastInto(pipeline::JobProgress& report) {
+    Prepend(std::move(queue_.back().linears), report);
+    queue_.pop_back();
+  }
+
+  void MergeQueue() {
+    const std::lock_guard lock(mutex_);
+    if (queue_.empty()) return;
+    pipeline::JobProgress last = std::move(queue_.back());
+    queue_.pop_back();
+    while (!queue_.empty()) MergeLastInto(last);
+    queue_.push_back(std::move(last));
+  }
+
   void Queue(pipeline::JobProgress report) {
     {
       const std::lock_guard lock(mutex_);
-      if (queue_.size() == kReportsQueued) {
-        Prepend(std::move(queue_.back().linears), report);
-        queue_.pop_back();
+      if (!queue_.empty() && queue_.back().stage == report.stage &&
+          queue_.back().layer == report.layer) {
+        MergeLastInto(report);
       }
       queue_.push_back(std::move(report));
     }
@@ -163,6 +178,7 @@ class JobRunner::ProgressReporter {
       // meanwhile goes out with a later report.
       WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()}, {"error", status});
       unsent_ = std::move(report.linears);
+      MergeQueue();
     }
   }
 

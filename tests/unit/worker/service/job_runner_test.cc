@@ -122,6 +122,36 @@ class JobRunnerTest : public StoreFixture {
     return report;
   }
 
+  // A job of seven layers with a linear each, which ends once `all_are_made` is told that all have
+  // been reported, the first of them to the coordinator.
+  void QuantizeSevenLayers(absl::Notification& all_are_made) {
+    quantize_ = [&](const JobSpec& spec,
+                    const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+      for (int64_t layer = 0; layer < 7; ++layer) {
+        JobProgress progress{.stage = pipeline::Stage::kQuantizing, .layer = layer};
+        progress.linears.push_back({.name = "layers." + std::to_string(layer), .layer = layer});
+        if (absl::Status status = observer(progress); !status.ok()) return status;
+        if (layer == 0) {
+          // The first one has left the queue.
+          EXPECT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() == 1; }));
+        }
+      }
+      all_are_made.Notify();
+      return QuantizeTwoLayers(spec, [](const JobProgress&) { return absl::OkStatus(); });
+    };
+  }
+
+  // Of all reports on record: their layers, and the linears that they carried.
+  std::pair<std::vector<int>, std::vector<std::string>> ReportedLayers() {
+    std::vector<std::string> linears;
+    std::vector<int> layers;
+    for (const auto& report : coordinator_.record().reports) {
+      layers.push_back(report.event().layer());
+      for (const auto& linear : report.event().linears()) linears.push_back(linear.name());
+    }
+    return {layers, linears};
+  }
+
   FakeCoordinator coordinator_{
       {.heartbeat_interval = absl::Milliseconds(10), .lease_duration = absl::Seconds(30)}};
   std::function<absl::StatusOr<JobReport>(const JobSpec&, const pipeline::Observer&)> quantize_ =
@@ -539,9 +569,8 @@ TEST_F(JobRunnerTest, JobGoesOnWhileTheCoordinatorIsAway) {
   EXPECT_EQ(coordinator_.record().reports[1].event().linears_size(), 2);
 }
 
-// Six reports while the first one is on its way: those that have to wait are four, of which the
-// last stands for the two behind it as well.
-TEST_F(JobRunnerTest, TheJobDoesNotWaitForItsReports) {
+// Reports of six layers while the first one is on its way: each of them is told.
+TEST_F(JobRunnerTest, TheJobDoesNotWaitForItsReportsAndNoLayerIsLeftOut) {
   absl::Notification all_are_made;
   coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest& request) {
     if (request.event().layer() == 0) {
@@ -549,32 +578,33 @@ TEST_F(JobRunnerTest, TheJobDoesNotWaitForItsReports) {
     }
     return absl::OkStatus();
   });
-  quantize_ = [&](const JobSpec& spec,
-                  const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
-    for (int64_t layer = 0; layer < 7; ++layer) {
-      JobProgress progress{.stage = pipeline::Stage::kQuantizing, .layer = layer};
-      progress.linears.push_back({.name = "layers." + std::to_string(layer), .layer = layer});
-      if (absl::Status status = observer(progress); !status.ok()) return status;
-      if (layer == 0) {
-        // The first one has left the queue.
-        EXPECT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.reports.size() == 1; }));
-      }
-    }
-    all_are_made.Notify();
-    return QuantizeTwoLayers(spec, [](const JobProgress&) { return absl::OkStatus(); });
-  };
+  QuantizeSevenLayers(all_are_made);
   StartWorker();
   coordinator_.Offer(Job("j", "m"));
   EXPECT_TRUE(AwaitOutcome().has_result());
-  std::vector<std::string> linears;
-  std::vector<int> layers;
-  for (const auto& report : coordinator_.record().reports) {
-    layers.push_back(report.event().layer());
-    for (const auto& linear : report.event().linears()) linears.push_back(linear.name());
-  }
-  EXPECT_THAT(layers, ElementsAre(0, 1, 2, 3, 6, -1));
+  const auto [layers, linears] = ReportedLayers();
+  EXPECT_THAT(layers, ElementsAre(0, 1, 2, 3, 4, 5, 6, -1));
   EXPECT_EQ(linears.size(), 7u);
   EXPECT_TRUE(std::is_sorted(linears.begin(), linears.end()));
+}
+
+// The first report is refused while six wait behind it, which become one.
+TEST_F(JobRunnerTest, ReportsBehindOneThatIsNotTakenBecomeOne) {
+  absl::Notification all_are_made;
+  coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest& request) {
+    if (request.event().layer() != 0) return absl::OkStatus();
+    EXPECT_TRUE(all_are_made.WaitForNotificationWithTimeout(absl::Seconds(4)));
+    return absl::UnavailableError("restarting");
+  });
+  QuantizeSevenLayers(all_are_made);
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  const auto [layers, linears] = ReportedLayers();
+  EXPECT_THAT(layers, ElementsAre(0, 6, -1));
+  // The refused report is on record as well, and what it carried came again.
+  EXPECT_EQ(linears.size(), 8u);
+  EXPECT_EQ(linears[0], linears[1]);
 }
 
 // Each report that a hanging coordinator does not take costs the timeout of a call.
