@@ -40,8 +40,6 @@ OPTIONS = {
     "gptq, act-order": {**METHODS["gptq"], "order": "act-order"},
     "gptq, no MSE clip": {**METHODS["gptq"], "mse_clip": False},
     "gptq, symmetric": {**METHODS["gptq"], "symmetric": True},
-    "gptq, float zero point": {**METHODS["gptq"], "zero_point": "float"},
-    "gptq, codebook": {**METHODS["gptq"], "grid": "codebook"},
     "gptq, group 32": {**METHODS["gptq"], "group": 32},
     "gptq, group 64": {**METHODS["gptq"], "group": 64},
     "gptq, group 128": {**METHODS["gptq"], "group": 128},
@@ -53,14 +51,22 @@ OPTIONS = {
     "ep, β = 0.75": {**METHODS["ep"], "error_propagation": 0.75},
     "ep, β = 1": {**METHODS["ep"], "error_propagation": 1.0},
     "ep, β = 0.5, act-order": {**METHODS["ep"], "order": "act-order"},
-    "ep, β = 0.5, float zero point": {**METHODS["ep"], "zero_point": "float"},
-    "ep, β = 1, float zero point": {**METHODS["ep"], "error_propagation": 1.0, "zero_point": "float"},
-    "ep, β = 0.5, codebook": {**METHODS["ep"], "grid": "codebook"},
-    "ep, β = 1, codebook": {**METHODS["ep"], "error_propagation": 1.0, "grid": "codebook"},
     "ep, β = 0.5, group 32": {**METHODS["ep"], "group": 32},
     "ep, β = 0.5, group 64": {**METHODS["ep"], "group": 64},
     "ep, β = 0.5, group 128": {**METHODS["ep"], "group": 128},
     "ep, β = 1, group 128": {**METHODS["ep"], "error_propagation": 1.0, "group": 128},
+}
+# What only the CPU does, and the rows that it is to be compared with.
+CPU_OPTIONS = {
+    "gptq": METHODS["gptq"],
+    "gptq, float zero point": {**METHODS["gptq"], "zero_point": "float"},
+    "gptq, codebook": {**METHODS["gptq"], "grid": "codebook"},
+    "ep, β = 0.5": METHODS["ep"],
+    "ep, β = 0.5, float zero point": {**METHODS["ep"], "zero_point": "float"},
+    "ep, β = 0.5, codebook": {**METHODS["ep"], "grid": "codebook"},
+    "ep, β = 1": {**METHODS["ep"], "error_propagation": 1.0},
+    "ep, β = 1, float zero point": {**METHODS["ep"], "error_propagation": 1.0, "zero_point": "float"},
+    "ep, β = 1, codebook": {**METHODS["ep"], "error_propagation": 1.0, "grid": "codebook"},
 }
 # Calibrated on both halves at once, as a user would: twice the tokens.
 WHOLE_TEXT = {
@@ -93,6 +99,7 @@ ZERO_SHOT = {
     "W2 gsr, ep": {"bits": 2, "rotation": "gsr", **METHODS["ep"]},
 }
 CALIBRATIONS = ("a", "b")
+CPU_OPTIONS_TABLE = "W2 gsr, options of the CPU"
 WHOLE_TEXT_TABLE = "W2, calibrated on the whole text"
 
 
@@ -116,15 +123,17 @@ def plan(which, group):
 
     signed = list(variants())
     unsigned = [variant for variant in signed if "signs" not in variant[1]]
-    ends = [variant for variant in unsigned if variant[0] in ("none", "gsr")]
+    few = [variant for variant in unsigned if variant[0] in ("none", "hadamard", "gsr")]
+    add(2, METHODS, signed)
+    add(3, METHODS, signed)
     if which == "full":
-        add(2, METHODS, signed)
-        add(3, METHODS, signed)
         add(4, METHODS, list(variants(("hadamard", "gsr"))))
     else:
-        add(2, METHODS, unsigned + [variant for variant in signed if variant[0] == "hadamard, signs"])
-        add(3, METHODS, ends)
-        add(4, ("gptq", "ep"), ends)
+        add(4, ("gptq", "ep"), few)
+    # The order of columns of the GSR paper.
+    for name, rotation in unsigned + [variant for variant in signed if variant[0] == "hadamard, signs"]:
+        members = {"bits": 2, "group": group, **METHODS["gptq"], "order": "natural", **rotation}
+        rows.append(("W2 gptq, natural order", name, members, False))
     for name, quantizer in OPTIONS.items():
         names_the_group = "group" in quantizer and quantizer["group"] == group
         if (which == "full" or name in MAIN_OPTIONS) and not names_the_group:
@@ -139,6 +148,14 @@ def plan(which, group):
                     online = {"rotation": rotation, "down_rotation": rotation, "signs": rotation == "hadamard"}
                     row = {"group": group, **members, **online, **METHODS[method]}
                     rows.append(("Run-time rotations", f"{rounding} {rotation}, {method}", row, True))
+        # The GSR paper's row: a global R4 beside a local R1.
+        for method in ("gptq", "ep"):
+            online = {**ROUNDING["W2A4"], "rotation": "gsr", "down_rotation": "hadamard"}
+            row = {"group": group, **online, **METHODS[method]}
+            rows.append(("Run-time rotations", f"W2A4 gsr, R4 hadamard, {method}", row, True))
+        for name, quantizer in CPU_OPTIONS.items():
+            members = {"bits": 2, "group": group, "rotation": "gsr", **quantizer}
+            rows.append((CPU_OPTIONS_TABLE, name, members, True))
     return rows
 
 
@@ -431,9 +448,11 @@ def print_tables(args):
             continue
         table = table_of(tables, title)
         print(f"### {title}\n")
-        if title == "Run-time rotations":
-            windows = "; ".join(sorted({f"{table.windows(n)} for {n.split()[0]}" for n in rows}))
-            print(f"On the CPU, the first windows alone ({windows}).\n")
+        if title in ("Run-time rotations", CPU_OPTIONS_TABLE):
+            counts = {n: [name for name in rows if table.windows(name) == n] for n in map(table.windows, rows)}
+            usual = max(counts, key=lambda n: len(counts[n]))
+            others = "".join(f"; {n}: {', '.join(names)}" for n, names in counts.items() if n != usual)
+            print(f"On the CPU, the first windows alone ({usual}{others}).\n")
         for line in table.lines():
             print(line)
         print()
