@@ -3,18 +3,17 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <numeric>
 #include <set>
 #include <utility>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "common/limits.h"
-#include "common/publish.h"
 #include "common/status_macros.h"
 #include "worker/calibrate/samples.h"
 #include "worker/calibrate/token_windows.h"
 #include "worker/evaluate/evaluation_memory.h"
+#include "worker/evaluate/evaluation_text.h"
 #include "worker/evaluate/layer_source.h"
 #include "worker/evaluate/perplexity.h"
 #include "worker/io/artifact.h"
@@ -48,73 +47,35 @@ double Cost(const TextInput& text) {
   return static_cast<double>(text.n_models() * text.windows.count() * text.windows.length());
 }
 
-// Bytes that go through the model: of contexts once, of continuations after each context. There are
-// at most as many tokens, and a BOS.
-int64_t ForwardedBytes(const TaskItem& item) {
-  int64_t n_bytes = 0;
-  for (const std::string& context : item.contexts) n_bytes += static_cast<int64_t>(context.size());
-  for (size_t k = 0; k < item.n_choices(); ++k) {
-    n_bytes += static_cast<int64_t>(item.continuation(k).size());
-  }
-  return n_bytes;
-}
-
-// Before it is encoded: a token has about four characters.
-double Cost(const Task& task) {
-  int64_t n_bytes = 0;
-  for (const TaskItem& item : task.items) n_bytes += ForwardedBytes(item);
-  return static_cast<double>(n_bytes) / 4;
-}
-
-// Text that is held beside its token ids, and what is allocated for each of its pieces.
-int64_t HeldBytes(const Task& task) {
-  constexpr int64_t kPerPiece = 128;
-  int64_t n_bytes = 0;
-  for (const TaskItem& item : task.items) {
-    n_bytes += ForwardedBytes(item) * static_cast<int64_t>(1 + sizeof(int32_t)) +
-               static_cast<int64_t>(item.contexts.size() + item.n_choices()) * kPerPiece;
-  }
-  return n_bytes;
-}
-
 // Losses and divergences of all windows, gathered from blocks.
 class TextSums {
  public:
   void Add(const WindowLosses& losses, const WindowLosses* reference,
-           std::span<const double> divergences, int64_t n_agreeing,
-           std::span<const int64_t> scored) {
-    for (size_t i = 0; i < losses.losses.size(); ++i) {
-      losses_.push_back(losses.losses[i]);
-      if (reference != nullptr) reference_losses_.push_back(reference->losses[i]);
-      if (!divergences.empty()) divergences_.push_back(divergences[i]);
-      n_scored_.push_back(static_cast<double>(scored[i]));
-    }
+           std::span<const double> divergences, int64_t n_agreeing) {
+    losses_.Append(losses);
+    if (reference != nullptr) reference_losses_.Append(*reference);
+    divergences_.insert(divergences_.end(), divergences.begin(), divergences.end());
     n_agreeing_ += n_agreeing;
   }
 
   void Fill(TextReport& report) const {
-    const double n = std::accumulate(n_scored_.begin(), n_scored_.end(), 0.0);
-    report.windows = static_cast<int64_t>(losses_.size());
-    report.tokens = static_cast<int64_t>(n);
-    report.loss = WeightedMean(losses_);
-    const double perplexity = std::exp(report.loss);
+    report.windows = static_cast<int64_t>(losses_.losses.size());
+    report.tokens = losses_.n_tokens;
+    report.loss = losses_.TokenMean(losses_.losses);
+    const double perplexity = losses_.Perplexity();
     report.perplexity = {.mean = perplexity,
-                         .standard_error = perplexity * MeanOf(losses_).standard_error};
-    if (reference_losses_.empty()) return;
-    report.reference_perplexity = std::exp(WeightedMean(reference_losses_));
-    report.kl_divergence = {.mean = WeightedMean(divergences_),
+                         .standard_error = perplexity * MeanOf(losses_.losses).standard_error};
+    if (divergences_.empty()) return;
+    report.reference_perplexity = reference_losses_.Perplexity();
+    report.kl_divergence = {.mean = losses_.TokenMean(divergences_),
                             .standard_error = MeanOf(divergences_).standard_error};
-    report.top1_agreement = static_cast<double>(n_agreeing_) / n;
+    report.top1_agreement =
+        static_cast<double>(n_agreeing_) / static_cast<double>(losses_.n_tokens);
   }
 
  private:
-  // The first of overlapping windows scores more tokens than the others.
-  double WeightedMean(const std::vector<double>& values) const {
-    return std::inner_product(values.begin(), values.end(), n_scored_.begin(), 0.0) /
-           std::accumulate(n_scored_.begin(), n_scored_.end(), 0.0);
-  }
-
-  std::vector<double> losses_, reference_losses_, divergences_, n_scored_;
+  WindowLosses losses_, reference_losses_;
+  std::vector<double> divergences_;
   int64_t n_agreeing_ = 0;
 };
 
@@ -141,7 +102,8 @@ class Evaluation {
                                         pool_.n_threads(), [&] { return Tell("files", 0); }));
     WALSH_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::Create(artifact_->tokenizer()));
     source_ = std::make_unique<ArtifactSource>(*artifact_);
-    WALSH_RETURN_IF_ERROR(ReadTasks());
+    WALSH_ASSIGN_OR_RETURN(tasks_, ReadTasks(spec_.tasks, [&] { return Tell("files", 0); }));
+    for (const Task& task : tasks_) total_ += ApproximateTokens(task);
     if (spec_.text.has_value()) {
       absl::StatusOr<TextInput> text = PrepareText(*spec_.text);
       if (!text.ok()) return About("text", text.status());
@@ -151,33 +113,9 @@ class Evaluation {
     return spec_.check_memory ? spec_.check_memory(BytesNeeded()) : absl::OkStatus();
   }
 
-  absl::Status ReadTasks() {
-    int64_t n_bytes = 0;
-    for (const TaskSpec& task : spec_.tasks) {
-      absl::StatusOr<Task> read =
-          ReadTask({task.path, task.name}, task.limit, [&] { return Tell("files", 0); });
-      if (!read.ok()) return About(absl::StrCat("task ", tasks_.size() + 1), read.status());
-      n_bytes += read->file_bytes;
-      tasks_.push_back(*std::move(read));
-      if (n_bytes > limits::kTaskFileBytesMax) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("the first ", tasks_.size(), " tasks' files have ", n_bytes,
-                         " bytes together, at most ", limits::kTaskFileBytesMax, " are taken"));
-      }
-      total_ += Cost(tasks_.back());
-    }
-    return absl::OkStatus();
-  }
-
   int64_t BytesNeeded() const {
     EvaluationShape shape;
-    for (const Task& task : tasks_) {
-      shape.held_bytes += HeldBytes(task);
-      for (const TaskItem& item : task.items) {
-        shape.item_tokens_max = std::max(shape.item_tokens_max,
-                                         std::min(ForwardedBytes(item) + 1, ItemTokensMax(item)));
-      }
-    }
+    AddTasks(tasks_, artifact_->config(), shape);
     const ModelConfig* reference = nullptr;
     if (text_.has_value()) {
       shape.window = text_->windows.length();
@@ -186,11 +124,6 @@ class Evaluation {
       if (text_->reference != nullptr) reference = &text_->reference->config();
     }
     return EvaluationBytes(artifact_->config(), reference, shape);
-  }
-
-  // Each choice is cut to the model's context.
-  int64_t ItemTokensMax(const TaskItem& item) const {
-    return static_cast<int64_t>(item.n_choices()) * (artifact_->config().max_position + 1);
   }
 
   absl::StatusOr<TextInput> PrepareText(const TextSpec& spec) {
@@ -252,15 +185,9 @@ class Evaluation {
 
   absl::StatusOr<std::vector<int32_t>> ReadIds(const TextSpec& spec, int64_t window,
                                                int64_t n_wanted) {
-    calibrate::SampleSet samples;
-    if (spec.joins_rows) {
-      WALSH_ASSIGN_OR_RETURN(const std::string rows,
-                             ReadFile(spec.path, limits::kCalibrationFileBytesMax));
-      samples.samples.push_back({.text = JoinRows(rows), .is_chat = false});
-    } else {
-      WALSH_ASSIGN_OR_RETURN(samples, calibrate::ReadSamples({spec.path, spec.name}, *tokenizer_,
-                                                             artifact_->tokenizer().chat_template));
-    }
+    WALSH_ASSIGN_OR_RETURN(const calibrate::SampleSet samples,
+                           ReadEvaluationText({spec.path, spec.name}, spec.joins_rows, *tokenizer_,
+                                              artifact_->tokenizer().chat_template));
     WALSH_ASSIGN_OR_RETURN(
         calibrate::TokenStream stream,
         calibrate::EncodeSamples(samples, *tokenizer_, artifact_->config().vocab, window, n_wanted,
@@ -330,14 +257,12 @@ class Evaluation {
         return Show("text", n_tokens * (offset + share * fraction));
       };
     };
-    std::vector<int64_t> scored;
-    for (const int64_t from : scored_from.positions) scored.push_back(block.length - from);
     if (text.reference == nullptr) {
       WALSH_ASSIGN_OR_RETURN(const FinalStates states,
                              ForwardToHead(*source_, block, pool_, step(0, 0.9)));
       WALSH_ASSIGN_OR_RETURN(const WindowLosses losses, Losses(source_->config(), states, block,
                                                                scored_from, pool_, step(0.9, 0.1)));
-      sums.Add(losses, nullptr, {}, 0, scored);
+      sums.Add(losses, nullptr, {}, 0);
       return absl::OkStatus();
     }
     CheckpointSource original(*text.reference);
@@ -348,13 +273,13 @@ class Evaluation {
     WALSH_ASSIGN_OR_RETURN(const Comparison comparison,
                            Compare(original.config(), before, source_->config(), after, block,
                                    scored_from, pool_, step(1.8, 0.2)));
-    sums.Add(comparison.model, &comparison.reference, comparison.divergences, comparison.n_agreeing,
-             scored);
+    sums.Add(comparison.model, &comparison.reference, comparison.divergences,
+             comparison.n_agreeing);
     return absl::OkStatus();
   }
 
   absl::Status EvaluateTask(const Task& task) {
-    const double cost = Cost(task);
+    const double cost = ApproximateTokens(task);
     absl::StatusOr<TaskScore> score =
         ScoreTask(task, *tokenizer_, *source_, {.skip_bos = spec_.skip_bos}, pool_,
                   [&](double fraction) { return Show(task.name, fraction * cost); });
@@ -362,14 +287,9 @@ class Evaluation {
     done_ += cost;
     if (score->truncated_items > 0) {
       report_.warnings.push_back(
-          absl::StrCat("task '", task.name, "': the contexts of ", score->truncated_items,
-                       " items were cut from the left to the model's context of ",
-                       artifact_->config().max_position));
+          TruncationWarning(task.name, score->truncated_items, artifact_->config().max_position));
     }
-    score->likelihoods.clear();
-    report_.tasks.push_back({.name = task.name,
-                             .items = static_cast<int64_t>(task.items.size()),
-                             .score = *std::move(score)});
+    report_.tasks.push_back(ReportOf(task, *std::move(score)));
     return absl::OkStatus();
   }
 
@@ -391,44 +311,6 @@ class Evaluation {
 absl::StatusOr<EvaluationReport> EvaluateArtifact(const EvaluationSpec& spec, ThreadPool& pool,
                                                   const StepProgress& progress) {
   return Evaluation(spec, pool, progress).Run();
-}
-
-std::string JoinRows(std::string_view text) {
-  std::string joined;
-  bool is_first = true;
-  while (!text.empty()) {
-    const size_t end = std::min(text.find('\n'), text.size());
-    const std::string_view row = text.substr(0, std::min(end + 1, text.size()));
-    text.remove_prefix(row.size());
-    if (!is_first) joined += "\n\n";
-    is_first = false;
-    if (row.find_first_not_of(" \t\r\n\v\f") != std::string_view::npos) joined += row;
-  }
-  return joined;
-}
-
-StridedWindows::StridedWindows(std::vector<int32_t> ids, int64_t length, int64_t stride,
-                               int64_t n_max)
-    : ids_(std::move(ids)), length_(length), stride_(stride) {
-  if (n_ids() >= length_) count_ = std::min(n_max, (n_ids() - length_) / stride_ + 1);
-}
-
-calibrate::TokenWindows StridedWindows::Cut(int64_t first, int64_t n) const {
-  calibrate::TokenWindows windows;
-  windows.length = length_;
-  windows.ids.reserve(static_cast<size_t>(n * length_));
-  for (int64_t i = first; i < first + n; ++i) {
-    const auto begin = ids_.begin() + i * stride_;
-    windows.ids.insert(windows.ids.end(), begin, begin + length_);
-  }
-  return windows;
-}
-
-std::vector<int64_t> StridedWindows::FirstScored(int64_t first, int64_t n) const {
-  // The last `stride` tokens were in no window before; the first token of all is never predicted.
-  std::vector<int64_t> positions(static_cast<size_t>(n), std::max<int64_t>(1, length_ - stride_));
-  if (first == 0 && n > 0) positions[0] = 1;
-  return positions;
 }
 
 }  // namespace walsh::evaluate

@@ -16,14 +16,12 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
-#include <span>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "worker/calibrate/token_windows.h"
 #include "worker/evaluate/tasks/score_task.h"
+#include "worker/evaluate/tasks/task_file.h"
 #include "worker/kernels/thread_pool.h"
 
 namespace walsh::evaluate {
@@ -36,12 +34,6 @@ struct TextSpec {
   int64_t stride = 0;          // from window to window; 0: the window
   int64_t max_windows = 0;     // 0: all, at most limits::kEvaluationWindowsMax
   std::string reference_path;  // of the original; empty: none
-};
-
-struct TaskSpec {
-  std::string path;   // resolved
-  std::string name;   // as it was asked for; empty: the path
-  int64_t limit = 0;  // items; 0: all
 };
 
 struct EvaluationSpec {
@@ -70,12 +62,6 @@ struct TextReport {
   double top1_agreement = 0;
 };
 
-struct TaskReport {
-  std::string name;
-  int64_t items = 0;
-  TaskScore score;  // without its likelihoods
-};
-
 struct EvaluationReport {
   std::optional<TextReport> text;
   std::vector<TaskReport> tasks;
@@ -88,31 +74,5 @@ using StepProgress = std::function<absl::Status(const std::string& step, double 
 
 absl::StatusOr<EvaluationReport> EvaluateArtifact(const EvaluationSpec& spec, ThreadPool& pool,
                                                   const StepProgress& progress);
-
-// Rows, one a line, as GPTQ and QuaRot evaluate WikiText-2: each keeps its "\n", those of white
-// space alone become empty, and all are joined by "\n\n".
-std::string JoinRows(std::string_view text);
-
-// Windows of `length` tokens that begin `stride` apart, at most `n_max`: all tokens of a long text
-// but the last are in one. They are cut when they are needed, since those that overlap are many
-// times the text.
-class StridedWindows {
- public:
-  StridedWindows() = default;
-  StridedWindows(std::vector<int32_t> ids, int64_t length, int64_t stride, int64_t n_max);
-  int64_t count() const { return count_; }
-  int64_t length() const { return length_; }
-  int64_t stride() const { return stride_; }
-  int64_t n_ids() const { return static_cast<int64_t>(ids_.size()); }
-  // Whether the text has another window, beyond `n_max`.
-  bool has_more() const { return length_ + count_ * stride_ <= n_ids(); }
-  calibrate::TokenWindows Cut(int64_t first, int64_t n) const;
-  // Of the same windows, as ScoredFrom::positions.
-  std::vector<int64_t> FirstScored(int64_t first, int64_t n) const;
-
- private:
-  std::vector<int32_t> ids_;
-  int64_t length_ = 0, stride_ = 0, count_ = 0;
-};
 
 }  // namespace walsh::evaluate

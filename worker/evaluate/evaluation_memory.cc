@@ -52,6 +52,17 @@ class ModelBytes {
   const ModelConfig& config_;
 };
 
+// Text that is held beside its token ids, and what is allocated for each of its pieces.
+int64_t HeldBytes(const Task& task) {
+  constexpr int64_t kPerPiece = 128;
+  int64_t n_bytes = 0;
+  for (const TaskItem& item : task.items) {
+    n_bytes += item.ForwardedBytes() * static_cast<int64_t>(1 + sizeof(int32_t)) +
+               static_cast<int64_t>(item.contexts.size() + item.n_choices()) * kPerPiece;
+  }
+  return n_bytes;
+}
+
 int64_t TextBytes(const ModelBytes& model, const ModelConfig* reference,
                   const EvaluationShape& shape) {
   const int64_t alone = std::max(model.Forward(shape.window, shape.block_tokens),
@@ -63,6 +74,18 @@ int64_t TextBytes(const ModelBytes& model, const ModelConfig* reference,
 }
 
 }  // namespace
+
+void AddTasks(std::span<const Task> tasks, const ModelConfig& config, EvaluationShape& shape) {
+  for (const Task& task : tasks) {
+    shape.held_bytes += HeldBytes(task);
+    for (const TaskItem& item : task.items) {
+      // Each choice is cut to the model's context.
+      const int64_t cut = static_cast<int64_t>(item.n_choices()) * (config.max_position + 1);
+      shape.item_tokens_max =
+          std::max(shape.item_tokens_max, std::min(item.ForwardedBytes() + 1, cut));
+    }
+  }
+}
 
 int64_t EvaluationBytes(const ModelConfig& config, const ModelConfig* reference,
                         const EvaluationShape& shape) {

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
+#include "worker/evaluate/tasks/task_file.h"
 #include "worker/io/checkpoint.h"
 
 namespace walsh::evaluate {
@@ -19,6 +21,9 @@ struct EvaluationShape {
   int64_t item_tokens_max = 0;  // of all contexts and continuations of the largest item
   int64_t held_bytes = 0;       // texts, token ids
 };
+
+// What the tasks add to it.
+void AddTasks(std::span<const Task> tasks, const ModelConfig& config, EvaluationShape& shape);
 
 // `reference` is null where a text is not compared.
 int64_t EvaluationBytes(const ModelConfig& config, const ModelConfig* reference,

@@ -48,15 +48,12 @@ class Predictor {
   std::vector<double> losses_;
 };
 
-int64_t FirstScored(const ScoredFrom& scored_from, int64_t window) {
-  return scored_from.positions.empty() ? 1 : scored_from.positions[static_cast<size_t>(window)];
-}
-
 absl::Status AddLoss(double sum, int64_t n_scored, int64_t window, WindowLosses& result) {
   if (!std::isfinite(sum)) {
     return absl::DataLossError(absl::StrCat("the loss of evaluation window ", window, " is ", sum));
   }
   result.losses.push_back(sum / static_cast<double>(n_scored));
+  result.n_scored.push_back(static_cast<double>(n_scored));
   result.n_tokens += n_scored;
   return absl::OkStatus();
 }
@@ -93,17 +90,25 @@ double HeadLayers(const ModelConfig& config) {
 
 }  // namespace
 
-double WindowLosses::Perplexity() const {
-  if (losses.empty()) return 0;
-  return std::exp(std::accumulate(losses.begin(), losses.end(), 0.0) /
-                  static_cast<double>(losses.size()));
+int64_t FirstScored(const ScoredFrom& scored_from, int64_t window) {
+  return scored_from.positions.empty() ? 1 : scored_from.positions[static_cast<size_t>(window)];
 }
 
-double Comparison::KlDivergence() const {
-  if (divergences.empty()) return 0;
-  return std::accumulate(divergences.begin(), divergences.end(), 0.0) /
-         static_cast<double>(divergences.size());
+void WindowLosses::Append(const WindowLosses& more) {
+  losses.insert(losses.end(), more.losses.begin(), more.losses.end());
+  n_scored.insert(n_scored.end(), more.n_scored.begin(), more.n_scored.end());
+  n_tokens += more.n_tokens;
 }
+
+double WindowLosses::TokenMean(std::span<const double> window_means) const {
+  if (window_means.empty()) return 0;
+  return std::inner_product(window_means.begin(), window_means.end(), n_scored.begin(), 0.0) /
+         static_cast<double>(n_tokens);
+}
+
+double WindowLosses::Perplexity() const { return losses.empty() ? 0 : std::exp(TokenMean(losses)); }
+
+double Comparison::KlDivergence() const { return model.TokenMean(divergences); }
 
 double Comparison::Top1Agreement() const {
   return model.n_tokens == 0 ? 0 : Share(n_agreeing, model.n_tokens);

@@ -35,9 +35,14 @@
 namespace walsh::evaluate {
 
 struct WindowLosses {
-  std::vector<double> losses;  // mean of each window
-  int64_t n_tokens = 0;        // predicted
-  double Perplexity() const;   // exp of the mean; 0 without windows
+  std::vector<double> losses;    // mean of each window
+  std::vector<double> n_scored;  // predicted tokens of each
+  int64_t n_tokens = 0;          // predicted, of all
+  void Append(const WindowLosses& more);
+  // Mean over the predicted tokens of what has a mean for each window; 0 without windows. The first
+  // of overlapping windows predicts more tokens than the others.
+  double TokenMean(std::span<const double> window_means) const;
+  double Perplexity() const;  // exp of that of the losses; 0 without windows
 };
 
 // Called with the share that is done, 0 … 1, after each batch of rows through a layer and after
@@ -73,6 +78,8 @@ struct ScoredFrom {
   std::span<const int64_t> positions;
   int64_t first_window = 0;  // the number of the first among all the text's, for messages
 };
+
+int64_t FirstScored(const ScoredFrom& scored_from, int64_t window);
 
 // Losses of one model, or of two and their divergence. `config` is that of the (second) model; of
 // the reference only the width and the epsilon of its norm may differ.

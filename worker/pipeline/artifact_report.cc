@@ -170,6 +170,47 @@ json Linears(const JobReport& report) {
   return linears;
 }
 
+json TextQuality(const ResolvedJob& job, const JobTexts& texts, const JobReport& report) {
+  const bool overlap = job.evaluation_stride < texts.evaluation.length;
+  json quality = {
+      {"perplexity_before", report.perplexity_before},
+      {"perplexity_after", report.perplexity_after},
+      {"text", overlap ? "overlapping windows, each token predicted once"
+                       : "windows without overlap, first token of each not predicted"},
+      {"window_length", texts.evaluation.length},
+      {"stride", std::min(job.evaluation_stride, texts.evaluation.length)},
+      {"tokens", report.evaluation_tokens},
+      {"fingerprint", calibrate::Fingerprint(texts.evaluation)},
+      {"window_losses_before", report.window_losses_before},
+      {"window_losses_after", report.window_losses_after},
+  };
+  if (report.kl_divergence >= 0) quality["kl_divergence"] = report.kl_divergence;
+  if (report.top1_agreement >= 0) quality["top1_agreement"] = report.top1_agreement;
+  if (!report.window_divergences.empty()) {
+    quality["window_divergences"] = report.window_divergences;
+  }
+  if (const std::optional<QualityErrors> errors = StandardErrors(report); errors.has_value()) {
+    quality["perplexity_before_stderr"] = errors->perplexity_before;
+    quality["perplexity_after_stderr"] = errors->perplexity_after;
+    quality["perplexity_ratio_stderr"] = errors->perplexity_ratio;
+    if (errors->kl_divergence.has_value()) quality["kl_divergence_stderr"] = *errors->kl_divergence;
+  }
+  return quality;
+}
+
+void AddEstimate(const char* name, const evaluate::Estimate& estimate, json& out) {
+  out[name] = estimate.mean;
+  out[absl::StrCat(name, "_stderr")] = estimate.standard_error;
+}
+
+json Score(const evaluate::TaskScore& score) {
+  json out;
+  AddEstimate("accuracy", score.accuracy, out);
+  if (score.accuracy_norm.has_value()) AddEstimate("accuracy_norm", *score.accuracy_norm, out);
+  if (score.perplexity.has_value()) AddEstimate("perplexity", *score.perplexity, out);
+  return out;
+}
+
 }  // namespace
 
 json QuantizationConfig(const JobSpec& spec, const ModelConfig& model, const ResolvedJob& job) {
@@ -248,27 +289,15 @@ json ArtifactReport(const ReportInputs& inputs, const JobReport& report) {
   return document;
 }
 
-json QualityReport(const JobTexts& texts, const JobReport& report) {
-  json quality = {
-      {"perplexity_before", report.perplexity_before},
-      {"perplexity_after", report.perplexity_after},
-      {"text", "windows without overlap, first token of each not predicted"},
-      {"window_length", texts.evaluation.length},
-      {"tokens", report.evaluation_tokens},
-      {"fingerprint", calibrate::Fingerprint(texts.evaluation)},
-      {"window_losses_before", report.window_losses_before},
-      {"window_losses_after", report.window_losses_after},
-  };
-  if (report.kl_divergence >= 0) quality["kl_divergence"] = report.kl_divergence;
-  if (report.top1_agreement >= 0) quality["top1_agreement"] = report.top1_agreement;
-  if (!report.window_divergences.empty()) {
-    quality["window_divergences"] = report.window_divergences;
-  }
-  if (const std::optional<QualityErrors> errors = StandardErrors(report); errors.has_value()) {
-    quality["perplexity_before_stderr"] = errors->perplexity_before;
-    quality["perplexity_after_stderr"] = errors->perplexity_after;
-    quality["perplexity_ratio_stderr"] = errors->perplexity_ratio;
-    if (errors->kl_divergence.has_value()) quality["kl_divergence_stderr"] = *errors->kl_divergence;
+json QualityReport(const ResolvedJob& job, const JobTexts& texts, const JobReport& report) {
+  json quality = texts.evaluation.count() == 0 ? json::object() : TextQuality(job, texts, report);
+  for (const TaskQuality& task : report.tasks) {
+    quality["tasks"].push_back({{"name", task.after.name},
+                                {"items", task.after.items},
+                                {"tokens", task.after.score.tokens},
+                                {"truncated_items", task.after.score.truncated_items},
+                                {"before", Score(task.before.score)},
+                                {"after", Score(task.after.score)}});
   }
   return quality;
 }

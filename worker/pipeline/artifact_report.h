@@ -31,6 +31,7 @@ struct ReportInputs {
 nlohmann::json ArtifactReport(const ReportInputs& inputs, const JobReport& report);
 
 // The member "quality" of walsh.json, known only once the artifact is written.
-nlohmann::json QualityReport(const JobTexts& texts, const JobReport& report);
+nlohmann::json QualityReport(const ResolvedJob& job, const JobTexts& texts,
+                             const JobReport& report);
 
 }  // namespace walsh::pipeline

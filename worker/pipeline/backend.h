@@ -86,6 +86,7 @@ class Backend {
   // Perplexity of the checkpoint and of the artifact; enters EVALUATING for each.
   virtual absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
                                            const calibrate::TokenWindows& windows,
+                                           const evaluate::ScoredFrom& scored_from,
                                            Progress& progress) = 0;
   // Called after each job, however it ended: gives back what the backend kept from one of the calls
   // above to the next.

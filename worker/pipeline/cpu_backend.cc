@@ -48,6 +48,7 @@ class CpuBackend final : public Backend {
 
   absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
                                    const calibrate::TokenWindows& windows,
+                                   const evaluate::ScoredFrom& scored_from,
                                    Progress& progress) override {
     const ModelConfig& config = inputs.checkpoint.config();
     const auto n_tokens = static_cast<double>(windows.count() * windows.length);
@@ -68,10 +69,11 @@ class CpuBackend final : public Backend {
     WALSH_RETURN_IF_ERROR(progress.Advance(layers));
 
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "logits"));
-    WALSH_ASSIGN_OR_RETURN(
-        evaluate::Comparison comparison,
-        evaluate::Compare(config, before, quantized.config(), after, windows, {}, inputs.pool,
-                          [&](double fraction) { return progress.Within(fraction * heads); }));
+    WALSH_ASSIGN_OR_RETURN(evaluate::Comparison comparison,
+                           evaluate::Compare(config, before, quantized.config(), after, windows,
+                                             scored_from, inputs.pool, [&](double fraction) {
+                                               return progress.Within(fraction * heads);
+                                             }));
     WALSH_RETURN_IF_ERROR(progress.Advance(heads));
     Quality quality;
     quality.kl_divergence = comparison.KlDivergence();

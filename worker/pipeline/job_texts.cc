@@ -11,6 +11,7 @@
 #include "common/status_macros.h"
 #include "worker/calibrate/samples.h"
 #include "worker/engine/loaded_model.h"
+#include "worker/evaluate/evaluation_text.h"
 #include "worker/io/named_file.h"
 
 namespace walsh::pipeline {
@@ -22,26 +23,32 @@ using calibrate::TokenStream;
 // Evaluation windows that are cut from the calibration text, in tokens.
 int64_t HeldOutTokens(const JobSpec& spec, const ResolvedJob& job) {
   if (!spec.evaluate || !spec.evaluation_path.empty()) return 0;
-  return spec.n_evaluation_windows * job.evaluation_length;
+  return EvaluationTextTokens(job, spec.n_evaluation_windows);
 }
 
 int64_t CalibrationTokens(const JobSpec& spec, const ResolvedJob& job) {
   return spec.n_calibration_windows * job.sequence_length;
 }
 
-// `kind` begins the messages about the file.
-absl::StatusOr<TokenStream> ReadText(std::string_view kind, const NamedFile& file,
-                                     const Checkpoint& checkpoint, const Tokenizer& tokenizer,
-                                     int64_t window_length, int64_t tokens_wanted,
-                                     const KeepGoing& keep_going) {
-  const absl::StatusOr<calibrate::SampleSet> samples =
-      calibrate::ReadSamples(file, tokenizer, checkpoint.tokenizer().chat_template);
+struct TextFile {
+  std::string_view kind;  // begins the messages about it
+  NamedFile file;
+  bool joins_rows = false;
+  bool skip_bos = false;
+};
+
+absl::StatusOr<TokenStream> ReadText(const TextFile& text, const Checkpoint& checkpoint,
+                                     const Tokenizer& tokenizer, int64_t window_length,
+                                     int64_t tokens_wanted, const KeepGoing& keep_going) {
+  const absl::StatusOr<calibrate::SampleSet> samples = evaluate::ReadEvaluationText(
+      text.file, text.joins_rows, tokenizer, checkpoint.tokenizer().chat_template);
   if (!samples.ok()) {
-    return absl::Status(samples.status().code(),
-                        absl::StrCat(std::string(kind), " text: ", samples.status().message()));
+    return absl::Status(
+        samples.status().code(),
+        absl::StrCat(std::string(text.kind), " text: ", samples.status().message()));
   }
   return calibrate::EncodeSamples(*samples, tokenizer, checkpoint.config().vocab, window_length,
-                                  tokens_wanted, keep_going);
+                                  tokens_wanted, keep_going, {.skip_bos = text.skip_bos});
 }
 
 absl::StatusOr<TokenStream> WriteOwnText(const JobSpec& spec, const ResolvedJob& job,
@@ -55,7 +62,7 @@ absl::StatusOr<TokenStream> WriteOwnText(const JobSpec& spec, const ResolvedJob&
   return stream;
 }
 
-void CutEvaluation(const JobSpec& spec, const ResolvedJob& job, std::span<const int32_t> ids,
+void CutEvaluation(const JobSpec& spec, const ResolvedJob& job, std::vector<int32_t> ids,
                    JobTexts& texts) {
   // A text shorter than a window is still worth one shorter window.
   const int64_t length = std::min(job.evaluation_length, static_cast<int64_t>(ids.size()));
@@ -65,7 +72,10 @@ void CutEvaluation(const JobSpec& spec, const ResolvedJob& job, std::span<const 
                                           limits::kSequenceLengthMin, " are needed"));
     return;
   }
-  texts.evaluation = CutWindows(ids, length, spec.n_evaluation_windows);
+  const evaluate::StridedWindows windows(std::move(ids), length, job.evaluation_stride,
+                                         spec.n_evaluation_windows);
+  texts.evaluation = windows.Cut(0, windows.count());
+  texts.first_scored = windows.FirstScored(0, windows.count());
   if (texts.evaluation.count() < spec.n_evaluation_windows || length < job.evaluation_length) {
     texts.warnings.push_back(absl::StrCat(
         "evaluated on ", texts.evaluation.count(), " windows of ", length, " tokens instead of ",
@@ -92,18 +102,22 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
   TokenStream evaluation;
   if (spec.evaluate && !spec.evaluation_path.empty()) {
     WALSH_ASSIGN_OR_RETURN(
-        evaluation, ReadText("evaluation", {spec.evaluation_path, spec.evaluation_name}, checkpoint,
-                             tokenizer, job.evaluation_length,
-                             spec.n_evaluation_windows * job.evaluation_length, keep_going));
+        evaluation, ReadText({.kind = "evaluation",
+                              .file = {spec.evaluation_path, spec.evaluation_name},
+                              .joins_rows = spec.evaluation_joins_rows,
+                              .skip_bos = spec.evaluation_skips_bos},
+                             checkpoint, tokenizer, job.evaluation_length,
+                             EvaluationTextTokens(job, spec.n_evaluation_windows), keep_going));
   }
   TokenStream stream;
   if (spec.calibration_path.empty()) {
     WALSH_ASSIGN_OR_RETURN(stream, WriteOwnText(spec, job, checkpoint, pool, self_progress));
   } else {
     WALSH_ASSIGN_OR_RETURN(
-        stream, ReadText("calibration", {spec.calibration_path, spec.calibration_name}, checkpoint,
-                         tokenizer, job.sequence_length,
-                         CalibrationTokens(spec, job) + HeldOutTokens(spec, job), keep_going));
+        stream,
+        ReadText({.kind = "calibration", .file = {spec.calibration_path, spec.calibration_name}},
+                 checkpoint, tokenizer, job.sequence_length,
+                 CalibrationTokens(spec, job) + HeldOutTokens(spec, job), keep_going));
   }
   texts.kept = stream.kept;
   texts.dropped = stream.dropped;
@@ -130,9 +144,10 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
   }
   if (!spec.evaluate) return texts;
   if (spec.evaluation_path.empty()) {
-    CutEvaluation(spec, job, ids.last(static_cast<size_t>(held_out)), texts);
+    const std::span<const int32_t> rest = ids.last(static_cast<size_t>(held_out));
+    CutEvaluation(spec, job, {rest.begin(), rest.end()}, texts);
   } else {
-    CutEvaluation(spec, job, evaluation.ids, texts);
+    CutEvaluation(spec, job, std::move(evaluation.ids), texts);
   }
   return texts;
 }

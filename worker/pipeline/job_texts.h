@@ -26,6 +26,7 @@ namespace walsh::pipeline {
 struct JobTexts {
   calibrate::TokenWindows calibration;
   calibrate::TokenWindows evaluation;  // empty: not evaluated
+  std::vector<int64_t> first_scored;   // of its windows, as evaluate::ScoredFrom::positions
   int64_t kept = 0, dropped = 0, n_short = 0;
   std::vector<std::string> warnings;
 };

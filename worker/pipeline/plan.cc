@@ -10,6 +10,7 @@
 #include "common/name_pattern.h"
 #include "common/status_macros.h"
 #include "worker/calibrate/self_text.h"
+#include "worker/evaluate/evaluation_memory.h"
 #include "worker/evaluate/perplexity.h"
 #include "worker/gptq/tile.h"
 #include "worker/io/named_file.h"
@@ -253,14 +254,15 @@ class Memory {
   }
 
   int64_t Peak() const {
-    int64_t peak = std::max({Embedding(), Calibration(), Evaluation()});
+    int64_t peak =
+        std::max({Embedding(), Calibration(), Evaluation(), TaskMemoryNeeded(config_, job_)});
     if (job_.rotates()) peak = std::max(peak, Gate());
-    return std::max(Preparation(), kProcessBytes + TokenIds() + peak);
+    return std::max(Preparation(), ProcessMemory(spec_, job_) + peak);
   }
   int64_t Preparation() const {
     int64_t peak = Texts() + TokenIds();
     if (spec_.calibration_path.empty()) peak = std::max(peak, SelfText());
-    return kProcessBytes + TokenIds() + peak;
+    return ProcessMemory(spec_, job_) + peak;
   }
 
  private:
@@ -271,17 +273,20 @@ class Memory {
 
   // A file with the samples in it. Parsed JSON holds a text up to four times: the file, a copy in
   // braces, the document and the samples.
-  static int64_t TextBytes(const NamedFile& file) {
+  static int64_t TextBytes(const NamedFile& file, bool joins_rows) {
     std::error_code error;
     const auto size = file.path.empty() ? 0 : std::filesystem::file_size(file.path, error);
     if (error) return 0;  // the job will say so
+    // The rows, and what they are joined to: at most two bytes for each.
+    if (joins_rows) return static_cast<int64_t>(size) * 3;
     const std::string extension = std::filesystem::path(file.shown()).extension();
     return static_cast<int64_t>(size) * (extension == ".json" ? 4 : extension == ".jsonl" ? 2 : 1);
   }
   int64_t TokenIds() const { return (tokens_ + evaluation_tokens_) * kId; }
   int64_t Texts() const {
-    return std::max(TextBytes({spec_.calibration_path, spec_.calibration_name}),
-                    TextBytes({spec_.evaluation_path, spec_.evaluation_name}));
+    return std::max(
+        TextBytes({spec_.calibration_path, spec_.calibration_name}, false),
+        TextBytes({spec_.evaluation_path, spec_.evaluation_name}, spec_.evaluation_joins_rows));
   }
 
   // Rows that go through a layer at once, and the buffers of a forward for them.
@@ -484,7 +489,8 @@ double ReadWork(const ModelConfig& config) {
           2.0 * static_cast<double>(config.vocab * config.hidden));
 }
 
-absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint) {
+absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint,
+                                    const KeepGoing& keep_going) {
   const ModelConfig& config = checkpoint.config();
   ResolvedJob job;
   WALSH_RETURN_IF_ERROR(CheckRange("calibration windows", spec.n_calibration_windows, 1,
@@ -496,9 +502,14 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
                                      limits::kCalibrationSamplesMax));
     WALSH_RETURN_IF_ERROR(CheckRange("evaluation length", spec.evaluation_length,
                                      limits::kSequenceLengthMin, limits::kSequenceLengthMax));
+    WALSH_RETURN_IF_ERROR(
+        CheckRange("evaluation stride", spec.evaluation_stride, 0, spec.evaluation_length));
   }
   job.sequence_length = std::min(spec.sequence_length, config.max_position);
   job.evaluation_length = std::min(spec.evaluation_length, config.max_position);
+  job.evaluation_stride = spec.evaluation_stride == 0
+                              ? job.evaluation_length
+                              : std::min(spec.evaluation_stride, job.evaluation_length);
   if (job.sequence_length < spec.sequence_length) {
     job.warnings.push_back(absl::StrCat("sequence length ", spec.sequence_length,
                                         " reduced to the model's context ", config.max_position));
@@ -526,6 +537,9 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
   WALSH_RETURN_IF_ERROR(ResolveRotation(spec, config, job));
   WALSH_RETURN_IF_ERROR(ResolveOnline(spec, config, job));
   job.disk_bytes = DiskBytes(config, job);
+  if (spec.evaluate) {
+    WALSH_ASSIGN_OR_RETURN(job.tasks, evaluate::ReadTasks(spec.tasks, keep_going));
+  }
   return job;
 }
 
@@ -536,7 +550,20 @@ int64_t HostMemoryNeeded(const JobSpec& spec, const ModelConfig& config, const R
 int64_t ProcessMemory(const JobSpec& spec, const ResolvedJob& job) {
   const int64_t tokens = spec.n_calibration_windows * job.sequence_length +
                          (spec.evaluate ? spec.n_evaluation_windows * job.evaluation_length : 0);
-  return kProcessBytes + tokens * static_cast<int64_t>(sizeof(int32_t));
+  evaluate::EvaluationShape tasks;
+  evaluate::AddTasks(job.tasks, {}, tasks);
+  return kProcessBytes + tokens * static_cast<int64_t>(sizeof(int32_t)) + tasks.held_bytes;
+}
+
+int64_t TaskMemoryNeeded(const ModelConfig& config, const ResolvedJob& job) {
+  evaluate::EvaluationShape shape;
+  evaluate::AddTasks(job.tasks, config, shape);
+  shape.held_bytes = 0;  // of ProcessMemory
+  return evaluate::EvaluationBytes(config, nullptr, shape);
+}
+
+int64_t EvaluationTextTokens(const ResolvedJob& job, int64_t n_windows) {
+  return job.evaluation_length + (n_windows - 1) * job.evaluation_stride;
 }
 
 int64_t PreparationMemoryNeeded(const JobSpec& spec, const ModelConfig& config,

@@ -2,6 +2,7 @@
 //
 // Errors:  INVALID_ARGUMENT  an option that is out of range or does not fit the model's shape; the
 //                            message names the option, the limit and the value
+//          and those of the tasks' files (worker/evaluate/tasks/task_file.h)
 #pragma once
 
 #include <cstdint>
@@ -10,6 +11,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
+#include "worker/evaluate/tasks/task_file.h"
 #include "worker/gptq/options.h"
 #include "worker/io/checkpoint.h"
 #include "worker/io/online_transforms.h"
@@ -44,6 +47,8 @@ struct ResolvedJob {
   int64_t online_block = 0;     // of R4; 0 for none and global
   int64_t sequence_length = 0;  // reduced to the model's context
   int64_t evaluation_length = 0;
+  int64_t evaluation_stride = 0;
+  std::vector<evaluate::Task> tasks;  // of the evaluation, read
   int64_t disk_bytes = 0;
   std::vector<std::string> warnings;
 
@@ -57,7 +62,9 @@ struct ResolvedJob {
   gptq::Options OptionsFor(int64_t layer, size_t index, int64_t in) const;
 };
 
-absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint);
+// Asks `keep_going` between the items of tasks, the only files that are read.
+absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint,
+                                    const KeepGoing& keep_going = {});
 
 // Bits that all linears take on disk.
 int64_t StoredBits(const ModelConfig& config, const ResolvedJob& job);
@@ -69,8 +76,14 @@ int64_t HostMemoryNeeded(const JobSpec& spec, const ModelConfig& config, const R
 int64_t PreparationMemoryNeeded(const JobSpec& spec, const ModelConfig& config,
                                 const ResolvedJob& job);
 
-// Code, libraries and the token ids, which are there all the time.
+// Of the zero-shot tasks, after everything else and on the CPU whatever the backend; 0 without any.
+int64_t TaskMemoryNeeded(const ModelConfig& config, const ResolvedJob& job);
+
+// Code, libraries, token ids and tasks, which are there all the time.
 int64_t ProcessMemory(const JobSpec& spec, const ResolvedJob& job);
+
+// Tokens of a text that `n_windows` of the evaluation take.
+int64_t EvaluationTextTokens(const ResolvedJob& job, int64_t n_windows);
 
 // Sublayer outputs that wait for their linear's quantization: those of all calibration tokens, as
 // far as there is room.

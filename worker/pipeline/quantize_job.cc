@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
+#include "worker/evaluate/layer_source.h"
 #include "worker/pipeline/artifact_report.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"
@@ -131,7 +132,7 @@ class Job {
       return absl::AlreadyExistsError("the output directory of the job exists already");
     }
     WALSH_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(spec_.source_path));
-    WALSH_ASSIGN_OR_RETURN(job_, Resolve(spec_, *checkpoint_));
+    WALSH_ASSIGN_OR_RETURN(job_, Resolve(spec_, *checkpoint_, keep_going_));
     // Half a second for 150,000 tokens, on one thread: the source is hashed meanwhile.
     making_tokenizer_ = std::async(std::launch::async, [this] { return MakeTokenizer(); });
     WALSH_RETURN_IF_ERROR(backend_.CheckSupported(checkpoint_->config(), job_));
@@ -185,6 +186,9 @@ class Job {
   double EvaluationWork(int64_t n_tokens) const {
     return static_cast<double>(n_tokens) * ModelFlopsPerToken(checkpoint_->config());
   }
+  double TaskWork(const evaluate::Task& task) const {
+    return evaluate::ApproximateTokens(task) * ModelFlopsPerToken(checkpoint_->config());
+  }
   double ReadWork() const { return pipeline::ReadWork(checkpoint_->config()); }
   double HashWork() const {
     return kWorkPerByteHashed * static_cast<double>(checkpoint_->size_bytes());
@@ -197,6 +201,7 @@ class Job {
     double work = HashWork() +
                   QuantizationWork(checkpoint_->config(), job_.quantizer, calibration_tokens) +
                   2 * EvaluationWork(evaluation_tokens) + ReadWork();
+    for (const evaluate::Task& task : job_.tasks) work += 2 * TaskWork(task);
     if (spec_.calibration_path.empty()) work += SelfTextWork();
     if (job_.rotates()) work += ReadWork();
     progress_.Plan(work);
@@ -214,6 +219,7 @@ class Job {
                            }));
     if (tokenizer_ == nullptr) WALSH_RETURN_IF_ERROR(TakeTokenizer());
     WALSH_RETURN_IF_ERROR(progress_.Advance(HashWork()));
+    WALSH_RETURN_IF_ERROR(EncodeTasks());
     return spec_.calibration_path.empty() ? absl::OkStatus() : ReadTexts();
   }
 
@@ -231,6 +237,28 @@ class Job {
   absl::Status TakeTokenizer() {
     WALSH_ASSIGN_OR_RETURN(tokenizer_, making_tokenizer_.get());
     return absl::OkStatus();
+  }
+
+  // What is wrong with an item is found before the work.
+  absl::Status EncodeTasks() {
+    const int64_t context = checkpoint_->config().max_position;
+    for (const evaluate::Task& task : job_.tasks) {
+      absl::StatusOr<evaluate::EncodedTask> encoded = evaluate::EncodeTask(
+          task, *tokenizer_, context, {.skip_bos = spec_.evaluation_skips_bos}, keep_going_);
+      if (!encoded.ok()) return AboutTask(task, encoded.status());
+      if (encoded->truncated_items > 0) {
+        report_.warnings.push_back(
+            evaluate::TruncationWarning(task.name, encoded->truncated_items, context));
+      }
+      encoded_tasks_.push_back(*std::move(encoded));
+    }
+    return absl::OkStatus();
+  }
+
+  // What stopped the job from outside is about no task of it.
+  absl::Status AboutTask(const evaluate::Task& task, const absl::Status& status) {
+    WALSH_RETURN_IF_ERROR(progress_.Within(0));
+    return absl::Status(status.code(), absl::StrCat("task '", task.name, "': ", status.message()));
   }
 
   absl::Status ReadTexts() {
@@ -287,13 +315,24 @@ class Job {
 
   // Reads the artifact back, so that what is evaluated is what was stored.
   absl::Status Evaluate() {
-    if (texts_.evaluation.count() == 0) return absl::OkStatus();
+    if (texts_.evaluation.count() == 0 && job_.tasks.empty()) return absl::OkStatus();
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kEvaluating, -1, "stored files"));
     WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> artifact,
                            ArtifactReader::Open(spec_.output_directory, /*verify=*/true,
                                                 pool_.n_threads(), keep_going_));
+    if (texts_.evaluation.count() > 0) WALSH_RETURN_IF_ERROR(EvaluateText(*artifact));
+    WALSH_RETURN_IF_ERROR(EvaluateTasks(*artifact));
+    WALSH_RETURN_IF_ERROR(ReplaceReportMember(spec_.output_directory, "quality",
+                                              QualityReport(job_, texts_, report_)));
+    WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));
+    report_.artifact.job = spec_.job_name;
+    return absl::OkStatus();
+  }
+
+  absl::Status EvaluateText(const ArtifactReader& artifact) {
     WALSH_ASSIGN_OR_RETURN(Quality quality,
-                           backend_.Evaluate(Inputs(), *artifact, texts_.evaluation, progress_));
+                           backend_.Evaluate(Inputs(), artifact, texts_.evaluation,
+                                             {.positions = texts_.first_scored}, progress_));
     report_.perplexity_before = quality.before.Perplexity();
     report_.perplexity_after = quality.after.Perplexity();
     report_.evaluation_tokens = quality.before.n_tokens;
@@ -302,11 +341,33 @@ class Job {
     report_.window_losses_before = std::move(quality.before.losses);
     report_.window_losses_after = std::move(quality.after.losses);
     report_.window_divergences = std::move(quality.window_divergences);
-    WALSH_RETURN_IF_ERROR(
-        ReplaceReportMember(spec_.output_directory, "quality", QualityReport(texts_, report_)));
-    WALSH_ASSIGN_OR_RETURN(report_.artifact, ArtifactReader::ReadInfo(spec_.output_directory));
-    report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
+  }
+
+  // On the CPU, as EvaluateArtifact does it.
+  absl::Status EvaluateTasks(const ArtifactReader& artifact) {
+    evaluate::CheckpointSource original(*checkpoint_);
+    evaluate::ArtifactSource quantized(artifact);
+    for (size_t i = 0; i < job_.tasks.size(); ++i) {
+      TaskQuality& quality = report_.tasks.emplace_back();
+      WALSH_ASSIGN_OR_RETURN(quality.before, ScoreTask(i, original, "original"));
+      WALSH_ASSIGN_OR_RETURN(quality.after, ScoreTask(i, quantized, "quantized"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<evaluate::TaskReport> ScoreTask(size_t index, evaluate::LayerSource& source,
+                                                 const char* which) {
+    const evaluate::Task& task = job_.tasks[index];
+    const double work = TaskWork(task);
+    WALSH_RETURN_IF_ERROR(
+        progress_.Enter(Stage::kEvaluating, -1, absl::StrCat("task ", task.name, ", ", which)));
+    absl::StatusOr<evaluate::TaskScore> score =
+        evaluate::ScoreTask(task, encoded_tasks_[index], source, pool_,
+                            [&](double fraction) { return progress_.Within(fraction * work); });
+    if (!score.ok()) return AboutTask(task, score.status());
+    WALSH_RETURN_IF_ERROR(progress_.Advance(work));
+    return evaluate::ReportOf(task, *std::move(score));
   }
 
   const JobSpec& spec_;
@@ -321,6 +382,7 @@ class Job {
   std::future<absl::StatusOr<std::unique_ptr<Tokenizer>>> making_tokenizer_;  // of the checkpoint's
   ResolvedJob job_;
   std::string source_sha256_;
+  std::vector<evaluate::EncodedTask> encoded_tasks_;  // of job_.tasks
   JobTexts texts_;
   JobReport report_;
 };

@@ -18,6 +18,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "worker/evaluate/tasks/score_task.h"
+#include "worker/evaluate/tasks/task_file.h"
 #include "worker/gptq/options.h"
 #include "worker/io/artifact.h"
 #include "worker/kernels/thread_pool.h"
@@ -92,7 +94,11 @@ struct JobSpec {
   std::string evaluation_name;  // as calibration_name
   int64_t n_evaluation_windows = 20;
   int64_t evaluation_length = 2048;
-  QualityGate quality_gate;  // of the caller: the job's own end does not depend on it
+  int64_t evaluation_stride = 0;          // from window to window; 0: the length
+  bool evaluation_joins_rows = false;     // of evaluation_path; see evaluate::JoinRows
+  std::vector<evaluate::TaskSpec> tasks;  // of the evaluation
+  bool evaluation_skips_bos = false;      // of evaluation_path and of tasks
+  QualityGate quality_gate;               // of the caller: the job's own end does not depend on it
   uint64_t seed = 0;
   std::string output_directory;  // temporary, must not exist; the caller publishes it
 };
@@ -114,6 +120,12 @@ struct StepTime {
   double seconds = 0;
 };
 
+// A zero-shot task on the original and on what was stored, in floats on the CPU whatever the
+// backend.
+struct TaskQuality {
+  evaluate::TaskReport before, after;
+};
+
 struct JobReport {
   ArtifactInfo artifact;
   int64_t source_size_bytes = 0;
@@ -128,6 +140,7 @@ struct JobReport {
   double top1_agreement = -1;
   // Loss and divergence per token of each evaluation window, for paired statistics.
   std::vector<double> window_losses_before, window_losses_after, window_divergences;
+  std::vector<TaskQuality> tasks;  // in the order of the spec's
   double rotation_gate = 0;
   double stage_seconds[kStages] = {};
   // Inside CALIBRATING: time of the quantized model's float forward passes, which no GPTQ can

@@ -74,11 +74,7 @@ class PairEncoder {
   const TaskOptions options_;
 };
 
-// Where a choice's likelihood is found: choices of one context share it.
-struct Place {
-  size_t context = 0;
-  size_t continuation = 0;
-};
+using Place = EncodedTask::Place;
 
 // An item's choices after one another; equal contexts become one.
 std::vector<Place> Share(std::vector<EncodedPair> pairs, std::vector<ContextTokens>& contexts) {
@@ -140,19 +136,17 @@ Estimate MeanOf(std::span<const double> values) {
   return {.mean = mean, .standard_error = n > 1 ? std::sqrt(squares / (n - 1) / n) : 0};
 }
 
-absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer,
-                                    LayerSource& source, const TaskOptions& options,
-                                    ThreadPool& pool, const Progress& progress) {
-  const PairEncoder encoder(tokenizer, source.config().max_position, options);
-  std::vector<ContextTokens> contexts;
-  std::vector<std::vector<Place>> places;
-  TaskScore score;
+absl::StatusOr<EncodedTask> EncodeTask(const Task& task, const Tokenizer& tokenizer,
+                                       int64_t context_max, const TaskOptions& options,
+                                       const KeepGoing& keep_going) {
+  const PairEncoder encoder(tokenizer, context_max, options);
+  EncodedTask encoded;
   for (size_t i = 0; i < task.items.size(); ++i) {
     const TaskItem& item = task.items[i];
     std::vector<EncodedPair> pairs;
     bool is_truncated = false;
     for (size_t k = 0; k < item.n_choices(); ++k) {
-      WALSH_RETURN_IF_ERROR(progress(0));
+      WALSH_RETURN_IF_ERROR(Ask(keep_going));
       absl::StatusOr<EncodedPair> pair = encoder.Encode(item.context(k), item.continuation(k));
       if (pair.ok() && pair->context.empty()) {
         pair = absl::InvalidArgumentError("a context has no tokens");
@@ -164,21 +158,29 @@ absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer
       is_truncated = is_truncated || pair->is_truncated;
       pairs.push_back(*std::move(pair));
     }
-    score.truncated_items += is_truncated;
-    const size_t n_before = contexts.size();
-    places.push_back(Share(std::move(pairs), contexts));
-    for (size_t c = n_before; c < contexts.size(); ++c) {
-      score.tokens += ForwardedTokens(contexts[c]);
+    encoded.truncated_items += is_truncated;
+    const size_t n_before = encoded.contexts.size();
+    encoded.places.push_back(Share(std::move(pairs), encoded.contexts));
+    for (size_t c = n_before; c < encoded.contexts.size(); ++c) {
+      encoded.tokens += ForwardedTokens(encoded.contexts[c]);
     }
     // A text of which the choices differ by a word is encoded once for each of them.
-    if (score.tokens > limits::kTaskFileBytesMax) {
+    if (encoded.tokens > limits::kTaskFileBytesMax) {
       return absl::InvalidArgumentError(absl::StrCat("has more than ", limits::kTaskFileBytesMax,
                                                      " tokens, at most as many as a file has bytes "
                                                      "are taken"));
     }
   }
-  WALSH_ASSIGN_OR_RETURN(const auto likelihoods, LogLikelihoods(source, contexts, pool, progress));
-  for (const std::vector<Place>& of_item : places) {
+  return encoded;
+}
+
+absl::StatusOr<TaskScore> ScoreTask(const Task& task, const EncodedTask& encoded,
+                                    LayerSource& source, ThreadPool& pool,
+                                    const Progress& progress) {
+  TaskScore score{.tokens = encoded.tokens, .truncated_items = encoded.truncated_items};
+  WALSH_ASSIGN_OR_RETURN(const auto likelihoods,
+                         LogLikelihoods(source, encoded.contexts, pool, progress));
+  for (const std::vector<Place>& of_item : encoded.places) {
     std::vector<Likelihood>& choices = score.likelihoods.emplace_back();
     for (const Place& place : of_item) {
       choices.push_back(likelihoods[place.context][place.continuation]);
@@ -186,6 +188,28 @@ absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer
   }
   Summarize(task, score);
   return score;
+}
+
+absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer,
+                                    LayerSource& source, const TaskOptions& options,
+                                    ThreadPool& pool, const Progress& progress) {
+  WALSH_ASSIGN_OR_RETURN(const EncodedTask encoded,
+                         EncodeTask(task, tokenizer, source.config().max_position, options,
+                                    [&] { return progress(0); }));
+  return ScoreTask(task, encoded, source, pool, progress);
+}
+
+TaskReport ReportOf(const Task& task, TaskScore score) {
+  score.likelihoods.clear();
+  return {.name = task.name,
+          .items = static_cast<int64_t>(task.items.size()),
+          .score = std::move(score)};
+}
+
+std::string TruncationWarning(const std::string& task, int64_t truncated_items,
+                              int64_t context_max) {
+  return absl::StrCat("task '", task, "': the contexts of ", truncated_items,
+                      " items were cut from the left to the model's context of ", context_max);
 }
 
 }  // namespace walsh::evaluate

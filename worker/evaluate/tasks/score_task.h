@@ -20,10 +20,11 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <string_view>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/keep_going.h"
 #include "worker/evaluate/layer_source.h"
 #include "worker/evaluate/tasks/log_likelihood.h"
 #include "worker/evaluate/tasks/task_file.h"
@@ -50,8 +51,40 @@ struct TaskOptions {
   bool skip_bos = false;  // else contexts begin as the tokenizer's own rule says
 };
 
+// A task in a tokenizer's ids.
+struct EncodedTask {
+  // Where a choice's likelihood is found: choices of one context share it.
+  struct Place {
+    size_t context = 0;
+    size_t continuation = 0;
+  };
+  std::vector<ContextTokens> contexts;
+  std::vector<std::vector<Place>> places;  // by item and choice
+  int64_t tokens = 0;                      // as in TaskScore
+  int64_t truncated_items = 0;
+};
+// `context_max` is the model's context. Asks `keep_going` before each choice.
+absl::StatusOr<EncodedTask> EncodeTask(const Task& task, const Tokenizer& tokenizer,
+                                       int64_t context_max, const TaskOptions& options,
+                                       const KeepGoing& keep_going);
+absl::StatusOr<TaskScore> ScoreTask(const Task& task, const EncodedTask& encoded,
+                                    LayerSource& source, ThreadPool& pool,
+                                    const Progress& progress);
+
+// Both.
 absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer,
                                     LayerSource& source, const TaskOptions& options,
                                     ThreadPool& pool, const Progress& progress);
+
+struct TaskReport {
+  std::string name;
+  int64_t items = 0;
+  TaskScore score;  // without its likelihoods
+};
+TaskReport ReportOf(const Task& task, TaskScore score);
+
+// Of a task with truncated items.
+std::string TruncationWarning(const std::string& task, int64_t truncated_items,
+                              int64_t context_max);
 
 }  // namespace walsh::evaluate

@@ -274,6 +274,13 @@ std::string CleanHellaSwag(std::string_view text) {
   return absl::StrReplaceAll(kept, {{"  ", " "}});
 }
 
+int64_t TaskItem::ForwardedBytes() const {
+  int64_t n_bytes = 0;
+  for (const std::string& context : contexts) n_bytes += static_cast<int64_t>(context.size());
+  for (size_t k = 0; k < n_choices(); ++k) n_bytes += static_cast<int64_t>(continuation(k).size());
+  return n_bytes;
+}
+
 int64_t TaskItem::Characters(size_t choice) const {
   return CountCodePoints(continuation(choice)) - 1;
 }
@@ -295,6 +302,36 @@ absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit, const KeepGo
         absl::StrCat("the file of task '", task.name, "' has no item"));
   }
   return task;
+}
+
+absl::StatusOr<std::vector<Task>> ReadTasks(std::span<const TaskSpec> specs,
+                                            const KeepGoing& keep_going) {
+  std::vector<Task> tasks;
+  absl::Status stopped;  // about no file
+  int64_t n_bytes = 0;
+  for (const TaskSpec& spec : specs) {
+    absl::StatusOr<Task> task =
+        ReadTask({spec.path, spec.name}, spec.limit, [&] { return stopped = Ask(keep_going); });
+    if (!stopped.ok()) return stopped;
+    if (!task.ok()) {
+      return absl::Status(task.status().code(),
+                          absl::StrCat("task ", tasks.size() + 1, ": ", task.status().message()));
+    }
+    n_bytes += task->file_bytes;
+    tasks.push_back(*std::move(task));
+    if (n_bytes > limits::kTaskFileBytesMax) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the first ", tasks.size(), " tasks' files have ", n_bytes,
+                       " bytes together, at most ", limits::kTaskFileBytesMax, " are taken"));
+    }
+  }
+  return tasks;
+}
+
+double ApproximateTokens(const Task& task) {
+  int64_t n_bytes = 0;
+  for (const TaskItem& item : task.items) n_bytes += item.ForwardedBytes();
+  return static_cast<double>(n_bytes) / 4;
 }
 
 }  // namespace walsh::evaluate

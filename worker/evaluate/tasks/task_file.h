@@ -26,6 +26,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,6 +52,9 @@ struct TaskItem {
   const std::string& continuation(size_t choice) const {
     return continuations[continuations.size() == 1 ? 0 : choice];
   }
+  // Of contexts once, of continuations after each context: at least as many bytes as tokens go
+  // through the model, but for a BOS.
+  int64_t ForwardedBytes() const;
   // Code points of a continuation without the space before it: for accuracy_norm.
   int64_t Characters(size_t choice) const;
 };
@@ -72,6 +76,20 @@ struct Task {
 // `keep_going` before each item.
 absl::StatusOr<Task> ReadTask(const NamedFile& file, int64_t limit,
                               const KeepGoing& keep_going = {});
+
+struct TaskSpec {
+  std::string path;   // resolved
+  std::string name;   // as it was asked for; empty: the path
+  int64_t limit = 0;  // items; 0: all
+};
+
+// All of an evaluation. Messages about one begin with its number, from "task 1".
+// INVALID_ARGUMENT also for files that are too large together; what `keep_going` returns, as it is.
+absl::StatusOr<std::vector<Task>> ReadTasks(std::span<const TaskSpec> specs,
+                                            const KeepGoing& keep_going = {});
+
+// Of all contexts and continuations: a token has about four characters.
+double ApproximateTokens(const Task& task);
 
 // HellaSwag's preprocessing: " [title]" becomes ". ", other text in brackets goes, double spaces
 // become single ones, from left to right.

@@ -523,6 +523,7 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,
                                    const calibrate::TokenWindows& windows,
+                                   const evaluate::ScoredFrom& scored_from,
                                    Progress& progress) override {
     WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
     const BoundMemory bound(*context_);
@@ -556,8 +557,8 @@ class CudaBackend final : public Backend {
       WALSH_ASSIGN_OR_RETURN(after, evaluator.Forward(*quantized, show));
     }
     WALSH_RETURN_IF_ERROR(clock.Enter(&compare_ms));
-    WALSH_ASSIGN_OR_RETURN(Quality quality,
-                           evaluator.Compare(before, after, [&] { return show(1.0); }));
+    WALSH_ASSIGN_OR_RETURN(
+        Quality quality, evaluator.Compare(before, after, scored_from, [&] { return show(1.0); }));
     WALSH_RETURN_IF_ERROR(clock.Finish());
     steps_.Add("evaluate_original", before_ms / 1e3);
     steps_.Add("evaluate_stored", after_ms / 1e3);
@@ -602,7 +603,8 @@ class CudaBackend final : public Backend {
     const int64_t factorizing = 4 * widest * widest * kFloat;
     const int64_t working = ArtifactQueue::kBytesMax + WeightLoader::HostBytes(shape) +
                             std::max(vocabulary, factorizing);
-    return std::max(PreparationMemoryNeeded(spec, config, job), ProcessMemory(spec, job) + working);
+    return std::max(PreparationMemoryNeeded(spec, config, job),
+                    ProcessMemory(spec, job) + std::max(working, TaskMemoryNeeded(config, job)));
   }
 
   static constexpr int64_t kFloat = sizeof(float);

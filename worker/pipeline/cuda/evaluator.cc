@@ -64,13 +64,14 @@ absl::StatusOr<Evaluator::Outcome> Evaluator::Forward(ModelSource& source,
 }
 
 absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome& after,
+                                           const evaluate::ScoredFrom& scored_from,
                                            const KeepGoing& keep_going) {
   const cudaStream_t stream = context_.stream();
   const int64_t n = n_tokens();
   const int64_t vocab = config_.vocab;
   const int64_t chunk = std::min(kLogitTokens, n);
   // The last token of a window predicts nothing; its target is any id, and its figures are left
-  // out.
+  // out, as are those of targets that the window before has scored.
   std::vector<int32_t> targets(windows_.ids.begin() + 1, windows_.ids.end());
   targets.push_back(0);
   WALSH_ASSIGN_OR_RETURN(const auto device_targets, Upload<int32_t>(context_, targets));
@@ -114,7 +115,10 @@ absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome&
   for (int64_t w = 0; w < windows_.count(); ++w) {
     double sums[2] = {0, 0};
     double window_kl = 0;
-    for (int64_t i = w * windows_.length; i < (w + 1) * windows_.length - 1; ++i) {
+    const int64_t first_scored = evaluate::FirstScored(scored_from, w);
+    const int64_t n_scored = windows_.length - first_scored;
+    for (int64_t i = w * windows_.length + first_scored - 1; i < (w + 1) * windows_.length - 1;
+         ++i) {
       for (const int which : {0, 1}) sums[which] += losses[static_cast<size_t>(which * n + i)];
       window_kl += kl[static_cast<size_t>(i)];
       agreeing += top1[static_cast<size_t>(i)];
@@ -125,11 +129,12 @@ absl::StatusOr<Quality> Evaluator::Compare(const Outcome& before, const Outcome&
             absl::StrCat("the loss of evaluation window ", w, " is ", sums[which]));
       }
       evaluate::WindowLosses& result = which == 0 ? quality.before : quality.after;
-      result.losses.push_back(sums[which] / static_cast<double>(windows_.length - 1));
-      result.n_tokens += windows_.length - 1;
+      result.losses.push_back(sums[which] / static_cast<double>(n_scored));
+      result.n_scored.push_back(static_cast<double>(n_scored));
+      result.n_tokens += n_scored;
     }
     kl_sum += window_kl;
-    quality.window_divergences.push_back(window_kl / static_cast<double>(windows_.length - 1));
+    quality.window_divergences.push_back(window_kl / static_cast<double>(n_scored));
   }
   if (!std::isfinite(kl_sum)) {
     return absl::DataLossError(absl::StrCat("the divergence of the models is ", kl_sum));

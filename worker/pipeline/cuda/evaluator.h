@@ -38,6 +38,7 @@ class Evaluator {
   absl::StatusOr<Outcome> Forward(ModelSource& source, const EvaluationProgress& progress);
   // Asks `keep_going` every few thousand tokens.
   absl::StatusOr<Quality> Compare(const Outcome& before, const Outcome& after,
+                                  const evaluate::ScoredFrom& scored_from,
                                   const KeepGoing& keep_going);
 
   // Beside a layer's weights.

@@ -45,6 +45,7 @@ class FakeBackend final : public pipeline::Backend {
   }
   absl::StatusOr<pipeline::Quality> Evaluate(const pipeline::JobInputs&, const ArtifactReader&,
                                              const calibrate::TokenWindows&,
+                                             const evaluate::ScoredFrom&,
                                              pipeline::Progress&) override {
     return pipeline::Quality();
   }
