@@ -3,11 +3,11 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "client/commands/evaluation_flags.h"
 #include "client/resource_name.h"
 #include "client/terminal/evaluation_report.h"
 #include "client/terminal/interrupts.h"
@@ -23,8 +23,6 @@ namespace {
 using v1::EvaluateModelResponse;
 using v1::TextEvaluation;
 
-const std::map<std::string, TextEvaluation::Format> kFormats = {
-    {"auto", TextEvaluation::FORMAT_UNSPECIFIED}, {"wikitext", TextEvaluation::WIKITEXT}};
 // Stands for the source of the job that made the model.
 constexpr char kJobsSource[] = "source";
 
@@ -115,7 +113,7 @@ absl::StatusOr<v1::EvaluateModelRequest> MakeEvalRequest(const EvalFlags& flags)
   if (!flags.text.empty()) {
     TextEvaluation& text = *request.mutable_text();
     text.set_uri(AbsolutePath(flags.text));
-    text.set_format(kFormats.at(flags.text_format));
+    text.set_format(TextFormatOf(flags.text_format));
     text.set_window(flags.window);
     text.set_stride(flags.stride);
     text.set_max_windows(flags.max_windows);
@@ -125,12 +123,7 @@ absl::StatusOr<v1::EvaluateModelRequest> MakeEvalRequest(const EvalFlags& flags)
     WALSH_RETURN_IF_ERROR(CheckUtf8(text.uri(), "text's path"));
     WALSH_RETURN_IF_ERROR(CheckUtf8(text.reference(), "reference's path"));
   }
-  for (const std::string& path : flags.tasks) {
-    v1::TaskEvaluation& task = *request.add_tasks();
-    task.set_uri(AbsolutePath(path));
-    task.set_limit(flags.limit);
-    WALSH_RETURN_IF_ERROR(CheckUtf8(task.uri(), "task's path"));
-  }
+  WALSH_RETURN_IF_ERROR(AddTasks(flags.tasks, flags.limit, request.mutable_tasks()));
   WALSH_RETURN_IF_ERROR(CheckUtf8(request.model(), "name"));
   return request;
 }
@@ -142,13 +135,7 @@ void AddEvalCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
   command.add_option("NAME", flags->model, "A published model, loaded or not")->required();
   command.add_option("--text", flags->text,
                      "Text, .jsonl or .json file for the perplexity, on the worker's machine");
-  std::vector<std::string> formats;
-  for (const auto& [name, format] : kFormats) formats.push_back(name);
-  command
-      .add_option("--text-format", flags->text_format,
-                  "auto: by the file's name; wikitext: rows, joined by blank lines")
-      ->check(CLI::IsMember(formats))
-      ->capture_default_str();
+  AddTextFormatFlag(command, "--text-format", flags->text_format);
   command.add_option("--window", flags->window, "Tokens of a window; 0 means 2048");
   command.add_option("--stride", flags->stride, "Tokens from window to window; 0 means no overlap");
   command.add_option("--windows", flags->max_windows, "At most so many windows; 0 means all");

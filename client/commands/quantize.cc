@@ -6,6 +6,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "client/address.h"
+#include "client/commands/evaluation_flags.h"
 #include "client/commands/follow_job.h"
 #include "client/resource_name.h"
 #include "client/terminal/job_report.h"
@@ -270,8 +271,19 @@ void AddDataFlags(CLI::App& command, QuantizeFlags& flags) {
   command.add_option("--seq-len", flags.seq_len, "Tokens of a window; 0 means 2048");
   command.add_option("--eval-text", flags.eval_text,
                      "Text for the perplexity before and after; else part of the calibration");
+  AddTextFormatFlag(command, "--eval-text-format", flags.eval_text_format);
+  command.add_option("--eval-window", flags.eval_window, "Tokens of its windows; 0 means 2048");
+  command.add_option("--eval-stride", flags.eval_stride,
+                     "Tokens from window to window; 0 means no overlap");
   command.add_option("--eval-windows", flags.eval_windows, "Windows of it; 0 means 20");
-  command.add_flag("--no-eval", flags.no_eval, "Measure no perplexity");
+  command.add_option("--eval-tasks", flags.eval_tasks,
+                     "Files of zero-shot tasks, scored before and after: PIQA, ARC, HellaSwag, "
+                     "WinoGrande, LAMBADA");
+  command.add_option("--eval-limit", flags.eval_limit, "Items of each task; 0 means all");
+  command.add_flag(
+      "--eval-no-bos", flags.eval_no_bos,
+      "Leave out the BOS with which the tokenizer begins the --eval-text and contexts");
+  command.add_flag("--no-eval", flags.no_eval, "Evaluate nothing");
   command.add_option("--max-perplexity-ratio", flags.max_perplexity_ratio,
                      "Quality gate: publish only if the perplexity grows at most so many times");
   command.add_option("--max-kl", flags.max_kl,
@@ -361,6 +373,20 @@ absl::Status SetQuantizer(const QuantizeFlags& flags, Config& config) {
   return absl::OkStatus();
 }
 
+absl::Status SetEvaluation(const QuantizeFlags& flags, v1::Evaluation& evaluation) {
+  if (flags.eval_limit != 0 && flags.eval_tasks.empty()) {
+    return absl::InvalidArgumentError("--eval-limit has no meaning without --eval-tasks");
+  }
+  if (!flags.eval_text.empty()) evaluation.set_uri(AbsolutePath(flags.eval_text));
+  evaluation.set_format(TextFormatOf(flags.eval_text_format));
+  evaluation.set_sequence_length(flags.eval_window);
+  evaluation.set_stride(flags.eval_stride);
+  evaluation.set_max_windows(flags.eval_windows);
+  evaluation.set_skip_bos(flags.eval_no_bos);
+  evaluation.set_disable(flags.no_eval);
+  return AddTasks(flags.eval_tasks, flags.eval_limit, evaluation.mutable_tasks());
+}
+
 }  // namespace
 
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
@@ -381,9 +407,7 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   }
   config.mutable_calibration()->set_num_samples(flags.num_samples);
   config.mutable_calibration()->set_sequence_length(flags.seq_len);
-  if (!flags.eval_text.empty()) config.mutable_evaluation()->set_uri(AbsolutePath(flags.eval_text));
-  config.mutable_evaluation()->set_max_windows(flags.eval_windows);
-  config.mutable_evaluation()->set_disable(flags.no_eval);
+  WALSH_RETURN_IF_ERROR(SetEvaluation(flags, *config.mutable_evaluation()));
   if (flags.max_perplexity_ratio) {
     config.mutable_quality_gate()->set_max_perplexity_ratio(*flags.max_perplexity_ratio);
   }

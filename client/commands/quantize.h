@@ -46,7 +46,13 @@ struct QuantizeFlags {
   std::optional<double> error_propagation;
   std::optional<double> gptaq_alpha;
   std::string eval_text;
+  std::string eval_text_format = "auto";
+  int eval_window = 0;
+  int eval_stride = 0;
   int eval_windows = 0;
+  std::vector<std::string> eval_tasks;
+  int eval_limit = 0;
+  bool eval_no_bos = false;
   bool no_eval = false;
   std::optional<double> max_perplexity_ratio;
   std::optional<double> max_kl;
@@ -57,8 +63,9 @@ struct QuantizeFlags {
   bool list_presets = false;  // do nothing else
 };
 
-// INVALID_ARGUMENT for a group size that is no number, an override that is not PATTERN=BITS, and
-// for what is set of a quantizer that is off (with a preset only the service knows whether it is).
+// INVALID_ARGUMENT for a group size that is no number, an override that is not PATTERN=BITS, what
+// is set of a quantizer that is off (with a preset only the service knows whether it is), and a
+// limit of tasks without any.
 // `auto_load` is what --load resolved to.
 absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const QuantizeFlags& flags,
                                                                      bool auto_load);

@@ -48,13 +48,9 @@ std::string TaskTable(const v1::EvaluateModelResponse::Result& result) {
                {"accuracy norm. %", Align::kRight},
                {"perplexity", Align::kRight}});
   for (const v1::TaskResult& task : result.tasks()) {
-    table.AddRow(
-        {SafeText(task.name()), CountText(task.items()),
-         PercentText(task.accuracy(), task.accuracy_stderr()),
-         task.has_accuracy_norm() ? PercentText(task.accuracy_norm(), task.accuracy_norm_stderr())
-                                  : "",
-         task.has_perplexity() ? EstimateText(task.perplexity(), task.perplexity_stderr(), 4)
-                               : ""});
+    const TaskTexts texts = TextsOf(task);
+    table.AddRow({SafeText(task.name()), CountText(task.items()), texts.accuracy,
+                  texts.accuracy_norm, texts.perplexity});
   }
   return table.Text(2);
 }
@@ -72,6 +68,18 @@ std::string EvaluationReport(const v1::EvaluateModelResponse::Result& result) {
     absl::StrAppend(&text, "  - ", SafeText(warning), "\n");
   }
   return text;
+}
+
+TaskTexts TextsOf(const v1::TaskResult& task) {
+  TaskTexts texts;
+  texts.accuracy = PercentText(task.accuracy(), task.accuracy_stderr());
+  if (task.has_accuracy_norm()) {
+    texts.accuracy_norm = PercentText(task.accuracy_norm(), task.accuracy_norm_stderr());
+  }
+  if (task.has_perplexity()) {
+    texts.perplexity = EstimateText(task.perplexity(), task.perplexity_stderr(), 4);
+  }
+  return texts;
 }
 
 }  // namespace walsh::client

@@ -12,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_replace.h"
 #include "client/resource_name.h"
+#include "client/terminal/evaluation_report.h"
 #include "client/terminal/job_report.h"
 #include "client/terminal/quantities.h"
 #include "client/terminal/safe_text.h"
@@ -223,10 +224,34 @@ std::string JobFacts(const Job& job) {
   return facts.Html();
 }
 
+std::string TaskRow(std::string_view name, std::string_view items, std::string_view model,
+                    const TaskTexts& texts) {
+  std::string html = absl::StrCat("<tr><td>", HtmlText(name), "</td><td class=\"n\">",
+                                  HtmlText(items), "</td><td>", HtmlText(model), "</td>");
+  for (const std::string& text : {texts.accuracy, texts.accuracy_norm, texts.perplexity}) {
+    absl::StrAppend(&html, "<td class=\"n\">", HtmlText(text), "</td>");
+  }
+  return html + "</tr>\n";
+}
+
+std::string TasksSection(const Job::Result& result) {
+  if (result.tasks().empty()) return "";
+  std::string html =
+      "<h2>Zero-shot tasks</h2>\n<table>\n<thead><tr><th>task</th><th class=\"n\">items</th>"
+      "<th>model</th><th class=\"n\">accuracy %</th><th class=\"n\">accuracy norm. %</th>"
+      "<th class=\"n\">perplexity</th></tr></thead>\n<tbody>\n";
+  for (const Job::TaskQuality& task : result.tasks()) {
+    html += TaskRow(task.after().name(), CountText(task.after().items()), "original",
+                    TextsOf(task.before()));
+    html += TaskRow("", "", "quantized", TextsOf(task.after()));
+  }
+  return html + "</tbody>\n</table>\n<p class=\"soft\">\u00b1 standard error over the items</p>\n";
+}
+
 std::string QualitySection(const Job::Result& result, const v1::QualityGate& gate) {
   std::string html = "<h2>Quality</h2>\n";
   const double before = result.perplexity_before(), after = result.perplexity_after();
-  if (before <= 0 || after <= 0) return html + "<p>The model was not evaluated.</p>\n";
+  if (before <= 0 || after <= 0) return html + "<p>No perplexity was measured.</p>\n";
   html += Bars(
       {{"perplexity before", before, EstimateText(before, result.perplexity_before_stderr(), 5)},
        {"perplexity after", after, EstimateText(after, result.perplexity_after_stderr(), 5)}},
@@ -336,6 +361,7 @@ std::string HtmlReport(const Job& job) {
   if (job.has_result()) {
     const Job::Result& result = job.result();
     html += QualitySection(result, job.config().quality_gate());
+    html += TasksSection(result);
     html += LinearsSection(result);
     html += TimeSection("Time by stage", result.stage_times(), [](const Job::StageTime& time) {
       return std::string(Job::Stage_Name(time.stage()));

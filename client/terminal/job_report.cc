@@ -9,6 +9,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_replace.h"
 #include "client/resource_name.h"
+#include "client/terminal/evaluation_report.h"
 #include "client/terminal/quantities.h"
 #include "client/terminal/safe_text.h"
 #include "client/terminal/table.h"
@@ -137,6 +138,23 @@ std::string CalibrationText(const Job& job) {
   return text;
 }
 
+// A row of the original and one of the result for each task.
+std::string TaskTable(const Job::Result& result) {
+  Table table({{"task"},
+               {"items", Align::kRight},
+               {"model"},
+               {"accuracy %", Align::kRight},
+               {"accuracy norm. %", Align::kRight},
+               {"perplexity", Align::kRight}});
+  for (const Job::TaskQuality& task : result.tasks()) {
+    const TaskTexts before = TextsOf(task.before()), after = TextsOf(task.after());
+    table.AddRow({SafeText(task.after().name()), CountText(task.after().items()), "original",
+                  before.accuracy, before.accuracy_norm, before.perplexity});
+    table.AddRow({"", "", "quantized", after.accuracy, after.accuracy_norm, after.perplexity});
+  }
+  return table.Text(2);
+}
+
 std::string StageTable(const Job::Result& result) {
   Table table({{"stage"}, {"seconds", Align::kRight}});
   double total = 0;
@@ -215,6 +233,7 @@ std::string ResultText(const Job& job) {
   AppendFact(text, "calibration", CalibrationText(job));
   if (!result.device().empty()) AppendFact(text, "device", result.device());
   if (result.peak_memory_bytes() > 0) AppendFact(text, "memory", MemoryText(result));
+  if (result.tasks_size() > 0) absl::StrAppend(&text, "\n", TaskTable(result));
   if (result.stage_times_size() > 0) absl::StrAppend(&text, "\n", StageTable(result));
   if (result.step_times_size() > 0) absl::StrAppend(&text, "\n", StepTable(result));
   if (result.per_layer_size() > 0) absl::StrAppend(&text, "\n", WorstLinearsTable(result));

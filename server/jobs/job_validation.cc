@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
+#include "common/evaluation_limits.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/name_pattern.h"
@@ -325,11 +326,12 @@ absl::Status ResolveTexts(QuantizationConfig* config) {
       "config.evaluation.max_windows", evaluation.max_windows(), 1, limits::kEvaluationWindowsMax,
       kEvaluationWindowsDefault,
       [](QuantizationConfig* c, int v) { c->mutable_evaluation()->set_max_windows(v); }, config));
-  return ResolveInt(
+  WALSH_RETURN_IF_ERROR(ResolveInt(
       "config.evaluation.sequence_length", evaluation.sequence_length(), limits::kSequenceLengthMin,
       limits::kSequenceLengthMax, kSequenceLengthDefault,
       [](QuantizationConfig* c, int v) { c->mutable_evaluation()->set_sequence_length(v); },
-      config);
+      config));
+  return ValidateEvaluation(evaluation);
 }
 
 // Absent limits are no limits; a gate without any is none.

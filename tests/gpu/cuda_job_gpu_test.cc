@@ -161,6 +161,32 @@ void PrintTo(const Variant& variant, std::ostream* out) { *out << variant.name; 
 
 class CudaJobVariantTest : public CudaJobTest, public ::testing::WithParamInterface<Variant> {};
 
+// Overlapping windows, and tasks, which both score on the CPU.
+TEST_F(CudaJobTest, EvaluatesAsTheCpuDoes) {
+  JobSpec spec = Job();
+  spec.quantizer.bits = 8;
+  spec.evaluation_stride = 32;
+  const std::string path = directory_ / "t.jsonl";
+  std::ofstream(path) << R"({"context": "The waves", "continuation": "of"})";
+  spec.tasks = {{.path = path}};
+  ASSERT_OK_AND_ASSIGN(const JobReport cpu, RunOnCpu(spec));
+  ASSERT_OK_AND_ASSIGN(const JobReport cuda, RunOnCuda(spec));
+  EXPECT_EQ(cuda.evaluation_tokens, 127 + 3 * 32);
+  EXPECT_EQ(cuda.evaluation_tokens, cpu.evaluation_tokens);
+  EXPECT_NEAR(cuda.perplexity_before / cpu.perplexity_before, 1.0, 0.005);
+  EXPECT_NEAR(cuda.perplexity_after / cpu.perplexity_after, 1.0, 0.005);
+  ASSERT_EQ(cuda.window_losses_before.size(), cpu.window_losses_before.size());
+  for (size_t i = 0; i < cpu.window_losses_before.size(); ++i) {
+    EXPECT_NEAR(cuda.window_losses_before[i], cpu.window_losses_before[i], 0.02) << i;
+  }
+  ASSERT_EQ(cuda.tasks.size(), 1u);
+  EXPECT_EQ(cuda.tasks[0].before.score.perplexity->mean,
+            cpu.tasks[0].before.score.perplexity->mean);
+  EXPECT_NEAR(
+      cuda.tasks[0].after.score.perplexity->mean / cpu.tasks[0].after.score.perplexity->mean, 1.0,
+      0.01);
+}
+
 TEST_P(CudaJobVariantTest, AgreesWithTheCpu) {
   JobSpec spec = Job(GetParam().model);
   spec.rotation = GetParam().rotation;

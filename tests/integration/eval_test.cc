@@ -86,6 +86,100 @@ TEST_F(EvalTest, TheCommandMeasuresWhatTheJobMeasured) {
   EXPECT_THAT(shown.err, HasSubstr("evaluating t"));
 }
 
+// Rows that are joined, windows that overlap and a task, asked of the job by its flags.
+TEST_F(EvalTest, TheJobMeasuresWhatTheCommandDoes) {
+  ASSERT_OK_AND_ASSIGN(const client::Output made, service_.RunWalsh({"quantize",
+                                                                     model_.path(),
+                                                                     "--name",
+                                                                     "n",
+                                                                     "--bits",
+                                                                     "3",
+                                                                     "--calibration",
+                                                                     model_.text_path(),
+                                                                     "--num-samples",
+                                                                     "8",
+                                                                     "--seq-len",
+                                                                     "128",
+                                                                     "--eval-text",
+                                                                     model_.text_path(),
+                                                                     "--eval-text-format",
+                                                                     "wikitext",
+                                                                     "--eval-window",
+                                                                     "128",
+                                                                     "--eval-stride",
+                                                                     "32",
+                                                                     "--eval-windows",
+                                                                     "5",
+                                                                     "--eval-tasks",
+                                                                     texts_ / "t.jsonl",
+                                                                     "--no-load",
+                                                                     "--output",
+                                                                     "json"}));
+  ASSERT_EQ(made.exit_code, 0) << made.err;
+  ASSERT_OK_AND_ASSIGN(
+      const client::Output evaluated,
+      service_.RunWalsh({"eval", "n", "--text", model_.text_path(), "--text-format", "wikitext",
+                         "--window", "128", "--stride", "32", "--windows", "5", "--reference",
+                         "source", "--tasks", texts_ / "t.jsonl", "--output", "json"}));
+  ASSERT_EQ(evaluated.exit_code, 0) << evaluated.err;
+  ASSERT_OK_AND_ASSIGN(const v1::ListQuantizationJobsResponse jobs,
+                       service_.client().ListJobs("model_name=n", "", 10));
+  ASSERT_EQ(jobs.quantization_jobs_size(), 1);
+  const v1::QuantizationJob& job = jobs.quantization_jobs(0);
+  const auto result = nlohmann::json::parse(evaluated.out);
+  const auto& text = result["text"];
+  EXPECT_EQ(text["stride"], 32);
+  EXPECT_EQ(text["tokens"], std::to_string(job.result().evaluation_tokens()));
+  EXPECT_EQ(job.result().evaluation_tokens(), 127 + 4 * 32);
+  EXPECT_NEAR(text["perplexity"].get<double>(), job.result().perplexity_after(), 1e-6);
+  EXPECT_NEAR(text["reference_perplexity"].get<double>(), job.result().perplexity_before(), 1e-6);
+  EXPECT_NEAR(text["kl_divergence"].get<double>(), job.result().kl_divergence(), 1e-9);
+  EXPECT_NEAR(text["top1_agreement"].get<double>(), job.result().top1_agreement(), 1e-12);
+  // Read another way, the text is another.
+  EXPECT_NE(job.result().perplexity_before(), job_.result().perplexity_before());
+
+  ASSERT_EQ(job.result().tasks_size(), 1);
+  const v1::TaskResult& after = job.result().tasks(0).after();
+  const auto& task = result["tasks"][0];
+  EXPECT_EQ(after.name(), "t");
+  EXPECT_EQ(after.items(), 2);
+  EXPECT_EQ(after.tokens(), std::stoi(task["tokens"].get<std::string>()));
+  EXPECT_NEAR(after.accuracy(), task["accuracy"].get<double>(), 1e-12);
+  EXPECT_NEAR(after.accuracy_stderr(), task["accuracy_stderr"].get<double>(), 1e-12);
+  EXPECT_NEAR(after.accuracy_norm(), task["accuracy_norm"].get<double>(), 1e-12);
+  EXPECT_EQ(job.result().tasks(0).before().items(), 2);
+
+  const std::string id = job.name().substr(job.name().find('/') + 1);
+  ASSERT_OK_AND_ASSIGN(const client::Output shown, service_.RunWalsh({"jobs", "get", id}));
+  EXPECT_THAT(shown.out, AllOf(HasSubstr("accuracy norm. %"), HasSubstr("quantized")));
+  const testing::TempDir dir;
+  ASSERT_OK_AND_ASSIGN(const client::Output report,
+                       service_.RunWalsh({"jobs", "report", id, "--file", dir / "r.html"}));
+  ASSERT_EQ(report.exit_code, 0) << report.err;
+  ASSERT_OK_AND_ASSIGN(const std::string html, ReadFile(dir / "r.html", 1 << 24));
+  EXPECT_THAT(html, HasSubstr("Zero-shot tasks"));
+}
+
+TEST_F(EvalTest, RefusesJobsWhoseEvaluationCannotBeDone) {
+  const auto quantize = [&](std::vector<std::string> flags) {
+    flags.insert(flags.begin(), {"quantize", model_.path(), "--name", "n", "--validate-only"});
+    const auto output = service_.RunWalsh(flags);
+    EXPECT_OK(output);
+    EXPECT_EQ(output->exit_code, 1);
+    return output->err;
+  };
+  EXPECT_THAT(quantize({"--eval-text-format", "wikitext"}),
+              AllOf(HasSubstr("config.evaluation.format"), HasSubstr("there is no uri")));
+  EXPECT_THAT(quantize({"--eval-window", "64", "--eval-stride", "65"}),
+              HasSubstr("config.evaluation.stride: must be 0 or from 1 to 64, is 65"));
+  EXPECT_THAT(quantize({"--no-eval", "--eval-tasks", texts_ / "t.jsonl"}),
+              HasSubstr("config.evaluation.tasks: is set, but the evaluation is disabled"));
+  EXPECT_THAT(quantize({"--eval-tasks", texts_ / "none.jsonl"}),
+              AllOf(HasSubstr("NOT_FOUND"), HasSubstr("config.evaluation.tasks[0].uri")));
+  EXPECT_THAT(quantize({"--eval-tasks", model_.text_path()}),
+              AllOf(HasSubstr("INVALID_ARGUMENT"), HasSubstr("task 1: ")));
+}
+
 TEST_F(EvalTest, RefusesWithTheReason) {
   const auto eval = [&](std::vector<std::string> flags) {
     flags.insert(flags.begin(), "eval");

@@ -65,15 +65,6 @@ absl::Status Stopping() {
   return status;
 }
 
-// As the client knows the field.
-absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std::string& field,
-                                         const std::string& path) {
-  absl::StatusOr<std::string> resolved = resolve(path);
-  if (resolved.ok()) return resolved;
-  return absl::Status(resolved.status().code(),
-                      absl::StrCat(field, ": ", resolved.status().message()));
-}
-
 v1::TextResult ToProto(const evaluate::TextReport& report) {
   v1::TextResult result;
   result.set_perplexity(report.perplexity.mean);
@@ -90,25 +81,6 @@ v1::TextResult ToProto(const evaluate::TextReport& report) {
   result.set_kl_divergence(report.kl_divergence.mean);
   result.set_kl_divergence_stderr(report.kl_divergence.standard_error);
   result.set_top1_agreement(report.top1_agreement);
-  return result;
-}
-
-v1::TaskResult ToProto(const evaluate::TaskReport& report) {
-  v1::TaskResult result;
-  result.set_name(report.name);
-  result.set_items(report.items);
-  result.set_accuracy(report.score.accuracy.mean);
-  result.set_accuracy_stderr(report.score.accuracy.standard_error);
-  if (report.score.accuracy_norm.has_value()) {
-    result.set_accuracy_norm(report.score.accuracy_norm->mean);
-    result.set_accuracy_norm_stderr(report.score.accuracy_norm->standard_error);
-  }
-  if (report.score.perplexity.has_value()) {
-    result.set_perplexity(report.score.perplexity->mean);
-    result.set_perplexity_stderr(report.score.perplexity->standard_error);
-  }
-  result.set_tokens(report.score.tokens);
-  result.set_truncated_items(report.score.truncated_items);
   return result;
 }
 
@@ -140,14 +112,7 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
                              ResolveField(options_.resolve, "text.reference", asked.reference()));
     }
   }
-  for (int i = 0; i < request.tasks_size(); ++i) {
-    const v1::TaskEvaluation& asked = request.tasks(i);
-    evaluate::TaskSpec& task = spec.tasks.emplace_back();
-    WALSH_ASSIGN_OR_RETURN(
-        task.path, ResolveField(options_.resolve, absl::StrCat("tasks[", i, "].uri"), asked.uri()));
-    task.name = asked.uri();
-    task.limit = asked.limit();
-  }
+  WALSH_ASSIGN_OR_RETURN(spec.tasks, ToTaskSpecs("tasks", request.tasks(), options_.resolve));
   return spec;
 }
 

@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "absl/strings/str_cat.h"
+#include "common/evaluation_limits.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/resource_name.h"
@@ -196,6 +197,47 @@ absl::StatusOr<pipeline::OnlineSpec> ToOnlineSpec(const QuantizationConfig& conf
 
 }  // namespace
 
+absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std::string& field,
+                                         const std::string& path) {
+  absl::StatusOr<std::string> resolved = resolve(path);
+  if (resolved.ok()) return resolved;
+  return absl::Status(resolved.status().code(),
+                      absl::StrCat(field, ": ", resolved.status().message()));
+}
+
+absl::StatusOr<std::vector<evaluate::TaskSpec>> ToTaskSpecs(
+    const std::string& field, const google::protobuf::RepeatedPtrField<v1::TaskEvaluation>& tasks,
+    const PathResolver& resolve) {
+  std::vector<evaluate::TaskSpec> specs;
+  for (int i = 0; i < tasks.size(); ++i) {
+    evaluate::TaskSpec& spec = specs.emplace_back();
+    WALSH_ASSIGN_OR_RETURN(
+        spec.path, ResolveField(resolve, absl::StrCat(field, "[", i, "].uri"), tasks[i].uri()));
+    spec.name = tasks[i].uri();
+    spec.limit = tasks[i].limit();
+  }
+  return specs;
+}
+
+v1::TaskResult ToProto(const evaluate::TaskReport& report) {
+  v1::TaskResult result;
+  result.set_name(report.name);
+  result.set_items(report.items);
+  result.set_accuracy(report.score.accuracy.mean);
+  result.set_accuracy_stderr(report.score.accuracy.standard_error);
+  if (report.score.accuracy_norm.has_value()) {
+    result.set_accuracy_norm(report.score.accuracy_norm->mean);
+    result.set_accuracy_norm_stderr(report.score.accuracy_norm->standard_error);
+  }
+  if (report.score.perplexity.has_value()) {
+    result.set_perplexity(report.score.perplexity->mean);
+    result.set_perplexity_stderr(report.score.perplexity->standard_error);
+  }
+  result.set_tokens(report.score.tokens);
+  result.set_truncated_items(report.score.truncated_items);
+  return result;
+}
+
 absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
                                             const PathResolver& resolve) {
   const QuantizationConfig& config = job.config();
@@ -235,6 +277,10 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
       spec.evaluation_length,
       Count("config.evaluation.sequence_length", evaluation.sequence_length(),
             kDefaultSequenceLength, limits::kSequenceLengthMin, limits::kSequenceLengthMax));
+  WALSH_RETURN_IF_ERROR(ValidateEvaluation(evaluation));
+  spec.evaluation_stride = evaluation.stride();
+  spec.evaluation_joins_rows = evaluation.format() == v1::TextEvaluation::WIKITEXT;
+  spec.evaluation_skips_bos = evaluation.skip_bos();
 
   WALSH_ASSIGN_OR_RETURN(spec.quality_gate, ToQualityGate(config));
 
@@ -247,6 +293,8 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
     WALSH_ASSIGN_OR_RETURN(spec.evaluation_path, resolve(evaluation.uri()));
     spec.evaluation_name = evaluation.uri();
   }
+  WALSH_ASSIGN_OR_RETURN(spec.tasks,
+                         ToTaskSpecs("config.evaluation.tasks", evaluation.tasks(), resolve));
   return spec;
 }
 
@@ -348,6 +396,11 @@ QuantizationJob::Result ToResult(const pipeline::JobReport& report, const std::s
     }
   }
   result.set_evaluation_tokens(report.evaluation_tokens);
+  for (const pipeline::TaskQuality& task : report.tasks) {
+    QuantizationJob::TaskQuality& quality = *result.add_tasks();
+    *quality.mutable_before() = ToProto(task.before);
+    *quality.mutable_after() = ToProto(task.after);
+  }
   result.set_rotation_gate(report.rotation_gate);
   for (int stage = 0; stage < pipeline::kStages; ++stage) {
     if (report.stage_seconds[stage] <= 0) continue;

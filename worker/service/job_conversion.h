@@ -6,16 +6,29 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "walsh/internal/v1/worker.pb.h"
+#include "walsh/v1/evaluation.pb.h"
 #include "walsh/v1/quantization.pb.h"
+#include "worker/evaluate/tasks/score_task.h"
+#include "worker/evaluate/tasks/task_file.h"
 #include "worker/pipeline/quantize_job.h"
 
 namespace walsh::service {
 
 // A path of a job to one that this worker may read.
 using PathResolver = std::function<absl::StatusOr<std::string>(std::string_view path)>;
+
+// An error begins with the field, as the client knows it.
+absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std::string& field,
+                                         const std::string& path);
+
+absl::StatusOr<std::vector<evaluate::TaskSpec>> ToTaskSpecs(
+    const std::string& field, const google::protobuf::RepeatedPtrField<v1::TaskEvaluation>& tasks,
+    const PathResolver& resolve);
+v1::TaskResult ToProto(const evaluate::TaskReport& report);
 
 // Everything but the output directory, with the defaults of the proto filled in.
 absl::StatusOr<pipeline::JobSpec> ToJobSpec(const v1::QuantizationJob& job,

@@ -201,6 +201,22 @@ TEST(JobValidationTest, QualityGate) {
               StatusIs(kInvalid, HasSubstr("needs an evaluation")));
 }
 
+// All of it is in common/evaluation_limits_test.cc.
+TEST(JobValidationTest, Evaluation) {
+  v1::CreateQuantizationJobRequest request = Valid();
+  v1::Evaluation& evaluation =
+      *request.mutable_quantization_job()->mutable_config()->mutable_evaluation();
+  evaluation.set_stride(2048);
+  evaluation.add_tasks()->set_uri("/piqa.jsonl");
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, ValidateNewJob(request));
+  EXPECT_EQ(job.config().evaluation().stride(), 2048);
+  EXPECT_EQ(job.config().evaluation().tasks_size(), 1);
+  evaluation.set_stride(2049);
+  EXPECT_THAT(ValidateNewJob(request),
+              StatusIs(kInvalid, HasSubstr("config.evaluation.stride: must be 0 or from 1 to "
+                                           "2048, is 2049")));
+}
+
 TEST(JobValidationTest, ErrorPropagation) {
   const auto validate = [](QuantizationConfig::Method method, double value) {
     v1::CreateQuantizationJobRequest request = Valid();

@@ -116,7 +116,13 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   flags.no_mse_clip = true;
   flags.error_propagation = 0;
   flags.eval_text = "/texts/eval.txt";
+  flags.eval_text_format = "wikitext";
+  flags.eval_window = 512;
+  flags.eval_stride = 128;
   flags.eval_windows = 3;
+  flags.eval_tasks = {"/tasks/piqa.jsonl", "/tasks/arc_easy.jsonl"};
+  flags.eval_limit = 100;
+  flags.eval_no_bos = true;
   flags.no_eval = true;
   flags.max_perplexity_ratio = 1.5;
   flags.max_kl = 0.25;
@@ -142,7 +148,14 @@ TEST(MakeQuantizeRequestTest, CarriesEveryFlag) {
   EXPECT_TRUE(config.has_error_propagation());
   EXPECT_EQ(config.error_propagation(), 0);
   EXPECT_EQ(config.evaluation().uri(), "/texts/eval.txt");
+  EXPECT_EQ(config.evaluation().format(), v1::TextEvaluation::WIKITEXT);
+  EXPECT_EQ(config.evaluation().sequence_length(), 512);
+  EXPECT_EQ(config.evaluation().stride(), 128);
   EXPECT_EQ(config.evaluation().max_windows(), 3);
+  ASSERT_EQ(config.evaluation().tasks_size(), 2);
+  EXPECT_EQ(config.evaluation().tasks(1).uri(), "/tasks/arc_easy.jsonl");
+  EXPECT_EQ(config.evaluation().tasks(1).limit(), 100);
+  EXPECT_TRUE(config.evaluation().skip_bos());
   EXPECT_TRUE(config.evaluation().disable());
   EXPECT_EQ(config.quality_gate().max_perplexity_ratio(), 1.5);
   EXPECT_EQ(config.quality_gate().max_kl_divergence(), 0.25);
@@ -267,6 +280,14 @@ TEST(MakeQuantizeRequestTest, RefusesWhatIsSetOfAQuantizerThatIsOff) {
   refused([](auto& f) { f.kv_clip = 0.9; }, "--kv-clip");
   refused([](auto& f) { f.act_group_size = "row"; }, "'row' is not token or a number");
   refused([](auto& f) { f.kv_group_size = "0"; }, "'0' is not head or a number");
+}
+
+TEST(MakeQuantizeRequestTest, ALimitIsOfTasks) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.eval_limit = 5;
+  EXPECT_THAT(MakeQuantizeRequest(flags, false),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("--eval-limit has no meaning without --eval-tasks")));
 }
 
 TEST(MakeQuantizeRequestTest, RelativePathsAreTheCallers) {

@@ -134,11 +134,31 @@ TEST(HtmlReportTest, TextIsEscapedWhereverItComesFrom) {
   result.mutable_per_layer(0)->set_name(evil);
   result.mutable_per_layer(1)->set_fallback(evil);
   result.add_warnings(evil);
+  result.add_tasks()->mutable_after()->set_name(evil);
   result.add_step_times()->set_name(evil);
   const std::string html = HtmlReport(job);
   ExpectWellFormed(html);
   EXPECT_THAT(html, AllOf(Not(HasSubstr("<script")), Not(HasSubstr("\x1b")),
                           HasSubstr("&lt;script&gt;alert(&quot;1&quot; &amp; &#39;2&#39;)")));
+}
+
+TEST(HtmlReportTest, TasksBeforeAndAfter) {
+  Job job = FinishedJob();
+  EXPECT_THAT(HtmlReport(job), Not(HasSubstr("Zero-shot tasks")));
+  Job::TaskQuality& task = *job.mutable_result()->add_tasks();
+  task.mutable_before()->set_accuracy(0.75);
+  task.mutable_before()->set_accuracy_stderr(0.01);
+  task.mutable_after()->set_name("piqa");
+  task.mutable_after()->set_items(1838);
+  task.mutable_after()->set_accuracy(0.5);
+  task.mutable_after()->set_perplexity(12.5);
+  const std::string html = HtmlReport(job);
+  ExpectWellFormed(html);
+  EXPECT_THAT(html, AllOf(HasSubstr("Zero-shot tasks"),
+                          HasSubstr("<td>piqa</td><td class=\"n\">1,838</td><td>original</td>"
+                                    "<td class=\"n\">75.00 ± 1.00</td>"),
+                          HasSubstr("<td>quantized</td><td class=\"n\">50.00 ± 0.00</td>"
+                                    "<td class=\"n\"></td><td class=\"n\">12.50</td>")));
 }
 
 TEST(HtmlReportTest, AGateAndItsVerdict) {
@@ -169,7 +189,7 @@ TEST(HtmlReportTest, JobsOfEveryKind) {
       std::numeric_limits<double>::infinity());
   const std::string html = HtmlReport(odd);
   ExpectWellFormed(html);
-  EXPECT_THAT(html, AllOf(HasSubstr("was not evaluated"), Not(HasSubstr("nan"))));
+  EXPECT_THAT(html, AllOf(HasSubstr("No perplexity was measured"), Not(HasSubstr("nan"))));
 }
 
 }  // namespace

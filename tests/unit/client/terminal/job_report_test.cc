@@ -105,6 +105,25 @@ TEST(JobReportTest, ShowsTheDeviceAndWhatOnlyItMeasures) {
   EXPECT_THAT(JobReport(job), HasSubstr("divergence")) << "a measured 0 is a result";
 }
 
+TEST(JobReportTest, ShowsTasksBeforeAndAfter) {
+  Job job = FinishedJob();
+  EXPECT_THAT(JobReport(job), Not(HasSubstr("accuracy")));
+  Job::TaskQuality& task = *job.mutable_result()->add_tasks();
+  for (v1::TaskResult* result : {task.mutable_before(), task.mutable_after()}) {
+    result->set_name("piqa");
+    result->set_items(1838);
+    result->set_accuracy(0.7523);
+    result->set_accuracy_stderr(0.0101);
+    result->set_accuracy_norm(0.76);
+    result->set_accuracy_norm_stderr(0.01);
+  }
+  task.mutable_after()->set_accuracy(0.5);
+  const std::string report = JobReport(job);
+  EXPECT_THAT(report, HasSubstr("  task  items  model        accuracy %  accuracy norm. %  perpl"));
+  EXPECT_THAT(report, HasSubstr("  piqa  1,838  original   75.23 ± 1.01      76.00 ± 1.00"));
+  EXPECT_THAT(report, HasSubstr("               quantized  50.00 ± 1.01      76.00 ± 1.00"));
+}
+
 TEST(JobReportTest, ShowsWhereADeviceSpentItsTime) {
   Job job = FinishedJob();
   EXPECT_THAT(JobReport(job), Not(HasSubstr("device work")));

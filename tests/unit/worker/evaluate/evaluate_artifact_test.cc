@@ -78,6 +78,67 @@ TEST_F(EvaluateArtifactTest, MeasuresWhatTheJobMeasured) {
   EXPECT_THAT(report.warnings, IsEmpty());
 }
 
+// The same for rows that are joined, windows that overlap, tasks, and without BOS.
+TEST_F(EvaluateArtifactTest, MeasuresWhatTheJobMeasuredInEveryWay) {
+  const std::string rows = Write("rows.txt", "The waves\n \n" + std::string(300, 'a') +
+                                                 "\ncame in from the sea\nand went out again\n" +
+                                                 std::string(300, 'b') + "\n");
+  pipeline::JobSpec job = TinyJob();
+  job.quantizer.bits = 3;
+  job.evaluation_path = rows;
+  job.evaluation_joins_rows = true;
+  job.evaluation_length = 64;
+  job.evaluation_stride = 24;
+  job.evaluation_skips_bos = true;
+  job.tasks = {{.path = Write("last.jsonl", R"({"context": "The waves", "continuation": "of"})")},
+               {.path = Write("q.jsonl", R"({"query": "a", "choices": ["b", "c"], "gold": 1})"
+                                         "\n"
+                                         R"({"query": "d", "choices": ["e", "f"], "gold": 1})"),
+                .name = "/asked/choice.jsonl"}};
+  job.output_directory = directory_ / "second";
+  ASSERT_OK_AND_ASSIGN(const pipeline::JobReport made, Run(job));
+  spec_ = {.artifact_directory = job.output_directory,
+           .text = TextSpec{.path = rows,
+                            .joins_rows = true,
+                            .window = 64,
+                            .stride = 24,
+                            .max_windows = 4,
+                            .reference_path = directory_ / "model"},
+           .tasks = job.tasks,
+           .skip_bos = true};
+  ASSERT_OK_AND_ASSIGN(const EvaluationReport report, Evaluate());
+  EXPECT_EQ(report.text->windows, 4);
+  EXPECT_EQ(report.text->tokens, 63 + 3 * 24);
+  EXPECT_EQ(made.evaluation_tokens, 63 + 3 * 24);
+  EXPECT_NEAR(report.text->perplexity.mean, made.perplexity_after, 1e-9 * made.perplexity_after);
+  EXPECT_NEAR(report.text->reference_perplexity, made.perplexity_before,
+              1e-9 * made.perplexity_before);
+  EXPECT_NEAR(report.text->kl_divergence.mean, made.kl_divergence, 1e-9);
+  EXPECT_NEAR(report.text->top1_agreement, made.top1_agreement, 1e-12);
+  ASSERT_OK_AND_ASSIGN(const std::string walsh_json,
+                       ReadFile(job.output_directory + "/walsh.json", 1 << 24));
+  const auto quality = nlohmann::json::parse(walsh_json)["quality"];
+  EXPECT_EQ(quality["fingerprint"], report.text->fingerprint);
+  EXPECT_EQ(quality["stride"], 24);
+  ASSERT_EQ(report.tasks.size(), 2u);
+  ASSERT_EQ(made.tasks.size(), 2u);
+  for (size_t i = 0; i < 2; ++i) {
+    const TaskReport& task = report.tasks[i];
+    const TaskReport& after = made.tasks[i].after;
+    EXPECT_EQ(after.name, task.name);
+    EXPECT_EQ(after.items, task.items);
+    EXPECT_EQ(after.score.tokens, task.score.tokens);
+    EXPECT_EQ(after.score.accuracy.mean, task.score.accuracy.mean);
+    EXPECT_EQ(after.score.accuracy.standard_error, task.score.accuracy.standard_error);
+    EXPECT_EQ(made.tasks[i].before.score.tokens, task.score.tokens);
+    EXPECT_EQ(quality["tasks"][i]["after"]["accuracy"], task.score.accuracy.mean);
+  }
+  EXPECT_NEAR(made.tasks[0].after.score.perplexity->mean, report.tasks[0].score.perplexity->mean,
+              1e-9);
+  EXPECT_EQ(made.tasks[1].after.name, "choice");
+  EXPECT_TRUE(made.tasks[1].after.score.accuracy_norm.has_value());
+}
+
 TEST_F(EvaluateArtifactTest, TheFingerprintIsThatOfTheWindows) {
   spec_.text = {.path = directory_ / "eval.txt", .window = 64, .stride = 16, .max_windows = 5};
   ASSERT_OK_AND_ASSIGN(const EvaluationReport report, Evaluate());

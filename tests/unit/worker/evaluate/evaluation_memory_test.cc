@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <string>
+
 namespace walsh::evaluate {
 namespace {
 
@@ -50,6 +52,26 @@ TEST(EvaluationBytesTest, OfTasks) {
 TEST(EvaluationBytesTest, OfWhatIsHeldBesideThem) {
   const ModelConfig config = Config();
   EXPECT_EQ(EvaluationBytes(config, nullptr, {.held_bytes = 77}), 77);
+}
+
+// The largest item decides, each of whose choices is cut to the context; all texts are held.
+TEST(AddTasksTest, CountsTheLargestItemAndAllTexts) {
+  ModelConfig config = Config();
+  Task task;
+  task.items = {{.contexts = {std::string(100, 'a')}, .continuations = {"bb", "ccc"}},
+                {.contexts = {"a"}, .continuations = {"b"}}};
+  EvaluationShape shape;
+  AddTasks({&task, 1}, config, shape);
+  EXPECT_EQ(shape.item_tokens_max, 106);
+  EXPECT_GE(shape.held_bytes, 107 * 5);
+  const int64_t held = shape.held_bytes;
+  AddTasks({&task, 1}, config, shape);
+  EXPECT_EQ(shape.item_tokens_max, 106);
+  EXPECT_EQ(shape.held_bytes, 2 * held);
+  config.max_position = 10;
+  EvaluationShape cut;
+  AddTasks({&task, 1}, config, cut);
+  EXPECT_EQ(cut.item_tokens_max, 2 * 11);
 }
 
 }  // namespace

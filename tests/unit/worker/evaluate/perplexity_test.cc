@@ -295,6 +295,17 @@ TEST_F(CompareTest, PredictsFromTheGivenPositionsOn) {
               Loss(LogProbabilities(*other_, windows, 1), windows, 1, /*first_scored=*/30), 1e-4);
 }
 
+TEST(WindowLossesTest, MeansAreOverTokens) {
+  EXPECT_EQ(WindowLosses().Perplexity(), 0);
+  EXPECT_EQ(WindowLosses().TokenMean({}), 0);
+  WindowLosses losses{.losses = {1, 2}, .n_scored = {3, 1}, .n_tokens = 4};
+  EXPECT_DOUBLE_EQ(losses.TokenMean(losses.losses), 1.25);
+  EXPECT_DOUBLE_EQ(losses.Perplexity(), std::exp(1.25));
+  losses.Append({.losses = {5}, .n_scored = {4}, .n_tokens = 4});
+  EXPECT_DOUBLE_EQ(losses.TokenMean(losses.losses), 25.0 / 8);
+  EXPECT_DOUBLE_EQ(losses.TokenMean(std::vector<double>{8, 0, 2}), 4);
+}
+
 TEST_F(CompareTest, RefusesAnotherVocabulary) {
   const auto larger = Write("larger", {.seed = 5, .vocab = 300, .is_tied = true});
   EXPECT_THAT(

@@ -11,12 +11,45 @@ namespace {
 
 TEST(QualityReportTest, HasTheDivergenceWhereItWasMeasured) {
   JobReport report;
-  EXPECT_FALSE(QualityReport({}, report).contains("kl_divergence"));
-  EXPECT_FALSE(QualityReport({}, report).contains("top1_agreement"));
+  const JobTexts texts{.evaluation = {.length = 2, .ids = {0, 1}}};
+  EXPECT_FALSE(QualityReport({}, texts, report).contains("kl_divergence"));
+  EXPECT_FALSE(QualityReport({}, texts, report).contains("top1_agreement"));
   report.kl_divergence = 0;
   report.top1_agreement = 1;
-  EXPECT_EQ(QualityReport({}, report)["kl_divergence"], 0.0);
-  EXPECT_EQ(QualityReport({}, report)["top1_agreement"], 1.0);
+  EXPECT_EQ(QualityReport({}, texts, report)["kl_divergence"], 0.0);
+  EXPECT_EQ(QualityReport({}, texts, report)["top1_agreement"], 1.0);
+}
+
+TEST(QualityReportTest, TellsHowWindowsLie) {
+  const JobTexts texts{.evaluation = {.length = 2, .ids = {0, 1}}};
+  nlohmann::json quality = QualityReport({.evaluation_stride = 2}, texts, {});
+  EXPECT_EQ(quality["stride"], 2);
+  EXPECT_EQ(quality["text"], "windows without overlap, first token of each not predicted");
+  quality = QualityReport({.evaluation_stride = 1}, texts, {});
+  EXPECT_EQ(quality["stride"], 1);
+  EXPECT_EQ(quality["text"], "overlapping windows, each token predicted once");
+}
+
+// Tasks alone, where the text was too short.
+TEST(QualityReportTest, HasTheTasks) {
+  JobReport report;
+  report.tasks = {{.before = {.name = "t", .items = 3, .score = {.accuracy = {0.5, 0.25}}},
+                   .after = {.name = "t",
+                             .items = 3,
+                             .score = {.accuracy = {0.25, 0.125},
+                                       .accuracy_norm = evaluate::Estimate{0.75, 0.0625},
+                                       .tokens = 12}}}};
+  const nlohmann::json expected = {{"name", "t"},
+                                   {"items", 3},
+                                   {"tokens", 12},
+                                   {"truncated_items", 0},
+                                   {"before", {{"accuracy", 0.5}, {"accuracy_stderr", 0.25}}},
+                                   {"after",
+                                    {{"accuracy", 0.25},
+                                     {"accuracy_stderr", 0.125},
+                                     {"accuracy_norm", 0.75},
+                                     {"accuracy_norm_stderr", 0.0625}}}};
+  EXPECT_EQ(QualityReport({}, {}, report), (nlohmann::json{{"tasks", {expected}}}));
 }
 
 // Readers take the first regular expression that matches the module, and JSON members have no

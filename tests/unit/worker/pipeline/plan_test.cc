@@ -219,6 +219,35 @@ TEST_F(PlanJobTest, CountsEvaluationAndItsWindowsAndTheTexts) {
   EXPECT_GT(large.memory_bytes_needed, 800 << 20);
 }
 
+// An item's keys, values and hidden states beside a layer, and the file's text and ids all the
+// time.
+TEST_F(PlanJobTest, CountsTasksOnce) {
+  JobSpec spec = TinyJob({.max_position = 65536});
+  spec.n_calibration_windows = 1;
+  ASSERT_OK_AND_ASSIGN(const JobPlan none, PlanJob(spec));
+  const std::string path = directory_ / "task.jsonl";
+  std::ofstream(path) << R"({"context": ")" << std::string(60000, 'a')
+                      << R"(", "continuation": "b"})";
+  spec.tasks = {{.path = path}};
+  ASSERT_OK_AND_ASSIGN(const JobPlan large, PlanJob(spec));
+  EXPECT_GT(large.memory_bytes_needed, none.memory_bytes_needed + 60000 * 64 * 4);
+  spec.tasks = {{.path = directory_ / "none.jsonl"}};
+  EXPECT_THAT(PlanJob(spec), StatusIs(absl::StatusCode::kNotFound, HasSubstr("task 1: ")));
+  spec.evaluate = false;
+  EXPECT_OK(PlanJob(spec));
+}
+
+TEST_F(PlanJobTest, AStrideIsAtMostAWindow) {
+  JobSpec spec = TinyJob();
+  spec.evaluation_stride = spec.evaluation_length;
+  EXPECT_OK(PlanJob(spec));
+  for (const int64_t stride : {spec.evaluation_length + 1, int64_t{-1}}) {
+    spec.evaluation_stride = stride;
+    EXPECT_THAT(PlanJob(spec),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("evaluation stride")));
+  }
+}
+
 // No float of it but one layer's: what grows with the layers is a byte and a bit for each weight.
 TEST_F(PlanJobTest, OwnTextNeedsTheModelAt8Bits) {
   const auto needed = [&](int64_t n_layers) {

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/publish.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/io/artifact.h"
 #include "worker/pipeline/plan.h"
@@ -25,7 +26,13 @@ using ::testing::IsEmpty;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::StatusIs;
 
-class RunJobTest : public testing::JobTest {};
+class RunJobTest : public testing::JobTest {
+ protected:
+  std::string Write(const std::string& name, const std::string& contents) {
+    EXPECT_OK(PublishFile(directory_ / name, contents));
+    return directory_ / name;
+  }
+};
 
 TEST_F(RunJobTest, MakesAnArtifactAndSaysWhatItIs) {
   const JobSpec spec = TinyJob({.is_tied = true});
@@ -355,6 +362,60 @@ TEST_F(RunJobTest, EvaluationTextOfItsOwn) {
   ASSERT_OK_AND_ASSIGN(const JobReport own, Run(spec));
   EXPECT_EQ(own.calibration_fingerprint, held_out.calibration_fingerprint);
   EXPECT_NE(own.window_losses_before, held_out.window_losses_before);
+}
+
+// What EvaluateArtifact measures of it: tests/unit/worker/evaluate/evaluate_artifact_test.cc.
+TEST_F(RunJobTest, OverlappingWindowsPredictEachTokenOnce) {
+  JobSpec spec = TinyJob();
+  spec.evaluation_stride = 32;
+  ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec));
+  EXPECT_EQ(report.evaluation_tokens, 127 + 3 * 32);
+  ASSERT_EQ(report.window_losses_after.size(), 4u);
+  const double loss = (127 * report.window_losses_after[0] + 32 * report.window_losses_after[1] +
+                       32 * report.window_losses_after[2] + 32 * report.window_losses_after[3]) /
+                      (127 + 3 * 32);
+  EXPECT_NEAR(std::log(report.perplexity_after), loss, 1e-9);
+}
+
+TEST_F(RunJobTest, TasksAreScoredWithoutATextToo) {
+  JobSpec spec = TinyJob();
+  spec.evaluation_path = WriteText("one.txt", 0);
+  spec.tasks = {{.path = Write("last.jsonl", R"({"context": "The waves", "continuation": "of"})")}};
+  ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec));
+  EXPECT_EQ(report.perplexity_after, 0);
+  ASSERT_EQ(report.tasks.size(), 1u);
+  EXPECT_EQ(report.tasks[0].before.name, "last");
+  EXPECT_GT(report.tasks[0].before.score.perplexity->mean, 1);
+  EXPECT_GT(report.tasks[0].after.score.perplexity->mean, 1);
+  EXPECT_NE(report.tasks[0].before.score.perplexity->mean,
+            report.tasks[0].after.score.perplexity->mean);
+}
+
+// In VALIDATING what the file shows, in LOADING what the tokenizer does: before any work.
+TEST_F(RunJobTest, BadTasksEndTheJobBeforeItsWork) {
+  JobSpec spec = TinyJob();
+  const auto refused = [&](const std::string& lines, Stage last, const char* message) {
+    spec.tasks = {{.path = Write("task.jsonl", lines), .name = "/asked/for.jsonl"}};
+    const auto in_time = [&](const JobProgress& progress) {
+      EXPECT_LE(progress.stage, last) << message;
+      return absl::OkStatus();
+    };
+    EXPECT_THAT(Run(spec, 2, in_time),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(message)));
+    EXPECT_FALSE(Exists(spec.output_directory));
+  };
+  refused("{}", Stage::kValidating, "task 1: line 1");
+  const std::string longer(1000, 'x');
+  refused(R"({"context": "a", "continuation": ")" + longer + "\"}", Stage::kLoading,
+          "task 'for': item 0: a continuation has ");
+}
+
+TEST_F(RunJobTest, TasksAreNotReadWhereNothingIsEvaluated) {
+  JobSpec spec = TinyJob();
+  spec.evaluate = false;
+  spec.tasks = {{.path = directory_ / "none.jsonl"}};
+  ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec));
+  EXPECT_THAT(report.tasks, IsEmpty());
 }
 
 TEST_F(RunJobTest, MissingParentOfTheOutputIsAnError) {

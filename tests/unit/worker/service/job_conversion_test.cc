@@ -86,6 +86,77 @@ TEST(ToJobSpecTest, KeepsTheNameOfThePreset) {
   EXPECT_EQ(spec.preset, "gptq-w4");
 }
 
+TEST(ToJobSpecTest, EvaluatesPlainlyByDefault) {
+  ASSERT_OK_AND_ASSIGN(const pipeline::JobSpec spec, SpecOf([](auto&) {}));
+  EXPECT_EQ(spec.evaluation_stride, 0);
+  EXPECT_FALSE(spec.evaluation_joins_rows);
+  EXPECT_FALSE(spec.evaluation_skips_bos);
+  EXPECT_TRUE(spec.tasks.empty());
+}
+
+TEST(ToJobSpecTest, CarriesTheEvaluation) {
+  const auto set = [](v1::QuantizationConfig& config) {
+    v1::Evaluation& evaluation = *config.mutable_evaluation();
+    evaluation.set_uri("/rows");
+    evaluation.set_format(v1::TextEvaluation::WIKITEXT);
+    evaluation.set_sequence_length(512);
+    evaluation.set_stride(128);
+    evaluation.set_skip_bos(true);
+    evaluation.add_tasks()->set_uri("/a.jsonl");
+    evaluation.add_tasks()->set_uri("/b.jsonl");
+    evaluation.mutable_tasks(1)->set_limit(7);
+  };
+  ASSERT_OK_AND_ASSIGN(const pipeline::JobSpec spec, SpecOf(set));
+  EXPECT_EQ(spec.evaluation_path, "/rows");
+  EXPECT_TRUE(spec.evaluation_joins_rows);
+  EXPECT_EQ(spec.evaluation_length, 512);
+  EXPECT_EQ(spec.evaluation_stride, 128);
+  EXPECT_TRUE(spec.evaluation_skips_bos);
+  ASSERT_EQ(spec.tasks.size(), 2u);
+  EXPECT_EQ(spec.tasks[0].name, "/a.jsonl");
+  EXPECT_EQ(spec.tasks[1].path, "/b.jsonl");
+  EXPECT_EQ(spec.tasks[1].limit, 7);
+  EXPECT_THAT(SpecOf([&](auto& config) {
+                set(config);
+                config.mutable_evaluation()->set_stride(513);
+              }),
+              testing::StatusIs(absl::StatusCode::kInvalidArgument,
+                                ::testing::HasSubstr("config.evaluation.stride")));
+}
+
+TEST(ToJobSpecTest, ATaskThatIsNotThereIsNamed) {
+  v1::QuantizationJob job;
+  job.set_model_name("m");
+  job.mutable_config()->mutable_evaluation()->add_tasks()->set_uri("/none");
+  EXPECT_THAT(ToJobSpec(job,
+                        [](std::string_view path) -> absl::StatusOr<std::string> {
+                          if (path == "/none") return absl::NotFoundError("no such file");
+                          return std::string(path);
+                        }),
+              testing::StatusIs(absl::StatusCode::kNotFound,
+                                "config.evaluation.tasks[0].uri: no such file"));
+}
+
+TEST(ToResultTest, HasTheTasksBeforeAndAfter) {
+  pipeline::JobReport report;
+  report.tasks = {{.before = {.name = "t", .items = 3, .score = {.accuracy = {0.5, 0.25}}},
+                   .after = {.name = "t",
+                             .items = 3,
+                             .score = {.accuracy = {0.25, 0.125},
+                                       .perplexity = evaluate::Estimate{9, 1},
+                                       .tokens = 12}}}};
+  const v1::QuantizationJob::Result result = ToResult(report, "m");
+  ASSERT_EQ(result.tasks_size(), 1);
+  EXPECT_EQ(result.tasks(0).before().accuracy(), 0.5);
+  EXPECT_EQ(result.tasks(0).before().accuracy_stderr(), 0.25);
+  EXPECT_FALSE(result.tasks(0).before().has_perplexity());
+  EXPECT_EQ(result.tasks(0).after().name(), "t");
+  EXPECT_EQ(result.tasks(0).after().items(), 3);
+  EXPECT_EQ(result.tasks(0).after().accuracy(), 0.25);
+  EXPECT_EQ(result.tasks(0).after().perplexity(), 9);
+  EXPECT_EQ(result.tasks(0).after().tokens(), 12);
+}
+
 TEST(ToJobSpecTest, NothingIsDoneAtRunTimeByDefault) {
   ASSERT_OK_AND_ASSIGN(const pipeline::OnlineSpec online, OnlineOf([](auto&) {}));
   EXPECT_EQ(online.down_rotation, rotate::Kind::kNone);
