@@ -147,10 +147,12 @@ std::string TaskTable(const Job::Result& result) {
                {"accuracy norm. %", Align::kRight},
                {"perplexity", Align::kRight}});
   for (const Job::TaskQuality& task : result.tasks()) {
-    const TaskTexts before = TextsOf(task.before()), after = TextsOf(task.after());
-    table.AddRow({SafeText(task.after().name()), CountText(task.after().items()), "original",
-                  before.accuracy, before.accuracy_norm, before.perplexity});
-    table.AddRow({"", "", "quantized", after.accuracy, after.accuracy_norm, after.perplexity});
+    for (const v1::TaskResult* model : {&task.before(), &task.after()}) {
+      const TaskTexts texts = TextsOf(*model);
+      table.AddRow({SafeText(model->name()), CountText(model->items()),
+                    model == &task.before() ? "original" : "quantized", texts.accuracy,
+                    texts.accuracy_norm, texts.perplexity});
+    }
   }
   return table.Text(2);
 }

@@ -208,7 +208,7 @@ TEST(JobValidationTest, Evaluation) {
       *request.mutable_quantization_job()->mutable_config()->mutable_evaluation();
   evaluation.set_stride(2048);
   evaluation.add_tasks()->set_uri("/piqa.jsonl");
-  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, ValidateNewJob(request));
+  ASSERT_OK_AND_ASSIGN(const v1::QuantizationJob job, ValidateNewJob(request));
   EXPECT_EQ(job.config().evaluation().stride(), 2048);
   EXPECT_EQ(job.config().evaluation().tasks_size(), 1);
   evaluation.set_stride(2049);

@@ -121,7 +121,7 @@ TEST(JobReportTest, ShowsTasksBeforeAndAfter) {
   const std::string report = JobReport(job);
   EXPECT_THAT(report, HasSubstr("  task  items  model        accuracy %  accuracy norm. %  perpl"));
   EXPECT_THAT(report, HasSubstr("  piqa  1,838  original   75.23 ± 1.01      76.00 ± 1.00"));
-  EXPECT_THAT(report, HasSubstr("               quantized  50.00 ± 1.01      76.00 ± 1.00"));
+  EXPECT_THAT(report, HasSubstr("  piqa  1,838  quantized  50.00 ± 1.01      76.00 ± 1.00"));
 }
 
 TEST(JobReportTest, ShowsWhereADeviceSpentItsTime) {
