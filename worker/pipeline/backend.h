@@ -1,7 +1,8 @@
 // Where a job's arithmetic runs: the parts of it that touch every weight.
 //
 // A job (quantize_job.h) resolves options, reads texts, reports and publishes the same way
-// everywhere; a backend proves the rotation, quantizes the layers and evaluates what was stored.
+// everywhere, and scores zero-shot tasks on the CPU; a backend proves the rotation, quantizes the
+// layers and evaluates what was stored on a text.
 // The CPU's is always there; that of a CUDA device is made by MakeCudaBackend
 // (cuda/cuda_backend.h).
 //

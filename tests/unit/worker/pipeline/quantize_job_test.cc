@@ -379,7 +379,7 @@ TEST_F(RunJobTest, OverlappingWindowsPredictEachTokenOnce) {
 
 TEST_F(RunJobTest, TasksAreScoredWithoutATextToo) {
   JobSpec spec = TinyJob();
-  spec.evaluation_path = WriteText("one.txt", 0);
+  spec.evaluation_path = Write("short.txt", "too short");
   spec.tasks = {{.path = Write("last.jsonl", R"({"context": "The waves", "continuation": "of"})")}};
   ASSERT_OK_AND_ASSIGN(const JobReport report, Run(spec));
   EXPECT_EQ(report.perplexity_after, 0);
@@ -389,6 +389,11 @@ TEST_F(RunJobTest, TasksAreScoredWithoutATextToo) {
   EXPECT_GT(report.tasks[0].after.score.perplexity->mean, 1);
   EXPECT_NE(report.tasks[0].before.score.perplexity->mean,
             report.tasks[0].after.score.perplexity->mean);
+  // Their figures are in walsh.json.
+  const auto digests = Digests(spec.output_directory);
+  spec.output_directory = directory_ / "again";
+  ASSERT_OK(Run(spec, 3));
+  EXPECT_EQ(Digests(spec.output_directory), digests);
 }
 
 // In VALIDATING what the file shows, in LOADING what the tokenizer does: before any work.
