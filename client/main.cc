@@ -1,5 +1,6 @@
 #include <CLI/CLI.hpp>
 
+#include "client/commands/bench.h"
 #include "client/commands/chat.h"
 #include "client/commands/doctor.h"
 #include "client/commands/eval.h"
@@ -42,6 +43,7 @@ int Run(int argc, const char* const* argv) {
   AddModelsCommand(app, global, chosen);
   AddGenerateCommand(app, global, chosen);
   AddChatCommand(app, global, chosen);
+  AddBenchCommand(app, global, chosen);
   AddEvalCommand(app, global, chosen);
   AddTokenizeCommand(app, global, chosen);
   AddDetokenizeCommand(app, global, chosen);

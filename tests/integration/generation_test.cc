@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <thread>
 
@@ -418,6 +419,36 @@ TEST_F(GenerationTest, TheCommandStreamsChatsAndReports) {
   ASSERT_OK_AND_ASSIGN(const client::Output workers,
                        service_->RunWalsh({"workers", "list", "--output", "json"}));
   EXPECT_THAT(workers.out, HasSubstr("\"ONLINE\""));
+}
+
+TEST_F(GenerationTest, TheCommandMeasuresALoad) {
+  for (const std::vector<std::string>& load :
+       {std::vector<std::string>{"--concurrency", "3"}, {"--rate", "50", "--concurrency", "4"}}) {
+    std::vector<std::string> arguments = {"bench",           kModel, "--requests",      "9",
+                                          "--prompt-tokens", "20",   "--output-tokens", "8",
+                                          "--output",        "json"};
+    arguments.insert(arguments.end(), load.begin(), load.end());
+    ASSERT_OK_AND_ASSIGN(const client::Output output, service_->RunWalsh(arguments));
+    ASSERT_EQ(output.exit_code, 0) << output.err;
+    const auto json = nlohmann::json::parse(output.out);
+    EXPECT_EQ(json["requests"], 9);
+    EXPECT_EQ(json["failed"], 0);
+    EXPECT_EQ(json["prompt_tokens"], 9 * 20);
+    EXPECT_EQ(json["output_tokens"], 9 * 8);
+    EXPECT_LE(json["concurrency_peak"].get<int>(), 4);
+    EXPECT_GT(json["time_to_first_token_seconds"]["p50"].get<double>(), 0);
+    EXPECT_LE(json["time_to_first_token_seconds"]["max"], json["request_latency_seconds"]["max"]);
+  }
+}
+
+TEST_F(GenerationTest, ALoadThatCannotRunIsRefusedBefore) {
+  ASSERT_OK_AND_ASSIGN(const client::Output too_long,
+                       service_->RunWalsh({"bench", kModel, "--prompt-tokens", "1000000"}));
+  EXPECT_EQ(too_long.exit_code, 1);
+  EXPECT_THAT(too_long.err, HasSubstr("the model's context is "));
+  ASSERT_OK_AND_ASSIGN(const client::Output unknown, service_->RunWalsh({"bench", "nobody"}));
+  EXPECT_EQ(unknown.exit_code, 1);
+  EXPECT_THAT(unknown.err, HasSubstr("NOT_FOUND"));
 }
 
 TEST_F(GenerationTest, ALoadedModelIsDeletedOnlyByForce) {
