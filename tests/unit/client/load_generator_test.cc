@@ -56,12 +56,13 @@ TEST(LoadGeneratorTest, APoissonLoadIsDueAtTimesOfItsSeedWhateverTheServiceDoes)
   const auto run = [&](absl::Duration service_time) {
     LoadGenerator generator(options, Clock::Real());
     std::vector<absl::Duration> due;
-    for (const RequestRecord& request : generator
-                                            .Run([&](int64_t, RequestRecorder&, Cancellation&) {
-                                              absl::SleepFor(service_time);
-                                              return absl::OkStatus();
-                                            })
-                                            .requests) {
+    for (const RequestRecord& request :
+         generator
+             .Run([&](int64_t, RequestRecorder&, Cancellation& stop) {
+               EXPECT_TRUE(stop.Sleep(service_time));
+               return absl::OkStatus();
+             })
+             .requests) {
       due.push_back(request.due);
     }
     return due;
@@ -77,8 +78,8 @@ TEST(LoadGeneratorTest, APoissonLoadIsDueAtTimesOfItsSeedWhateverTheServiceDoes)
 // Five requests are due within microseconds, and the one stream takes 20 ms for each.
 TEST(LoadGeneratorTest, WaitingForABusyServiceIsPartOfARequestsTime) {
   LoadGenerator generator({.concurrency = 1, .rate = 1e6, .n_requests = 5}, Clock::Real());
-  const LoadResult result = generator.Run([&](int64_t, RequestRecorder&, Cancellation&) {
-    absl::SleepFor(absl::Milliseconds(20));
+  const LoadResult result = generator.Run([&](int64_t, RequestRecorder&, Cancellation& stop) {
+    EXPECT_TRUE(stop.Sleep(absl::Milliseconds(20)));
     return absl::OkStatus();
   });
   ASSERT_THAT(result.requests, SizeIs(5));
@@ -90,8 +91,8 @@ TEST(LoadGeneratorTest, NothingIsSentAfterTheDuration) {
   LoadGenerator closed(
       {.concurrency = 2, .n_requests = 1000, .duration_max = absl::Milliseconds(50)},
       Clock::Real());
-  const LoadResult result = closed.Run([&](int64_t, RequestRecorder&, Cancellation&) {
-    absl::SleepFor(absl::Milliseconds(20));
+  const LoadResult result = closed.Run([&](int64_t, RequestRecorder&, Cancellation& stop) {
+    EXPECT_TRUE(stop.Sleep(absl::Milliseconds(20)));
     return absl::OkStatus();
   });
   EXPECT_GE(result.requests.size(), 2u);
