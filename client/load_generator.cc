@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <random>
+#include <system_error>
 #include <thread>
+
+#include "absl/strings/str_cat.h"
 
 namespace walsh::client {
 
@@ -12,8 +15,10 @@ void RequestRecorder::OnTokens(int64_t n_tokens) {
   if (record_->n_output_tokens == 0) {
     record_->first_token = now;
   } else {
-    const absl::Duration gap = (now - record_->last_token) / n_tokens;
-    record_->token_gaps.insert(record_->token_gaps.end(), static_cast<size_t>(n_tokens), gap);
+    const double seconds = absl::ToDoubleSeconds(now - record_->last_token);
+    record_->token_gaps.push_back(
+        {.seconds = static_cast<float>(seconds / static_cast<double>(n_tokens)),
+         .n_tokens = static_cast<int32_t>(n_tokens)});
   }
   record_->last_token = now;
   record_->n_output_tokens += n_tokens;
@@ -21,7 +26,8 @@ void RequestRecorder::OnTokens(int64_t n_tokens) {
 
 LoadGenerator::LoadGenerator(const LoadOptions& options, Clock* clock)
     : options_(options), clock_(clock) {
-  for (int i = 0; i < options.concurrency; ++i) {
+  const int64_t n_streams = std::min<int64_t>(options.concurrency, options.n_requests);
+  for (int64_t i = 0; i < n_streams; ++i) {
     streams_.push_back(std::make_unique<Cancellation>());
   }
 }
@@ -44,7 +50,7 @@ std::vector<absl::Duration> LoadGenerator::Arrivals() const {
   return arrivals;
 }
 
-LoadResult LoadGenerator::Run(const SendRequest& send) {
+absl::StatusOr<LoadResult> LoadGenerator::Run(const SendRequest& send) {
   const std::vector<absl::Duration> arrivals = Arrivals();
   const bool is_open = options_.rate > 0;
   const int64_t n_requests = is_open ? static_cast<int64_t>(arrivals.size()) : options_.n_requests;
@@ -59,7 +65,7 @@ LoadResult LoadGenerator::Run(const SendRequest& send) {
       const int64_t index = next++;
       if (index >= n_requests) return;
       const absl::Duration now = clock_->Monotonic() - start;
-      if (!is_open && now >= options_.duration_max) return;
+      if (now >= options_.duration_max) return;
       const absl::Duration due = is_open ? arrivals[static_cast<size_t>(index)] : now;
       if (due > now && !stop.Sleep(due - now)) return;
       auto record = std::make_unique<RequestRecord>();
@@ -76,14 +82,25 @@ LoadResult LoadGenerator::Run(const SendRequest& send) {
     }
   };
   std::vector<std::thread> threads;
-  for (const std::unique_ptr<Cancellation>& stream : streams_) {
-    threads.emplace_back([&run_stream, &stream] { run_stream(*stream); });
+  absl::Status started;
+  try {
+    for (const std::unique_ptr<Cancellation>& stream : streams_) {
+      threads.emplace_back([&run_stream, &stream] { run_stream(*stream); });
+    }
+  } catch (const std::system_error& e) {
+    started = absl::ResourceExhaustedError(absl::StrCat(
+        "no threads for ", streams_.size(), " streams after ", threads.size(), ": ", e.what()));
+    Stop();
   }
   for (std::thread& thread : threads) thread.join();
+  if (!started.ok()) return started;
 
   LoadResult result{.concurrency_peak = n_running_max, .is_stopped = is_stopped_};
   for (const std::unique_ptr<RequestRecord>& record : records) {
-    if (record == nullptr) continue;
+    if (record == nullptr) {
+      result.n_unsent += is_open ? 1 : 0;
+      continue;
+    }
     result.elapsed = std::max(result.elapsed, record->end);
     result.requests.push_back(std::move(*record));
   }

@@ -5,9 +5,9 @@
 //   open loop    requests at `rate` a second with exponential gaps (a Poisson process), whatever
 //                the service does, at most `concurrency` at once. One that finds all of these busy
 //                waits, and its times count from when it was due: a slow service does not thin out
-//                its own measurement.
+//                its own measurement. Those that were due and not sent are counted.
 //
-// Threads: Run is called once; Stop is safe from any thread.
+// Threads: Run is called once and starts a thread for each stream; Stop is safe from any thread.
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
 #include "common/grpc_cancellation.h"
@@ -41,9 +42,13 @@ struct RequestRecord {
   absl::Duration end;
   int64_t n_prompt_tokens = 0;
   int64_t n_output_tokens = 0;
-  // From each token after the first message to the one before it; tokens that came in one message
-  // share its gap.
-  std::vector<absl::Duration> token_gaps;
+  // Of each message with tokens after the first: the time since the one before it, shared among its
+  // tokens.
+  struct TokenGap {
+    float seconds = 0;  // of one token
+    int32_t n_tokens = 0;
+  };
+  std::vector<TokenGap> token_gaps;
 };
 
 // What tells the generator what arrived.
@@ -68,13 +73,15 @@ struct LoadResult {
   std::vector<RequestRecord> requests;  // those that were sent, in the order in which they were due
   absl::Duration elapsed;               // to the end of the last
   int concurrency_peak = 0;
+  int64_t n_unsent = 0;     // due before the end and not sent, in an open loop
   bool is_stopped = false;  // by Stop, before all were sent
 };
 
 class LoadGenerator {
  public:
   LoadGenerator(const LoadOptions& options, Clock* clock);
-  LoadResult Run(const SendRequest& send);
+  // RESOURCE_EXHAUSTED when the system has no threads for so many streams.
+  absl::StatusOr<LoadResult> Run(const SendRequest& send);
   // Cancels what is on its way and sends nothing more.
   void Stop();
 

@@ -22,8 +22,13 @@ namespace walsh::client {
 struct Distribution {
   double mean = 0, p50 = 0, p90 = 0, p99 = 0, max = 0;
 };
+// A value that stands for `count` equal ones.
+struct Repeated {
+  double seconds = 0;
+  int64_t count = 1;
+};
 // Percentiles between two values are interpolated linearly.
-Distribution DistributionOf(std::vector<double> seconds);
+Distribution DistributionOf(std::vector<Repeated> values);
 
 struct LoadSummary {
   int64_t n_done = 0;
@@ -34,6 +39,7 @@ struct LoadSummary {
   std::map<absl::StatusCode, Failures> failures;
   double seconds = 0;
   int concurrency_peak = 0;
+  int64_t n_unsent = 0;
   bool is_stopped = false;
   int64_t n_prompt_tokens = 0, n_output_tokens = 0;
   Distribution time_to_first_token, inter_token_latency, time_per_output_token, request_latency;

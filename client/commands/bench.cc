@@ -1,6 +1,7 @@
 #include "client/commands/bench.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <random>
 #include <utility>
@@ -74,34 +75,39 @@ v1::GenerateRequest MakeRequest(const BenchFlags& flags, const std::vector<int32
 absl::StatusOr<LoadResult> RunLoad(const BenchFlags& flags, const LoadOptions& options,
                                    const Vocabulary& vocabulary, Client& client,
                                    Interrupts& interrupts) {
-  const SendRequest send = [&](int64_t index, RequestRecorder& recorder, Cancellation& stop) {
-    const v1::GenerateRequest request =
-        MakeRequest(flags, BenchPrompt(flags, vocabulary.alphabet, index), index);
-    return client.GenerateStream(
-        request,
-        [&recorder](const v1::GenerateStreamResponse& event) {
-          if (event.has_started()) recorder.SetPromptTokens(event.started().prompt_tokens());
-          if (event.has_delta()) recorder.OnTokens(event.delta().token_ids_size());
-        },
-        &stop);
-  };
-  const auto run = [&](const LoadOptions& load) {
+  // Prompts from `first` on.
+  const auto run = [&](const LoadOptions& load, int64_t first) {
+    const SendRequest send = [&](int64_t i, RequestRecorder& recorder, Cancellation& stop) {
+      const int64_t index = first + i;
+      const v1::GenerateRequest request =
+          MakeRequest(flags, BenchPrompt(flags, vocabulary.alphabet, index), index);
+      return client.GenerateStream(
+          request,
+          [&recorder](const v1::GenerateStreamResponse& event) {
+            if (event.has_started()) recorder.SetPromptTokens(event.started().prompt_tokens());
+            if (event.has_delta()) recorder.OnTokens(event.delta().token_ids_size());
+          },
+          &stop);
+    };
     LoadGenerator generator(load, Clock::Real());
     interrupts.OnNext([&generator] { generator.Stop(); });
-    LoadResult result = generator.Run(send);
+    absl::StatusOr<LoadResult> result = generator.Run(send);
     interrupts.OnNext(nullptr);
     return result;
   };
   if (flags.warmup > 0) {
-    const LoadResult warmup = run(
-        {.concurrency = std::min(flags.warmup, options.concurrency), .n_requests = flags.warmup});
+    // With prompts of its own: no cache may know those that are measured.
+    WALSH_ASSIGN_OR_RETURN(const LoadResult warmup,
+                           run({.concurrency = std::min(flags.warmup, options.concurrency),
+                                .n_requests = flags.warmup},
+                               options.n_requests));
     for (const RequestRecord& request : warmup.requests) {
       // What fails alone would fail under load.
       WALSH_RETURN_IF_ERROR(request.status);
     }
     if (warmup.is_stopped) return absl::CancelledError("stopped before the load");
   }
-  return run(options);
+  return run(options, 0);
 }
 
 int RunBench(const BenchFlags& flags, const GlobalFlags& global) {
@@ -130,6 +136,10 @@ int RunBench(const BenchFlags& flags, const GlobalFlags& global) {
 }  // namespace
 
 absl::StatusOr<LoadOptions> MakeLoadOptions(const BenchFlags& flags) {
+  if (!std::isfinite(flags.rate) || !std::isfinite(flags.seconds) ||
+      !std::isfinite(flags.temperature)) {
+    return absl::InvalidArgumentError("--rate, --duration and --temperature are finite numbers");
+  }
   if (flags.shared_tokens >= flags.prompt_tokens) {
     return absl::InvalidArgumentError(absl::StrCat("--shared-prefix is ", flags.shared_tokens,
                                                    ", less than the ", flags.prompt_tokens,

@@ -53,6 +53,11 @@ std::string LoadReport(const LoadDescription& description, const LoadSummary& su
                           " failed in ", SecondsText(summary.seconds), "; ",
                           RateText(summary.PerSecond(summary.n_done), "requests"), ", at most ",
                           CountText(summary.concurrency_peak), " at once"));
+  if (summary.n_unsent > 0) {
+    AppendFact(text, "unsent",
+               absl::StrCat(CountText(summary.n_unsent),
+                            " more were due and not sent: the service fell behind the rate"));
+  }
   AppendFact(text, "prompts",
              absl::StrCat(CountText(summary.n_prompt_tokens), " tokens, ",
                           RateText(summary.PerSecond(summary.n_prompt_tokens), "tokens")));
@@ -97,6 +102,7 @@ std::string LoadJson(const LoadDescription& description, const LoadSummary& summ
       {"requests", summary.n_done},
       {"failed", summary.n_failed()},
       {"failures", std::move(failures)},
+      {"unsent", summary.n_unsent},
       {"concurrency_peak", summary.concurrency_peak},
       {"requests_per_second", summary.PerSecond(summary.n_done)},
       {"prompt_tokens", summary.n_prompt_tokens},

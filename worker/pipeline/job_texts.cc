@@ -23,7 +23,7 @@ using calibrate::TokenStream;
 // Evaluation windows that are cut from the calibration text, in tokens.
 int64_t HeldOutTokens(const JobSpec& spec, const ResolvedJob& job) {
   if (!spec.evaluate || !spec.evaluation_path.empty()) return 0;
-  return EvaluationTextTokens(job, spec.n_evaluation_windows);
+  return EvaluationTextTokens(job);
 }
 
 int64_t CalibrationTokens(const JobSpec& spec, const ResolvedJob& job) {
@@ -73,7 +73,7 @@ void CutEvaluation(const JobSpec& spec, const ResolvedJob& job, std::vector<int3
     return;
   }
   const evaluate::StridedWindows windows(std::move(ids), length, job.evaluation_stride,
-                                         spec.n_evaluation_windows);
+                                         job.n_evaluation_windows);
   texts.evaluation = windows.Cut(0, windows.count());
   texts.first_scored = windows.FirstScored(0, windows.count());
   if (texts.evaluation.count() < spec.n_evaluation_windows || length < job.evaluation_length) {
@@ -101,13 +101,13 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
   // First what may be refused, then what takes long.
   TokenStream evaluation;
   if (spec.evaluate && !spec.evaluation_path.empty()) {
-    WALSH_ASSIGN_OR_RETURN(
-        evaluation, ReadText({.kind = "evaluation",
-                              .file = {spec.evaluation_path, spec.evaluation_name},
-                              .joins_rows = spec.evaluation_joins_rows,
-                              .skip_bos = spec.evaluation_skips_bos},
-                             checkpoint, tokenizer, job.evaluation_length,
-                             EvaluationTextTokens(job, spec.n_evaluation_windows), keep_going));
+    WALSH_ASSIGN_OR_RETURN(evaluation,
+                           ReadText({.kind = "evaluation",
+                                     .file = {spec.evaluation_path, spec.evaluation_name},
+                                     .joins_rows = spec.evaluation_joins_rows,
+                                     .skip_bos = spec.evaluation_skips_bos},
+                                    checkpoint, tokenizer, job.evaluation_length,
+                                    EvaluationTextTokens(job), keep_going));
   }
   TokenStream stream;
   if (spec.calibration_path.empty()) {

@@ -244,7 +244,7 @@ class Memory {
         config_(config),
         job_(job),
         tokens_(spec.n_calibration_windows * job.sequence_length),
-        evaluation_tokens_(spec.evaluate ? spec.n_evaluation_windows * job.evaluation_length : 0),
+        evaluation_tokens_(job.n_evaluation_windows * job.evaluation_length),
         vocabulary_(config.vocab * config.hidden),
         layer_(LayerWeights(config)) {
     for (const LinearShape& shape : LinearShapes(config)) {
@@ -489,6 +489,24 @@ double ReadWork(const ModelConfig& config) {
           2.0 * static_cast<double>(config.vocab * config.hidden));
 }
 
+// Memory is planned for so many. A byte of plain text is a token at most, and a row that is joined
+// ends with three of them; what chats in JSON are rendered to is not known from their size.
+int64_t EvaluationWindows(const JobSpec& spec, const ResolvedJob& job) {
+  if (!spec.evaluate) return 0;
+  const NamedFile file{spec.evaluation_path, spec.evaluation_name};
+  const std::string extension = std::filesystem::path(file.shown()).extension();
+  const bool is_json = extension == ".json" || extension == ".jsonl";
+  std::error_code error;
+  const auto size = file.path.empty() ? 0 : std::filesystem::file_size(file.path, error);
+  // Without a file, or with one that cannot be read, which the job will say.
+  if (size == 0 || error || (is_json && !spec.evaluation_joins_rows)) {
+    return spec.n_evaluation_windows;
+  }
+  const int64_t tokens = static_cast<int64_t>(size) * (spec.evaluation_joins_rows ? 3 : 1) + 1;
+  const int64_t more = std::max<int64_t>(0, tokens - job.evaluation_length);
+  return std::min(spec.n_evaluation_windows, 1 + more / job.evaluation_stride);
+}
+
 absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& checkpoint,
                                     const KeepGoing& keep_going) {
   const ModelConfig& config = checkpoint.config();
@@ -510,6 +528,7 @@ absl::StatusOr<ResolvedJob> Resolve(const JobSpec& spec, const Checkpoint& check
   job.evaluation_stride = spec.evaluation_stride == 0
                               ? job.evaluation_length
                               : std::min(spec.evaluation_stride, job.evaluation_length);
+  job.n_evaluation_windows = EvaluationWindows(spec, job);
   if (job.sequence_length < spec.sequence_length) {
     job.warnings.push_back(absl::StrCat("sequence length ", spec.sequence_length,
                                         " reduced to the model's context ", config.max_position));
@@ -549,7 +568,7 @@ int64_t HostMemoryNeeded(const JobSpec& spec, const ModelConfig& config, const R
 
 int64_t ProcessMemory(const JobSpec& spec, const ResolvedJob& job) {
   const int64_t tokens = spec.n_calibration_windows * job.sequence_length +
-                         (spec.evaluate ? spec.n_evaluation_windows * job.evaluation_length : 0);
+                         job.n_evaluation_windows * job.evaluation_length;
   evaluate::EvaluationShape tasks;
   evaluate::AddTasks(job.tasks, {}, tasks);
   return kProcessBytes + tokens * static_cast<int64_t>(sizeof(int32_t)) + tasks.held_bytes;
@@ -562,8 +581,8 @@ int64_t TaskMemoryNeeded(const ModelConfig& config, const ResolvedJob& job) {
   return evaluate::EvaluationBytes(config, nullptr, shape);
 }
 
-int64_t EvaluationTextTokens(const ResolvedJob& job, int64_t n_windows) {
-  return job.evaluation_length + (n_windows - 1) * job.evaluation_stride;
+int64_t EvaluationTextTokens(const ResolvedJob& job) {
+  return job.evaluation_length + (job.n_evaluation_windows - 1) * job.evaluation_stride;
 }
 
 int64_t PreparationMemoryNeeded(const JobSpec& spec, const ModelConfig& config,

@@ -48,6 +48,8 @@ struct ResolvedJob {
   int64_t sequence_length = 0;  // reduced to the model's context
   int64_t evaluation_length = 0;
   int64_t evaluation_stride = 0;
+  // At most: JobSpec's, or as many as the evaluation's file can have; 0: not evaluated.
+  int64_t n_evaluation_windows = 0;
   std::vector<evaluate::Task> tasks;  // of the evaluation, read
   int64_t disk_bytes = 0;
   std::vector<std::string> warnings;
@@ -82,8 +84,8 @@ int64_t TaskMemoryNeeded(const ModelConfig& config, const ResolvedJob& job);
 // Code, libraries, token ids and tasks, which are there all the time.
 int64_t ProcessMemory(const JobSpec& spec, const ResolvedJob& job);
 
-// Tokens of a text that `n_windows` of the evaluation take.
-int64_t EvaluationTextTokens(const ResolvedJob& job, int64_t n_windows);
+// Tokens of a text that the evaluation's windows take.
+int64_t EvaluationTextTokens(const ResolvedJob& job);
 
 // Sublayer outputs that wait for their linear's quantization: those of all calibration tokens, as
 // far as there is room.

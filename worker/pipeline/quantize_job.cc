@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/limits.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "worker/evaluate/layer_source.h"
@@ -147,7 +148,7 @@ class Job {
     CountStorage();
     progress_.SetLayers(checkpoint_->config().n_layers);
     PlanWork(spec_.n_calibration_windows * job_.sequence_length,
-             spec_.evaluate ? spec_.n_evaluation_windows * job_.evaluation_length : 0);
+             job_.n_evaluation_windows * job_.evaluation_length);
     return absl::OkStatus();
   }
 
@@ -241,14 +242,22 @@ class Job {
 
   // What is wrong with an item is found before the work.
   absl::Status EncodeTasks() {
-    const int64_t context = checkpoint_->config().max_position;
+    const ModelConfig& config = checkpoint_->config();
+    int64_t n_tokens = 0;
     for (const evaluate::Task& task : job_.tasks) {
       absl::StatusOr<evaluate::EncodedTask> encoded = evaluate::EncodeTask(
-          task, *tokenizer_, context, {.skip_bos = spec_.evaluation_skips_bos}, keep_going_);
+          task, *tokenizer_, config, {.skip_bos = spec_.evaluation_skips_bos}, keep_going_);
       if (!encoded.ok()) return AboutTask(task, encoded.status());
+      n_tokens += encoded->tokens;
+      // All are held until the job ends.
+      if (n_tokens > limits::kTaskFileBytesMax) {
+        return AboutTask(task, absl::InvalidArgumentError(absl::StrCat(
+                                   "has, with the tasks before it, ", n_tokens, " tokens, at most ",
+                                   limits::kTaskFileBytesMax, " are taken")));
+      }
       if (encoded->truncated_items > 0) {
         report_.warnings.push_back(
-            evaluate::TruncationWarning(task.name, encoded->truncated_items, context));
+            evaluate::TruncationWarning(task.name, encoded->truncated_items, config.max_position));
       }
       encoded_tasks_.push_back(*std::move(encoded));
     }

@@ -80,8 +80,8 @@ bool MayPass(const absl::Status& status) {
 //
 // Reports go out on a thread of their own: the coordinator stores each on its disk before it
 // answers, and a device would have nothing to do meanwhile. While one is on its way those behind it
-// wait, at most one for each stage of each layer; once one is not taken, they become one, since
-// each may cost the timeout of a call.
+// wait, at most one for each stage of each layer. Once one is not taken or has waited too long they
+// become one, so that neither watchers nor the job's end lag far behind.
 class JobRunner::ProgressReporter {
  public:
   ProgressReporter(JobRunner* runner, HeldLease* held)
@@ -121,29 +121,33 @@ class JobRunner::ProgressReporter {
     report.linears = std::move(linears);
   }
 
-  // `report` stands for the last of the queue as well, which is not empty. `mutex_` is held.
+  struct Queued {
+    pipeline::JobProgress report;
+    absl::Duration since;
+  };
+
+  // The next two with `mutex_` held. `report` stands for the last of the queue as well, which is
+  // not empty.
   void MergeLastInto(pipeline::JobProgress& report) {
-    Prepend(std::move(queue_.back().linears), report);
+    Prepend(std::move(queue_.back().report.linears), report);
     queue_.pop_back();
   }
-
   void MergeQueue() {
-    const std::lock_guard lock(mutex_);
     if (queue_.empty()) return;
-    pipeline::JobProgress last = std::move(queue_.back());
+    Queued last = std::move(queue_.back());
     queue_.pop_back();
-    while (!queue_.empty()) MergeLastInto(last);
+    while (!queue_.empty()) MergeLastInto(last.report);
     queue_.push_back(std::move(last));
   }
 
   void Queue(pipeline::JobProgress report) {
     {
       const std::lock_guard lock(mutex_);
-      if (!queue_.empty() && queue_.back().stage == report.stage &&
-          queue_.back().layer == report.layer) {
+      if (!queue_.empty() && queue_.back().report.stage == report.stage &&
+          queue_.back().report.layer == report.layer) {
         MergeLastInto(report);
       }
-      queue_.push_back(std::move(report));
+      queue_.push_back({.report = std::move(report), .since = runner_->clock_->Monotonic()});
     }
     changed_.notify_all();
   }
@@ -158,7 +162,9 @@ class JobRunner::ProgressReporter {
         if (is_done_) return;
         continue;
       }
-      pipeline::JobProgress report = std::move(queue_.front());
+      const absl::Duration waited = runner_->clock_->Monotonic() - queue_.front().since;
+      if (waited > runner_->options_.report_lag_max) MergeQueue();
+      pipeline::JobProgress report = std::move(queue_.front().report);
       queue_.pop_front();
       lock.unlock();
       // Nothing may leave the thread: a report is not worth the process.
@@ -178,6 +184,7 @@ class JobRunner::ProgressReporter {
       // meanwhile goes out with a later report.
       WALSH_LOG(Warning, "progress was not stored", {"job", held_->job_name()}, {"error", status});
       unsent_ = std::move(report.linears);
+      const std::lock_guard lock(mutex_);
       MergeQueue();
     }
   }
@@ -195,7 +202,7 @@ class JobRunner::ProgressReporter {
 
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<pipeline::JobProgress> queue_;
+  std::deque<Queued> queue_;
   bool is_done_ = false;
   std::thread sending_;  // last: it uses the others
 };

@@ -50,6 +50,8 @@ class JobRunner {
     int n_threads = 0;                      // 0: the machine's
     PathResolver resolve;
     std::string device = "cpu";  // of results and messages
+    // Reports of progress that have waited for longer become one.
+    absl::Duration report_lag_max = absl::Seconds(5);
     std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)> plan;
     std::function<absl::StatusOr<WorkerMemory>()> memory;
     Quantize quantize;  // pipeline::RunJob

@@ -13,20 +13,31 @@ RequestRecord Done(int due_ms, int first_ms, int last_ms, int n_tokens) {
                        .n_prompt_tokens = 10,
                        .n_output_tokens = n_tokens};
   for (int i = 1; i < n_tokens; ++i) {
-    record.token_gaps.push_back(absl::Milliseconds(last_ms - first_ms) / (n_tokens - 1));
+    record.token_gaps.push_back({.seconds = 0.001f * static_cast<float>(last_ms - first_ms) /
+                                            static_cast<float>(n_tokens - 1),
+                                 .n_tokens = 1});
   }
   return record;
 }
 
 TEST(DistributionTest, PercentilesAreInterpolated) {
-  const Distribution times = DistributionOf({4, 1, 3, 2, 5});
+  const Distribution times = DistributionOf({{4}, {1}, {3}, {2}, {5}});
   EXPECT_DOUBLE_EQ(times.mean, 3);
   EXPECT_DOUBLE_EQ(times.p50, 3);
   EXPECT_DOUBLE_EQ(times.p90, 4.6);
   EXPECT_DOUBLE_EQ(times.p99, 4.96);
   EXPECT_DOUBLE_EQ(times.max, 5);
-  EXPECT_DOUBLE_EQ(DistributionOf({7}).p99, 7);
+  EXPECT_DOUBLE_EQ(DistributionOf({{7}}).p99, 7);
   EXPECT_DOUBLE_EQ(DistributionOf({}).max, 0);
+}
+
+// As if each stood there as often as it counts: 1 1 1 2 2 6.
+TEST(DistributionTest, AValueStandsForItsEquals) {
+  const Distribution times = DistributionOf({{2, 2}, {6, 1}, {1, 3}});
+  EXPECT_DOUBLE_EQ(times.mean, 13.0 / 6);
+  EXPECT_DOUBLE_EQ(times.p50, 1.5);
+  EXPECT_DOUBLE_EQ(times.p90, 4.0);
+  EXPECT_DOUBLE_EQ(times.max, 6);
 }
 
 TEST(LoadSummaryTest, TimesCountFromWhenARequestWasDue) {
@@ -39,7 +50,7 @@ TEST(LoadSummaryTest, TimesCountFromWhenARequestWasDue) {
   EXPECT_DOUBLE_EQ(summary.PerSecond(summary.n_output_tokens), 6);
   EXPECT_DOUBLE_EQ(summary.time_to_first_token.mean, 0.075);
   EXPECT_DOUBLE_EQ(summary.time_to_first_token.max, 0.1);
-  EXPECT_DOUBLE_EQ(summary.inter_token_latency.p50, 0.01);
+  EXPECT_NEAR(summary.inter_token_latency.p50, 0.01, 1e-8);
   // Of the one that has two tokens or more.
   EXPECT_DOUBLE_EQ(summary.time_per_output_token.mean, 0.01);
   EXPECT_DOUBLE_EQ(summary.request_latency.max, 0.151);

@@ -76,6 +76,17 @@ class PairEncoder {
 
 using Place = EncodedTask::Place;
 
+absl::Status CheckIds(const EncodedPair& pair, int64_t vocab) {
+  for (const std::vector<int32_t>* ids : {&pair.context, &pair.continuation}) {
+    for (const int32_t id : *ids) {
+      if (id >= 0 && id < vocab) continue;
+      return absl::InvalidArgumentError(absl::StrCat("the tokenizer gives id ", id,
+                                                     ", but the model has ", vocab, " embeddings"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 // An item's choices after one another; equal contexts become one.
 std::vector<Place> Share(std::vector<EncodedPair> pairs, std::vector<ContextTokens>& contexts) {
   const size_t first = contexts.size();
@@ -137,9 +148,9 @@ Estimate MeanOf(std::span<const double> values) {
 }
 
 absl::StatusOr<EncodedTask> EncodeTask(const Task& task, const Tokenizer& tokenizer,
-                                       int64_t context_max, const TaskOptions& options,
+                                       const ModelConfig& config, const TaskOptions& options,
                                        const KeepGoing& keep_going) {
-  const PairEncoder encoder(tokenizer, context_max, options);
+  const PairEncoder encoder(tokenizer, config.max_position, options);
   EncodedTask encoded;
   for (size_t i = 0; i < task.items.size(); ++i) {
     const TaskItem& item = task.items[i];
@@ -150,6 +161,9 @@ absl::StatusOr<EncodedTask> EncodeTask(const Task& task, const Tokenizer& tokeni
       absl::StatusOr<EncodedPair> pair = encoder.Encode(item.context(k), item.continuation(k));
       if (pair.ok() && pair->context.empty()) {
         pair = absl::InvalidArgumentError("a context has no tokens");
+      }
+      if (pair.ok()) {
+        if (const absl::Status ids = CheckIds(*pair, config.vocab); !ids.ok()) pair = ids;
       }
       if (!pair.ok()) {
         return absl::Status(pair.status().code(),
@@ -193,9 +207,9 @@ absl::StatusOr<TaskScore> ScoreTask(const Task& task, const EncodedTask& encoded
 absl::StatusOr<TaskScore> ScoreTask(const Task& task, const Tokenizer& tokenizer,
                                     LayerSource& source, const TaskOptions& options,
                                     ThreadPool& pool, const Progress& progress) {
-  WALSH_ASSIGN_OR_RETURN(const EncodedTask encoded,
-                         EncodeTask(task, tokenizer, source.config().max_position, options,
-                                    [&] { return progress(0); }));
+  WALSH_ASSIGN_OR_RETURN(
+      const EncodedTask encoded,
+      EncodeTask(task, tokenizer, source.config(), options, [&] { return progress(0); }));
   return ScoreTask(task, encoded, source, pool, progress);
 }
 

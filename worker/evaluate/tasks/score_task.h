@@ -63,9 +63,10 @@ struct EncodedTask {
   int64_t tokens = 0;                      // as in TaskScore
   int64_t truncated_items = 0;
 };
-// `context_max` is the model's context. Asks `keep_going` before each choice.
+// For a model of `config`, of which the context and the vocabulary count. Asks `keep_going` before
+// each choice.
 absl::StatusOr<EncodedTask> EncodeTask(const Task& task, const Tokenizer& tokenizer,
-                                       int64_t context_max, const TaskOptions& options,
+                                       const ModelConfig& config, const TaskOptions& options,
                                        const KeepGoing& keep_going);
 absl::StatusOr<TaskScore> ScoreTask(const Task& task, const EncodedTask& encoded,
                                     LayerSource& source, ThreadPool& pool,

@@ -587,7 +587,7 @@ class CudaBackend final : public Backend {
       // A layer is there in floats and, as it is rounded, in half of that.
       peak = std::max(peak, layer + layer / 2 +
                                 Evaluator::EvaluationBytes(
-                                    config, spec.n_evaluation_windows * job.evaluation_length,
+                                    config, job.n_evaluation_windows * job.evaluation_length,
                                     job.evaluation_length));
     }
     return peak + WeightLoader::StoredBytes(shape) + kLibraryBytes;

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "tests/testing/status_matchers.h"
 
 namespace walsh::client {
@@ -34,6 +36,14 @@ TEST(MakeLoadOptionsTest, PromptsMustDiffer) {
   EXPECT_THAT(MakeLoadOptions({.prompt_tokens = 32, .shared_tokens = 32}).status(),
               StatusIs(absl::StatusCode::kInvalidArgument,
                        HasSubstr("--shared-prefix is 32, less than the 32 of --prompt-tokens")));
+}
+
+TEST(MakeLoadOptionsTest, NumbersAreFinite) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_THAT(MakeLoadOptions({.rate = nan}).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--rate")));
+  EXPECT_THAT(MakeLoadOptions({.seconds = nan}).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--duration")));
 }
 
 TEST(BenchPromptTest, PromptsShareTheirBeginningAndNothingElse) {

@@ -31,10 +31,12 @@ TEST(LoadReportTest, HasTheLoadTheRatesAndTheTimes) {
 TEST(LoadReportTest, FailuresAreToldAndWhatTheyQuoteIsHarmless) {
   LoadSummary summary = Summary();
   summary.is_stopped = true;
+  summary.n_unsent = 12;
   summary.failures[absl::StatusCode::kResourceExhausted] = {.count = 3, .example = "full\x1b[2J"};
   const std::string text = LoadReport({.model = "m", .concurrency = 9, .rate = 2.5}, summary);
   EXPECT_THAT(text, HasSubstr("Poisson arrivals, 2.500 requests a second, at most 9 at once; "
                               "stopped early"));
+  EXPECT_THAT(text, HasSubstr("12 more were due and not sent"));
   EXPECT_THAT(text, HasSubstr("RESOURCE_EXHAUSTED, 3 times: full"));
   EXPECT_THAT(text, Not(HasSubstr("\x1b")));
 }

@@ -237,6 +237,31 @@ TEST_F(PlanJobTest, CountsTasksOnce) {
   EXPECT_OK(PlanJob(spec));
 }
 
+// A thousand bytes of plain text are a thousand tokens at most, whatever is asked for; what rows
+// become when they are joined, and chats when they are rendered, is longer.
+TEST_F(PlanJobTest, CountsNoMoreEvaluationWindowsThanTheFileHas) {
+  JobSpec spec = TinyJob({.max_position = 8192});
+  spec.evaluation_length = 100;
+  spec.evaluation_path = directory_ / "text.txt";
+  std::ofstream(spec.evaluation_path) << std::string(1000, 'a');
+  const auto needed = [&](int64_t n_windows) {
+    spec.n_evaluation_windows = n_windows;
+    return PlanJob(spec)->memory_bytes_needed;
+  };
+  EXPECT_LT(needed(9), needed(10));
+  EXPECT_EQ(needed(10), needed(4096));
+  spec.evaluation_stride = 50;
+  EXPECT_LT(needed(18), needed(19));
+  EXPECT_EQ(needed(19), needed(4096));
+  spec.evaluation_stride = 0;
+  spec.evaluation_joins_rows = true;
+  EXPECT_LT(needed(29), needed(30));
+  EXPECT_EQ(needed(30), needed(4096));
+  spec.evaluation_joins_rows = false;
+  spec.evaluation_name = "text.jsonl";
+  EXPECT_LT(needed(4095), needed(4096));
+}
+
 TEST_F(PlanJobTest, AStrideIsAtMostAWindow) {
   JobSpec spec = TinyJob();
   spec.evaluation_stride = spec.evaluation_length;

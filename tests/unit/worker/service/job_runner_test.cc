@@ -60,6 +60,7 @@ class JobRunnerTest : public StoreFixture {
             .n_threads = 1,
             .resolve = [](std::string_view path) { return "/roots/" + std::string(path); },
             .device = "cuda:0 NVIDIA H200",
+            .report_lag_max = report_lag_max_,
             .plan = [this](const JobSpec&) { return plan_; },
             .memory = [this] { return memory_; },
             .quantize =
@@ -157,6 +158,7 @@ class JobRunnerTest : public StoreFixture {
   std::function<absl::StatusOr<JobReport>(const JobSpec&, const pipeline::Observer&)> quantize_ =
       QuantizeTwoLayers;
   RejectedArtifacts rejected_{dir_ / "rejected"};
+  absl::Duration report_lag_max_ = absl::Seconds(30);
   std::atomic<int> n_runs_ = 0;
   absl::StatusOr<pipeline::JobPlan> plan_ = pipeline::JobPlan();
   absl::StatusOr<WorkerMemory> memory_ = WorkerMemory();
@@ -605,6 +607,25 @@ TEST_F(JobRunnerTest, ReportsBehindOneThatIsNotTakenBecomeOne) {
   // The refused report is on record as well, and what it carried came again.
   EXPECT_EQ(linears.size(), 8u);
   EXPECT_EQ(linears[0], linears[1]);
+}
+
+// The first report takes its time while six wait behind it, for longer than any may.
+TEST_F(JobRunnerTest, ReportsThatHaveWaitedTooLongBecomeOne) {
+  report_lag_max_ = absl::ZeroDuration();
+  absl::Notification all_are_made;
+  coordinator_.set_on_report([&](const internal::v1::ReportProgressRequest& request) {
+    if (request.event().layer() == 0) {
+      EXPECT_TRUE(all_are_made.WaitForNotificationWithTimeout(absl::Seconds(4)));
+    }
+    return absl::OkStatus();
+  });
+  QuantizeSevenLayers(all_are_made);
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  const auto [layers, linears] = ReportedLayers();
+  EXPECT_THAT(layers, ElementsAre(0, 6, -1));
+  EXPECT_EQ(linears.size(), 7u);
 }
 
 // Each report that a hanging coordinator does not take costs the timeout of a call.

@@ -21,6 +21,7 @@
 namespace walsh::evaluate {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::StatusIs;
@@ -141,6 +142,18 @@ TEST_F(ScoreTaskTest, ChoicesOfContexts) {
 }
 
 // Between any two of what it encodes.
+// Before the model is read: a job finds it before its work.
+TEST_F(ScoreTaskTest, EncodingRefusesIdsThatTheModelDoesNotHave) {
+  Task task{.name = "t", .items = {Item("one", {"two"}, 0)}};
+  ModelConfig config = checkpoint_->config();
+  ASSERT_OK(EncodeTask(task, *tokenizer_, config, {}, {}));
+  config.vocab = 1;
+  EXPECT_THAT(EncodeTask(task, *tokenizer_, config, {}, {}).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       AllOf(HasSubstr("item 0: the tokenizer gives id "),
+                             HasSubstr("the model has 1 embeddings"))));
+}
+
 TEST_F(ScoreTaskTest, StopsWithinAnItem) {
   const Task task{
       .name = "t", .kind = TaskKind::kContinuations, .items = {Item("a", {"b", "c", "d", "e"}, 0)}};
