@@ -239,46 +239,118 @@ __device__ __forceinline__ float ReadOfCta(const float* p, int rank) {
   return value;
 }
 
-// Where a warp's weights come from next: its blocks of a group of rows, then those of the next
-// group.
-struct Position {
-  int row_group;
-  int block;
+// Where a lane's weights come from next: a warp takes its blocks of a group of rows, then those of
+// its CTA's next group.
+template <typename F>
+class WeightStream {
+ public:
+  // A warp beyond the last block has no weights.
+  __device__ __forceinline__ WeightStream(const KernelParams& p, int lane, int row_group,
+                                          int row_groups_step, int first_block, int blocks_step)
+      : lane_(lane),
+        row_group_(first_block < p.n_blocks ? row_group : p.n_row_groups),
+        row_groups_step_(row_groups_step),
+        first_block_(first_block),
+        blocks_step_(blocks_step),
+        policy_(EvictFirst()) {
+    if (row_group_ < p.n_row_groups) Begin(p);
+  }
+
+  // Starts to copy the next block of each row tile to `stage`, and goes on.
+  __device__ __forceinline__ void Copy(const KernelParams& p, uint32_t stage) {
+    if (row_group_ < p.n_row_groups) {
+#pragma unroll
+      for (int r = 0; r < F::kRowTiles; ++r) {
+        const uint8_t* from = codes_ + static_cast<uint64_t>(TileBytes(p)) * min(r, last_tile_);
+        const uint32_t to = stage + r * kBlockBytes;
+#pragma unroll
+        for (int i = 0; i < kBlockBytes / 512; ++i) {
+          Copy16(to + i * 512 + lane_ * 16, from + i * 512, policy_);
+        }
+        if (F::kBits == 3) Copy8(to + 512 + lane_ * 8, from + 512 - lane_ * 8, policy_);
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const int i = c * 32 + lane_;
+        if (i < kGridPieces) Copy16(stage + F::kCodeBytes + i * 16, grids_[c], policy_);
+      }
+      Advance(p);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+
+ private:
+  static constexpr int kBlockBytes = ServingBlockBytes(F::kBits);
+  // The grids of a tile and block are adjacent: pieces of 16 bytes, a lane each.
+  static constexpr int kPiecesOfTile = F::kGrids * F::kGridBytes / 16;
+  static constexpr int kGridPieces = F::kRowTiles * kPiecesOfTile;
+  static constexpr int kChunks = (kGridPieces + 31) / 32;
+
+  static __device__ __forceinline__ uint32_t TileBytes(const KernelParams& p) {
+    return static_cast<uint32_t>(p.n_blocks) * kBlockBytes;
+  }
+  __device__ __forceinline__ void Begin(const KernelParams& p) {
+    block_ = first_block_;
+    const int tile = row_group_ * F::kRowTiles;
+    last_tile_ = min(F::kRowTiles, p.n_row_tiles - tile) - 1;
+    codes_ =
+        p.codes + (static_cast<int64_t>(tile) * p.n_blocks + block_) * kBlockBytes + lane_ * 16;
+    BeginGrids(p);
+  }
+  __device__ __forceinline__ void BeginGrids(const KernelParams& p) {
+    const int grid = block_ * F::kGrids / p.blocks_of_grid;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int i = c * 32 + lane_;
+      const int tile = row_group_ * F::kRowTiles + min(i / kPiecesOfTile, last_tile_);
+      grids_[c] = p.grids + (static_cast<int64_t>(tile) * p.n_grids + grid) * F::kGridBytes +
+                  i % kPiecesOfTile * 16;
+    }
+  }
+  __device__ __forceinline__ void Advance(const KernelParams& p) {
+    block_ += blocks_step_;
+    if (block_ < p.n_blocks) {
+      codes_ += blocks_step_ * kBlockBytes;
+      if (p.blocks_of_grid == 1) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) grids_[c] += blocks_step_ * F::kGrids * F::kGridBytes;
+      } else {
+        BeginGrids(p);
+      }
+      return;
+    }
+    row_group_ += row_groups_step_;
+    if (row_group_ < p.n_row_groups) Begin(p);
+  }
+
+  const int lane_;
+  int row_group_;
+  const int row_groups_step_;
+  const int first_block_;
+  const int blocks_step_;
+  const uint64_t policy_;
+  int block_ = 0;
+  int last_tile_ = 0;  // of the group of rows
+  const uint8_t* codes_ = nullptr;
+  const uint8_t* grids_[kChunks];
 };
 
-template <typename F>
-__device__ __forceinline__ void Prefetch(const KernelParams& p, const Position& at, int lane,
-                                         uint32_t stage, uint64_t policy) {
-  constexpr int kBlockBytes = ServingBlockBytes(F::kBits);
-#pragma unroll
-  for (int r = 0; r < F::kRowTiles; ++r) {
-    const int tile = min(at.row_group * F::kRowTiles + r, p.n_row_tiles - 1);
-    const uint8_t* block =
-        p.codes + (static_cast<int64_t>(tile) * p.n_blocks + at.block) * kBlockBytes;
-    const uint32_t to = stage + r * kBlockBytes;
-#pragma unroll
-    for (int i = 0; i < kBlockBytes / 512; ++i) {
-      Copy16(to + i * 512 + lane * 16, block + i * 512 + lane * 16, policy);
-    }
-    if (F::kBits == 3) Copy8(to + 512 + lane * 8, block + 512 + lane * 8, policy);
-  }
-  // The grids of a tile and block are adjacent.
-  constexpr int kPiecesOfTile = F::kGrids * F::kGridBytes / 16;
-  constexpr int kGridPieces = F::kRowTiles * kPiecesOfTile;
-#pragma unroll
-  for (int first = 0; first < kGridPieces; first += 32) {
-    const int i = first + lane;
-    if (i < kGridPieces) {
-      const int tile = min(at.row_group * F::kRowTiles + i / kPiecesOfTile, p.n_row_tiles - 1);
-      const int grid = F::kGrids > 1              ? at.block * F::kGrids
-                       : p.blocks_of_grid == 1 ? at.block
-                                                  : at.block / p.blocks_of_grid;
-      Copy16(stage + F::kCodeBytes + i * 16,
-             p.grids + (static_cast<int64_t>(tile) * p.n_grids + grid) * F::kGridBytes +
-                 i % kPiecesOfTile * 16,
-             policy);
-    }
-  }
+// 16 bytes that another kernel may have written, from the L2, or zeros.
+__device__ __forceinline__ uint4 LoadOrZero(const __nv_bfloat16* address, bool is_there) {
+  uint4 v;
+  asm volatile(
+      "{\n"
+      ".reg .pred there;\n"
+      "setp.ne.u32 there, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+      : "l"(address), "r"(static_cast<uint32_t>(is_there)));
+  return v;
 }
 
 __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
@@ -482,8 +554,8 @@ template <typename F>
 __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const KernelParams p) {
   extern __shared__ uint4 shared[];
   LetNextKernelStart();
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x % 32u);
+  const int warp = static_cast<int>(threadIdx.x / 32u);
   const int split = static_cast<int>(blockIdx.x) % p.n_splits;
   const int first_row_group = static_cast<int>(blockIdx.x) / p.n_splits;
   const int row_groups_step = static_cast<int>(gridDim.x) / p.n_splits;
@@ -493,42 +565,28 @@ __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const Kern
   const uint32_t ring = SharedAddress(shared) + warp * F::kStages * F::kStageBytes;
   auto* all_sums = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) +
                                             kWarps * F::kStages * F::kStageBytes);
-  const uint64_t policy = EvictFirst();
 
-  // A warp beyond the last block has no weights.
-  Position next{first_block < p.n_blocks ? first_row_group : p.n_row_groups, first_block};
-  const auto prefetch = [&](uint32_t stage) {
-    if (next.row_group < p.n_row_groups) {
-      Prefetch<F>(p, next, lane, stage, policy);
-      next.block += blocks_step;
-      if (next.block >= p.n_blocks) {
-        next.block = first_block;
-        next.row_group += row_groups_step;
-      }
-    }
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  };
+  WeightStream<F> weights(p, lane, first_row_group, row_groups_step, first_block, blocks_step);
 #pragma unroll
-  for (int d = 0; d < F::kStages; ++d) prefetch(ring + d * F::kStageBytes);
+  for (int d = 0; d < F::kStages; ++d) weights.Copy(p, ring + d * F::kStageBytes);
   WaitForPreviousKernel();
 
   // Activations of this lane's token of each token tile, 8 columns of each piece.
   const __nv_bfloat16* x_lane[F::kTokenTiles];
-  bool has_token[F::kTokenTiles];
 #pragma unroll
   for (int n = 0; n < F::kTokenTiles; ++n) {
-    const int token = token_first + n * 8 + lane / 4;
-    has_token[n] = token < p.n_tokens;
-    x_lane[n] = p.x + (has_token[n] ? token : 0) * p.x_stride + lane % 4 * 8;
+    const int token = min(token_first + n * 8 + lane / 4, p.n_tokens - 1);
+    x_lane[n] = p.x + token * p.x_stride + lane % 4 * 8;
   }
+  const int n_tokens = p.n_tokens - token_first - lane / 4;  // from this lane's on
+  const int n_cols = p.cols - lane % 4 * 8;
   uint4 x[F::kAhead][F::kTokenTiles];
   const auto load_x = [&](int block, int piece, uint4(&to)[F::kTokenTiles]) {
-    const int col = block * kServingBlockCols + piece * 32;
-    const bool is_there = col + lane % 4 * 8 < p.cols;
+    const bool is_there = block * kServingBlockCols + piece * 32 < n_cols;
 #pragma unroll
     for (int n = 0; n < F::kTokenTiles; ++n) {
-      to[n] = has_token[n] && is_there ? __ldcg(reinterpret_cast<const uint4*>(x_lane[n] + col))
-                                       : make_uint4(0, 0, 0, 0);
+      to[n] = LoadOrZero(x_lane[n] + block * kServingBlockCols + piece * 32,
+                         is_there && n * 8 < n_tokens);
     }
   };
   if (first_block < p.n_blocks) {
@@ -543,8 +601,7 @@ __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const Kern
     for (int block = first_block; block < p.n_blocks; block += blocks_step) {
       asm volatile("cp.async.wait_group %0;" ::"n"(F::kStages - 1) : "memory");
       __syncwarp();
-      const int next_block =
-          block + blocks_step < p.n_blocks ? block + blocks_step : first_block;
+      const int next_block = block + blocks_step < p.n_blocks ? block + blocks_step : first_block;
       uint32_t words[F::kRowTiles][kWordsHeld<F>];
       float acc[F::kRowTiles][F::kPlanes][F::kTokenTiles][4];
       float sums[F::kTokenTiles][4];
@@ -593,14 +650,14 @@ __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const Kern
         if ((s + 1) % kStepsOfGrid == 0) {
 #pragma unroll
           for (int r = 0; r < F::kRowTiles; ++r) {
-            const uint32_t grid = stage + F::kCodeBytes +
-                                  (r * F::kGrids + s / kStepsOfGrid) * F::kGridBytes;
+            const uint32_t grid =
+                stage + F::kCodeBytes + (r * F::kGrids + s / kStepsOfGrid) * F::kGridBytes;
             AddGroup<F>(grid, lane, acc[r], sums, total[r]);
           }
         }
       }
       __syncwarp();
-      prefetch(stage);
+      weights.Copy(p, stage);
       stage += F::kStageBytes;
       if (stage == ring + F::kStages * F::kStageBytes) stage = ring;
     }
@@ -658,8 +715,8 @@ absl::Status LaunchForm(const LaunchPlan& plan) {
     ++n_attributes;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas * params.n_splits),
-                        static_cast<unsigned>(plan.token_chunks));
+  config.gridDim =
+      dim3(static_cast<unsigned>(ctas * params.n_splits), static_cast<unsigned>(plan.token_chunks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = F::kSharedBytes;
   config.stream = plan.stream;
@@ -671,16 +728,29 @@ absl::Status LaunchForm(const LaunchPlan& plan) {
 
 template <int kBits, bool kCodebook, int kGrids>
 absl::Status LaunchTokens(const LaunchPlan& plan) {
-  // Few rows for many tokens, or the registers do not suffice.
-  constexpr int kMany = kCodebook ? 1 : 2;
   switch (plan.token_tiles) {
     case 1:
-      return plan.row_tiles == 1 ? LaunchForm<Form<kBits, kCodebook, kGrids, 1, 1>>(plan)
-                                 : LaunchForm<Form<kBits, kCodebook, kGrids, 1, 2>>(plan);
+      switch (plan.row_tiles) {
+        case 1:
+          return LaunchForm<Form<kBits, kCodebook, kGrids, 1, 1>>(plan);
+        case 2:
+          return LaunchForm<Form<kBits, kCodebook, kGrids, 1, 2>>(plan);
+        default:
+          return LaunchForm<Form<kBits, kCodebook, kGrids, 1, kCodebook ? 2 : 4>>(plan);
+      }
     case 2:
-      return LaunchForm<Form<kBits, kCodebook, kGrids, 2, 2>>(plan);
+      switch (plan.row_tiles) {
+        case 1:
+          return LaunchForm<Form<kBits, kCodebook, kGrids, 2, 1>>(plan);
+        case 2:
+          return LaunchForm<Form<kBits, kCodebook, kGrids, 2, 2>>(plan);
+        default:
+          return LaunchForm<Form<kBits, kCodebook, kGrids, 2, kCodebook ? 2 : 4>>(plan);
+      }
     default:
-      return LaunchForm<Form<kBits, kCodebook, kGrids, 4, kMany>>(plan);
+      return plan.row_tiles == 1 || kCodebook
+                 ? LaunchForm<Form<kBits, kCodebook, kGrids, 4, 1>>(plan)
+                 : LaunchForm<Form<kBits, kCodebook, kGrids, 4, 2>>(plan);
   }
 }
 

@@ -1,5 +1,3 @@
-#include "worker/kernels/cuda/low_bit_matmul.h"
-
 #include <algorithm>
 #include <cstdint>
 #include <limits>
@@ -8,6 +6,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/low_bit_kernel.cuh"
+#include "worker/kernels/cuda/low_bit_matmul.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -49,9 +48,9 @@ absl::Status CheckAligned(const char* name, const void* address, int64_t stride)
   const uintptr_t rest = reinterpret_cast<uintptr_t>(address) % kVectorBytes;
   if (address == nullptr || rest != 0 || stride % kStrideMultiple != 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("LowBitMatmul: ", name, " must be aligned to ", kVectorBytes,
-                     " bytes, is ", rest, " bytes off", address == nullptr ? " (null)" : "",
-                     "; its stride ", stride, " must be a multiple of ", kStrideMultiple));
+        absl::StrCat("LowBitMatmul: ", name, " must be aligned to ", kVectorBytes, " bytes, is ",
+                     rest, " bytes off", address == nullptr ? " (null)" : "", "; its stride ",
+                     stride, " must be a multiple of ", kStrideMultiple));
   }
   return absl::OkStatus();
 }
@@ -63,14 +62,14 @@ absl::Status Validate(const LowBitMatmulParams& p, int64_t x_stride, int64_t y_c
     return absl::InvalidArgumentError(absl::StrCat("LowBitMatmul: ", p.n_tokens, " tokens"));
   }
   if (p.n_tokens > kLowBitTokensMax) {
-    return absl::UnimplementedError(absl::StrCat("LowBitMatmul of ", p.n_tokens,
-                                                 " tokens, the limit is ", kLowBitTokensMax));
+    return absl::UnimplementedError(
+        absl::StrCat("LowBitMatmul of ", p.n_tokens, " tokens, the limit is ", kLowBitTokensMax));
   }
   WALSH_RETURN_IF_ERROR(CheckAligned("x", p.x, x_stride));
   if (x_stride < shape.cols || y_stride < y_cols) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "LowBitMatmul: strides ", x_stride, " and ", y_stride,
-        " of x and y, must be at least their columns, ", shape.cols, " and ", y_cols));
+    return absl::InvalidArgumentError(
+        absl::StrCat("LowBitMatmul: strides ", x_stride, " and ", y_stride,
+                     " of x and y, must be at least their columns, ", shape.cols, " and ", y_cols));
   }
   if ((p.y_float == nullptr) == (p.y_bf16 == nullptr)) {
     return absl::InvalidArgumentError("LowBitMatmul: one of y_float and y_bf16 must be given");
@@ -105,14 +104,14 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   if (p.n_tokens == 0) return absl::OkStatus();
   WALSH_ASSIGN_OR_RETURN(const Device device, CurrentDevice());
   if (device.compute_major < kComputeMin) {
-    return absl::UnimplementedError(
-        absl::StrCat("LowBitMatmul on a device of compute ", device.compute_major,
-                     ".x, it needs at least ", kComputeMin, ".0"));
+    return absl::UnimplementedError(absl::StrCat("LowBitMatmul on a device of compute ",
+                                                 device.compute_major, ".x, it needs at least ",
+                                                 kComputeMin, ".0"));
   }
   const int token_tiles = p.n_tokens <= 8 ? 1 : p.n_tokens <= 16 ? 2 : 4;
   const int splits = p.tuning.splits > 0 ? p.tuning.splits : DefaultSplits(shape);
   const int64_t pairs_of_tiles = (shape.row_tiles() + 1) / 2;
-  const int row_tiles = p.tuning.row_tiles > 0 ? p.tuning.row_tiles
+  const int row_tiles = p.tuning.row_tiles > 0                               ? p.tuning.row_tiles
                         : pairs_of_tiles * splits < device.n_multiprocessors ? 1
                                                                              : 2;
   constexpr int kCtasPerSm[] = {3, 2, 1};

@@ -4,18 +4,18 @@
 // are fp32. What differs from a product with the dequantized weights in double is the rounding of
 // fp32, near 1e-6 of the result's norm, and that of a bf16 result.
 //
-// The weights are the A operand of mma.m16n8k16 and the tokens its columns, so that the tensor cores
-// work from one token on. A code becomes a bf16 number by one logic instruction
+// The weights are the A operand of mma.m16n8k16 and the tokens its columns, so that the tensor
+// cores work from one token on. A code becomes a bf16 number by one logic instruction
 // (serving_codes.h, equation 1), which adds a known offset; one product more, of a constant A with
-// the activations, gives Σ offset · x and Σ x, by which the offset and the zero point are taken back
-// once a group:
+// the activations, gives Σ offset · x and Σ x, by which the offset and the zero point are taken
+// back once a group:
 //   y += scale · (Σ (offset + code) · x − Σ offset · x − zero · Σ x)
 // A codebook is a + b · low bit + d · high bit + e · both, so it is three products of bits.
 //
 // A row of the result depends on its own token only: alone or among any others, and from run to
 // run, it has the same bits. The order of summation is a function of the matrix' shape: blocks of
-// 128 columns go round the warps of a CTA, and of its cluster where the rows are few, each warp adds
-// up its own, and the sums of the warps and then of the CTAs are added in their order.
+// 128 columns go round the warps of a CTA, and of its cluster where the rows are few, each warp
+// adds up its own, and the sums of the warps and then of the CTAs are added in their order.
 //
 // Bound:   memory: the weights are read once for each 32 tokens (8 and 16 take their own kernels)
 // Shapes:  row-major, rows of x and y are tokens

@@ -1,8 +1,8 @@
 // Where a code lies in a block of the serving layout (worker/kernels/cuda/serving_layout.h).
 //
-// A block is 16 rows × 128 columns. Lane l of a warp holds the weights that the A fragments of eight
-// mma.m16n8k16 want from it: of step s four registers, of two codes each, in the low and the high
-// half:
+// A block is 16 rows × 128 columns. Lane l of a warp holds the weights that the A fragments of
+// eight mma.m16n8k16 want from it: of step s four registers, of two codes each, in the low and the
+// high half:
 //
 //   registers 0, 2   row     l / 4      columns 32 (s / 2) + 8 (l % 4) + 4 (s % 2) + {0, 1}, {2, 3}
 //   registers 1, 3   row     l / 4 + 8  the same columns
@@ -17,10 +17,10 @@
 // them below bit 7, and such that registers 0 and 1, and 2 and 3, have one p, because the products
 // take back 2^(7 − p) · Σ x for both rows at once:
 //
-//   2 bits  8 codes a half; those of bits 0 … 5 as they are, 6 … 11 after >> 6, the rest after >> 12
-//   3 bits  5 codes a half, and a sixth for three words of their bits 15
-//   4 bits  4 codes a half, shifted to bit 0
-//   8 bits  2 codes a half; a product of each nibble, the high one as 256 + 16 · nibble
+//   2 bits  8 codes a half; those of bits 0 … 5 as they are, 6 … 11 after >> 6, the rest after >>
+//   12 3 bits  5 codes a half, and a sixth for three words of their bits 15 4 bits  4 codes a half,
+//   shifted to bit 0 8 bits  2 codes a half; a product of each nibble, the high one as 256 + 16 ·
+//   nibble
 #pragma once
 
 #ifdef __CUDACC__
@@ -40,8 +40,8 @@ inline constexpr int kServingLanes = 32;
 WALSH_HOST_DEVICE constexpr int ServingWords(int bits) { return 2 * bits; }
 WALSH_HOST_DEVICE constexpr int ServingBlockBytes(int bits) { return 256 * bits; }
 
-// Row of the tile and column of the block of the low half of register `a` of step `s`; the high half
-// has the next column.
+// Row of the tile and column of the block of the low half of register `a` of step `s`; the high
+// half has the next column.
 WALSH_HOST_DEVICE constexpr int ServingRow(int lane, int a) { return lane / 4 + a % 2 * 8; }
 WALSH_HOST_DEVICE constexpr int ServingColumn(int lane, int s, int a) {
   return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4 + a / 2 * 2;

@@ -1,5 +1,3 @@
-#include "worker/kernels/cuda/serving_layout.h"
-
 #include <algorithm>
 #include <string>
 
@@ -7,6 +5,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/serving_codes.h"
+#include "worker/kernels/cuda/serving_layout.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -239,19 +238,20 @@ __global__ void __launch_bounds__(kThreads)
       int code = 0;
       for (int b = 0; b < kBits; ++b) {
         const CodePlace place = PlaceOf(kBits, s, a, b);
-        const uint32_t word = *reinterpret_cast<const uint32_t*>(
-            words + ServingWordOffset(kBits, lane, place.word));
+        const uint32_t word =
+            *reinterpret_cast<const uint32_t*>(words + ServingWordOffset(kBits, lane, place.word));
         code |= static_cast<int>(word >> (place.position + 16 * half) & 1u) << b;
       }
       const int64_t at = row * layout.cols + col;
       if (codes != nullptr) codes[at] = static_cast<uint8_t>(code);
       if (weights == nullptr) continue;
-      const int64_t grid = (tile * layout.grids + layout.GridOf(col)) * kServingTileRows +
-                           slot % 8 * 2 + slot / 8;
-      weights[at] = has_codebook ? __half2float(grids[4 * grid + code])
-                                 : __fmul_rn(__half2float(grids[2 * grid]),
-                                             __fsub_rn(static_cast<float>(code),
-                                                       __half2float(grids[2 * grid + 1])));
+      const int64_t grid =
+          (tile * layout.grids + layout.GridOf(col)) * kServingTileRows + slot % 8 * 2 + slot / 8;
+      weights[at] =
+          has_codebook
+              ? __half2float(grids[4 * grid + code])
+              : __fmul_rn(__half2float(grids[2 * grid]),
+                          __fsub_rn(static_cast<float>(code), __half2float(grids[2 * grid + 1])));
     }
   }
 }
@@ -274,8 +274,8 @@ absl::Status ValidateLinears(const ServingMatrix::Source& source) {
         absl::StrCat("packed linears of ", source.cols, " columns, must be a multiple of ", kRun));
   }
   if (source.group_size <= 0 || source.cols % source.group_size != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "group_size: ", source.group_size, " does not divide ", source.cols, " columns"));
+    return absl::InvalidArgumentError(absl::StrCat("group_size: ", source.group_size,
+                                                   " does not divide ", source.cols, " columns"));
   }
   const StoredLinear& first = source.linears[0];
   for (const StoredLinear& linear : source.linears) {
@@ -285,8 +285,7 @@ absl::Status ValidateLinears(const ServingMatrix::Source& source) {
     const bool has_codebook = linear.levels != nullptr;
     const bool has_scales = linear.scales != nullptr;
     const int zeros = (linear.qzeros != nullptr ? 1 : 0) + (linear.zeros != nullptr ? 1 : 0);
-    if (linear.qweight == nullptr || has_codebook == has_scales ||
-        zeros != (has_scales ? 1 : 0)) {
+    if (linear.qweight == nullptr || has_codebook == has_scales || zeros != (has_scales ? 1 : 0)) {
       return absl::InvalidArgumentError(
           "a linear has qweight and either levels, or scales with qzeros or zeros");
     }
@@ -294,15 +293,15 @@ absl::Status ValidateLinears(const ServingMatrix::Source& source) {
       return absl::InvalidArgumentError("linears with and without a codebook in one matrix");
     }
     if (linear.qzeros != nullptr && linear.rows % kRun != 0) {
-      return absl::InvalidArgumentError(absl::StrCat("packed zeros of ", linear.rows,
-                                                     " rows, must be a multiple of ", kRun));
+      return absl::InvalidArgumentError(
+          absl::StrCat("packed zeros of ", linear.rows, " rows, must be a multiple of ", kRun));
     }
   }
   if (source.order == ServingRows::kInterleaved &&
       (n != 2 || first.rows != source.linears[1].rows)) {
     return absl::InvalidArgumentError(
-        "interleaved rows are those of two linears of one size, these are " +
-        std::to_string(n) + (n == 2 ? " of different sizes" : ""));
+        "interleaved rows are those of two linears of one size, these are " + std::to_string(n) +
+        (n == 2 ? " of different sizes" : ""));
   }
   return absl::OkStatus();
 }
@@ -340,8 +339,7 @@ absl::Status ValidateServingShape(const ServingShape& shape) {
                      " columns; both must be positive, columns a multiple of ", kColsMultiple));
   }
   if (shape.bits != 2 && shape.bits != 3 && shape.bits != 4 && shape.bits != 8) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("bits: ", shape.bits, ", must be 2, 3, 4 or 8"));
+    return absl::InvalidArgumentError(absl::StrCat("bits: ", shape.bits, ", must be 2, 3, 4 or 8"));
   }
   if (shape.has_codebook && shape.bits != 2) {
     return absl::UnimplementedError(
@@ -374,9 +372,9 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Allocate(const ServingShape& shape,
       matrix.codes_,
       DeviceBuffer<uint8_t>::Allocate(
           shape.row_tiles() * shape.col_blocks() * ServingBlockBytes(shape.bits), stream));
-  WALSH_ASSIGN_OR_RETURN(
-      matrix.grids_, DeviceBuffer<uint8_t>::Allocate(
-                         shape.row_tiles() * shape.grids() * shape.grid_bytes(), stream));
+  WALSH_ASSIGN_OR_RETURN(matrix.grids_,
+                         DeviceBuffer<uint8_t>::Allocate(
+                             shape.row_tiles() * shape.grids() * shape.grid_bytes(), stream));
   return matrix;
 }
 

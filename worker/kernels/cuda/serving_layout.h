@@ -1,11 +1,11 @@
-// Quantized weights in the layout that the products of the CUDA engine read, made on the device when
-// a model is loaded.
+// Quantized weights in the layout that the products of the CUDA engine read, made on the device
+// when a model is loaded.
 //
 // The rows are cut into tiles of 16 and the columns into blocks of 128. A block is one contiguous
 // piece of 256 · bits bytes; serving_codes.h says where each code of it lies. The blocks of a tile
 // follow one another, and the tiles. Beside them lies the grid: for each tile and group of columns
-// 16 pairs {scale, zero} of halves, or 16 codebooks of four, those of rows i and i + 8 adjacent. The
-// last tile and block are filled up with weights that no output reads or that meet activations
+// 16 pairs {scale, zero} of halves, or 16 codebooks of four, those of rows i and i + 8 adjacent.
+// The last tile and block are filled up with weights that no output reads or that meet activations
 // of zero.
 //
 // Linears that share their input may be stacked, and two of one size (gate and up) interleaved by 8
@@ -68,8 +68,8 @@ struct ServingShape {
 // INVALID_ARGUMENT or UNIMPLEMENTED where no such matrix can be.
 absl::Status ValidateServingShape(const ServingShape& shape);
 
-// One linear in the artifact's form, in device memory: qweight with either qzeros and scales, scales
-// and zeros, or levels.
+// One linear in the artifact's form, in device memory: qweight with either qzeros and scales,
+// scales and zeros, or levels.
 struct StoredLinear {
   int64_t rows = 0;
   const uint32_t* qweight = nullptr;  // [cols / 32 · bits, rows]
