@@ -221,8 +221,8 @@ __device__ __forceinline__ void LetNextKernelStart() {
 __device__ __forceinline__ void ClusterBarrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
           : "memory");
 #endif
 }
