@@ -236,7 +236,7 @@ class Bench {
     MeasureRead();
     if (options_.tune) {
       std::printf(
-          "| shape | bits | tokens | splits | row tiles | CTAs an SM | us | share | "
+          "| shape | bits | tokens | warps | row tiles | CTAs an SM | us | share | "
           "overlapped us | share |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | "
           "---: | ---: |\n");
     } else {
@@ -362,13 +362,13 @@ class Bench {
         std::fflush(stdout);
         continue;
       }
-      for (const int splits : {1, 2, 4, 8}) {
+      for (const int warps : {8, 16}) {
         for (const int row_tiles : {1, 2, 4}) {
-          for (const int ctas : {1, 2, 3, 4, 16}) {
+          for (const int ctas : {1, 2, 3, 4}) {
             const std::vector<Timing> us =
-                time({.splits = splits, .row_tiles = row_tiles, .ctas_per_sm = ctas});
+                time({.warps = warps, .row_tiles = row_tiles, .ctas_per_sm = ctas});
             std::printf("| %s | %s | %lld | %d | %d | %d | %.2f | %.1f %% | %.2f | %.1f %% |\n",
-                        shape.name, form.c_str(), static_cast<long long>(n_tokens), splits,
+                        shape.name, form.c_str(), static_cast<long long>(n_tokens), warps,
                         row_tiles, ctas, us[0].median_us, share(us[0].median_us), us[1].median_us,
                         share(us[1].median_us));
           }

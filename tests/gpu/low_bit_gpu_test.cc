@@ -101,6 +101,7 @@ class LowBitGpuTest : public GpuTest {
       tensors.qweight.resize(static_cast<size_t>(m.cols / 32 * m.bits * m.rows));
       std::vector<uint32_t> words(static_cast<size_t>(m.bits));
       const auto transposed = [&](const std::vector<float>& values, int64_t width) {
+        if (values.empty()) return std::vector<uint16_t>();
         std::vector<uint16_t> halves(values.size());
         for (int64_t r = 0; r < m.rows; ++r) {
           for (int64_t g = 0; g < m.groups(); ++g) {
@@ -286,7 +287,7 @@ TEST_P(LowBitWidthGpuTest, ProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
     const std::vector<float> all = Multiply(serving, x.device, kLowBitTokensMax);
     EXPECT_LT(RelativeError(all, Reference(m, x.host, kLowBitTokensMax)), kFloatLimit);
     for (const int64_t n_tokens : {1, 2, 7, 8, 9, 16, 17, 33, 64}) {
-      for (const int row_tiles : {0, 1, 2}) {
+      for (const int row_tiles : {0, 1, 2, 4}) {
         const std::vector<float> some =
             Multiply(serving, x.device, n_tokens, {.row_tiles = row_tiles});
         EXPECT_EQ(FirstDifference(some, all, some.size()), -1)
@@ -302,13 +303,13 @@ TEST_P(LowBitWidthGpuTest, EveryCutOfTheColumnsIsRight) {
   for (const int64_t n_tokens : {1, 13, 40}) {
     const Activations x = RandomActivations(n_tokens, m.cols, 5);
     const std::vector<double> expected = Reference(m, x.host, n_tokens);
-    for (const int splits : {1, 2, 4, 8}) {
-      const LowBitTuning tuning{.splits = splits};
+    for (const int warps : {8, 16}) {
+      const LowBitTuning tuning{.warps = warps};
       const std::vector<float> y = Multiply(serving, x.device, n_tokens, tuning);
-      EXPECT_LT(RelativeError(y, expected), kFloatLimit) << splits;
+      EXPECT_LT(RelativeError(y, expected), kFloatLimit) << warps;
       for (int run = 0; run < 20; ++run) {
         const std::vector<float> again = Multiply(serving, x.device, n_tokens, tuning);
-        ASSERT_EQ(FirstDifference(again, y, y.size()), -1) << splits << " splits, run " << run;
+        ASSERT_EQ(FirstDifference(again, y, y.size()), -1) << warps << " warps, run " << run;
       }
     }
   }
@@ -373,10 +374,10 @@ TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
   EXPECT_EQ(Download(codes), both) << "rows come back in their own order";
 
   constexpr int64_t kStride = 240;
-  for (const int splits : {1, 4}) {
+  for (const int warps : {8, 16}) {
     for (const int64_t n : {1, 5, 12, 50}) {
-      SCOPED_TRACE(absl::StrCat(n, " tokens, ", splits, " splits"));
-      const LowBitTuning tuning{.splits = splits};
+      SCOPED_TRACE(absl::StrCat(n, " tokens, ", warps, " warps"));
+      const LowBitTuning tuning{.warps = warps};
       const Activations x = RandomActivations(n, 1536, 14);
       const std::vector<float> bias = RandomNormal(208, 15);
       const auto device_bias = Upload(bias);
@@ -668,8 +669,7 @@ TEST_F(LowBitGpuTest, RefusesProductsThatDoNotFit) {
               }),
               invalid("fp32"));
   EXPECT_THAT(with([](P& p) { p.output = LowBitOutput::kSiluMul; }), invalid("interleaved"));
-  EXPECT_THAT(with([](P& p) { p.tuning.splits = 3; }), invalid("3 splits"));
-  EXPECT_THAT(with([](P& p) { p.tuning.splits = 16; }), invalid("16 splits"));
+  EXPECT_THAT(with([](P& p) { p.tuning.warps = 4; }), invalid("4 warps"));
   EXPECT_THAT(with([](P& p) { p.tuning.row_tiles = 3; }), invalid("3 row tiles"));
 }
 

@@ -1,13 +1,11 @@
 // The kernel of LowBitMatmul (worker/kernels/cuda/low_bit_matmul.h) and its launch, for one width
 // in each file that includes this.
 //
-// A CTA of 8 warps takes groups of 16 · kRowTiles rows and 8 · kTokenTiles tokens. Its warps have
-// the same rows and share the columns, block by block; each warp runs on its own until a group of
-// rows is done. Weights travel by cp.async into a ring of kStages blocks for each warp, the next
-// ones while the present are multiplied, over the ends of groups of rows too. A lane copies and
-// reads its own 16-byte pieces. Activations come from the L2 straight into the registers that the
-// fragments want, a piece of 32 columns ahead: each is used by one warp of the CTA only, so that
-// shared memory would gain nothing.
+// The warps of a CTA take groups of 16 · kRowTiles rows and 8 · kTokenTiles tokens. They have the
+// same rows and share the columns, block by block; each warp runs on its own until a group of rows
+// is done. Weights and activations travel by cp.async into a ring of kStages blocks for each warp,
+// the next ones while the present are multiplied, over the ends of groups of rows too. Activations
+// come from the L2: each is used by one warp of the CTA only, so that there is nothing to share.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,9 +19,7 @@
 
 namespace walsh::kernels::cuda::low_bit {
 
-inline constexpr int kWarps = 8;
-inline constexpr int kThreads = kWarps * 32;
-inline constexpr int kPieces = 4;  // of a block's columns: 32 each, two steps
+inline constexpr int kTokenBytes = kServingBlockCols * 2;  // of a token in a block
 
 struct KernelParams {
   const uint8_t* codes;
@@ -33,7 +29,6 @@ struct KernelParams {
   int n_grids;   // of a row tile
   int blocks_of_grid;
   int n_row_groups;
-  int n_splits;
   const __nv_bfloat16* x;
   int64_t x_stride;
   int cols;
@@ -49,34 +44,44 @@ struct KernelParams {
 };
 
 // What a kernel is compiled for.
-template <int kBits_, bool kCodebook_, int kGrids_, int kTokenTiles_, int kRowTiles_>
+template <int kBits_, bool kCodebook_, int kGrids_, int kTokenTiles_, int kRowTiles_, int kWarps_>
 struct Form {
   static constexpr int kBits = kBits_;
   static constexpr bool kCodebook = kCodebook_;
   static constexpr int kGrids = kGrids_;  // of a block of columns: 1, 2 or 4
   static constexpr int kTokenTiles = kTokenTiles_;
   static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kWarps = kWarps_;
 
+  static constexpr int kThreads = kWarps * 32;
   static constexpr int kPlanes = kCodebook ? 3 : 1;
   static constexpr int kRows = kRowTiles * kServingTileRows;
   static constexpr int kTokens = kTokenTiles * 8;
   static constexpr int kGridBytes = kServingTileRows * (kCodebook ? 8 : 4);
   static constexpr int kCodeBytes = kRowTiles * ServingBlockBytes(kBits);
-  static constexpr int kStageBytes = kCodeBytes + kRowTiles * kGrids * kGridBytes;
-  // Two or three CTAs fit a multiprocessor, and those of the next kernel beside them.
-  static constexpr int kRingBytes = 5120;
-  static constexpr int kStages = std::clamp(kRingBytes / kStageBytes, 2, 4);
-  // Pieces of activations in registers.
-  static constexpr int kAhead = kTokenTiles == 1 ? 4 : 2;
-  // A warp's sums of a group of rows, twice, so that one barrier a group suffices.
-  static constexpr int kSumFloats = kRows * kTokens;
-  static constexpr int kSumsBytes = 2 * kWarps * kSumFloats * static_cast<int>(sizeof(float));
-  // The CTA's sums, which the others of its cluster read.
-  static constexpr int kSharedBytes =
-      kWarps * kStages * kStageBytes + kSumsBytes + kSumFloats * static_cast<int>(sizeof(float));
-  static constexpr int kCtasMin = kTokenTiles == 1 && !kCodebook && kRowTiles <= 2 ? 3
-                                  : kTokenTiles <= 2                               ? 2
-                                                                                   : 1;
+  static constexpr int kWeightBytes = kCodeBytes + kRowTiles * kGrids * kGridBytes;
+  static constexpr int kRingBytes = 5632;
+  static constexpr int kStagesMax = kTokenTiles == 1 && kWarps == 8 ? 4 : 2;
+  static constexpr int kStages = std::clamp(kRingBytes / kWeightBytes, 2, kStagesMax);
+  // Rows of a warp's sums, one for each token: fragments are written without bank conflicts.
+  static constexpr int kSumStride = kRows + 4;
+  static constexpr int kRegisterRows = kPlanes * kRowTiles * kTokenTiles;
+  static constexpr int kWarpsMin = kTokenTiles == 1 && kRegisterRows <= 2 ? 32
+                                   : kRegisterRows <= 4                   ? 16
+                                                                          : 8;
+  static constexpr int kCtasMin = std::max(kWarpsMin / kWarps, 1);
+
+  // With two copies of the warps' sums one barrier for a group of rows is enough.
+  static constexpr int kSumCopies = kTokenTiles * kWarps <= 16 ? 2 : 1;
+
+  static __host__ __device__ constexpr int StageBytes(int n_tokens) {
+    return kWeightBytes + n_tokens * kTokenBytes;
+  }
+  static __host__ __device__ constexpr int SumFloats(int n_tokens) { return n_tokens * kSumStride; }
+  static __host__ __device__ constexpr int SharedBytes(int n_tokens) {
+    return kWarps * (kStages * StageBytes(n_tokens) +
+                     kSumCopies * SumFloats(n_tokens) * static_cast<int>(sizeof(float)));
+  }
 };
 
 // bf16 bits of 2^(7 − p), both halves: what a code at bit p is set into.
@@ -208,6 +213,17 @@ __device__ __forceinline__ void Copy8(uint32_t to, const uint8_t* from, uint64_t
                : "memory");
 }
 
+// Zeros where there is nothing.
+__device__ __forceinline__ void Copy16OrZero(uint32_t to, const __nv_bfloat16* from,
+                                             bool is_there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(is_there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
 __device__ __forceinline__ void WaitForPreviousKernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -218,65 +234,76 @@ __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void ClusterBarrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;" ::
-          : "memory");
-#endif
-}
-// A float of shared memory of CTA `rank` of the cluster.
-__device__ __forceinline__ float ReadOfCta(const float* p, int rank) {
-  float value = 0;
-#if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(SharedAddress(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-#endif
-  return value;
-}
-
-// Where a lane's weights come from next: a warp takes its blocks of a group of rows, then those of
-// its CTA's next group.
+// What a warp copies next: its blocks of a group of rows, then those of its CTA's next group, with
+// the activations of the same columns. A stage holds the codes of each row tile, the grids of each,
+// and the activations of each token, 16 pieces of 8 columns; those of odd tokens are swapped by
+// fours, so that the lanes of a fragment read different banks.
 template <typename F>
-class WeightStream {
+class Stream {
  public:
-  // A warp beyond the last block has no weights.
-  __device__ __forceinline__ WeightStream(const KernelParams& p, int lane, int row_group,
-                                          int row_groups_step, int first_block, int blocks_step)
+  // A warp beyond the last block has nothing to do.
+  __device__ __forceinline__ Stream(const KernelParams& p, int lane, int warp, int token_first)
       : lane_(lane),
-        row_group_(first_block < p.n_blocks ? row_group : p.n_row_groups),
-        row_groups_step_(row_groups_step),
-        first_block_(first_block),
-        blocks_step_(blocks_step),
-        policy_(EvictFirst()) {
-    if (row_group_ < p.n_row_groups) Begin(p);
+        first_block_(warp),
+        row_group_(warp < p.n_blocks ? static_cast<int>(blockIdx.x) : p.n_row_groups),
+        n_tokens_(min(p.n_tokens - token_first, F::kTokens)),
+        policy_(EvictFirst()),
+        x_first_(p.x + (token_first + lane / 16) * p.x_stride + lane % 16 * 8),
+        x_place_(F::kWeightBytes + lane / 16 * kTokenBytes + (lane % 16 ^ lane / 16 * 4) * 16) {
+    if (has_next(p)) BeginRows(p);
   }
 
-  // Starts to copy the next block of each row tile to `stage`, and goes on.
-  __device__ __forceinline__ void Copy(const KernelParams& p, uint32_t stage) {
-    if (row_group_ < p.n_row_groups) {
+  __device__ __forceinline__ bool has_next(const KernelParams& p) const {
+    return row_group_ < p.n_row_groups;
+  }
+  __device__ __forceinline__ int block() const { return block_; }
+
+  __device__ __forceinline__ void CopyWeights(const KernelParams& p, uint32_t stage) const {
 #pragma unroll
-      for (int r = 0; r < F::kRowTiles; ++r) {
-        const uint8_t* from = codes_ + static_cast<uint64_t>(TileBytes(p)) * min(r, last_tile_);
-        const uint32_t to = stage + r * kBlockBytes;
+    for (int r = 0; r < F::kRowTiles; ++r) {
+      const uint8_t* from = codes_ + TileBytes(p) * static_cast<uint32_t>(min(r, last_tile_));
+      const uint32_t to = stage + r * kBlockBytes;
 #pragma unroll
-        for (int i = 0; i < kBlockBytes / 512; ++i) {
-          Copy16(to + i * 512 + lane_ * 16, from + i * 512, policy_);
-        }
-        if (F::kBits == 3) Copy8(to + 512 + lane_ * 8, from + 512 - lane_ * 8, policy_);
+      for (int i = 0; i < kBlockBytes / 512; ++i) {
+        Copy16(to + i * 512 + lane_ * 16, from + i * 512, policy_);
       }
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const int i = c * 32 + lane_;
-        if (i < kGridPieces) Copy16(stage + F::kCodeBytes + i * 16, grids_[c], policy_);
-      }
-      Advance(p);
+      if (F::kBits == 3) Copy8(to + 512 + lane_ * 8, from + 512 - lane_ * 8, policy_);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int i = c * 32 + lane_;
+      if (i < kGridPieces) Copy16(stage + F::kCodeBytes + i * 16, grids_[c], policy_);
+    }
+  }
+
+  // Of any block, for the blocks whose weights were on their way before there were activations.
+  __device__ __forceinline__ void CopyActivations(const KernelParams& p, int block,
+                                                  uint32_t stage) const {
+    const __nv_bfloat16* from = x_first_ + block * kServingBlockCols;
+    const bool is_there = block * kServingBlockCols + lane_ % 16 * 8 < p.cols;
+#pragma unroll
+    for (int i = 0; i < F::kTokens / 2; ++i) {
+      if (2 * i + lane_ / 16 < n_tokens_) {
+        Copy16OrZero(stage + x_place_ + i * 2 * kTokenBytes, from, is_there);
+      }
+      from += 2 * p.x_stride;
+    }
+  }
+
+  __device__ __forceinline__ void Advance(const KernelParams& p) {
+    block_ += F::kWarps;
+    if (block_ < p.n_blocks) {
+      codes_ += F::kWarps * kBlockBytes;
+      if (p.blocks_of_grid == 1) {
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) grids_[c] += F::kWarps * F::kGrids * F::kGridBytes;
+      } else {
+        BeginGrids(p);
+      }
+      return;
+    }
+    row_group_ += static_cast<int>(gridDim.x);
+    if (has_next(p)) BeginRows(p);
   }
 
  private:
@@ -286,10 +313,10 @@ class WeightStream {
   static constexpr int kGridPieces = F::kRowTiles * kPiecesOfTile;
   static constexpr int kChunks = (kGridPieces + 31) / 32;
 
-  static __device__ __forceinline__ uint32_t TileBytes(const KernelParams& p) {
-    return static_cast<uint32_t>(p.n_blocks) * kBlockBytes;
+  static __device__ __forceinline__ uint64_t TileBytes(const KernelParams& p) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(p.n_blocks)) * kBlockBytes;
   }
-  __device__ __forceinline__ void Begin(const KernelParams& p) {
+  __device__ __forceinline__ void BeginRows(const KernelParams& p) {
     block_ = first_block_;
     const int tile = row_group_ * F::kRowTiles;
     last_tile_ = min(F::kRowTiles, p.n_row_tiles - tile) - 1;
@@ -298,7 +325,7 @@ class WeightStream {
     BeginGrids(p);
   }
   __device__ __forceinline__ void BeginGrids(const KernelParams& p) {
-    const int grid = block_ * F::kGrids / p.blocks_of_grid;
+    const int grid = p.blocks_of_grid == 1 ? block_ * F::kGrids : block_ / p.blocks_of_grid;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int i = c * 32 + lane_;
@@ -307,51 +334,19 @@ class WeightStream {
                   i % kPiecesOfTile * 16;
     }
   }
-  __device__ __forceinline__ void Advance(const KernelParams& p) {
-    block_ += blocks_step_;
-    if (block_ < p.n_blocks) {
-      codes_ += blocks_step_ * kBlockBytes;
-      if (p.blocks_of_grid == 1) {
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) grids_[c] += blocks_step_ * F::kGrids * F::kGridBytes;
-      } else {
-        BeginGrids(p);
-      }
-      return;
-    }
-    row_group_ += row_groups_step_;
-    if (row_group_ < p.n_row_groups) Begin(p);
-  }
 
   const int lane_;
-  int row_group_;
-  const int row_groups_step_;
   const int first_block_;
-  const int blocks_step_;
+  int row_group_;
+  const int n_tokens_;
   const uint64_t policy_;
+  const __nv_bfloat16* const x_first_;
+  const int x_place_;
   int block_ = 0;
   int last_tile_ = 0;  // of the group of rows
   const uint8_t* codes_ = nullptr;
   const uint8_t* grids_[kChunks];
 };
-
-// 16 bytes that another kernel may have written, from the L2, or zeros.
-__device__ __forceinline__ uint4 LoadOrZero(const __nv_bfloat16* address, bool is_there) {
-  uint4 v;
-  asm volatile(
-      "{\n"
-      ".reg .pred there;\n"
-      "setp.ne.u32 there, %5, 0;\n"
-      "mov.u32 %0, 0;\n"
-      "mov.u32 %1, 0;\n"
-      "mov.u32 %2, 0;\n"
-      "mov.u32 %3, 0;\n"
-      "@there ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-      : "l"(address), "r"(static_cast<uint32_t>(is_there)));
-  return v;
-}
 
 __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
   uint4 v;
@@ -472,38 +467,20 @@ __device__ __forceinline__ void MultiplyStep(const uint32_t (&words)[kWordsHeld<
   }
 }
 
-// What a CTA of the cluster does with the sums of its group of rows: add up the warps, then the
-// CTAs, and write. A thread takes an output.
+// What a CTA does with its warps' sums of a group of rows: adds them up in the order of the warps
+// and writes. A thread takes an output.
 template <typename F>
 __device__ __forceinline__ void Finish(const KernelParams& p, int row_group, int token_first,
-                                       int split, const float* sums, float* cta_sums) {
-  // Sums lie as the fragments have them: [row tile][token tile][h][lane][2].
-  const auto index_of = [](int row, int token) {
-    const int r = row / kServingTileRows;
-    const int h = row % kServingTileRows / 8;
-    const int lane = row % 8 * 4 + token % 8 / 2;
-    return (((r * F::kTokenTiles + token / 8) * 2 + h) * 32 + lane) * 2 + token % 2;
-  };
-  const auto warp_sum = [&](int i) {
-    float sum = sums[i];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += sums[w * F::kSumFloats + i];
-    return sum;
-  };
-  const int n_tokens = min(F::kTokens, p.n_tokens - token_first);
-  const bool is_shared = p.n_splits > 1;
-  if (is_shared) {
-    for (int o = static_cast<int>(threadIdx.x); o < F::kRows * n_tokens; o += kThreads) {
-      const int i = index_of(o % F::kRows, o / F::kRows);
-      cta_sums[i] = warp_sum(i);
-    }
-    ClusterBarrier();
-  }
+                                       int n_tokens, const float* sums) {
+  const int warp_stride = F::SumFloats(n_tokens);
   const auto value_of = [&](int row, int token) {
-    const int i = index_of(row, token);
-    if (!is_shared) return warp_sum(i);
-    float sum = ReadOfCta(cta_sums + i, 0);
-    for (int rank = 1; rank < p.n_splits; ++rank) sum += ReadOfCta(cta_sums + i, rank);
+    const float* at = sums + token * F::kSumStride + row;
+    float of_warp[F::kWarps];
+#pragma unroll
+    for (int w = 0; w < F::kWarps; ++w) of_warp[w] = at[w * warp_stride];
+    float sum = of_warp[0];
+#pragma unroll
+    for (int w = 1; w < F::kWarps; ++w) sum += of_warp[w];
     return sum;
   };
   const auto store = [&](int token, int row, float v) {
@@ -514,15 +491,13 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int row_group, int
       p.y_float[at] = p.output == LowBitOutput::kAdd ? p.y_float[at] + v : v;
     }
   };
-  // Outputs of a group of rows: a pair's two rows make one with kSiluMul.
-  const bool is_silu = p.output == LowBitOutput::kSiluMul;
-  const int n_rows = is_silu ? F::kRows / 2 : F::kRows;
-  for (int o = static_cast<int>(threadIdx.x) * p.n_splits + split; o < n_rows * n_tokens;
-       o += kThreads * p.n_splits) {
-    const int token = o / n_rows;
-    const int i = o % n_rows;
-    if (is_silu) {
-      const int row = row_group * n_rows + i;
+  if (p.output == LowBitOutput::kSiluMul) {
+    // A pair's two rows make one output.
+    constexpr int kOutputs = F::kRows / 2;
+    for (int o = static_cast<int>(threadIdx.x); o < kOutputs * n_tokens; o += F::kThreads) {
+      const int token = o / kOutputs;
+      const int i = o % kOutputs;
+      const int row = row_group * kOutputs + i;
       if (row >= p.n_rows) continue;
       const int slot = i / 8 * 16 + i % 8;
       float gate = value_of(slot, token);
@@ -532,8 +507,12 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int row_group, int
         up += p.bias[p.n_rows + row];
       }
       store(token, row, gate / (1.0f + expf(-gate)) * up);
-      continue;
     }
+    return;
+  }
+  for (int o = static_cast<int>(threadIdx.x); o < F::kRows * n_tokens; o += F::kThreads) {
+    const int token = o / F::kRows;
+    const int i = o % F::kRows;
     int row = row_group * F::kRows + i;
     if (p.is_interleaved) {
       const int of_linear = row / 16 * 8 + row % 8;
@@ -546,65 +525,65 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int row_group, int
     if (p.bias != nullptr) v += p.bias[row];
     store(token, row, v);
   }
-  // The others may still read this CTA's sums.
-  if (is_shared) ClusterBarrier();
 }
 
 template <typename F>
-__global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const KernelParams p) {
+__global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const KernelParams p) {
   extern __shared__ uint4 shared[];
   LetNextKernelStart();
   const int lane = static_cast<int>(threadIdx.x % 32u);
   const int warp = static_cast<int>(threadIdx.x / 32u);
-  const int split = static_cast<int>(blockIdx.x) % p.n_splits;
-  const int first_row_group = static_cast<int>(blockIdx.x) / p.n_splits;
-  const int row_groups_step = static_cast<int>(gridDim.x) / p.n_splits;
-  const int first_block = split * kWarps + warp;
-  const int blocks_step = p.n_splits * kWarps;
   const int token_first = static_cast<int>(blockIdx.y) * F::kTokens;
-  const uint32_t ring = SharedAddress(shared) + warp * F::kStages * F::kStageBytes;
+  const int n_tokens = min(p.n_tokens - token_first, F::kTokens);
+  const uint32_t stage_bytes = static_cast<uint32_t>(F::StageBytes(n_tokens));
+  const uint32_t ring = SharedAddress(shared) + warp * F::kStages * stage_bytes;
+  const uint32_t ring_end = ring + F::kStages * stage_bytes;
   auto* all_sums = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) +
-                                            kWarps * F::kStages * F::kStageBytes);
+                                            F::kWarps * F::kStages * stage_bytes);
 
-  WeightStream<F> weights(p, lane, first_row_group, row_groups_step, first_block, blocks_step);
+  Stream<F> stream(p, lane, warp, token_first);
+  int copied[F::kStages];
 #pragma unroll
-  for (int d = 0; d < F::kStages; ++d) weights.Copy(p, ring + d * F::kStageBytes);
+  for (int d = 0; d < F::kStages; ++d) {
+    copied[d] = -1;
+    if (stream.has_next(p)) {
+      stream.CopyWeights(p, ring + d * stage_bytes);
+      copied[d] = stream.block();
+      stream.Advance(p);
+    }
+  }
+  CommitCopies();
   WaitForPreviousKernel();
+#pragma unroll
+  for (int d = 0; d < F::kStages; ++d) {
+    if (copied[d] >= 0) stream.CopyActivations(p, copied[d], ring + d * stage_bytes);
+    CommitCopies();
+  }
 
-  // Activations of this lane's token of each token tile, 8 columns of each piece.
-  const __nv_bfloat16* x_lane[F::kTokenTiles];
+  // Where a lane reads the activations of its token of each token tile; any token's where it has
+  // none, since nobody looks at the sums.
+  uint32_t x_even[F::kTokenTiles];
+  int x_swap[F::kTokenTiles];
 #pragma unroll
   for (int n = 0; n < F::kTokenTiles; ++n) {
-    const int token = min(token_first + n * 8 + lane / 4, p.n_tokens - 1);
-    x_lane[n] = p.x + token * p.x_stride + lane % 4 * 8;
-  }
-  const int n_tokens = p.n_tokens - token_first - lane / 4;  // from this lane's on
-  const int n_cols = p.cols - lane % 4 * 8;
-  uint4 x[F::kAhead][F::kTokenTiles];
-  const auto load_x = [&](int block, int piece, uint4(&to)[F::kTokenTiles]) {
-    const bool is_there = block * kServingBlockCols + piece * 32 < n_cols;
-#pragma unroll
-    for (int n = 0; n < F::kTokenTiles; ++n) {
-      to[n] = LoadOrZero(x_lane[n] + block * kServingBlockCols + piece * 32,
-                         is_there && n * 8 < n_tokens);
-    }
-  };
-  if (first_block < p.n_blocks) {
-#pragma unroll
-    for (int i = 0; i < F::kAhead; ++i) load_x(first_block, i, x[i]);
+    const int token = min(n * 8 + lane / 4, n_tokens - 1);
+    x_swap[n] = token % 2 * 64;
+    x_even[n] = F::kWeightBytes + token * kTokenBytes + lane % 4 * 16 + x_swap[n];
+    x_swap[n] = -2 * x_swap[n];
   }
 
   uint32_t stage = ring;
   int parity = 0;
-  for (int row_group = first_row_group; row_group < p.n_row_groups; row_group += row_groups_step) {
+  for (int row_group = static_cast<int>(blockIdx.x); row_group < p.n_row_groups;
+       row_group += static_cast<int>(gridDim.x)) {
     float total[F::kRowTiles][F::kTokenTiles][4] = {};
-    for (int block = first_block; block < p.n_blocks; block += blocks_step) {
+    for (int block = warp; block < p.n_blocks; block += F::kWarps) {
       asm volatile("cp.async.wait_group %0;" ::"n"(F::kStages - 1) : "memory");
       __syncwarp();
-      const int next_block = block + blocks_step < p.n_blocks ? block + blocks_step : first_block;
       uint32_t words[F::kRowTiles][kWordsHeld<F>];
       float acc[F::kRowTiles][F::kPlanes][F::kTokenTiles][4];
       float sums[F::kTokenTiles][4];
+      uint4 x[F::kTokenTiles];
 #pragma unroll
       for (int s = 0; s < kServingSteps; ++s) {
         constexpr int kStepsOfGrid = kServingSteps / F::kGrids;
@@ -625,9 +604,11 @@ __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const Kern
         uint32_t b[F::kTokenTiles][2];
 #pragma unroll
         for (int n = 0; n < F::kTokenTiles; ++n) {
-          const uint4& piece = x[s / 2 % F::kAhead][n];
-          b[n][0] = s % 2 == 0 ? piece.x : piece.z;
-          b[n][1] = s % 2 == 0 ? piece.y : piece.w;
+          if (s % 2 == 0) {
+            x[n] = LoadShared16(stage + x_even[n] + s / 2 * 64 + (s % 4 == 2 ? x_swap[n] : 0));
+          }
+          b[n][0] = s % 2 == 0 ? x[n].x : x[n].z;
+          b[n][1] = s % 2 == 0 ? x[n].y : x[n].w;
         }
         const uint32_t constant[4] = {OffsetOf<F::kBits>(s, 0), kOnes, OffsetOf<F::kBits>(s, 1),
                                       kOnes};
@@ -637,15 +618,6 @@ __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const Kern
         for (int r = 0; r < F::kRowTiles; ++r) {
           LoadWords<F>(stage + r * ServingBlockBytes(F::kBits), lane, s, words[r]);
           MultiplyStep<F>(words[r], s, b, acc[r]);
-        }
-        if (s % 2 == 1) {
-          constexpr int kHere = kPieces - F::kAhead;  // pieces of this block still to be loaded
-          const int piece = s / 2;
-          if (piece < kHere) {
-            load_x(block, piece + F::kAhead, x[piece % F::kAhead]);
-          } else {
-            load_x(next_block, piece - kHere, x[piece % F::kAhead]);
-          }
         }
         if ((s + 1) % kStepsOfGrid == 0) {
 #pragma unroll
@@ -657,37 +629,49 @@ __global__ void __launch_bounds__(kThreads, F::kCtasMin) LowBitKernel(const Kern
         }
       }
       __syncwarp();
-      weights.Copy(p, stage);
-      stage += F::kStageBytes;
-      if (stage == ring + F::kStages * F::kStageBytes) stage = ring;
+      if (stream.has_next(p)) {
+        stream.CopyWeights(p, stage);
+        stream.CopyActivations(p, stream.block(), stage);
+        stream.Advance(p);
+      }
+      CommitCopies();
+      stage += stage_bytes;
+      if (stage == ring_end) stage = ring;
     }
-    float* sums = all_sums + parity * kWarps * F::kSumFloats;
-    auto* own = reinterpret_cast<float2*>(sums + warp * F::kSumFloats);
+    float* sums = all_sums + parity * F::kWarps * F::SumFloats(n_tokens);
+    float* own = sums + warp * F::SumFloats(n_tokens) + lane / 4;
 #pragma unroll
-    for (int r = 0; r < F::kRowTiles; ++r) {
+    for (int n = 0; n < F::kTokenTiles; ++n) {
 #pragma unroll
-      for (int n = 0; n < F::kTokenTiles; ++n) {
+      for (int c = 0; c < 2; ++c) {
+        const int token = n * 8 + lane % 4 * 2 + c;
+        if (token < n_tokens) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          own[((r * F::kTokenTiles + n) * 2 + h) * 32 + lane] =
-              make_float2(total[r][n][2 * h], total[r][n][2 * h + 1]);
+          for (int r = 0; r < F::kRowTiles; ++r) {
+            own[token * F::kSumStride + r * kServingTileRows] = total[r][n][c];
+            own[token * F::kSumStride + r * kServingTileRows + 8] = total[r][n][2 + c];
+          }
         }
       }
     }
     __syncthreads();
-    Finish<F>(p, row_group, token_first, split, sums, all_sums + 2 * kWarps * F::kSumFloats);
-    parity ^= 1;
+    Finish<F>(p, row_group, token_first, n_tokens, sums);
+    if (F::kSumCopies == 2) {
+      parity ^= 1;
+    } else {
+      __syncthreads();
+    }
   }
 }
 
 // What the caller of a launch has decided.
 struct LaunchPlan {
   KernelParams params;  // n_row_groups is set here
+  int grids_in_block = 1;
   int token_tiles = 1;
   int row_tiles = 2;
-  int grids_in_block = 1;
-  int ctas_max = 0;  // on the device at a time, where a CTA takes several groups of rows
-  int token_chunks = 1;
+  int warps = 8;
+  int ctas_max = 0;  // on the device at a time; beyond, a CTA takes several groups of rows
   bool overlap_previous = false;
   cudaStream_t stream = nullptr;
 };
@@ -696,61 +680,71 @@ template <typename F>
 absl::Status LaunchForm(const LaunchPlan& plan) {
   KernelParams params = plan.params;
   params.n_row_groups = (params.n_row_tiles + F::kRowTiles - 1) / F::kRowTiles;
+  const int n_tokens = std::min(params.n_tokens, F::kTokens);
+  const int token_chunks = (params.n_tokens + F::kTokens - 1) / F::kTokens;
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      LowBitKernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes));
+      LowBitKernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SharedBytes(F::kTokens)));
   // Each CTA gets the same number of groups, or one less.
-  const int ctas_max = std::max(plan.ctas_max / (params.n_splits * plan.token_chunks), 1);
+  const int ctas_max = std::max(plan.ctas_max / token_chunks, 1);
   const int rounds = (params.n_row_groups + ctas_max - 1) / ctas_max;
-  const int ctas = (params.n_row_groups + rounds - 1) / rounds;
-  cudaLaunchAttribute attributes[2];
-  unsigned n_attributes = 0;
-  if (params.n_splits > 1) {
-    attributes[n_attributes].id = cudaLaunchAttributeClusterDimension;
-    attributes[n_attributes].val.clusterDim = {static_cast<unsigned>(params.n_splits), 1, 1};
-    ++n_attributes;
-  }
-  if (plan.overlap_previous) {
-    attributes[n_attributes].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[n_attributes].val.programmaticStreamSerializationAllowed = 1;
-    ++n_attributes;
-  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned>(ctas * params.n_splits), static_cast<unsigned>(plan.token_chunks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = F::kSharedBytes;
+  config.gridDim = dim3(static_cast<unsigned>((params.n_row_groups + rounds - 1) / rounds),
+                        static_cast<unsigned>(token_chunks));
+  config.blockDim = dim3(F::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(F::SharedBytes(n_tokens));
   config.stream = plan.stream;
-  config.attrs = attributes;
-  config.numAttrs = n_attributes;
+  config.attrs = &attribute;
+  config.numAttrs = plan.overlap_previous ? 1 : 0;
   WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, LowBitKernel<F>, params));
   return LaunchStatus("LowBitMatmul", plan.stream);
 }
 
-template <int kBits, bool kCodebook, int kGrids>
+// The most row tiles that fit shared memory and registers, up to kWanted.
+template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWanted, int kWarps>
+constexpr int RowTilesThatFit() {
+  using F = Form<kBits, kCodebook, kGrids, kTokenTiles, kWanted, kWarps>;
+  constexpr int kSharedMax = 227 << 10;
+  constexpr int kRegisterRowsMax = kWarps == 8 ? 8 : 4;
+  if constexpr (kWanted > 1 &&
+                (F::SharedBytes(F::kTokens) > kSharedMax || F::kRegisterRows > kRegisterRowsMax)) {
+    return RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted / 2, kWarps>();
+  } else {
+    static_assert(F::SharedBytes(F::kTokens) <= kSharedMax);
+    return kWanted;
+  }
+}
+template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWarps, int kWanted>
+absl::Status LaunchRows(const LaunchPlan& plan) {
+  constexpr int kFits = RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted, kWarps>();
+  return LaunchForm<Form<kBits, kCodebook, kGrids, kTokenTiles, kFits, kWarps>>(plan);
+}
+template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWarps>
 absl::Status LaunchTokens(const LaunchPlan& plan) {
+  switch (plan.row_tiles) {
+    case 1:
+      return LaunchRows<kBits, kCodebook, kGrids, kTokenTiles, kWarps, 1>(plan);
+    case 2:
+      return LaunchRows<kBits, kCodebook, kGrids, kTokenTiles, kWarps, 2>(plan);
+    default:
+      return LaunchRows<kBits, kCodebook, kGrids, kTokenTiles, kWarps, 4>(plan);
+  }
+}
+template <int kBits, bool kCodebook, int kGrids>
+absl::Status LaunchGrids(const LaunchPlan& plan) {
+  if (plan.warps == 16) {
+    return plan.token_tiles == 1 ? LaunchTokens<kBits, kCodebook, kGrids, 1, 16>(plan)
+                                 : LaunchTokens<kBits, kCodebook, kGrids, 2, 16>(plan);
+  }
   switch (plan.token_tiles) {
     case 1:
-      switch (plan.row_tiles) {
-        case 1:
-          return LaunchForm<Form<kBits, kCodebook, kGrids, 1, 1>>(plan);
-        case 2:
-          return LaunchForm<Form<kBits, kCodebook, kGrids, 1, 2>>(plan);
-        default:
-          return LaunchForm<Form<kBits, kCodebook, kGrids, 1, kCodebook ? 2 : 4>>(plan);
-      }
+      return LaunchTokens<kBits, kCodebook, kGrids, 1, 8>(plan);
     case 2:
-      switch (plan.row_tiles) {
-        case 1:
-          return LaunchForm<Form<kBits, kCodebook, kGrids, 2, 1>>(plan);
-        case 2:
-          return LaunchForm<Form<kBits, kCodebook, kGrids, 2, 2>>(plan);
-        default:
-          return LaunchForm<Form<kBits, kCodebook, kGrids, 2, kCodebook ? 2 : 4>>(plan);
-      }
+      return LaunchTokens<kBits, kCodebook, kGrids, 2, 8>(plan);
     default:
-      return plan.row_tiles == 1 || kCodebook
-                 ? LaunchForm<Form<kBits, kCodebook, kGrids, 4, 1>>(plan)
-                 : LaunchForm<Form<kBits, kCodebook, kGrids, 4, 2>>(plan);
+      return LaunchTokens<kBits, kCodebook, kGrids, 4, 8>(plan);
   }
 }
 
@@ -758,11 +752,11 @@ template <int kBits, bool kCodebook>
 absl::Status LaunchWidth(const LaunchPlan& plan) {
   switch (plan.grids_in_block) {
     case 1:
-      return LaunchTokens<kBits, kCodebook, 1>(plan);
+      return LaunchGrids<kBits, kCodebook, 1>(plan);
     case 2:
-      return LaunchTokens<kBits, kCodebook, 2>(plan);
+      return LaunchGrids<kBits, kCodebook, 2>(plan);
     default:
-      return LaunchTokens<kBits, kCodebook, 4>(plan);
+      return LaunchGrids<kBits, kCodebook, 4>(plan);
   }
 }
 

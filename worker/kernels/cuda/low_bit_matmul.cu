@@ -11,8 +11,7 @@
 namespace walsh::kernels::cuda {
 namespace {
 
-constexpr int kComputeMin = 9;  // thread block clusters
-constexpr int kSplitsMax = 8;   // a cluster of more is not portable
+constexpr int kComputeMin = 9;  // programmatic dependent launch
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kStrideMultiple = 8;  // kVectorBytes of bf16
 
@@ -31,17 +30,11 @@ absl::StatusOr<Device> CurrentDevice() {
   return device;
 }
 
-// CTAs that share the columns of a group of 32 rows, where that many rows alone would leave
-// multiprocessors of an H100 or H200 without work. Of the shape only, as it orders the sums.
-int DefaultSplits(const ServingShape& shape) {
-  constexpr int64_t kCtasWanted = 200;
-  const int64_t row_groups = (shape.row_tiles() + 1) / 2;
-  int splits = 1;
-  while (splits < kSplitsMax && row_groups * splits < kCtasWanted &&
-         shape.col_blocks() > int64_t{splits} * low_bit::kWarps) {
-    splits *= 2;
-  }
-  return splits;
+// 16 where 8 would leave multiprocessors of an H100 or H200 with little to do: of the shape only,
+// as it orders the sums.
+int DefaultWarps(const ServingShape& shape) {
+  constexpr int64_t kRowTilesMany = 512;
+  return shape.row_tiles() < kRowTilesMany && shape.col_blocks() > 8 ? 16 : 8;
 }
 
 absl::Status CheckAligned(const char* name, const void* address, int64_t stride) {
@@ -82,11 +75,12 @@ absl::Status Validate(const LowBitMatmulParams& p, int64_t x_stride, int64_t y_c
         "LowBitMatmul: SiLU · up takes the rows of gate and up interleaved, these are stacked");
   }
   const LowBitTuning& t = p.tuning;
-  const auto is_power = [](int v, int max) { return v >= 0 && v <= max && (v & (v - 1)) == 0; };
-  if (!is_power(t.splits, kSplitsMax) || !is_power(t.row_tiles, 4) || t.ctas_per_sm < 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "LowBitMatmul: tuning of ", t.splits, " splits (a power of two up to ", kSplitsMax, "), ",
-        t.row_tiles, " row tiles (1, 2 or 4) and ", t.ctas_per_sm, " CTAs a multiprocessor"));
+  const bool has_warps = t.warps == 0 || t.warps == 8 || t.warps == 16;
+  const bool has_row_tiles = t.row_tiles >= 0 && t.row_tiles <= 4 && t.row_tiles != 3;
+  if (!has_warps || !has_row_tiles || t.ctas_per_sm < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("LowBitMatmul: tuning of ", t.warps, " warps (8 or 16), ", t.row_tiles,
+                     " row tiles (1, 2 or 4) and ", t.ctas_per_sm, " CTAs a multiprocessor"));
   }
   return absl::OkStatus();
 }
@@ -109,14 +103,11 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
                                                  kComputeMin, ".0"));
   }
   const int token_tiles = p.n_tokens <= 8 ? 1 : p.n_tokens <= 16 ? 2 : 4;
-  const int splits = p.tuning.splits > 0 ? p.tuning.splits : DefaultSplits(shape);
-  const int64_t pairs_of_tiles = (shape.row_tiles() + 1) / 2;
-  const int row_tiles = p.tuning.row_tiles > 0                               ? p.tuning.row_tiles
-                        : pairs_of_tiles * splits < device.n_multiprocessors ? 1
-                                                                             : 2;
-  constexpr int kCtasPerSm[] = {3, 2, 1};
-  const int ctas_per_sm =
-      p.tuning.ctas_per_sm > 0 ? p.tuning.ctas_per_sm : kCtasPerSm[token_tiles / 2];
+  const int warps = p.tuning.warps > 0 ? p.tuning.warps : DefaultWarps(shape);
+  const int row_tiles = p.tuning.row_tiles > 0                                  ? p.tuning.row_tiles
+                        : shape.row_tiles() < 2 * device.n_multiprocessors - 16 ? 1
+                                                                                : 2;
+  const int ctas_per_sm = p.tuning.ctas_per_sm > 0 ? p.tuning.ctas_per_sm : warps == 16 ? 2 : 3;
   const low_bit::LaunchPlan plan{
       .params = {.codes = p.weights->codes(),
                  .grids = p.weights->grids(),
@@ -125,7 +116,6 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
                  .n_grids = static_cast<int>(shape.grids()),
                  .blocks_of_grid = static_cast<int>(shape.blocks_of_grid()),
                  .n_row_groups = 0,
-                 .n_splits = splits,
                  .x = p.x,
                  .x_stride = x_stride,
                  .cols = static_cast<int>(shape.cols),
@@ -137,11 +127,11 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
                  .y_float = p.y_float,
                  .y_bf16 = p.y_bf16,
                  .y_stride = y_stride},
+      .grids_in_block = shape.grids_in_block(),
       .token_tiles = token_tiles,
       .row_tiles = row_tiles,
-      .grids_in_block = shape.grids_in_block(),
+      .warps = warps,
       .ctas_max = ctas_per_sm * device.n_multiprocessors,
-      .token_chunks = static_cast<int>((p.n_tokens + 8 * token_tiles - 1) / (8 * token_tiles)),
       .overlap_previous = p.overlap_previous,
       .stream = p.stream};
   if (shape.has_codebook) return low_bit::LaunchCodebook(plan);

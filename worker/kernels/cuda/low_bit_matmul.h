@@ -43,12 +43,12 @@ enum class LowBitOutput {
              // rows must be interleaved
 };
 
-// How the work is cut. Zero takes what was measured to be best for the shape. `splits` is part of
+// How the work is cut. Zero takes what was measured to be best for the shape. `warps` is part of
 // the order of summation, the others are not.
 struct LowBitTuning {
-  int splits = 0;       // CTAs of a cluster that share the columns: 1, 2, 4 or 8
-  int row_tiles = 0;    // of a warp at a time: 1, 2 or 4, as far as there is a kernel
-  int ctas_per_sm = 0;  // at most, where a CTA takes several groups of rows
+  int warps = 0;        // of a CTA, which share the columns: 8 or 16
+  int row_tiles = 0;    // of a warp at a time: 1, 2 or 4; fewer where they do not fit
+  int ctas_per_sm = 0;  // beyond, a CTA takes several groups of rows
 };
 
 struct LowBitMatmulParams {
