@@ -71,16 +71,18 @@ struct Form {
                                                                           : 8;
   static constexpr int kCtasMin = std::max(kWarpsMin / kWarps, 1);
 
-  // With two copies of the warps' sums one barrier for a group of rows is enough.
+  // With two copies of the warps' sums one barrier for a group of rows is enough. Sixteen warps of
+  // many tokens share eight places instead.
   static constexpr int kSumCopies = kTokenTiles * kWarps <= 16 ? 2 : 1;
+  static constexpr int kSumPlaces = kSumCopies == 1 ? 8 : kWarps;
 
   static __host__ __device__ constexpr int StageBytes(int n_tokens) {
     return kWeightBytes + n_tokens * kTokenBytes;
   }
   static __host__ __device__ constexpr int SumFloats(int n_tokens) { return n_tokens * kSumStride; }
   static __host__ __device__ constexpr int SharedBytes(int n_tokens) {
-    return kWarps * (kStages * StageBytes(n_tokens) +
-                     kSumCopies * SumFloats(n_tokens) * static_cast<int>(sizeof(float)));
+    return kWarps * kStages * StageBytes(n_tokens) +
+           kSumCopies * kSumPlaces * SumFloats(n_tokens) * static_cast<int>(sizeof(float));
   }
 };
 
@@ -261,7 +263,8 @@ class Stream {
   __device__ __forceinline__ void CopyWeights(const KernelParams& p, uint32_t stage) const {
 #pragma unroll
     for (int r = 0; r < F::kRowTiles; ++r) {
-      const uint8_t* from = codes_ + TileBytes(p) * static_cast<uint32_t>(min(r, last_tile_));
+      const uint8_t* from =
+          codes_ + static_cast<uint64_t>(TileBytes(p)) * static_cast<uint32_t>(min(r, last_tile_));
       const uint32_t to = stage + r * kBlockBytes;
 #pragma unroll
       for (int i = 0; i < kBlockBytes / 512; ++i) {
@@ -281,11 +284,15 @@ class Stream {
                                                   uint32_t stage) const {
     const __nv_bfloat16* from = x_first_ + block * kServingBlockCols;
     const bool is_there = block * kServingBlockCols + lane_ % 16 * 8 < p.cols;
+    const uint32_t to = stage + x_place_;
+    // Most often there is one token.
+    if (F::kTokenTiles == 1 && n_tokens_ <= 2) {
+      if (lane_ / 16 < n_tokens_) Copy16OrZero(to, from, is_there);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < F::kTokens / 2; ++i) {
-      if (2 * i + lane_ / 16 < n_tokens_) {
-        Copy16OrZero(stage + x_place_ + i * 2 * kTokenBytes, from, is_there);
-      }
+      if (2 * i + lane_ / 16 < n_tokens_) Copy16OrZero(to + i * 2 * kTokenBytes, from, is_there);
       from += 2 * p.x_stride;
     }
   }
@@ -313,8 +320,8 @@ class Stream {
   static constexpr int kGridPieces = F::kRowTiles * kPiecesOfTile;
   static constexpr int kChunks = (kGridPieces + 31) / 32;
 
-  static __device__ __forceinline__ uint64_t TileBytes(const KernelParams& p) {
-    return static_cast<uint64_t>(static_cast<uint32_t>(p.n_blocks)) * kBlockBytes;
+  static __device__ __forceinline__ uint32_t TileBytes(const KernelParams& p) {
+    return static_cast<uint32_t>(p.n_blocks) * kBlockBytes;
   }
   __device__ __forceinline__ void BeginRows(const KernelParams& p) {
     block_ = first_block_;
@@ -467,20 +474,21 @@ __device__ __forceinline__ void MultiplyStep(const uint32_t (&words)[kWordsHeld<
   }
 }
 
-// What a CTA does with its warps' sums of a group of rows: adds them up in the order of the warps
-// and writes. A thread takes an output.
+// What a CTA does with its warps' sums of a group of rows: adds them up, warps 0, 1, …, 7, each of
+// sixteen after the addition of the one eight later, and writes. A thread takes an output.
 template <typename F>
 __device__ __forceinline__ void Finish(const KernelParams& p, int row_group, int token_first,
                                        int n_tokens, const float* sums) {
   const int warp_stride = F::SumFloats(n_tokens);
   const auto value_of = [&](int row, int token) {
     const float* at = sums + token * F::kSumStride + row;
-    float of_warp[F::kWarps];
+    float of_place[F::kSumPlaces];
 #pragma unroll
-    for (int w = 0; w < F::kWarps; ++w) of_warp[w] = at[w * warp_stride];
-    float sum = of_warp[0];
+    for (int w = 0; w < F::kSumPlaces; ++w) of_place[w] = at[w * warp_stride];
+    float sum = 0;
 #pragma unroll
-    for (int w = 1; w < F::kWarps; ++w) sum += of_warp[w];
+    for (int w = 0; w < 8; ++w)
+      sum += F::kSumPlaces == 16 ? of_place[w] + of_place[(w + 8) % F::kSumPlaces] : of_place[w];
     return sum;
   };
   const auto store = [&](int token, int row, float v) {
@@ -542,22 +550,31 @@ __global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const K
                                             F::kWarps * F::kStages * stage_bytes);
 
   Stream<F> stream(p, lane, warp, token_first);
-  int copied[F::kStages];
-#pragma unroll
-  for (int d = 0; d < F::kStages; ++d) {
-    copied[d] = -1;
-    if (stream.has_next(p)) {
-      stream.CopyWeights(p, ring + d * stage_bytes);
-      copied[d] = stream.block();
-      stream.Advance(p);
-    }
+  int n_copied = 0;
+#pragma unroll 1
+  for (; n_copied < F::kStages && stream.has_next(p); ++n_copied) {
+    stream.CopyWeights(p, ring + n_copied * stage_bytes);
+    stream.Advance(p);
   }
   CommitCopies();
   WaitForPreviousKernel();
-#pragma unroll
+  int x_block = warp;
+#pragma unroll 1
   for (int d = 0; d < F::kStages; ++d) {
-    if (copied[d] >= 0) stream.CopyActivations(p, copied[d], ring + d * stage_bytes);
+    if (d < n_copied) stream.CopyActivations(p, x_block, ring + d * stage_bytes);
     CommitCopies();
+    x_block += F::kWarps;
+    if (x_block >= p.n_blocks) x_block = warp;
+  }
+
+  // Kept in registers: otherwise they are made anew for every product.
+  uint32_t constants[kServingSteps][2];
+  uint32_t ones;
+  asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "n"(kOnes));
+#pragma unroll
+  for (int s = 0; s < kServingSteps; ++s) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) constants[s][pair] = OffsetOf<F::kBits>(s, pair);
   }
 
   // Where a lane reads the activations of its token of each token tile; any token's where it has
@@ -610,8 +627,7 @@ __global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const K
           b[n][0] = s % 2 == 0 ? x[n].x : x[n].z;
           b[n][1] = s % 2 == 0 ? x[n].y : x[n].w;
         }
-        const uint32_t constant[4] = {OffsetOf<F::kBits>(s, 0), kOnes, OffsetOf<F::kBits>(s, 1),
-                                      kOnes};
+        const uint32_t constant[4] = {constants[s][0], ones, constants[s][1], ones};
 #pragma unroll
         for (int n = 0; n < F::kTokenTiles; ++n) Mma(sums[n], constant, b[n][0], b[n][1], sums[n]);
 #pragma unroll
@@ -638,21 +654,32 @@ __global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const K
       stage += stage_bytes;
       if (stage == ring_end) stage = ring;
     }
-    float* sums = all_sums + parity * F::kWarps * F::SumFloats(n_tokens);
-    float* own = sums + warp * F::SumFloats(n_tokens) + lane / 4;
+    float* sums = all_sums + parity * F::kSumPlaces * F::SumFloats(n_tokens);
+    float* own = sums + warp % F::kSumPlaces * F::SumFloats(n_tokens) + lane / 4;
+    const auto leave_sums = [&](bool add) {
 #pragma unroll
-    for (int n = 0; n < F::kTokenTiles; ++n) {
+      for (int n = 0; n < F::kTokenTiles; ++n) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int token = n * 8 + lane % 4 * 2 + c;
-        if (token < n_tokens) {
+        for (int c = 0; c < 2; ++c) {
+          const int token = n * 8 + lane % 4 * 2 + c;
+          if (token >= n_tokens) continue;
 #pragma unroll
           for (int r = 0; r < F::kRowTiles; ++r) {
-            own[token * F::kSumStride + r * kServingTileRows] = total[r][n][c];
-            own[token * F::kSumStride + r * kServingTileRows + 8] = total[r][n][2 + c];
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              float& place = own[token * F::kSumStride + r * kServingTileRows + h * 8];
+              place = add ? total[r][n][2 * h + c] + place : total[r][n][2 * h + c];
+            }
           }
         }
       }
+    };
+    if (F::kSumPlaces < F::kWarps) {
+      if (warp >= F::kSumPlaces) leave_sums(false);
+      __syncthreads();
+      if (warp < F::kSumPlaces) leave_sums(true);
+    } else {
+      leave_sums(false);
     }
     __syncthreads();
     Finish<F>(p, row_group, token_first, n_tokens, sums);
@@ -721,30 +748,24 @@ absl::Status LaunchRows(const LaunchPlan& plan) {
   constexpr int kFits = RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted, kWarps>();
   return LaunchForm<Form<kBits, kCodebook, kGrids, kTokenTiles, kFits, kWarps>>(plan);
 }
-template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWarps>
-absl::Status LaunchTokens(const LaunchPlan& plan) {
-  switch (plan.row_tiles) {
-    case 1:
-      return LaunchRows<kBits, kCodebook, kGrids, kTokenTiles, kWarps, 1>(plan);
-    case 2:
-      return LaunchRows<kBits, kCodebook, kGrids, kTokenTiles, kWarps, 2>(plan);
-    default:
-      return LaunchRows<kBits, kCodebook, kGrids, kTokenTiles, kWarps, 4>(plan);
-  }
-}
+// Those cuts that were the best of some shape.
 template <int kBits, bool kCodebook, int kGrids>
 absl::Status LaunchGrids(const LaunchPlan& plan) {
   if (plan.warps == 16) {
-    return plan.token_tiles == 1 ? LaunchTokens<kBits, kCodebook, kGrids, 1, 16>(plan)
-                                 : LaunchTokens<kBits, kCodebook, kGrids, 2, 16>(plan);
+    if (plan.token_tiles > 1) return LaunchRows<kBits, kCodebook, kGrids, 2, 16, 2>(plan);
+    return plan.row_tiles == 1 ? LaunchRows<kBits, kCodebook, kGrids, 1, 16, 1>(plan)
+                               : LaunchRows<kBits, kCodebook, kGrids, 1, 16, 2>(plan);
   }
   switch (plan.token_tiles) {
     case 1:
-      return LaunchTokens<kBits, kCodebook, kGrids, 1, 8>(plan);
+      return plan.row_tiles == 1   ? LaunchRows<kBits, kCodebook, kGrids, 1, 8, 1>(plan)
+             : plan.row_tiles == 2 ? LaunchRows<kBits, kCodebook, kGrids, 1, 8, 2>(plan)
+                                   : LaunchRows<kBits, kCodebook, kGrids, 1, 8, 4>(plan);
     case 2:
-      return LaunchTokens<kBits, kCodebook, kGrids, 2, 8>(plan);
+      return plan.row_tiles <= 2 ? LaunchRows<kBits, kCodebook, kGrids, 2, 8, 2>(plan)
+                                 : LaunchRows<kBits, kCodebook, kGrids, 2, 8, 4>(plan);
     default:
-      return LaunchTokens<kBits, kCodebook, kGrids, 4, 8>(plan);
+      return LaunchRows<kBits, kCodebook, kGrids, 4, 8, 2>(plan);
   }
 }
 

@@ -37,6 +37,13 @@ int DefaultWarps(const ServingShape& shape) {
   return shape.row_tiles() < kRowTilesMany && shape.col_blocks() > 8 ? 16 : 8;
 }
 
+// Those of a warp at a time: more share the activations, fewer leave work for all multiprocessors.
+int DefaultRowTiles(const ServingShape& shape, int warps, int token_tiles) {
+  if (token_tiles > 1) return shape.row_tiles() < 1024 ? 2 : 4;
+  if (warps == 16 || shape.row_tiles() < 264) return 1;
+  return shape.row_tiles() < 512 ? 2 : 4;
+}
+
 absl::Status CheckAligned(const char* name, const void* address, int64_t stride) {
   const uintptr_t rest = reinterpret_cast<uintptr_t>(address) % kVectorBytes;
   if (address == nullptr || rest != 0 || stride % kStrideMultiple != 0) {
@@ -104,10 +111,12 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   }
   const int token_tiles = p.n_tokens <= 8 ? 1 : p.n_tokens <= 16 ? 2 : 4;
   const int warps = p.tuning.warps > 0 ? p.tuning.warps : DefaultWarps(shape);
-  const int row_tiles = p.tuning.row_tiles > 0                                  ? p.tuning.row_tiles
-                        : shape.row_tiles() < 2 * device.n_multiprocessors - 16 ? 1
-                                                                                : 2;
-  const int ctas_per_sm = p.tuning.ctas_per_sm > 0 ? p.tuning.ctas_per_sm : warps == 16 ? 2 : 3;
+  const int row_tiles =
+      p.tuning.row_tiles > 0 ? p.tuning.row_tiles : DefaultRowTiles(shape, warps, token_tiles);
+  const int ctas_per_sm = p.tuning.ctas_per_sm > 0 ? p.tuning.ctas_per_sm
+                          : token_tiles > 1        ? 1
+                          : warps == 16            ? 2
+                                                   : 3;
   const low_bit::LaunchPlan plan{
       .params = {.codes = p.weights->codes(),
                  .grids = p.weights->grids(),
