@@ -20,6 +20,7 @@
 namespace walsh::kernels::cuda::low_bit {
 
 inline constexpr int kTokenBytes = kServingBlockCols * 2;  // of a token in a block
+inline constexpr int kPieceBytes = kTokenBytes / 4;        // of 32 columns, which are two steps
 
 struct KernelParams {
   const uint8_t* codes;
@@ -567,26 +568,15 @@ __global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const K
     if (x_block >= p.n_blocks) x_block = warp;
   }
 
-  // Kept in registers: otherwise they are made anew for every product.
-  uint32_t constants[kServingSteps][2];
-  uint32_t ones;
-  asm volatile("mov.b32 %0, %1;" : "=r"(ones) : "n"(kOnes));
-#pragma unroll
-  for (int s = 0; s < kServingSteps; ++s) {
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) constants[s][pair] = OffsetOf<F::kBits>(s, pair);
-  }
-
   // Where a lane reads the activations of its token of each token tile; any token's where it has
   // none, since nobody looks at the sums.
-  uint32_t x_even[F::kTokenTiles];
-  int x_swap[F::kTokenTiles];
+  uint32_t x_first[F::kTokenTiles];  // in a stage, of piece 0
+  int x_swap[F::kTokenTiles];        // what odd pieces lie off, for odd tokens
 #pragma unroll
   for (int n = 0; n < F::kTokenTiles; ++n) {
     const int token = min(n * 8 + lane / 4, n_tokens - 1);
-    x_swap[n] = token % 2 * 64;
-    x_even[n] = F::kWeightBytes + token * kTokenBytes + lane % 4 * 16 + x_swap[n];
-    x_swap[n] = -2 * x_swap[n];
+    x_first[n] = F::kWeightBytes + token * kTokenBytes + lane % 4 * 16 + token % 2 * kPieceBytes;
+    x_swap[n] = token % 2 * -2 * kPieceBytes;
   }
 
   uint32_t stage = ring;
@@ -622,12 +612,14 @@ __global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const K
 #pragma unroll
         for (int n = 0; n < F::kTokenTiles; ++n) {
           if (s % 2 == 0) {
-            x[n] = LoadShared16(stage + x_even[n] + s / 2 * 64 + (s % 4 == 2 ? x_swap[n] : 0));
+            x[n] = LoadShared16(stage + x_first[n] + s / 2 * kPieceBytes +
+                                (s % 4 == 2 ? x_swap[n] : 0));
           }
           b[n][0] = s % 2 == 0 ? x[n].x : x[n].z;
           b[n][1] = s % 2 == 0 ? x[n].y : x[n].w;
         }
-        const uint32_t constant[4] = {constants[s][0], ones, constants[s][1], ones};
+        const uint32_t constant[4] = {OffsetOf<F::kBits>(s, 0), kOnes, OffsetOf<F::kBits>(s, 1),
+                                      kOnes};
 #pragma unroll
         for (int n = 0; n < F::kTokenTiles; ++n) Mma(sums[n], constant, b[n][0], b[n][1], sums[n]);
 #pragma unroll

@@ -37,11 +37,13 @@ int DefaultWarps(const ServingShape& shape) {
   return shape.row_tiles() < kRowTilesMany && shape.col_blocks() > 8 ? 16 : 8;
 }
 
-// Those of a warp at a time: more share the activations, fewer leave work for all multiprocessors.
+// Those of a warp at a time: more of them share the activations, fewer leave work for all
+// multiprocessors. As measured on an H200 (docs/results/2026-11-27-h200-low-bit.md).
 int DefaultRowTiles(const ServingShape& shape, int warps, int token_tiles) {
-  if (token_tiles > 1) return shape.row_tiles() < 1024 ? 2 : 4;
-  if (warps == 16 || shape.row_tiles() < 264) return 1;
-  return shape.row_tiles() < 512 ? 2 : 4;
+  const int64_t row_tiles = shape.row_tiles();
+  if (token_tiles > 1) return row_tiles < 1024 ? 2 : 4;
+  if (row_tiles <= 264) return 1;
+  return warps == 16 || row_tiles < 512 || shape.bits == 8 ? 2 : 4;
 }
 
 absl::Status CheckAligned(const char* name, const void* address, int64_t stride) {
