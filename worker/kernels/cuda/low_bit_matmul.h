@@ -14,8 +14,8 @@
 //
 // A row of the result depends on its own token only: alone or among any others, and from run to
 // run, it has the same bits. The order of summation is a function of the matrix' shape: blocks of
-// 128 columns go round the warps of a CTA, and of its cluster where the rows are few, each warp
-// adds up its own, and the sums of the warps and then of the CTAs are added in their order.
+// 128 columns go round the warps of a CTA, each warp adds up its own, and the sums of the warps are
+// added in their order.
 //
 // Bound:   memory: the weights are read once for each 32 tokens (8 and 16 take their own kernels)
 // Shapes:  row-major, rows of x and y are tokens

@@ -17,10 +17,12 @@
 // them below bit 7, and such that registers 0 and 1, and 2 and 3, have one p, because the products
 // take back 2^(7 − p) · Σ x for both rows at once:
 //
-//   2 bits  8 codes a half; those of bits 0 … 5 as they are, 6 … 11 after >> 6, the rest after >>
-//   12 3 bits  5 codes a half, and a sixth for three words of their bits 15 4 bits  4 codes a half,
-//   shifted to bit 0 8 bits  2 codes a half; a product of each nibble, the high one as 256 + 16 ·
-//   nibble
+// clang-format off
+//   2 bits  8 codes a half: those of bits 0 to 5 as they are, 6 to 11 after >> 6, the rest after >> 12
+//   3 bits  5 codes a half, and a sixth for three words, of their bits 15
+//   4 bits  4 codes a half, each shifted to bit 0
+//   8 bits  2 codes a half; a product of each nibble, the high one as 256 + 16 · nibble
+// clang-format on
 #pragma once
 
 #ifdef __CUDACC__
