@@ -68,6 +68,7 @@ racecheck() {
 if [[ $what == --bench ]]; then
   run "$here/bin/block_walsh_cuda_bench"
   run "$here/bin/cuda_quantize_bench"
+  run "$here/bin/cuda_low_bit_bench"
   exit
 fi
 for test in "$here"/bin/*gpu_test; do

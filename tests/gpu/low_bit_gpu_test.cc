@@ -1,0 +1,679 @@
+// Products with quantized weights in the serving layout: the layout's way back exactly, products
+// against double, and the same bits whatever the batch, the run and the cut of the work.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tests/gpu/gpu_fixture.h"
+#include "worker/io/gptq_packing.h"
+#include "worker/kernels/cuda/low_bit_matmul.h"
+#include "worker/kernels/cuda/serving_layout.h"
+#include "worker/tensor/half.h"
+#include "worker/tensor/quantized_matrix.h"
+
+namespace walsh::kernels::cuda {
+namespace {
+
+using ::testing::HasSubstr;
+using ::walsh::testing::StatusIs;
+
+constexpr int64_t kWholeRow = 0;
+// ‖y − reference‖ / ‖reference‖. What fp32 leaves is largest at 2 bits, where the offset is 128 for
+// codes up to 3, with a column of x that is fifty times the others: 1.5e-5.
+constexpr double kFloatLimit = 3e-5;
+constexpr double kBf16Limit = 3e-3;  // half a unit in the last place is 2^-9 of a number
+constexpr uint16_t kBf16Poison = 0xffff;
+
+struct Width {
+  int bits;
+  StoredGrid grid;
+  bool symmetric = false;
+};
+std::string NameOf(const ::testing::TestParamInfo<Width>& info) {
+  const Width& w = info.param;
+  return absl::StrCat("Bits", w.bits,
+                      w.grid == StoredGrid::kCodebook     ? "Codebook"
+                      : w.grid == StoredGrid::kFloatZeros ? "FloatZeros"
+                      : w.symmetric                       ? "Symmetric"
+                                                          : "Asymmetric");
+}
+
+QuantizedMatrix RandomQuantized(int64_t rows, int64_t cols, int64_t group_size, const Width& width,
+                                uint32_t seed) {
+  QuantizedMatrix m{.rows = rows,
+                    .cols = cols,
+                    .bits = width.bits,
+                    .group_size = group_size == kWholeRow ? cols : group_size,
+                    .symmetric = width.symmetric};
+  std::mt19937 generator(seed);
+  std::uniform_real_distribution<float> uniform(0.25f, 1.0f);
+  const auto half = [](float v) { return HalfToFloat(FloatToHalf(v)); };
+  const int n_codes = 1 << m.bits;
+  m.codes.resize(static_cast<size_t>(rows * cols));
+  for (uint8_t& c : m.codes) c = static_cast<uint8_t>(generator() % n_codes);
+  const auto n_grids = static_cast<size_t>(rows * m.groups());
+  const float step = 0.04f / static_cast<float>(n_codes);
+  if (width.grid == StoredGrid::kCodebook) {
+    m.levels.resize(n_grids * static_cast<size_t>(n_codes));
+    for (float& level : m.levels) level = half(0.04f * (uniform(generator) - 0.625f));
+    return m;
+  }
+  m.scales.resize(n_grids);
+  for (float& scale : m.scales) scale = half(step * uniform(generator));
+  if (width.grid == StoredGrid::kFloatZeros) {
+    m.float_zeros.resize(n_grids);
+    for (float& zero : m.float_zeros) {
+      zero = half(static_cast<float>(n_codes) * (uniform(generator) - 0.25f));
+    }
+    return m;
+  }
+  m.zeros.resize(n_grids);
+  for (uint8_t& zero : m.zeros) {
+    zero = static_cast<uint8_t>(width.symmetric ? n_codes / 2 : generator() % n_codes);
+  }
+  return m;
+}
+
+// A matrix as the artifact has it, on the device.
+struct Stored {
+  DeviceBuffer<uint32_t> qweight;
+  DeviceBuffer<uint32_t> qzeros;
+  DeviceBuffer<uint16_t> scales;
+  DeviceBuffer<uint16_t> zeros;
+  DeviceBuffer<uint16_t> levels;
+  StoredLinear linear;
+};
+
+class LowBitGpuTest : public GpuTest {
+ protected:
+  Stored Store(const QuantizedMatrix& m) {
+    GptqTensors tensors;
+    if (m.rows % 32 == 0) {
+      tensors = *PackGptq(m);
+    } else {
+      // The artifact has no such matrix; the layout takes what needs no packed zeros.
+      tensors.qweight.resize(static_cast<size_t>(m.cols / 32 * m.bits * m.rows));
+      std::vector<uint32_t> words(static_cast<size_t>(m.bits));
+      const auto transposed = [&](const std::vector<float>& values, int64_t width) {
+        if (values.empty()) return std::vector<uint16_t>();
+        std::vector<uint16_t> halves(values.size());
+        for (int64_t r = 0; r < m.rows; ++r) {
+          for (int64_t g = 0; g < m.groups(); ++g) {
+            for (int64_t k = 0; k < width; ++k) {
+              halves[static_cast<size_t>((g * m.rows + r) * width + k)] =
+                  FloatToHalf(values[static_cast<size_t>((r * m.groups() + g) * width + k)]);
+            }
+          }
+        }
+        return halves;
+      };
+      for (int64_t r = 0; r < m.rows; ++r) {
+        for (int64_t run = 0; run < m.cols / 32; ++run) {
+          PackValues(std::span(m.codes).subspan(static_cast<size_t>(r * m.cols + run * 32), 32),
+                     m.bits, words);
+          for (int k = 0; k < m.bits; ++k) {
+            tensors.qweight[static_cast<size_t>((run * m.bits + k) * m.rows + r)] =
+                words[static_cast<size_t>(k)];
+          }
+        }
+      }
+      tensors.scales = transposed(m.scales, 1);
+      tensors.zeros = transposed(m.float_zeros, 1);
+      tensors.levels = transposed(m.levels, 4);
+    }
+    Stored stored;
+    stored.linear.rows = m.rows;
+    stored.qweight = Upload(tensors.qweight);
+    stored.linear.qweight = stored.qweight.data();
+    if (!tensors.qzeros.empty()) {
+      stored.qzeros = Upload(tensors.qzeros);
+      stored.linear.qzeros = stored.qzeros.data();
+    }
+    const auto upload = [&](const std::vector<uint16_t>& bits, DeviceBuffer<uint16_t>& buffer,
+                            const __half*& pointer) {
+      if (bits.empty()) return;
+      buffer = Upload(bits);
+      pointer = reinterpret_cast<const __half*>(buffer.data());
+    };
+    upload(tensors.scales, stored.scales, stored.linear.scales);
+    upload(tensors.zeros, stored.zeros, stored.linear.zeros);
+    upload(tensors.levels, stored.levels, stored.linear.levels);
+    return stored;
+  }
+
+  // All of `matrices` stacked (or two interleaved).
+  ServingMatrix Build(const std::vector<QuantizedMatrix>& matrices,
+                      ServingRows order = ServingRows::kStacked) {
+    std::vector<Stored> stored;
+    std::vector<StoredLinear> linears;
+    for (const QuantizedMatrix& m : matrices) {
+      stored.push_back(Store(m));
+      linears.push_back(stored.back().linear);
+    }
+    absl::StatusOr<ServingMatrix> built =
+        ServingMatrix::Build({.linears = linears,
+                              .cols = matrices[0].cols,
+                              .bits = matrices[0].bits,
+                              .group_size = matrices[0].group_size,
+                              .order = order},
+                             context().stream());
+    EXPECT_OK(built.status());
+    EXPECT_OK(context().Synchronize());
+    return *std::move(built);
+  }
+
+  struct Activations {
+    DeviceBuffer<__nv_bfloat16> device;
+    std::vector<float> host;
+  };
+  // Normal, with a column that is much larger, as models have them.
+  Activations RandomActivations(int64_t n_tokens, int64_t cols, uint32_t seed) {
+    Activations x;
+    x.host = RandomNormal(n_tokens * cols, seed);
+    std::vector<__nv_bfloat16> bf16(x.host.size());
+    for (size_t i = 0; i < bf16.size(); ++i) {
+      if (static_cast<int64_t>(i) % cols == cols / 3) x.host[i] *= 50;
+      bf16[i] = __float2bfloat16(x.host[i]);
+      x.host[i] = __bfloat162float(bf16[i]);
+    }
+    x.device = Upload(bf16);
+    return x;
+  }
+
+  std::vector<float> Multiply(const ServingMatrix& weights, const DeviceBuffer<__nv_bfloat16>& x,
+                              int64_t n_tokens, const LowBitTuning& tuning = {}) {
+    auto y = Poisoned<float>(n_tokens * weights.shape().rows);
+    EXPECT_OK(LowBitMatmul({.n_tokens = n_tokens,
+                            .weights = &weights,
+                            .x = x.data(),
+                            .y_float = y.data(),
+                            .tuning = tuning,
+                            .stream = context().stream()}));
+    return Download(y);
+  }
+};
+
+// x · Wᵀ in double.
+std::vector<double> Reference(const std::vector<float>& weights, int64_t rows, int64_t cols,
+                              const std::vector<float>& x, int64_t n_tokens) {
+  std::vector<double> y(static_cast<size_t>(n_tokens * rows));
+  for (int64_t t = 0; t < n_tokens; ++t) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* w = weights.data() + r * cols;
+      const float* a = x.data() + t * cols;
+      double sum = 0;
+      for (int64_t c = 0; c < cols; ++c)
+        sum += static_cast<double>(w[c]) * static_cast<double>(a[c]);
+      y[static_cast<size_t>(t * rows + r)] = sum;
+    }
+  }
+  return y;
+}
+std::vector<double> Reference(const QuantizedMatrix& m, const std::vector<float>& x,
+                              int64_t n_tokens) {
+  const Matrix dense = Dequantize(m);
+  std::vector<float> weights;
+  for (int64_t r = 0; r < m.rows; ++r) {
+    for (int64_t c = 0; c < m.cols; ++c) weights.push_back(dense(r, c));
+  }
+  return Reference(weights, m.rows, m.cols, x, n_tokens);
+}
+
+double RelativeError(const std::vector<float>& actual, const std::vector<double>& expected) {
+  return std::sqrt(NormalizedSquaredError(actual, expected));
+}
+
+// The least row and token where two results differ in a bit; −1: none.
+int64_t FirstDifference(const std::vector<float>& a, const std::vector<float>& b, size_t n) {
+  for (size_t i = 0; i < n; ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(float)) != 0) return static_cast<int64_t>(i);
+  }
+  return -1;
+}
+
+class LowBitWidthGpuTest : public LowBitGpuTest, public ::testing::WithParamInterface<Width> {};
+
+struct Shape {
+  int64_t rows, cols, group_size;
+};
+// What the grid can have: packed zeros need rows in multiples of 32.
+std::vector<Shape> ShapesOf(const Width& width) {
+  std::vector<Shape> shapes = {{32, 32, 32},     {32, 64, kWholeRow}, {64, 576, 64},
+                               {96, 896, 128},   {96, 896, 32},       {32, 1536, kWholeRow},
+                               {160, 1536, 64},  {96, 1536, 256},     {64, 4864, 128},
+                               {32, 11008, 128}, {32, 11008, 32},     {64, 576, kWholeRow},
+                               {4352, 256, 128}};
+  if (width.grid != StoredGrid::kGptq) {
+    shapes.push_back({1, 64, 32});
+    shapes.push_back({17, 896, 128});
+    shapes.push_back({33, 1536, 64});
+  }
+  return shapes;
+}
+
+TEST_P(LowBitWidthGpuTest, LayoutGivesBackEveryCodeAndWeight) {
+  for (const Shape& s : ShapesOf(GetParam())) {
+    SCOPED_TRACE(absl::StrCat(s.rows, " x ", s.cols, ", group ", s.group_size));
+    const QuantizedMatrix m = RandomQuantized(s.rows, s.cols, s.group_size, GetParam(), 1);
+    const ServingMatrix serving = Build({m});
+    auto codes = Poisoned<uint8_t>(s.rows * s.cols);
+    auto weights = Poisoned<float>(s.rows * s.cols);
+    ASSERT_OK(serving.Unpack(codes.data(), weights.data(), context().stream()));
+    EXPECT_EQ(Download(codes), m.codes);
+    const Matrix dense = Dequantize(m);
+    const std::vector<float> actual = Download(weights);
+    int64_t n_wrong = 0;
+    for (int64_t r = 0; r < s.rows; ++r) {
+      for (int64_t c = 0; c < s.cols; ++c) {
+        n_wrong += actual[static_cast<size_t>(r * s.cols + c)] != dense(r, c) ? 1 : 0;
+      }
+    }
+    EXPECT_EQ(n_wrong, 0);
+  }
+}
+
+TEST_P(LowBitWidthGpuTest, ProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
+  for (const Shape& s : ShapesOf(GetParam())) {
+    SCOPED_TRACE(absl::StrCat(s.rows, " x ", s.cols, ", group ", s.group_size));
+    const QuantizedMatrix m = RandomQuantized(s.rows, s.cols, s.group_size, GetParam(), 2);
+    const ServingMatrix serving = Build({m});
+    const Activations x = RandomActivations(kLowBitTokensMax, s.cols, 3);
+    const std::vector<float> all = Multiply(serving, x.device, kLowBitTokensMax);
+    EXPECT_LT(RelativeError(all, Reference(m, x.host, kLowBitTokensMax)), kFloatLimit);
+    for (const int64_t n_tokens : {1, 2, 7, 8, 9, 16, 17, 33, 64}) {
+      for (const int row_tiles : {0, 1, 2, 4}) {
+        const std::vector<float> some =
+            Multiply(serving, x.device, n_tokens, {.row_tiles = row_tiles});
+        EXPECT_EQ(FirstDifference(some, all, some.size()), -1)
+            << n_tokens << " tokens, row tiles " << row_tiles;
+      }
+    }
+  }
+}
+
+TEST_P(LowBitWidthGpuTest, EveryCutOfTheColumnsIsRight) {
+  const QuantizedMatrix m = RandomQuantized(96, 4864, 128, GetParam(), 4);
+  const ServingMatrix serving = Build({m});
+  for (const int64_t n_tokens : {1, 13, 40}) {
+    const Activations x = RandomActivations(n_tokens, m.cols, 5);
+    const std::vector<double> expected = Reference(m, x.host, n_tokens);
+    for (const int warps : {8, 16}) {
+      const LowBitTuning tuning{.warps = warps};
+      const std::vector<float> y = Multiply(serving, x.device, n_tokens, tuning);
+      EXPECT_LT(RelativeError(y, expected), kFloatLimit) << warps;
+      for (int run = 0; run < 20; ++run) {
+        const std::vector<float> again = Multiply(serving, x.device, n_tokens, tuning);
+        ASSERT_EQ(FirstDifference(again, y, y.size()), -1) << warps << " warps, run " << run;
+      }
+    }
+  }
+}
+
+TEST_P(LowBitWidthGpuTest, SeveralGroupsOfRowsForACta) {
+  const QuantizedMatrix m = RandomQuantized(8224, 1408, 128, GetParam(), 6);
+  const ServingMatrix serving = Build({m});
+  const Activations x = RandomActivations(20, m.cols, 7);
+  const std::vector<float> y = Multiply(serving, x.device, 20);
+  EXPECT_LT(RelativeError(y, Reference(m, x.host, 20)), kFloatLimit);
+  for (const int64_t n_tokens : {1, 11, 20}) {
+    // A limit of one CTA for each multiprocessor makes each take two groups of rows or more.
+    const std::vector<float> fewer = Multiply(serving, x.device, n_tokens, {.ctas_per_sm = 1});
+    EXPECT_EQ(FirstDifference(fewer, y, fewer.size()), -1) << n_tokens;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Widths, LowBitWidthGpuTest,
+    ::testing::Values(Width{2, StoredGrid::kGptq}, Width{3, StoredGrid::kGptq},
+                      Width{4, StoredGrid::kGptq}, Width{8, StoredGrid::kGptq},
+                      Width{2, StoredGrid::kGptq, true}, Width{3, StoredGrid::kGptq, true},
+                      Width{4, StoredGrid::kGptq, true}, Width{8, StoredGrid::kGptq, true},
+                      Width{2, StoredGrid::kFloatZeros}, Width{3, StoredGrid::kFloatZeros},
+                      Width{4, StoredGrid::kFloatZeros}, Width{8, StoredGrid::kFloatZeros},
+                      Width{2, StoredGrid::kCodebook}),
+    NameOf);
+
+constexpr Width kFourBits{4, StoredGrid::kGptq};
+
+TEST_F(LowBitGpuTest, StackedLinears) {
+  const QuantizedMatrix q = RandomQuantized(96, 896, 128, kFourBits, 8);
+  const QuantizedMatrix k = RandomQuantized(32, 896, 128, kFourBits, 9);
+  const QuantizedMatrix v = RandomQuantized(64, 896, 128, kFourBits, 10);
+  const ServingMatrix serving = Build({q, k, v});
+  const Activations x = RandomActivations(3, 896, 11);
+  const std::vector<float> y = Multiply(serving, x.device, 3);
+  int64_t row = 0;
+  for (const QuantizedMatrix* m : {&q, &k, &v}) {
+    const std::vector<float> alone = Multiply(Build({*m}), x.device, 3);
+    for (int64_t t = 0; t < 3; ++t) {
+      for (int64_t r = 0; r < m->rows; ++r) {
+        EXPECT_EQ(y[static_cast<size_t>(t * 192 + row + r)],
+                  alone[static_cast<size_t>(t * m->rows + r)]);
+      }
+    }
+    row += m->rows;
+  }
+}
+
+TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
+  // 104 rows each are 13 tiles of eight of both, the last without another beside it.
+  const Width width{3, StoredGrid::kFloatZeros};
+  const QuantizedMatrix gate = RandomQuantized(104, 1536, 128, width, 12);
+  const QuantizedMatrix up = RandomQuantized(104, 1536, 128, width, 13);
+  const ServingMatrix pairs = Build({gate, up}, ServingRows::kInterleaved);
+  auto codes = Poisoned<uint8_t>(208 * 1536);
+  ASSERT_OK(pairs.Unpack(codes.data(), nullptr, context().stream()));
+  std::vector<uint8_t> both = gate.codes;
+  both.insert(both.end(), up.codes.begin(), up.codes.end());
+  EXPECT_EQ(Download(codes), both) << "rows come back in their own order";
+
+  constexpr int64_t kStride = 240;
+  for (const int warps : {8, 16}) {
+    for (const int64_t n : {1, 5, 12, 50}) {
+      SCOPED_TRACE(absl::StrCat(n, " tokens, ", warps, " warps"));
+      const LowBitTuning tuning{.warps = warps};
+      const Activations x = RandomActivations(n, 1536, 14);
+      const std::vector<float> bias = RandomNormal(208, 15);
+      const auto device_bias = Upload(bias);
+      std::vector<double> v_gate = Reference(gate, x.host, n);
+      std::vector<double> v_up = Reference(up, x.host, n);
+      std::vector<double> silu;
+      std::vector<double> plain;
+      for (int64_t t = 0; t < n; ++t) {
+        for (int64_t r = 0; r < 104; ++r) {
+          const auto i = static_cast<size_t>(t * 104 + r);
+          v_gate[i] += static_cast<double>(bias[static_cast<size_t>(r)]);
+          v_up[i] += static_cast<double>(bias[static_cast<size_t>(104 + r)]);
+          silu.push_back(v_gate[i] / (1 + std::exp(-v_gate[i])) * v_up[i]);
+        }
+        for (int64_t r = 0; r < 104; ++r) plain.push_back(v_gate[static_cast<size_t>(t * 104 + r)]);
+        for (int64_t r = 0; r < 104; ++r) plain.push_back(v_up[static_cast<size_t>(t * 104 + r)]);
+      }
+      LowBitMatmulParams params{.n_tokens = n,
+                                .weights = &pairs,
+                                .x = x.device.data(),
+                                .bias = device_bias.data(),
+                                .output = LowBitOutput::kSiluMul,
+                                .y_stride = kStride,
+                                .tuning = tuning,
+                                .stream = context().stream()};
+      auto y_bf16 = Poisoned<uint16_t>(n * kStride);
+      params.y_bf16 = reinterpret_cast<__nv_bfloat16*>(y_bf16.data());
+      ASSERT_OK(LowBitMatmul(params));
+      const std::vector<uint16_t> stored = Download(y_bf16);
+      std::vector<float> actual;
+      int64_t n_touched = 0;
+      for (int64_t i = 0; i < n * kStride; ++i) {
+        const uint16_t bits = stored[static_cast<size_t>(i)];
+        if (i % kStride < 104) {
+          actual.push_back(Bf16ToFloat(bits));
+        } else {
+          n_touched += bits != kBf16Poison ? 1 : 0;
+        }
+      }
+      EXPECT_LT(RelativeError(actual, silu), kBf16Limit);
+      EXPECT_EQ(n_touched, 0) << "beyond the columns of y";
+
+      params.output = LowBitOutput::kAdd;
+      params.y_bf16 = nullptr;
+      const std::vector<float> residual = RandomNormal(n * kStride, 16);
+      auto y = Upload(residual);
+      params.y_float = y.data();
+      ASSERT_OK(LowBitMatmul(params));
+      const std::vector<float> added = Download(y);
+      actual.clear();
+      std::vector<double> expected;
+      for (int64_t i = 0; i < n * kStride; ++i) {
+        const auto at = static_cast<size_t>(i);
+        if (i % kStride < 208) {
+          actual.push_back(added[at]);
+          expected.push_back(plain[static_cast<size_t>(i / kStride * 208 + i % kStride)] +
+                             static_cast<double>(residual[at]));
+        } else {
+          EXPECT_EQ(added[at], residual[at]);
+        }
+      }
+      EXPECT_LT(RelativeError(actual, expected), kFloatLimit);
+    }
+  }
+}
+
+TEST_F(LowBitGpuTest, ActivationsWithAStride) {
+  const QuantizedMatrix m = RandomQuantized(64, 576, 64, kFourBits, 17);
+  const ServingMatrix serving = Build({m});
+  const Activations x = RandomActivations(4, 600, 18);
+  auto y = Poisoned<float>(4 * 64);
+  ASSERT_OK(LowBitMatmul({.n_tokens = 4,
+                          .weights = &serving,
+                          .x = x.device.data(),
+                          .x_stride = 600,
+                          .y_float = y.data(),
+                          .stream = context().stream()}));
+  std::vector<float> rows;
+  for (int64_t t = 0; t < 4; ++t) {
+    rows.insert(rows.end(), x.host.begin() + t * 600, x.host.begin() + t * 600 + 576);
+  }
+  EXPECT_LT(RelativeError(Download(y), Reference(m, rows, 4)), kFloatLimit);
+}
+
+// What fills up the last block meets activations of zero, whatever lies beyond the row.
+TEST_F(LowBitGpuTest, ReadsNothingBeyondARow) {
+  const QuantizedMatrix m = RandomQuantized(64, 160, kWholeRow, kFourBits, 19);
+  const ServingMatrix serving = Build({m});
+  constexpr int64_t kStride = 256;
+  std::vector<__nv_bfloat16> x(2 * kStride, __float2bfloat16(NAN));
+  std::vector<float> rows;
+  const std::vector<float> normal = RandomNormal(2 * 160, 20);
+  for (int64_t i = 0; i < 2 * 160; ++i) {
+    __nv_bfloat16& v = x[static_cast<size_t>(i / 160 * kStride + i % 160)];
+    v = __float2bfloat16(normal[static_cast<size_t>(i)]);
+    rows.push_back(__bfloat162float(v));
+  }
+  const auto device = Upload(x);
+  auto y = Poisoned<float>(2 * 64);
+  ASSERT_OK(LowBitMatmul({.n_tokens = 2,
+                          .weights = &serving,
+                          .x = device.data(),
+                          .x_stride = kStride,
+                          .y_float = y.data(),
+                          .stream = context().stream()}));
+  EXPECT_LT(RelativeError(Download(y), Reference(m, rows, 2)), kFloatLimit);
+}
+
+// A chain in which each product reads what the one before wrote, in buffers that are used again.
+TEST_F(LowBitGpuTest, OverlapChangesNothing) {
+  constexpr int64_t kDim = 1536;
+  constexpr int kLinks = 24;
+  std::vector<ServingMatrix> weights;
+  for (int i = 0; i < 3; ++i) {
+    weights.push_back(Build({RandomQuantized(kDim, kDim, 128, kFourBits, 21 + i)}));
+  }
+  for (const int64_t n : {1, 20}) {
+    const Activations x = RandomActivations(n, kDim, 24);
+    std::vector<uint16_t> expected;
+    for (const bool overlap : {false, true, true, true}) {
+      DeviceBuffer<__nv_bfloat16> buffers[2];
+      for (auto& buffer : buffers) {
+        buffer = *DeviceBuffer<__nv_bfloat16>::Allocate(n * kDim, context().stream());
+      }
+      for (int i = 0; i < kLinks; ++i) {
+        ASSERT_OK(LowBitMatmul({.n_tokens = n,
+                                .weights = &weights[static_cast<size_t>(i % 3)],
+                                .x = i == 0 ? x.device.data() : buffers[i % 2].data(),
+                                .y_bf16 = buffers[(i + 1) % 2].data(),
+                                .overlap_previous = overlap,
+                                .stream = context().stream()}));
+      }
+      const std::vector<__nv_bfloat16> last = Download(buffers[kLinks % 2]);
+      std::vector<uint16_t> bits(last.size());
+      std::memcpy(bits.data(), last.data(), last.size() * sizeof(uint16_t));
+      if (expected.empty()) expected = bits;
+      EXPECT_EQ(bits, expected) << n << " tokens";
+      EXPECT_TRUE(std::isfinite(Bf16ToFloat(bits[0])));
+    }
+  }
+}
+
+TEST_F(LowBitGpuTest, DenseIsRoundedToEightBits) {
+  struct Dense {
+    int64_t rows, cols;
+  };
+  for (const Dense& d : std::vector<Dense>{{1, 8}, {33, 896}, {1000, 200}, {64, 1536}}) {
+    SCOPED_TRACE(absl::StrCat(d.rows, " x ", d.cols));
+    std::vector<__nv_bfloat16> weights;
+    std::vector<float> values;
+    for (const float v : RandomNormal(d.rows * d.cols, 25, 0.02f)) {
+      weights.push_back(__float2bfloat16(v));
+      values.push_back(__bfloat162float(weights.back()));
+    }
+    std::fill_n(weights.begin(), std::min<int64_t>(d.cols, 128), __float2bfloat16(0.0f));
+    std::fill_n(values.begin(), std::min<int64_t>(d.cols, 128), 0.0f);
+    const auto device = Upload(weights);
+    auto first_bad = Upload(std::vector<int64_t>{INT64_MAX});
+    const absl::StatusOr<ServingMatrix> serving = ServingMatrix::Quantize(
+        {.rows = d.rows, .cols = d.cols, .weights = device.data(), .first_bad = first_bad.data()},
+        context().stream());
+    ASSERT_OK(serving.status());
+    auto unpacked = Poisoned<float>(d.rows * d.cols);
+    ASSERT_OK(serving->Unpack(nullptr, unpacked.data(), context().stream()));
+    const std::vector<float> rounded = Download(unpacked);
+    EXPECT_EQ(Download(first_bad)[0], INT64_MAX);
+    for (int64_t r = 0; r < d.rows; ++r) {
+      for (int64_t begin = 0; begin < d.cols; begin += 128) {
+        float largest = 0;
+        const int64_t end = std::min(begin + 128, d.cols);
+        for (int64_t c = begin; c < end; ++c) {
+          largest = std::max(largest, std::abs(values[static_cast<size_t>(r * d.cols + c)]));
+        }
+        // Half a step, and what rounding the step to a half leaves of the largest weight.
+        const float limit = largest / 127 * 0.5f + largest * 0.0005f + 127 * 3e-8f;
+        for (int64_t c = begin; c < end; ++c) {
+          const auto i = static_cast<size_t>(r * d.cols + c);
+          ASSERT_LE(std::abs(rounded[i] - values[i]), limit) << r << " " << c;
+        }
+      }
+    }
+    const Activations x = RandomActivations(9, d.cols, 26);
+    EXPECT_LT(RelativeError(Multiply(*serving, x.device, 9),
+                            Reference(rounded, d.rows, d.cols, x.host, 9)),
+              kFloatLimit);
+  }
+}
+
+TEST_F(LowBitGpuTest, DenseNamesTheFirstThatIsNotFinite) {
+  std::vector<__nv_bfloat16> weights(40 * 264, __float2bfloat16(0.5f));
+  weights[9000] = __float2bfloat16(INFINITY);
+  weights[7001] = __float2bfloat16(NAN);
+  const auto device = Upload(weights);
+  auto first_bad = Upload(std::vector<int64_t>{INT64_MAX});
+  ASSERT_OK(ServingMatrix::Quantize(
+                {.rows = 40, .cols = 264, .weights = device.data(), .first_bad = first_bad.data()},
+                context().stream())
+                .status());
+  EXPECT_EQ(Download(first_bad)[0], 7001);
+}
+
+TEST_F(LowBitGpuTest, RefusesMatricesThatDoNotFit) {
+  const Stored stored = Store(RandomQuantized(32, 192, 96, kFourBits, 27));
+  const Stored codebook = Store(RandomQuantized(32, 192, 64, Width{2, StoredGrid::kCodebook}, 28));
+  const auto build = [&](const std::vector<StoredLinear>& linears, int64_t cols, int bits,
+                         int64_t group_size, ServingRows order = ServingRows::kStacked) {
+    return ServingMatrix::Build({.linears = linears,
+                                 .cols = cols,
+                                 .bits = bits,
+                                 .group_size = group_size,
+                                 .order = order},
+                                context().stream())
+        .status();
+  };
+  const auto invalid = [](const char* what) {
+    return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what));
+  };
+  const auto unimplemented = [](const char* what) {
+    return StatusIs(absl::StatusCode::kUnimplemented, HasSubstr(what));
+  };
+  StoredLinear linear = stored.linear;
+  EXPECT_OK(build({linear}, 192, 4, 192));
+  EXPECT_THAT(build({linear}, 192, 4, 96), unimplemented("group_size: 96"));
+  EXPECT_THAT(build({linear}, 192, 5, 64), invalid("bits: 5"));
+  EXPECT_THAT(build({linear}, 192, 4, 80), invalid("group_size: 80"));
+  EXPECT_THAT(build({linear}, 192, 4, 0), invalid("group_size: 0"));
+  EXPECT_THAT(build({linear}, 200, 4, 200), invalid("200 columns"));
+  EXPECT_THAT(build({}, 192, 4, 64), invalid("0 linears"));
+  EXPECT_THAT(build({linear, linear, linear, linear, linear}, 192, 4, 64), invalid("5 linears"));
+  EXPECT_THAT(build({codebook.linear}, 192, 4, 64), unimplemented("codebook of 4 bits"));
+  EXPECT_THAT(build({linear, codebook.linear}, 192, 4, 64), invalid("codebook"));
+  EXPECT_THAT(build({linear, linear, linear}, 192, 4, 64, ServingRows::kInterleaved),
+              invalid("interleaved rows are those of two linears of one size, these are 3"));
+  linear.rows = 40;
+  EXPECT_THAT(build({linear}, 192, 4, 64), invalid("40 rows"));
+  EXPECT_THAT(build({stored.linear, linear}, 192, 4, 64, ServingRows::kInterleaved),
+              invalid("40 rows"));
+  linear.rows = 64;
+  EXPECT_THAT(build({stored.linear, linear}, 192, 4, 64, ServingRows::kInterleaved),
+              invalid("different sizes"));
+  linear.rows = 0;
+  EXPECT_THAT(build({linear}, 192, 4, 64), invalid("0 rows"));
+  linear = stored.linear;
+  linear.qzeros = nullptr;
+  EXPECT_THAT(build({linear}, 192, 4, 64), invalid("qzeros or zeros"));
+  EXPECT_THAT(ServingMatrix::Quantize({.rows = 8, .cols = 20}, context().stream()).status(),
+              invalid("20"));
+  FailAllocationForTest(1);
+  EXPECT_THAT(build({stored.linear}, 192, 4, 64),
+              StatusIs(absl::StatusCode::kResourceExhausted, ::testing::_));
+  FailAllocationForTest(0);
+}
+
+TEST_F(LowBitGpuTest, RefusesProductsThatDoNotFit) {
+  const ServingMatrix weights = Build({RandomQuantized(64, 192, 64, kFourBits, 29)});
+  const Activations x = RandomActivations(2, 192, 30);
+  auto y = Poisoned<float>(2 * 64);
+  const auto y_bf16 = reinterpret_cast<__nv_bfloat16*>(y.data());
+  const LowBitMatmulParams good{.n_tokens = 2,
+                                .weights = &weights,
+                                .x = x.device.data(),
+                                .y_float = y.data(),
+                                .stream = context().stream()};
+  const auto with = [&](auto change) {
+    LowBitMatmulParams params = good;
+    change(params);
+    return LowBitMatmul(params);
+  };
+  const auto invalid = [](const char* what) {
+    return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what));
+  };
+  using P = LowBitMatmulParams;
+  EXPECT_OK(LowBitMatmul(good));
+  EXPECT_OK(with([](P& p) { p.n_tokens = 0; }));
+  EXPECT_THAT(with([](P& p) { p.n_tokens = 65; }),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("65 tokens")));
+  EXPECT_THAT(with([](P& p) { p.n_tokens = -1; }), invalid("-1 tokens"));
+  EXPECT_THAT(with([](P& p) { p.x += 1; }), invalid("2 bytes off"));
+  EXPECT_THAT(with([](P& p) { p.x = nullptr; }), invalid("null"));
+  EXPECT_THAT(with([](P& p) { p.x_stride = 196; }), invalid("196"));
+  EXPECT_THAT(with([](P& p) { p.x_stride = 184; }), invalid("184"));
+  EXPECT_THAT(with([](P& p) { p.y_stride = 63; }), invalid("63"));
+  EXPECT_THAT(with([](P& p) { p.y_float = nullptr; }), invalid("y_float"));
+  EXPECT_THAT(with([&](P& p) { p.y_bf16 = y_bf16; }), invalid("y_float"));
+  EXPECT_THAT(with([&](P& p) {
+                p.output = LowBitOutput::kAdd;
+                p.y_float = nullptr;
+                p.y_bf16 = y_bf16;
+              }),
+              invalid("fp32"));
+  EXPECT_THAT(with([](P& p) { p.output = LowBitOutput::kSiluMul; }), invalid("interleaved"));
+  EXPECT_THAT(with([](P& p) { p.tuning.warps = 4; }), invalid("4 warps"));
+  EXPECT_THAT(with([](P& p) { p.tuning.row_tiles = 3; }), invalid("3 row tiles"));
+}
+
+}  // namespace
+}  // namespace walsh::kernels::cuda

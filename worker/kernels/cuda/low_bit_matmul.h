@@ -1,0 +1,74 @@
+// Products of a few tokens with quantized weights: y[n, out] = x[n, in] · Wᵀ for n from 1 to 64.
+//
+// Activations stay bf16 and weights are multiplied as the exact integers that their codes are; sums
+// are fp32. What differs from a product with the dequantized weights in double is the rounding of
+// fp32, near 1e-6 of the result's norm, and that of a bf16 result.
+//
+// The weights are the A operand of mma.m16n8k16 and the tokens its columns, so that the tensor
+// cores work from one token on. A code becomes a bf16 number by one logic instruction
+// (serving_codes.h, equation 1), which adds a known offset; one product more, of a constant A with
+// the activations, gives Σ offset · x and Σ x, by which the offset and the zero point are taken
+// back once a group:
+//   y += scale · (Σ (offset + code) · x − Σ offset · x − zero · Σ x)
+// A codebook is a + b · low bit + d · high bit + e · both, so it is three products of bits.
+//
+// A row of the result depends on its own token only: alone or among any others, and from run to
+// run, it has the same bits. The order of summation is a function of the matrix' shape: blocks of
+// 128 columns go round the warps of a CTA, each warp adds up its own, and the sums of the warps are
+// added in their order.
+//
+// Bound:   memory: the weights are read once for each 32 tokens (8 and 16 take their own kernels)
+// Shapes:  row-major, rows of x and y are tokens
+// Errors:  INVALID_ARGUMENT  sizes or alignments that do not fit, named with their limit
+//          UNIMPLEMENTED     more tokens than kLowBitTokensMax; a device before compute 9.0
+// Threads: safe; asynchronous on `stream`, allocates nothing
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "worker/kernels/cuda/serving_layout.h"
+
+namespace walsh::kernels::cuda {
+
+inline constexpr int64_t kLowBitTokensMax = 64;
+
+enum class LowBitOutput {
+  kStore,    // y = v
+  kAdd,      // y += v, for the residual stream; fp32 only
+  kSiluMul,  // y[:, i] = SiLU(v of row i of the first linear) · (that of the second); the matrix'
+             // rows must be interleaved
+};
+
+// How the work is cut. Zero takes what was measured to be best for the shape. `warps` is part of
+// the order of summation, the others are not.
+struct LowBitTuning {
+  int warps = 0;        // of a CTA, which share the columns: 8 or 16
+  int row_tiles = 0;    // of a warp at a time: 1, 2 or 4; fewer where they do not fit
+  int ctas_per_sm = 0;  // beyond, a CTA takes several groups of rows
+};
+
+struct LowBitMatmulParams {
+  int64_t n_tokens = 0;
+  const ServingMatrix* weights = nullptr;
+  const __nv_bfloat16* x = nullptr;  // [n_tokens, cols], aligned to 16 bytes
+  int64_t x_stride = 0;              // 0: cols; a multiple of 8
+  const float* bias = nullptr;       // [rows] in the stacked order, or null; added to v first
+  LowBitOutput output = LowBitOutput::kStore;
+  // One of the two, [n_tokens, rows], with kSiluMul [n_tokens, rows / 2].
+  float* y_float = nullptr;
+  __nv_bfloat16* y_bf16 = nullptr;
+  int64_t y_stride = 0;  // 0: as many as y has columns
+  // Programmatic dependent launch: the kernel may start while the one before it in the stream ends,
+  // and reads weights meanwhile; x, y and bias are touched once that one is done. The kernel before
+  // must not write the weights.
+  bool overlap_previous = false;
+  LowBitTuning tuning;
+  cudaStream_t stream = nullptr;
+};
+absl::Status LowBitMatmul(const LowBitMatmulParams& params);
+
+}  // namespace walsh::kernels::cuda

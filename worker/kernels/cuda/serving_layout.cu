@@ -1,0 +1,455 @@
+#include <algorithm>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/serving_codes.h"
+#include "worker/kernels/cuda/serving_layout.h"
+
+namespace walsh::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kRun = 32;  // codes that fill `bits` words of the artifact
+constexpr int kDenseZero = 128;
+constexpr float kDenseCodeMax = 127.0f;
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of ServingShape, for kernels.
+struct Layout {
+  int64_t rows;
+  int64_t cols;
+  int64_t group_size;
+  int64_t col_blocks;
+  int64_t grids;
+  int64_t blocks_of_grid;
+  int grids_in_block;
+  bool interleaved;
+
+  // Row of the stacked linears at `place` of the tiles; rows where there is none.
+  __device__ int64_t RowAt(int64_t place) const {
+    if (!interleaved) return min(place, rows);
+    const int64_t row = place / 16 * 8 + place % 8;
+    if (row >= rows / 2) return rows;
+    return place % 16 < 8 ? row : row + rows / 2;
+  }
+  __device__ int64_t GridOf(int64_t col) const {
+    return grids_in_block == 1 ? col / kServingBlockCols / blocks_of_grid : col / group_size;
+  }
+};
+
+Layout LayoutOf(const ServingShape& shape) {
+  return {.rows = shape.rows,
+          .cols = shape.cols,
+          .group_size = shape.group_size,
+          .col_blocks = shape.col_blocks(),
+          .grids = shape.grids(),
+          .blocks_of_grid = shape.blocks_of_grid(),
+          .grids_in_block = shape.grids_in_block(),
+          .interleaved = shape.order == ServingRows::kInterleaved};
+}
+
+struct Linears {
+  StoredLinear linear[kServingLinearsMax];
+  int n = 0;
+
+  // The linear that has row r of the stacked ones; r becomes the row in it.
+  __device__ const StoredLinear& Find(int64_t& r) const {
+    int i = 0;
+    while (i + 1 < n && r >= linear[i].rows) r -= linear[i++].rows;
+    return linear[i];
+  }
+};
+
+// Value i of a run of packed values whose words are load(0), …, load(bits − 1).
+template <typename Load>
+__device__ __forceinline__ uint32_t PackedValue(int bits, int i, Load&& load) {
+  const int word = i * bits / 32;
+  const int shift = i * bits % 32;
+  uint32_t value = load(word) >> shift;
+  if (shift + bits > 32) value |= load(word + 1) << (32 - shift);
+  return value & ((1u << bits) - 1u);
+}
+
+using BlockCodes = uint8_t[kServingTileRows][kServingBlockCols];
+
+// The first warp writes a block's codes to their places.
+template <int kBits>
+__device__ void WriteBlock(const BlockCodes& codes, uint8_t* block) {
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane >= kServingLanes) return;
+  uint32_t words[ServingWords(kBits)] = {};
+#pragma unroll
+  for (int s = 0; s < kServingSteps; ++s) {
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      const uint8_t* pair = &codes[ServingRow(lane, a)][ServingColumn(lane, s, a)];
+      const uint32_t low = pair[0];
+      const uint32_t high = pair[1];
+#pragma unroll
+      for (int b = 0; b < kBits; ++b) {
+        const CodePlace place = PlaceOf(kBits, s, a, b);
+        words[place.word] |= (low >> b & 1u) << place.position;
+        words[place.word] |= (high >> b & 1u) << (place.position + 16);
+      }
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < ServingWords(kBits); ++w) {
+    *reinterpret_cast<uint32_t*>(block + ServingWordOffset(kBits, lane, w)) = words[w];
+  }
+}
+
+// A CTA makes a block.
+template <int kBits>
+__global__ void __launch_bounds__(kThreads)
+    BuildCodesKernel(const Layout layout, const Linears linears, uint8_t* out) {
+  __shared__ BlockCodes codes;
+  const int64_t tile = blockIdx.x / layout.col_blocks;
+  const int64_t block = blockIdx.x % layout.col_blocks;
+  constexpr int kRuns = kServingBlockCols / kRun;
+  if (threadIdx.x < kServingTileRows * kRuns) {
+    const int slot = static_cast<int>(threadIdx.x) % kServingTileRows;
+    const int run = static_cast<int>(threadIdx.x) / kServingTileRows;
+    const int64_t col = block * kServingBlockCols + run * kRun;
+    int64_t row = layout.RowAt(tile * kServingTileRows + slot);
+    uint32_t words[kBits] = {};
+    if (row < layout.rows && col < layout.cols) {
+      const StoredLinear& linear = linears.Find(row);
+#pragma unroll
+      for (int m = 0; m < kBits; ++m) {
+        words[m] = linear.qweight[(col / kRun * kBits + m) * linear.rows + row];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      codes[slot][run * kRun + i] =
+          static_cast<uint8_t>(PackedValue(kBits, i, [&](int m) { return words[m]; }));
+    }
+  }
+  __syncthreads();
+  WriteBlock<kBits>(codes, out + static_cast<int64_t>(blockIdx.x) * ServingBlockBytes(kBits));
+}
+
+// A thread makes the grid of a row and group.
+__global__ void __launch_bounds__(kThreads)
+    BuildGridsKernel(const Layout layout, const Linears linears, int bits, int64_t n,
+                     int64_t n_groups, __half* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= n) return;
+  const int slot = static_cast<int>(i % kServingTileRows);
+  const int64_t group = i / kServingTileRows % layout.grids;
+  const int64_t tile = i / kServingTileRows / layout.grids;
+  int64_t row = layout.RowAt(tile * kServingTileRows + slot);
+  const bool is_there = row < layout.rows && group < n_groups;
+  const StoredLinear& linear = linears.Find(row);
+  const int64_t at = group * linear.rows + row;
+  // Rows i and i + 8 are adjacent.
+  const int64_t place = (tile * layout.grids + group) * kServingTileRows + slot % 8 * 2 + slot / 8;
+  if (linears.linear[0].levels != nullptr) {
+    for (int k = 0; k < 4; ++k) {
+      out[4 * place + k] = is_there ? linear.levels[4 * at + k] : __half(0.0f);
+    }
+    return;
+  }
+  __half scale(0.0f);
+  __half zero(0.0f);
+  if (is_there) {
+    scale = linear.scales[at];
+    if (linear.zeros != nullptr) {
+      zero = linear.zeros[at];
+    } else {
+      const uint32_t* words =
+          linear.qzeros + (group * (linear.rows / kRun) + row / kRun) * static_cast<int64_t>(bits);
+      zero = __uint2half_rn(
+          PackedValue(bits, static_cast<int>(row % kRun), [&](int m) { return words[m]; }));
+    }
+  }
+  out[2 * place] = scale;
+  out[2 * place + 1] = zero;
+}
+
+// A CTA rounds a block; its group is the block.
+__global__ void __launch_bounds__(kThreads)
+    QuantizeDenseKernel(const Layout layout, const __nv_bfloat16* weights, int64_t* first_bad,
+                        uint8_t* out, __half* grids) {
+  __shared__ BlockCodes codes;
+  const int64_t tile = blockIdx.x / layout.col_blocks;
+  const int64_t block = blockIdx.x % layout.col_blocks;
+  const int lane = static_cast<int>(threadIdx.x) % kServingLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kServingLanes;
+  constexpr int kPerLane = kServingBlockCols / kServingLanes;
+  for (int slot = warp; slot < kServingTileRows; slot += kThreads / kServingLanes) {
+    const int64_t row = tile * kServingTileRows + slot;
+    float values[kPerLane];
+    float largest = 0;
+    for (int k = 0; k < kPerLane; ++k) {
+      const int64_t col = block * kServingBlockCols + k * kServingLanes + lane;
+      const bool is_there = row < layout.rows && col < layout.cols;
+      values[k] = is_there ? __bfloat162float(weights[row * layout.cols + col]) : 0.0f;
+      if (!isfinite(values[k])) {
+        atomicMin(reinterpret_cast<long long*>(first_bad),
+                  static_cast<long long>(row * layout.cols + col));
+        values[k] = 0;
+      }
+      largest = fmaxf(largest, fabsf(values[k]));
+    }
+    for (int distance = kServingLanes / 2; distance > 0; distance /= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    const __half scale = __float2half_rn(largest / kDenseCodeMax);
+    const float step = __half2float(scale);
+    for (int k = 0; k < kPerLane; ++k) {
+      const float rounded = step > 0 ? rintf(values[k] / step) : 0.0f;
+      codes[slot][k * kServingLanes + lane] = static_cast<uint8_t>(
+          kDenseZero + static_cast<int>(fminf(fmaxf(rounded, -kDenseCodeMax), kDenseCodeMax)));
+    }
+    if (lane == 0) {
+      const int64_t place =
+          (tile * layout.grids + block) * kServingTileRows + slot % 8 * 2 + slot / 8;
+      grids[2 * place] = scale;
+      grids[2 * place + 1] = __half(static_cast<float>(kDenseZero));
+    }
+  }
+  __syncthreads();
+  WriteBlock<8>(codes, out + static_cast<int64_t>(blockIdx.x) * ServingBlockBytes(8));
+}
+
+// A CTA takes a block; a thread a row, and a column in 8.
+template <int kBits>
+__global__ void __launch_bounds__(kThreads)
+    UnpackServingKernel(const Layout layout, bool has_codebook, const uint8_t* blocks,
+                        const __half* grids, uint8_t* codes, float* weights) {
+  const int64_t tile = blockIdx.x / layout.col_blocks;
+  const int64_t block = blockIdx.x % layout.col_blocks;
+  const uint8_t* words = blocks + static_cast<int64_t>(blockIdx.x) * ServingBlockBytes(kBits);
+  for (int i = static_cast<int>(threadIdx.x); i < kServingLanes * kServingSteps * 4;
+       i += kThreads) {
+    const int lane = i % kServingLanes;
+    const int s = i / kServingLanes / 4;
+    const int a = i / kServingLanes % 4;
+    const int slot = ServingRow(lane, a);
+    const int64_t row = layout.RowAt(tile * kServingTileRows + slot);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t col = block * kServingBlockCols + ServingColumn(lane, s, a) + half;
+      if (row >= layout.rows || col >= layout.cols) continue;
+      int code = 0;
+      for (int b = 0; b < kBits; ++b) {
+        const CodePlace place = PlaceOf(kBits, s, a, b);
+        const uint32_t word =
+            *reinterpret_cast<const uint32_t*>(words + ServingWordOffset(kBits, lane, place.word));
+        code |= static_cast<int>(word >> (place.position + 16 * half) & 1u) << b;
+      }
+      const int64_t at = row * layout.cols + col;
+      if (codes != nullptr) codes[at] = static_cast<uint8_t>(code);
+      if (weights == nullptr) continue;
+      const int64_t grid =
+          (tile * layout.grids + layout.GridOf(col)) * kServingTileRows + slot % 8 * 2 + slot / 8;
+      weights[at] =
+          has_codebook
+              ? __half2float(grids[4 * grid + code])
+              : __fmul_rn(__half2float(grids[2 * grid]),
+                          __fsub_rn(static_cast<float>(code), __half2float(grids[2 * grid + 1])));
+    }
+  }
+}
+
+absl::Status CheckBlocks(int64_t n) {
+  constexpr int64_t kGridMax = INT32_MAX;
+  if (n <= kGridMax) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("a serving matrix of ", n, " blocks, the limit is ", kGridMax));
+}
+
+absl::Status ValidateLinears(const ServingMatrix::Source& source) {
+  const auto n = static_cast<int64_t>(source.linears.size());
+  if (n < 1 || n > kServingLinearsMax) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(n, " linears in a serving matrix, must be 1 to ", kServingLinearsMax));
+  }
+  if (source.cols % kRun != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("packed linears of ", source.cols, " columns, must be a multiple of ", kRun));
+  }
+  if (source.group_size <= 0 || source.cols % source.group_size != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("group_size: ", source.group_size,
+                                                   " does not divide ", source.cols, " columns"));
+  }
+  const StoredLinear& first = source.linears[0];
+  for (const StoredLinear& linear : source.linears) {
+    if (linear.rows <= 0) {
+      return absl::InvalidArgumentError(absl::StrCat("a linear of ", linear.rows, " rows"));
+    }
+    const bool has_codebook = linear.levels != nullptr;
+    const bool has_scales = linear.scales != nullptr;
+    const int zeros = (linear.qzeros != nullptr ? 1 : 0) + (linear.zeros != nullptr ? 1 : 0);
+    if (linear.qweight == nullptr || has_codebook == has_scales || zeros != (has_scales ? 1 : 0)) {
+      return absl::InvalidArgumentError(
+          "a linear has qweight and either levels, or scales with qzeros or zeros");
+    }
+    if (has_codebook != (first.levels != nullptr)) {
+      return absl::InvalidArgumentError("linears with and without a codebook in one matrix");
+    }
+    if (linear.qzeros != nullptr && linear.rows % kRun != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("packed zeros of ", linear.rows, " rows, must be a multiple of ", kRun));
+    }
+  }
+  if (source.order == ServingRows::kInterleaved &&
+      (n != 2 || first.rows != source.linears[1].rows)) {
+    return absl::InvalidArgumentError(
+        "interleaved rows are those of two linears of one size, these are " + std::to_string(n) +
+        (n == 2 ? " of different sizes" : ""));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int64_t ServingShape::row_tiles() const {
+  return order == ServingRows::kInterleaved ? CeilDiv(rows / 2, kServingTileRows / 2)
+                                            : CeilDiv(rows, kServingTileRows);
+}
+int64_t ServingShape::col_blocks() const { return CeilDiv(cols, kServingBlockCols); }
+int ServingShape::grids_in_block() const {
+  return group_size < kServingBlockCols && group_size != cols
+             ? static_cast<int>(kServingBlockCols / group_size)
+             : 1;
+}
+int64_t ServingShape::blocks_of_grid() const { return CeilDiv(group_size, kServingBlockCols); }
+int64_t ServingShape::grids() const {
+  return grids_in_block() == 1 ? CeilDiv(col_blocks(), blocks_of_grid())
+                               : col_blocks() * grids_in_block();
+}
+int64_t ServingShape::grid_bytes() const { return kServingTileRows * (has_codebook ? 8 : 4); }
+int64_t ServingShape::PlaceOfRow(int64_t r) const {
+  if (order == ServingRows::kStacked) return r;
+  const bool second = r >= rows / 2;
+  const int64_t i = second ? r - rows / 2 : r;
+  return i / 8 * 16 + i % 8 + (second ? 8 : 0);
+}
+
+absl::Status ValidateServingShape(const ServingShape& shape) {
+  constexpr int64_t kColsMultiple = 8;
+  if (shape.rows <= 0 || shape.cols <= 0 || shape.cols % kColsMultiple != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a serving matrix of ", shape.rows, " rows and ", shape.cols,
+                     " columns; both must be positive, columns a multiple of ", kColsMultiple));
+  }
+  if (shape.bits != 2 && shape.bits != 3 && shape.bits != 4 && shape.bits != 8) {
+    return absl::InvalidArgumentError(absl::StrCat("bits: ", shape.bits, ", must be 2, 3, 4 or 8"));
+  }
+  if (shape.has_codebook && shape.bits != 2) {
+    return absl::UnimplementedError(
+        absl::StrCat("a codebook of ", shape.bits, " bits on the GPU, only one of 2 is served"));
+  }
+  if (shape.group_size <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("group_size: ", shape.group_size, ", must be positive"));
+  }
+  const bool fits = shape.group_size == 32 || shape.group_size == 64 ||
+                    shape.group_size % kServingBlockCols == 0 || shape.group_size == shape.cols;
+  if (!fits) {
+    return absl::UnimplementedError(
+        absl::StrCat("group_size: ", shape.group_size,
+                     " on the GPU; served are 32, 64, multiples of 128 and a whole row"));
+  }
+  if (shape.order == ServingRows::kInterleaved && shape.rows % 2 != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("interleaved rows of two linears: ", shape.rows, ", must be even"));
+  }
+  return CheckBlocks(shape.row_tiles() * shape.col_blocks());
+}
+
+absl::StatusOr<ServingMatrix> ServingMatrix::Allocate(const ServingShape& shape,
+                                                      cudaStream_t stream) {
+  WALSH_RETURN_IF_ERROR(ValidateServingShape(shape));
+  ServingMatrix matrix;
+  matrix.shape_ = shape;
+  WALSH_ASSIGN_OR_RETURN(
+      matrix.codes_,
+      DeviceBuffer<uint8_t>::Allocate(
+          shape.row_tiles() * shape.col_blocks() * ServingBlockBytes(shape.bits), stream));
+  WALSH_ASSIGN_OR_RETURN(matrix.grids_,
+                         DeviceBuffer<uint8_t>::Allocate(
+                             shape.row_tiles() * shape.grids() * shape.grid_bytes(), stream));
+  return matrix;
+}
+
+absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStream_t stream) {
+  WALSH_RETURN_IF_ERROR(ValidateLinears(source));
+  ServingShape shape{.cols = source.cols,
+                     .bits = source.bits,
+                     .group_size = source.group_size,
+                     .has_codebook = source.linears[0].levels != nullptr,
+                     .order = source.order};
+  Linears linears;
+  for (const StoredLinear& linear : source.linears) {
+    shape.rows += linear.rows;
+    linears.linear[linears.n++] = linear;
+  }
+  WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
+  const Layout layout = LayoutOf(shape);
+  const auto blocks = static_cast<unsigned>(shape.row_tiles() * shape.col_blocks());
+  uint8_t* codes = matrix.codes_.data();
+  switch (shape.bits) {
+    case 2:
+      BuildCodesKernel<2><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      break;
+    case 3:
+      BuildCodesKernel<3><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      break;
+    case 4:
+      BuildCodesKernel<4><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      break;
+    default:
+      BuildCodesKernel<8><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+  }
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("BuildCodes", stream);
+  const int64_t n = shape.row_tiles() * kServingTileRows * shape.grids();
+  BuildGridsKernel<<<static_cast<unsigned>(CeilDiv(n, kThreads)), kThreads, 0, stream>>>(
+      layout, linears, shape.bits, n, shape.cols / shape.group_size,
+      reinterpret_cast<__half*>(matrix.grids_.data()));
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("BuildGrids", stream);
+  return matrix;
+}
+
+absl::StatusOr<ServingMatrix> ServingMatrix::Quantize(const Dense& dense, cudaStream_t stream) {
+  const ServingShape shape{
+      .rows = dense.rows, .cols = dense.cols, .bits = 8, .group_size = kServingBlockCols};
+  WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
+  QuantizeDenseKernel<<<static_cast<unsigned>(shape.row_tiles() * shape.col_blocks()), kThreads, 0,
+                        stream>>>(LayoutOf(shape), dense.weights, dense.first_bad,
+                                  matrix.codes_.data(),
+                                  reinterpret_cast<__half*>(matrix.grids_.data()));
+  WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("QuantizeDense", stream);
+  return matrix;
+}
+
+absl::Status ServingMatrix::Unpack(uint8_t* codes, float* weights, cudaStream_t stream) const {
+  const auto blocks = static_cast<unsigned>(shape_.row_tiles() * shape_.col_blocks());
+  const Layout layout = LayoutOf(shape_);
+  const auto* grids = reinterpret_cast<const __half*>(grids_.data());
+  const auto launch = [&](auto kernel) {
+    kernel<<<blocks, kThreads, 0, stream>>>(layout, shape_.has_codebook, codes_.data(), grids,
+                                            codes, weights);
+  };
+  switch (shape_.bits) {
+    case 2:
+      launch(UnpackServingKernel<2>);
+      break;
+    case 3:
+      launch(UnpackServingKernel<3>);
+      break;
+    case 4:
+      launch(UnpackServingKernel<4>);
+      break;
+    default:
+      launch(UnpackServingKernel<8>);
+  }
+  return LaunchStatus("UnpackServing", stream);
+}
+
+}  // namespace walsh::kernels::cuda
