@@ -78,8 +78,11 @@ absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream) {
     return value != nullptr && std::string_view(value) == "1";
   }();
   WALSH_RETURN_IF_ERROR(CudaStatus(cudaGetLastError(), kernel));
-  if (is_synchronous) return CudaStatus(cudaStreamSynchronize(stream), kernel);
-  return absl::OkStatus();
+  if (!is_synchronous) return absl::OkStatus();
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamIsCapturing(stream, &capture));
+  if (capture != cudaStreamCaptureStatusNone) return absl::OkStatus();
+  return CudaStatus(cudaStreamSynchronize(stream), kernel);
 }
 
 }  // namespace walsh::kernels::cuda

@@ -21,7 +21,8 @@ absl::Status CudaStatus(cudaError_t error, std::string_view what);
 absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed);
 
 // What follows every launch. With WALSH_SYNC_LAUNCHES=1 in the environment it also waits, so that
-// an error inside a kernel is reported by that kernel's name.
+// an error inside a kernel is reported by that kernel's name; not while `stream` is being captured
+// into a graph, when nothing runs.
 absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream);
 
 }  // namespace walsh::kernels::cuda
