@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
+#include "worker/kernels/cuda/mma.cuh"
 #include "worker/kernels/cuda/reduce.cuh"
 
 namespace walsh::kernels::cuda {
@@ -27,62 +28,9 @@ constexpr int kTiles = 2;                                       // of a warp
 constexpr int kKeys = 64;                                       // of a step
 constexpr int kQueries = kTiles * kAttentionWarps * kTileRows;  // of a CTA
 static_assert(kQueries == kTiles * kKeys, "a step's keys are those of one tile's diagonal");
-constexpr int kPad = 8;  // bf16 of padding a row: ldmatrix then meets no bank twice
 // Heads whose CTAs follow one another, those with the most keys first: enough for the short ones to
 // fill the end, few enough for their keys and values to stay in the second-level cache.
 constexpr int kHeadsTogether = 16;
-constexpr float kLog2E = 1.4426950408889634f;
-
-__device__ __forceinline__ unsigned SharedAddress(const void* p) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(p));
-}
-// `address` is this lane's, in shared memory, as in all that follows.
-__device__ __forceinline__ void LoadMatrix4(unsigned (&r)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-__device__ __forceinline__ void LoadMatrix4Transposed(unsigned (&r)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-// d[16, 8] += a[16, 16] · b[16, 8]
-__device__ __forceinline__ void Mma(float (&d)[4], const unsigned (&a)[4], unsigned b0,
-                                    unsigned b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ unsigned PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const unsigned*>(&pair);
-}
-__device__ __forceinline__ void CopyAsync16(unsigned to, const bf16* from, bool valid) {
-  // A source size of 0 fills the 16 bytes with zeros.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0));
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
-}
-// Flushes what underflows to zero, which exp2f would spend four more instructions on.
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Bytes of `rows` rows and `columns` columns in a tile.
-template <int kDim>
-__device__ __forceinline__ constexpr unsigned TileBytes(int rows, int columns) {
-  return static_cast<unsigned>(rows * (kDim + kPad) + columns) * sizeof(bf16);
-}
 
 // Starts the copy of rows [first, first + kRows) of one head's keys, values or queries to shared
 // memory, zeros past the end. `tile` is the whole tile's address.
@@ -235,7 +183,7 @@ __device__ __forceinline__ void Step(const HeadTiles& head, int key0, WarpQuerie
 template <int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, kDim == 128 ? 2 : 3)
     AttentionKernel(const WindowAttentionParams<bf16> p, int queries_per_key, float scale_log2) {
-  constexpr int kStride = kDim + kPad;
+  constexpr int kStride = kDim + kTilePad;
   extern __shared__ __align__(16) unsigned char shared[];
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -379,7 +327,7 @@ absl::Status Validate(const WindowAttentionParams<T>& p) {
 
 template <int kDim>
 absl::Status Launch(Context& context, const WindowAttentionParams<bf16>& p) {
-  constexpr int kShared = (kQueries + 2 * kKeys) * (kDim + kPad) * static_cast<int>(sizeof(bf16));
+  constexpr int kShared = (kQueries + 2 * kKeys) * (kDim + kTilePad) * static_cast<int>(sizeof(bf16));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
       AttentionKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   const int64_t n_blocks = (p.window + kQueries - 1) / kQueries;
