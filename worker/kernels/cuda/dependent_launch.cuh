@@ -1,0 +1,54 @@
+// Kernels whose start may overlap the end of the one before them in the stream (programmatic
+// dependent launch). To ask for it needs a device of compute 9.0 or later.
+//
+// A kernel that is launched this way calls WaitForPreviousKernel in every CTA before it touches
+// memory that is not constant over the whole chain, or returns: a kernel is done for the next only
+// when all before it are.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "absl/status/status.h"
+#include "worker/kernels/cuda/cuda_status.h"
+
+namespace walsh::kernels::cuda {
+
+__device__ __forceinline__ void WaitForPreviousKernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void LetNextKernelStart() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+struct LaunchShape {
+  dim3 grid;
+  int threads = 0;
+  int shared_bytes = 0;  // dynamic
+  bool overlap_previous = false;
+  cudaStream_t stream = nullptr;
+};
+
+template <typename... Params>
+absl::Status LaunchKernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
+                          const std::type_identity_t<Params>&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = shape.stream;
+  config.attrs = &attribute;
+  config.numAttrs = shape.overlap_previous ? 1 : 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, args...));
+  return LaunchStatus(name, shape.stream);
+}
+
+}  // namespace walsh::kernels::cuda

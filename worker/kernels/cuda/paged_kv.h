@@ -1,0 +1,87 @@
+// The KV cache of the CUDA engine: its pool of blocks, and which blocks a batch's sequences have.
+//
+// Layout:  of a layer [n_blocks][keys, values][n_kv_heads][kPoolBlockTokens][head_dim] in bf16. An
+//          attention kernel takes one kv head of a sequence at a time: the keys that it reads of a
+//          block lie together (4 KiB at a head_dim of 128), as whole lines of the cache and of DRAM
+//          and with one look into the table, and so do the values. A block is contiguous, to be
+//          copied or given away at once.
+// Batch:   what kernels know of it lies in device memory in one piece of int32, so that one copy
+//          updates it and a CUDA graph can be replayed with other lengths: nothing that changes
+//          from step to step is an argument of a launch.
+// Errors:  INVALID_ARGUMENT names the thing, the limit and the value
+// Threads: no state; what is packed is written by one thread
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <span>
+
+#include "absl/status/status.h"
+
+namespace walsh::kernels::cuda {
+
+using bf16 = __nv_bfloat16;
+
+// Tokens of a block: that of the engine's block manager.
+inline constexpr int kPoolBlockTokens = 16;
+// Tables are read four entries at a time.
+inline constexpr int64_t kTableAlignment = 4;
+
+struct KvPoolShape {
+  int64_t n_blocks = 0;
+  int64_t n_kv_heads = 0;
+  int64_t head_dim = 0;
+
+  // In elements. Values of a block are half a block after its keys.
+  int64_t head_stride() const { return kPoolBlockTokens * head_dim; }
+  int64_t block_stride() const { return 2 * n_kv_heads * head_stride(); }
+  int64_t size() const { return n_blocks * block_stride(); }
+};
+
+// A layer's part of the pool.
+struct KvPoolLayer {
+  bf16* data = nullptr;  // [shape.size()], aligned to 16 bytes
+  KvPoolShape shape;
+};
+
+// A sequence of a batch, on the host. Its rows of the batch are its tokens n_past, n_past + 1, …
+struct KvSequence {
+  int64_t first_row = 0;
+  int64_t n_rows = 0;              // 0: takes a place in the batch and no part in it
+  int64_t n_past = 0;              // tokens whose keys and values are in the pool
+  std::span<const int32_t> table;  // blocks of all its tokens, n_past + n_rows at least
+};
+
+// The same for kernels, in device memory.
+struct KvBatch {
+  int64_t n_sequences = 0;
+  int64_t n_rows = 0;                        // of the batch, some perhaps of no sequence
+  int64_t max_blocks = 0;                    // of a table, a multiple of kTableAlignment
+  const int32_t* first_row = nullptr;        // [n_sequences]
+  const int32_t* n_sequence_rows = nullptr;  // [n_sequences]
+  const int32_t* n_past = nullptr;           // [n_sequences]
+  const int32_t* sequence_of_row = nullptr;  // [n_rows]; −1: none
+  const int32_t* tables = nullptr;           // [n_sequences, max_blocks], aligned to 16 bytes
+
+  // Sequences [first, first + n) for attention, as those that decode and those that prefill are
+  // apart. Rows are numbered as before.
+  KvBatch Sequences(int64_t first, int64_t n) const;
+};
+
+// How a KvBatch lies in its piece of memory.
+struct KvBatchLayout {
+  int64_t n_sequences = 0;  // at most; the others have no rows
+  int64_t n_rows = 0;       // at most; the others are of no sequence
+  int64_t max_blocks = 0;
+
+  int64_t size() const;  // int32
+  // `data` has size() int32 in device memory, aligned to 16 bytes.
+  KvBatch View(const int32_t* data) const;
+  // Writes the host's image of it to `to`, size() int32. `n_blocks` is the pool's.
+  absl::Status Pack(std::span<const KvSequence> sequences, int64_t n_blocks,
+                    std::span<int32_t> to) const;
+};
+
+}  // namespace walsh::kernels::cuda
