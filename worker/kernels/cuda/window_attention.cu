@@ -327,7 +327,8 @@ absl::Status Validate(const WindowAttentionParams<T>& p) {
 
 template <int kDim>
 absl::Status Launch(Context& context, const WindowAttentionParams<bf16>& p) {
-  constexpr int kShared = (kQueries + 2 * kKeys) * (kDim + kTilePad) * static_cast<int>(sizeof(bf16));
+  constexpr int kShared =
+      (kQueries + 2 * kKeys) * (kDim + kTilePad) * static_cast<int>(sizeof(bf16));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
       AttentionKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   const int64_t n_blocks = (p.window + kQueries - 1) / kQueries;
