@@ -75,6 +75,19 @@ struct RopeParams {
   int64_t x_stride = 0;
 };
 
+// Rows of keys or values that lie together in a paged KV cache. Every piece in which the CPU's
+// attention walks keys is a multiple of it; half a block of memory is idle at a sequence's end; and
+// prompts are shared in whole blocks: smaller ones would save little memory and cost more steps.
+inline constexpr int64_t kKvBlockTokens = 16;
+
+// From keys or values to row `row`: rows follow one another, or those of one block do where
+// `blocks` is not null.
+inline int64_t KvRowOffset(int64_t row, int64_t stride, const int32_t* blocks,
+                           int64_t block_stride) {
+  if (blocks == nullptr) return row * stride;
+  return blocks[row / kKvBlockTokens] * block_stride + row % kKvBlockTokens * stride;
+}
+
 // Causal grouped-query attention of one sequence: new token i sees keys 0 … n_past + i, or the last
 // `window` of them.
 struct AttentionParams {
@@ -90,8 +103,14 @@ struct AttentionParams {
   const float* k = nullptr;  // [n_past + n_new, n_kv_heads · head_dim], after RoPE
   const float* v = nullptr;  // the same
   int64_t kv_stride = 0;
-  float* y = nullptr;  // [n_new, n_heads · head_dim]
+  // Where k and v are paged: the block of each kKvBlockTokens rows, [⌈(n_past + n_new) /
+  // kKvBlockTokens⌉]. Null: the rows follow one another.
+  const int32_t* blocks = nullptr;
+  int64_t block_stride = 0;  // between blocks, in k as in v; ≥ kKvBlockTokens · kv_stride
+  float* y = nullptr;        // [n_new, n_heads · head_dim]
   int64_t y_stride = 0;
+
+  int64_t KvOffset(int64_t row) const { return KvRowOffset(row, kv_stride, blocks, block_stride); }
 };
 
 // y = silu(gate) · up, element-wise.

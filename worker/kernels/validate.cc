@@ -164,6 +164,8 @@ absl::Status Validate(const RopeParams& p) {
 }
 
 absl::Status Validate(const AttentionParams& p) {
+  const int64_t n_blocks =
+      p.blocks == nullptr ? 0 : (p.n_past + p.n_new + kKvBlockTokens - 1) / kKvBlockTokens;
   return Checker("Attention")
       .Size("n_new", p.n_new)
       .Size("n_past", p.n_past)
@@ -177,6 +179,9 @@ absl::Status Validate(const AttentionParams& p) {
       .Stride("q_stride", p.q_stride, p.n_heads * p.head_dim)
       .Stride("kv_stride", p.kv_stride, p.n_kv_heads * p.head_dim)
       .Stride("y_stride", p.y_stride, p.n_heads * p.head_dim)
+      .Stride("block_stride", p.block_stride,
+              p.blocks == nullptr ? 0 : kKvBlockTokens * p.kv_stride)
+      .Index("blocks", p.blocks, n_blocks, kSizeMax)
       .Pointer("q", p.q, p.n_new)
       .Pointer("k", p.k, p.n_new)
       .Pointer("v", p.v, p.n_new)

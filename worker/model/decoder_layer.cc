@@ -58,6 +58,15 @@ absl::Status PrepareInput(const ForwardContext& context, const DecoderLayer& lay
   return layer.online->PrepareInput(x, n_tokens, width, context.stream);
 }
 
+// A sequence's new rows of keys or values, into its cache.
+void StoreRows(const SequenceSlice& sequence, const Matrix& rows, int64_t width, float* cache) {
+  for (int64_t i = 0; i < sequence.n_rows; ++i) {
+    std::copy_n(rows.row(sequence.first_row + i), width,
+                cache + kernels::KvRowOffset(sequence.n_past + i, width, sequence.blocks,
+                                             sequence.block_stride));
+  }
+}
+
 // hidden += linear(x), through `norm` where the family has one there.
 absl::Status AddOutput(const ForwardContext& context, const Linear& linear,
                        const std::vector<float>& norm, const float* x, int64_t n_tokens,
@@ -173,6 +182,8 @@ absl::Status Attend(const ForwardContext& context, const DecoderLayer& layer, co
                       .k = sequence.keys,
                       .v = sequence.values,
                       .kv_stride = config.kv_width(),
+                      .blocks = sequence.blocks,
+                      .block_stride = sequence.block_stride,
                       .y = attended + sequence.first_row * config.q_width(),
                       .y_stride = config.q_width()});
   }
@@ -258,11 +269,8 @@ absl::Status ForwardLayer(const ForwardContext& context, const DecoderLayer& lay
   WALSH_RETURN_IF_ERROR(
       Project(context, layer, normed, positions, q, scratch.k.data(), scratch.v.data()));
   for (const SequenceSlice& sequence : sequences) {
-    const int64_t width = context.config->kv_width();
-    std::copy_n(scratch.k.row(sequence.first_row), sequence.n_rows * width,
-                sequence.keys + sequence.n_past * width);
-    std::copy_n(scratch.v.row(sequence.first_row), sequence.n_rows * width,
-                sequence.values + sequence.n_past * width);
+    StoreRows(sequence, scratch.k, context.config->kv_width(), sequence.keys);
+    StoreRows(sequence, scratch.v, context.config->kv_width(), sequence.values);
   }
   WALSH_RETURN_IF_ERROR(Attend(context, layer, q, sequences, attended));
   WALSH_RETURN_IF_ERROR(AttentionOutput(context, layer, attended, n_tokens, hidden, out));

@@ -100,13 +100,16 @@ struct ForwardContext {
 };
 
 // A sequence's rows in the batch and the keys and values that it attends to. `keys` and `values`
-// have room for n_past + n_rows rows of kv_width floats; ForwardLayer writes the last n_rows.
+// have room for n_past + n_rows rows of kv_width floats, which follow one another or, with
+// `blocks`, lie as in kernels::AttentionParams; ForwardLayer writes the last n_rows.
 struct SequenceSlice {
   int64_t first_row = 0;
   int64_t n_rows = 0;
   int64_t n_past = 0;
   float* keys = nullptr;
   float* values = nullptr;
+  const int32_t* blocks = nullptr;
+  int64_t block_stride = 0;
 };
 
 absl::Status AttentionInput(const ForwardContext& context, const DecoderLayer& layer,

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -48,6 +49,16 @@ class MappedMemory {
   }
   ~MappedMemory() {
     if (data_ != nullptr) munmap(data_, size_);
+  }
+
+  // Gives the whole pages of a range back to the system; they are zero again when touched. A refusal
+  // is no error: the memory stays.
+  void Discard(size_t offset, size_t size) {
+    WALSH_CHECK(offset <= size_ && size <= size_ - offset);
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));  // the system rounds ends up
+    const size_t first = (offset + page - 1) / page * page;
+    const size_t end = (offset + size) / page * page;
+    if (first < end) madvise(data_ + first, end - first, MADV_DONTNEED);
   }
 
   uint8_t* data() const { return data_; }

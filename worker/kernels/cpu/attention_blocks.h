@@ -13,6 +13,8 @@ namespace walsh::kernels::cpu {
 inline constexpr int64_t kChunkKeys = 128;
 inline constexpr int64_t kBlockKeys = 32;  // keys that are transposed at a time
 inline constexpr int64_t kValueKeys = 16;  // keys after which heads of a group take turns
+static_assert(kChunkKeys % kKvBlockTokens == 0, "a chunk begins with a block of a paged cache");
+static_assert(kValueKeys == kKvBlockTokens, "values that are multiplied at a time lie together");
 inline constexpr int64_t kBlockRows =
     32;  // query heads × queries of a block, unless one KV head has more
 

@@ -1,4 +1,6 @@
 // Attention's arithmetic on vectors; see attention.cc.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -55,27 +57,33 @@ void PrefetchRows(const float* rows, int64_t stride, int64_t n_rows, int64_t wid
   }
 }
 
-// A block of keys of neighbouring heads, each transposed; absent keys become zeros. `n_following`
-// keys come after the block: the next ones are fetched meanwhile, and the block's `values`.
-void TransposeKeys(const float* from, int64_t stride, int64_t n_keys, int64_t n_following,
-                   int64_t n_heads, int64_t head_dim, const float* values, float* to) {
-  const int64_t to_head = head_dim * kBlockKeys;
+// Up to kBlockKeys keys of the group's heads from `first` on, each head transposed; absent keys
+// become zeros. `n_left` keys are in the chunk: the next ones are fetched meanwhile, and the values
+// of these.
+void TransposeKeys(const HeadGroup& group, int64_t first, int64_t n_left, float* to) {
+  static_assert(kKvBlockTokens % 4 == 0, "four keys lie together");
+  const RowBlock& block = *group.blocks;
+  const AttentionParams& p = *block.params;
+  const int64_t head = block.kv_head * p.head_dim;
+  const int64_t to_head = p.head_dim * kBlockKeys;
+  const int64_t n_keys = std::min(kBlockKeys, n_left);
   int64_t key = 0;
   for (; key + 4 <= n_keys; key += 4) {
-    PrefetchRows(values + key * stride, stride, 4, n_heads * head_dim);
-    if (key + 4 <= n_following) {
-      PrefetchRows(from + (kBlockKeys + key) * stride, stride, 4, n_heads * head_dim);
+    const int64_t offset = p.KvOffset(first + key) + head;
+    PrefetchRows(p.v + offset, p.kv_stride, 4, group.n_blocks * p.head_dim);
+    if (kBlockKeys + key + 4 <= n_left) {
+      PrefetchRows(p.k + p.KvOffset(first + kBlockKeys + key) + head, p.kv_stride, 4,
+                   group.n_blocks * p.head_dim);
     }
-    for (int64_t head = 0; head < n_heads; ++head) {
-      TransposeFour(from + key * stride + head * head_dim, stride, head_dim,
-                    to + head * to_head + key);
+    for (int64_t i = 0; i < group.n_blocks; ++i) {
+      TransposeFour(p.k + offset + i * p.head_dim, p.kv_stride, p.head_dim, to + i * to_head + key);
     }
   }
   for (; key < kBlockKeys; ++key) {
-    for (int64_t head = 0; head < n_heads; ++head) {
-      for (int64_t d = 0; d < head_dim; ++d) {
-        to[head * to_head + d * kBlockKeys + key] =
-            key < n_keys ? from[key * stride + head * head_dim + d] : 0.0f;
+    const float* from = key < n_keys ? p.k + p.KvOffset(first + key) + head : nullptr;
+    for (int64_t i = 0; i < group.n_blocks; ++i) {
+      for (int64_t d = 0; d < p.head_dim; ++d) {
+        to[i * to_head + d * kBlockKeys + key] = from != nullptr ? from[i * p.head_dim + d] : 0.0f;
       }
     }
   }
@@ -86,16 +94,17 @@ struct ProductShape {
   int64_t a_stride = 0;
   int64_t b_stride = 0;
   int64_t out_stride = 0;
-  int64_t n = 0;  // terms of each sum
+  int64_t n = 0;        // terms of each sum
+  int64_t n_piece = 0;  // rows of b that lie together
   int64_t n_cols = 0;
   bool accumulate = false;  // the sums go on from what `out` holds
 };
 
-// out[row, column] = Σ_i a[row, i] · b[i, column] for kRows rows and kVectors vectors of columns, i
-// ascending in each sum.
+// out[row, column] = Σ_i a[row, i] · b[i, column] for kRows rows and kVectors vectors of columns
+// from `column` on, i ascending in each sum. Row i of b is row i % n_piece of b[i / n_piece].
 template <int kRows, int kVectors, class D>
 HWY_INLINE void ProductTile(D d, const ProductShape& s, const float* HWY_RESTRICT a,
-                            const float* HWY_RESTRICT b, float* HWY_RESTRICT out) {
+                            const float* const* b, int64_t column, float* HWY_RESTRICT out) {
   using V = hn::Vec<D>;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   V sums[kRows * kVectors];
@@ -105,13 +114,17 @@ HWY_INLINE void ProductTile(D d, const ProductShape& s, const float* HWY_RESTRIC
           s.accumulate ? hn::LoadU(d, out + r * s.out_stride + v * lanes) : hn::Zero(d);
     }
   }
-  for (int64_t i = 0; i < s.n; ++i) {
-    V columns[kVectors];
-    for (int v = 0; v < kVectors; ++v) columns[v] = hn::LoadU(d, b + i * s.b_stride + v * lanes);
-    for (int r = 0; r < kRows; ++r) {
-      const V factor = hn::Set(d, a[r * s.a_stride + i]);
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r * kVectors + v] = hn::MulAdd(factor, columns[v], sums[r * kVectors + v]);
+  for (int64_t first = 0; first < s.n; first += s.n_piece) {
+    const float* HWY_RESTRICT row = *b++ + column;
+    const int64_t end = std::min(s.n, first + s.n_piece);
+    for (int64_t i = first; i < end; ++i, row += s.b_stride) {
+      V columns[kVectors];
+      for (int v = 0; v < kVectors; ++v) columns[v] = hn::LoadU(d, row + v * lanes);
+      for (int r = 0; r < kRows; ++r) {
+        const V factor = hn::Set(d, a[r * s.a_stride + i]);
+        for (int v = 0; v < kVectors; ++v) {
+          sums[r * kVectors + v] = hn::MulAdd(factor, columns[v], sums[r * kVectors + v]);
+        }
       }
     }
   }
@@ -124,15 +137,15 @@ HWY_INLINE void ProductTile(D d, const ProductShape& s, const float* HWY_RESTRIC
 
 // Columns from `c` on in tiles of kVectors vectors; returns the first that is left.
 template <int kRows, int kVectors, class D>
-HWY_INLINE int64_t ProductColumns(D d, const ProductShape& s, const float* a, const float* b,
+HWY_INLINE int64_t ProductColumns(D d, const ProductShape& s, const float* a, const float* const* b,
                                   float* out, int64_t c) {
   const auto step = kVectors * static_cast<int64_t>(hn::Lanes(d));
-  for (; c + step <= s.n_cols; c += step) ProductTile<kRows, kVectors>(d, s, a, b + c, out + c);
+  for (; c + step <= s.n_cols; c += step) ProductTile<kRows, kVectors>(d, s, a, b, c, out + c);
   return c;
 }
 
 template <int kRows>
-void ProductRows(const ProductShape& s, const float* a, const float* b, float* out) {
+void ProductRows(const ProductShape& s, const float* a, const float* const* b, float* out) {
   const hn::ScalableTag<float> d;
   int64_t c = ProductColumns<kRows, 2>(d, s, a, b, out, 0);
 #if HWY_TARGET != HWY_SCALAR
@@ -141,8 +154,9 @@ void ProductRows(const ProductShape& s, const float* a, const float* b, float* o
   ProductColumns<kRows, 1>(hn::CappedTag<float, 1>(), s, a, b, out, c);
 }
 
-// out[n_rows, n_cols] = a[n_rows, n] · b[n, n_cols]
-void Product(const ProductShape& s, int64_t n_rows, const float* a, const float* b, float* out) {
+// out[n_rows, n_cols] = a[n_rows, n] · b[n, n_cols], b in pieces
+void Product(const ProductShape& s, int64_t n_rows, const float* a, const float* const* b,
+             float* out) {
   int64_t r = 0;
   for (; r + 4 <= n_rows; r += 4) {
     ProductRows<4>(s, a + r * s.a_stride, b, out + r * s.out_stride);
@@ -195,18 +209,16 @@ void ScoreChunk(const HeadGroup& group, int64_t first_key, int64_t n_keys,
   const AttentionParams& p = *first.params;
   const int64_t n_rows = first.n_rows();
   for (int64_t key = 0; key < n_keys; key += kBlockKeys) {
-    const int64_t offset = (first_key + key) * p.kv_stride + first.kv_head * p.head_dim;
-    const int64_t n_left = n_keys - key;
-    TransposeKeys(p.k + offset, p.kv_stride, std::min(kBlockKeys, n_left), n_left - kBlockKeys,
-                  group.n_blocks, p.head_dim, p.v + offset, scratch.keys.data());
+    TransposeKeys(group, first_key + key, n_keys - key, scratch.keys.data());
     for (int64_t i = 0; i < group.n_blocks; ++i) {
+      const float* keys = scratch.keys.data() + i * p.head_dim * kBlockKeys;
       Product({.a_stride = p.head_dim,
                .b_stride = kBlockKeys,
                .out_stride = kChunkKeys,
                .n = p.head_dim,
+               .n_piece = p.head_dim,
                .n_cols = kBlockKeys},
-              n_rows, scratch.queries.data() + i * n_rows * p.head_dim,
-              scratch.keys.data() + i * p.head_dim * kBlockKeys,
+              n_rows, scratch.queries.data() + i * n_rows * p.head_dim, &keys,
               scratch.scores.data() + i * n_rows * kChunkKeys + key);
     }
   }
@@ -243,16 +255,21 @@ void AttendToChunkOnVectors(const HeadGroup& group, int64_t chunk, AttentionScra
   }
   // Several heads take turns every few keys, so that the values, too, are read in memory's order.
   const int64_t step = group.n_blocks == 1 ? n_keys : kValueKeys;
+  std::array<const float*, kChunkKeys / kValueKeys> values;
   for (int64_t key = 0; key < n_keys; key += step) {
-    const float* v = p.v + (first_key + key) * p.kv_stride + first.kv_head * p.head_dim;
     for (int64_t i = 0; i < group.n_blocks; ++i) {
+      for (int64_t piece = 0; piece < step; piece += kValueKeys) {
+        values[static_cast<size_t>(piece / kValueKeys)] =
+            p.v + p.KvOffset(first_key + key + piece) + (first.kv_head + i) * p.head_dim;
+      }
       Product({.a_stride = kChunkKeys,
                .b_stride = p.kv_stride,
                .out_stride = p.head_dim,
                .n = std::min(step, n_keys - key),
+               .n_piece = kValueKeys,
                .n_cols = p.head_dim,
                .accumulate = key > 0},
-              n_rows, scratch.scores.data() + i * n_rows * kChunkKeys + key, v + i * p.head_dim,
+              n_rows, scratch.scores.data() + i * n_rows * kChunkKeys + key, values.data(),
               out[i].sums);
     }
   }

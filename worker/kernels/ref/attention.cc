@@ -19,7 +19,7 @@ absl::Status Attention(const AttentionParams& p, const Stream& /*stream*/) {
       for (int64_t j = first; j < n_keys; ++j) {
         double score = 0;
         for (int64_t d = 0; d < p.head_dim; ++d) {
-          score += static_cast<double>(q[d]) * k[j * p.kv_stride + d];
+          score += static_cast<double>(q[d]) * k[p.KvOffset(j) + d];
         }
         weight[j] = score * p.scale;
       }
@@ -31,7 +31,7 @@ absl::Status Attention(const AttentionParams& p, const Stream& /*stream*/) {
       }
       for (int64_t d = 0; d < p.head_dim; ++d) {
         double y = 0;
-        for (int64_t j = first; j < n_keys; ++j) y += weight[j] / sum * v[j * p.kv_stride + d];
+        for (int64_t j = first; j < n_keys; ++j) y += weight[j] / sum * v[p.KvOffset(j) + d];
         p.y[i * p.y_stride + h * p.head_dim + d] = static_cast<float>(y);
       }
     }

@@ -1,6 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <random>
 
 #include "tests/unit/worker/kernels/kernel_harness.h"
 
@@ -50,6 +53,64 @@ void TestAttention(const AttentionCase& c) {
   ExpectLikeReference(
       PoisonedFloats(c.n_new * c.n_heads * c.head_dim),
       [&](const Stream& stream, float* y) { return Attention(Params(c, inputs, y), stream); });
+}
+
+// The same keys and values in blocks that lie apart and in no order.
+struct PagedInputs {
+  PagedInputs(const AttentionCase& c, const AttentionInputs& inputs)
+      : width(c.n_kv_heads * c.head_dim + c.padding) {
+    const int64_t n_keys = c.n_past + c.n_new;
+    const int64_t n_blocks = (n_keys + kKvBlockTokens - 1) / kKvBlockTokens;
+    for (int64_t i = 0; i < n_blocks; ++i) blocks.push_back(static_cast<int32_t>(2 * i + 1));
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(1));
+    k = PoisonedFloats((2 * n_blocks + 1) * stride());
+    v = k;
+    for (int64_t row = 0; row < n_keys; ++row) {
+      const int64_t to = blocks[row / kKvBlockTokens] * stride() + row % kKvBlockTokens * width;
+      std::copy_n(inputs.k.begin() + row * width, width, k.begin() + to);
+      std::copy_n(inputs.v.begin() + row * width, width, v.begin() + to);
+    }
+  }
+  int64_t stride() const { return kKvBlockTokens * width + 7; }
+  void Use(AttentionParams& params) const {
+    params.k = k.data();
+    params.v = v.data();
+    params.blocks = blocks.data();
+    params.block_stride = stride();
+  }
+  int64_t width;
+  std::vector<int32_t> blocks;
+  std::vector<float> k, v;
+};
+
+// Bytes with each backend, since only the place of keys and values differs.
+TEST(AttentionTest, PagedGivesTheSameBits) {
+  for (const int64_t n_past : {0, 1, 15, 16, 17, 31, 33, 127, 128, 300}) {
+    for (const int64_t n_new : {1, 2, 16, 150, 170}) {
+      for (const int64_t window : {0, 20, 130}) {
+        const AttentionCase c = {.n_new = n_new,
+                                 .n_past = n_past,
+                                 .n_heads = 6,
+                                 .n_kv_heads = 2,
+                                 .head_dim = 24,
+                                 .padding = 3,
+                                 .window = window};
+        SCOPED_TRACE(::testing::Message()
+                     << n_new << " new, " << n_past << " past, window " << window);
+        const AttentionInputs inputs(c);
+        const PagedInputs paged(c, inputs);
+        for (const Backend backend : {Backend::kRef, Backend::kCpu}) {
+          std::vector<float> expected = PoisonedFloats(n_new * 6 * 24);
+          ASSERT_OK(Attention(Params(c, inputs, expected.data()), {.backend = backend}));
+          std::vector<float> y = PoisonedFloats(n_new * 6 * 24);
+          AttentionParams params = Params(c, inputs, y.data());
+          paged.Use(params);
+          ASSERT_OK(Attention(params, {.backend = backend}));
+          ASSERT_EQ(0, std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)));
+        }
+      }
+    }
+  }
 }
 
 TEST(AttentionTest, EveryHeadWidth) {

@@ -146,6 +146,18 @@ TEST_F(ValidateTest, Attention) {
   p.n_past = -1;
   EXPECT_THAT(Validate(p), IsInvalid("n_past"));
   p = good;
+  ids_[0] = 0;
+  ids_[1] = -1;
+  p.blocks = ids_.data();
+  p.block_stride = 16 * 4;
+  EXPECT_OK(Validate(p));
+  p.n_past = 16;
+  EXPECT_THAT(Validate(p), IsInvalid("blocks[1] must be in [0, 2147483647), is -1"));
+  p = good;
+  p.blocks = ids_.data();
+  p.block_stride = 63;
+  EXPECT_THAT(Validate(p), IsInvalid("block_stride must be in [64, 2147483647], is 63"));
+  p = good;
   p.v = nullptr;
   EXPECT_THAT(Validate(p), IsInvalid("v is null"));
   const std::vector<AttentionParams> batch = {good, p};
