@@ -51,8 +51,8 @@ class MappedMemory {
     if (data_ != nullptr) munmap(data_, size_);
   }
 
-  // Gives the whole pages of a range back to the system; they are zero again when touched. A refusal
-  // is no error: the memory stays.
+  // Gives the whole pages of a range back to the system; they are zero again when touched. A
+  // refusal is no error: the memory stays.
   void Discard(size_t offset, size_t size) {
     WALSH_CHECK(offset <= size_ && size <= size_ - offset);
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));  // the system rounds ends up

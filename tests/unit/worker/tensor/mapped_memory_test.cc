@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <utility>
@@ -37,6 +38,18 @@ TEST(MappedMemoryTest, GoesBackToTheSystem) {
   EXPECT_TRUE(IsMapped(page));
   moved = MappedMemory();
   EXPECT_FALSE(IsMapped(page));
+}
+
+TEST(MappedMemoryTest, DiscardsWholePagesOnly) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  MappedMemory memory = MappedMemory::Create(4 * page, 64);
+  std::fill_n(memory.data(), 4 * page, uint8_t{1});
+  memory.Discard(page - 1, 2 * page);  // one whole page, the second, lies in it
+  for (size_t i = 0; i < 4 * page; ++i) {
+    ASSERT_EQ(memory.data()[i], i / page == 1 ? 0 : 1) << "byte " << i;
+  }
+  memory.Discard(3 * page + 1, page - 1);
+  EXPECT_EQ(memory.data()[4 * page - 1], 1);
 }
 
 TEST(MappedMemoryTest, WhatTheSystemCannotGiveIsEmpty) {
