@@ -130,21 +130,24 @@ absl::Status FakeModel::Forward(const Batch& batch, const kernels::Stream&, Forw
   if (logits.rows() < n_logits) logits = Matrix(n_logits, kVocab);
   int64_t row = 0;
   for (const Batch::Sequence& s : batch.sequences) {
-    WALSH_CHECK_LE(s.n_past + s.n_rows, s.capacity);
+    WALSH_CHECK_LE(engine::KvBlocks(s.n_past + s.n_rows), static_cast<int64_t>(s.blocks.size()));
+    const auto offset = [&](int64_t position) {
+      return kernels::KvRowOffset(position, kv_width, s.blocks.data(), batch.kv->block_stride());
+    };
     // Every layer's keys and values get the token; the last layer's values are read back.
     for (int64_t i = 0; i < s.n_rows; ++i) {
       const int64_t position = s.n_past + i;
       WALSH_CHECK_EQ(batch.positions[s.first_row + i], static_cast<int32_t>(position));
       for (int64_t layer = 0; layer < kLayers; ++layer) {
-        const int64_t offset = (layer * s.capacity + position) * kv_width;
-        s.keys[offset] = s.values[offset] = static_cast<float>(batch.tokens[s.first_row + i]);
+        float* key = batch.kv->keys(layer) + offset(position);
+        float* value = batch.kv->values(layer) + offset(position);
+        *key = *value = static_cast<float>(batch.tokens[s.first_row + i]);
       }
     }
     if (!s.needs_logits) continue;
     std::vector<int32_t> history;
     for (int64_t position = 0; position < s.n_past + s.n_rows; ++position) {
-      history.push_back(
-          static_cast<int32_t>(s.values[((kLayers - 1) * s.capacity + position) * kv_width]));
+      history.push_back(static_cast<int32_t>(batch.kv->values(kLayers - 1)[offset(position)]));
     }
     Logits(history, {logits.row(row++), static_cast<size_t>(kVocab)});
   }

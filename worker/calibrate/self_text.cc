@@ -19,6 +19,11 @@ int64_t DocumentTokensMax(const ModelConfig& config) {
   return std::min(kSelfDocumentTokensMax, config.max_position);
 }
 
+// Of the key-value cache, for one document.
+int64_t DocumentBlocks(const ModelConfig& config) {
+  return engine::KvBlocks(DocumentTokensMax(config));
+}
+
 // SplitMix64 (Steele et al. 2014).
 uint64_t Mix(uint64_t z) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -59,28 +64,29 @@ absl::StatusOr<int32_t> StartToken(const engine::LoadedModel& model) {
       "the model has no start token to generate calibration text from; name a calibration file");
 }
 
-// One document of the batch and its key-value cache.
+// One document of the batch and its part of the key-value cache.
 struct Slot {
   int64_t document = 0;
   int64_t n_past = 0;
-  Matrix keys, values;
+  std::vector<engine::BlockId> blocks;
 };
 
 class Generator {
  public:
-  Generator(const engine::LoadedModel& model, int64_t n_tokens, uint64_t seed, ThreadPool& pool,
-            int32_t start)
+  Generator(const engine::LoadedModel& model, engine::KvPool kv, int64_t n_tokens, uint64_t seed,
+            ThreadPool& pool, int32_t start)
       : model_(model),
+        kv_(std::move(kv)),
         n_tokens_(n_tokens),
         seed_(seed),
         pool_(pool),
         start_(start),
         eos_(model.EndTokens()) {
-    const ModelConfig& config = model.config();
-    slots_.resize(static_cast<size_t>(SelfTextBatch(config, n_tokens)));
+    slots_.resize(static_cast<size_t>(SelfTextBatch(model.config(), n_tokens)));
+    engine::BlockId next = 0;
     for (Slot& slot : slots_) {
-      slot.keys = Matrix(config.n_layers * DocumentTokensMax(config), config.kv_width());
-      slot.values = Matrix(config.n_layers * DocumentTokensMax(config), config.kv_width());
+      slot.blocks.resize(static_cast<size_t>(DocumentBlocks(model.config())));
+      for (engine::BlockId& block : slot.blocks) block = next++;
       StartDocument(slot);
     }
   }
@@ -108,12 +114,12 @@ class Generator {
 
   absl::Status Step() {
     engine::LoadedModel::Batch batch;
-    for (Slot& slot : slots_) {
+    batch.kv = &kv_;
+    for (const Slot& slot : slots_) {
       const auto row = static_cast<int64_t>(batch.tokens.size());
       batch.tokens.push_back(documents_[static_cast<size_t>(slot.document)].back());
       batch.positions.push_back(static_cast<int32_t>(slot.n_past));
-      batch.sequences.push_back({row, 1, slot.n_past, slot.keys.data(), slot.values.data(),
-                                 DocumentTokensMax(model_.config()), true});
+      batch.sequences.push_back({row, 1, slot.n_past, slot.blocks, true});
     }
     WALSH_RETURN_IF_ERROR(
         model_.Forward(batch, {kernels::Backend::kCpu, &pool_}, scratch_, logits_));
@@ -144,6 +150,7 @@ class Generator {
   }
 
   const engine::LoadedModel& model_;
+  const engine::KvPool kv_;
   const int64_t n_tokens_;
   const uint64_t seed_;
   ThreadPool& pool_;
@@ -160,8 +167,8 @@ class Generator {
 
 int64_t SelfTextBatch(const ModelConfig& config, int64_t n_tokens) {
   const int64_t document = DocumentTokensMax(config);
-  const int64_t cache_bytes =
-      2 * config.n_layers * document * config.kv_width() * static_cast<int64_t>(sizeof(float));
+  const int64_t cache_bytes = engine::KvPool::BytesPerToken(config.n_layers, config.kv_width()) *
+                              DocumentBlocks(config) * engine::kKvBlockTokens;
   const int64_t documents = (n_tokens + document - 1) / document;
   return std::clamp(kCacheBytesMax / cache_bytes, int64_t{1}, std::min(kBatchMax, documents));
 }
@@ -171,7 +178,13 @@ absl::StatusOr<std::vector<int32_t>> GenerateText(const engine::LoadedModel& mod
                                                   const TokenProgress& progress) {
   if (n_tokens <= 0) return std::vector<int32_t>();
   WALSH_ASSIGN_OR_RETURN(const int32_t start, StartToken(model));
-  return Generator(model, n_tokens, seed, pool, start).Run(progress);
+  WALSH_ASSIGN_OR_RETURN(
+      engine::KvPool kv,
+      engine::KvPool::Create(
+          {.n_layers = model.config().n_layers,
+           .kv_width = model.config().kv_width(),
+           .n_blocks = SelfTextBatch(model.config(), n_tokens) * DocumentBlocks(model.config())}));
+  return Generator(model, std::move(kv), n_tokens, seed, pool, start).Run(progress);
 }
 
 }  // namespace walsh::calibrate

@@ -28,24 +28,25 @@ namespace {
 constexpr auto kIdleTurn = std::chrono::milliseconds(500);
 constexpr int64_t kDefaultKvTokensPerSequence = 2048;
 
-// As many tokens of KV memory as can be reserved.
-int64_t WholeBlocks(int64_t n_tokens) { return n_tokens - n_tokens % KvReservation(1); }
+// As many tokens of KV memory as can be used.
+int64_t WholeBlocks(int64_t n_tokens) { return n_tokens - n_tokens % kKvBlockTokens; }
 
 int64_t KvTokenBytes(const ModelConfig& config) {
-  return KvSlot::BytesPerToken(config.n_layers, config.kv_width());
+  return KvPool::BytesPerToken(config.n_layers, config.kv_width());
 }
 
 // std::mutex throughout: ThreadSanitizer sees it, unlike the distribution's absl::Mutex.
 class BatchingEngine final : public Engine {
  public:
   BatchingEngine(std::shared_ptr<LoadedModel> model, const Options& options,
-                 const Scheduler::Limits& limits, Clock* clock)
+                 const Scheduler::Limits& limits, KvPool kv, Clock* clock)
       : model_(std::move(model)),
         clock_(clock),
-        context_tokens_(std::min(model_->config().max_position, WholeBlocks(limits.kv_tokens))),
+        context_tokens_(std::min(model_->config().max_position, limits.kv_blocks * kKvBlockTokens)),
         pool_(options.n_threads > 0 ? options.n_threads : ThreadPool::HardwareThreads()),
         metrics_(options.model_name),
         heartbeat_ns_(absl::ToInt64Nanoseconds(clock->Monotonic())),
+        kv_(std::move(kv)),
         scheduler_(limits),
         thread_([this] { Loop(); }) {}
 
@@ -60,13 +61,14 @@ class BatchingEngine final : public Engine {
   }
 
   absl::Status Submit(Request request, std::shared_ptr<Sink> sink) override;
+  absl::Duration RetryDelay() const override;
   void Cancel(const std::string& id) override;
   void Fail(const std::string& id, const absl::Status& why) override;
   void Drain(absl::Duration timeout, const absl::Status& why) override;
   Stats stats() const override;
   int64_t context_tokens() const override { return context_tokens_; }
   int64_t kv_cache_bytes() const override {
-    return scheduler_.limits().kv_tokens * KvTokenBytes(model_->config());
+    return kv_.n_blocks() * kKvBlockTokens * KvTokenBytes(model_->config());
   }
   const LoadedModel& model() const override { return *model_; }
 
@@ -75,7 +77,11 @@ class BatchingEngine final : public Engine {
   struct Active {
     Sequence* sequence = nullptr;
     Scheduler::Chunk chunk;
-    bool is_admitted = false;  // in this step
+  };
+  // A sequence that begins in a step.
+  struct Start {
+    Sequence* sequence = nullptr;
+    int64_t n_cached = 0;
   };
   // A sequence that is over, and how: a reason, or a status that is not OK.
   struct Ending {
@@ -96,11 +102,18 @@ class BatchingEngine final : public Engine {
   // One step: who leaves, who runs. The lock is free while the model runs and sinks are called, so
   // that Submit never waits for either.
   void Turn(std::unique_lock<std::mutex>& lock);
+  void StartAll(const std::vector<Start>& starts);
+  // What a step brought about; `has_run`: keys and values are there.
+  struct StepResult {
+    bool has_run = false;
+    std::vector<Scheduler::Sampled> sampled;
+    std::vector<Ending> endings;
+  };
   // `is_steady`: nobody waits, and every sequence samples in this step and so in the next.
-  std::vector<Ending> RunStep(std::vector<Active> active, bool is_steady);
+  StepResult RunStep(const std::vector<Active>& active, bool is_steady);
   absl::Status RunModel(const std::vector<Active>& active);
   // `next_in`: as in Delta.
-  std::vector<Ending> SampleAll(const std::vector<Active>& active, absl::Duration next_in);
+  void SampleAll(const std::vector<Active>& active, absl::Duration next_in, StepResult& result);
   // On a thread of the pool.
   void DeliverToken(Sequence& sequence, Delta delta);
   // Takes the sequences out, then tells their sinks.
@@ -117,6 +130,7 @@ class BatchingEngine final : public Engine {
   std::atomic<int64_t> heartbeat_ns_ = 0;
 
   // The engine's thread only.
+  KvPool kv_;
   ForwardScratch scratch_;
   Matrix logits_;
 
@@ -177,7 +191,9 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   const int64_t n_new_max =
       std::min<int64_t>(request.sampling.max_tokens, context_tokens_ - n_prompt);
   // A deadline is wall time outside and must not move with the wall clock inside.
-  const absl::Duration deadline = now + (request.deadline - clock_->Now());
+  Scheduler::Need need{.prompt = request.prompt,
+                       .n_new_max = n_new_max,
+                       .deadline = now + (request.deadline - clock_->Now())};
   const absl::Duration arrival = request.arrival.value_or(now);
   auto sequence =
       std::make_unique<Sequence>(std::move(request), std::move(sink), *model_, n_new_max, arrival);
@@ -193,8 +209,7 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
     return absl::InvalidArgumentError(absl::StrCat("request id '", name, "' is in use"));
   }
   const SequenceId id = next_id_++;
-  const absl::Status added =
-      scheduler_.Add(id, {.n_prompt = n_prompt, .n_new_max = n_new_max, .deadline = deadline});
+  const absl::Status added = scheduler_.Add(id, std::move(need));
   if (!added.ok()) {
     metrics_.CountRejection("queue_full");
     return added;
@@ -203,6 +218,11 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   sequences_.emplace(id, std::move(sequence));
   wake_.notify_one();
   return absl::OkStatus();
+}
+
+absl::Duration BatchingEngine::RetryDelay() const {
+  const std::lock_guard lock(mu_);
+  return scheduler_.RetryDelay();
 }
 
 void BatchingEngine::Cancel(const std::string& id) { Stop(id, absl::OkStatus()); }
@@ -243,8 +263,9 @@ Stats BatchingEngine::stats() const {
 Stats BatchingEngine::StatsLocked() const {
   return {.running = scheduler_.n_running(),
           .waiting = scheduler_.n_waiting(),
-          .kv_tokens_used = scheduler_.kv_tokens_used(),
-          .kv_tokens_total = scheduler_.limits().kv_tokens,
+          .kv_tokens_used = scheduler_.blocks().n_used() * kKvBlockTokens,
+          .kv_tokens_cached = scheduler_.blocks().n_cached() * kKvBlockTokens,
+          .kv_tokens_total = scheduler_.blocks().n_blocks() * kKvBlockTokens,
           .steps = n_steps_,
           .heartbeat_age_seconds =
               absl::ToDoubleSeconds(clock_->Monotonic() - absl::Nanoseconds(heartbeat_ns_.load()))};
@@ -279,11 +300,15 @@ void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
                                       : FinishReason::kDeadline,
                         .status = stopped == stopped_.end() ? absl::OkStatus() : stopped->second});
   }
+  metrics_.CountPreemptions(static_cast<int64_t>(step.preempted.size()));
+  std::vector<Start> starts;
+  for (const Scheduler::Admission& admission : step.admitted) {
+    if (admission.is_resumed) continue;  // its client has not noticed
+    starts.push_back({sequences_.at(admission.id).get(), admission.n_cached});
+  }
   std::vector<Active> active;
   for (const Scheduler::Chunk& chunk : step.chunks) {
-    active.push_back({.sequence = sequences_.at(chunk.id).get(),
-                      .chunk = chunk,
-                      .is_admitted = chunk.first == 0});
+    active.push_back({.sequence = sequences_.at(chunk.id).get(), .chunk = chunk});
   }
   EndAll(lock, departed);
   if (!active.empty()) {
@@ -291,62 +316,56 @@ void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
                            std::all_of(active.begin(), active.end(),
                                        [](const Active& item) { return item.chunk.samples; });
     lock.unlock();
-    const std::vector<Ending> endings = RunStep(std::move(active), is_steady);
+    StartAll(starts);
+    const StepResult result = RunStep(active, is_steady);
     lock.lock();
     ++n_steps_;
-    EndAll(lock, endings);
+    if (result.has_run) scheduler_.Complete(clock_->Monotonic(), result.sampled);
+    EndAll(lock, result.endings);
   }
   metrics_.SetLoad(StatsLocked());
   is_turning_ = false;
   if (sequences_.empty()) idle_.notify_all();
 }
 
-std::vector<BatchingEngine::Ending> BatchingEngine::RunStep(std::vector<Active> active,
-                                                            bool is_steady) {
-  std::vector<Ending> endings;
+void BatchingEngine::StartAll(const std::vector<Start>& starts) {
   const absl::Duration now = clock_->Monotonic();
-  const auto has_no_memory = [&](const Active& item) {
-    if (!item.is_admitted) return false;
-    Sequence& sequence = *item.sequence;
-    sequence.MarkAdmitted(now);
-    absl::StatusOr<KvSlot> slot =
-        KvSlot::Allocate(model_->config().n_layers, model_->config().kv_width(),
-                         KvReservation(sequence.n_prompt() + sequence.n_new_max()));
-    if (!slot.ok()) {
-      endings.push_back({.id = item.chunk.id, .status = slot.status()});
-      return true;
-    }
-    sequence.set_kv(*std::move(slot));
-    metrics_.ObserveAdmission(now - sequence.arrival());
+  for (const Start& start : starts) {
+    Sequence& sequence = *start.sequence;
+    const absl::Duration queue = now - sequence.arrival();
+    sequence.MarkAdmitted(now, start.n_cached);
+    metrics_.ObserveAdmission(queue);
     metrics_.CountPromptTokens(sequence.n_prompt());
-    sequence.sink().OnStarted(absl::ToDoubleSeconds(now - sequence.arrival()));
-    return false;
-  };
-  std::erase_if(active, has_no_memory);
-  if (active.empty()) return endings;
+    metrics_.CountPrefixHits(start.n_cached);
+    sequence.sink().OnStarted(absl::ToDoubleSeconds(queue));
+  }
+}
 
+BatchingEngine::StepResult BatchingEngine::RunStep(const std::vector<Active>& active,
+                                                   bool is_steady) {
+  StepResult result;
+  const absl::Duration start = clock_->Monotonic();
   const absl::Status status = RunModel(active);
   if (!status.ok()) {
-    for (const Active& item : active) endings.push_back({.id = item.chunk.id, .status = status});
-    return endings;
+    for (const Active& item : active) {
+      result.endings.push_back({.id = item.chunk.id, .status = status});
+    }
+    return result;
   }
+  result.has_run = true;
   // The next step has one token for each sequence: it takes no longer than this one.
-  const absl::Duration next_in = is_steady ? clock_->Monotonic() - now : absl::InfiniteDuration();
-  std::vector<Ending> sampled = SampleAll(active, next_in);
-  std::move(sampled.begin(), sampled.end(), std::back_inserter(endings));
-  return endings;
+  SampleAll(active, is_steady ? clock_->Monotonic() - start : absl::InfiniteDuration(), result);
+  return result;
 }
 
 absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
   LoadedModel::Batch batch;
+  batch.kv = &kv_;
   for (const Active& item : active) {
-    KvSlot& kv = item.sequence->kv();
     batch.sequences.push_back({.first_row = static_cast<int64_t>(batch.tokens.size()),
                                .n_rows = item.chunk.n_tokens,
                                .n_past = item.chunk.first,
-                               .keys = kv.keys(),
-                               .values = kv.values(),
-                               .capacity = kv.capacity(),
+                               .blocks = item.chunk.blocks,
                                .needs_logits = item.chunk.samples});
     for (int64_t i = 0; i < item.chunk.n_tokens; ++i) {
       batch.tokens.push_back(item.sequence->TokenAt(item.chunk.first + i));
@@ -365,13 +384,14 @@ absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
   return absl::InternalError(absl::StrCat("a step of the model failed: ", status.message()));
 }
 
-std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<Active>& active,
-                                                              absl::Duration next_in) {
+void BatchingEngine::SampleAll(const std::vector<Active>& active, absl::Duration next_in,
+                               StepResult& result) {
   std::vector<const Active*> sampling;
   for (const Active& item : active) {
     if (item.chunk.samples) sampling.push_back(&item);
   }
   const auto n_sampling = static_cast<int64_t>(sampling.size());
+  std::vector<std::optional<int32_t>> tokens(sampling.size());
   std::vector<std::optional<Ending>> ended(sampling.size());
   // Delivered here too: what a sink does with a token costs as much as sampling it.
   pool_.ParallelFor(n_sampling, [&](int64_t i) {
@@ -383,15 +403,15 @@ std::vector<BatchingEngine::Ending> BatchingEngine::SampleAll(const std::vector<
       ended[i] = Ending{.id = id, .status = emission.status()};
       return;
     }
+    tokens[i] = emission->delta.tokens.back();
     if (!emission->finish) emission->delta.next_in = next_in;
     DeliverToken(sequence, std::move(emission->delta));
     if (emission->finish) ended[i] = Ending{.id = id, .reason = *emission->finish};
   });
-  std::vector<Ending> endings;
-  for (std::optional<Ending>& ending : ended) {
-    if (ending) endings.push_back(*std::move(ending));
+  for (size_t i = 0; i < sampling.size(); ++i) {
+    if (tokens[i]) result.sampled.push_back({.id = sampling[i]->chunk.id, .token = *tokens[i]});
+    if (ended[i]) result.endings.push_back(*std::move(ended[i]));
   }
-  return endings;
 }
 
 void BatchingEngine::DeliverToken(Sequence& sequence, Delta delta) {
@@ -415,11 +435,13 @@ void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
     ids_.erase(node.mapped()->request().id);
     ended.push_back(std::move(node.mapped()));
   }
+  const std::vector<BlockId> unused = scheduler_.TakeUnusedBlocks();
   lock.unlock();
+  // Only this thread has blocks allocated: these stay unused meanwhile.
+  for (const BlockId block : unused) kv_.Discard(block);
   const absl::Duration now = clock_->Monotonic();
   for (size_t i = 0; i < ended.size(); ++i) {
     Sequence& sequence = *ended[i];
-    sequence.set_kv(KvSlot());
     if (!endings[i].status.ok()) {
       metrics_.CountFailure(endings[i].status.code());
       sequence.sink().OnFailed(endings[i].status);
@@ -446,62 +468,67 @@ void BatchingEngine::FailAll(std::unique_lock<std::mutex>& lock, const absl::Sta
   idle_.notify_all();
 }
 
+// Of KV memory for one sequence, unless the options say otherwise.
+int64_t UsualTokens(const ModelConfig& config) {
+  return KvBlocks(std::min(config.max_position, kDefaultKvTokensPerSequence)) * kKvBlockTokens;
+}
+
 // Memory is only promised until it is used: a cache that does not fit would be noticed by the
 // system's killer, in the middle of requests.
-absl::Status FitToMemory(const LoadedModel& model, const Options& options,
-                         Scheduler::Limits& limits) {
-  if (!options.free_bytes) return absl::OkStatus();
+absl::StatusOr<int64_t> FitToMemory(const LoadedModel& model, const Options& options,
+                                    int64_t n_wanted) {
+  if (!options.free_bytes) return n_wanted;
   // A tenth is left to the buffers of steps and to the rest of the machine.
   const int64_t usable_bytes = *options.free_bytes / 10 * 9;
   const int64_t token_bytes = KvTokenBytes(model.config());
-  const int64_t n_wanted = limits.kv_tokens;
-  limits.kv_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
-  const int64_t n_least = std::min(
-      n_wanted, KvReservation(std::min(model.config().max_position, kDefaultKvTokensPerSequence)));
-  if (limits.kv_tokens < n_least) {
+  const int64_t n_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
+  const int64_t n_least = std::min(n_wanted, UsualTokens(model.config()));
+  if (n_tokens < n_least) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the KV cache of one sequence of ", n_least, " tokens needs ",
                      n_least * token_bytes, " bytes of memory, of the ", *options.free_bytes,
                      " that are free it may take ", usable_bytes));
   }
-  if (limits.kv_tokens < n_wanted) {
+  if (n_tokens < n_wanted) {
     WALSH_LOG(Warning, "the KV cache is made smaller to fit the free memory",
-              {"model", options.model_name}, {"tokens_wanted", n_wanted},
-              {"tokens", limits.kv_tokens}, {"bytes", limits.kv_tokens * token_bytes},
-              {"bytes_free", *options.free_bytes});
+              {"model", options.model_name}, {"tokens_wanted", n_wanted}, {"tokens", n_tokens},
+              {"bytes", n_tokens * token_bytes}, {"bytes_free", *options.free_bytes});
   }
-  return absl::OkStatus();
+  return n_tokens;
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<LoadedModel> model,
                                                        const Options& options, Clock* clock) {
-  const int64_t context = model->config().max_position;
   Scheduler::Limits limits{.max_sequences = options.max_sequences,
                            .max_waiting = options.max_waiting,
+                           .max_waiting_tokens = options.max_waiting_tokens,
                            .max_batch_tokens = options.max_batch_tokens,
-                           .kv_tokens = options.kv_cache_tokens};
-  if (limits.max_sequences < 1 || limits.max_waiting < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("sequences at once are ", limits.max_sequences,
-                                                   " (at least 1), requests that wait ",
-                                                   limits.max_waiting, " (at least 0)"));
+                           .has_prefix_cache = options.prefix_cache};
+  if (limits.max_sequences < 1 || limits.max_waiting < 0 || limits.max_waiting_tokens < 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "sequences at once are ", limits.max_sequences, " (at least 1), requests that wait ",
+        limits.max_waiting, " and their tokens ", limits.max_waiting_tokens, " (at least 0)"));
   }
   if (limits.max_batch_tokens < limits.max_sequences) {
     return absl::InvalidArgumentError(absl::StrCat("tokens of a step are ", limits.max_batch_tokens,
                                                    ", at least the ", limits.max_sequences,
                                                    " sequences at once, so that each advances"));
   }
-  if (limits.kv_tokens == 0) {
-    limits.kv_tokens =
-        limits.max_sequences * KvReservation(std::min(context, kDefaultKvTokensPerSequence));
+  const int64_t n_wanted = options.kv_cache_tokens != 0
+                               ? options.kv_cache_tokens
+                               : limits.max_sequences * UsualTokens(model->config());
+  if (n_wanted < kKvBlockTokens) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the KV cache has ", n_wanted, " tokens, at least ", kKvBlockTokens));
   }
-  if (limits.kv_tokens < KvReservation(2)) {
-    return absl::InvalidArgumentError(absl::StrCat("the KV cache has ", limits.kv_tokens,
-                                                   " tokens, at least ", KvReservation(2)));
-  }
-  WALSH_RETURN_IF_ERROR(FitToMemory(*model, options, limits));
-  return std::make_unique<BatchingEngine>(std::move(model), options, limits, clock);
+  WALSH_ASSIGN_OR_RETURN(const int64_t n_tokens, FitToMemory(*model, options, n_wanted));
+  limits.kv_blocks = n_tokens / kKvBlockTokens;
+  WALSH_ASSIGN_OR_RETURN(KvPool kv, KvPool::Create({.n_layers = model->config().n_layers,
+                                                    .kv_width = model->config().kv_width(),
+                                                    .n_blocks = limits.kv_blocks}));
+  return std::make_unique<BatchingEngine>(std::move(model), options, limits, std::move(kv), clock);
 }
 
 }  // namespace walsh::engine

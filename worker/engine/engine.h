@@ -76,6 +76,7 @@ struct Outcome {
   std::string matched_stop;
   int prompt_tokens = 0;
   int completion_tokens = 0;
+  int cached_tokens = 0;  // of the prompt, that the prefix cache held when it was admitted
   double queue_seconds = 0;
   double ttft_seconds = 0;
   double prefill_seconds = 0;
@@ -94,11 +95,14 @@ class Sink {
 };
 
 struct Options {
-  std::string model_name = {};     // label of the metrics
-  int max_sequences = 16;          // that run at once
-  int max_waiting = 64;            // that wait beside them; more are refused at once
+  std::string model_name = {};  // label of the metrics
+  int max_sequences = 16;       // that run at once
+  int max_waiting = 64;         // that wait beside them; more are refused at once
+  // Of the prompts that wait, where no sequence is free: about a minute's work of a small model.
+  int64_t max_waiting_tokens = 65536;
   int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks; ≥ max_sequences
   int64_t kv_cache_tokens = 0;     // over all sequences; 0: max_sequences × min(context, 2048)
+  bool prefix_cache = true;        // beginnings that prompts share are computed once
   int n_threads = 0;               // 0: the machine's
   // What may still be allocated, once the weights are loaded; unset: not known. A KV cache that
   // would not fit is made smaller.
@@ -108,7 +112,9 @@ struct Options {
 struct Stats {
   int running = 0;
   int waiting = 0;
+  // Of whole blocks: those that requests hold, and those that only the prefix cache does.
   int64_t kv_tokens_used = 0;
+  int64_t kv_tokens_cached = 0;
   int64_t kv_tokens_total = 0;
   uint64_t steps = 0;
   // Since the loop last turned (idle turns count) or a step's pass last went on to another layer.
@@ -130,6 +136,8 @@ class Engine {
   // vocabulary, id in use, prompt of context_tokens() or more), RESOURCE_EXHAUSTED (queue full),
   // what Drain was given (draining). max_tokens is cut to what the context leaves.
   virtual absl::Status Submit(Request request, std::shared_ptr<Sink> sink) = 0;
+  // When a request that was refused for a full queue may come again, by the recent rate of tokens.
+  virtual absl::Duration RetryDelay() const = 0;
   // The sequence leaves before the next step; its sink gets OnFinished with kCancelled. Unknown ids
   // are ignored.
   virtual void Cancel(const std::string& id) = 0;
@@ -145,7 +153,8 @@ class Engine {
   // Tokens of prompt and output together: the model's context, or the KV cache if that is smaller.
   virtual int64_t context_tokens() const = 0;
   // Memory that the KV cache takes when all of it is in use. It comes page by page as sequences
-  // need it and goes when they end, so that an idle engine takes none.
+  // need it. What the prefix cache keeps of them stays until other blocks are needed or the engine
+  // goes; the rest goes when they end, so that an idle engine without a prefix cache takes none.
   virtual int64_t kv_cache_bytes() const = 0;
   virtual const LoadedModel& model() const = 0;
 };

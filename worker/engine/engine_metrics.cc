@@ -21,7 +21,7 @@ auto& WaitingFamily() {
 }
 auto& KvUsageFamily() {
   static auto& family =
-      Gauge("walsh_kv_cache_usage_perc", "Reserved share of the KV cache, 0 to 1.");
+      Gauge("walsh_kv_cache_usage_perc", "Share of the KV cache that requests hold, 0 to 1.");
   return family;
 }
 auto& HeartbeatFamily() {
@@ -70,7 +70,14 @@ const char* FinishReasonName(FinishReason reason) {
 EngineMetrics::EngineMetrics(const std::string& model_name)
     : labels_{{"model_name", model_name}},
       load_(labels_),
-      prompt_tokens_(Counter("walsh_prompt_tokens_total", "Prompt tokens processed.").Add(labels_)),
+      prompt_tokens_(
+          Counter("walsh_prompt_tokens_total", "Prompt tokens of admitted requests.").Add(labels_)),
+      prefix_hits_(Counter("walsh_prefix_cache_hit_tokens_total",
+                           "Prompt tokens that the prefix cache held.")
+                       .Add(labels_)),
+      preemptions_(Counter("walsh_num_preemptions_total",
+                           "Times that a running request gave its KV cache to an earlier one.")
+                       .Add(labels_)),
       generation_tokens_(
           Counter("walsh_generation_tokens_total", "Tokens generated.").Add(labels_)),
       cancelled_(CancelledFamily().Add(labels_)),

@@ -28,6 +28,8 @@ class EngineMetrics {
   void CountRejection(std::string_view reason);
   void ObserveStep(int64_t n_tokens);
   void CountPromptTokens(int64_t n_tokens) { prompt_tokens_.Increment(ToDouble(n_tokens)); }
+  void CountPrefixHits(int64_t n_tokens) { prefix_hits_.Increment(ToDouble(n_tokens)); }
+  void CountPreemptions(int64_t n) { preemptions_.Increment(ToDouble(n)); }
   void ObserveAdmission(absl::Duration queue);
   void ObserveFirstToken(absl::Duration since_arrival);
   void ObserveNextToken(absl::Duration interval);
@@ -59,6 +61,8 @@ class EngineMetrics {
   const prometheus::Labels labels_;
   LoadGauges load_;
   prometheus::Counter& prompt_tokens_;
+  prometheus::Counter& prefix_hits_;
+  prometheus::Counter& preemptions_;
   prometheus::Counter& generation_tokens_;
   prometheus::Counter& cancelled_;
   prometheus::Histogram& time_to_first_token_;

@@ -93,10 +93,17 @@ absl::Status TransformerModel::CheckBatch(const Batch& batch) const {
     }
   }
   for (const Batch::Sequence& sequence : batch.sequences) {
-    if (sequence.n_past + sequence.n_rows > sequence.capacity) {
+    const auto n_blocks = static_cast<int64_t>(sequence.blocks.size());
+    if (KvBlocks(sequence.n_past + sequence.n_rows) > n_blocks) {
       return absl::InvalidArgumentError(
           absl::StrCat("a sequence of ", sequence.n_past + sequence.n_rows,
-                       " tokens does not fit its KV cache of ", sequence.capacity));
+                       " tokens does not fit its KV cache of ", n_blocks * kKvBlockTokens));
+    }
+    for (const BlockId block : sequence.blocks) {
+      if (block < 0 || block >= batch.kv->n_blocks()) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "block ", block, " is outside a KV cache of ", batch.kv->n_blocks(), " blocks"));
+      }
     }
   }
   return absl::OkStatus();
@@ -115,7 +122,6 @@ absl::Status TransformerModel::Forward(const Batch& batch, const kernels::Stream
                                        ForwardScratch& scratch, Matrix& logits) const {
   WALSH_RETURN_IF_ERROR(CheckBatch(batch));
   const auto n_rows = static_cast<int64_t>(batch.tokens.size());
-  const int64_t kv_width = config().kv_width();
   scratch.Reserve(config(), n_rows);
   Matrix hidden(n_rows, config().hidden);
   for (int64_t i = 0; i < n_rows; ++i) LookUp(batch.tokens[i], hidden.row(i));
@@ -123,19 +129,20 @@ absl::Status TransformerModel::Forward(const Batch& batch, const kernels::Stream
   ForwardContext context = context_;
   context.stream = stream;
   std::vector<SequenceSlice> slices(batch.sequences.size());
-  for (size_t l = 0; l < weights_.layers.size(); ++l) {
+  for (int64_t l = 0; l < config().n_layers; ++l) {
     if (batch.on_layer) batch.on_layer();
     for (size_t s = 0; s < slices.size(); ++s) {
       const Batch::Sequence& sequence = batch.sequences[s];
-      const int64_t layer_offset = static_cast<int64_t>(l) * sequence.capacity * kv_width;
       slices[s] = {.first_row = sequence.first_row,
                    .n_rows = sequence.n_rows,
                    .n_past = sequence.n_past,
-                   .keys = sequence.keys + layer_offset,
-                   .values = sequence.values + layer_offset};
+                   .keys = batch.kv->keys(l),
+                   .values = batch.kv->values(l),
+                   .blocks = sequence.blocks.data(),
+                   .block_stride = batch.kv->block_stride()};
     }
-    WALSH_RETURN_IF_ERROR(ForwardLayer(context, weights_.layers[l], batch.positions, slices, n_rows,
-                                       hidden.data(), scratch));
+    WALSH_RETURN_IF_ERROR(ForwardLayer(context, weights_.layers[static_cast<size_t>(l)],
+                                       batch.positions, slices, n_rows, hidden.data(), scratch));
   }
   return Head(batch, hidden, stream, logits);
 }

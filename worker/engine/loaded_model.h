@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "worker/engine/kv_pool.h"
 #include "worker/io/artifact.h"
 #include "worker/io/checkpoint.h"
 #include "worker/model/decoder_layer.h"
@@ -48,18 +49,17 @@ class LoadedModel {
   virtual int64_t memory_bytes() const = 0;
   virtual int64_t packed_bytes_per_token() const = 0;  // weights read for one token at batch 1
 
-  // Rows of several sequences in one pass. `caches[layer]` of each slice is laid out by the caller.
+  // Rows of several sequences in one pass.
   struct Batch {
     std::vector<int32_t> tokens;     // [n_rows]
     std::vector<int32_t> positions;  // [n_rows]
     struct Sequence {
       int64_t first_row = 0, n_rows = 0, n_past = 0;
-      float* keys = nullptr;  // [n_layers][capacity][kv_width]
-      float* values = nullptr;
-      int64_t capacity = 0;
-      bool needs_logits = false;  // of its last row
+      std::span<const BlockId> blocks;  // of kv, for n_past + n_rows tokens
+      bool needs_logits = false;        // of its last row
     };
     std::vector<Sequence> sequences;
+    const KvPool* kv = nullptr;  // the pass writes the new rows' keys and values there
     // Called before each layer, unless empty: a sign of life, as a pass may take long.
     std::function<void()> on_layer;
   };

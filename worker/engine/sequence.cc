@@ -55,7 +55,10 @@ std::optional<FinishReason> Sequence::EndsWith(int32_t token) const {
   return std::nullopt;
 }
 
-void Sequence::MarkAdmitted(absl::Duration now) { admitted_ = now; }
+void Sequence::MarkAdmitted(absl::Duration now, int64_t n_cached) {
+  admitted_ = now;
+  n_cached_ = n_cached;
+}
 
 std::optional<absl::Duration> Sequence::MarkToken(absl::Duration now) {
   std::optional<absl::Duration> interval;
@@ -76,6 +79,7 @@ Outcome Sequence::MakeOutcome(FinishReason reason, absl::Duration now) const {
   outcome.matched_stop = text_.matched_stop();
   outcome.prompt_tokens = static_cast<int>(n_prompt());
   outcome.completion_tokens = n_generated();
+  outcome.cached_tokens = static_cast<int>(n_cached_);
   outcome.queue_seconds = absl::ToDoubleSeconds((is_admitted() ? admitted_ : now) - arrival_);
   if (n_generated() > 0) {
     outcome.ttft_seconds = absl::ToDoubleSeconds(first_token_ - arrival_);

@@ -10,7 +10,6 @@
 
 #include "absl/time/time.h"
 #include "worker/engine/engine.h"
-#include "worker/engine/kv_cache.h"
 #include "worker/engine/sampler.h"
 #include "worker/tokenizer/text_stream.h"
 
@@ -30,9 +29,6 @@ class Sequence {
   // The token at a position of prompt and output.
   int32_t TokenAt(int64_t position) const;
 
-  KvSlot& kv() { return kv_; }
-  void set_kv(KvSlot kv) { kv_ = std::move(kv); }
-
   // What one sampled token means. `finish` is set when it is the last.
   struct Emission {
     Delta delta;
@@ -43,7 +39,8 @@ class Sequence {
 
   // Intervals: queue from arrival to admission, prefill from admission to the first token, decode
   // from the first to the last token; time to first token counts from arrival.
-  void MarkAdmitted(absl::Duration now);
+  // `n_cached`: tokens of the prompt that are not computed again.
+  void MarkAdmitted(absl::Duration now, int64_t n_cached);
   // Returns the time since the previous token, or nothing for the first.
   std::optional<absl::Duration> MarkToken(absl::Duration now);
   bool is_admitted() const { return admitted_ >= absl::ZeroDuration(); }
@@ -62,8 +59,8 @@ class Sequence {
   Sampler sampler_;
   TextStream text_;
   std::vector<int32_t> output_;
-  KvSlot kv_;
   absl::Duration arrival_;
+  int64_t n_cached_ = 0;
   absl::Duration admitted_ = -absl::InfiniteDuration();
   absl::Duration first_token_ = absl::InfiniteDuration();
   absl::Duration last_token_ = absl::InfiniteDuration();

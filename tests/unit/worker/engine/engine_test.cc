@@ -138,6 +138,136 @@ TEST(EngineTest, OutputAloneEqualsOutputAmongOthers) {
   }
 }
 
+// Prompts of a few beginnings, some greedy, some sampled.
+std::vector<Request> MixedRequests(int n, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  const auto uniform = [&](int low, int high) {
+    return std::uniform_int_distribution<int>(low, high)(rng);
+  };
+  std::vector<Request> requests;
+  for (int i = 0; i < n; ++i) {
+    Request request;
+    request.id = std::to_string(i);
+    request.prompt.assign(static_cast<size_t>(uniform(0, 70)), uniform('a', 'c'));
+    for (int extra = uniform(1, 20); extra > 0; --extra) {
+      request.prompt.push_back(uniform('a', 'z'));
+    }
+    request.sampling.max_tokens = uniform(1, 60);
+    request.sampling.seed = static_cast<uint64_t>(i);
+    request.sampling.logprobs = true;
+    request.sampling.temperature = i % 2 == 0 ? 0.0 : 1.0;
+    request.sampling.top_p = 0.95;
+    request.sampling.frequency_penalty = i % 3 == 0 ? 0.5 : 0.0;
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
+// Tokens, text and log-probabilities are the same whatever was cached, preempted or batched.
+TEST(EngineTest, OutputDoesNotDependOnCachePreemptionOrBatch) {
+  const std::vector<Request> requests = MixedRequests(64, 5);
+  const auto run = [&](const char* name, int max_sequences, int64_t kv_cache_tokens,
+                       bool prefix_cache) {
+    const auto engine = MakeEngine({}, {.model_name = name,
+                                        .max_sequences = max_sequences,
+                                        .max_waiting = 64,
+                                        .max_batch_tokens = 48,
+                                        .kv_cache_tokens = kv_cache_tokens,
+                                        .prefix_cache = prefix_cache,
+                                        .n_threads = 2});
+    std::vector<std::shared_ptr<RecordingSink>> sinks;
+    for (const Request& request : requests) sinks.push_back(Submit(*engine, request));
+    for (const auto& sink : sinks) {
+      sink->WaitForEnd();
+      EXPECT_OK(sink->status());
+    }
+    EXPECT_EQ(engine->stats().kv_tokens_used, 0);
+    return sinks;
+  };
+  const auto counted = [](const char* metric, const std::string& name) {
+    return MetricValue(metric, {"model_name=\"" + name + "\""});
+  };
+  const auto expected = run("alone", 1, 4096, false);
+  EXPECT_EQ(counted("walsh_num_preemptions_total", "alone"), 0);
+  EXPECT_EQ(counted("walsh_prefix_cache_hit_tokens_total", "alone"), 0);
+  struct Case {
+    const char* name;
+    int max_sequences;
+    int64_t kv_cache_tokens;
+    bool prefix_cache;
+  };
+  for (const Case& c : {Case{"alone-cached", 1, 4096, true}, Case{"batch", 32, 8192, false},
+                        Case{"batch-cached", 32, 8192, true}, Case{"short", 32, 320, false},
+                        Case{"short-cached", 32, 320, true}}) {
+    SCOPED_TRACE(c.name);
+    const auto sinks = run(c.name, c.max_sequences, c.kv_cache_tokens, c.prefix_cache);
+    for (size_t i = 0; i < requests.size(); ++i) {
+      ASSERT_EQ(sinks[i]->tokens(), expected[i]->tokens()) << "request " << i;
+      ASSERT_EQ(sinks[i]->text(), expected[i]->text());
+      for (size_t t = 0; t < sinks[i]->logprobs().size(); ++t) {
+        ASSERT_EQ(sinks[i]->logprobs()[t].logprob, expected[i]->logprobs()[t].logprob);
+      }
+    }
+    EXPECT_EQ(counted("walsh_num_preemptions_total", c.name) > 0, c.kv_cache_tokens == 320);
+    EXPECT_EQ(counted("walsh_prefix_cache_hit_tokens_total", c.name) > 0, c.prefix_cache);
+  }
+}
+
+TEST(EngineTest, ASharedBeginningIsComputedOnceAndNamedInTheOutcome) {
+  for (const bool prefix_cache : {true, false}) {
+    Options options = SmallOptions();
+    options.prefix_cache = prefix_cache;
+    const auto engine = MakeEngine({}, options);
+    const auto& model = static_cast<const FakeModel&>(engine->model());
+    Request request{.id = "a",
+                    .prompt = std::vector<int32_t>(100, 'p'),
+                    .sampling = {.max_tokens = 1, .temperature = 0}};
+    auto sink = Generate(*engine, request);
+    EXPECT_EQ(sink->outcome().cached_tokens, 0);
+    EXPECT_EQ(model.n_rows(), 100);
+    // It stays while nobody uses it, and only then.
+    EXPECT_EQ(engine->stats().kv_tokens_used, 0);
+    EXPECT_EQ(engine->stats().kv_tokens_cached, prefix_cache ? 96 : 0);
+    request.prompt.push_back('q');
+    sink = Generate(*engine, request);
+    EXPECT_EQ(sink->tokens(), model.Greedy(request.prompt, 1));
+    EXPECT_EQ(sink->outcome().cached_tokens, prefix_cache ? 96 : 0);
+    EXPECT_EQ(model.n_rows(), prefix_cache ? 105 : 201);
+  }
+}
+
+// A conversation's next turn begins with the answer, too.
+TEST(EngineTest, AnAnswerIsPartOfWhatTheNextPromptFinds) {
+  const auto engine = MakeEngine();
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  Request request{.id = "a",
+                  .prompt = std::vector<int32_t>(20, 'p'),
+                  .sampling = {.max_tokens = 50, .temperature = 0, .ignore_eos = true}};
+  auto sink = Generate(*engine, request);
+  request.prompt.insert(request.prompt.end(), sink->tokens().begin(), sink->tokens().end());
+  request.prompt.push_back('?');
+  sink = Generate(*engine, request);
+  EXPECT_EQ(sink->outcome().cached_tokens, 64) << "of the 69 that were computed";
+  EXPECT_EQ(sink->tokens(), model.Greedy(request.prompt, 50));
+}
+
+// What a step wrote that failed is not found by anyone.
+TEST(EngineTest, AFailedStepLeavesNothingInThePrefixCache) {
+  std::atomic<bool> is_broken = true;
+  const auto engine = MakeEngine({.before_forward = [&](const LoadedModel::Batch&) {
+    return is_broken ? absl::DataLossError("bad weights") : absl::OkStatus();
+  }});
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  const Request request{.id = "a",
+                        .prompt = std::vector<int32_t>(40, 'p'),
+                        .sampling = {.max_tokens = 3, .temperature = 0}};
+  EXPECT_FALSE(Generate(*engine, request)->status().ok());
+  is_broken = false;
+  const auto sink = Generate(*engine, request);
+  EXPECT_EQ(sink->outcome().cached_tokens, 0);
+  EXPECT_EQ(sink->tokens(), model.Greedy(request.prompt, 3));
+}
+
 TEST(EngineTest, EndOfSequenceStopsAndIsNotShown) {
   const auto script = [](std::span<const int32_t> history) {
     return history.size() < 6 ? 'x' : kFakeEos;
@@ -309,6 +439,33 @@ TEST(EngineTest, FullQueueRefusesWhileOthersRun) {
     sink->WaitForEnd();
     EXPECT_OK(sink->status());
   }
+}
+
+// Nobody waits for the step under way, however long it takes.
+TEST(EngineTest, QueuedTokensBeyondTheLimitAreRefusedWithinMilliseconds) {
+  Gate gate;
+  Options options = SmallOptions();
+  options.max_sequences = 1;
+  options.max_waiting_tokens = 50;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()}, options);
+  const auto running = Submit(*engine, {.id = "r", .prompt = {1}, .sampling = {.max_tokens = 1}});
+  gate.AwaitArrival(1);
+  const auto waiting = Submit(
+      *engine, {.id = "w", .prompt = std::vector<int32_t>(40, 1), .sampling = {.max_tokens = 1}});
+  absl::Duration fastest = absl::InfiniteDuration();
+  for (int i = 0; i < 10; ++i) {
+    const absl::Time start = absl::Now();
+    EXPECT_THAT(
+        engine->Submit({.id = "x", .prompt = std::vector<int32_t>(11, 1)},
+                       std::make_shared<RecordingSink>()),
+        StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("prompts of 40 tokens wait")));
+    EXPECT_GT(engine->RetryDelay(), absl::ZeroDuration());
+    fastest = std::min(fastest, absl::Now() - start);
+  }
+  EXPECT_LT(fastest, absl::Milliseconds(10));
+  gate.Permit(100);
+  running->WaitForEnd();
+  waiting->WaitForEnd();
 }
 
 TEST(EngineTest, CancelFreesTheSequenceWithinOneStep) {
@@ -506,6 +663,97 @@ TEST(EngineTest, ConcurrentSubmittersAndCancellers) {
   const Stats stats = engine->stats();
   EXPECT_EQ(stats.running + stats.waiting, 0);
   EXPECT_EQ(stats.kv_tokens_used, 0);
+}
+
+#ifdef __SANITIZE_THREAD__
+constexpr int kManyRequests = 800;
+#else
+constexpr int kManyRequests = 10000;
+#endif
+
+// Random arrivals, cancellations, deadlines and refusals in a KV cache that is too short for what
+// runs: each request is answered exactly once and with what it would have alone, and no block stays
+// behind. There are always more at hand than are taken.
+TEST(EngineTest, ManyRandomRequestsInAShortKvCache) {
+  constexpr int kThreads = 4;
+  constexpr size_t kInFlight = 40;
+  const auto engine = MakeEngine({}, {.model_name = "many",
+                                      .max_sequences = 8,
+                                      .max_waiting = 32,
+                                      .max_waiting_tokens = 1500,
+                                      .max_batch_tokens = 64,
+                                      .kv_cache_tokens = 16 * 16,
+                                      .n_threads = 2});
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  std::atomic<int> n_refused = 0;
+  std::atomic<int> n_ended = 0;
+  const auto submitter = [&](int thread) {
+    struct Accepted {
+      Request request;
+      std::shared_ptr<RecordingSink> sink;
+    };
+    std::vector<Accepted> accepted;
+    size_t n_over = 0;  // the first of them
+    std::mt19937_64 rng(static_cast<uint64_t>(thread));
+    const auto uniform = [&](int low, int high) {
+      return std::uniform_int_distribution<int>(low, high)(rng);
+    };
+    for (Request& request :
+         MixedRequests(kManyRequests / kThreads, static_cast<uint64_t>(100 + thread))) {
+      request.id = std::to_string(thread) + "/" + request.id;
+      request.sampling = {.max_tokens = request.sampling.max_tokens, .temperature = 0};
+      if (uniform(0, 15) == 0) {
+        request.deadline = absl::Now() + absl::Microseconds(uniform(0, 3000));
+      }
+      Accepted next{.request = request, .sink = std::make_shared<RecordingSink>()};
+      while (true) {
+        const absl::Status status = engine->Submit(request, next.sink);
+        if (status.ok()) break;
+        ASSERT_THAT(status, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("is full")));
+        ++n_refused;
+        if (n_over < accepted.size()) {
+          accepted[n_over++].sink->WaitForEnd();
+        } else {
+          walsh::testing::Pause(absl::Microseconds(100));  // others have all places
+        }
+      }
+      accepted.push_back(std::move(next));
+      const size_t n_open = accepted.size() - n_over;
+      if (uniform(0, 9) == 0) {
+        const auto chosen = static_cast<size_t>(uniform(0, static_cast<int>(n_open) - 1));
+        engine->Cancel(accepted[n_over + chosen].request.id);
+      }
+      if (n_open > kInFlight) accepted[n_over++].sink->WaitForEnd();
+    }
+    for (const Accepted& item : accepted) {
+      item.sink->WaitForEnd();
+      ASSERT_OK(item.sink->status());
+      const std::vector<int32_t> expected =
+          model.Greedy(item.request.prompt, item.request.sampling.max_tokens);
+      const std::vector<int32_t>& tokens = item.sink->tokens();
+      ASSERT_LE(tokens.size(), expected.size());
+      ASSERT_TRUE(std::equal(tokens.begin(), tokens.end(), expected.begin()));
+      if (item.sink->outcome().reason == FinishReason::kLength) {
+        ASSERT_EQ(tokens.size(), expected.size());
+      }
+      ++n_ended;
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) threads.emplace_back(submitter, t);
+  for (std::thread& thread : threads) thread.join();
+
+  EXPECT_EQ(n_ended, kManyRequests);
+  const Stats stats = engine->stats();
+  EXPECT_EQ(stats.running + stats.waiting, 0);
+  EXPECT_EQ(stats.kv_tokens_used, 0);
+  const auto counted = [](const char* metric) {
+    return static_cast<int>(MetricValue(metric, {"model_name=\"many\""}));
+  };
+  EXPECT_GT(counted("walsh_num_preemptions_total"), kManyRequests / 50);
+  EXPECT_GT(counted("walsh_prefix_cache_hit_tokens_total"), kManyRequests / 10);
+  EXPECT_GT(counted("walsh_request_cancelled_total"), 0);
+  EXPECT_GT(n_refused, 0);
 }
 
 // -- What is counted

@@ -8,15 +8,18 @@
 #include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <tuple>
 
+#include "absl/strings/str_cat.h"
 #include "tests/testing/checkpoint_bytes.h"
+#include "tests/testing/hand_cache.h"
+#include "tests/testing/metric_value.h"
 #include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tensor_compare.h"
 #include "tests/testing/test_data.h"
 #include "tests/testing/tiny_model.h"
-#include "worker/engine/kv_cache.h"
-#include "worker/engine/scheduler.h"
+#include "worker/engine/engine.h"
 #include "worker/pipeline/quantize_job.h"
 
 namespace walsh::engine {
@@ -24,6 +27,7 @@ namespace {
 
 using ::testing::HasSubstr;
 using walsh::testing::CompareTensors;
+using walsh::testing::HandCache;
 using walsh::testing::HasCode;
 using walsh::testing::IsClose;
 using walsh::testing::RecordingSink;
@@ -31,30 +35,40 @@ using walsh::testing::StatusIs;
 using walsh::testing::TempDir;
 using walsh::testing::TinyModel;
 
-// A sequence that is run by hand.
+constexpr int64_t kTrialTokensMax = 64;
+
+// A sequence that is run by hand. Those that run together share a cache.
 struct Trial {
   std::vector<int32_t> tokens;
+  std::shared_ptr<HandCache> cache;
+  std::vector<BlockId> blocks;
   int64_t n_done = 0;
-  KvSlot kv;
 };
 
+std::shared_ptr<HandCache> MakeCache(const LoadedModel& model, int64_t n_sequences = 1) {
+  return std::make_shared<HandCache>(model.config(), kTrialTokensMax, n_sequences);
+}
+
+Trial MakeTrial(std::shared_ptr<HandCache> cache, std::vector<int32_t> tokens) {
+  std::vector<BlockId> blocks = cache->Take(kTrialTokensMax);
+  return {.tokens = std::move(tokens), .cache = std::move(cache), .blocks = std::move(blocks)};
+}
+
 Trial MakeTrial(const LoadedModel& model, std::vector<int32_t> tokens) {
-  const ModelConfig& config = model.config();
-  auto slot = KvSlot::Allocate(config.n_layers, config.kv_width(), config.max_position);
-  return {.tokens = std::move(tokens), .kv = *std::move(slot)};
+  return MakeTrial(MakeCache(model), std::move(tokens));
 }
 
 // One step: `n_tokens[i]` more tokens of trials[i]; logits of all.
 Matrix Step(const LoadedModel& model, std::vector<Trial*> trials, std::vector<int64_t> n_tokens) {
   LoadedModel::Batch batch;
+  batch.kv = trials.front()->cache->pool();
   for (size_t i = 0; i < trials.size(); ++i) {
     Trial& trial = *trials[i];
+    EXPECT_EQ(trial.cache, trials.front()->cache);
     batch.sequences.push_back({.first_row = static_cast<int64_t>(batch.tokens.size()),
                                .n_rows = n_tokens[i],
                                .n_past = trial.n_done,
-                               .keys = trial.kv.keys(),
-                               .values = trial.kv.values(),
-                               .capacity = trial.kv.capacity(),
+                               .blocks = trial.blocks,
                                .needs_logits = true});
     for (int64_t t = 0; t < n_tokens[i]; ++t) {
       batch.tokens.push_back(trial.tokens[trial.n_done + t]);
@@ -195,11 +209,12 @@ TEST_F(LoadedModelTest, LogitsDoNotDependOnTheBatch) {
       EXPECT_EQ(Row(Step(*model, {&cut_trial}, {41 - cut}), 0), expected) << "cut at " << cut;
     }
     for (const int n_others : {1, 2, 5, 11}) {
+      const auto cache = MakeCache(*model, n_others + 1);
       std::vector<Trial> others;
       for (int i = 0; i < n_others; ++i) {
-        others.push_back(MakeTrial(*model, std::vector<int32_t>(20, i + 1)));
+        others.push_back(MakeTrial(cache, std::vector<int32_t>(20, i + 1)));
       }
-      Trial trial = MakeTrial(*model, tokens);
+      Trial trial = MakeTrial(cache, tokens);
       std::vector<Trial*> trials;
       std::vector<int64_t> n_tokens;
       for (int i = 0; i < n_others; ++i) {
@@ -253,18 +268,87 @@ TEST_F(LoadedModelTest, BadBatchIsAnError) {
   LoadedModel::Batch batch;
   batch.tokens = {1, 320};
   batch.positions = {0, 1};
-  batch.sequences = {{.n_rows = 2,
-                      .keys = trial.kv.keys(),
-                      .values = trial.kv.values(),
-                      .capacity = trial.kv.capacity()}};
+  batch.kv = trial.cache->pool();
+  batch.sequences = {{.n_rows = 2, .blocks = trial.blocks}};
   ForwardScratch scratch;
   Matrix logits;
   EXPECT_THAT(model->Forward(batch, {}, scratch, logits),
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("token 320")));
   batch.tokens = {1, 2};
-  batch.sequences[0].capacity = 1;
+  batch.sequences[0].n_past = 15;
+  batch.sequences[0].blocks = {trial.blocks.data(), 1};
   EXPECT_THAT(model->Forward(batch, {}, scratch, logits),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("KV cache of 1")));
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("17 tokens does not fit")));
+  const std::vector<BlockId> foreign = {0, 4};
+  batch.sequences[0].blocks = foreign;
+  EXPECT_THAT(model->Forward(batch, {}, scratch, logits),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("block 4 is outside")));
+}
+
+// -- Through the engine -------------------------------------------------------------------------
+
+// Real kernels over shared and recomputed blocks: the same tokens and log-probabilities, to the
+// bit, as one request at a time in a cache of its own.
+TEST_F(LoadedModelTest, AnswersDoNotDependOnCachePreemptionOrBatch) {
+  MakeTiny({}, 4, rotate::Kind::kGsr);
+  const auto model = Load();
+  ASSERT_NE(model, nullptr);
+  std::vector<Request> requests;
+  for (int i = 0; i < 32; ++i) {
+    Request request{.id = std::to_string(i)};
+    for (int t = 0; t < 49 - i % 4 * 13; ++t) request.prompt.push_back(t * 37 % 320);
+    request.prompt.push_back(i);
+    request.sampling = {.max_tokens = 12 + i % 5 * 8, .temperature = i % 4 == 3 ? 0.9 : 0.0};
+    request.sampling.seed = static_cast<uint64_t>(i);
+    request.sampling.ignore_eos = true;
+    request.sampling.logprobs = true;
+    requests.push_back(std::move(request));
+  }
+  const auto run = [&](int max_sequences, int64_t kv_cache_tokens, bool prefix_cache) {
+    const std::string name =
+        absl::StrCat("answers", max_sequences, "/", kv_cache_tokens, "/", prefix_cache);
+    auto engine = Engine::Create(model,
+                                 {.model_name = name,
+                                  .max_sequences = max_sequences,
+                                  .max_waiting = 32,
+                                  .max_batch_tokens = 40,
+                                  .kv_cache_tokens = kv_cache_tokens,
+                                  .prefix_cache = prefix_cache,
+                                  .n_threads = 2},
+                                 Clock::Real());
+    EXPECT_OK(engine);
+    std::vector<std::shared_ptr<RecordingSink>> sinks;
+    for (const Request& request : requests) {
+      sinks.push_back(std::make_shared<RecordingSink>());
+      EXPECT_OK((*engine)->Submit(request, sinks.back()));
+      if (sinks.size() == 1) sinks[0]->WaitForEnd();  // so that there is something to be found
+    }
+    for (const auto& sink : sinks) sink->WaitForEnd();
+    EXPECT_EQ(walsh::testing::MetricValue("walsh_num_preemptions_total",
+                                          {"model_name=\"" + name + "\""}) > 0,
+              kv_cache_tokens < 1000);
+    return sinks;
+  };
+  const auto expected = run(1, 2048, false);
+  for (const auto& [max_sequences, kv_cache_tokens, prefix_cache] : {std::tuple{1, 2048, true},
+                                                                     {32, 4096, false},
+                                                                     {32, 4096, true},
+                                                                     {32, 112, false},
+                                                                     {32, 112, true}}) {
+    SCOPED_TRACE(::testing::Message() << max_sequences << " sequences, " << kv_cache_tokens
+                                      << " tokens, cache " << prefix_cache);
+    const auto sinks = run(max_sequences, kv_cache_tokens, prefix_cache);
+    int n_cached = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      ASSERT_OK(sinks[i]->status());
+      ASSERT_EQ(sinks[i]->tokens(), expected[i]->tokens()) << "request " << i;
+      for (size_t t = 0; t < sinks[i]->logprobs().size(); ++t) {
+        ASSERT_EQ(sinks[i]->logprobs()[t].logprob, expected[i]->logprobs()[t].logprob);
+      }
+      n_cached += sinks[i]->outcome().cached_tokens;
+    }
+    EXPECT_EQ(n_cached > 0, prefix_cache);
+  }
 }
 
 // -- TinyStories-656K ---------------------------------------------------------------------------

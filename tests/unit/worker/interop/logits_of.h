@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "tests/testing/hand_cache.h"
 #include "tests/testing/status_matchers.h"
-#include "worker/engine/kv_cache.h"
 #include "worker/engine/loaded_model.h"
 #include "worker/io/checkpoint.h"
 
@@ -27,19 +27,15 @@ inline std::vector<int32_t> PromptIds(int64_t vocab) {
 // Of the prompt's last token.
 inline std::vector<float> LogitsOf(const engine::LoadedModel& model) {
   const ModelConfig& config = model.config();
-  auto slot = engine::KvSlot::Allocate(config.n_layers, config.kv_width(), config.max_position);
-  EXPECT_OK(slot);
-  if (!slot.ok()) return {};
   engine::LoadedModel::Batch batch;
   batch.tokens = PromptIds(config.vocab);
   const auto n_tokens = static_cast<int64_t>(batch.tokens.size());
   batch.positions.resize(batch.tokens.size());
   std::iota(batch.positions.begin(), batch.positions.end(), 0);
-  batch.sequences.push_back({.n_rows = n_tokens,
-                             .keys = slot->keys(),
-                             .values = slot->values(),
-                             .capacity = slot->capacity(),
-                             .needs_logits = true});
+  testing::HandCache cache(config, n_tokens);
+  const std::vector<engine::BlockId> blocks = cache.Take(n_tokens);
+  batch.kv = cache.pool();
+  batch.sequences.push_back({.n_rows = n_tokens, .blocks = blocks, .needs_logits = true});
   ForwardScratch scratch;
   Matrix logits;
   EXPECT_OK(model.Forward(batch, {}, scratch, logits));

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "tests/testing/hand_cache.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/engine/loaded_model.h"
 
@@ -28,9 +29,9 @@ class Gemma3Test : public testing::JobTest {
                                int n_new) {
     const ModelConfig& config = model.config();
     std::vector<int32_t> input = model.tokenizer().Encode(prompt, {}).value();
-    const auto capacity = static_cast<int64_t>(input.size()) + n_new;
-    std::vector<float> keys(static_cast<size_t>(config.n_layers * capacity * config.kv_width()));
-    std::vector<float> values(keys.size());
+    const auto n_tokens_max = static_cast<int64_t>(input.size()) + n_new;
+    testing::HandCache cache(config, n_tokens_max);
+    const std::vector<engine::BlockId> blocks = cache.Take(n_tokens_max);
     ThreadPool pool(ThreadPool::HardwareThreads());
     ForwardScratch scratch;
     Matrix logits;
@@ -38,10 +39,11 @@ class Gemma3Test : public testing::JobTest {
     std::vector<int32_t> added;
     for (int64_t n_past = 0; static_cast<int>(added.size()) < n_new;) {
       engine::LoadedModel::Batch batch;
+      batch.kv = cache.pool();
       const auto n = static_cast<int64_t>(input.size());
       batch.tokens = input;
       for (int64_t i = 0; i < n; ++i) batch.positions.push_back(static_cast<int32_t>(n_past + i));
-      batch.sequences.push_back({0, n, n_past, keys.data(), values.data(), capacity, true});
+      batch.sequences.push_back({0, n, n_past, blocks, true});
       EXPECT_OK(model.Forward(batch, {.pool = &pool}, scratch, logits));
       n_past += n;
       const float* last = logits.row(0);

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "tests/testing/golden_model.h"
+#include "tests/testing/hand_cache.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/engine/loaded_model.h"
 #include "worker/io/random_access_file.h"
@@ -41,18 +42,19 @@ class ModelFamilyTest : public testing::JobTest, public ::testing::WithParamInte
     const ModelConfig& config = model.config();
     const auto n = static_cast<int64_t>(golden_.tokens.size());
     Matrix logits(n, config.vocab);
-    std::vector<float> keys(static_cast<size_t>(config.n_layers * n * config.kv_width()));
-    std::vector<float> values(keys.size());
+    testing::HandCache cache(config, n);
+    const std::vector<engine::BlockId> blocks = cache.Take(n);
     ForwardScratch scratch;
     Matrix last;
     for (int64_t first = 0; first < n;) {
       const int64_t n_rows = first == 0 ? n / 2 : 1;
       engine::LoadedModel::Batch batch;
+      batch.kv = cache.pool();
       for (int64_t i = first; i < first + n_rows; ++i) {
         batch.tokens.push_back(golden_.tokens[static_cast<size_t>(i)]);
         batch.positions.push_back(static_cast<int32_t>(i));
       }
-      batch.sequences.push_back({0, n_rows, first, keys.data(), values.data(), n, true});
+      batch.sequences.push_back({0, n_rows, first, blocks, true});
       EXPECT_OK(model.Forward(batch, {}, scratch, last));
       first += n_rows;
       std::copy_n(last.data(), config.vocab, logits.row(first - 1));

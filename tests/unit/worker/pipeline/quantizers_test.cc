@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "tests/testing/hand_cache.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/calibrate/token_windows.h"
-#include "worker/engine/kv_cache.h"
 #include "worker/engine/loaded_model.h"
 #include "worker/evaluate/layer_source.h"
 #include "worker/evaluate/perplexity.h"
@@ -36,22 +36,18 @@ std::vector<double> ServedLosses(const engine::LoadedModel& model,
   std::vector<double> losses;
   for (int64_t w = 0; w < windows.count(); ++w) {
     const auto ids = windows.window(w);
-    auto slot = engine::KvSlot::Allocate(config.n_layers, config.kv_width(), windows.length);
-    EXPECT_OK(slot);
+    testing::HandCache cache(config, windows.length);
+    const std::vector<engine::BlockId> blocks = cache.Take(windows.length);
     ForwardScratch scratch;
     Matrix logits;
     double sum = 0;
     for (int64_t t = 0; t + 1 < windows.length; ++t) {
       engine::LoadedModel::Batch batch;
+      batch.kv = cache.pool();
       batch.tokens = {ids[static_cast<size_t>(t)]};
       batch.positions = {static_cast<int32_t>(t)};
-      batch.sequences.push_back({.first_row = 0,
-                                 .n_rows = 1,
-                                 .n_past = t,
-                                 .keys = slot->keys(),
-                                 .values = slot->values(),
-                                 .capacity = slot->capacity(),
-                                 .needs_logits = true});
+      batch.sequences.push_back(
+          {.first_row = 0, .n_rows = 1, .n_past = t, .blocks = blocks, .needs_logits = true});
       EXPECT_OK(model.Forward(batch, {}, scratch, logits));
       sum += Loss(logits.row(0), config.vocab, ids[static_cast<size_t>(t + 1)]);
     }

@@ -10,7 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "common/status_macros.h"
-#include "worker/engine/kv_cache.h"
+#include "tests/testing/hand_cache.h"
 #include "worker/engine/loaded_model.h"
 #include "worker/evaluate/perplexity.h"
 #include "worker/io/artifact.h"
@@ -49,19 +49,18 @@ inline absl::StatusOr<std::vector<float>> ServedLogits(const std::string& direct
   WALSH_ASSIGN_OR_RETURN(const auto model,
                          engine::LoadedModel::LoadArtifact(directory, {.head_8bit = false}));
   const ModelConfig& config = model->config();
-  WALSH_ASSIGN_OR_RETURN(
-      engine::KvSlot kv,
-      engine::KvSlot::Allocate(config.n_layers, config.kv_width(), config.max_position));
+  const auto n_tokens = static_cast<int64_t>(ids.size());
+  HandCache cache(config, n_tokens);
+  const std::vector<engine::BlockId> blocks = cache.Take(n_tokens);
   ForwardScratch scratch;
   Matrix logits;
   for (size_t first = 0; first < ids.size(); first += step) {
     const size_t n = std::min(step, ids.size() - first);
     engine::LoadedModel::Batch batch;
+    batch.kv = cache.pool();
     batch.sequences = {{.n_rows = static_cast<int64_t>(n),
                         .n_past = static_cast<int64_t>(first),
-                        .keys = kv.keys(),
-                        .values = kv.values(),
-                        .capacity = kv.capacity(),
+                        .blocks = blocks,
                         .needs_logits = true}};
     for (size_t i = first; i < first + n; ++i) {
       batch.tokens.push_back(ids[i]);

@@ -144,6 +144,15 @@ TEST_F(GenerationServiceTest, UnaryAnswersWithTextUsageAndTimings) {
   EXPECT_EQ(std::string(header->second.data(), header->second.size()), "mine");
 }
 
+TEST_F(GenerationServiceTest, UsageTellsWhatThePrefixCacheHeld) {
+  Serve();
+  for (const int expected : {0, 32}) {
+    ASSERT_OK_AND_ASSIGN(const auto response, Generate(Request(std::string(40, 'x'), 1)));
+    EXPECT_EQ(response.usage().prompt_tokens(), 41);
+    EXPECT_EQ(response.usage().cached_tokens(), expected);
+  }
+}
+
 TEST_F(GenerationServiceTest, RequestIdComesFromTheHeader) {
   Serve();
   grpc::ClientContext context;
