@@ -10,7 +10,7 @@
 // second of that over the machine's read bandwidth, which is measured before each run of each
 // round with as many threads. Medians over rounds.
 // Rounds in which other processes took CPU time are repeated (conditions.h).
-// Prompts: tokens over the time from admission to the first new token.
+// Prompts: tokens over the time from admission to the first new token, without a prefix cache.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -175,8 +175,9 @@ absl::Status Run(const Flags& flags) {
       engine::LoadedModel::LoadArtifact(flags.artifact, {.n_threads = flags.threads}));
   WALSH_ASSIGN_OR_RETURN(
       std::unique_ptr<engine::Engine> engine,
-      engine::Engine::Create(model, {.model_name = "bench", .n_threads = flags.threads},
-                             Clock::Real()));
+      engine::Engine::Create(
+          model, {.model_name = "bench", .prefix_cache = false, .n_threads = flags.threads},
+          Clock::Real()));
   return EngineBench(flags, std::move(model), std::move(engine)).Run();
 }
 

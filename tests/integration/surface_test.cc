@@ -188,6 +188,7 @@ TEST_F(SurfaceTest, WorkerMetricsHaveTheirNames) {
   for (const char* name :
        {"walsh_build_info{", "walsh_num_requests_running", "walsh_num_requests_waiting",
         "walsh_kv_cache_usage_perc", "walsh_prompt_tokens_total", "walsh_generation_tokens_total",
+        "walsh_prefix_cache_hit_tokens_total", "walsh_num_preemptions_total",
         "walsh_request_success_total{", "walsh_time_to_first_token_seconds_bucket{",
         "walsh_inter_token_latency_seconds_bucket{", "walsh_e2e_request_latency_seconds_bucket{",
         "walsh_request_queue_time_seconds_bucket{", "walsh_quantization_layer_seconds",

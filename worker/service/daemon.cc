@@ -191,8 +191,10 @@ absl::Status WorkerDaemon::OpenStore() {
   options.worker_id = worker_id_;
   options.engine.max_sequences = options_.max_num_seqs;
   options.engine.max_waiting = options_.max_num_queued_reqs;
+  options.engine.max_waiting_tokens = options_.max_num_queued_tokens;
   options.engine.max_batch_tokens = options_.max_num_batched_tokens;
   options.engine.kv_cache_tokens = options_.kv_cache_tokens;
+  options.engine.prefix_cache = !options_.no_prefix_cache;
   options.engine.n_threads = options_.threads;
   options.drain_timeout = absl::Seconds(options_.shutdown_timeout_seconds);
   const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();

@@ -128,6 +128,7 @@ v1::Usage ToUsage(const engine::Outcome& outcome) {
   usage.set_prompt_tokens(outcome.prompt_tokens);
   usage.set_completion_tokens(outcome.completion_tokens);
   usage.set_total_tokens(outcome.prompt_tokens + outcome.completion_tokens);
+  usage.set_cached_tokens(outcome.cached_tokens);
   return usage;
 }
 

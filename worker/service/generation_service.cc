@@ -18,7 +18,8 @@
 namespace walsh::service {
 namespace {
 
-constexpr absl::Duration kQueueRetryDelay = absl::Seconds(1);
+// Of requests that wait to be tokenized, which is soon done.
+constexpr absl::Duration kPreparingRetryDelay = absl::Seconds(1);
 
 // gRPC aborts the process on metadata that is not printable ASCII.
 void EchoRequestId(grpc::CallbackServerContext& context, const std::string& id) {
@@ -43,7 +44,7 @@ absl::Status Refuse(absl::Status status, int64_t n_prompt, const engine::Engine&
                  {{"prompt_tokens", absl::StrCat(n_prompt)},
                   {"max_model_len", absl::StrCat(engine.context_tokens())}});
   }
-  if (absl::IsResourceExhausted(status)) SetRetryDelay(status, kQueueRetryDelay);
+  if (absl::IsResourceExhausted(status)) SetRetryDelay(status, engine.RetryDelay());
   return status;
 }
 
@@ -153,7 +154,7 @@ absl::Status GenerationService::TooManyPreparing(const std::string& model) const
   if (id.ok() && models_->Get(*id).ok()) engine::CountRejection(*id, "queue_full");
   absl::Status status = absl::ResourceExhaustedError(
       absl::StrCat(options_.preparing_max, " requests wait to be tokenized already"));
-  SetRetryDelay(status, kQueueRetryDelay);
+  SetRetryDelay(status, kPreparingRetryDelay);
   return status;
 }
 

@@ -221,7 +221,12 @@ std::optional<int64_t> ModelStore::UnpromisedBytes() const {
   const int64_t free_bytes = options_.free_memory ? options_.free_memory() : 0;
   if (free_bytes <= 0) return std::nullopt;
   int64_t promised_bytes = 0;
-  for (const auto& [id, engine] : Engines()) promised_bytes += engine->kv_cache_bytes();
+  for (const auto& [id, engine] : Engines()) {
+    // What its prefix cache holds is no longer free.
+    const engine::Stats stats = engine->stats();
+    const int64_t token_bytes = engine->kv_cache_bytes() / stats.kv_tokens_total;
+    promised_bytes += engine->kv_cache_bytes() - stats.kv_tokens_cached * token_bytes;
+  }
   return std::max<int64_t>(0, free_bytes - promised_bytes);
 }
 

@@ -58,11 +58,18 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
                  "Requests of a model that wait; more are refused")
       ->capture_default_str()
       ->check(CLI::Range(0, kQueueMax));
+  app.add_option("--max-num-queued-tokens", options.max_num_queued_tokens,
+                 "Tokens of the prompts that wait for a model whose sequences are all taken; a "
+                 "request beyond them is refused unless none waits")
+      ->capture_default_str()
+      ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kQueueMax));
   app.add_option(
          "--kv-cache-tokens", options.kv_cache_tokens,
          "Tokens of a model's KV cache; 0: 2048 for each sequence. Fewer where memory is short")
       ->capture_default_str()
       ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kSequencesMax));
+  app.add_flag("--no-prefix-cache", options.no_prefix_cache,
+               "Compute every prompt from its beginning, and keep nothing of those that ended");
   app.add_option("--stream-interval-ms", options.stream_interval_ms,
                  "Tokens of one stream that come faster than this share a message; 0: each has its "
                  "own")

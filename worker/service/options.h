@@ -26,7 +26,9 @@ struct WorkerOptions {
   int max_num_seqs = 16;
   int max_num_batched_tokens = 512;
   int max_num_queued_reqs = 64;
+  int64_t max_num_queued_tokens = 65536;
   int64_t kv_cache_tokens = 0;
+  bool no_prefix_cache = false;
   double stream_interval_ms = limits::kStreamIntervalMsDefault;
   std::vector<std::string> load_models;
   double shutdown_timeout_seconds = 30;
