@@ -19,21 +19,21 @@
 #include "worker/gptq/hessian.h"
 #include "worker/gptq/quantize_linear.h"
 #include "worker/kernels/cuda/gptq.h"
+#include "worker/kernels/cuda/transfer.h"
 #include "worker/kernels/kernels.h"
 #include "worker/model/decoder_layer.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/cuda/cuda_backend.h"
-#include "worker/pipeline/cuda/transfer.h"
 #include "worker/tensor/quantized_matrix.h"
 #include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::pipeline {
 namespace {
 
-using cuda::Download;
-using cuda::Upload;
 using kernels::cuda::Context;
 using kernels::cuda::DeviceBuffer;
+using kernels::cuda::Download;
+using kernels::cuda::Upload;
 
 // GPTQ of each linear by both implementations from the same weights and the same Hessian: that of
 // the original model's inputs, so that nothing that was decided in one linear moves the next.

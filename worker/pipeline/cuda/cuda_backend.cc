@@ -16,17 +16,17 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
+#include "worker/kernels/cuda/pinned_pool.h"
 #include "worker/kernels/cuda/rotate.h"
+#include "worker/kernels/cuda/transfer.h"
 #include "worker/model/decoder_layer.h"
 #include "worker/pipeline/cuda/artifact_queue.h"
 #include "worker/pipeline/cuda/evaluator.h"
 #include "worker/pipeline/cuda/layer_forward.h"
 #include "worker/pipeline/cuda/layer_quantizer.h"
 #include "worker/pipeline/cuda/model_source.h"
-#include "worker/pipeline/cuda/pinned_pool.h"
 #include "worker/pipeline/cuda/stage_clock.h"
 #include "worker/pipeline/cuda/staged_download.h"
-#include "worker/pipeline/cuda/transfer.h"
 #include "worker/pipeline/cuda/weight_loader.h"
 #include "worker/pipeline/layer_quantizer.h"
 #include "worker/pipeline/rotation_gate.h"
@@ -36,6 +36,8 @@ namespace cuda {
 namespace {
 
 namespace ops = kernels::cuda;
+using kernels::cuda::Download;
+using kernels::cuda::Upload;
 
 // Workspaces of cuBLAS, and what the pool loses by rounding.
 constexpr int64_t kLibraryBytes = int64_t{512} << 20;

@@ -9,13 +9,17 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/event.h"
 #include "worker/kernels/cuda/forward.h"
+#include "worker/kernels/cuda/row_stream.h"
+#include "worker/kernels/cuda/transfer.h"
 #include "worker/model/decoder_layer.h"
-#include "worker/pipeline/cuda/event.h"
-#include "worker/pipeline/cuda/row_stream.h"
-#include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::Download;
+using kernels::cuda::Event;
+using kernels::cuda::Upload;
 namespace {
 
 namespace ops = kernels::cuda;

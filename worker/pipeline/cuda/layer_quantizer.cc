@@ -11,9 +11,12 @@
 #include "worker/kernels/cuda/forward.h"
 #include "worker/kernels/cuda/gptq.h"
 #include "worker/kernels/cuda/row_forms.h"
-#include "worker/pipeline/cuda/transfer.h"
+#include "worker/kernels/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::Download;
+using kernels::cuda::Upload;
 namespace {
 
 namespace ops = kernels::cuda;

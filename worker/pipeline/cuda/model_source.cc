@@ -11,14 +11,21 @@
 
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/read_ahead.h"
+#include "worker/kernels/cuda/row_stream.h"
 #include "worker/kernels/cuda/stored_weights.h"
+#include "worker/kernels/cuda/transfer.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/pipeline/cuda/read_ahead.h"
-#include "worker/pipeline/cuda/row_stream.h"
-#include "worker/pipeline/cuda/transfer.h"
 #include "worker/pipeline/plan.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::kReaders;
+using kernels::cuda::PinnedPool;
+using kernels::cuda::ReadAhead;
+using kernels::cuda::StreamRows;
+using kernels::cuda::TensorRoom;
+using kernels::cuda::Upload;
 namespace {
 
 namespace ops = kernels::cuda;

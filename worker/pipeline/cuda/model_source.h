@@ -13,11 +13,13 @@
 
 #include "absl/status/statusor.h"
 #include "worker/io/artifact.h"
+#include "worker/kernels/cuda/pinned_pool.h"
 #include "worker/pipeline/cuda/layer_forward.h"
-#include "worker/pipeline/cuda/pinned_pool.h"
 #include "worker/pipeline/cuda/weight_loader.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::PinnedPool;
 
 class ModelSource {
  public:

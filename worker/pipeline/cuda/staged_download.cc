@@ -7,10 +7,14 @@
 
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
-#include "worker/pipeline/cuda/event.h"
-#include "worker/pipeline/cuda/read_ahead.h"
+#include "worker/kernels/cuda/event.h"
+#include "worker/kernels/cuda/read_ahead.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::Event;
+using kernels::cuda::kPieceBytes;
+using kernels::cuda::PinnedPool;
 namespace {
 
 // What a thread copies at once.

@@ -12,10 +12,12 @@
 
 #include "absl/status/status.h"
 #include "worker/kernels/cuda/context.h"
+#include "worker/kernels/cuda/pinned_pool.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/pipeline/cuda/pinned_pool.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::PinnedPool;
 
 struct DownloadPart {
   const void* from = nullptr;  // on the device

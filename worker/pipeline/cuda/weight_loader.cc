@@ -10,14 +10,27 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/read_ahead.h"
 #include "worker/kernels/cuda/rotate.h"
+#include "worker/kernels/cuda/row_stream.h"
 #include "worker/kernels/cuda/stored_weights.h"
+#include "worker/kernels/cuda/transfer.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/pipeline/cuda/read_ahead.h"
-#include "worker/pipeline/cuda/row_stream.h"
-#include "worker/pipeline/cuda/transfer.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::Download;
+using kernels::cuda::kPieceBytes;
+using kernels::cuda::kRangeBytes;
+using kernels::cuda::kReaders;
+using kernels::cuda::kTensorAlignment;
+using kernels::cuda::PieceBytes;
+using kernels::cuda::PinnedPool;
+using kernels::cuda::ReadAhead;
+using kernels::cuda::RowsAtOnce;
+using kernels::cuda::RowsOf;
+using kernels::cuda::StreamRows;
+using kernels::cuda::TensorRoom;
 namespace {
 
 namespace ops = kernels::cuda;

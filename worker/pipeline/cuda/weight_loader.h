@@ -22,11 +22,13 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/io/checkpoint.h"
+#include "worker/kernels/cuda/pinned_pool.h"
 #include "worker/pipeline/cuda/layer_forward.h"
-#include "worker/pipeline/cuda/pinned_pool.h"
 #include "worker/rotate/rotation.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::PinnedPool;
 
 class WeightLoader {
  public:

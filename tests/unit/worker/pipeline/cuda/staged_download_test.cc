@@ -2,10 +2,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include "tests/unit/worker/pipeline/cuda/device_fixture.h"
-#include "worker/pipeline/cuda/read_ahead.h"
+#include "tests/unit/worker/kernels/cuda/device_fixture.h"
+#include "worker/kernels/cuda/read_ahead.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::kPieceBytes;
 namespace {
 
 using kernels::cuda::DeviceBuffer;

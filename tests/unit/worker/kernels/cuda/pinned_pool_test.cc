@@ -1,10 +1,10 @@
-#include "worker/pipeline/cuda/pinned_pool.h"
+#include "worker/kernels/cuda/pinned_pool.h"
 
 #include <utility>
 
-#include "tests/unit/worker/pipeline/cuda/device_fixture.h"
+#include "tests/unit/worker/kernels/cuda/device_fixture.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 using PinnedPoolTest = DeviceTest;
@@ -52,4 +52,4 @@ TEST_F(PinnedPoolTest, AMovedLeaseComesBackOnce) {
 }
 
 }  // namespace
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

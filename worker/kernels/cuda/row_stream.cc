@@ -1,4 +1,4 @@
-#include "worker/pipeline/cuda/row_stream.h"
+#include "worker/kernels/cuda/row_stream.h"
 
 #include <memory>
 #include <span>
@@ -7,9 +7,9 @@
 #include "absl/status/statusor.h"
 #include "common/status_macros.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
-absl::Status StreamRows(kernels::cuda::Context& context, PinnedPool& pinned, ThreadPool& readers,
+absl::Status StreamRows(Context& context, PinnedPool& pinned, ThreadPool& readers,
                         const RowStream& rows, double* seconds_waited) {
   if (rows.rows == 0) return absl::OkStatus();
   const int64_t at_once = RowsAtOnce(rows.rows, rows.row_bytes);
@@ -41,4 +41,4 @@ absl::Status StreamRows(kernels::cuda::Context& context, PinnedPool& pinned, Thr
   return absl::OkStatus();
 }
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

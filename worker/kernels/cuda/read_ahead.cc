@@ -1,4 +1,4 @@
-#include "worker/pipeline/cuda/read_ahead.h"
+#include "worker/kernels/cuda/read_ahead.h"
 
 #include <utility>
 
@@ -6,17 +6,16 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/pipeline/cuda/wait_timer.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
-absl::StatusOr<std::unique_ptr<ReadAhead>> ReadAhead::Create(kernels::cuda::Context* context,
-                                                             PinnedPool* pinned, int64_t n_pieces,
-                                                             int64_t piece_bytes, Fill fill) {
+absl::StatusOr<std::unique_ptr<ReadAhead>> ReadAhead::Create(Context* context, PinnedPool* pinned,
+                                                             int64_t n_pieces, int64_t piece_bytes,
+                                                             Fill fill) {
   std::unique_ptr<ReadAhead> ahead(new ReadAhead(context, n_pieces, std::move(fill)));
   const cudaStream_t stream = context->stream();
   for (Slot& slot : ahead->slots_) {
     WALSH_ASSIGN_OR_RETURN(slot.host, pinned->Take(piece_bytes));
-    WALSH_ASSIGN_OR_RETURN(slot.device,
-                           kernels::cuda::DeviceBuffer<std::byte>::Allocate(piece_bytes, stream));
+    WALSH_ASSIGN_OR_RETURN(slot.device, DeviceBuffer<std::byte>::Allocate(piece_bytes, stream));
     // The memory is there, and whoever had it before has done with it, in the order of `stream`.
     WALSH_RETURN_IF_ERROR(slot.consumed.Record(stream));
   }
@@ -66,4 +65,4 @@ absl::Status ReadAhead::Read(int64_t index) {
   return absl::OkStatus();
 }
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

@@ -1,13 +1,13 @@
-#include "worker/pipeline/cuda/read_ahead.h"
+#include "worker/kernels/cuda/read_ahead.h"
 
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <atomic>
 
-#include "tests/unit/worker/pipeline/cuda/device_fixture.h"
+#include "tests/unit/worker/kernels/cuda/device_fixture.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 using ::testing::HasSubstr;
@@ -99,11 +99,11 @@ TEST_F(ReadAheadTest, MayEndWhileItReads) {
 
 TEST_F(ReadAheadTest, NoMemoryIsAnErrorAndTakesNone) {
   for (const int64_t nth : {1, 2}) {
-    kernels::cuda::FailAllocationForTest(nth);
+    FailAllocationForTest(nth);
     EXPECT_THAT(Pieces(4), StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("needed")));
-    kernels::cuda::FailAllocationForTest(0);
+    FailAllocationForTest(0);
   }
 }
 
 }  // namespace
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

@@ -18,10 +18,10 @@
 #include "absl/status/statusor.h"
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/device_buffer.h"
-#include "worker/pipeline/cuda/event.h"
-#include "worker/pipeline/cuda/pinned_pool.h"
+#include "worker/kernels/cuda/event.h"
+#include "worker/kernels/cuda/pinned_pool.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 // Whole tensors travel in pieces of this size: long enough for a copy at full speed, short enough
 // that pinning two of them takes no time.
@@ -41,9 +41,9 @@ class ReadAhead {
   using Fill = std::function<absl::StatusOr<int64_t>(int64_t index, std::span<std::byte> host)>;
 
   // All outlive the object. A piece has at most `piece_bytes`.
-  static absl::StatusOr<std::unique_ptr<ReadAhead>> Create(kernels::cuda::Context* context,
-                                                           PinnedPool* pinned, int64_t n_pieces,
-                                                           int64_t piece_bytes, Fill fill);
+  static absl::StatusOr<std::unique_ptr<ReadAhead>> Create(Context* context, PinnedPool* pinned,
+                                                           int64_t n_pieces, int64_t piece_bytes,
+                                                           Fill fill);
   ~ReadAhead();
   ReadAhead(const ReadAhead&) = delete;
   ReadAhead& operator=(const ReadAhead&) = delete;
@@ -58,19 +58,19 @@ class ReadAhead {
  private:
   struct Slot {
     PinnedPool::Lease host;
-    kernels::cuda::DeviceBuffer<std::byte> device;
+    DeviceBuffer<std::byte> device;
     Event arrived;   // of the copy
     Event consumed;  // of the work that reads the device's form
     int64_t index = -1;
   };
 
-  ReadAhead(kernels::cuda::Context* context, int64_t n_pieces, Fill fill)
+  ReadAhead(Context* context, int64_t n_pieces, Fill fill)
       : context_(*context), n_pieces_(n_pieces), fill_(std::move(fill)) {}
   Slot& SlotOf(int64_t index) { return slots_[static_cast<size_t>(index % kSlots)]; }
   absl::Status Read(int64_t index);
   absl::Status Await(int64_t index);
 
-  kernels::cuda::Context& context_;
+  Context& context_;
   const int64_t n_pieces_;
   const Fill fill_;
   std::array<Slot, kSlots> slots_;
@@ -79,4 +79,4 @@ class ReadAhead {
   double seconds_waited_ = 0;
 };
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

@@ -14,7 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "worker/kernels/cuda/cuda_status.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 class PinnedBuffer {
  public:
@@ -24,8 +24,8 @@ class PinnedBuffer {
     const cudaError_t error =
         cudaHostAlloc(&buffer.data_, static_cast<size_t>(n_bytes), cudaHostAllocDefault);
     if (error != cudaSuccess) {
-      return kernels::cuda::CudaStatus(
-          error, absl::StrCat("cudaHostAlloc of ", n_bytes, " bytes of the host's memory"));
+      return CudaStatus(error,
+                        absl::StrCat("cudaHostAlloc of ", n_bytes, " bytes of the host's memory"));
     }
     buffer.size_ = n_bytes;
     return buffer;
@@ -50,4 +50,4 @@ class PinnedBuffer {
   int64_t size_ = 0;
 };
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

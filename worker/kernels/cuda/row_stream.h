@@ -13,11 +13,11 @@
 
 #include "absl/status/status.h"
 #include "worker/kernels/cuda/context.h"
+#include "worker/kernels/cuda/pinned_pool.h"
+#include "worker/kernels/cuda/read_ahead.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/pipeline/cuda/pinned_pool.h"
-#include "worker/pipeline/cuda/read_ahead.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 // Threads that read what is stored: pread copies out of the page cache at a few GB/s a thread, the
 // device takes fifty.
@@ -46,7 +46,7 @@ inline int64_t RowsAtOnce(int64_t rows, int64_t row_bytes) {
 }
 
 // Returns when all has been queued; adds the time that it waited for reading to `seconds_waited`.
-absl::Status StreamRows(kernels::cuda::Context& context, PinnedPool& pinned, ThreadPool& readers,
+absl::Status StreamRows(Context& context, PinnedPool& pinned, ThreadPool& readers,
                         const RowStream& rows, double* seconds_waited = nullptr);
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

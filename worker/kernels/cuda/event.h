@@ -7,7 +7,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 // Nothing is waited for before the first Record.
 class Event {
@@ -43,4 +43,4 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

@@ -15,16 +15,15 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/device_buffer.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 // T may differ from the host's type in name only: 16 bits that the host holds as integers.
 template <typename T, typename Host = T>
-absl::StatusOr<kernels::cuda::DeviceBuffer<T>> Upload(kernels::cuda::Context& context,
-                                                      const std::vector<Host>& host) {
+absl::StatusOr<DeviceBuffer<T>> Upload(Context& context, const std::vector<Host>& host) {
   static_assert(sizeof(T) == sizeof(Host));
   const cudaStream_t stream = context.stream();
-  WALSH_ASSIGN_OR_RETURN(auto buffer, kernels::cuda::DeviceBuffer<T>::Allocate(
-                                          static_cast<int64_t>(host.size()), stream));
+  WALSH_ASSIGN_OR_RETURN(auto buffer,
+                         DeviceBuffer<T>::Allocate(static_cast<int64_t>(host.size()), stream));
   WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(buffer.data(), host.data(), host.size() * sizeof(T),
                                              cudaMemcpyHostToDevice, stream));
   // `host` may go before a truly asynchronous copy has read it.
@@ -34,8 +33,7 @@ absl::StatusOr<kernels::cuda::DeviceBuffer<T>> Upload(kernels::cuda::Context& co
 
 // Nothing is waited for where there is nothing to copy.
 template <typename Host, typename T>
-absl::StatusOr<std::vector<Host>> Download(kernels::cuda::Context& context, const T* from,
-                                           int64_t n) {
+absl::StatusOr<std::vector<Host>> Download(Context& context, const T* from, int64_t n) {
   static_assert(sizeof(T) == sizeof(Host));
   std::vector<Host> host(static_cast<size_t>(n));
   if (n == 0) return host;
@@ -45,4 +43,4 @@ absl::StatusOr<std::vector<Host>> Download(kernels::cuda::Context& context, cons
   return host;
 }
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

@@ -13,9 +13,9 @@
 
 #include "absl/status/statusor.h"
 #include "common/status_macros.h"
-#include "worker/pipeline/cuda/pinned_buffer.h"
+#include "worker/kernels/cuda/pinned_buffer.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 class PinnedPool {
  public:
@@ -67,4 +67,4 @@ class PinnedPool {
   std::vector<PinnedBuffer> free_;
 };
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

@@ -1,12 +1,12 @@
-#include "worker/pipeline/cuda/row_stream.h"
+#include "worker/kernels/cuda/row_stream.h"
 
 #include <cuda_runtime_api.h>
 
 #include <atomic>
 
-#include "tests/unit/worker/pipeline/cuda/device_fixture.h"
+#include "tests/unit/worker/kernels/cuda/device_fixture.h"
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 namespace {
 
 using ::testing::HasSubstr;
@@ -87,4 +87,4 @@ TEST_F(RowStreamTest, WhatFailsEndsIt) {
 }
 
 }  // namespace
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda
