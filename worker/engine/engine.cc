@@ -6,7 +6,6 @@
 #include <condition_variable>
 #include <iterator>
 #include <mutex>
-#include <new>
 #include <optional>
 #include <string_view>
 #include <thread>
@@ -16,9 +15,9 @@
 #include "common/log.h"
 #include "common/status_macros.h"
 #include "worker/engine/engine_metrics.h"
-#include "worker/engine/loaded_model.h"
 #include "worker/engine/scheduler.h"
 #include "worker/engine/sequence.h"
+#include "worker/engine/served_model.h"
 #include "worker/kernels/thread_pool.h"
 
 namespace walsh::engine {
@@ -31,22 +30,20 @@ constexpr int64_t kDefaultKvTokensPerSequence = 2048;
 // As many tokens of KV memory as can be used.
 int64_t WholeBlocks(int64_t n_tokens) { return n_tokens - n_tokens % kKvBlockTokens; }
 
-int64_t KvTokenBytes(const ModelConfig& config) {
-  return KvPool::BytesPerToken(config.n_layers, config.kv_width());
-}
-
 // std::mutex throughout: ThreadSanitizer sees it, unlike the distribution's absl::Mutex.
 class BatchingEngine final : public Engine {
  public:
-  BatchingEngine(std::shared_ptr<LoadedModel> model, const Options& options,
-                 const Scheduler::Limits& limits, KvPool kv, Clock* clock)
+  BatchingEngine(std::shared_ptr<ServedModel> model, const Options& options,
+                 const Scheduler::Limits& limits, int64_t context_tokens,
+                 std::unique_ptr<ThreadPool> pool, std::unique_ptr<ModelRunner> runner,
+                 Clock* clock)
       : model_(std::move(model)),
         clock_(clock),
-        context_tokens_(std::min(model_->config().max_position, limits.kv_blocks * kKvBlockTokens)),
-        pool_(options.n_threads > 0 ? options.n_threads : ThreadPool::HardwareThreads()),
+        context_tokens_(context_tokens),
+        pool_(std::move(pool)),
         metrics_(options.model_name),
         heartbeat_ns_(absl::ToInt64Nanoseconds(clock->Monotonic())),
-        kv_(std::move(kv)),
+        runner_(std::move(runner)),
         scheduler_(limits),
         thread_([this] { Loop(); }) {}
 
@@ -67,10 +64,8 @@ class BatchingEngine final : public Engine {
   void Drain(absl::Duration timeout, const absl::Status& why) override;
   Stats stats() const override;
   int64_t context_tokens() const override { return context_tokens_; }
-  int64_t kv_cache_bytes() const override {
-    return kv_.n_blocks() * kKvBlockTokens * KvTokenBytes(model_->config());
-  }
-  const LoadedModel& model() const override { return *model_; }
+  int64_t kv_cache_bytes() const override { return runner_->kv_cache_bytes(); }
+  const ServedModel& model() const override { return *model_; }
 
  private:
   // A sequence's share of a step.
@@ -121,18 +116,16 @@ class BatchingEngine final : public Engine {
   void FailAll(std::unique_lock<std::mutex>& lock, const absl::Status& status);
   Stats StatsLocked() const;
 
-  const std::shared_ptr<LoadedModel> model_;
+  const std::shared_ptr<ServedModel> model_;
   Clock* const clock_;
   const int64_t context_tokens_;
-  ThreadPool pool_;
+  const std::unique_ptr<ThreadPool> pool_;
   mutable EngineMetrics metrics_;
   // Monotonic; outside mu_, since a step beats while it runs.
   std::atomic<int64_t> heartbeat_ns_ = 0;
 
-  // The engine's thread only.
-  KvPool kv_;
-  ForwardScratch scratch_;
-  Matrix logits_;
+  // The engine's thread only, but for what is constant.
+  const std::unique_ptr<ModelRunner> runner_;
 
   mutable std::mutex mu_;
   std::condition_variable wake_;
@@ -359,46 +352,39 @@ BatchingEngine::StepResult BatchingEngine::RunStep(const std::vector<Active>& ac
 }
 
 absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
-  LoadedModel::Batch batch;
-  batch.kv = &kv_;
+  StepBatch batch;
   for (const Active& item : active) {
-    batch.sequences.push_back({.first_row = static_cast<int64_t>(batch.tokens.size()),
-                               .n_rows = item.chunk.n_tokens,
-                               .n_past = item.chunk.first,
-                               .blocks = item.chunk.blocks,
-                               .needs_logits = item.chunk.samples});
+    batch.sequences.push_back(
+        {.first_row = static_cast<int64_t>(batch.tokens.size()),
+         .n_rows = item.chunk.n_tokens,
+         .n_past = item.chunk.first,
+         .blocks = item.chunk.blocks,
+         .wanted = item.chunk.samples ? item.sequence->wanted() : Wanted::kNothing});
     for (int64_t i = 0; i < item.chunk.n_tokens; ++i) {
       batch.tokens.push_back(item.sequence->TokenAt(item.chunk.first + i));
-      batch.positions.push_back(static_cast<int32_t>(item.chunk.first + i));
     }
   }
   batch.on_layer = [this] { Beat(); };
   metrics_.ObserveStep(static_cast<int64_t>(batch.tokens.size()));
-  absl::Status status;
-  try {
-    status = model_->Forward(batch, {.pool = &pool_}, scratch_, logits_);
-  } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError("no memory for a step of the model");
-  }
+  const absl::Status status = runner_->Run(batch);
   if (status.ok() || absl::IsResourceExhausted(status)) return status;
   return absl::InternalError(absl::StrCat("a step of the model failed: ", status.message()));
 }
 
 void BatchingEngine::SampleAll(const std::vector<Active>& active, absl::Duration next_in,
                                StepResult& result) {
-  std::vector<const Active*> sampling;
-  for (const Active& item : active) {
-    if (item.chunk.samples) sampling.push_back(&item);
+  std::vector<size_t> sampling;  // of `active`
+  for (size_t i = 0; i < active.size(); ++i) {
+    if (active[i].chunk.samples) sampling.push_back(i);
   }
   const auto n_sampling = static_cast<int64_t>(sampling.size());
   std::vector<std::optional<int32_t>> tokens(sampling.size());
   std::vector<std::optional<Ending>> ended(sampling.size());
   // Delivered here too: what a sink does with a token costs as much as sampling it.
-  pool_.ParallelFor(n_sampling, [&](int64_t i) {
-    Sequence& sequence = *sampling[i]->sequence;
-    const SequenceId id = sampling[i]->chunk.id;
-    const std::span<float> row(logits_.row(i), static_cast<size_t>(logits_.cols()));
-    absl::StatusOr<Sequence::Emission> emission = sequence.Sample(row);
+  pool_->ParallelFor(n_sampling, [&](int64_t i) {
+    Sequence& sequence = *active[sampling[i]].sequence;
+    const SequenceId id = active[sampling[i]].chunk.id;
+    absl::StatusOr<Sequence::Emission> emission = sequence.Sample(*runner_, sampling[i]);
     if (!emission.ok()) {
       ended[i] = Ending{.id = id, .status = emission.status()};
       return;
@@ -409,7 +395,8 @@ void BatchingEngine::SampleAll(const std::vector<Active>& active, absl::Duration
     if (emission->finish) ended[i] = Ending{.id = id, .reason = *emission->finish};
   });
   for (size_t i = 0; i < sampling.size(); ++i) {
-    if (tokens[i]) result.sampled.push_back({.id = sampling[i]->chunk.id, .token = *tokens[i]});
+    if (tokens[i])
+      result.sampled.push_back({.id = active[sampling[i]].chunk.id, .token = *tokens[i]});
     if (ended[i]) result.endings.push_back(*std::move(ended[i]));
   }
 }
@@ -438,7 +425,7 @@ void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
   const std::vector<BlockId> unused = scheduler_.TakeUnusedBlocks();
   lock.unlock();
   // Only this thread has blocks allocated: these stay unused meanwhile.
-  for (const BlockId block : unused) kv_.Discard(block);
+  for (const BlockId block : unused) runner_->Discard(block);
   const absl::Duration now = clock_->Monotonic();
   for (size_t i = 0; i < ended.size(); ++i) {
     Sequence& sequence = *ended[i];
@@ -475,31 +462,32 @@ int64_t UsualTokens(const ModelConfig& config) {
 
 // Memory is only promised until it is used: a cache that does not fit would be noticed by the
 // system's killer, in the middle of requests.
-absl::StatusOr<int64_t> FitToMemory(const LoadedModel& model, const Options& options,
+absl::StatusOr<int64_t> FitToMemory(const ServedModel& model, const Options& options,
                                     int64_t n_wanted) {
-  if (!options.free_bytes) return n_wanted;
+  const std::optional<int64_t> device_bytes = model.free_device_bytes();
+  const std::optional<int64_t> free_bytes = device_bytes ? device_bytes : options.free_bytes;
+  if (!free_bytes) return n_wanted;
   // A tenth is left to the buffers of steps and to the rest of the machine.
-  const int64_t usable_bytes = *options.free_bytes / 10 * 9;
-  const int64_t token_bytes = KvTokenBytes(model.config());
+  const int64_t usable_bytes = *free_bytes / 10 * 9;
+  const int64_t token_bytes = model.kv_token_bytes();
   const int64_t n_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
   const int64_t n_least = std::min(n_wanted, UsualTokens(model.config()));
   if (n_tokens < n_least) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the KV cache of one sequence of ", n_least, " tokens needs ",
-                     n_least * token_bytes, " bytes of memory, of the ", *options.free_bytes,
-                     " that are free it may take ", usable_bytes));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the KV cache of one sequence of ", n_least, " tokens needs ", n_least * token_bytes,
+        " bytes of memory, of the ", *free_bytes, " that are free it may take ", usable_bytes));
   }
   if (n_tokens < n_wanted) {
     WALSH_LOG(Warning, "the KV cache is made smaller to fit the free memory",
               {"model", options.model_name}, {"tokens_wanted", n_wanted}, {"tokens", n_tokens},
-              {"bytes", n_tokens * token_bytes}, {"bytes_free", *options.free_bytes});
+              {"bytes", n_tokens * token_bytes}, {"bytes_free", *free_bytes});
   }
   return n_tokens;
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<LoadedModel> model,
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<ServedModel> model,
                                                        const Options& options, Clock* clock) {
   Scheduler::Limits limits{.max_sequences = options.max_sequences,
                            .max_waiting = options.max_waiting,
@@ -525,10 +513,18 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<LoadedMod
   }
   WALSH_ASSIGN_OR_RETURN(const int64_t n_tokens, FitToMemory(*model, options, n_wanted));
   limits.kv_blocks = n_tokens / kKvBlockTokens;
-  WALSH_ASSIGN_OR_RETURN(KvPool kv, KvPool::Create({.n_layers = model->config().n_layers,
-                                                    .kv_width = model->config().kv_width(),
-                                                    .n_blocks = limits.kv_blocks}));
-  return std::make_unique<BatchingEngine>(std::move(model), options, limits, std::move(kv), clock);
+  const int64_t n_context =
+      std::min(model->config().max_position, limits.kv_blocks * kKvBlockTokens);
+  auto pool = std::make_unique<ThreadPool>(options.n_threads > 0 ? options.n_threads
+                                                                 : ThreadPool::HardwareThreads());
+  WALSH_ASSIGN_OR_RETURN(std::unique_ptr<ModelRunner> runner,
+                         model->MakeRunner({.n_blocks = limits.kv_blocks,
+                                            .n_rows = limits.max_batch_tokens,
+                                            .n_sequences = limits.max_sequences,
+                                            .n_context = n_context,
+                                            .pool = pool.get()}));
+  return std::make_unique<BatchingEngine>(std::move(model), options, limits, n_context,
+                                          std::move(pool), std::move(runner), clock);
 }
 
 }  // namespace walsh::engine

@@ -121,13 +121,13 @@ struct Stats {
   double heartbeat_age_seconds = 0;
 };
 
-class LoadedModel;  // worker/engine/loaded_model.h
+class ServedModel;  // worker/engine/served_model.h
 
 class Engine {
  public:
   // INVALID_ARGUMENT for options that make no engine; RESOURCE_EXHAUSTED when `free_bytes` does not
   // hold the KV cache of one sequence.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(std::shared_ptr<LoadedModel> model,
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(std::shared_ptr<ServedModel> model,
                                                         const Options& options, Clock* clock);
   // Requests that are still here fail with what Drain was given, else with UNAVAILABLE.
   virtual ~Engine() = default;
@@ -156,7 +156,7 @@ class Engine {
   // need it. What the prefix cache keeps of them stays until other blocks are needed or the engine
   // goes; the rest goes when they end, so that an idle engine without a prefix cache takes none.
   virtual int64_t kv_cache_bytes() const = 0;
-  virtual const LoadedModel& model() const = 0;
+  virtual const ServedModel& model() const = 0;
 };
 
 }  // namespace walsh::engine

@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
-#include "common/log.h"
 #include "common/status_macros.h"
+#include "worker/engine/model_text.h"
 #include "worker/kernels/packed_matrix.h"
 #include "worker/model/linear.h"
 #include "worker/model/reordered_linear.h"
@@ -38,8 +38,7 @@ class EmbeddingTable {
 struct Weights {
   ModelConfig config;
   ArtifactInfo info;
-  std::unique_ptr<Tokenizer> tokenizer;
-  std::unique_ptr<ChatTemplate> chat_template;
+  ModelText text;
   EmbeddingTable embedding;
   // LoadDense keeps its embeddings exactly; empty otherwise.
   Matrix dense_embedding;
@@ -55,8 +54,8 @@ class TransformerModel final : public LoadedModel {
 
   const ModelConfig& config() const override { return weights_.config; }
   const ArtifactInfo& info() const override { return weights_.info; }
-  const Tokenizer& tokenizer() const override { return *weights_.tokenizer; }
-  const ChatTemplate* chat_template() const override { return weights_.chat_template.get(); }
+  const Tokenizer& tokenizer() const override { return *weights_.text.tokenizer; }
+  const ChatTemplate* chat_template() const override { return weights_.text.chat_template.get(); }
   int64_t packed_bytes_per_token() const override {
     int64_t bytes = weights_.head->size_bytes();
     for (const DecoderLayer& layer : weights_.layers) {
@@ -173,34 +172,6 @@ absl::Status TransformerModel::Head(const Batch& batch, const Matrix& hidden,
 
 // -- Loading ------------------------------------------------------------------------------------
 
-// Answers every chat with what is wrong with the model's own template.
-class UnusableChatTemplate final : public ChatTemplate {
- public:
-  explicit UnusableChatTemplate(const absl::Status& problem)
-      : status_(absl::StatusCode::kUnimplemented,
-                absl::StrCat("the model's chat template cannot be used; use Generate: ",
-                             problem.message())) {}
-  absl::StatusOr<std::string> Render(const Variables&) const override { return status_; }
-
- private:
-  const absl::Status status_;
-};
-
-// The model still generates from plain prompts where its template is broken or beyond ours.
-std::unique_ptr<ChatTemplate> ParseChatTemplate(const std::string& source) {
-  if (source.empty()) return nullptr;
-  absl::StatusOr<std::unique_ptr<ChatTemplate>> parsed = ChatTemplate::Parse(source);
-  if (parsed.ok()) return *std::move(parsed);
-  WALSH_LOG(Warning, "the model's chat template cannot be used", {"error", parsed.status()});
-  return std::make_unique<UnusableChatTemplate>(parsed.status());
-}
-
-absl::Status LoadText(const TokenizerSource& source, Weights& weights) {
-  WALSH_ASSIGN_OR_RETURN(weights.tokenizer, Tokenizer::Create(source));
-  weights.chat_template = ParseChatTemplate(source.chat_template);
-  return absl::OkStatus();
-}
-
 std::vector<float> ToVector(const Matrix& matrix) {
   return {matrix.data(), matrix.data() + matrix.size()};
 }
@@ -208,7 +179,7 @@ std::vector<float> ToVector(const Matrix& matrix) {
 absl::StatusOr<Weights> LoadAllButMatrices(const Checkpoint& checkpoint) {
   Weights weights;
   weights.config = checkpoint.config();
-  WALSH_RETURN_IF_ERROR(LoadText(checkpoint.tokenizer(), weights));
+  WALSH_ASSIGN_OR_RETURN(weights.text, LoadText(checkpoint.tokenizer()));
   WALSH_ASSIGN_OR_RETURN(const Matrix norm, checkpoint.Read(kFinalNormTensor));
   weights.final_norm = ToVector(norm);
   return weights;
@@ -284,7 +255,7 @@ absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadArtifact(const std
   Weights weights;
   weights.config = reader->config();
   weights.info = reader->info();
-  WALSH_RETURN_IF_ERROR(LoadText(reader->tokenizer(), weights));
+  WALSH_ASSIGN_OR_RETURN(weights.text, LoadText(reader->tokenizer()));
   WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online,
                          OnlineForward::Create(reader->online(), weights.config));
   const ArtifactLoader loader(reader.get(), std::move(online));
@@ -299,12 +270,6 @@ absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadArtifact(const std
   WALSH_ASSIGN_OR_RETURN(weights.final_norm, loader.LoadNorm(std::string(kFinalNormTensor)));
   WALSH_ASSIGN_OR_RETURN(weights.head, loader.LoadHead(options.head_8bit));
   return std::make_shared<TransformerModel>(std::move(weights));
-}
-
-std::vector<int32_t> LoadedModel::EndTokens() const {
-  std::vector<int32_t> tokens = config().eos_tokens;
-  if (tokenizer().eos() >= 0) tokens.push_back(tokenizer().eos());
-  return tokens;
 }
 
 absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadDense(const Checkpoint& checkpoint) {

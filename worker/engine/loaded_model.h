@@ -1,4 +1,5 @@
-// An artifact in memory, ready to serve: packed weights, tokenizer, chat template.
+// A model in the host's memory, ready to be served by the CPU: packed weights, tokenizer, chat
+// template.
 //
 // Threads: const methods are safe from several threads, one forward at a time.
 #pragma once
@@ -12,6 +13,7 @@
 
 #include "absl/status/statusor.h"
 #include "worker/engine/kv_pool.h"
+#include "worker/engine/served_model.h"
 #include "worker/io/artifact.h"
 #include "worker/io/checkpoint.h"
 #include "worker/model/decoder_layer.h"
@@ -20,7 +22,7 @@
 
 namespace walsh::engine {
 
-class LoadedModel {
+class LoadedModel : public ServedModel {
  public:
   struct Options {
     int n_threads = 1;
@@ -36,18 +38,13 @@ class LoadedModel {
   // Linears and head rounded to 8 bits, embeddings to 16, one layer after another: for calibration
   // by the model's own text, in about a quarter of the floats' memory.
   static absl::StatusOr<std::shared_ptr<LoadedModel>> Load8Bit(const Checkpoint& checkpoint);
-  virtual ~LoadedModel() = default;
 
-  virtual const ModelConfig& config() const = 0;
-  virtual const ArtifactInfo& info() const = 0;
-  virtual const Tokenizer& tokenizer() const = 0;
-  virtual const ChatTemplate* chat_template()
-      const = 0;  // null: the model has none. Renders to UNIMPLEMENTED where the template cannot be
-                  // parsed.
-  // What ends a text: the configuration's EOS tokens and the tokenizer's.
-  std::vector<int32_t> EndTokens() const;
-  virtual int64_t memory_bytes() const = 0;
-  virtual int64_t packed_bytes_per_token() const = 0;  // weights read for one token at batch 1
+  // Steps by Forward, on the limits' pool.
+  absl::StatusOr<std::unique_ptr<ModelRunner>> MakeRunner(
+      const RunnerLimits& limits) const override;
+  int64_t kv_token_bytes() const override {
+    return KvPool::BytesPerToken(config().n_layers, config().kv_width());
+  }
 
   // Rows of several sequences in one pass.
   struct Batch {

@@ -50,13 +50,25 @@ bool Sampler::wants_penalties() const {
          options_.frequency_penalty != 0.0;
 }
 
+absl::Status Sampler::NotFinite() const {
+  return absl::InternalError(
+      absl::StrCat("the model's logits for new token ", n_generated_, " are not finite"));
+}
+
+bool Sampler::needs_logits() const {
+  return options_.temperature != 0.0 || options_.logprobs || wants_penalties() || excludes_ends();
+}
+
+absl::StatusOr<TokenLogprob> Sampler::TakeBest(int32_t best) {
+  if (best < 0) return NotFinite();
+  ++n_generated_;
+  return TokenLogprob{.token = best};
+}
+
 absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
   TokenLogprob result;
   const int64_t raw_best = ArgMax(logits);
-  if (raw_best < 0 || std::isinf(logits[raw_best])) {
-    return absl::InternalError(
-        absl::StrCat("the model's logits for new token ", n_generated_, " are not finite"));
-  }
+  if (raw_best < 0 || std::isinf(logits[raw_best])) return NotFinite();
   double log_sum_exp = 0;
   std::vector<float> raw;
   if (options_.logprobs) {
@@ -67,10 +79,9 @@ absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
 
   // Without penalties and exclusions the largest logit is known: a pass over the vocabulary costs a
   // greedy token of a small model about a percent.
-  const bool excludes_ends = n_generated_ < options_.min_tokens;
   Penalize(logits);
-  if (excludes_ends) ExcludeEnds(logits);
-  const int64_t best = wants_penalties() || excludes_ends ? ArgMax(logits) : raw_best;
+  if (excludes_ends()) ExcludeEnds(logits);
+  const int64_t best = wants_penalties() || excludes_ends() ? ArgMax(logits) : raw_best;
   if (best < 0) {
     return absl::InternalError(
         absl::StrCat("no token is left to choose for new token ", n_generated_));

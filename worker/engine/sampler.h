@@ -32,6 +32,11 @@ class Sampler {
   Sampler(const SamplingOptions& options, std::span<const int32_t> prompt,
           std::span<const int32_t> eos);
 
+  // Whether the next token takes more than the position of the largest logit: false for plain
+  // greedy sampling.
+  bool needs_logits() const;
+  // Takes that position as the next token, where no more is needed; −1 is an error as below.
+  absl::StatusOr<TokenLogprob> TakeBest(int32_t best);
   // Chooses a token from one row of logits, which it overwrites, and counts it as generated.
   // `logprob` and `top` (most probable first) are set when the options ask for log-probabilities.
   absl::StatusOr<TokenLogprob> Sample(std::span<float> logits);
@@ -51,6 +56,8 @@ class Sampler {
   };
 
   bool wants_penalties() const;
+  bool excludes_ends() const { return n_generated_ < options_.min_tokens; }
+  absl::Status NotFinite() const;
   void Penalize(std::span<float> logits) const;
   void ExcludeEnds(std::span<float> logits) const;
   // `best`: the position of the largest logit.

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "worker/engine/loaded_model.h"
-
 namespace walsh::engine {
 namespace {
 
@@ -14,7 +12,7 @@ bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
 
 }  // namespace
 
-Sequence::Sequence(Request request, std::shared_ptr<Sink> sink, const LoadedModel& model,
+Sequence::Sequence(Request request, std::shared_ptr<Sink> sink, const ServedModel& model,
                    int64_t n_new_max, absl::Duration arrival)
     : request_(std::move(request)),
       sink_(std::move(sink)),
@@ -30,8 +28,10 @@ int32_t Sequence::TokenAt(int64_t position) const {
   return position < n_prompt() ? request_.prompt[position] : output_[position - n_prompt()];
 }
 
-absl::StatusOr<Sequence::Emission> Sequence::Sample(std::span<float> logits) {
-  absl::StatusOr<TokenLogprob> sampled = sampler_.Sample(logits);
+absl::StatusOr<Sequence::Emission> Sequence::Sample(ModelRunner& runner, size_t index) {
+  absl::StatusOr<TokenLogprob> sampled = sampler_.needs_logits()
+                                             ? sampler_.Sample(runner.logits(index))
+                                             : sampler_.TakeBest(runner.best(index));
   if (!sampled.ok()) return sampled.status();
   const int32_t token = sampled->token;
   output_.push_back(token);

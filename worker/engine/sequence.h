@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "worker/engine/engine.h"
 #include "worker/engine/sampler.h"
+#include "worker/engine/served_model.h"
 #include "worker/tokenizer/text_stream.h"
 
 namespace walsh::engine {
@@ -18,7 +19,7 @@ namespace walsh::engine {
 class Sequence {
  public:
   // `n_new_max` is max_tokens cut to what the context leaves.
-  Sequence(Request request, std::shared_ptr<Sink> sink, const LoadedModel& model, int64_t n_new_max,
+  Sequence(Request request, std::shared_ptr<Sink> sink, const ServedModel& model, int64_t n_new_max,
            absl::Duration arrival);
 
   const Request& request() const { return request_; }
@@ -34,8 +35,11 @@ class Sequence {
     Delta delta;
     std::optional<FinishReason> finish;
   };
-  // Samples from a row of logits, which it overwrites. An error concerns this sequence alone.
-  absl::StatusOr<Emission> Sample(std::span<float> logits);
+  // What a step must make of this sequence for the next token.
+  Wanted wanted() const { return sampler_.needs_logits() ? Wanted::kLogits : Wanted::kBest; }
+  // Samples from what the runner's last step made of it, as wanted() said. An error concerns this
+  // sequence alone.
+  absl::StatusOr<Emission> Sample(ModelRunner& runner, size_t index);
 
   // Intervals: queue from arrival to admission, prefill from admission to the first token, decode
   // from the first to the last token; time to first token counts from arrival.

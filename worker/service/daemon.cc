@@ -29,6 +29,7 @@
 #include "common/publish.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "worker/engine/loaded_model.h"
 #include "worker/io/model_root.h"
 #include "worker/kernels/kernels.h"
 #include "worker/pipeline/quantize_job.h"

@@ -63,7 +63,7 @@ absl::Status CheckAnswerFits(const engine::SamplingOptions& sampling, int64_t n_
                    " or use the streaming call"));
 }
 
-absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::LoadedModel& model,
+absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::ServedModel& model,
                                                   const v1::GenerateRequest& request) {
   if (request.has_token_ids()) {
     return std::vector<int32_t>(request.token_ids().ids().begin(), request.token_ids().ids().end());
@@ -74,7 +74,7 @@ absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::LoadedModel& mod
 }
 
 absl::StatusOr<std::vector<int32_t>> ChatTokens(
-    const engine::LoadedModel& model,
+    const engine::ServedModel& model,
     const google::protobuf::RepeatedPtrField<v1::ChatMessage>& messages) {
   if (model.chat_template() == nullptr) {
     return absl::UnimplementedError("the model has no chat template; use Generate");

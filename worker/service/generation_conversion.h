@@ -13,7 +13,7 @@
 #include "absl/status/statusor.h"
 #include "walsh/v1/generation.pb.h"
 #include "worker/engine/engine.h"
-#include "worker/engine/loaded_model.h"
+#include "worker/engine/served_model.h"
 
 namespace walsh::service {
 
@@ -24,11 +24,11 @@ engine::SamplingOptions ToSamplingOptions(const v1::SamplingParams& params);
 // `n_tokens_left` of the context if they are fewer, with their log-probabilities.
 absl::Status CheckAnswerFits(const engine::SamplingOptions& sampling, int64_t n_tokens_left);
 
-absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::LoadedModel& model,
+absl::StatusOr<std::vector<int32_t>> PromptTokens(const engine::ServedModel& model,
                                                   const v1::GenerateRequest& request);
 // The messages rendered by the model's own chat template.
 absl::StatusOr<std::vector<int32_t>> ChatTokens(
-    const engine::LoadedModel& model,
+    const engine::ServedModel& model,
     const google::protobuf::RepeatedPtrField<v1::ChatMessage>& messages);
 
 v1::FinishReason ToProto(engine::FinishReason reason);

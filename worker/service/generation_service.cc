@@ -48,11 +48,11 @@ absl::Status Refuse(absl::Status status, int64_t n_prompt, const engine::Engine&
   return status;
 }
 
-absl::StatusOr<std::vector<int32_t>> InputTokens(const engine::LoadedModel& model,
+absl::StatusOr<std::vector<int32_t>> InputTokens(const engine::ServedModel& model,
                                                  const v1::GenerateRequest& request) {
   return PromptTokens(model, request);
 }
-absl::StatusOr<std::vector<int32_t>> InputTokens(const engine::LoadedModel& model,
+absl::StatusOr<std::vector<int32_t>> InputTokens(const engine::ServedModel& model,
                                                  const v1::ChatRequest& request) {
   return ChatTokens(model, request.messages());
 }
@@ -101,7 +101,7 @@ absl::StatusOr<GenerationService::Prepared> GenerationService::Prepare(
     engine::CountCancellation(id);
     return absl::CancelledError("the request was cancelled");
   }
-  const engine::LoadedModel& model = prepared.engine->model();
+  const engine::ServedModel& model = prepared.engine->model();
 
   engine::Request& out = prepared.request;
   absl::StatusOr<std::vector<int32_t>> tokens = InputTokens(model, request);
@@ -220,7 +220,7 @@ grpc::ServerUnaryReactor* GenerationService::Tokenize(grpc::CallbackServerContex
     WALSH_RETURN_IF_ERROR(ValidateRequest(*request));
     WALSH_ASSIGN_OR_RETURN(const std::shared_ptr<engine::Engine> engine,
                            EngineOf(request->model()));
-    const engine::LoadedModel& model = engine->model();
+    const engine::ServedModel& model = engine->model();
     absl::StatusOr<std::vector<int32_t>> ids =
         request->has_messages()
             ? ChatTokens(model, request->messages().messages())

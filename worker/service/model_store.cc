@@ -191,7 +191,7 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
 
 absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id) const {
   try {
-    WALSH_ASSIGN_OR_RETURN(std::shared_ptr<engine::LoadedModel> model,
+    WALSH_ASSIGN_OR_RETURN(std::shared_ptr<engine::ServedModel> model,
                            options_.loader(Directory(id)));
     engine::Options options = options_.engine;
     options.model_name = id;

@@ -30,14 +30,14 @@
 #include "common/clock.h"
 #include "walsh/v1/model.pb.h"
 #include "worker/engine/engine.h"
-#include "worker/engine/loaded_model.h"
+#include "worker/engine/served_model.h"
 
 namespace walsh::service {
 
 class ModelStore {
  public:
   // Reads an artifact's directory into memory.
-  using Loader = std::function<absl::StatusOr<std::shared_ptr<engine::LoadedModel>>(
+  using Loader = std::function<absl::StatusOr<std::shared_ptr<engine::ServedModel>>(
       const std::string& directory)>;
   struct Options {
     std::string root;

@@ -1,5 +1,5 @@
-// The part of CUDA's runtime that worker/pipeline/cuda and its tests call, on the host: device
-// memory is the heap's, and every call has finished when it returns.
+// The part of CUDA's runtime that worker/pipeline/cuda, worker/engine/cuda and their tests call, on
+// the host: device memory is the heap's, and every call has finished when it returns.
 //
 // So the orchestration of a job on a device is tested without one, under AddressSanitizer, too:
 // buffers have exactly their size there, and what is used after it was freed is found. What it
@@ -63,6 +63,22 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t n_bytes, cudaStream_t) {
   if (n_bytes > 0) std::memset(to, value, n_bytes);
   return cudaSuccess;
 }
+
+// Nothing is captured: what would be has happened.
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  return cudaErrorNotSupported;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cudaErrorNotSupported; }
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) {
+  return cudaErrorNotSupported;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }

@@ -26,6 +26,10 @@ absl::Status CheckRows(const char* name, const char* what, const bf16* rows, int
 
 }  // namespace
 
+bool IsPagedHeadDim(int64_t head_dim) {
+  return ForHeadDim("", head_dim, []<int kDim>() { return absl::OkStatus(); }).ok();
+}
+
 absl::Status CheckPool(const char* name, const KvBatch& batch, const KvPoolLayer& pool) {
   const KvPoolShape& shape = pool.shape;
   if (shape.n_blocks <= 0 || shape.n_kv_heads <= 0 || shape.head_dim <= 0) {

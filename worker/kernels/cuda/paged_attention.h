@@ -46,6 +46,9 @@ struct PagedAttentionParams {
   cudaStream_t stream = nullptr;
 };
 
+// Whether attention is compiled for heads of this size.
+bool IsPagedHeadDim(int64_t head_dim);
+
 // Tokens of a piece of PagedDecodeAttention's. Fixed, since it is part of the order of summation:
 // large enough that what is written and read again of a piece is 1 % of what is read for it, small
 // enough that the few heads of one short sequence fill the device.

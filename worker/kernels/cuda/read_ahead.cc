@@ -4,7 +4,7 @@
 
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
-#include "worker/pipeline/cuda/wait_timer.h"
+#include "worker/kernels/cuda/wait_timer.h"
 
 namespace walsh::kernels::cuda {
 

@@ -6,9 +6,12 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "worker/pipeline/cuda/wait_timer.h"
+#include "worker/kernels/cuda/wait_timer.h"
 
 namespace walsh::pipeline::cuda {
+
+using kernels::cuda::WaitTimer;
+
 namespace {
 
 constexpr std::chrono::milliseconds kAskInterval(200);

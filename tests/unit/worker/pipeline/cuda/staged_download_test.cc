@@ -7,6 +7,8 @@
 
 namespace walsh::pipeline::cuda {
 
+using kernels::cuda::DeviceTest;
+
 using kernels::cuda::kPieceBytes;
 namespace {
 

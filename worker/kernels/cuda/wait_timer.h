@@ -3,7 +3,7 @@
 
 #include <chrono>
 
-namespace walsh::pipeline::cuda {
+namespace walsh::kernels::cuda {
 
 class WaitTimer {
  public:
@@ -19,4 +19,4 @@ class WaitTimer {
   const std::chrono::steady_clock::time_point start_;
 };
 
-}  // namespace walsh::pipeline::cuda
+}  // namespace walsh::kernels::cuda

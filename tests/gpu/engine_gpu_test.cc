@@ -1,0 +1,335 @@
+// The CUDA engine's runner beside the CPU's, over the same steps. It runs on a device, or on the
+// host in its place (tests/testing/host_device).
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
+#include "tests/testing/tiny_artifact.h"
+#include "tests/testing/tiny_model.h"
+#include "worker/engine/cuda/cuda_model.h"
+#include "worker/engine/loaded_model.h"
+#include "worker/kernels/cuda/device_buffer.h"
+
+namespace walsh::engine {
+namespace {
+
+using testing::HasCode;
+using ::testing::HasSubstr;
+using testing::StatusIs;
+using testing::TempDir;
+using testing::TinyArtifactOptions;
+using testing::TinyModel;
+using testing::TinyModelOptions;
+
+// A sequence's tokens, how many of them have been run, and its blocks.
+struct Text {
+  std::vector<int32_t> tokens;
+  int64_t n_past = 0;
+  std::vector<BlockId> blocks;
+};
+
+constexpr int64_t kContext = 256;
+
+// Each has blocks of its own for a whole context, in an order that is not that of memory.
+Text MakeText(int index, std::vector<int32_t> tokens) {
+  Text text{.tokens = std::move(tokens)};
+  const int64_t n_blocks = KvBlocks(kContext);
+  for (int64_t i = 0; i < n_blocks; ++i) {
+    text.blocks.push_back(static_cast<BlockId>(index * n_blocks + (i * 7 + 3) % n_blocks));
+  }
+  return text;
+}
+
+std::vector<int32_t> Tokens(int n, int seed, int32_t vocab = 320) {
+  std::vector<int32_t> tokens(static_cast<size_t>(n));
+  for (int i = 0; i < n; ++i) tokens[static_cast<size_t>(i)] = (i * 37 + seed * 101 + 5) % vocab;
+  return tokens;
+}
+
+// Runs the next n_rows[i] tokens of each text; logits of the last rows.
+std::vector<std::vector<float>> Step(ModelRunner& runner, std::vector<Text*> texts,
+                                     std::vector<int64_t> n_rows) {
+  StepBatch batch;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    const Text& text = *texts[i];
+    batch.sequences.push_back({.first_row = static_cast<int64_t>(batch.tokens.size()),
+                               .n_rows = n_rows[i],
+                               .n_past = text.n_past,
+                               .blocks = text.blocks,
+                               .wanted = Wanted::kLogits});
+    batch.tokens.insert(batch.tokens.end(), text.tokens.begin() + text.n_past,
+                        text.tokens.begin() + text.n_past + n_rows[i]);
+  }
+  EXPECT_OK(runner.Run(batch));
+  std::vector<std::vector<float>> logits;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    texts[i]->n_past += n_rows[i];
+    const std::span<float> row = runner.logits(i);
+    logits.emplace_back(row.begin(), row.end());
+    const auto largest = std::max_element(row.begin(), row.end());
+    EXPECT_EQ(runner.best(i), largest - row.begin());
+  }
+  return logits;
+}
+
+// ‖a − b‖ / ‖b‖
+double Distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0;
+  double norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += (a[i] - b[i]) * (a[i] - b[i]);
+    norm += b[i] * b[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+class CudaEngineTest : public ::testing::Test {
+ protected:
+  void SetUp() override { baseline_ = kernels::cuda::DeviceMemoryUse().bytes_now; }
+  void TearDown() override {
+    runners_.clear();
+    models_.clear();
+    EXPECT_EQ(kernels::cuda::DeviceMemoryUse().bytes_now, baseline_);
+  }
+
+  void MakeArtifact(const TinyModelOptions& model, const TinyArtifactOptions& artifact) {
+    std::filesystem::remove_all(dir_ / "source");
+    std::filesystem::remove_all(dir_ / "artifact");
+    TinyModel(model).WriteHf(dir_ / "source");
+    ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(dir_ / "source"));
+    ASSERT_OK(testing::WriteTinyArtifact(*checkpoint, dir_ / "artifact", artifact));
+  }
+
+  // Null without a device: the test has been skipped then.
+  ModelRunner* CudaRunner(ServedModel::RunnerLimits limits = {}, bool use_graphs = kHasGraphs) {
+    auto model = LoadCudaModel(dir_ / "artifact", {.use_graphs = use_graphs});
+    if (absl::IsFailedPrecondition(model.status())) {
+      [&] { GTEST_SKIP() << "no GPU: " << model.status().message(); }();
+      return nullptr;
+    }
+    EXPECT_OK(model);
+    return model.ok() ? MakeRunner(*std::move(model), limits) : nullptr;
+  }
+  ModelRunner* CpuRunner(ServedModel::RunnerLimits limits = {}) {
+    auto model = LoadedModel::LoadArtifact(dir_ / "artifact", {});
+    EXPECT_OK(model);
+    return model.ok() ? MakeRunner(*std::move(model), limits) : nullptr;
+  }
+  ModelRunner* MakeRunner(std::shared_ptr<ServedModel> model, ServedModel::RunnerLimits limits) {
+    if (limits.n_sequences == 0) limits.n_sequences = 4;
+    limits.n_blocks = limits.n_sequences * KvBlocks(kContext);
+    if (limits.n_rows == 0) limits.n_rows = 128;
+    limits.n_context = kContext;
+    limits.pool = &pool_;
+    auto runner = model->MakeRunner(limits);
+    EXPECT_OK(runner);
+    if (!runner.ok()) return nullptr;
+    models_.push_back(std::move(model));
+    runners_.push_back(*std::move(runner));
+    return runners_.back().get();
+  }
+
+#ifdef WALSH_HOST_DEVICE
+  static constexpr bool kHasGraphs = false;
+#else
+  static constexpr bool kHasGraphs = true;
+#endif
+  TempDir dir_;
+  ThreadPool pool_{2};
+  std::vector<std::shared_ptr<ServedModel>> models_;
+  std::vector<std::unique_ptr<ModelRunner>> runners_;
+  int64_t baseline_ = 0;
+};
+
+// Prompts in chunks, then tokens one by one, two sequences at once. The CPU rounds activations to
+// 8 bits and the head in other groups: what that costs these random models is the bound.
+TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
+  struct Case {
+    const char* name;
+    TinyModelOptions model;
+    TinyArtifactOptions artifact;
+  };
+  const std::vector<Case> cases = {
+      {"2 bits", {}, {.bits = 2}},
+      {"3 bits", {}, {.bits = 3}},
+      {"4 bits", {}, {.bits = 4}},
+      {"8 bits", {}, {.bits = 8, .group_size = -1}},
+      {"biases", {.has_attention_bias = true, .has_mlp_bias = true}, {.bits = 4}},
+      {"symmetric", {.is_tied = true}, {.bits = 4, .group_size = 64, .symmetric = true}},
+      {"norms of heads", {.architecture = "Qwen3ForCausalLM"}, {.bits = 4}},
+      {"window", {.architecture = "MistralForCausalLM", .sliding_window = 24}, {.bits = 4}},
+      {"fused linears", {.architecture = "Phi3ForCausalLM"}, {.bits = 4}},
+      {"mixed widths",
+       {.has_attention_bias = true, .has_mlp_bias = true},
+       {.bits = 4,
+        .bits_of = {{"model.layers.0.self_attn.v_proj", 8},
+                    {"model.layers.0.mlp.up_proj", 8},
+                    {"model.layers.1.mlp.down_proj", 2}}}},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.name);
+    ASSERT_NO_FATAL_FAILURE(MakeArtifact(c.model, c.artifact));
+    ModelRunner* device = CudaRunner();
+    if (device == nullptr) return;
+    ModelRunner* host = CpuRunner();
+    ASSERT_NE(host, nullptr);
+    std::vector<Text> on_device = {MakeText(0, Tokens(60, 1)), MakeText(1, Tokens(40, 2))};
+    std::vector<Text> on_host = on_device;
+    const std::vector<std::vector<int64_t>> steps = {{30, 17}, {17, 1}, {1, 1}, {1, 1}, {1, 1}};
+    for (const std::vector<int64_t>& step : steps) {
+      const auto actual = Step(*device, {&on_device[0], &on_device[1]}, step);
+      const auto expected = Step(*host, {&on_host[0], &on_host[1]}, step);
+      for (size_t i = 0; i < 2; ++i) EXPECT_LT(Distance(actual[i], expected[i]), 0.05);
+    }
+  }
+}
+
+// More rows than quantized products take are multiplied in bf16.
+TEST_F(CudaEngineTest, LongChunksAreCloseToShortOnes) {
+  ASSERT_NO_FATAL_FAILURE(
+      MakeArtifact({.has_attention_bias = true, .has_mlp_bias = true},
+                   {.bits = 4, .bits_of = {{"model.layers.0.mlp.up_proj", 8}}}));
+  ModelRunner* runner = CudaRunner({.n_rows = 240});
+  if (runner == nullptr) return;
+  Text whole = MakeText(0, Tokens(231, 1));
+  Text cut = MakeText(1, Tokens(231, 1));
+  const auto expected = Step(*runner, {&whole}, {230});
+  Step(*runner, {&cut}, {100});
+  const auto actual = Step(*runner, {&cut}, {130});
+  EXPECT_LT(Distance(actual[0], expected[0]), 0.02);
+  EXPECT_LT(Distance(Step(*runner, {&cut}, {1})[0], Step(*runner, {&whole}, {1})[0]), 0.02);
+}
+
+// The same bits, whatever runs beside a sequence and however a step is launched.
+TEST_F(CudaEngineTest, DecodingDoesNotDependOnTheBatchOrOnGraphs) {
+  constexpr int kMany = 32;
+  for (const int bits : {2, 3, 4}) {
+    SCOPED_TRACE(bits);
+    ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {.bits = bits}));
+    std::vector<std::vector<float>> expected;
+    for (const bool use_graphs : {false, true}) {
+      if (use_graphs && !kHasGraphs) continue;
+      for (const int n : {1, 3, kMany}) {
+        SCOPED_TRACE(n);
+        ModelRunner* runner = CudaRunner({.n_rows = 1024, .n_sequences = kMany}, use_graphs);
+        if (runner == nullptr) return;
+        std::vector<Text> texts;
+        std::vector<Text*> all;
+        for (int i = 0; i < n; ++i) texts.push_back(MakeText(i, Tokens(40 + i, i)));
+        for (Text& text : texts) all.push_back(&text);
+        for (Text& text : texts) Step(*runner, {&text}, {20});
+        std::vector<std::vector<float>> actual;
+        for (int step = 0; step < 4; ++step) {
+          std::vector<int64_t> n_rows(all.size(), 1);
+          // Others are prefilled meanwhile.
+          if (n == kMany && step % 2 == 1) n_rows.back() = 5;
+          actual.push_back(Step(*runner, all, n_rows).front());
+        }
+        if (expected.empty()) expected = actual;
+        EXPECT_EQ(actual, expected);
+      }
+    }
+  }
+}
+
+TEST_F(CudaEngineTest, WhatIsNotWantedIsNotMade) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  ModelRunner* runner = CudaRunner();
+  if (runner == nullptr) return;
+  Text a = MakeText(0, Tokens(20, 1));
+  Text b = MakeText(1, Tokens(20, 1));
+  StepBatch batch;
+  batch.tokens = {a.tokens[0], a.tokens[1], b.tokens[0], b.tokens[1], b.tokens[2]};
+  batch.sequences = {{.first_row = 0, .n_rows = 2, .blocks = a.blocks},
+                     {.first_row = 2, .n_rows = 3, .blocks = b.blocks, .wanted = Wanted::kBest}};
+  ASSERT_OK(runner->Run(batch));
+  const int32_t best = runner->best(1);
+  a.n_past = 2;
+  const auto logits = Step(*runner, {&a}, {1});
+  EXPECT_EQ(std::max_element(logits[0].begin(), logits[0].end()) - logits[0].begin(), best);
+}
+
+TEST_F(CudaEngineTest, BatchesThatDoNotFitAreRefused) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  ModelRunner* runner = CudaRunner();
+  if (runner == nullptr) return;
+  Text text = MakeText(0, Tokens(200, 1));
+  const auto run = [&](std::vector<int32_t> tokens, StepBatch::Sequence sequence) {
+    return runner->Run({.tokens = std::move(tokens), .sequences = {sequence}});
+  };
+  EXPECT_THAT(run({320}, {.n_rows = 1, .blocks = text.blocks}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("token 320")));
+  EXPECT_THAT(run(Tokens(129, 1), {.n_rows = 129, .blocks = text.blocks}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("129 rows")));
+  EXPECT_THAT(run({1}, {.n_rows = 2, .blocks = text.blocks}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("rows 0 to 2")));
+  EXPECT_THAT(run({1}, {.n_rows = 1, .n_past = 16, .blocks = {text.blocks.data(), 1}}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("table of 1 blocks")));
+  text.blocks[0] = static_cast<BlockId>(4 * KvBlocks(kContext));
+  EXPECT_THAT(run({1}, {.n_rows = 1, .blocks = text.blocks}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("block 64, the pool has 64")));
+}
+
+TEST_F(CudaEngineTest, MemoryComesBack) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  if (CudaRunner() == nullptr) return;
+  runners_.clear();
+  models_.clear();
+  for (int i = 0; i < 50; ++i) {
+    ASSERT_NE(CudaRunner(), nullptr);
+    EXPECT_GT(kernels::cuda::DeviceMemoryUse().bytes_now, baseline_);
+    runners_.clear();
+    models_.clear();
+    ASSERT_EQ(kernels::cuda::DeviceMemoryUse().bytes_now, baseline_) << "load " << i;
+  }
+  // Each allocation fails once.
+  int n_failed = 0;
+  for (bool has_failed = true; has_failed; ++n_failed) {
+    kernels::cuda::FailAllocationForTest(n_failed + 1);
+    auto model = LoadCudaModel(dir_ / "artifact", {.use_graphs = kHasGraphs});
+    absl::Status status = model.status();
+    if (status.ok()) {
+      status = (*model)
+                   ->MakeRunner({.n_blocks = 16,
+                                 .n_rows = 16,
+                                 .n_sequences = 2,
+                                 .n_context = kContext,
+                                 .pool = &pool_})
+                   .status();
+    }
+    has_failed = !status.ok();
+    if (has_failed) {
+      EXPECT_THAT(status, HasCode(absl::StatusCode::kResourceExhausted));
+    }
+    model = absl::CancelledError();
+    ASSERT_EQ(kernels::cuda::DeviceMemoryUse().bytes_now, baseline_) << "failure " << n_failed;
+  }
+  kernels::cuda::FailAllocationForTest(0);
+  EXPECT_GT(n_failed, 30);
+}
+
+TEST_F(CudaEngineTest, WhatNoKernelTakesIsNamed) {
+  const auto load = [&](const TinyModelOptions& model, const TinyArtifactOptions& artifact) {
+    MakeArtifact(model, artifact);
+    return LoadCudaModel(dir_ / "artifact", {}).status();
+  };
+  EXPECT_THAT(load({.architecture = "Gemma3ForCausalLM"}, {}),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("norms of what attention")));
+  EXPECT_THAT(load({.n_heads = 8, .n_kv_heads = 4, .head_dim = 8}, {}),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("heads of 8")));
+  EXPECT_THAT(load({}, {.bits_of = {{"model.layers.1.mlp.up_proj", 0}}}),
+              StatusIs(absl::StatusCode::kUnimplemented,
+                       HasSubstr("'model.layers.1.mlp.up_proj' unquantized")));
+}
+
+}  // namespace
+}  // namespace walsh::engine

@@ -1,0 +1,267 @@
+// The operations of serving on the host, as their headers specify them: what worker/engine/cuda is
+// tested with where there is no device. A ServingMatrix holds its weights as floats here, in the
+// stacked order.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/status_macros.h"
+#include "worker/io/gptq_packing.h"
+#include "worker/kernels/cuda/low_bit_matmul.h"
+#include "worker/kernels/cuda/paged_attention.h"
+#include "worker/kernels/cuda/qkv_to_cache.h"
+#include "worker/kernels/cuda/serving_layout.h"
+#include "worker/kernels/cuda/token_rows.h"
+#include "worker/tensor/half.h"
+
+namespace walsh::kernels::cuda {
+namespace {
+
+const float* FloatsOf(const ServingMatrix& matrix) {
+  return reinterpret_cast<const float*>(matrix.codes());
+}
+float* FloatsOf(DeviceBuffer<uint8_t>& codes) { return reinterpret_cast<float*>(codes.data()); }
+
+// The value of `bits` bits that is number `index` in a stream of words, `stride` apart.
+uint32_t FieldAt(const uint32_t* words, int64_t stride, int bits, int64_t index) {
+  const int64_t bit = index * bits;
+  const uint64_t low = words[bit / 32 * stride];
+  const bool is_split = bit % 32 + bits > 32;
+  const uint64_t high = is_split ? words[(bit / 32 + 1) * stride] : 0;
+  return static_cast<uint32_t>((low | high << 32) >> (bit % 32)) & ((1u << bits) - 1);
+}
+
+float HalfAt(const __half* values, int64_t index) {
+  return HalfToFloat(reinterpret_cast<const uint16_t*>(values)[index]);
+}
+
+// Where a sequence's token lies in a layer of the pool, for a kv head.
+int64_t PlaceOf(const KvBatch& batch, const KvPoolShape& shape, int64_t sequence, int64_t token,
+                int64_t kv_head) {
+  const int64_t block = batch.tables[sequence * batch.max_blocks + token / kPoolBlockTokens];
+  return block * shape.block_stride() + kv_head * shape.head_stride() +
+         token % kPoolBlockTokens * shape.head_dim;
+}
+
+void AttendRow(const PagedAttentionParams& p, int64_t sequence, int64_t row, int64_t position) {
+  const KvPoolShape& shape = p.pool.shape;
+  const int64_t dim = shape.head_dim;
+  const int64_t first = p.window > 0 ? std::max<int64_t>(0, position + 1 - p.window) : 0;
+  for (int64_t h = 0; h < p.n_heads; ++h) {
+    const int64_t kv_head = h / (p.n_heads / shape.n_kv_heads);
+    const bf16* q = p.q + (row * p.n_heads + h) * dim;
+    std::vector<double> scores;
+    for (int64_t t = first; t <= position; ++t) {
+      const bf16* k = p.pool.data + PlaceOf(p.batch, shape, sequence, t, kv_head);
+      double score = 0;
+      for (int64_t i = 0; i < dim; ++i) score += __bfloat162float(q[i]) * __bfloat162float(k[i]);
+      scores.push_back(score * p.scale);
+    }
+    const double largest = *std::max_element(scores.begin(), scores.end());
+    double sum = 0;
+    for (double& score : scores) sum += score = std::exp(score - largest);
+    for (int64_t i = 0; i < dim; ++i) {
+      double y = 0;
+      for (int64_t t = first; t <= position; ++t) {
+        const bf16* v =
+            p.pool.data + PlaceOf(p.batch, shape, sequence, t, kv_head) + shape.block_stride() / 2;
+        y += scores[static_cast<size_t>(t - first)] / sum * __bfloat162float(v[i]);
+      }
+      p.y[(row * p.n_heads + h) * dim + i] = __float2bfloat16(static_cast<float>(y));
+    }
+  }
+}
+
+}  // namespace
+
+// -- Quantized weights --------------------------------------------------------------------------
+
+absl::Status ValidateServingShape(const ServingShape& shape) {
+  const int64_t group = shape.group_size;
+  if (group == 32 || group == 64 || group % 128 == 0 || group == shape.cols) {
+    return absl::OkStatus();
+  }
+  return absl::UnimplementedError("a group of another size");
+}
+
+absl::StatusOr<ServingMatrix> ServingMatrix::Allocate(const ServingShape& shape,
+                                                      cudaStream_t stream) {
+  ServingMatrix matrix;
+  matrix.shape_ = shape;
+  WALSH_ASSIGN_OR_RETURN(matrix.codes_,
+                         DeviceBuffer<uint8_t>::Allocate(shape.rows * shape.cols * 4, stream));
+  return matrix;
+}
+
+absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStream_t stream) {
+  ServingShape shape{.cols = source.cols,
+                     .bits = source.bits,
+                     .group_size = source.group_size,
+                     .order = source.order};
+  for (const StoredLinear& linear : source.linears) shape.rows += linear.rows;
+  WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
+  float* to = FloatsOf(matrix.codes_);
+  for (const StoredLinear& linear : source.linears) {
+    for (int64_t r = 0; r < linear.rows; ++r) {
+      for (int64_t c = 0; c < source.cols; ++c) {
+        const int64_t group = c / source.group_size;
+        const uint32_t code = FieldAt(linear.qweight + r, linear.rows, source.bits, c);
+        const uint32_t zero =
+            FieldAt(linear.qzeros + group * (linear.rows / 32 * source.bits), 1, source.bits, r);
+        *to++ = HalfAt(linear.scales, group * linear.rows + r) *
+                (static_cast<float>(code) - static_cast<float>(zero));
+      }
+    }
+  }
+  return matrix;
+}
+
+absl::StatusOr<ServingMatrix> ServingMatrix::Quantize(const Dense& dense, cudaStream_t stream) {
+  constexpr int64_t kGroup = 128;
+  WALSH_ASSIGN_OR_RETURN(
+      ServingMatrix matrix,
+      Allocate({.rows = dense.rows, .cols = dense.cols, .bits = 8, .group_size = kGroup}, stream));
+  float* to = FloatsOf(matrix.codes_);
+  for (int64_t r = 0; r < dense.rows; ++r) {
+    for (int64_t first = 0; first < dense.cols; first += kGroup) {
+      const __nv_bfloat16* from = dense.weights + r * dense.cols + first;
+      const int64_t n = std::min(kGroup, dense.cols - first);
+      float largest = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        largest = std::max(largest, std::fabs(__bfloat162float(from[i])));
+      }
+      const float scale = HalfToFloat(FloatToHalf(largest / 127));
+      for (int64_t i = 0; i < n; ++i) {
+        const float value = __bfloat162float(from[i]);
+        *to++ = scale == 0 ? 0 : scale * std::nearbyint(value / scale);
+      }
+    }
+  }
+  return matrix;
+}
+
+absl::Status ServingMatrix::Unpack(uint8_t*, float* weights, cudaStream_t) const {
+  std::copy_n(FloatsOf(*this), shape_.rows * shape_.cols, weights);
+  return absl::OkStatus();
+}
+
+absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
+  const ServingShape& shape = p.weights->shape();
+  const float* weights = FloatsOf(*p.weights);
+  const int64_t x_stride = p.x_stride == 0 ? shape.cols : p.x_stride;
+  const bool is_pair = p.output == LowBitOutput::kSiluMul;
+  const int64_t y_cols = is_pair ? shape.rows / 2 : shape.rows;
+  const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
+  const auto value = [&](int64_t token, int64_t row) {
+    double sum = p.bias == nullptr ? 0 : p.bias[row];
+    for (int64_t c = 0; c < shape.cols; ++c) {
+      sum += weights[row * shape.cols + c] * __bfloat162float(p.x[token * x_stride + c]);
+    }
+    return static_cast<float>(sum);
+  };
+  for (int64_t t = 0; t < p.n_tokens; ++t) {
+    for (int64_t r = 0; r < y_cols; ++r) {
+      float y = value(t, r);
+      if (is_pair) y = y / (1 + std::exp(-y)) * value(t, r + y_cols);
+      const int64_t at = t * y_stride + r;
+      if (p.y_bf16 != nullptr) {
+        p.y_bf16[at] = __float2bfloat16(y);
+      } else {
+        p.y_float[at] = p.output == LowBitOutput::kAdd ? p.y_float[at] + y : y;
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+// -- Attention ----------------------------------------------------------------------------------
+
+bool IsPagedHeadDim(int64_t head_dim) { return head_dim >= 16; }
+int64_t PagedDecodePartials(int64_t, int64_t, const KvPoolShape&) { return 1; }
+int64_t PagedDecodeCounters(int64_t, int64_t, const KvPoolShape&) { return 1; }
+
+absl::Status QkvToCache(const QkvToCacheParams& p) {
+  const KvPoolShape& shape = p.pool.shape;
+  const int64_t dim = shape.head_dim;
+  const int64_t n_rotated = p.n_heads + shape.n_kv_heads;
+  const int64_t n_all = n_rotated + shape.n_kv_heads;
+  for (int64_t row = 0; row < p.batch.n_rows; ++row) {
+    const int64_t s = p.batch.sequence_of_row[row];
+    if (s < 0) continue;
+    const int64_t position = p.batch.n_past[s] + row - p.batch.first_row[s];
+    for (int64_t h = 0; h < n_all; ++h) {
+      std::vector<float> x(static_cast<size_t>(dim));
+      double squares = 0;
+      for (int64_t i = 0; i < dim; ++i) {
+        const int64_t at = h * dim + i;
+        const float bias = p.bias == nullptr ? 0 : p.bias[at];
+        x[static_cast<size_t>(i)] = p.qkv_float[row * n_all * dim + at] + bias;
+        squares += x[static_cast<size_t>(i)] * x[static_cast<size_t>(i)];
+      }
+      const float* norm = h < p.n_heads ? p.q_norm : h < n_rotated ? p.k_norm : nullptr;
+      for (int64_t i = 0; norm != nullptr && i < dim; ++i) {
+        x[static_cast<size_t>(i)] *=
+            norm[i] / static_cast<float>(std::sqrt(squares / static_cast<double>(dim) + p.eps));
+      }
+      for (int64_t i = 0; h < n_rotated && i < dim / 2; ++i) {
+        float& a = x[static_cast<size_t>(i)];
+        float& b = x[static_cast<size_t>(i + dim / 2)];
+        const double angle = static_cast<double>(position) * p.inverse_frequencies[i];
+        const auto sine = static_cast<float>(std::sin(angle));
+        const auto cosine = static_cast<float>(std::cos(angle));
+        std::tie(a, b) = std::pair(a * cosine - b * sine, b * cosine + a * sine);
+      }
+      bf16* to = p.q + (row * p.n_heads + h) * dim;
+      if (h >= n_rotated) {
+        to = p.pool.data + shape.block_stride() / 2 +
+             PlaceOf(p.batch, shape, s, position, h - n_rotated);
+      } else if (h >= p.n_heads) {
+        to = p.pool.data + PlaceOf(p.batch, shape, s, position, h - p.n_heads);
+      }
+      std::transform(x.begin(), x.end(), to, [](float value) { return __float2bfloat16(value); });
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PagedPrefillAttention(const PagedAttentionParams& p) {
+  for (int64_t s = 0; s < p.batch.n_sequences; ++s) {
+    for (int64_t i = 0; i < p.batch.n_sequence_rows[s]; ++i) {
+      AttendRow(p, s, p.batch.first_row[s] + i, p.batch.n_past[s] + i);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PagedDecodeAttention(const PagedAttentionParams& p, const PagedDecodeWorkspace&) {
+  return PagedPrefillAttention(p);
+}
+
+// -- Ends of a pass -----------------------------------------------------------------------------
+
+absl::Status EmbedRows(const EmbedRowsParams& p) {
+  for (int64_t row = 0; row < p.n_rows; ++row) {
+    for (int64_t i = 0; i < p.dim; ++i) {
+      p.hidden[row * p.dim + i] = p.scale * __bfloat162float(p.table[p.ids[row] * p.dim + i]);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ArgMax(const ArgMaxParams& p) {
+  const int64_t stride = p.stride == 0 ? p.vocab : p.stride;
+  for (int64_t row = 0; row < p.n_rows; ++row) {
+    const float* logits = p.logits + row * stride;
+    const bool has_nan =
+        std::any_of(logits, logits + p.vocab, [](float x) { return std::isnan(x); });
+    const int64_t best = std::max_element(logits, logits + p.vocab) - logits;
+    const bool is_found = !has_nan && logits[best] > -std::numeric_limits<float>::infinity();
+    p.ids[row] = is_found ? static_cast<int32_t>(best) : -1;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace walsh::kernels::cuda

@@ -1,0 +1,80 @@
+#include "worker/engine/cuda/cuda_model.h"
+
+#include <cuda_runtime_api.h>
+
+#include <utility>
+
+#include "common/status_macros.h"
+#include "worker/engine/cuda/device_runner.h"
+#include "worker/engine/cuda/device_weights.h"
+#include "worker/engine/model_text.h"
+#include "worker/io/artifact.h"
+#include "worker/kernels/cuda/cuda_status.h"
+
+namespace walsh::engine {
+namespace {
+
+class CudaModel final : public ServedModel {
+ public:
+  CudaModel(std::unique_ptr<cuda::Context> context, ModelConfig config, ArtifactInfo info,
+            ModelText text, cuda::DeviceWeights weights, bool use_graphs)
+      : context_(std::move(context)),
+        config_(std::move(config)),
+        info_(std::move(info)),
+        text_(std::move(text)),
+        weights_(std::move(weights)),
+        use_graphs_(use_graphs) {}
+  ~CudaModel() override {
+    if (!context_->MakeCurrent().ok()) return;
+    weights_ = {};
+    context_->ReleaseUnusedMemory().IgnoreError();
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const ArtifactInfo& info() const override { return info_; }
+  const Tokenizer& tokenizer() const override { return *text_.tokenizer; }
+  const ChatTemplate* chat_template() const override { return text_.chat_template.get(); }
+  int64_t memory_bytes() const override { return weights_.size_bytes(); }
+  int64_t packed_bytes_per_token() const override { return weights_.packed_bytes(); }
+  absl::StatusOr<std::unique_ptr<ModelRunner>> MakeRunner(
+      const RunnerLimits& limits) const override {
+    return cuda::MakeDeviceRunner(context_.get(), &config_, &weights_, limits, use_graphs_);
+  }
+  int64_t kv_token_bytes() const override {
+    return 2 * config_.n_layers * config_.kv_width() * static_cast<int64_t>(sizeof(cuda::bf16));
+  }
+  std::optional<int64_t> free_device_bytes() const override {
+    size_t free_bytes = 0;
+    size_t total_bytes = 0;
+    if (!context_->MakeCurrent().ok() || cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess) {
+      return 0;
+    }
+    return static_cast<int64_t>(free_bytes);
+  }
+
+ private:
+  const std::unique_ptr<cuda::Context> context_;
+  const ModelConfig config_;
+  const ArtifactInfo info_;
+  const ModelText text_;
+  cuda::DeviceWeights weights_;
+  const bool use_graphs_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& directory,
+                                                           const CudaModelOptions& options) {
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> reader,
+                         ArtifactReader::Open(directory, options.verify, options.n_threads));
+  WALSH_RETURN_IF_ERROR(cuda::CheckServable(*reader));
+  WALSH_ASSIGN_OR_RETURN(ModelText text, LoadText(reader->tokenizer()));
+  WALSH_ASSIGN_OR_RETURN(std::unique_ptr<cuda::Context> context,
+                         cuda::Context::Create(options.device));
+  WALSH_ASSIGN_OR_RETURN(cuda::DeviceWeights weights, cuda::LoadWeights(*context, *reader));
+  WALSH_RETURN_IF_ERROR(context->ReleaseUnusedMemory());  // what was stored, once it is laid out
+  return std::make_shared<CudaModel>(std::move(context), reader->config(), reader->info(),
+                                     std::move(text), std::move(weights), options.use_graphs);
+}
+
+}  // namespace walsh::engine

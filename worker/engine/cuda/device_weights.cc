@@ -1,0 +1,347 @@
+#include "worker/engine/cuda/device_weights.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "common/status_macros.h"
+#include "worker/io/checkpoint.h"
+#include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/paged_attention.h"
+#include "worker/kernels/cuda/pinned_pool.h"
+#include "worker/kernels/cuda/read_ahead.h"
+#include "worker/kernels/cuda/row_stream.h"
+#include "worker/kernels/cuda/transfer.h"
+#include "worker/kernels/thread_pool.h"
+#include "worker/model/decoder_layer.h"
+
+namespace walsh::engine::cuda {
+namespace {
+
+namespace ops = kernels::cuda;
+using ops::ServingRows;
+
+// Positions of kLayerLinears that share an input, and where the product goes.
+struct LinearSet {
+  Product LayerWeights::*product;
+  size_t first, last;
+};
+constexpr std::array<LinearSet, 4> kSets = {{
+    {&LayerWeights::qkv, 0, 2},
+    {&LayerWeights::o, 3, 3},
+    {&LayerWeights::gate_up, 4, 5},
+    {&LayerWeights::down, 6, 6},
+}};
+constexpr size_t kGate = 4;
+constexpr size_t kLinears = kLayerLinears.size();
+
+bool HaveOneForm(const GptqShape& a, const GptqShape& b) {
+  return a.bits == b.bits && a.group_size == b.group_size;
+}
+
+template <typename T>
+std::span<T> SpanAt(std::span<std::byte> memory, int64_t offset, int64_t n) {
+  return {reinterpret_cast<T*>(memory.data() + offset), static_cast<size_t>(n)};
+}
+
+struct NormTensor {
+  const char* suffix;
+  DeviceBuffer<float> LayerWeights::*buffer;
+};
+
+class Loader {
+ public:
+  Loader(Context* context, const ArtifactReader& artifact)
+      : context_(*context),
+        artifact_(artifact),
+        config_(artifact.config()),
+        readers_(std::min(ops::kReaders, ThreadPool::HardwareThreads())) {
+    norms_ = {{"input_layernorm.weight", &LayerWeights::input_norm},
+              {"post_attention_layernorm.weight", &LayerWeights::post_attention_norm}};
+    if (config_.has_qk_norm) {
+      norms_.push_back({"self_attn.q_norm.weight", &LayerWeights::q_norm});
+      norms_.push_back({"self_attn.k_norm.weight", &LayerWeights::k_norm});
+    }
+  }
+
+  absl::StatusOr<DeviceWeights> Load() {
+    DeviceWeights weights;
+    WALSH_RETURN_IF_ERROR(LoadLayers(weights));
+    WALSH_ASSIGN_OR_RETURN(weights.embedding, LoadTable(std::string(kEmbeddingTensor)));
+    WALSH_RETURN_IF_ERROR(LoadHead(weights));
+    WALSH_ASSIGN_OR_RETURN(weights.final_norm, LoadNorm(std::string(kFinalNormTensor)));
+    WALSH_ASSIGN_OR_RETURN(weights.inverse_frequencies,
+                           ops::Upload<float>(context_, RopeInverseFrequencies(config_)));
+    WALSH_ASSIGN_OR_RETURN(weights.sliding_inverse_frequencies,
+                           ops::Upload<float>(context_, SlidingRopeInverseFrequencies(config_)));
+    WALSH_RETURN_IF_ERROR(context_.Synchronize());
+    return weights;
+  }
+
+ private:
+  // Where the stored tensors of a layer lie behind each other, in bytes.
+  struct PlacedLinear {
+    std::string name;
+    GptqShape shape;
+    int64_t qweight = 0, qzeros = 0, scales = 0;
+    int64_t bias = -1;  // −1: none
+    int64_t weight_words() const { return shape.weight_words() * shape.rows; }
+    int64_t zero_words() const { return shape.groups() * shape.zero_words(); }
+    int64_t n_scales() const { return shape.groups() * shape.rows; }
+  };
+  struct PlacedLayer {
+    std::array<PlacedLinear, kLinears> linears;  // in kLayerLinears' order
+    std::vector<int64_t> norms;                  // in norms_' order
+    int64_t n_bytes = 0;
+  };
+
+  // Elements of a norm of norms_: those of heads, or of the residual stream.
+  int64_t NormSize(const NormTensor& norm) const {
+    const bool is_of_heads =
+        norm.buffer == &LayerWeights::q_norm || norm.buffer == &LayerWeights::k_norm;
+    return is_of_heads ? config_.head_dim : config_.hidden;
+  }
+
+  absl::StatusOr<PlacedLayer> PlaceLayer(int64_t index) const {
+    PlacedLayer layer;
+    const auto place = [&layer](int64_t n_bytes) {
+      return std::exchange(layer.n_bytes, layer.n_bytes + ops::TensorRoom(n_bytes));
+    };
+    constexpr auto kHalf = static_cast<int64_t>(sizeof(uint16_t));
+    constexpr auto kWord = static_cast<int64_t>(sizeof(uint32_t));
+    for (size_t i = 0; i < kLinears; ++i) {
+      PlacedLinear& linear = layer.linears[i];
+      linear.name = LayerTensor(index, kLayerLinears[i].name);
+      WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
+      linear.qweight = place(linear.weight_words() * kWord);
+      linear.qzeros = place(linear.zero_words() * kWord);
+      linear.scales = place(linear.n_scales() * kHalf);
+      if (config_.has_bias(kLayerLinears[i].name)) linear.bias = place(linear.shape.rows * kHalf);
+    }
+    for (const NormTensor& norm : norms_) layer.norms.push_back(place(NormSize(norm) * kHalf));
+    return layer;
+  }
+
+  absl::StatusOr<int64_t> FillLayer(int64_t index, std::span<std::byte> host) {
+    WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(index));
+    std::array<absl::Status, kLinears> statuses;
+    readers_.ParallelFor(static_cast<int64_t>(kLinears), [&](int64_t i) {
+      const auto at = static_cast<size_t>(i);
+      statuses[at] = ReadLinear(layer.linears[at], host);
+    });
+    for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
+    for (size_t i = 0; i < norms_.size(); ++i) {
+      WALSH_RETURN_IF_ERROR(
+          artifact_.ReadBf16(LayerTensor(index, norms_[i].suffix), 0, 1,
+                             SpanAt<uint16_t>(host, layer.norms[i], NormSize(norms_[i]))));
+    }
+    return layer.n_bytes;
+  }
+
+  absl::Status ReadLinear(const PlacedLinear& linear, std::span<std::byte> host) const {
+    WALSH_RETURN_IF_ERROR(artifact_.ReadPacked(
+        linear.name, {SpanAt<uint32_t>(host, linear.qweight, linear.weight_words()),
+                      SpanAt<uint32_t>(host, linear.qzeros, linear.zero_words()),
+                      SpanAt<uint16_t>(host, linear.scales, linear.n_scales())}));
+    if (linear.bias < 0) return absl::OkStatus();
+    return artifact_.ReadBf16(linear.name + ".bias", 0, 1,
+                              SpanAt<uint16_t>(host, linear.bias, linear.shape.rows));
+  }
+
+  absl::Status LoadLayers(DeviceWeights& weights) {
+    int64_t largest = 0;
+    for (int64_t l = 0; l < config_.n_layers; ++l) {
+      WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(l));
+      largest = std::max(largest, layer.n_bytes);
+    }
+    WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ops::ReadAhead> layers,
+                           ops::ReadAhead::Create(&context_, &pinned_, config_.n_layers, largest,
+                                                  [this](int64_t index, std::span<std::byte> host) {
+                                                    return FillLayer(index, host);
+                                                  }));
+    for (int64_t l = 0; l < config_.n_layers; ++l) {
+      WALSH_ASSIGN_OR_RETURN(const std::byte* stored, layers->Take(l));
+      WALSH_ASSIGN_OR_RETURN(const PlacedLayer placed, PlaceLayer(l));
+      LayerWeights layer;
+      for (const LinearSet& set : kSets) {
+        WALSH_ASSIGN_OR_RETURN(layer.*set.product, MakeProduct(placed, set, stored));
+      }
+      for (size_t i = 0; i < norms_.size(); ++i) {
+        WALSH_ASSIGN_OR_RETURN(
+            layer.*norms_[i].buffer,
+            Floats(reinterpret_cast<const bf16*>(stored + placed.norms[i]), NormSize(norms_[i])));
+      }
+      weights.layers.push_back(std::move(layer));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Product> MakeProduct(const PlacedLayer& placed, const LinearSet& set,
+                                      const std::byte* stored) {
+    Product product;
+    product.cols = placed.linears[set.first].shape.cols;
+    for (size_t first = set.first; first <= set.last;) {
+      // As many as have one form lie in one matrix.
+      std::vector<ops::StoredLinear> linears;
+      const GptqShape& shape = placed.linears[first].shape;
+      size_t next = first;
+      for (; next <= set.last && HaveOneForm(placed.linears[next].shape, shape); ++next) {
+        const PlacedLinear& linear = placed.linears[next];
+        linears.push_back({.rows = linear.shape.rows,
+                           .qweight = reinterpret_cast<const uint32_t*>(stored + linear.qweight),
+                           .qzeros = reinterpret_cast<const uint32_t*>(stored + linear.qzeros),
+                           .scales = reinterpret_cast<const __half*>(stored + linear.scales)});
+      }
+      const bool is_pair = set.first == kGate && linears.size() == 2;
+      Product::Part part{.first_row = product.rows};
+      WALSH_ASSIGN_OR_RETURN(
+          part.weights, ServingMatrix::Build(
+                            {.linears = linears,
+                             .cols = shape.cols,
+                             .bits = shape.bits,
+                             .group_size = shape.group_size,
+                             .order = is_pair ? ServingRows::kInterleaved : ServingRows::kStacked},
+                            context_.stream()));
+      product.rows += part.weights.shape().rows;
+      product.parts.push_back(std::move(part));
+      first = next;
+    }
+    if (placed.linears[set.first].bias < 0) return product;
+    WALSH_ASSIGN_OR_RETURN(product.bias,
+                           DeviceBuffer<float>::Allocate(product.rows, context_.stream()));
+    int64_t row = 0;
+    for (size_t i = set.first; i <= set.last; ++i) {
+      const PlacedLinear& linear = placed.linears[i];
+      WALSH_RETURN_IF_ERROR((ops::Convert<bf16, float>(
+          context_, linear.shape.rows, reinterpret_cast<const bf16*>(stored + linear.bias),
+          product.bias.data() + row)));
+      row += linear.shape.rows;
+    }
+    return product;
+  }
+
+  absl::StatusOr<DeviceBuffer<float>> Floats(const bf16* stored, int64_t n) {
+    WALSH_ASSIGN_OR_RETURN(auto values, DeviceBuffer<float>::Allocate(n, context_.stream()));
+    WALSH_RETURN_IF_ERROR((ops::Convert<bf16, float>(context_, n, stored, values.data())));
+    return values;
+  }
+
+  absl::StatusOr<DeviceBuffer<float>> LoadNorm(const std::string& name) {
+    std::vector<uint16_t> norm(static_cast<size_t>(config_.hidden));
+    WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(name, 0, 1, norm));
+    WALSH_ASSIGN_OR_RETURN(const auto stored, ops::Upload<bf16>(context_, norm));
+    return Floats(stored.data(), stored.size());
+  }
+
+  // [vocab, hidden] as it is stored.
+  absl::StatusOr<DeviceBuffer<bf16>> LoadTable(const std::string& name) {
+    const int64_t width = config_.hidden;
+    const int64_t row_bytes = width * static_cast<int64_t>(sizeof(bf16));
+    WALSH_ASSIGN_OR_RETURN(auto table,
+                           DeviceBuffer<bf16>::Allocate(config_.vocab * width, context_.stream()));
+    WALSH_RETURN_IF_ERROR(ops::StreamRows(
+        context_, pinned_, readers_,
+        {.rows = config_.vocab,
+         .row_bytes = row_bytes,
+         .read =
+             [&](int64_t first, int64_t n, std::byte* to) {
+               return artifact_.ReadBf16(
+                   name, first, n,
+                   {reinterpret_cast<uint16_t*>(to), static_cast<size_t>(n * width)});
+             },
+         .consume = [&](const std::byte* stored, int64_t first, int64_t n) -> absl::Status {
+           WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(table.data() + first * width, stored,
+                                                      static_cast<size_t>(n * row_bytes),
+                                                      cudaMemcpyDeviceToDevice, context_.stream()));
+           return absl::OkStatus();
+         }}));
+    return table;
+  }
+
+  absl::Status LoadHead(DeviceWeights& weights) {
+    const std::string name(kLmHeadTensor);
+    WALSH_ASSIGN_OR_RETURN(const auto table, LoadTable(name));
+    constexpr int64_t kNoneBad = std::numeric_limits<int64_t>::max();
+    WALSH_ASSIGN_OR_RETURN(auto first_bad,
+                           ops::Upload<int64_t>(context_, std::vector<int64_t>{kNoneBad}));
+    WALSH_ASSIGN_OR_RETURN(weights.head, ServingMatrix::Quantize({.rows = config_.vocab,
+                                                                  .cols = config_.hidden,
+                                                                  .weights = table.data(),
+                                                                  .first_bad = first_bad.data()},
+                                                                 context_.stream()));
+    WALSH_ASSIGN_OR_RETURN(const std::vector<int64_t> bad,
+                           ops::Download<int64_t>(context_, first_bad.data(), 1));
+    if (bad[0] == kNoneBad) return absl::OkStatus();
+    return absl::DataLossError(
+        absl::StrCat("tensor '", name, "': value ", bad[0], " is not finite"));
+  }
+
+  Context& context_;
+  const ArtifactReader& artifact_;
+  const ModelConfig& config_;
+  std::vector<NormTensor> norms_;
+  ops::PinnedPool pinned_;
+  ThreadPool readers_;
+};
+
+absl::Status NotServed(const std::string& what) {
+  return absl::UnimplementedError(absl::StrCat("no CUDA kernels for ", what));
+}
+
+}  // namespace
+
+int64_t Product::size_bytes() const {
+  int64_t bytes = 0;
+  for (const Part& part : parts) bytes += part.weights.size_bytes();
+  return bytes;
+}
+
+int64_t DeviceWeights::packed_bytes() const {
+  int64_t bytes = head.size_bytes();
+  for (const LayerWeights& layer : layers) {
+    for (const LinearSet& set : kSets) bytes += (layer.*set.product).size_bytes();
+  }
+  return bytes;
+}
+
+int64_t DeviceWeights::size_bytes() const { return packed_bytes() + embedding.size_bytes(); }
+
+absl::Status CheckServable(const ArtifactReader& artifact) {
+  const ModelConfig& config = artifact.config();
+  if (!artifact.online().empty()) {
+    return NotServed("rotations and rounding at run time (R3, R4, activations, KV cache)");
+  }
+  if (config.has_output_norms) return NotServed("norms of what attention and MLP put out");
+  if (config.norm_offset != 0) return NotServed("norms that multiply by 1 + γ");
+  if (config.activation != MlpActivation::kSilu) return NotServed("an MLP with GELU");
+  if (!ops::IsPagedHeadDim(config.head_dim)) {
+    return NotServed(absl::StrCat("heads of ", config.head_dim));
+  }
+  for (int64_t l = 0; l < config.n_layers; ++l) {
+    for (const LayerLinear& linear : kLayerLinears) {
+      const std::string name = LayerTensor(l, linear.name);
+      if (!artifact.IsQuantized(name)) return NotServed(absl::StrCat("'", name, "' unquantized"));
+      WALSH_ASSIGN_OR_RETURN(const GptqShape shape, artifact.ShapeOf(name));
+      const absl::Status status = ops::ValidateServingShape({.rows = shape.rows,
+                                                             .cols = shape.cols,
+                                                             .bits = shape.bits,
+                                                             .group_size = shape.group_size});
+      if (!status.ok()) return NotServed(absl::StrCat("'", name, "': ", status.message()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<DeviceWeights> LoadWeights(Context& context, const ArtifactReader& artifact) {
+  WALSH_RETURN_IF_ERROR(CheckServable(artifact));
+  return Loader(&context, artifact).Load();
+}
+
+}  // namespace walsh::engine::cuda

@@ -1,0 +1,70 @@
+// A model's weights on the device, in the layout that its products read.
+//
+// Linears with one input are one product: q, k and v; gate and up. Where their widths or groups
+// differ, a product has several parts.
+//
+// Errors:  those of worker/io/artifact.h; UNIMPLEMENTED names what no kernel takes;
+//          RESOURCE_EXHAUSTED
+// Memory:  beside the weights, two layers as they are stored while they are loaded
+// Threads: loaded by one thread, then read by any
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/io/artifact.h"
+#include "worker/kernels/cuda/context.h"
+#include "worker/kernels/cuda/device_buffer.h"
+#include "worker/kernels/cuda/forward.h"
+#include "worker/kernels/cuda/serving_layout.h"
+
+namespace walsh::engine::cuda {
+
+using kernels::cuda::bf16;
+using kernels::cuda::Context;
+using kernels::cuda::DeviceBuffer;
+using kernels::cuda::ServingMatrix;
+
+struct Product {
+  struct Part {
+    ServingMatrix weights;
+    int64_t first_row = 0;  // of the product's outputs
+  };
+  std::vector<Part> parts;
+  DeviceBuffer<float> bias;  // [rows] or empty
+  int64_t rows = 0;          // outputs of all parts
+  int64_t cols = 0;
+
+  // Of a part's outputs, or null.
+  const float* BiasOf(const Part& part) const {
+    return bias.size() == 0 ? nullptr : bias.data() + part.first_row;
+  }
+  int64_t size_bytes() const;
+};
+
+struct LayerWeights {
+  DeviceBuffer<float> input_norm, post_attention_norm;  // [hidden]
+  DeviceBuffer<float> q_norm, k_norm;                   // [head_dim] or empty
+  Product qkv, o, gate_up, down;
+};
+
+struct DeviceWeights {
+  DeviceBuffer<bf16> embedding;  // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  DeviceBuffer<float> final_norm;  // [hidden]
+  ServingMatrix head;              // [vocab, hidden] at 8 bits
+  DeviceBuffer<float> inverse_frequencies, sliding_inverse_frequencies;  // [head_dim / 2]
+
+  // Everything that a step for one sequence reads but for norms, biases and a row of the embedding.
+  int64_t packed_bytes() const;
+  int64_t size_bytes() const;
+};
+
+// Whether the kernels serve it: UNIMPLEMENTED names the first thing that they do not.
+absl::Status CheckServable(const ArtifactReader& artifact);
+// Returns when all is there.
+absl::StatusOr<DeviceWeights> LoadWeights(Context& context, const ArtifactReader& artifact);
+
+}  // namespace walsh::engine::cuda

@@ -1,0 +1,310 @@
+#include "worker/engine/cuda/forward_pass.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/low_bit_matmul.h"
+#include "worker/kernels/cuda/qkv_to_cache.h"
+#include "worker/kernels/cuda/token_rows.h"
+
+namespace walsh::engine::cuda {
+namespace {
+
+namespace ops = kernels::cuda;
+using ops::LowBitOutput;
+
+int64_t QkvRows(const ModelConfig& config) { return config.q_width() + 2 * config.kv_width(); }
+
+ops::KvPoolShape PoolShape(const ModelConfig& config, int64_t n_blocks) {
+  return {.n_blocks = n_blocks, .n_kv_heads = config.n_kv_heads, .head_dim = config.head_dim};
+}
+
+// Calls multiply(first, n) for pieces of rows that LowBitMatmul takes at once.
+template <typename Multiply>
+absl::Status InChunks(int64_t n_rows, const Multiply& multiply) {
+  for (int64_t first = 0; first < n_rows; first += ops::kLowBitTokensMax) {
+    WALSH_RETURN_IF_ERROR(multiply(first, std::min(ops::kLowBitTokensMax, n_rows - first)));
+  }
+  return absl::OkStatus();
+}
+
+template <typename T>
+absl::Status AllocateZeros(DeviceBuffer<T>& buffer, int64_t n, cudaStream_t stream) {
+  WALSH_ASSIGN_OR_RETURN(buffer, DeviceBuffer<T>::Allocate(n, stream));
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(buffer.size_bytes()), stream));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<ForwardPass> ForwardPass::Create(Context* context, const ModelConfig* config,
+                                                const DeviceWeights* weights,
+                                                const Limits& limits) {
+  ForwardPass pass(context, config, weights, limits);
+  WALSH_RETURN_IF_ERROR(pass.Allocate());
+  return pass;
+}
+
+absl::Status ForwardPass::Allocate() {
+  const cudaStream_t stream = context_->stream();
+  const ModelConfig& c = *config_;
+  const ops::KvPoolShape pool = PoolShape(c, limits_.n_blocks);
+  const int64_t n = limits_.n_rows;
+  WALSH_ASSIGN_OR_RETURN(pool_, DeviceBuffer<bf16>::Allocate(c.n_layers * pool.size(), stream));
+  // Zeros, as rows of no sequence are computed with what lies there.
+  WALSH_RETURN_IF_ERROR(AllocateZeros(hidden_, n * c.hidden, stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(qkv_, n * QkvRows(c), stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(normed_, n * c.hidden, stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(q_, n * c.q_width(), stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(attended_, n * c.q_width(), stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(activation_, n * c.intermediate, stream));
+  const bool is_pair_apart =
+      std::any_of(weights_->layers.begin(), weights_->layers.end(),
+                  [](const LayerWeights& layer) { return layer.gate_up.parts.size() > 1; });
+  if (n > kChunkedRowsMax || is_pair_apart) {
+    WALSH_RETURN_IF_ERROR(AllocateZeros(gate_, n * c.intermediate, stream));
+    WALSH_RETURN_IF_ERROR(AllocateZeros(up_, n * c.intermediate, stream));
+  }
+  if (n > kChunkedRowsMax) {
+    int64_t largest = 0;
+    for (const LayerWeights& layer : weights_->layers) {
+      for (const Product* product : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
+        largest = std::max(largest, product->rows * product->cols);
+      }
+    }
+    WALSH_ASSIGN_OR_RETURN(exact_weights_, DeviceBuffer<float>::Allocate(largest, stream));
+    WALSH_ASSIGN_OR_RETURN(rounded_weights_, DeviceBuffer<bf16>::Allocate(largest, stream));
+  }
+
+  constexpr int64_t kLogitsAlignment = 4;  // of ArgMax
+  logits_stride_ = (c.vocab + kLogitsAlignment - 1) / kLogitsAlignment * kLogitsAlignment;
+  WALSH_RETURN_IF_ERROR(AllocateZeros(logits_, limits_.n_logits * logits_stride_, stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(best_, limits_.n_logits, stream));
+  WALSH_RETURN_IF_ERROR(AllocateZeros(arg_max_workspace_, 2 * limits_.n_logits, stream));
+
+  // No more than the pool has tokens for, but for a piece at each end of a sequence, or than the
+  // sequences' contexts are long.
+  const int64_t n_tokens =
+      std::min(limits_.n_blocks * ops::kPoolBlockTokens, limits_.n_sequences * limits_.n_context);
+  n_pieces_max_ = n_tokens / ops::kDecodePieceTokens + 2 * limits_.n_sequences;
+  WALSH_ASSIGN_OR_RETURN(partials_,
+                         DeviceBuffer<float>::Allocate(
+                             ops::PagedDecodePartials(n_pieces_max_, c.n_heads, pool), stream));
+  return AllocateZeros(counters_, ops::PagedDecodeCounters(limits_.n_sequences, c.n_heads, pool),
+                       stream);
+}
+
+ops::KvPoolLayer ForwardPass::PoolOf(int64_t layer) {
+  const ops::KvPoolShape shape = PoolShape(*config_, limits_.n_blocks);
+  return {.data = pool_.data() + layer * shape.size(), .shape = shape};
+}
+
+absl::Status ForwardPass::Layers(const Rows& rows) {
+  WALSH_RETURN_IF_ERROR(ops::EmbedRows({.n_rows = rows.n,
+                                        .dim = config_->hidden,
+                                        .vocab = config_->vocab,
+                                        .ids = rows.tokens,
+                                        .table = weights_->embedding.data(),
+                                        .scale = static_cast<float>(config_->embedding_scale),
+                                        .hidden = hidden_.data(),
+                                        .stream = context_->stream()}));
+  for (int64_t l = 0; l < config_->n_layers; ++l) WALSH_RETURN_IF_ERROR(Layer(l, rows));
+  return absl::OkStatus();
+}
+
+absl::Status ForwardPass::Layer(int64_t index, const Rows& rows) {
+  const LayerWeights& layer = weights_->layers[static_cast<size_t>(index)];
+  WALSH_RETURN_IF_ERROR(Norm(layer.input_norm, hidden_.data(), rows.n, normed_.data()));
+  WALSH_RETURN_IF_ERROR(Project(layer.qkv, normed_.data(), rows.n, qkv_.data()));
+  WALSH_RETURN_IF_ERROR(Attend(index, rows));
+  WALSH_RETURN_IF_ERROR(AddTo(layer.o, attended_.data(), rows.n, hidden_.data()));
+  WALSH_RETURN_IF_ERROR(Norm(layer.post_attention_norm, hidden_.data(), rows.n, normed_.data()));
+  WALSH_RETURN_IF_ERROR(GateUp(layer.gate_up, normed_.data(), rows.n, activation_.data()));
+  return AddTo(layer.down, activation_.data(), rows.n, hidden_.data());
+}
+
+absl::Status ForwardPass::Attend(int64_t index, const Rows& rows) {
+  const LayerWeights& layer = weights_->layers[static_cast<size_t>(index)];
+  const ModelConfig& c = *config_;
+  const DeviceBuffer<float>& frequencies =
+      c.is_sliding(index) ? weights_->sliding_inverse_frequencies : weights_->inverse_frequencies;
+  const auto or_null = [](const DeviceBuffer<float>& values) {
+    return values.size() == 0 ? nullptr : values.data();
+  };
+  WALSH_RETURN_IF_ERROR(ops::QkvToCache({.batch = rows.kv,
+                                         .pool = PoolOf(index),
+                                         .n_heads = c.n_heads,
+                                         .qkv_float = qkv_.data(),
+                                         .bias = or_null(layer.qkv.bias),
+                                         .q_norm = or_null(layer.q_norm),
+                                         .k_norm = or_null(layer.k_norm),
+                                         .eps = static_cast<float>(c.rms_norm_eps),
+                                         .inverse_frequencies = frequencies.data(),
+                                         .q = q_.data(),
+                                         .overlap_previous = true,
+                                         .stream = context_->stream()}));
+  const ops::PagedAttentionParams params{.batch = rows.kv,
+                                         .pool = PoolOf(index),
+                                         .n_heads = c.n_heads,
+                                         .window = c.window(index),
+                                         .scale = static_cast<float>(c.attention_scale()),
+                                         .q = q_.data(),
+                                         .y = attended_.data(),
+                                         .overlap_previous = true,
+                                         .stream = context_->stream()};
+  if (!rows.is_decode) return ops::PagedPrefillAttention(params);
+  return ops::PagedDecodeAttention(
+      params,
+      {.n_pieces_max = n_pieces_max_, .partials = partials_.data(), .counters = counters_.data()});
+}
+
+absl::Status ForwardPass::Norm(const DeviceBuffer<float>& weight, const float* x, int64_t n_rows,
+                               bf16* y) {
+  return ops::RmsNorm<bf16>(*context_, n_rows, config_->hidden, x, weight.data(),
+                            static_cast<float>(config_->rms_norm_eps), y);
+}
+
+absl::Status ForwardPass::Project(const Product& product, const bf16* x, int64_t n_rows, float* y) {
+  if (n_rows > kChunkedRowsMax) {
+    WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
+    return ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
+                                                       .in = product.cols,
+                                                       .out = product.rows,
+                                                       .x = x,
+                                                       .weights = weights,
+                                                       .y = y});
+  }
+  return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
+    for (const Product::Part& part : product.parts) {
+      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul({.n_tokens = n,
+                                               .weights = &part.weights,
+                                               .x = x + first * product.cols,
+                                               .y_float = y + first * product.rows + part.first_row,
+                                               .y_stride = product.rows,
+                                               .overlap_previous = true,
+                                               .stream = context_->stream()}));
+    }
+    return absl::OkStatus();
+  });
+}
+
+absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n_rows,
+                                float* hidden) {
+  if (n_rows > kChunkedRowsMax) {
+    WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
+    WALSH_RETURN_IF_ERROR(ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
+                                                                      .in = product.cols,
+                                                                      .out = product.rows,
+                                                                      .x = x,
+                                                                      .weights = weights,
+                                                                      .y = hidden,
+                                                                      .accumulate = true}));
+    if (product.bias.size() == 0) return absl::OkStatus();
+    return ops::AddBias<float>(*context_, n_rows, product.rows, product.bias.data(), hidden);
+  }
+  return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
+    for (const Product::Part& part : product.parts) {
+      WALSH_RETURN_IF_ERROR(
+          ops::LowBitMatmul({.n_tokens = n,
+                             .weights = &part.weights,
+                             .x = x + first * product.cols,
+                             .bias = product.BiasOf(part),
+                             .output = LowBitOutput::kAdd,
+                             .y_float = hidden + first * product.rows + part.first_row,
+                             .y_stride = product.rows,
+                             .overlap_previous = true,
+                             .stream = context_->stream()}));
+    }
+    return absl::OkStatus();
+  });
+}
+
+absl::Status ForwardPass::GateUp(const Product& product, const bf16* x, int64_t n_rows, bf16* y) {
+  if (n_rows > kChunkedRowsMax || product.parts.size() > 1) {
+    return GateUpInTwo(product, x, n_rows, y);
+  }
+  const Product::Part& part = product.parts.front();
+  return InChunks(n_rows, [&](int64_t first, int64_t n) {
+    return ops::LowBitMatmul({.n_tokens = n,
+                              .weights = &part.weights,
+                              .x = x + first * product.cols,
+                              .bias = product.BiasOf(part),
+                              .output = LowBitOutput::kSiluMul,
+                              .y_bf16 = y + first * (product.rows / 2),
+                              .overlap_previous = true,
+                              .stream = context_->stream()});
+  });
+}
+
+absl::Status ForwardPass::GateUpInTwo(const Product& product, const bf16* x, int64_t n_rows,
+                                      bf16* y) {
+  const int64_t width = product.rows / 2;
+  const std::array<bf16*, 2> to = {gate_.data(), up_.data()};
+  if (n_rows > kChunkedRowsMax) {
+    WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
+    for (int64_t i = 0; i < 2; ++i) {
+      WALSH_RETURN_IF_ERROR(
+          ops::Gemm(*context_, ops::GemmParams<bf16>{.n_tokens = n_rows,
+                                                     .in = product.cols,
+                                                     .out = width,
+                                                     .x = x,
+                                                     .weights = weights + i * width * product.cols,
+                                                     .y = to[static_cast<size_t>(i)]}));
+      if (product.bias.size() == 0) continue;
+      WALSH_RETURN_IF_ERROR(ops::AddBias<bf16>(
+          *context_, n_rows, width, product.bias.data() + i * width, to[static_cast<size_t>(i)]));
+    }
+  } else {
+    const absl::Status status = InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
+      for (size_t i = 0; i < 2; ++i) {
+        const Product::Part& part = product.parts[i];
+        WALSH_RETURN_IF_ERROR(ops::LowBitMatmul({.n_tokens = n,
+                                                 .weights = &part.weights,
+                                                 .x = x + first * product.cols,
+                                                 .bias = product.BiasOf(part),
+                                                 .y_bf16 = to[i] + first * width,
+                                                 .overlap_previous = true,
+                                                 .stream = context_->stream()}));
+      }
+      return absl::OkStatus();
+    });
+    WALSH_RETURN_IF_ERROR(status);
+  }
+  return ops::SiluMultiply<bf16>(*context_, n_rows * width, gate_.data(), up_.data(), y);
+}
+
+absl::StatusOr<const bf16*> ForwardPass::Dequantized(const Product& product) {
+  for (const Product::Part& part : product.parts) {
+    WALSH_RETURN_IF_ERROR(part.weights.Unpack(
+        nullptr, exact_weights_.data() + part.first_row * product.cols, context_->stream()));
+  }
+  WALSH_RETURN_IF_ERROR((ops::Convert<float, bf16>(
+      *context_, product.rows * product.cols, exact_weights_.data(), rounded_weights_.data())));
+  return rounded_weights_.data();
+}
+
+absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first) {
+  WALSH_RETURN_IF_ERROR(Norm(weights_->final_norm, hidden, n, normed_.data()));
+  WALSH_RETURN_IF_ERROR(InChunks(n, [&](int64_t row, int64_t n_chunk) {
+    return ops::LowBitMatmul({.n_tokens = n_chunk,
+                              .weights = &weights_->head,
+                              .x = normed_.data() + row * config_->hidden,
+                              .y_float = logits_.data() + (first + row) * logits_stride_,
+                              .y_stride = logits_stride_,
+                              .overlap_previous = true,
+                              .stream = context_->stream()});
+  }));
+  return ops::ArgMax({.n_rows = n,
+                      .vocab = config_->vocab,
+                      .logits = logits_.data() + first * logits_stride_,
+                      .stride = logits_stride_,
+                      .ids = best_.data() + first,
+                      .workspace = arg_max_workspace_.data() + 2 * first,
+                      .stream = context_->stream()});
+}
+
+}  // namespace walsh::engine::cuda

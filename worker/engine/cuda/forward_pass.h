@@ -1,0 +1,102 @@
+// A model's forward pass on the device, for rows of several sequences at once.
+//
+//   h = embedding of the rows' tokens
+//   each layer:  q, k, v = norm(h) · W;  rotary embedding; k, v to the pool;  h += attention · W
+//                h += (SiLU(norm(h) · W) ⊙ (norm(h) · W)) · W
+//   logits = norm(h) · head, of the rows that are asked for
+//
+// Up to kChunkedRowsMax rows the quantized weights are multiplied as they are (low_bit_matmul.h),
+// and a row's result has the same bits whatever the others are. More rows are multiplied by cuBLAS
+// with weights that are dequantized to bf16 for them: there are enough to pay for it.
+//
+// Shapes:  hidden [n_rows, hidden] in fp32; activations in bf16
+// Errors:  INVALID_ARGUMENT for what a kernel does not take; RESOURCE_EXHAUSTED; the device's
+// Memory:  allocated by Create
+// Threads: used by one thread; asynchronous on the context's stream
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/engine/cuda/device_weights.h"
+#include "worker/io/model_config.h"
+#include "worker/kernels/cuda/paged_attention.h"
+#include "worker/kernels/cuda/paged_kv.h"
+
+namespace walsh::engine::cuda {
+
+class ForwardPass {
+ public:
+  struct Limits {
+    int64_t n_rows = 0;       // of a pass
+    int64_t n_sequences = 0;  // that decode at once
+    int64_t n_logits = 0;     // rows of logits at once
+    int64_t n_blocks = 0;     // of the KV pool
+    int64_t n_context = 0;    // tokens of a sequence
+  };
+  // All outlive the pass.
+  static absl::StatusOr<ForwardPass> Create(Context* context, const ModelConfig* config,
+                                            const DeviceWeights* weights, const Limits& limits);
+
+  struct Rows {
+    int64_t n = 0;
+    const int32_t* tokens = nullptr;  // [n] on the device
+    kernels::cuda::KvBatch kv;        // all n rows
+    bool is_decode = false;           // a row for each sequence
+  };
+  absl::Status Layers(const Rows& rows);
+  // Logits of rows of `hidden` [n, hidden] and the positions of their largest; rows and places are
+  // those of logits() and best() from `first` on.
+  absl::Status Head(const float* hidden, int64_t n, int64_t first);
+
+  // What Layers left.
+  const float* hidden() const { return hidden_.data(); }
+  const float* logits(int64_t row) const { return logits_.data() + row * logits_stride_; }
+  const int32_t* best() const { return best_.data(); }
+  int64_t kv_bytes() const { return pool_.size_bytes(); }
+
+  static constexpr int64_t kChunkedRowsMax = 192;
+
+ private:
+  ForwardPass(Context* context, const ModelConfig* config, const DeviceWeights* weights,
+              const Limits& limits)
+      : context_(context), config_(config), weights_(weights), limits_(limits) {}
+  absl::Status Allocate();
+  kernels::cuda::KvPoolLayer PoolOf(int64_t layer);
+
+  absl::Status Layer(int64_t index, const Rows& rows);
+  absl::Status Attend(int64_t index, const Rows& rows);
+  absl::Status Norm(const DeviceBuffer<float>& weight, const float* x, int64_t n_rows, bf16* y);
+  // y = x · Wᵀ without bias.
+  absl::Status Project(const Product& product, const bf16* x, int64_t n_rows, float* y);
+  // hidden += x · Wᵀ + bias
+  absl::Status AddTo(const Product& product, const bf16* x, int64_t n_rows, float* hidden);
+  // y = SiLU(x · gateᵀ) ⊙ (x · upᵀ)
+  absl::Status GateUp(const Product& product, const bf16* x, int64_t n_rows, bf16* y);
+  absl::Status GateUpInTwo(const Product& product, const bf16* x, int64_t n_rows, bf16* y);
+  // The product's weights in bf16, [rows, cols], valid until the next call.
+  absl::StatusOr<const bf16*> Dequantized(const Product& product);
+
+  Context* context_;
+  const ModelConfig* config_;
+  const DeviceWeights* weights_;
+  Limits limits_;
+
+  DeviceBuffer<bf16> pool_;  // [n_layers, …], a layer as paged_kv.h has it
+  DeviceBuffer<float> hidden_, qkv_;
+  DeviceBuffer<bf16> normed_, q_, attended_, gate_, up_, activation_;
+  // Of the largest product; empty where no pass has so many rows.
+  DeviceBuffer<float> exact_weights_;
+  DeviceBuffer<bf16> rounded_weights_;
+  DeviceBuffer<float> logits_;
+  int64_t logits_stride_ = 0;
+  DeviceBuffer<int32_t> best_;
+  DeviceBuffer<unsigned long long> arg_max_workspace_;
+  int64_t n_pieces_max_ = 0;
+  DeviceBuffer<float> partials_;
+  DeviceBuffer<int32_t> counters_;
+};
+
+}  // namespace walsh::engine::cuda

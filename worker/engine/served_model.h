@@ -1,0 +1,97 @@
+// A model that an engine serves, wherever its weights lie, and what runs its steps.
+//
+// The engine, the scheduler and the service know these two classes alone: worker/engine runs a
+// model on the CPU (loaded_model.h), worker/engine/cuda on a CUDA device.
+//
+// Threads: const methods of a model are safe from several threads; a runner is used by one, that of
+//          its engine.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "worker/engine/block_manager.h"
+#include "worker/io/artifact.h"
+#include "worker/io/model_config.h"
+#include "worker/kernels/thread_pool.h"
+#include "worker/tokenizer/chat_template.h"
+#include "worker/tokenizer/tokenizer.h"
+
+namespace walsh::engine {
+
+// What a step makes of a sequence beside its keys and values.
+enum class Wanted {
+  kNothing,
+  kBest,    // the position of the largest logit of its last row
+  kLogits,  // these logits, too
+};
+
+// Rows of several sequences in one pass.
+struct StepBatch {
+  struct Sequence {
+    int64_t first_row = 0, n_rows = 0, n_past = 0;
+    std::span<const BlockId> blocks;  // of the runner's KV memory, for n_past + n_rows tokens
+    Wanted wanted = Wanted::kNothing;
+  };
+  std::vector<int32_t> tokens;  // [n_rows]; those of a sequence follow one another
+  std::vector<Sequence> sequences;
+  // Called while the pass goes on, unless empty: a sign of life, as one may take long.
+  std::function<void()> on_layer;
+};
+
+// Runs a model's steps. It owns the KV memory and all buffers of a step.
+class ModelRunner {
+ public:
+  virtual ~ModelRunner() = default;
+  // One step; keys and values of the batch's rows are in their blocks when it returns.
+  // INVALID_ARGUMENT for a batch that does not fit the model or its memory. Of a device that fails,
+  // what worker/kernels/device_failure.h calls broken.
+  virtual absl::Status Run(const StepBatch& batch) = 0;
+  // What the last Run made of `batch.sequences[index]`, until the next.
+  // Several threads may ask, each for another sequence.
+  // −1 where the largest logit is not finite or one is NaN.
+  virtual int32_t best(size_t index) const = 0;
+  virtual std::span<float> logits(size_t index) = 0;  // [vocab]; the caller may overwrite them
+  // What the block holds is lost; its memory may go back to the system.
+  virtual void Discard(BlockId block) = 0;
+  // Memory that the KV cache takes when all of it is in use.
+  virtual int64_t kv_cache_bytes() const = 0;
+};
+
+class ServedModel {
+ public:
+  virtual ~ServedModel() = default;
+  virtual const ModelConfig& config() const = 0;
+  virtual const ArtifactInfo& info() const = 0;
+  virtual const Tokenizer& tokenizer() const = 0;
+  virtual const ChatTemplate* chat_template()
+      const = 0;  // null: the model has none. Renders to UNIMPLEMENTED where the template cannot be
+                  // parsed.
+  // What ends a text: the configuration's EOS tokens and the tokenizer's.
+  std::vector<int32_t> EndTokens() const;
+  virtual int64_t memory_bytes() const = 0;
+  virtual int64_t packed_bytes_per_token() const = 0;  // weights read for one token at batch 1
+
+  struct RunnerLimits {
+    int64_t n_blocks = 0;        // of KV memory
+    int64_t n_rows = 0;          // of a batch, at most
+    int64_t n_sequences = 0;     // likewise
+    int64_t n_context = 0;       // tokens of a sequence, likewise
+    ThreadPool* pool = nullptr;  // outlives the runner, which may use it during its calls
+  };
+  // RESOURCE_EXHAUSTED when the memory is not there. The model outlives the runner.
+  virtual absl::StatusOr<std::unique_ptr<ModelRunner>> MakeRunner(
+      const RunnerLimits& limits) const = 0;
+  // KV memory of a token.
+  virtual int64_t kv_token_bytes() const = 0;
+  // What is free of the memory that a runner's KV cache would take, where that is not the host's.
+  virtual std::optional<int64_t> free_device_bytes() const { return std::nullopt; }
+};
+
+}  // namespace walsh::engine
