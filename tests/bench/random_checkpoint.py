@@ -22,6 +22,7 @@ import torch
 # hidden, intermediate, layers, heads, KV heads, head width, vocabulary; all as LlamaForCausalLM, without biases
 SHAPES = {
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152),
+    "Qwen2.5-0.5B": (896, 4864, 24, 14, 2, 64, 151936),
     "Qwen2.5-1.5B": (1536, 8960, 28, 12, 2, 128, 151936),
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 128, 32000),
     "Llama-3-8B": (4096, 14336, 32, 32, 8, 128, 128256),

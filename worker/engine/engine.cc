@@ -18,6 +18,7 @@
 #include "worker/engine/scheduler.h"
 #include "worker/engine/sequence.h"
 #include "worker/engine/served_model.h"
+#include "worker/kernels/device_failure.h"
 #include "worker/kernels/thread_pool.h"
 
 namespace walsh::engine {
@@ -42,6 +43,7 @@ class BatchingEngine final : public Engine {
         context_tokens_(context_tokens),
         pool_(std::move(pool)),
         metrics_(options.model_name),
+        on_device_broken_(options.on_device_broken),
         heartbeat_ns_(absl::ToInt64Nanoseconds(clock->Monotonic())),
         runner_(std::move(runner)),
         scheduler_(limits),
@@ -121,6 +123,7 @@ class BatchingEngine final : public Engine {
   const int64_t context_tokens_;
   const std::unique_ptr<ThreadPool> pool_;
   mutable EngineMetrics metrics_;
+  const std::function<absl::Status(const absl::Status& cause)> on_device_broken_;
   // Monotonic; outside mu_, since a step beats while it runs.
   std::atomic<int64_t> heartbeat_ns_ = 0;
 
@@ -367,6 +370,7 @@ absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
   batch.on_layer = [this] { Beat(); };
   metrics_.ObserveStep(static_cast<int64_t>(batch.tokens.size()));
   const absl::Status status = runner_->Run(batch);
+  if (IsDeviceBroken(status) && on_device_broken_) return on_device_broken_(status);
   if (status.ok() || absl::IsResourceExhausted(status)) return status;
   return absl::InternalError(absl::StrCat("a step of the model failed: ", status.message()));
 }

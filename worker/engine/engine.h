@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -104,6 +105,9 @@ struct Options {
   int64_t kv_cache_tokens = 0;     // over all sequences; 0: max_sequences × min(context, 2048)
   bool prefix_cache = true;        // beginnings that prompts share are computed once
   int n_threads = 0;               // 0: the machine's
+  // Called where a step broke its device (worker/kernels/device_failure.h), from the engine's
+  // thread; returns what its requests fail with. Empty: they fail with the device's own status.
+  std::function<absl::Status(const absl::Status& cause)> on_device_broken = {};
   // What may still be allocated, once the weights are loaded; unset: not known. A KV cache that
   // would not fit is made smaller.
   std::optional<int64_t> free_bytes = {};

@@ -29,7 +29,6 @@
 #include "common/publish.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
-#include "worker/engine/loaded_model.h"
 #include "worker/io/model_root.h"
 #include "worker/kernels/kernels.h"
 #include "worker/pipeline/quantize_job.h"
@@ -42,6 +41,7 @@
 #include "worker/service/memory_check.h"
 #include "worker/service/model_conversions.h"
 #include "worker/service/model_host_service.h"
+#include "worker/service/model_loader.h"
 #include "worker/service/model_store.h"
 #include "worker/service/rejected_artifacts.h"
 
@@ -52,6 +52,12 @@ constexpr char kDaemonName[] = "worker";
 // An engine that neither turns nor goes on to another layer of its step for so long is taken for
 // hung.
 constexpr absl::Duration kHungAfter = absl::Seconds(60);
+// What a step may hold where no flag says it. A device's steps cost their weights' bytes whether
+// few sequences share them or many, and a prompt's chunk pays for dequantizing them.
+constexpr int kCpuSequences = 16;
+constexpr int kCpuBatchTokens = 512;
+constexpr int kCudaSequences = 64;
+constexpr int kCudaBatchTokens = 2048;
 // After the requests' time: for calls to send their last words.
 constexpr absl::Duration kServerGrace = absl::Seconds(2);
 
@@ -117,7 +123,7 @@ class WorkerDaemon final : public Daemon {
   void MakeAgent();
   void LoadModels();
   void OnModelChanged(const v1::Model& model);
-  // From a job or from the check of one. No more leases are taken when it returns.
+  // From a job, from the check of one or from an engine. No more leases are taken when it returns.
   void OnDeviceBroken(const absl::Status& cause);
   void RefuseWork();
   absl::StatusOr<pipeline::JobPlan> PlanJob(const pipeline::JobSpec& spec) const;
@@ -179,9 +185,10 @@ absl::Status WorkerDaemon::OpenDevice() {
   WALSH_ASSIGN_OR_RETURN(const DeviceChoice choice, ParseDeviceChoice(options_.device));
   WALSH_ASSIGN_OR_RETURN(device_, OpenJobDevice(choice, surroundings_.cuda));
   if (device_.no_cuda.ok()) {
-    WALSH_LOG(Info, "jobs run here", {"device", device_.name});
+    WALSH_LOG(Info, "jobs run and models are served here", {"device", device_.name});
   } else {
-    WALSH_LOG(Info, "jobs run here", {"device", device_.name}, {"no_cuda", device_.no_cuda});
+    WALSH_LOG(Info, "jobs run and models are served here", {"device", device_.name},
+              {"no_cuda", device_.no_cuda});
   }
   return absl::OkStatus();
 }
@@ -190,18 +197,27 @@ absl::Status WorkerDaemon::OpenStore() {
   ModelStore::Options options;
   options.root = options_.data_dir + "/models";
   options.worker_id = worker_id_;
-  options.engine.max_sequences = options_.max_num_seqs;
+  const bool on_cuda = device_.cuda_device.has_value();
+  options.engine.max_sequences = options_.max_num_seqs > 0 ? options_.max_num_seqs
+                                 : on_cuda                 ? kCudaSequences
+                                                           : kCpuSequences;
   options.engine.max_waiting = options_.max_num_queued_reqs;
   options.engine.max_waiting_tokens = options_.max_num_queued_tokens;
-  options.engine.max_batch_tokens = options_.max_num_batched_tokens;
+  options.engine.max_batch_tokens =
+      options_.max_num_batched_tokens > 0
+          ? options_.max_num_batched_tokens
+          : std::max(on_cuda ? kCudaBatchTokens : kCpuBatchTokens, options.engine.max_sequences);
   options.engine.kv_cache_tokens = options_.kv_cache_tokens;
   options.engine.prefix_cache = !options_.no_prefix_cache;
   options.engine.n_threads = options_.threads;
   options.drain_timeout = absl::Seconds(options_.shutdown_timeout_seconds);
   const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();
-  options.loader = [n_threads](const std::string& directory) {
-    return engine::LoadedModel::LoadArtifact(directory, {.n_threads = n_threads});
+  options.engine.on_device_broken = [this](const absl::Status& cause) {
+    OnDeviceBroken(cause);
+    return DeviceBrokenError(device_.name, cause);
   };
+  options.loader = MakeModelLoader(device_, surroundings_.cuda, n_threads,
+                                   [this](const absl::Status& cause) { OnDeviceBroken(cause); });
   options.free_memory = [] { return ReadHostMemory().free_bytes; };
   WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));
   WALSH_ASSIGN_OR_RETURN(conversions_,

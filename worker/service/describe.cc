@@ -45,7 +45,7 @@ std::string DescribeMachine(const DeviceChoice& choice, const CudaDevices& cuda)
       {"memory", {{"total_bytes", memory.total_bytes}, {"free_bytes", memory.free_bytes}}},
       {"cuda", DescribeCuda(opened.status(), cuda)},
       {"jobs_on", jobs_on},
-      {"generation_on", "cpu"}};
+      {"generation_on", jobs_on}};
   return description.dump(2, ' ', false, json::error_handler_t::replace);
 }
 
@@ -53,7 +53,7 @@ std::string DescribeDevice(const JobDevice& device, int n_threads) {
   const std::string cpu =
       absl::StrCat("cpu (", kernels::DescribeCpuBackend(), ", ", n_threads, " threads)");
   if (device.name == "cpu") return cpu;
-  return absl::StrCat("jobs on ", device.name, ", generation on ", cpu);
+  return absl::StrCat(device.name, ", host ", cpu);
 }
 
 }  // namespace walsh::service

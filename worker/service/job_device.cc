@@ -13,13 +13,15 @@ namespace {
 JobDevice OnCpu(absl::Status no_cuda) {
   std::unique_ptr<pipeline::Backend> backend = pipeline::MakeCpuBackend();
   std::string name = backend->name();
-  return {std::move(backend), std::move(name), std::move(no_cuda)};
+  return {.backend = std::move(backend), .name = std::move(name), .no_cuda = std::move(no_cuda)};
 }
 
 }  // namespace
 
 CudaDevices InstalledCudaDevices() {
-  return {.list = kernels::cuda::ListDevices, .open = pipeline::MakeCudaBackend};
+  return {.list = kernels::cuda::ListDevices,
+          .open = pipeline::MakeCudaBackend,
+          .load = engine::LoadCudaModel};
 }
 
 absl::StatusOr<JobDevice> OpenJobDevice(const DeviceChoice& choice, const CudaDevices& cuda) {
@@ -31,7 +33,8 @@ absl::StatusOr<JobDevice> OpenJobDevice(const DeviceChoice& choice, const CudaDe
                                                               ": ", backend.status().message()));
   }
   std::string name = DeviceName(**backend, cuda);
-  return JobDevice{*std::move(backend), std::move(name), absl::OkStatus()};
+  return JobDevice{
+      .backend = *std::move(backend), .name = std::move(name), .cuda_device = choice.cuda_device};
 }
 
 std::string DeviceName(const pipeline::Backend& backend, const CudaDevices& cuda) {

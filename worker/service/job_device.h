@@ -1,10 +1,11 @@
-// The device that a worker's jobs run on, chosen once at its start. Generation stays on the CPU.
+// The device that a worker's jobs run on and that serves its models, chosen once at its start.
 //
 // Errors: those of pipeline::MakeCudaBackend, where --device names a CUDA device
 #pragma once
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "common/device_choice.h"
+#include "worker/engine/cuda/cuda_model.h"
 #include "worker/kernels/cuda/device.h"
 #include "worker/pipeline/backend.h"
 
@@ -21,12 +23,16 @@ namespace walsh::service {
 struct CudaDevices {
   std::function<absl::StatusOr<std::vector<kernels::cuda::DeviceInfo>>()> list;
   std::function<absl::StatusOr<std::unique_ptr<pipeline::Backend>>(int device)> open;
+  std::function<absl::StatusOr<std::shared_ptr<engine::ServedModel>>(
+      const std::string& directory, const engine::CudaModelOptions& options)>
+      load;
 };
 CudaDevices InstalledCudaDevices();
 
 struct JobDevice {
   std::unique_ptr<pipeline::Backend> backend;
-  std::string name;      // "cpu", "cuda:0 NVIDIA H200"
+  std::string name;  // "cpu", "cuda:0 NVIDIA H200"
+  std::optional<int> cuda_device;
   absl::Status no_cuda;  // why `auto` took the CPU
 };
 absl::StatusOr<JobDevice> OpenJobDevice(const DeviceChoice& choice, const CudaDevices& cuda);

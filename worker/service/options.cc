@@ -41,19 +41,22 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
       "--export-root", options.export_root,
       "Folder that exported models are written beneath; exports in --data-dir by default");
   app.add_option("--device", options.device,
-                 "Where jobs run: auto (CUDA device 0, or the CPU where there is none), cpu, cuda "
+                 "Where jobs run and models are served: auto (CUDA device 0, or the CPU where "
+                 "there is none), cpu, cuda "
                  "or cuda:N")
       ->capture_default_str();
   app.add_option("--threads", options.threads, "CPU threads of jobs and of each engine; 0: all")
       ->capture_default_str()
       ->check(CLI::Range(0, kThreadsMax));
-  app.add_option("--max-num-seqs", options.max_num_seqs, "Sequences of a model that run at once")
+  app.add_option("--max-num-seqs", options.max_num_seqs,
+                 "Sequences of a model that run at once; 0: 16 on the CPU, 64 on a CUDA device")
       ->capture_default_str()
-      ->check(CLI::Range(1, kSequencesMax));
-  app.add_option("--max-num-batched-tokens", options.max_num_batched_tokens,
-                 "Tokens of one step; at least --max-num-seqs")
+      ->check(CLI::Range(0, kSequencesMax));
+  app.add_option(
+         "--max-num-batched-tokens", options.max_num_batched_tokens,
+         "Tokens of one step, at least --max-num-seqs; 0: 512 on the CPU, 2048 on a CUDA device")
       ->capture_default_str()
-      ->check(CLI::Range(1, kBatchTokensMax));
+      ->check(CLI::Range(0, kBatchTokensMax));
   app.add_option("--max-num-queued-reqs", options.max_num_queued_reqs,
                  "Requests of a model that wait; more are refused")
       ->capture_default_str()
@@ -94,7 +97,7 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
   WALSH_RETURN_IF_ERROR(log::ParseLevel(options.log_level, &level));
   log::Configure("worker", format, level);
   WALSH_RETURN_IF_ERROR(ParseDeviceChoice(options.device).status());
-  if (options.max_num_batched_tokens < options.max_num_seqs) {
+  if (options.max_num_batched_tokens > 0 && options.max_num_batched_tokens < options.max_num_seqs) {
     return absl::InvalidArgumentError(
         absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,
                      " is below --max-num-seqs ", options.max_num_seqs));

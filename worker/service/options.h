@@ -23,8 +23,8 @@ struct WorkerOptions {
   std::string export_root;      // empty: exports beneath data_dir
   std::string device = "auto";  // as ParseDeviceChoice takes it
   int threads = 0;
-  int max_num_seqs = 16;
-  int max_num_batched_tokens = 512;
+  int max_num_seqs = 0;            // 0: as many as suit the device
+  int max_num_batched_tokens = 0;  // likewise
   int max_num_queued_reqs = 64;
   int64_t max_num_queued_tokens = 65536;
   int64_t kv_cache_tokens = 0;

@@ -16,6 +16,7 @@
 #include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
+#include "worker/kernels/device_failure.h"
 
 namespace walsh::engine {
 namespace {
@@ -337,6 +338,23 @@ TEST(EngineTest, LogprobsComeWithEveryToken) {
     EXPECT_EQ(sink->logprobs()[i].top[0].first, sink->tokens()[i]);
     EXPECT_EQ(sink->logprobs()[i].top[0].second, sink->logprobs()[i].logprob);
   }
+}
+
+TEST(EngineTest, ABrokenDeviceIsToldAndEndsItsRequestsAsTheServiceWants) {
+  Options options = SmallOptions();
+  absl::Status told;
+  options.on_device_broken = [&](const absl::Status& cause) {
+    told = cause;
+    return absl::UnavailableError("come again elsewhere");
+  };
+  const auto engine = MakeEngine({.before_forward =
+                                      [](const LoadedModel::Batch&) {
+                                        return MarkDeviceBroken(absl::InternalError("a fault"));
+                                      }},
+                                 options);
+  const auto sink = Generate(*engine, {.id = "a", .prompt = ByteTokens("a")});
+  EXPECT_THAT(sink->status(), StatusIs(absl::StatusCode::kUnavailable, HasSubstr("elsewhere")));
+  EXPECT_TRUE(IsDeviceBroken(told));
 }
 
 TEST(EngineTest, ContextEndsTheOutput) {

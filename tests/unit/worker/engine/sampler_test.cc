@@ -259,5 +259,30 @@ TEST(SamplerTest, ExtremeParametersStayDefined) {
             0);
 }
 
+TEST(SamplerTest, OnlyPlainGreedySamplingNeedsNoLogits) {
+  const auto needs = [](const SamplingOptions& options) {
+    return Sampler(options, {}, {}).needs_logits();
+  };
+  EXPECT_FALSE(needs({.temperature = 0}));
+  EXPECT_FALSE(needs({.temperature = 0, .top_p = 0.5, .top_k = 3, .min_p = 0.1}));
+  EXPECT_TRUE(needs({.temperature = 0.1}));
+  EXPECT_TRUE(needs({.temperature = 0, .repetition_penalty = 1.1}));
+  EXPECT_TRUE(needs({.temperature = 0, .presence_penalty = 0.1}));
+  EXPECT_TRUE(needs({.temperature = 0, .frequency_penalty = 0.1}));
+  EXPECT_TRUE(needs({.temperature = 0, .logprobs = true}));
+}
+
+TEST(SamplerTest, TheBestTokenCountsAsGenerated) {
+  Sampler sampler({.min_tokens = 1, .temperature = 0}, {}, std::vector<int32_t>{0});
+  EXPECT_TRUE(sampler.needs_logits()) << "the end must not come yet";
+  std::vector<float> logits = {9, 3, 5};
+  EXPECT_EQ(sampler.Sample(logits)->token, 2);
+  ASSERT_FALSE(sampler.needs_logits());
+  EXPECT_EQ(sampler.TakeBest(1)->token, 1);
+  EXPECT_EQ(sampler.n_generated(), 2);
+  EXPECT_THAT(sampler.TakeBest(-1),
+              StatusIs(absl::StatusCode::kInternal, HasSubstr("new token 2 are not finite")));
+}
+
 }  // namespace
 }  // namespace walsh::engine

@@ -96,7 +96,7 @@ TEST_F(WorkerDaemonTest, ABrokenDeviceEndsItsWork) {
   ASSERT_OK_AND_ASSIGN(const Endpoints endpoints, ReadEndpoints(dir_ / "data", "worker"));
   ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return !r.heartbeats.empty(); }));
   EXPECT_THAT(coordinator_.record().registrations[0].device(),
-              HasSubstr("jobs on cuda:0 NVIDIA H200, generation on cpu ("));
+              HasSubstr("cuda:0 NVIDIA H200, host cpu ("));
   EXPECT_TRUE(WaitUntil([&] { return HttpGet(endpoints.at("metrics"), "/readyz").ok(); }));
   EXPECT_EQ(Health(endpoints.at("grpc")), ServingStatus::SERVING);
 

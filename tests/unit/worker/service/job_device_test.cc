@@ -37,12 +37,11 @@ TEST_F(JobDeviceTest, AutoTakesTheFirstCudaDevice) {
     EXPECT_EQ(device.backend->name(), "cuda:0");
     EXPECT_EQ(device.name, "cuda:0 NVIDIA H200");
     EXPECT_OK(device.no_cuda);
-    EXPECT_THAT(DescribeDevice(device, 2),
-                HasSubstr("jobs on cuda:0 NVIDIA H200, generation on cpu ("));
+    EXPECT_THAT(DescribeDevice(device, 2), HasSubstr("cuda:0 NVIDIA H200, host cpu ("));
   }
   const json described = Describe("auto");
   EXPECT_EQ(described["jobs_on"], "cuda:0 NVIDIA H200");
-  EXPECT_EQ(described["generation_on"], "cpu");
+  EXPECT_EQ(described["generation_on"], "cuda:0 NVIDIA H200");
   EXPECT_TRUE(described["cuda"]["available"].get<bool>());
   EXPECT_THAT(described["cuda"]["devices"][0].get<std::string>(), HasSubstr("80.0 GiB"));
   EXPECT_FALSE(described["cuda"].contains("reason"));

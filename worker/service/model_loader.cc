@@ -1,0 +1,36 @@
+#include "worker/service/model_loader.h"
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "common/log.h"
+#include "worker/engine/loaded_model.h"
+#include "worker/kernels/device_failure.h"
+
+namespace walsh::service {
+namespace {
+
+using LoadResult = absl::StatusOr<std::shared_ptr<engine::ServedModel>>;
+
+}  // namespace
+
+ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& cuda, int n_threads,
+                                   std::function<void(const absl::Status&)> on_device_broken) {
+  return [&device, load = cuda.load, n_threads, on_device_broken = std::move(on_device_broken)](
+             const std::string& directory) -> LoadResult {
+    if (device.cuda_device.has_value() && load) {
+      LoadResult model = load(directory, {.device = *device.cuda_device, .n_threads = n_threads});
+      if (IsDeviceBroken(model.status())) {
+        on_device_broken(model.status());
+        return DeviceBrokenError(device.name, model.status());
+      }
+      if (!absl::IsUnimplemented(model.status())) return model;
+      WALSH_LOG(Warning, "the CPU serves a model that the device cannot", {"device", device.name},
+                {"reason", model.status().message()});
+    }
+    return engine::LoadedModel::LoadArtifact(directory, {.n_threads = n_threads});
+  };
+}
+
+}  // namespace walsh::service
