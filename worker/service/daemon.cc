@@ -34,6 +34,7 @@
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/agent.h"
 #include "worker/service/describe.h"
+#include "worker/service/device_metrics.h"
 #include "worker/service/evaluation_service.h"
 #include "worker/service/generation_service.h"
 #include "worker/service/host_memory.h"
@@ -372,6 +373,10 @@ absl::Status WorkerDaemon::CheckReady() const {
 
 Agent::Load WorkerDaemon::MakeLoad() const {
   const engine::Stats stats = models_->TotalStats();
+  // A device that cannot tell is found out by the next job or step.
+  if (const auto memory = device_.backend->memory(); memory.ok()) {
+    ObserveDeviceMemory(device_.name, *memory);
+  }
   ModelStore::Listing listing = models_->List();
   return {.models = std::move(listing.models),
           .models_revision = listing.revision,

@@ -19,13 +19,13 @@
 #include <span>
 
 #include "absl/status/status.h"
+#include "worker/kernels/params.h"
 
 namespace walsh::kernels::cuda {
 
 using bf16 = __nv_bfloat16;
 
-// Tokens of a block: that of the engine's block manager.
-inline constexpr int kPoolBlockTokens = 16;
+inline constexpr int kPoolBlockTokens = static_cast<int>(kKvBlockTokens);
 // Tables are read four entries at a time.
 inline constexpr int64_t kTableAlignment = 4;
 

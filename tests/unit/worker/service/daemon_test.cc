@@ -14,6 +14,7 @@
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "tests/testing/fake_coordinator.h"
 #include "tests/testing/http_get.h"
+#include "tests/testing/metric_value.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/testing/tiny_model.h"
@@ -27,6 +28,7 @@ namespace {
 using ::testing::HasSubstr;
 using ::walsh::testing::FakeCoordinator;
 using ::walsh::testing::HttpGet;
+using ::walsh::testing::MetricValue;
 using ::walsh::testing::StatusIs;
 using ::walsh::testing::TinyModel;
 using ::walsh::testing::WaitUntil;
@@ -99,6 +101,9 @@ TEST_F(WorkerDaemonTest, ABrokenDeviceEndsItsWork) {
               HasSubstr("cuda:0 NVIDIA H200, host cpu ("));
   EXPECT_TRUE(WaitUntil([&] { return HttpGet(endpoints.at("metrics"), "/readyz").ok(); }));
   EXPECT_EQ(Health(endpoints.at("grpc")), ServingStatus::SERVING);
+  EXPECT_EQ(MetricValue("walsh_worker_gpu_memory_bytes",
+                        {"device=\"cuda:0 NVIDIA H200\"", "kind=\"free\""}),
+            static_cast<double>(int64_t{79} << 30));
 
   coordinator_.Offer(Job("j"));
   const Complete outcome = AwaitOutcome();
