@@ -4,7 +4,7 @@
 # BIN has walsh, walsh-coordinator and walsh-worker; MODEL is a folder with calibration.txt beside the weights
 # (random_checkpoint.py). The model is rounded to nearest in groups of 128, served from a fresh start (its artifact in
 # the page cache) and measured by `walsh bench`: prompts of 32 tokens with 256 new ones by one stream, then prompts of
-# 512 with 256 at each number of STREAMS. OUT gets the JSON of each, and load.txt: the seconds from the start of the
+# 512 with 256 at each number of STREAMS. OUT gets the JSON of each, engine.md from cuda_engine_bench where BIN has it, and load.txt: the seconds from the start of the
 # processes until the model is ready. The worker's flags come by their environment twins, such as WALSH_MAX_NUM_SEQS. The
 # data folder is a temporary one beside MODEL and is removed.
 set -euo pipefail
@@ -45,6 +45,9 @@ start_up
 "$bin/walsh" quantize "$model" --name served --calibration "$model/calibration.txt" --method rtn --rotation none \
   --bits "$bits" --group-size 128 --no-eval --no-load < /dev/null
 stop_up
+if [[ -x $bin/cuda_engine_bench && $device == cuda* ]]; then
+  "$bin/cuda_engine_bench" "$data/models/served" > "$out/engine.md"
+fi
 
 begin=$(date +%s.%N)
 start_up

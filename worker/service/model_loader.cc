@@ -27,7 +27,7 @@ ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& c
       }
       if (!absl::IsUnimplemented(model.status())) return model;
       WALSH_LOG(Warning, "the CPU serves a model that the device cannot", {"device", device.name},
-                {"reason", model.status().message()});
+                {"reason", model.status()});
     }
     return engine::LoadedModel::LoadArtifact(directory, {.n_threads = n_threads});
   };

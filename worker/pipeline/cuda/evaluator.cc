@@ -19,6 +19,7 @@ namespace walsh::pipeline::cuda {
 
 using kernels::cuda::Download;
 using kernels::cuda::Event;
+using kernels::cuda::PieceBytes;
 using kernels::cuda::Upload;
 namespace {
 
