@@ -1,14 +1,16 @@
-// Attention against the paged pool on one GPU: decoding as a share of the read bandwidth that the
-// same run measures, prefill in TFLOP/s.
+// Attention against the paged pool on one GPU: decoding, from the product's rows on, as a share of
+// the read bandwidth that the same run measures, prefill in TFLOP/s.
 //
-//   cuda_paged_attention_bench [--contexts=512,2048,8192] [--batches=1,16,64]
+//   cuda_paged_attention_bench [--contexts=64,256,512,1024,2048,8192] [--batches=1,16,64]
 //
 // Protocol: random keys, values and queries, shuffled tables; as many layers of a pool as exceed
 // 300 MB, so that none is in the L2 when its turn comes, as many as fit where one alone is larger;
 // a CUDA graph of 32 or more launches, each with the next layer; after a warm-up the median, least
 // and most of 5 rounds, in which the ways to launch take turns. "Overlapped" launches are
-// programmatic dependent ones. GB/s counts the keys and values that are seen once, TFLOP/s four for
-// each element of a head and each pair of a query and a key that it sees. Prints Markdown.
+// programmatic dependent ones. "In a chain" is what a launch adds to a chain of dependent launches
+// that write the rows, one behind each: the latency that a layer sees of it. GB/s counts the keys
+// and values that are seen once, TFLOP/s four for each element of a head and each pair of a query
+// and a key that it sees. Prints Markdown.
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
@@ -27,6 +29,7 @@
 #include <vector>
 
 #include "worker/kernels/cuda/context.h"
+#include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/device_buffer.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/paged_kv.h"
@@ -62,6 +65,23 @@ __global__ void FillNumbers(bf16* values, int64_t n, uint64_t seed) {
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     values[i] =
         __float2bfloat16_rn(static_cast<float>(static_cast<uint32_t>(z >> 40)) * 0x1p-22f - 2.0f);
+  }
+}
+
+// In the place of the product before attention.
+__global__ void CopyRows(const float* from, float* to, int64_t n) {
+  LetNextKernelStart();
+  WaitForPreviousKernel();
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    to[i] = from[i];
+  }
+}
+
+__global__ void FillFloats(float* values, int64_t n, float scale) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    values[i] = scale * (static_cast<float>(i * 2654435761 % 4096) * 0x1p-10f - 2.0f);
   }
 }
 
@@ -164,7 +184,7 @@ constexpr Model kModels[] = {
     {"Llama-2-7B", 32, 32, 128}, {"Llama-3-8B", 32, 8, 128}, {"Qwen2.5-0.5B", 14, 2, 64}};
 
 struct Options {
-  std::vector<int64_t> contexts = {512, 2048, 8192};
+  std::vector<int64_t> contexts = {64, 256, 512, 1024, 2048, 8192};
   std::vector<int64_t> batches = {1, 16, 64};
 };
 
@@ -208,7 +228,7 @@ struct Setup {
   DeviceBuffer<bf16> pool;
   DeviceBuffer<int32_t> image;
   DeviceBuffer<bf16> q, y;
-  PagedAttentionParams params;
+  PagedAttentionParams params;  // of prefill
 };
 
 class Bench {
@@ -218,8 +238,8 @@ class Bench {
   void Run() {
     MeasureRead();
     std::printf(
-        "| decode | context | batch | us (range) | GB/s | share of read | overlapped us (range) | "
-        "GB/s | share of read |\n| --- | ---: | ---: | --- | ---: | ---: | --- | ---: | ---: |\n");
+        "| decode | context | batch | us (range) | overlapped us (range) | GB/s | share of read | "
+        "in a chain, us |\n| --- | ---: | ---: | --- | --- | ---: | ---: | ---: |\n");
     for (const Model& model : kModels) {
       for (const int64_t context : options_.contexts) {
         for (const int64_t batch : options_.batches) Decode(model, context, batch);
@@ -304,34 +324,64 @@ class Bench {
             .shape = s.shape};
   }
 
+  DeviceBuffer<float> RandomFloats(int64_t n, float scale) {
+    auto values = Allocate<float>(context_, n);
+    FillFloats<<<kFillCtas, kFillThreads, 0, context_.stream()>>>(values.data(), n, scale);
+    return values;
+  }
+
   void Decode(const Model& model, int64_t context, int64_t batch) {
     const Setup s = Make(model, batch, context - 1, 1);
-    const int64_t n_pieces = batch * DecodePieces(context - 1, 0);
-    auto partials =
-        Allocate<float>(context_, PagedDecodePartials(n_pieces, model.n_heads, s.shape));
-    auto counters = Allocate<int32_t>(context_, PagedDecodeCounters(batch, model.n_heads, s.shape));
-    CheckOk(cudaMemsetAsync(counters.data(), 0, static_cast<size_t>(counters.size_bytes()),
-                            context_.stream()));
-    std::unique_ptr<Graph> graphs[2];
-    for (const bool overlap : {false, true}) {
-      graphs[overlap ? 1 : 0] = std::make_unique<Graph>(context_.stream(), Launches(s), [&](int i) {
-        PagedAttentionParams params = s.params;
-        params.pool = Layer(s, i);
-        params.overlap_previous = overlap;
-        CheckOk(PagedDecodeAttention(
-            params,
-            {.n_pieces_max = n_pieces, .partials = partials.data(), .counters = counters.data()}));
+    const int64_t qkv_size = batch * (model.n_heads + 2 * model.n_kv_heads) * model.head_dim;
+    const auto rows = RandomFloats(qkv_size, 1.0f);
+    auto qkv = RandomFloats(qkv_size, 1.0f);
+    const auto frequencies = RandomFloats(model.head_dim / 2, 0.25f);
+    const auto attend = [&](int i, bool overlap) {
+      CheckOk(PagedDecodeAttention({.batch = s.params.batch,
+                                    .pool = Layer(s, i),
+                                    .n_heads = model.n_heads,
+                                    .scale = s.params.scale,
+                                    .qkv = qkv.data(),
+                                    .transform = {.inverse_frequencies = frequencies.data()},
+                                    .y = s.params.y,
+                                    .overlap_previous = overlap,
+                                    .stream = context_.stream()}));
+    };
+    const auto produce = [&] {
+      CheckOk(LaunchKernel(
+          "CopyRows", CopyRows,
+          {.grid = dim3(static_cast<unsigned>(context_.properties().multiProcessorCount)),
+           .threads = 128,
+           .overlap_previous = true,
+           .stream = context_.stream()},
+          rows.data(), qkv.data(), qkv_size));
+    };
+    const int n = Launches(s);
+    Graph plain(context_.stream(), n, [&](int i) { attend(i, false); });
+    Graph overlapped(context_.stream(), n, [&](int i) { attend(i, true); });
+    std::vector<Graph*> graphs = {&plain, &overlapped};
+    std::unique_ptr<Graph> producers;
+    std::unique_ptr<Graph> chain;
+    if (batch == 1) {
+      producers = std::make_unique<Graph>(context_.stream(), n, [&](int) { produce(); });
+      chain = std::make_unique<Graph>(context_.stream(), n, [&](int i) {
+        produce();
+        attend(i, true);
       });
+      graphs.insert(graphs.end(), {producers.get(), chain.get()});
     }
-    const std::vector<Timing> us = TakeTurns({graphs[0].get(), graphs[1].get()});
+    const std::vector<Timing> us = TakeTurns(graphs);
     const auto bytes = static_cast<double>(4 * batch * context * model.n_kv_heads * model.head_dim);
-    const auto gb_s = [&](const Timing& t) { return bytes / t.median_us / 1e3; };
-    std::printf(
-        "| %s | %lld | %lld | %.2f (%.2f-%.2f) | %.0f | %.1f %% | %.2f (%.2f-%.2f) | %.0f | "
-        "%.1f %% |\n",
-        model.name, static_cast<long long>(context), static_cast<long long>(batch), us[0].median_us,
-        us[0].min_us, us[0].max_us, gb_s(us[0]), 100 * gb_s(us[0]) / read_gb_s_, us[1].median_us,
-        us[1].min_us, us[1].max_us, gb_s(us[1]), 100 * gb_s(us[1]) / read_gb_s_);
+    const double gb_s = bytes / us[1].median_us / 1e3;
+    std::printf("| %s | %lld | %lld | %.2f (%.2f-%.2f) | %.2f (%.2f-%.2f) | %.0f | %.1f %% | ",
+                model.name, static_cast<long long>(context), static_cast<long long>(batch),
+                us[0].median_us, us[0].min_us, us[0].max_us, us[1].median_us, us[1].min_us,
+                us[1].max_us, gb_s, 100 * gb_s / read_gb_s_);
+    if (batch == 1) {
+      std::printf("%.2f (of %.2f) |\n", us[3].median_us - us[2].median_us, us[3].median_us);
+    } else {
+      std::printf("|\n");
+    }
     std::fflush(stdout);
   }
 

@@ -1,5 +1,6 @@
 // Attention against the paged pool, what fills the pool, and the ends of a forward pass, against
-// double on the host over the same bf16 inputs.
+// double on the host over the same bf16 inputs. Those of decoding are what QkvToCache makes of the
+// rows, which is held to double by itself, and the pool must end with the same bits.
 //
 // All of the pool that no row sees is NaN, as are outputs before a call and what lies behind them:
 // whatever is read or written beside a sequence shows. Block tables are shuffled.
@@ -55,6 +56,15 @@ std::vector<bf16> PoisonOnHost(int64_t n) {
   std::vector<bf16> values(static_cast<size_t>(n));
   std::memset(static_cast<void*>(values.data()), 0xff, values.size() * sizeof(bf16));
   return values;
+}
+
+std::vector<float> InverseFrequencies(int64_t head_dim) {
+  std::vector<float> frequencies;
+  for (int64_t i = 0; i < head_dim / 2; ++i) {
+    frequencies.push_back(
+        std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(head_dim)));
+  }
+  return frequencies;
 }
 
 struct Heads {
@@ -115,8 +125,16 @@ class PagedBatch {
       const std::vector<bf16> q =
           Random(seeds_[i] + 2000, lengths[i].n_past * QWidth(), lengths[i].n_rows * QWidth());
       q_.insert(q_.end(), q.begin(), q.end());
+      for (const bf16 x : Random(seeds_[i] + 3000, lengths[i].n_past * QkvWidth(),
+                                 lengths[i].n_rows * QkvWidth())) {
+        qkv_.push_back(__bfloat162float(x) * 1.001f);  // more than bf16 holds
+      }
       const int64_t seen = window > 0 ? std::max<int64_t>(0, lengths[i].n_past + 1 - window) : 0;
-      for (int64_t t = seen; t < n_tokens; ++t) StoreToken(i, t);
+      for (int64_t t = seen; t < n_tokens; ++t) {
+        ForToken(i, t, [&](const bf16* from, int64_t place) {
+          std::copy_n(from, heads.head_dim, pool_.begin() + place);
+        });
+      }
       first_rows_.push_back(row);
       row += lengths[i].n_rows;
     }
@@ -132,19 +150,31 @@ class PagedBatch {
 
   int64_t QWidth() const { return heads_.n_heads * heads_.head_dim; }
   int64_t KvWidth() const { return heads_.n_kv_heads * heads_.head_dim; }
+  int64_t QkvWidth() const { return QWidth() + 2 * KvWidth(); }
   int64_t n_rows() const { return layout_.n_rows; }
   const KvBatchLayout& layout() const { return layout_; }
   const KvPoolShape& shape() const { return shape_; }
   const std::vector<int32_t>& image() const { return image_; }
   const std::vector<bf16>& pool() const { return pool_; }
   const std::vector<bf16>& q() const { return q_; }
+  const std::vector<float>& qkv() const { return qkv_; }
   const std::vector<int32_t>& table(size_t sequence) const { return tables_[sequence]; }
   int64_t first_row(size_t sequence) const { return first_rows_[sequence]; }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(heads_.head_dim)); }
-  int64_t n_pieces() const {
-    int64_t n = 0;
-    for (const Length& length : lengths_) n += DecodePieces(length.n_past, window_);
-    return n;
+  // The pool without the rows' own tokens.
+  std::vector<bf16> PoolBeforeRows() {
+    std::vector<bf16> pool = pool_;
+    const std::vector<bf16> poison = PoisonOnHost(heads_.head_dim);
+    ForRowTokens([&](bf16*, int64_t place) {
+      std::copy(poison.begin(), poison.end(), pool.begin() + place);
+    });
+    return pool;
+  }
+  // Takes queries, keys and values of the rows from what QkvToCache made of them.
+  void TakeRows(const std::vector<bf16>& q, const std::vector<bf16>& pool) {
+    q_ = q;
+    ForRowTokens(
+        [&](bf16* to, int64_t place) { std::copy_n(pool.begin() + place, heads_.head_dim, to); });
   }
 
   // Row `row` of sequence `sequence` by the definition, all heads.
@@ -194,19 +224,28 @@ class PagedBatch {
     }
     return values;
   }
-  void StoreToken(size_t sequence, int64_t token) {
+  // Calls visit(values, place) for each head of a token's key and value: where it lies in keys_ or
+  // values_ and in the pool.
+  template <typename Visit>
+  void ForToken(size_t sequence, int64_t token, const Visit& visit) {
     const int64_t dim = heads_.head_dim;
     const int64_t block = tables_[sequence][token / kPoolBlockTokens];
     for (int64_t h = 0; h < heads_.n_kv_heads; ++h) {
-      const auto place = [&](int64_t is_value) {
-        return pool_.begin() +
-               (((block * 2 + is_value) * heads_.n_kv_heads + h) * kPoolBlockTokens +
-                token % kPoolBlockTokens) *
-                   dim;
-      };
-      const int64_t at = token * KvWidth() + h * dim;
-      std::copy_n(keys_[sequence].begin() + at, dim, place(0));
-      std::copy_n(values_[sequence].begin() + at, dim, place(1));
+      for (const int64_t is_value : {0, 1}) {
+        std::vector<bf16>& values = is_value == 0 ? keys_[sequence] : values_[sequence];
+        visit(values.data() + token * KvWidth() + h * dim,
+              (((block * 2 + is_value) * heads_.n_kv_heads + h) * kPoolBlockTokens +
+               token % kPoolBlockTokens) *
+                  dim);
+      }
+    }
+  }
+  template <typename Visit>
+  void ForRowTokens(const Visit& visit) {
+    for (size_t i = 0; i < lengths_.size(); ++i) {
+      for (int64_t row = 0; row < lengths_[i].n_rows; ++row) {
+        ForToken(i, lengths_[i].n_past + row, visit);
+      }
     }
   }
 
@@ -219,6 +258,7 @@ class PagedBatch {
   std::vector<std::vector<int32_t>> tables_;
   std::vector<std::vector<bf16>> keys_, values_;  // [n_tokens, kv_width] of each sequence
   std::vector<bf16> q_, pool_;
+  std::vector<float> qkv_;
   std::vector<int64_t> first_rows_;
   std::vector<KvSequence> sequences_;
   std::vector<int32_t> image_;
@@ -227,28 +267,60 @@ class PagedBatch {
 class PagedAttentionGpuTest : public GpuTest {
  protected:
   enum class Kind { kDecode, kPrefill };
+  // Which parts of the transform a decoding row has beside its rotation.
+  struct With {
+    bool bias = false;
+    bool norm = false;
+  };
 
   // y of the batch's rows; what lies behind them must stay poison.
-  Bits Run(Kind kind, const Heads& heads, const PagedBatch& b, int64_t window) {
+  Bits Run(Kind kind, const Heads& heads, PagedBatch& b, int64_t window) {
+    return kind == Kind::kPrefill ? RunPrefill(heads, b, window) : RunDecode(heads, b, window);
+  }
+
+  Bits RunPrefill(const Heads& heads, const PagedBatch& b, int64_t window) {
     const auto pool = Upload(b.pool());
     const auto image = Upload(b.image());
     const auto q = Upload(b.q());
-    const int64_t size = b.n_rows() * b.QWidth();
-    auto y = Poisoned<bf16>(size + kBehind);
-    const PagedAttentionParams params = Params(heads, b, window, pool, image, q, y);
-    if (kind == Kind::kPrefill) {
-      EXPECT_OK(PagedPrefillAttention(params));
-    } else {
-      auto partials = Poisoned<float>(PagedDecodePartials(b.n_pieces(), heads.n_heads, b.shape()));
-      const int64_t n_counters =
-          PagedDecodeCounters(b.layout().n_sequences, heads.n_heads, b.shape());
-      auto counters = Upload(std::vector<int32_t>(static_cast<size_t>(n_counters), 0));
-      EXPECT_OK(PagedDecodeAttention(params, {.n_pieces_max = b.n_pieces(),
-                                              .partials = partials.data(),
-                                              .counters = counters.data()}));
-      EXPECT_EQ(Download(counters), std::vector<int32_t>(static_cast<size_t>(n_counters), 0));
-    }
+    auto y = Poisoned<bf16>(b.n_rows() * b.QWidth() + kBehind);
+    EXPECT_OK(PagedPrefillAttention(Params(heads, b, window, pool, image, q, y)));
+    return RowBits(b, y);
+  }
+
+  // The batch takes over what QkvToCache makes of its rows.
+  Bits RunDecode(const Heads& heads, PagedBatch& b, int64_t window) {
+    return RunDecode(heads, b, window, With{});
+  }
+  Bits RunDecode(const Heads& heads, PagedBatch& b, int64_t window, const With& with) {
+    const Transform transform(*this, heads, with);
+    const auto image = Upload(b.image());
+    const auto qkv = Upload(b.qkv());
+    const std::vector<bf16> before = b.PoolBeforeRows();
+    auto pool = Upload(before);
+    auto q = Poisoned<bf16>(b.n_rows() * b.QWidth());
+    EXPECT_OK(QkvToCache({.batch = b.layout().View(image.data()),
+                          .pool = {.data = pool.data(), .shape = b.shape()},
+                          .n_heads = heads.n_heads,
+                          .qkv_float = qkv.data(),
+                          .transform = transform.params(),
+                          .q = q.data(),
+                          .stream = context().stream()}));
+    const std::vector<bf16> pool_after = Download(pool);
+    b.TakeRows(Download(q), pool_after);
+
+    pool = Upload(before);
+    auto y = Poisoned<bf16>(b.n_rows() * b.QWidth() + kBehind);
+    EXPECT_OK(PagedDecodeAttention(
+        DecodeParams(heads, b, window, transform.params(), pool, image, qkv, y)));
+    const std::vector<bf16> pool_of_fused = Download(pool);
+    EXPECT_EQ(std::memcmp(pool_of_fused.data(), pool_after.data(), pool_after.size() * 2), 0)
+        << "the pool is not as QkvToCache leaves it";
+    return RowBits(b, y);
+  }
+
+  Bits RowBits(const PagedBatch& b, const DeviceBuffer<bf16>& y) {
     Bits bits = BitsOf(Download(y));
+    const int64_t size = b.n_rows() * b.QWidth();
     EXPECT_TRUE(std::all_of(bits.begin() + size, bits.end(), [](uint16_t x) {
       return x == kPoison;
     })) << "written behind the rows";
@@ -268,6 +340,42 @@ class PagedAttentionGpuTest : public GpuTest {
             .y = y.data(),
             .stream = context().stream()};
   }
+  PagedDecodeParams DecodeParams(const Heads& heads, const PagedBatch& b, int64_t window,
+                                 const QkvTransform& transform, DeviceBuffer<bf16>& pool,
+                                 const DeviceBuffer<int32_t>& image, const DeviceBuffer<float>& qkv,
+                                 DeviceBuffer<bf16>& y) {
+    return {.batch = b.layout().View(image.data()),
+            .pool = {.data = pool.data(), .shape = b.shape()},
+            .n_heads = heads.n_heads,
+            .window = window,
+            .scale = b.scale(),
+            .qkv = qkv.data(),
+            .transform = transform,
+            .y = y.data(),
+            .stream = context().stream()};
+  }
+
+  class Transform {
+   public:
+    Transform(PagedAttentionGpuTest& test, const Heads& heads, const With& with)
+        : with_(with),
+          bias_(test.Upload(
+              RandomNormal((heads.n_heads + 2 * heads.n_kv_heads) * heads.head_dim, 41))),
+          q_norm_(test.Upload(RandomNormal(heads.head_dim, 42))),
+          k_norm_(test.Upload(RandomNormal(heads.head_dim, 43))),
+          frequencies_(test.Upload(InverseFrequencies(heads.head_dim))) {}
+    QkvTransform params() const {
+      return {.bias = with_.bias ? bias_.data() : nullptr,
+              .q_norm = with_.norm ? q_norm_.data() : nullptr,
+              .k_norm = with_.norm ? k_norm_.data() : nullptr,
+              .eps = 1e-6f,
+              .inverse_frequencies = frequencies_.data()};
+    }
+
+   private:
+    With with_;
+    DeviceBuffer<float> bias_, q_norm_, k_norm_, frequencies_;
+  };
 
   static void ExpectClose(const PagedBatch& b, const std::vector<Length>& lengths, const Bits& y,
                           const std::string& what, int64_t rows_compared = 16) {
@@ -316,14 +424,34 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PrefillGpuTest,
                                            kManyQueries, kTiny, kStories),
                          kNameOfHeads);
 
-const std::vector<int64_t> kContexts = {1, 15, 16, 17, 127, 128, 129, 1000, 4097};
+const std::vector<int64_t> kContexts = {1, 15, 16, 17, 128, 512, 513, 1000, 4097};
 
 TEST_P(DecodeGpuTest, MixedBatchIsCloseToDouble) {
-  for (const int64_t window : {0, 1, 100, 128, 1024}) {
-    const std::vector<Length> lengths = DecodeLengths(kContexts);
-    const PagedBatch b(GetParam(), lengths, window);
-    ExpectClose(b, lengths, Run(Kind::kDecode, GetParam(), b, window),
-                absl::StrCat("window ", window));
+  const std::vector<Length> lengths = DecodeLengths(kContexts);
+  for (const int64_t window : {0, 1, 100, 512, 1024}) {
+    PagedBatch b(GetParam(), lengths, window);
+    const Bits y = RunDecode(GetParam(), b, window, {.bias = window == 0, .norm = window == 100});
+    ExpectClose(b, lengths, y, absl::StrCat("window ", window));
+  }
+}
+
+TEST_P(DecodeGpuTest, TransformIsThatOfQkvToCache) {
+  const std::vector<Length> lengths = DecodeLengths({1, 40, 257});
+  for (const bool bias : {false, true}) {
+    for (const bool norm : {false, true}) {
+      PagedBatch b(GetParam(), lengths, 0);
+      const Bits y = RunDecode(GetParam(), b, 0, {.bias = bias, .norm = norm});
+      ExpectClose(b, lengths, y, absl::StrCat(bias ? "bias " : "", norm ? "norms" : ""));
+    }
+  }
+}
+
+// More blocks than a warp has the places of at once, 32 for each of 32 warps.
+TEST_F(PagedAttentionGpuTest, LongContexts) {
+  const std::vector<Length> lengths = DecodeLengths({16384, 16385, 16417, 40000});
+  for (const int64_t window : {0, 20000}) {
+    PagedBatch b(kTiny, lengths, window);
+    ExpectClose(b, lengths, RunDecode(kTiny, b, window), absl::StrCat("window ", window));
   }
 }
 
@@ -336,12 +464,12 @@ TEST_P(DecodeGpuTest, SameBitsAloneAndInABatch) {
       contexts.push_back(kContexts[static_cast<size_t>(i) % kContexts.size()] + i / 9);
       seeds.push_back(static_cast<uint32_t>(500 + i));
     }
-    const PagedBatch b(GetParam(), DecodeLengths(contexts), window, seeds, 2);
-    const Bits y = Run(Kind::kDecode, GetParam(), b, window);
-    EXPECT_EQ(y, Run(Kind::kDecode, GetParam(), b, window)) << "another run";
+    PagedBatch b(GetParam(), DecodeLengths(contexts), window, seeds, 2);
+    const Bits y = RunDecode(GetParam(), b, window);
+    EXPECT_EQ(y, RunDecode(GetParam(), b, window)) << "another run";
     for (size_t i = 0; i < contexts.size(); i += 5) {
-      const PagedBatch alone(GetParam(), DecodeLengths({contexts[i]}), window, {seeds[i]}, 3);
-      EXPECT_EQ(Run(Kind::kDecode, GetParam(), alone, window), RowsOf(b, y, i, 1))
+      PagedBatch alone(GetParam(), DecodeLengths({contexts[i]}), window, {seeds[i]}, 3);
+      EXPECT_EQ(RunDecode(GetParam(), alone, window), RowsOf(b, y, i, 1))
           << "context " << contexts[i] << ", window " << window;
     }
   }
@@ -352,7 +480,7 @@ TEST_F(PagedAttentionGpuTest, SequencesWithoutRowsAreLeftOut) {
   std::vector<Length> lengths = DecodeLengths({300, 70});
   lengths.insert(lengths.begin() + 1, {.n_past = 40, .n_rows = 0});
   lengths.push_back({.n_past = 0, .n_rows = 0});
-  const PagedBatch b(kLlama3, lengths, 0);
+  PagedBatch b(kLlama3, lengths, 0);
   for (const Kind kind : {Kind::kDecode, Kind::kPrefill}) {
     ExpectClose(b, lengths, Run(kind, kLlama3, b, 0), "with gaps");
   }
@@ -363,7 +491,7 @@ TEST_F(PagedAttentionGpuTest, HundredsOfSequences) {
   std::vector<int64_t> contexts;
   for (int64_t i = 0; i < 300; ++i) contexts.push_back(1 + i * 37 % 400);
   const std::vector<Length> lengths = DecodeLengths(contexts);
-  const PagedBatch b(kSmolLm2, lengths, 0);
+  PagedBatch b(kSmolLm2, lengths, 0);
   for (const Kind kind : {Kind::kDecode, Kind::kPrefill}) {
     ExpectClose(b, lengths, Run(kind, kSmolLm2, b, 0), "300 sequences");
   }
@@ -372,29 +500,23 @@ TEST_F(PagedAttentionGpuTest, HundredsOfSequences) {
 // One graph for lengths that change between its replays.
 TEST_F(PagedAttentionGpuTest, GraphIsReplayedWithOtherLengths) {
   const PagedBatch longest(kLlama3, DecodeLengths({700, 900, 513}), 0);
-  const auto pool = Upload(longest.pool());
+  const Transform transform(*this, kLlama3, {});
+  auto pool = Upload(longest.pool());
   auto image = Upload(longest.image());
-  const auto q = Upload(longest.q());
+  const auto qkv = Upload(longest.qkv());
   auto y = Poisoned<bf16>(longest.n_rows() * longest.QWidth());
-  auto partials =
-      Poisoned<float>(PagedDecodePartials(longest.n_pieces(), kLlama3.n_heads, longest.shape()));
-  auto counters = Upload(std::vector<int32_t>(
-      static_cast<size_t>(PagedDecodeCounters(3, kLlama3.n_heads, longest.shape())), 0));
-  PagedAttentionParams params = Params(kLlama3, longest, 0, pool, image, q, y);
+  PagedDecodeParams params =
+      DecodeParams(kLlama3, longest, 0, transform.params(), pool, image, qkv, y);
   params.overlap_previous = true;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;
   ASSERT_EQ(cudaStreamBeginCapture(params.stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-  for (int i = 0; i < 2; ++i) {
-    EXPECT_OK(PagedDecodeAttention(params, {.n_pieces_max = longest.n_pieces(),
-                                            .partials = partials.data(),
-                                            .counters = counters.data()}));
-  }
+  for (int i = 0; i < 2; ++i) EXPECT_OK(PagedDecodeAttention(params));
   ASSERT_EQ(cudaStreamEndCapture(params.stream, &graph), cudaSuccess);
   ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
   for (const std::array<int64_t, 3>& contexts :
        {std::array<int64_t, 3>{700, 900, 513}, {1, 128, 512}, {129, 640, 3}}) {
-    // The same keys and queries: only lengths change.
+    // The same rows: only lengths change.
     std::vector<int32_t> changed = longest.image();
     const KvBatch places = longest.layout().View(changed.data());
     for (int64_t i = 0; i < 3; ++i) {
@@ -406,36 +528,14 @@ TEST_F(PagedAttentionGpuTest, GraphIsReplayedWithOtherLengths) {
     ASSERT_EQ(cudaGraphLaunch(executable, params.stream), cudaSuccess);
     const Bits replayed = BitsOf(Download(y));
     auto expected = Poisoned<bf16>(y.size());
-    PagedAttentionParams direct = params;
+    PagedDecodeParams direct = params;
     direct.y = expected.data();
     direct.overlap_previous = false;
-    EXPECT_OK(PagedDecodeAttention(direct, {.n_pieces_max = longest.n_pieces(),
-                                            .partials = partials.data(),
-                                            .counters = counters.data()}));
+    EXPECT_OK(PagedDecodeAttention(direct));
     EXPECT_EQ(replayed, BitsOf(Download(expected)));
   }
   EXPECT_EQ(cudaGraphExecDestroy(executable), cudaSuccess);
   EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
-}
-
-// What would not fit the workspace is left out; nothing else is touched.
-TEST_F(PagedAttentionGpuTest, WorkspaceThatIsTooSmall) {
-  const std::vector<Length> lengths = DecodeLengths({200, 5000});
-  const PagedBatch b(kQwen, lengths, 0);
-  const auto pool = Upload(b.pool());
-  const auto image = Upload(b.image());
-  const auto q = Upload(b.q());
-  auto y = Poisoned<bf16>(b.n_rows() * b.QWidth());
-  auto partials = Poisoned<float>(PagedDecodePartials(4, kQwen.n_heads, b.shape()));
-  const int64_t n_counters = PagedDecodeCounters(2, kQwen.n_heads, b.shape());
-  auto counters = Upload(std::vector<int32_t>(static_cast<size_t>(n_counters), 0));
-  EXPECT_OK(PagedDecodeAttention(
-      Params(kQwen, b, 0, pool, image, q, y),
-      {.n_pieces_max = 4, .partials = partials.data(), .counters = counters.data()}));
-  const Bits bits = BitsOf(Download(y));
-  const Bits second = RowsOf(b, bits, 1, 1);
-  EXPECT_EQ(second, Bits(second.size(), kPoison));
-  EXPECT_EQ(Download(counters), std::vector<int32_t>(static_cast<size_t>(n_counters), 0));
 }
 
 TEST_P(PrefillGpuTest, MixedBatchIsCloseToDouble) {
@@ -443,8 +543,7 @@ TEST_P(PrefillGpuTest, MixedBatchIsCloseToDouble) {
     const std::vector<Length> lengths = {{0, 1},   {0, 15},    {5, 17},   {16, 64},  {100, 129},
                                          {0, 300}, {1000, 65}, {4090, 7}, {4096, 1}, {63, 128}};
     const PagedBatch b(GetParam(), lengths, window);
-    ExpectClose(b, lengths, Run(Kind::kPrefill, GetParam(), b, window),
-                absl::StrCat("window ", window), 8);
+    ExpectClose(b, lengths, RunPrefill(GetParam(), b, window), absl::StrCat("window ", window), 8);
   }
 }
 
@@ -452,8 +551,8 @@ TEST_P(PrefillGpuTest, SameBitsWhereverChunksAreCut) {
   constexpr int64_t kTokens = 450;
   for (const int64_t window : {0, 90}) {
     const PagedBatch whole(GetParam(), {{.n_past = 0, .n_rows = kTokens}}, window, {7});
-    const Bits y = Run(Kind::kPrefill, GetParam(), whole, window);
-    EXPECT_EQ(y, Run(Kind::kPrefill, GetParam(), whole, window)) << "another run";
+    const Bits y = RunPrefill(GetParam(), whole, window);
+    EXPECT_EQ(y, RunPrefill(GetParam(), whole, window)) << "another run";
     const std::vector<int64_t> cuts = {0, 1, 17, 64, 100, 228, 229, kTokens};
     // Each chunk alone, and all in one launch, as if each were a sequence.
     std::vector<Length> chunks;
@@ -462,71 +561,89 @@ TEST_P(PrefillGpuTest, SameBitsWhereverChunksAreCut) {
       const PagedBatch alone(GetParam(), {chunks.back()}, window, {7}, 9);
       const Bits expected(y.begin() + cuts[i] * whole.QWidth(),
                           y.begin() + cuts[i + 1] * whole.QWidth());
-      EXPECT_EQ(Run(Kind::kPrefill, GetParam(), alone, window), expected)
+      EXPECT_EQ(RunPrefill(GetParam(), alone, window), expected)
           << "rows " << cuts[i] << " to " << cuts[i + 1] << ", window " << window;
     }
     const PagedBatch together(GetParam(), chunks, window, std::vector<uint32_t>(chunks.size(), 7),
                               11);
-    EXPECT_EQ(Run(Kind::kPrefill, GetParam(), together, window), y) << "window " << window;
+    EXPECT_EQ(RunPrefill(GetParam(), together, window), y) << "window " << window;
   }
 }
 
 // Decoding sequences and prefilling ones are parts of one batch.
 TEST_F(PagedAttentionGpuTest, PartsOfABatch) {
   const std::vector<Length> lengths = {{99, 1}, {300, 1}, {40, 70}, {0, 33}};
-  const PagedBatch b(kLlama3, lengths, 0);
-  const auto pool = Upload(b.pool());
+  PagedBatch b(kLlama3, lengths, 0);
+  RunDecode(kLlama3, b, 0);  // for its rows' queries
+  const Transform transform(*this, kLlama3, {});
+  auto pool = Upload(b.PoolBeforeRows());
   const auto image = Upload(b.image());
-  const auto q = Upload(b.q());
+  const auto qkv = Upload(b.qkv());
+  auto q = Poisoned<bf16>(b.n_rows() * b.QWidth());
   auto y = Poisoned<bf16>(b.n_rows() * b.QWidth());
-  auto partials = Poisoned<float>(PagedDecodePartials(8, kLlama3.n_heads, b.shape()));
-  auto counters = Upload(std::vector<int32_t>(
-      static_cast<size_t>(PagedDecodeCounters(2, kLlama3.n_heads, b.shape())), 0));
-  PagedAttentionParams params = Params(kLlama3, b, 0, pool, image, q, y);
-  const KvBatch all = params.batch;
-  params.batch = all.Sequences(0, 2);
-  EXPECT_OK(PagedDecodeAttention(
-      params, {.n_pieces_max = 8, .partials = partials.data(), .counters = counters.data()}));
-  params.batch = all.Sequences(2, 2);
-  EXPECT_OK(PagedPrefillAttention(params));
+  PagedDecodeParams decode = DecodeParams(kLlama3, b, 0, transform.params(), pool, image, qkv, y);
+  const KvBatch all = decode.batch;
+  decode.batch = all.Sequences(0, 2);
+  EXPECT_OK(PagedDecodeAttention(decode));
+  EXPECT_OK(QkvToCache({.batch = all,
+                        .pool = decode.pool,
+                        .n_heads = kLlama3.n_heads,
+                        .qkv_float = qkv.data(),
+                        .transform = transform.params(),
+                        .q = q.data(),
+                        .stream = context().stream()}));
+  PagedAttentionParams prefill = Params(kLlama3, b, 0, pool, image, q, y);
+  prefill.batch = all.Sequences(2, 2);
+  EXPECT_OK(PagedPrefillAttention(prefill));
   ExpectClose(b, lengths, BitsOf(Download(y)), "decode and prefill");
 }
 
 TEST_F(PagedAttentionGpuTest, RefusesWhatItDoesNotTake) {
   const Heads heads{"", 4, 2, 80};
   const PagedBatch b(heads, {{.n_past = 3, .n_rows = 1}}, 0);
-  const auto pool = Upload(b.pool());
+  auto pool = Upload(b.pool());
   const auto image = Upload(b.image());
   const auto q = Upload(b.q());
+  const auto qkv = Upload(b.qkv());
+  const Transform transform(*this, heads, {});
   auto y = Poisoned<bf16>(b.n_rows() * b.QWidth());
   const PagedAttentionParams params = Params(heads, b, 0, pool, image, q, y);
-  const auto expect = [&](const PagedAttentionParams& p, const char* what) {
-    EXPECT_THAT(PagedPrefillAttention(p),
-                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what)));
-    EXPECT_THAT(PagedDecodeAttention(p, {.n_pieces_max = 1}),
-                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what)));
+  const PagedDecodeParams decode =
+      DecodeParams(heads, b, 0, transform.params(), pool, image, qkv, y);
+  const auto expect_of = [](const absl::Status& status, const char* what) {
+    EXPECT_THAT(status, StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what)));
   };
-  expect(params, "head_dim 80");
+  // What both refuse.
+  const auto expect = [&](const auto& change, const char* what) {
+    PagedAttentionParams bad = params;
+    PagedDecodeParams bad_decode = decode;
+    change(bad);
+    change(bad_decode);
+    expect_of(PagedPrefillAttention(bad), what);
+    expect_of(PagedDecodeAttention(bad_decode), what);
+  };
+  expect([](auto&) {}, "head_dim 80");
+  expect([](auto& p) { p.n_heads = 5; }, "n_heads 5");
+  expect([](auto& p) { p.batch.max_blocks = 6; }, "max_blocks 6");
+  expect([](auto& p) { p.y += 1; }, "multiples of 16 bytes");
+  expect([](auto& p) { p.y_stride = 8; }, "y_stride 8");
+  expect([](auto& p) { p.scale = 0; }, "scale 0");
+  expect([](auto& p) { p.window = -1; }, "window of -1");
   PagedAttentionParams bad = params;
-  bad.n_heads = 5;
-  expect(bad, "n_heads 5");
-  bad = params;
-  bad.batch.max_blocks = 6;
-  expect(bad, "max_blocks 6");
-  bad = params;
   bad.q += 1;
-  expect(bad, "multiples of 16 bytes");
-  bad = params;
-  bad.y_stride = 8;
-  expect(bad, "y_stride 8");
-  bad = params;
-  bad.scale = 0;
-  expect(bad, "scale 0");
-  bad = params;
-  bad.window = -1;
-  expect(bad, "window of -1");
-  EXPECT_THAT(PagedDecodeAttention(params, {}),
-              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("n_pieces_max 0")));
+  expect_of(PagedPrefillAttention(bad), "multiples of 16 bytes");
+  PagedDecodeParams bad_decode = decode;
+  bad_decode.qkv_stride = 639;
+  expect_of(PagedDecodeAttention(bad_decode), "qkv_stride 639");
+  bad_decode = decode;
+  bad_decode.qkv += 1;
+  expect_of(PagedDecodeAttention(bad_decode), "a multiple of 8 bytes");
+  bad_decode = decode;
+  bad_decode.transform.inverse_frequencies += 1;
+  expect_of(PagedDecodeAttention(bad_decode), "multiples of 8 bytes");
+  bad_decode = decode;
+  bad_decode.batch.n_sequences = 70000;
+  expect_of(PagedDecodeAttention(bad_decode), "70000 sequences");
 }
 
 TEST(KvBatchLayoutTest, RefusesWhatDoesNotFit) {
@@ -569,11 +686,7 @@ class QkvToCacheGpuTest : public GpuTest {
     const std::vector<float> bias = RandomNormal(width, 22);
     const std::vector<float> q_norm = RandomNormal(dim, 23);
     const std::vector<float> k_norm = RandomNormal(dim, 24);
-    std::vector<float> frequencies;
-    for (int64_t i = 0; i < dim / 2; ++i) {
-      frequencies.push_back(
-          std::pow(10000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(dim)));
-    }
+    const std::vector<float> frequencies = InverseFrequencies(dim);
     const auto d_float = Upload(random);
     const auto d_bf16 = Upload(rounded);
     const auto d_bias = Upload(bias);
@@ -589,11 +702,11 @@ class QkvToCacheGpuTest : public GpuTest {
                           .n_heads = heads.n_heads,
                           .qkv_float = with.is_bf16 ? nullptr : d_float.data(),
                           .qkv_bf16 = with.is_bf16 ? d_bf16.data() : nullptr,
-                          .bias = with.bias ? d_bias.data() : nullptr,
-                          .q_norm = with.norm ? d_q_norm.data() : nullptr,
-                          .k_norm = with.norm ? d_k_norm.data() : nullptr,
-                          .eps = kEps,
-                          .inverse_frequencies = d_frequencies.data(),
+                          .transform = {.bias = with.bias ? d_bias.data() : nullptr,
+                                        .q_norm = with.norm ? d_q_norm.data() : nullptr,
+                                        .k_norm = with.norm ? d_k_norm.data() : nullptr,
+                                        .eps = kEps,
+                                        .inverse_frequencies = d_frequencies.data()},
                           .q = q.data(),
                           .stream = context().stream()}));
     const std::vector<bf16> actual_q = Download(q);

@@ -180,8 +180,6 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
 // -- Attention ----------------------------------------------------------------------------------
 
 bool IsPagedHeadDim(int64_t head_dim) { return head_dim >= 16; }
-int64_t PagedDecodePartials(int64_t, int64_t, const KvPoolShape&) { return 1; }
-int64_t PagedDecodeCounters(int64_t, int64_t, const KvPoolShape&) { return 1; }
 
 absl::Status QkvToCache(const QkvToCacheParams& p) {
   const KvPoolShape& shape = p.pool.shape;
@@ -197,19 +195,22 @@ absl::Status QkvToCache(const QkvToCacheParams& p) {
       double squares = 0;
       for (int64_t i = 0; i < dim; ++i) {
         const int64_t at = h * dim + i;
-        const float bias = p.bias == nullptr ? 0 : p.bias[at];
+        const float bias = p.transform.bias == nullptr ? 0 : p.transform.bias[at];
         x[static_cast<size_t>(i)] = p.qkv_float[row * n_all * dim + at] + bias;
         squares += x[static_cast<size_t>(i)] * x[static_cast<size_t>(i)];
       }
-      const float* norm = h < p.n_heads ? p.q_norm : h < n_rotated ? p.k_norm : nullptr;
+      const float* norm = h < p.n_heads   ? p.transform.q_norm
+                          : h < n_rotated ? p.transform.k_norm
+                                          : nullptr;
       for (int64_t i = 0; norm != nullptr && i < dim; ++i) {
         x[static_cast<size_t>(i)] *=
-            norm[i] / static_cast<float>(std::sqrt(squares / static_cast<double>(dim) + p.eps));
+            norm[i] /
+            static_cast<float>(std::sqrt(squares / static_cast<double>(dim) + p.transform.eps));
       }
       for (int64_t i = 0; h < n_rotated && i < dim / 2; ++i) {
         float& a = x[static_cast<size_t>(i)];
         float& b = x[static_cast<size_t>(i + dim / 2)];
-        const double angle = static_cast<double>(position) * p.inverse_frequencies[i];
+        const double angle = static_cast<double>(position) * p.transform.inverse_frequencies[i];
         const auto sine = static_cast<float>(std::sin(angle));
         const auto cosine = static_cast<float>(std::cos(angle));
         std::tie(a, b) = std::pair(a * cosine - b * sine, b * cosine + a * sine);
@@ -236,8 +237,22 @@ absl::Status PagedPrefillAttention(const PagedAttentionParams& p) {
   return absl::OkStatus();
 }
 
-absl::Status PagedDecodeAttention(const PagedAttentionParams& p, const PagedDecodeWorkspace&) {
-  return PagedPrefillAttention(p);
+absl::Status PagedDecodeAttention(const PagedDecodeParams& p) {
+  const KvPoolShape& shape = p.pool.shape;
+  std::vector<bf16> q(static_cast<size_t>(p.batch.n_rows * p.n_heads * shape.head_dim));
+  WALSH_RETURN_IF_ERROR(QkvToCache({.batch = p.batch,
+                                    .pool = p.pool,
+                                    .n_heads = p.n_heads,
+                                    .qkv_float = p.qkv,
+                                    .transform = p.transform,
+                                    .q = q.data()}));
+  return PagedPrefillAttention({.batch = p.batch,
+                                .pool = p.pool,
+                                .n_heads = p.n_heads,
+                                .window = p.window,
+                                .scale = p.scale,
+                                .q = q.data(),
+                                .y = p.y});
 }
 
 // -- Ends of a pass -----------------------------------------------------------------------------

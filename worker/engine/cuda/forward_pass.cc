@@ -84,18 +84,7 @@ absl::Status ForwardPass::Allocate() {
   logits_stride_ = (c.vocab + kLogitsAlignment - 1) / kLogitsAlignment * kLogitsAlignment;
   WALSH_RETURN_IF_ERROR(AllocateZeros(logits_, limits_.n_logits * logits_stride_, stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(best_, limits_.n_logits, stream));
-  WALSH_RETURN_IF_ERROR(AllocateZeros(arg_max_workspace_, 2 * limits_.n_logits, stream));
-
-  // No more than the pool has tokens for, but for a piece at each end of a sequence, or than the
-  // sequences' contexts are long.
-  const int64_t n_tokens =
-      std::min(limits_.n_blocks * ops::kPoolBlockTokens, limits_.n_sequences * limits_.n_context);
-  n_pieces_max_ = n_tokens / ops::kDecodePieceTokens + 2 * limits_.n_sequences;
-  WALSH_ASSIGN_OR_RETURN(partials_,
-                         DeviceBuffer<float>::Allocate(
-                             ops::PagedDecodePartials(n_pieces_max_, c.n_heads, pool), stream));
-  return AllocateZeros(counters_, ops::PagedDecodeCounters(limits_.n_sequences, c.n_heads, pool),
-                       stream);
+  return AllocateZeros(arg_max_workspace_, 2 * limits_.n_logits, stream);
 }
 
 ops::KvPoolLayer ForwardPass::PoolOf(int64_t layer) {
@@ -135,31 +124,41 @@ absl::Status ForwardPass::Attend(int64_t index, const Rows& rows) {
   const auto or_null = [](const DeviceBuffer<float>& values) {
     return values.size() == 0 ? nullptr : values.data();
   };
+  const ops::QkvTransform transform{.bias = or_null(layer.qkv.bias),
+                                    .q_norm = or_null(layer.q_norm),
+                                    .k_norm = or_null(layer.k_norm),
+                                    .eps = static_cast<float>(c.rms_norm_eps),
+                                    .inverse_frequencies = frequencies.data()};
+  const auto scale = static_cast<float>(c.attention_scale());
+  if (rows.is_decode) {
+    return ops::PagedDecodeAttention({.batch = rows.kv,
+                                      .pool = PoolOf(index),
+                                      .n_heads = c.n_heads,
+                                      .window = c.window(index),
+                                      .scale = scale,
+                                      .qkv = qkv_.data(),
+                                      .transform = transform,
+                                      .y = attended_.data(),
+                                      .overlap_previous = true,
+                                      .stream = context_->stream()});
+  }
   WALSH_RETURN_IF_ERROR(ops::QkvToCache({.batch = rows.kv,
                                          .pool = PoolOf(index),
                                          .n_heads = c.n_heads,
                                          .qkv_float = qkv_.data(),
-                                         .bias = or_null(layer.qkv.bias),
-                                         .q_norm = or_null(layer.q_norm),
-                                         .k_norm = or_null(layer.k_norm),
-                                         .eps = static_cast<float>(c.rms_norm_eps),
-                                         .inverse_frequencies = frequencies.data(),
+                                         .transform = transform,
                                          .q = q_.data(),
                                          .overlap_previous = true,
                                          .stream = context_->stream()}));
-  const ops::PagedAttentionParams params{.batch = rows.kv,
-                                         .pool = PoolOf(index),
-                                         .n_heads = c.n_heads,
-                                         .window = c.window(index),
-                                         .scale = static_cast<float>(c.attention_scale()),
-                                         .q = q_.data(),
-                                         .y = attended_.data(),
-                                         .overlap_previous = true,
-                                         .stream = context_->stream()};
-  if (!rows.is_decode) return ops::PagedPrefillAttention(params);
-  return ops::PagedDecodeAttention(
-      params,
-      {.n_pieces_max = n_pieces_max_, .partials = partials_.data(), .counters = counters_.data()});
+  return ops::PagedPrefillAttention({.batch = rows.kv,
+                                     .pool = PoolOf(index),
+                                     .n_heads = c.n_heads,
+                                     .window = c.window(index),
+                                     .scale = scale,
+                                     .q = q_.data(),
+                                     .y = attended_.data(),
+                                     .overlap_previous = true,
+                                     .stream = context_->stream()});
 }
 
 absl::Status ForwardPass::Norm(const DeviceBuffer<float>& weight, const float* x, int64_t n_rows,

@@ -94,9 +94,6 @@ class ForwardPass {
   int64_t logits_stride_ = 0;
   DeviceBuffer<int32_t> best_;
   DeviceBuffer<unsigned long long> arg_max_workspace_;
-  int64_t n_pieces_max_ = 0;
-  DeviceBuffer<float> partials_;
-  DeviceBuffer<int32_t> counters_;
 };
 
 }  // namespace walsh::engine::cuda

@@ -30,6 +30,7 @@ struct LaunchShape {
   dim3 grid;
   int threads = 0;
   int shared_bytes = 0;  // dynamic
+  int cluster = 1;       // CTAs of a cluster, neighbours in x
   bool overlap_previous = false;
   cudaStream_t stream = nullptr;
 };
@@ -37,16 +38,25 @@ struct LaunchShape {
 template <typename... Params>
 absl::Status LaunchKernel(const char* name, void (*kernel)(Params...), const LaunchShape& shape,
                           const std::type_identity_t<Params>&... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned n_attributes = 0;
+  if (shape.overlap_previous) {
+    cudaLaunchAttribute& attribute = attributes[n_attributes++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[n_attributes++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = shape.stream;
-  config.attrs = &attribute;
-  config.numAttrs = shape.overlap_previous ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = n_attributes;
   WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, args...));
   return LaunchStatus(name, shape.stream);
 }

@@ -29,6 +29,12 @@ __device__ __forceinline__ void LoadMatrix4Transposed(unsigned (&r)[4], unsigned
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address));
 }
+// Of an 8 × 8 matrix of 16-bit elements, of which a lane has two neighbours of row lane / 4.
+__device__ __forceinline__ unsigned TransposeMatrix(unsigned x) {
+  unsigned y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
 // d[16, 8] += a[16, 16] · b[16, 8]
 __device__ __forceinline__ void Mma(float (&d)[4], const unsigned (&a)[4], unsigned b0,
                                     unsigned b1) {

@@ -56,6 +56,17 @@ absl::Status CheckPool(const char* name, const KvBatch& batch, const KvPoolLayer
   return absl::OkStatus();
 }
 
+absl::Status CheckTransform(const char* name, const QkvTransform& transform) {
+  for (const float* vector :
+       {transform.bias, transform.q_norm, transform.k_norm, transform.inverse_frequencies}) {
+    if (reinterpret_cast<uintptr_t>(vector) % sizeof(float2) != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, ": vectors of the transform must begin at multiples of 8 bytes"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status MakeArguments(const char* name, const PagedAttentionParams& p,
                            PagedAttentionArguments* arguments) {
   WALSH_RETURN_IF_ERROR(CheckPool(name, p.batch, p.pool));

@@ -34,6 +34,8 @@ struct PagedAttentionArguments {
 
 // INVALID_ARGUMENT for what no operation on the pool takes; `name` is the operation's.
 absl::Status CheckPool(const char* name, const KvBatch& batch, const KvPoolLayer& pool);
+// INVALID_ARGUMENT for vectors that are not aligned.
+absl::Status CheckTransform(const char* name, const QkvTransform& transform);
 // The arguments, checked.
 absl::Status MakeArguments(const char* name, const PagedAttentionParams& params,
                            PagedAttentionArguments* arguments);

@@ -1,21 +1,17 @@
-// QkvToCache (worker/kernels/cuda/qkv_to_cache.h): a warp for each head of a row. A lane holds
-// pairs of neighbours in either half of the head, so that what is rotated together is in one lane.
+// QkvToCache (worker/kernels/cuda/qkv_to_cache.h): a warp for each head of a row.
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/paged_attention.cuh"
+#include "worker/kernels/cuda/qkv_head.cuh"
 #include "worker/kernels/cuda/qkv_to_cache.h"
-#include "worker/kernels/cuda/reduce.cuh"
 
 namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kPairElements = 2;
-// Pairs of a lane in half a head.
-constexpr int kPairs = static_cast<int>(kCacheHeadDimMax) / 2 / kPairElements / kWarpSize;
-constexpr double kHalfTurnsPerRadian = 0.31830988618379067154;  // 1 / π
+constexpr int kPairs = HeadPairsOf(static_cast<int>(kCacheHeadDimMax));
 
 struct QkvArguments {
   KvBatch batch;
@@ -25,37 +21,10 @@ struct QkvArguments {
   int n_kv_heads;
   int head_dim;
   int64_t qkv_stride;
-  const float* bias;
-  const float* q_norm;
-  const float* k_norm;
-  float eps;
-  const float* inverse_frequencies;
+  QkvTransform transform;
   bf16* q;
   int64_t q_stride;
 };
-
-__device__ __forceinline__ float2 LoadPair(const float* x) {
-  return *reinterpret_cast<const float2*>(x);
-}
-__device__ __forceinline__ float2 LoadPair(const bf16* x) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(x));
-}
-__device__ __forceinline__ void StorePair(bf16* y, float2 x) {
-  *reinterpret_cast<__nv_bfloat162*>(y) = __floats2bfloat162_rn(x.x, x.y);
-}
-
-// a and b, of either half of a head, rotated by the angle.
-__device__ __forceinline__ void Rotate(float& a, float& b, int position, float inverse_frequency) {
-  const double half_turns =
-      static_cast<double>(position) * static_cast<double>(inverse_frequency) * kHalfTurnsPerRadian;
-  float sine;
-  float cosine;
-  sincospif(static_cast<float>(half_turns - 2.0 * rint(half_turns / 2.0)), &sine, &cosine);
-  const float first = a;
-  const float second = b;
-  a = first * cosine - second * sine;
-  b = second * cosine + first * sine;
-}
 
 template <typename In>
 __global__ void __launch_bounds__(kThreads) QkvToCacheKernel(const QkvArguments p, const In* qkv) {
@@ -73,45 +42,17 @@ __global__ void __launch_bounds__(kThreads) QkvToCacheKernel(const QkvArguments 
   const int position =
       p.batch.n_past[sequence] + static_cast<int>(row) - p.batch.first_row[sequence];
 
+  const QkvTransform& transform = p.transform;
   const int half = p.head_dim / 2;
-  float2 low[kPairs];
-  float2 high[kPairs];
   const int64_t column = static_cast<int64_t>(head) * p.head_dim;
-  const In* x = qkv + row * p.qkv_stride + column;
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int at = (i * kWarpSize + lane) * kPairElements;
-    low[i] = high[i] = {0.0f, 0.0f};
-    if (at >= half) continue;
-    low[i] = LoadPair(x + at);
-    high[i] = LoadPair(x + half + at);
-    if (p.bias == nullptr) continue;
-    const float* bias = p.bias + column;
-    low[i] = {low[i].x + bias[at], low[i].y + bias[at + 1]};
-    high[i] = {high[i].x + bias[half + at], high[i].y + bias[half + at + 1]};
-  }
-
+  HeadPairs<kPairs> x = LoadHead<kPairs>(qkv + row * p.qkv_stride + column, half);
+  if (transform.bias != nullptr) AddBias(x, LoadHead<kPairs>(transform.bias + column, half));
   const bool is_value = head >= p.n_heads + p.n_kv_heads;
-  const float* norm = head < p.n_heads ? p.q_norm : is_value ? nullptr : p.k_norm;
-  if (norm != nullptr) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      sum = fmaf(low[i].x, low[i].x, sum);
-      sum = fmaf(low[i].y, low[i].y, sum);
-      sum = fmaf(high[i].x, high[i].x, sum);
-      sum = fmaf(high[i].y, high[i].y, sum);
-    }
-    sum = WarpReduce<Sum>(sum);
-    const float scale = 1.0f / sqrtf(sum / static_cast<float>(p.head_dim) + p.eps);
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int at = (i * kWarpSize + lane) * kPairElements;
-      if (at >= half) continue;
-      low[i] = {low[i].x * scale * norm[at], low[i].y * scale * norm[at + 1]};
-      high[i] = {high[i].x * scale * norm[half + at], high[i].y * scale * norm[half + at + 1]};
-    }
+  const float* norm = head < p.n_heads ? transform.q_norm : transform.k_norm;
+  if (!is_value && norm != nullptr) {
+    NormalizeHead(x, LoadHead<kPairs>(norm, half), p.head_dim, transform.eps);
   }
+  if (!is_value) RotateHead(x, RotationAt<kPairs>(position, transform.inverse_frequencies, half));
 
   bf16* y = p.q + row * p.q_stride + column;
   if (head >= p.n_heads) {
@@ -122,17 +63,7 @@ __global__ void __launch_bounds__(kThreads) QkvToCacheKernel(const QkvArguments 
         (static_cast<int64_t>(kv_head) * kPoolBlockTokens + position % kPoolBlockTokens) *
             p.head_dim;
   }
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const int at = (i * kWarpSize + lane) * kPairElements;
-    if (at >= half) continue;
-    if (!is_value) {
-      Rotate(low[i].x, high[i].x, position, p.inverse_frequencies[at]);
-      Rotate(low[i].y, high[i].y, position, p.inverse_frequencies[at + 1]);
-    }
-    StorePair(y + at, low[i]);
-    StorePair(y + half + at, high[i]);
-  }
+  StoreHead(y, x, half);
 }
 
 absl::Status Validate(const QkvToCacheParams& p, int64_t width, int64_t qkv_stride,
@@ -151,6 +82,7 @@ absl::Status Validate(const QkvToCacheParams& p, int64_t width, int64_t qkv_stri
   if ((p.qkv_float == nullptr) == (p.qkv_bf16 == nullptr)) {
     return absl::InvalidArgumentError("QkvToCache: one of qkv_float and qkv_bf16 must be given");
   }
+  WALSH_RETURN_IF_ERROR(CheckTransform("QkvToCache", p.transform));
   const int64_t q_width = p.n_heads * shape.head_dim;
   if (qkv_stride < width || qkv_stride % 2 != 0 || q_stride < q_width || q_stride % 2 != 0) {
     return absl::InvalidArgumentError(absl::StrCat("QkvToCache: strides ", qkv_stride, " and ",
@@ -179,11 +111,7 @@ absl::Status QkvToCache(const QkvToCacheParams& p) {
                                .n_kv_heads = static_cast<int>(shape.n_kv_heads),
                                .head_dim = static_cast<int>(shape.head_dim),
                                .qkv_stride = qkv_stride,
-                               .bias = p.bias,
-                               .q_norm = p.q_norm,
-                               .k_norm = p.k_norm,
-                               .eps = p.eps,
-                               .inverse_frequencies = p.inverse_frequencies,
+                               .transform = p.transform,
                                .q = p.q,
                                .q_stride = q_stride};
   const LaunchShape launch{

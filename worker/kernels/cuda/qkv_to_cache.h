@@ -1,13 +1,6 @@
-// What lies between the product with the weights of q, k and v and attention, in one launch: bias,
-// RMSNorm of each head of q and k, rotary embedding; q goes out in bf16, k and v into the pool.
-//
-//   x += bias                                        where there is one
-//   x ← x / sqrt(mean(x²) + eps) · norm              each head of q and k, where there are norms
-//   x[i], x[i + d/2] ← rotated by position · inverse_frequency[i]         each head of q and k
-//
-// Arithmetic is fp32 and rounded to bf16 once. The angle is reduced in double: in fp32 it would be
-// off by 2^-7 at positions of 2^17, more than bf16's rounding. The half-split layout is that of
-// kernels::Rope.
+// What lies between the product with the weights of q, k and v and attention, in one launch: the
+// transform of qkv_transform.h; q goes out in bf16, k and v into the pool. Rows that decode have it
+// in PagedDecodeAttention's launch, with the same bits.
 //
 // Bound:   launch and latency for few rows, then memory
 // Shapes:  row-major; a row of qkv has the heads of q, then k's, then v's
@@ -22,6 +15,7 @@
 
 #include "absl/status/status.h"
 #include "worker/kernels/cuda/paged_kv.h"
+#include "worker/kernels/cuda/qkv_transform.h"
 
 namespace walsh::kernels::cuda {
 
@@ -32,14 +26,10 @@ struct QkvToCacheParams {
   // One of the two, [n_rows, (n_heads + 2 n_kv_heads) · head_dim].
   const float* qkv_float = nullptr;
   const bf16* qkv_bf16 = nullptr;
-  int64_t qkv_stride = 0;         // 0: as many as a row has; even
-  const float* bias = nullptr;    // of a row, or null
-  const float* q_norm = nullptr;  // [head_dim], or null
-  const float* k_norm = nullptr;  // [head_dim], or null
-  float eps = 0;
-  const float* inverse_frequencies = nullptr;  // [head_dim / 2]
-  bf16* q = nullptr;                           // [n_rows, n_heads · head_dim]
-  int64_t q_stride = 0;                        // 0: n_heads · head_dim; even
+  int64_t qkv_stride = 0;  // 0: as many as a row has; even
+  QkvTransform transform;
+  bf16* q = nullptr;     // [n_rows, n_heads · head_dim]
+  int64_t q_stride = 0;  // 0: n_heads · head_dim; even
   // Programmatic dependent launch: see dependent_launch.cuh.
   bool overlap_previous = false;
   cudaStream_t stream = nullptr;
