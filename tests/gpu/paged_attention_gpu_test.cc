@@ -173,6 +173,7 @@ class PagedBatch {
   // Takes queries, keys and values of the rows from what QkvToCache made of them.
   void TakeRows(const std::vector<bf16>& q, const std::vector<bf16>& pool) {
     q_ = q;
+    pool_ = pool;
     ForRowTokens(
         [&](bf16* to, int64_t place) { std::copy_n(pool.begin() + place, heads_.head_dim, to); });
   }
@@ -287,35 +288,41 @@ class PagedAttentionGpuTest : public GpuTest {
     return RowBits(b, y);
   }
 
-  // The batch takes over what QkvToCache makes of its rows.
+  // From the batch's rows of qkv: it takes over what QkvToCache makes of them.
   Bits RunDecode(const Heads& heads, PagedBatch& b, int64_t window) {
     return RunDecode(heads, b, window, With{});
   }
   Bits RunDecode(const Heads& heads, PagedBatch& b, int64_t window, const With& with) {
     const Transform transform(*this, heads, with);
+    const std::vector<bf16> before = b.PoolBeforeRows();
+    TakeRows(heads, b, transform.params());
+
+    auto pool = Upload(before);
     const auto image = Upload(b.image());
     const auto qkv = Upload(b.qkv());
-    const std::vector<bf16> before = b.PoolBeforeRows();
-    auto pool = Upload(before);
+    auto y = Poisoned<bf16>(b.n_rows() * b.QWidth() + kBehind);
+    EXPECT_OK(PagedDecodeAttention(
+        DecodeParams(heads, b, window, transform.params(), pool, image, qkv, y)));
+    const std::vector<bf16> pool_of_fused = Download(pool);
+    EXPECT_EQ(std::memcmp(pool_of_fused.data(), b.pool().data(), b.pool().size() * 2), 0)
+        << "the pool is not as QkvToCache leaves it";
+    return RowBits(b, y);
+  }
+
+  // The batch takes over what QkvToCache makes of its rows.
+  void TakeRows(const Heads& heads, PagedBatch& b, const QkvTransform& transform) {
+    auto pool = Upload(b.PoolBeforeRows());
+    const auto image = Upload(b.image());
+    const auto qkv = Upload(b.qkv());
     auto q = Poisoned<bf16>(b.n_rows() * b.QWidth());
     EXPECT_OK(QkvToCache({.batch = b.layout().View(image.data()),
                           .pool = {.data = pool.data(), .shape = b.shape()},
                           .n_heads = heads.n_heads,
                           .qkv_float = qkv.data(),
-                          .transform = transform.params(),
+                          .transform = transform,
                           .q = q.data(),
                           .stream = context().stream()}));
-    const std::vector<bf16> pool_after = Download(pool);
-    b.TakeRows(Download(q), pool_after);
-
-    pool = Upload(before);
-    auto y = Poisoned<bf16>(b.n_rows() * b.QWidth() + kBehind);
-    EXPECT_OK(PagedDecodeAttention(
-        DecodeParams(heads, b, window, transform.params(), pool, image, qkv, y)));
-    const std::vector<bf16> pool_of_fused = Download(pool);
-    EXPECT_EQ(std::memcmp(pool_of_fused.data(), pool_after.data(), pool_after.size() * 2), 0)
-        << "the pool is not as QkvToCache leaves it";
-    return RowBits(b, y);
+    b.TakeRows(Download(q), Download(pool));
   }
 
   Bits RowBits(const PagedBatch& b, const DeviceBuffer<bf16>& y) {
@@ -574,9 +581,10 @@ TEST_P(PrefillGpuTest, SameBitsWhereverChunksAreCut) {
 TEST_F(PagedAttentionGpuTest, PartsOfABatch) {
   const std::vector<Length> lengths = {{99, 1}, {300, 1}, {40, 70}, {0, 33}};
   PagedBatch b(kLlama3, lengths, 0);
-  RunDecode(kLlama3, b, 0);  // for its rows' queries
   const Transform transform(*this, kLlama3, {});
-  auto pool = Upload(b.PoolBeforeRows());
+  const std::vector<bf16> before = b.PoolBeforeRows();
+  TakeRows(kLlama3, b, transform.params());
+  auto pool = Upload(before);
   const auto image = Upload(b.image());
   const auto qkv = Upload(b.qkv());
   auto q = Poisoned<bf16>(b.n_rows() * b.QWidth());

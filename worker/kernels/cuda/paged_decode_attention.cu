@@ -1,9 +1,14 @@
 // PagedDecodeAttention (worker/kernels/cuda/paged_attention.h).
 //
-// A cluster of kCtas CTAs takes a sequence and a kv head. Blocks of its context go to the cluster's
-// warps in turn, so that few blocks are spread over as many multiprocessors; a warp copies keys and
-// values of its blocks to shared memory by itself, as many at once as there is room for, and meets
-// no other warp until it has seen them all. Tokens are the rows of mma.m16n8k16 and query heads the
+// A cluster of CTAs takes a sequence and a kv head. The blocks of its context are dealt to kLeaves
+// leaves of kWarps warps in turn; what a leaf's warps have is added up at once, leaves are added up
+// two by two. A CTA has one, two or four leaves that are neighbours in this tree, one after the
+// other: with few sequences in the batch a cluster has as many CTAs as there are leaves, so that a
+// short context is spread over as many multiprocessors; with many it has two, as a CTA's beginning
+// and end cost more than what it reads. The tree is the same.
+//
+// A warp copies keys and values of its blocks to shared memory by itself, as many at once as there
+// is room for, over the ends of leaves. Tokens are the rows of mma.m16n8k16 and query heads the
 // columns, unused ones zero: the tensor cores are far from busy, and one form serves groups from 1
 // to 8. Where a group has more heads, it is taken in parts.
 //
@@ -14,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "absl/status/statusor.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cluster.cuh"
 #include "worker/kernels/cuda/cuda_status.h"
@@ -27,8 +33,11 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kCtas = 8;  // of a cluster, as many as every device takes
-constexpr int kClusterWarps = kCtas * kWarps;
+constexpr int kLeavesLog2 = 3;
+constexpr int kLeaves = 1 << kLeavesLog2;  // CTAs of a cluster at most, as many as a device takes
+
+constexpr int kCtasMin = 2;
+constexpr int kTreeWarps = kLeaves * kWarps;
 constexpr int kHeadColumns = 8;  // query heads at once, of mma's columns
 static_assert(kPoolBlockTokens == 16, "a block's tokens are mma's rows");
 constexpr int kVectorsTogether = 4;       // of a result's 4 elements, that a CTA writes as a sector
@@ -48,6 +57,7 @@ struct DecodeArguments {
   PagedAttentionArguments attention;  // but for q
   bf16* pool;
   HeadParts parts;
+
   const float* qkv;
   int64_t qkv_stride;
   QkvTransform transform;
@@ -66,41 +76,43 @@ struct DecodeForm {
   static_assert(kTileBytes >= kHeadColumns * kSumStride * sizeof(float));
 
   struct Shared {
-    // Of a warp and stage, keys and values. A warp's sums take the place of the first.
+    // Of a warp and stage, keys and values. A warp's sums take the place of a leaf's last values.
     alignas(16) unsigned char tiles[kWarps][kStages][2][kTileBytes];
     union {
       alignas(16) bf16 q[kHeadColumns][kDim + kTilePad];
       // What the cluster's CTAs have for this one to add up. None sends it before all have read q.
-      float4 received[kCtas][kVectors];
+      float4 received[kLeaves * kVectors];  // [CTA][slot]
     };
-    float2 received_softmax[kCtas][kHeadColumns];  // maximum (of log2) and sum of weights
+    float2 received_softmax[kLeaves][kHeadColumns];  // maximum (of log2) and sum of weights
     float2 softmax[kWarps][kHeadColumns];
+    int sums_stage[kWarps];           // where a warp's sums are
+    uint64_t barrier;                 // of what is received
     alignas(16) bf16 token[2][kDim];  // the new one's key and value
   };
 };
 
-// Softmax of several parts of a context: the maximum of all and the weights' sum with it.
-template <int kParts>
-__device__ __forceinline__ float2 MergeSoftmax(const float2 (*parts)[kHeadColumns], int head) {
-  float highest = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) highest = fmaxf(highest, parts[i][head].x);
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) {
-    if (parts[i][head].x == -INFINITY) continue;
-    sum = fmaf(parts[i][head].y, Exp2(parts[i][head].x - highest), sum);
-  }
-  return {highest, sum};
+// Four elements of a head's result over a part of the context, and that part's softmax.
+struct Partial {
+  float highest;
+  float weights;  // their sum, with that maximum
+  float4 sum;
+};
+__device__ __forceinline__ float WeightOf(float highest_of_part, float highest) {
+  return highest_of_part == -INFINITY ? 0.0f : Exp2(highest_of_part - highest);
 }
-__device__ __forceinline__ void AddWeighted(float4& sum, float4 part, float weight) {
-  sum.x = fmaf(part.x, weight, sum.x);
-  sum.y = fmaf(part.y, weight, sum.y);
-  sum.z = fmaf(part.z, weight, sum.z);
-  sum.w = fmaf(part.w, weight, sum.w);
+__device__ __forceinline__ Partial Merge(const Partial& a, const Partial& b) {
+  Partial both;
+  both.highest = fmaxf(a.highest, b.highest);
+  const float of_a = WeightOf(a.highest, both.highest);
+  const float of_b = WeightOf(b.highest, both.highest);
+  const auto merged = [&](float x, float y) { return fmaf(x, of_a, __fmul_rn(y, of_b)); };
+  both.weights = merged(a.weights, b.weights);
+  both.sum = {merged(a.sum.x, b.sum.x), merged(a.sum.y, b.sum.y), merged(a.sum.z, b.sum.z),
+              merged(a.sum.w, b.sum.w)};
+  return both;
 }
 
-template <int kDim>
+template <int kDim, int kCtas>
 __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiprocessor)
     DecodeKernel(const __grid_constant__ DecodeArguments p) {
   using Form = DecodeForm<kDim>;
@@ -108,6 +120,8 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   constexpr int kStages = Form::kStages;
   constexpr int kVectors = Form::kVectors;
   constexpr int kHeadStride = kPoolBlockTokens * kDim;
+  constexpr int kCtaLeaves = kLeaves / kCtas;
+  constexpr int kSlots = kLeaves * kVectors / kCtas;  // of a CTA, for as many heads as can be
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Form::Shared*>(shared_bytes);
   LetNextKernelStart();
@@ -116,6 +130,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize;
   const int warp = thread / kWarpSize;
+
   const int rank = static_cast<int>(blockIdx.x) % kCtas;
   const int unit = static_cast<int>(blockIdx.x) / kCtas;
   const int kv_head = unit / p.parts.n_parts;
@@ -125,15 +140,19 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   const auto sequence = static_cast<int64_t>(blockIdx.y);
 
   // -- Where the context lies ---------------------------------------------------------------------
-  // Blocks are numbered from the sequence's start. This warp has first_block and each kClusterWarps
-  // further; a lane holds the place in the pool of one of 32 of them.
-  const int warp_of_cluster = warp * kCtas + rank;
+  // Blocks are numbered from the sequence's start. Of leaf l this warp has each kTreeWarps-th from
+  // a number below that on; the bits of l are turned round, so that neighbours are in other CTAs. A
+  // lane holds the place in the pool of one of 32 blocks.
+  const auto block_of_leaf = [&](int leaf) {
+    const unsigned turned = __brev(static_cast<unsigned>(rank * kCtaLeaves + leaf));
+    return warp * kLeaves + static_cast<int>(turned >> (32 - kLeavesLog2));
+  };
   const int32_t* table = a.batch.tables + sequence * a.batch.max_blocks;
   const auto places_from = [&](int block) {
-    block += lane * kClusterWarps;
+    block += lane * kTreeWarps;
     return block < a.batch.max_blocks ? table[block] : 0;
   };
-  int32_t places = places_from(warp_of_cluster);
+  int32_t places = places_from(block_of_leaf(0));
   const int position = a.batch.n_past[sequence];
   const int64_t row = a.batch.first_row[sequence];
   if (a.batch.n_sequence_rows[sequence] == 0) {
@@ -142,23 +161,43 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   }
   const int first_seen = a.FirstSeen(position);
   const int last_block = position / kPoolBlockTokens;
-  int first_block = warp_of_cluster;
-  if (a.window > 0) {
-    const int before = max(0, first_seen / kPoolBlockTokens - first_block);
-    first_block += (before + kClusterWarps - 1) / kClusterWarps * kClusterWarps;
-    places = places_from(first_block);
-  }
-  const int n_blocks =
-      first_block > last_block ? 0 : (last_block - first_block) / kClusterWarps + 1;
-  int32_t places_after = places_from(first_block + kWarpSize * kClusterWarps);
+  struct Run {
+    int first;  // block, and each kTreeWarps further
+    int n;
+  };
+  const auto run_of = [&](int leaf) {
+    Run run{.first = block_of_leaf(leaf), .n = 0};
+    if (a.window > 0) {
+      const int before = max(0, first_seen / kPoolBlockTokens - run.first);
+      run.first += (before + kTreeWarps - 1) / kTreeWarps * kTreeWarps;
+    }
+    if (run.first <= last_block) run.n = (last_block - run.first) / kTreeWarps + 1;
+    return run;
+  };
 
-  // -- Copies of keys and values, in groups: those of the warp's block i are groups 2i and 2i + 1
-  // ---
+  // -- Copies of keys and values, in groups: 2i and 2i + 1 of the warp's i-th block --------------
   const auto tile_of = [&](int i, int is_value) {
     return SharedAddress(shared.tiles[warp][i % kStages][is_value]);
   };
-  const auto copy = [&](int i, unsigned tile, const bf16* from) {
-    const int first = (first_block + i * kClusterWarps) * kPoolBlockTokens;
+  // The next block to be copied.
+  int leaf_ahead = 0;
+  Run run_ahead = run_of(0);
+  int index_ahead = 0;
+  int n_copied = 0;
+  if (a.window > 0) places = places_from(run_ahead.first);
+  const auto skip_empty_leaves = [&] {
+    while (run_ahead.n == index_ahead && leaf_ahead < kCtaLeaves) {
+      index_ahead = 0;
+      run_ahead.n = 0;
+      if (++leaf_ahead == kCtaLeaves) break;
+      run_ahead = run_of(leaf_ahead);
+      if (run_ahead.n > 0) places = places_from(run_ahead.first);
+    }
+  };
+  skip_empty_leaves();
+  const bf16* keys_ahead = nullptr;
+  const auto copy = [&](unsigned tile, const bf16* from) {
+    const int first = (run_ahead.first + index_ahead * kTreeWarps) * kPoolBlockTokens;
 #pragma unroll
     for (int c = 0; c < kPoolBlockTokens * Form::kPieces / kWarpSize; ++c) {
       const int piece = c * kWarpSize + lane;
@@ -170,33 +209,36 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
                   from + piece * 8, token >= first_seen && token < position);
     }
   };
-  const bf16* copied = nullptr;  // the block whose keys are copied
-  const auto copy_keys = [&](int i) {
-    if (i < n_blocks) {
-      if (i % kWarpSize == 0 && i > 0) {
-        places = places_after;
-        places_after = places_from(first_block + (i + kWarpSize) * kClusterWarps);
-      }
-      const int64_t place = __shfl_sync(~0u, places, i % kWarpSize);
-      copied = p.pool + place * a.block_stride + kv_head * kHeadStride;
-      copy(i, tile_of(i, 0), copied);
+  const auto copy_keys = [&] {
+    if (leaf_ahead < kCtaLeaves) {
+      const int64_t place = __shfl_sync(~0u, places, index_ahead % kWarpSize);
+      keys_ahead = p.pool + place * a.block_stride + kv_head * kHeadStride;
+      copy(tile_of(n_copied, 0), keys_ahead);
     }
     CommitCopies();
   };
-  const auto copy_values = [&](int i) {
-    if (i < n_blocks) copy(i, tile_of(i, 1), copied + a.block_stride / 2);
+  const auto copy_values = [&] {
+    if (leaf_ahead < kCtaLeaves) {
+      copy(tile_of(n_copied, 1), keys_ahead + a.block_stride / 2);
+      ++n_copied;
+      ++index_ahead;
+      if (index_ahead % kWarpSize == 0 && index_ahead < run_ahead.n) {
+        places = places_from(run_ahead.first + index_ahead * kTreeWarps);
+      }
+      skip_empty_leaves();
+    }
     CommitCopies();
   };
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    copy_keys(i);
-    copy_values(i);
+    copy_keys();
+    copy_values();
   }
 
-  // -- The row's heads: queries, and the new token's key and value in the CTA that has its block
-  // ----
+  // -- The row's heads: queries, and where its block is the new token's key and value -------------
   constexpr int kHeadsOfWarp = (kHeadColumns + 2 + kWarps - 1) / kWarps;
-  const bool has_token = last_block % kCtas == rank;
+  const unsigned leaf_of_token = __brev(static_cast<unsigned>(last_block)) >> (32 - kLeavesLog2);
+  const bool has_token = static_cast<int>(leaf_of_token) / kCtaLeaves == rank;
   const int n_row_heads = n_heads + (has_token ? 2 : 0);
   const auto column_of = [&](int h) {
     const int head =
@@ -227,6 +269,14 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
     shared.q[n_heads][i] = __float2bfloat16_rn(0.0f);
   }
 
+  const int n_vectors = n_heads * kVectors;
+  if (thread == 0) {
+    // Of each CTA, vectors in turns of kVectorsTogether, and all heads' softmax.
+    const int n_turns = n_vectors / kVectorsTogether;
+    const int n_received = (n_turns / kCtas + (rank < n_turns % kCtas ? 1 : 0)) * kVectorsTogether;
+    ExpectBytes(&shared.barrier, kCtas * (n_received * static_cast<int>(sizeof(float4)) +
+                                          n_heads * static_cast<int>(sizeof(float2))));
+  }
   WaitForPreviousKernel();
   HeadPairs<Form::kPairs> x[kHeadsOfWarp];
 #pragma unroll
@@ -260,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   }
   ArriveAtCluster();
 
-  // -- The warp's blocks
-  // ----------------------------------------------------------------------------
+  // -- Leaves --------------------------------------------------------------------------------
+  constexpr int kVectorsOfThread = (kHeadColumns * kVectors + kThreads - 1) / kThreads;
   const unsigned k_lane = TileBytes<kDim>(lane % 16, lane / 16 * 8);
   const unsigned v_lane = TileBytes<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
   const auto put_token = [&](int i, int is_value) {
@@ -271,149 +321,191 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
           reinterpret_cast<const uint4*>(shared.token[is_value])[lane];
     }
   };
-  // Of the lane's two query heads.
-  float highest[2] = {-INFINITY, -INFINITY};
-  float sum[2] = {0.0f, 0.0f};
-  float out[kDim / 16][4] = {};
-  for (int i = 0; i < n_blocks; ++i) {
-    const int block = first_block + i * kClusterWarps;
-    const bool is_last = block == last_block;
-    // Of the 2 (kStages + i) groups so far, all up to the block's keys.
-    WaitForCopies<2 * kStages - 1>();
-    if (is_last) put_token(i, 0);
-    __syncwarp();
-    float score[4] = {};
-    float score_of_odd[4] = {};  // a second chain of products
-    const unsigned k_tile = tile_of(i, 0) + k_lane;
+  Partial partial[kVectorsOfThread];  // of the leaves so far, where their number is a power of two
+  Partial of_two[kVectorsOfThread];   // of pairs of leaves that wait for their neighbours
+  Partial of_one[kVectorsOfThread];
+  int n_seen = 0;  // blocks
+  for (int leaf = 0; leaf < kCtaLeaves; ++leaf) {
+    // Of the lane's two query heads.
+    float highest[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0.0f, 0.0f};
+    float out[kDim / 16][4] = {};
+    const Run run = run_of(leaf);
+    for (int i = 0; i < run.n; ++i) {
+      const int block = run.first + i * kTreeWarps;
+      const bool is_last = block == last_block;
+      // Of the 2 (kStages + n_seen) groups so far, all up to the block's keys.
+      WaitForCopies<2 * kStages - 1>();
+      if (is_last) put_token(n_seen, 0);
+      __syncwarp();
+      float score[4] = {};
+      float score_of_odd[4] = {};  // a second chain of products
+      const unsigned k_tile = tile_of(n_seen, 0) + k_lane;
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
-      unsigned keys[4];
-      LoadMatrix4(keys, k_tile + TileBytes<kDim>(0, d * 16));
-      Mma(d % 2 == 0 ? score : score_of_odd, keys, query[d][0], query[d][1]);
-    }
-    __syncwarp();  // the keys are done with
-    copy_keys(i + kStages);
+      for (int d = 0; d < kDim / 16; ++d) {
+        unsigned keys[4];
+        LoadMatrix4(keys, k_tile + TileBytes<kDim>(0, d * 16));
+        Mma(d % 2 == 0 ? score : score_of_odd, keys, query[d][0], query[d][1]);
+      }
+      __syncwarp();  // the keys are done with
+      copy_keys();
 
-    float correction[2];
+      float correction[2];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      score[e] += score_of_odd[e];
-      const int token = block * kPoolBlockTokens + lane / 4 + e / 2 * 8;
-      if (token < first_seen || token > position) score[e] = -INFINITY;
+      for (int e = 0; e < 4; ++e) {
+        score[e] += score_of_odd[e];
+        const int token = block * kPoolBlockTokens + lane / 4 + e / 2 * 8;
+        if (token < first_seen || token > position) score[e] = -INFINITY;
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float largest = fmaxf(score[h], score[h + 2]);
+#pragma unroll
+        for (int offset = 4; offset < kWarpSize; offset *= 2) {
+          largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+        }
+        largest = fmaxf(highest[h], largest * a.scale_log2);
+        correction[h] = Exp2(highest[h] - largest);
+        highest[h] = largest;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        score[e] = Exp2(fmaf(score[e], a.scale_log2, -highest[e % 2]));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum[h] = fmaf(sum[h], correction[h], score[h] + score[h + 2]);
+      const unsigned weights[2] = {TransposeMatrix(PackBf16(score[0], score[1])),
+                                   TransposeMatrix(PackBf16(score[2], score[3]))};
+#pragma unroll
+      for (int d = 0; d < kDim / 16; ++d) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[d][e] *= correction[e % 2];
+      }
+
+      WaitForCopies<2 * kStages - 1>();
+      if (is_last) put_token(n_seen, 1);
+      __syncwarp();
+      const unsigned v_tile = tile_of(n_seen, 1) + v_lane;
+#pragma unroll
+      for (int d = 0; d < kDim / 16; ++d) {
+        unsigned values[4];
+        LoadMatrix4Transposed(values, v_tile + TileBytes<kDim>(0, d * 16));
+        Mma(out[d], values, weights[0], weights[1]);
+      }
+      __syncwarp();  // the values are done with
+      ++n_seen;
+      if (i + 1 < run.n) copy_values();
     }
+
+    // What the leaf's warps have.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float largest = fmaxf(score[h], score[h + 2]);
 #pragma unroll
       for (int offset = 4; offset < kWarpSize; offset *= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+        sum[h] += __shfl_xor_sync(~0u, sum[h], offset);
       }
-      largest = fmaxf(highest[h], largest * a.scale_log2);
-      correction[h] = Exp2(highest[h] - largest);
-      highest[h] = largest;
+      if (lane < 4) shared.softmax[warp][lane * 2 + h] = {highest[h], sum[h]};
     }
+    const auto sums_of = [&](int w, int stage) {
+      return reinterpret_cast<float*>(shared.tiles[w][stage][1]);
+    };
+    if (run.n > 0) {
+      const int stage = (n_seen - 1) % kStages;
+      if (lane == 0) shared.sums_stage[warp] = stage;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      score[e] = Exp2(fmaf(score[e], a.scale_log2, -highest[e % 2]));
+      for (int e = 0; e < 4; ++e) {
+        const int head = lane % 4 * 2 + e % 2;
+        if (head >= n_heads) continue;
+        float* to = sums_of(warp, stage) + head * Form::kSumStride + lane / 4 + e / 2 * 8;
+#pragma unroll
+        for (int d = 0; d < kDim / 16; ++d) to[d * 16] = out[d][e];
+      }
     }
+    __syncthreads();
 #pragma unroll
-    for (int h = 0; h < 2; ++h) sum[h] = fmaf(sum[h], correction[h], score[h] + score[h + 2]);
-    const unsigned weights[2] = {TransposeMatrix(PackBf16(score[0], score[1])),
-                                 TransposeMatrix(PackBf16(score[2], score[3]))};
+    for (int i = 0; i < kVectorsOfThread; ++i) {
+      const int v = i * kThreads + thread;
+      if (v >= n_vectors) continue;
+      const int head = v / kVectors;
+      Partial all{-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
+      for (int w = 0; w < kWarps; ++w) all.highest = fmaxf(all.highest, shared.softmax[w][head].x);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) out[d][e] *= correction[e % 2];
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 softmax = shared.softmax[w][head];
+        if (softmax.x == -INFINITY) continue;  // it had no blocks and has no sums
+        const float weight = Exp2(softmax.x - all.highest);
+        const float4 x = *reinterpret_cast<const float4*>(
+            sums_of(w, shared.sums_stage[w]) + head * Form::kSumStride + v % kVectors * 4);
+        all.weights = fmaf(softmax.y, weight, all.weights);
+        all.sum.x = fmaf(x.x, weight, all.sum.x);
+        all.sum.y = fmaf(x.y, weight, all.sum.y);
+        all.sum.z = fmaf(x.z, weight, all.sum.z);
+        all.sum.w = fmaf(x.w, weight, all.sum.w);
+      }
+      if (leaf % 2 == 1) all = Merge(of_one[i], all);
+      if (leaf % 4 == 3) all = Merge(of_two[i], all);
+      partial[i] = all;
+      if (leaf % 2 == 0) of_one[i] = all;
+      if (leaf % 4 == 1) of_two[i] = all;
     }
-
-    WaitForCopies<2 * kStages - 1>();
-    if (is_last) put_token(i, 1);
-    __syncwarp();
-    const unsigned v_tile = tile_of(i, 1) + v_lane;
-#pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
-      unsigned values[4];
-      LoadMatrix4Transposed(values, v_tile + TileBytes<kDim>(0, d * 16));
-      Mma(out[d], values, weights[0], weights[1]);
-    }
-    __syncwarp();  // the values are done with
-    copy_values(i + kStages);
-  }
-
-  // -- What the CTA's warps have ----------------------------------------------------------------
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int offset = 4; offset < kWarpSize; offset *= 2) {
-      sum[h] += __shfl_xor_sync(~0u, sum[h], offset);
-    }
-    if (lane < 4) shared.softmax[warp][lane * 2 + h] = {highest[h], sum[h]};
-  }
-  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared.tiles[w][0][0]); };
-  if (n_blocks > 0) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int head = lane % 4 * 2 + e % 2;
-      if (head >= n_heads) continue;
-      float* to = sums_of(warp) + head * Form::kSumStride + lane / 4 + e / 2 * 8;
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) to[d * 16] = out[d][e];
+    if (leaf + 1 < kCtaLeaves) {
+      __syncthreads();
+      if (run.n > 0) copy_values();  // to where the sums were
     }
   }
-  __syncthreads();
 
-  // -- … goes to the CTAs that add up the cluster's: four vectors to each in turn ----------------
+  // -- The tree above the CTA's leaves: four vectors to each CTA of the cluster in turn -----------
   WaitForCluster();  // all have begun, and read their queries
-  const int n_vectors = n_heads * kVectors;
-  for (int v = thread; v < n_vectors; v += kThreads) {
-    const int head = v / kVectors;
-    const float largest = MergeSoftmax<kWarps>(shared.softmax, head).x;
-    float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float of_warp = shared.softmax[w][head].x;
-      if (of_warp == -INFINITY) continue;  // it had no blocks and has no sums
-      const float* sums = sums_of(w) + head * Form::kSumStride + v % kVectors * 4;
-      AddWeighted(total, *reinterpret_cast<const float4*>(sums), Exp2(of_warp - largest));
-    }
+  for (int i = 0; i < kVectorsOfThread; ++i) {
+    const int v = i * kThreads + thread;
+    if (v >= n_vectors) continue;
     const int turn = v / kVectorsTogether;
     const int slot = turn / kCtas * kVectorsTogether + v % kVectorsTogether;
-    StoreInCluster(AddressInCta(&shared.received[rank][slot], turn % kCtas), total);
+    StoreInCluster(AddressInCta(&shared.received[rank * kSlots + slot], turn % kCtas),
+                   partial[i].sum, AddressInCta(&shared.barrier, turn % kCtas));
+    // A head's threads send its softmax to each CTA once.
+    for (int cta = v % kVectors; cta < kCtas; cta += kVectors) {
+      StoreInCluster(AddressInCta(&shared.received_softmax[rank][v / kVectors], cta),
+                     float2{partial[i].highest, partial[i].weights},
+                     AddressInCta(&shared.barrier, cta));
+    }
   }
-  if (thread < kCtas * kHeadColumns && thread % kHeadColumns < n_heads) {
-    const int head = thread % kHeadColumns;
-    StoreInCluster(AddressInCta(&shared.received_softmax[rank][head], thread / kHeadColumns),
-                   MergeSoftmax<kWarps>(shared.softmax, head));
-  }
-  ArriveAtCluster();
-  WaitForCluster();
+  WaitForBytes(&shared.barrier);
 
   bf16* y = a.y + row * a.y_stride + first_head * kDim;
-  for (int slot = thread; slot < kVectors; slot += kThreads) {
+  for (int slot = thread; slot < kSlots; slot += kThreads) {
     const int turn = slot / kVectorsTogether * kCtas + rank;
     const int v = turn * kVectorsTogether + slot % kVectorsTogether;
     if (v >= n_vectors) continue;
-    const int head = v / kVectors;
-    const float2 softmax = MergeSoftmax<kCtas>(shared.received_softmax, head);
-    float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+    Partial of_ctas[kCtas];
 #pragma unroll
     for (int c = 0; c < kCtas; ++c) {
-      AddWeighted(total, shared.received[c][slot],
-                  Exp2(shared.received_softmax[c][head].x - softmax.x));
+      const float2 softmax = shared.received_softmax[c][v / kVectors];
+      of_ctas[c] = {softmax.x, softmax.y, shared.received[c * kSlots + slot]};
     }
-    const float inverse = 1.0f / softmax.y;
-    *reinterpret_cast<uint2*>(y + v * 4) = {PackBf16(total.x * inverse, total.y * inverse),
-                                            PackBf16(total.z * inverse, total.w * inverse)};
+#pragma unroll
+    for (int distance = 1; distance < kCtas; distance *= 2) {
+#pragma unroll
+      for (int c = 0; c < kCtas; c += 2 * distance) {
+        of_ctas[c] = Merge(of_ctas[c], of_ctas[c + distance]);
+      }
+    }
+    const float inverse = 1.0f / of_ctas[0].weights;
+    const float4 sum = of_ctas[0].sum;
+    *reinterpret_cast<uint2*>(y + v * 4) = {PackBf16(sum.x * inverse, sum.y * inverse),
+                                            PackBf16(sum.z * inverse, sum.w * inverse)};
   }
 }
 
-template <int kDim>
+template <int kDim, int kCtas>
 absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& arguments) {
   constexpr int kShared = static_cast<int>(sizeof(typename DecodeForm<kDim>::Shared));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      DecodeKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+      DecodeKernel<kDim, kCtas>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   const int64_t n_units = params.pool.shape.n_kv_heads * arguments.parts.n_parts;
-  return LaunchKernel("PagedDecodeAttention", DecodeKernel<kDim>,
+  return LaunchKernel("PagedDecodeAttention", DecodeKernel<kDim, kCtas>,
                       {.grid = dim3(static_cast<unsigned>(n_units * kCtas),
                                     static_cast<unsigned>(params.batch.n_sequences)),
                        .threads = kThreads,
@@ -422,6 +514,20 @@ absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& argu
                        .overlap_previous = params.overlap_previous,
                        .stream = params.stream},
                       arguments);
+}
+
+// CTAs of a cluster for a batch of so many: as many as are at work at once, two on each
+// multiprocessor.
+absl::StatusOr<int> ClusterCtas(int64_t n_clusters) {
+  int device = 0;
+  int n_multiprocessors = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  int n_ctas = kLeaves;
+  while (n_ctas > kCtasMin && n_clusters * n_ctas > 2 * n_multiprocessors) n_ctas /= 2;
+  if (const char* c = getenv("WALSH_CTAS")) n_ctas = atoi(c);
+  return n_ctas;
 }
 
 }  // namespace
@@ -459,8 +565,18 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
   arguments.pool = params.pool.data;
   arguments.parts = PartsOf(arguments.attention.queries_per_key);
   arguments.transform = params.transform;
-  return ForHeadDim(kName, pool.head_dim,
-                    [&]<int kDim>() { return Launch<kDim>(params, arguments); });
+  WALSH_ASSIGN_OR_RETURN(const int n_ctas, ClusterCtas(params.batch.n_sequences * pool.n_kv_heads *
+                                                       arguments.parts.n_parts));
+  return ForHeadDim(kName, pool.head_dim, [&]<int kDim>() {
+    switch (n_ctas) {
+      case 8:
+        return Launch<kDim, 8>(params, arguments);
+      case 4:
+        return Launch<kDim, 4>(params, arguments);
+      default:
+        return Launch<kDim, 2>(params, arguments);
+    }
+  });
 }
 
 }  // namespace walsh::kernels::cuda

@@ -30,7 +30,6 @@ template <typename In>
 __global__ void __launch_bounds__(kThreads) QkvToCacheKernel(const QkvArguments p, const In* qkv) {
   WaitForPreviousKernel();
   LetNextKernelStart();
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int n_row_heads = p.n_heads + 2 * p.n_kv_heads;
   const int64_t index =
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpSize;
