@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   constexpr int kSlots = kLeaves * kVectors / kCtas;  // of a CTA, for as many heads as can be
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Form::Shared*>(shared_bytes);
-  LetNextKernelStart();
+  // With many sequences the next kernel's CTAs would take room that this one's need.
+  if (kCtas == kLeaves) LetNextKernelStart();
 
   const PagedAttentionArguments& a = p.attention;
   const int thread = static_cast<int>(threadIdx.x);
@@ -454,6 +455,8 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
       if (run.n > 0) copy_values();  // to where the sums were
     }
   }
+
+  if (kCtas < kLeaves) LetNextKernelStart();
 
   // -- The tree above the CTA's leaves: four vectors to each CTA of the cluster in turn -----------
   WaitForCluster();  // all have begun, and read their queries
