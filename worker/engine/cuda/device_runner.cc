@@ -296,10 +296,8 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
   WALSH_ASSIGN_OR_RETURN(ForwardPass pass,
                          ForwardPass::Create(context, config, weights,
                                              {.n_rows = std::max(limits.n_rows, n_decode),
-                                              .n_sequences = n_decode,
                                               .n_logits = n_decode + limits.n_sequences,
-                                              .n_blocks = limits.n_blocks,
-                                              .n_context = limits.n_context}));
+                                              .n_blocks = limits.n_blocks}));
   auto runner = std::make_unique<DeviceRunner>(context, config, limits, std::move(pass));
   WALSH_RETURN_IF_ERROR(runner->Prepare(use_graphs));
   return runner;

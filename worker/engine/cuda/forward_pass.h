@@ -30,11 +30,9 @@ namespace walsh::engine::cuda {
 class ForwardPass {
  public:
   struct Limits {
-    int64_t n_rows = 0;       // of a pass
-    int64_t n_sequences = 0;  // that decode at once
-    int64_t n_logits = 0;     // rows of logits at once
-    int64_t n_blocks = 0;     // of the KV pool
-    int64_t n_context = 0;    // tokens of a sequence
+    int64_t n_rows = 0;    // of a pass
+    int64_t n_logits = 0;  // rows of logits at once
+    int64_t n_blocks = 0;  // of the KV pool
   };
   // All outlive the pass.
   static absl::StatusOr<ForwardPass> Create(Context* context, const ModelConfig* config,

@@ -35,7 +35,6 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kLeavesLog2 = 3;
 constexpr int kLeaves = 1 << kLeavesLog2;  // CTAs of a cluster at most, as many as a device takes
-
 constexpr int kCtasMin = 2;
 constexpr int kTreeWarps = kLeaves * kWarps;
 constexpr int kHeadColumns = 8;  // query heads at once, of mma's columns
@@ -57,7 +56,6 @@ struct DecodeArguments {
   PagedAttentionArguments attention;  // but for q
   bf16* pool;
   HeadParts parts;
-
   const float* qkv;
   int64_t qkv_stride;
   QkvTransform transform;
@@ -72,7 +70,8 @@ struct DecodeForm {
   // Blocks of a warp that are under way at once.
   static constexpr int kStages = kDim <= 64 ? 4 : kDim <= 128 ? 2 : 1;
   static constexpr int kCtasOfMultiprocessor = kDim <= 128 ? 3 : 2;
-  static constexpr unsigned kTileBytes = TileBytes<kDim>(kPoolBlockTokens, 0);
+  // The last row needs no padding behind it.
+  static constexpr unsigned kTileBytes = TileBytes<kDim>(kPoolBlockTokens - 1, kDim);
   static_assert(kTileBytes >= kHeadColumns * kSumStride * sizeof(float));
 
   struct Shared {
@@ -88,8 +87,83 @@ struct DecodeForm {
     int sums_stage[kWarps];           // where a warp's sums are
     uint64_t barrier;                 // of what is received
     alignas(16) bf16 token[2][kDim];  // the new one's key and value
+
+    __device__ __forceinline__ const float* SumsOf(int warp, int stage) const {
+      return reinterpret_cast<const float*>(tiles[warp][stage][1]);
+    }
+    __device__ __forceinline__ float* SumsOf(int warp, int stage) {
+      return reinterpret_cast<float*>(tiles[warp][stage][1]);
+    }
   };
+  static constexpr int kSharedOfMultiprocessor = 228 * 1024;  // 1 KiB of it is lost for each CTA
+  static_assert(kCtasOfMultiprocessor * (sizeof(Shared) + 1024) <= kSharedOfMultiprocessor);
 };
+
+// What a warp has of its blocks so far. Of the results of mma.m16n8k16 a lane has query heads
+// lane % 4 · 2 and the next, tokens or elements lane / 4 and lane / 4 + 8.
+template <int kDim>
+struct WarpSums {
+  float highest[2] = {-INFINITY, -INFINITY};  // of the scores, as powers of two
+  float weights[2] = {0.0f, 0.0f};            // this lane's, added up
+  float out[kDim / 16][4] = {};
+
+  // Takes in a block's scores, of which those that are not seen are −infinity. `weights_of_block`:
+  // for the product with its values.
+  __device__ __forceinline__ void AddScores(const float (&score)[4], float scale_log2,
+                                            unsigned (&weights_of_block)[2]) {
+    float correction[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float largest = fmaxf(score[h], score[h + 2]);
+#pragma unroll
+      for (int offset = 4; offset < kWarpSize; offset *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
+      }
+      largest = fmaxf(highest[h], largest * scale_log2);
+      correction[h] = Exp2(highest[h] - largest);
+      highest[h] = largest;
+    }
+    float weight[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) weight[e] = Exp2(fmaf(score[e], scale_log2, -highest[e % 2]));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      weights[h] = fmaf(weights[h], correction[h], weight[h] + weight[h + 2]);
+      weights_of_block[h] = TransposeMatrix(PackBf16(weight[2 * h], weight[2 * h + 1]));
+    }
+#pragma unroll
+    for (int d = 0; d < kDim / 16; ++d) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) out[d][e] *= correction[e % 2];
+    }
+  }
+};
+
+// Scores of a block's tokens.
+template <int kDim>
+__device__ __forceinline__ void MultiplyKeys(unsigned tile, const unsigned (&query)[kDim / 16][2],
+                                             float (&score)[4]) {
+  float of_odd[4] = {};  // a second chain of products
+#pragma unroll
+  for (int d = 0; d < kDim / 16; ++d) {
+    unsigned keys[4];
+    LoadMatrix4(keys, tile + TileBytes<kDim>(0, d * 16));
+    Mma(d % 2 == 0 ? score : of_odd, keys, query[d][0], query[d][1]);
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) score[e] += of_odd[e];
+}
+
+template <int kDim>
+__device__ __forceinline__ void MultiplyValues(unsigned tile, const unsigned (&weights)[2],
+                                               float (&out)[kDim / 16][4]) {
+#pragma unroll
+  for (int d = 0; d < kDim / 16; ++d) {
+    unsigned values[4];
+    LoadMatrix4Transposed(values, tile + TileBytes<kDim>(0, d * 16));
+    Mma(out[d], values, weights[0], weights[1]);
+  }
+}
 
 // Four elements of a head's result over a part of the context, and that part's softmax.
 struct Partial {
@@ -112,6 +186,31 @@ __device__ __forceinline__ Partial Merge(const Partial& a, const Partial& b) {
   return both;
 }
 
+// What the leaf's warps have of four elements, `vector` of the heads' results.
+template <int kDim>
+__device__ __forceinline__ Partial MergeWarps(const typename DecodeForm<kDim>::Shared& shared,
+                                              int vector) {
+  using Form = DecodeForm<kDim>;
+  const int head = vector / Form::kVectors;
+  const int at = head * Form::kSumStride + vector % Form::kVectors * 4;
+  Partial all{-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) all.highest = fmaxf(all.highest, shared.softmax[w][head].x);
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const float2 softmax = shared.softmax[w][head];
+    if (softmax.x == -INFINITY) continue;  // it had no blocks and has no sums
+    const float weight = Exp2(softmax.x - all.highest);
+    const float4 x = *reinterpret_cast<const float4*>(shared.SumsOf(w, shared.sums_stage[w]) + at);
+    all.weights = fmaf(softmax.y, weight, all.weights);
+    all.sum.x = fmaf(x.x, weight, all.sum.x);
+    all.sum.y = fmaf(x.y, weight, all.sum.y);
+    all.sum.z = fmaf(x.z, weight, all.sum.z);
+    all.sum.w = fmaf(x.w, weight, all.sum.w);
+  }
+  return all;
+}
+
 template <int kDim, int kCtas>
 __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiprocessor)
     DecodeKernel(const __grid_constant__ DecodeArguments p) {
@@ -131,7 +230,6 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize;
   const int warp = thread / kWarpSize;
-
   const int rank = static_cast<int>(blockIdx.x) % kCtas;
   const int unit = static_cast<int>(blockIdx.x) / kCtas;
   const int kv_head = unit / p.parts.n_parts;
@@ -327,10 +425,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   Partial of_one[kVectorsOfThread];
   int n_seen = 0;  // blocks
   for (int leaf = 0; leaf < kCtaLeaves; ++leaf) {
-    // Of the lane's two query heads.
-    float highest[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0.0f, 0.0f};
-    float out[kDim / 16][4] = {};
+    WarpSums<kDim> sums;
     const Run run = run_of(leaf);
     for (int i = 0; i < run.n; ++i) {
       const int block = run.first + i * kTreeWarps;
@@ -340,76 +435,35 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
       if (is_last) put_token(n_seen, 0);
       __syncwarp();
       float score[4] = {};
-      float score_of_odd[4] = {};  // a second chain of products
-      const unsigned k_tile = tile_of(n_seen, 0) + k_lane;
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-        unsigned keys[4];
-        LoadMatrix4(keys, k_tile + TileBytes<kDim>(0, d * 16));
-        Mma(d % 2 == 0 ? score : score_of_odd, keys, query[d][0], query[d][1]);
-      }
+      MultiplyKeys<kDim>(tile_of(n_seen, 0) + k_lane, query, score);
       __syncwarp();  // the keys are done with
       copy_keys();
-
-      float correction[2];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        score[e] += score_of_odd[e];
         const int token = block * kPoolBlockTokens + lane / 4 + e / 2 * 8;
         if (token < first_seen || token > position) score[e] = -INFINITY;
       }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float largest = fmaxf(score[h], score[h + 2]);
-#pragma unroll
-        for (int offset = 4; offset < kWarpSize; offset *= 2) {
-          largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, offset));
-        }
-        largest = fmaxf(highest[h], largest * a.scale_log2);
-        correction[h] = Exp2(highest[h] - largest);
-        highest[h] = largest;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        score[e] = Exp2(fmaf(score[e], a.scale_log2, -highest[e % 2]));
-      }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) sum[h] = fmaf(sum[h], correction[h], score[h] + score[h + 2]);
-      const unsigned weights[2] = {TransposeMatrix(PackBf16(score[0], score[1])),
-                                   TransposeMatrix(PackBf16(score[2], score[3]))};
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) out[d][e] *= correction[e % 2];
-      }
+      unsigned weights[2];
+      sums.AddScores(score, a.scale_log2, weights);
 
       WaitForCopies<2 * kStages - 1>();
       if (is_last) put_token(n_seen, 1);
       __syncwarp();
-      const unsigned v_tile = tile_of(n_seen, 1) + v_lane;
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-        unsigned values[4];
-        LoadMatrix4Transposed(values, v_tile + TileBytes<kDim>(0, d * 16));
-        Mma(out[d], values, weights[0], weights[1]);
-      }
+      MultiplyValues<kDim>(tile_of(n_seen, 1) + v_lane, weights, sums.out);
       __syncwarp();  // the values are done with
       ++n_seen;
       if (i + 1 < run.n) copy_values();
     }
 
-    // What the leaf's warps have.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      float weights = sums.weights[h];
 #pragma unroll
       for (int offset = 4; offset < kWarpSize; offset *= 2) {
-        sum[h] += __shfl_xor_sync(~0u, sum[h], offset);
+        weights += __shfl_xor_sync(~0u, weights, offset);
       }
-      if (lane < 4) shared.softmax[warp][lane * 2 + h] = {highest[h], sum[h]};
+      if (lane < 4) shared.softmax[warp][lane * 2 + h] = {sums.highest[h], weights};
     }
-    const auto sums_of = [&](int w, int stage) {
-      return reinterpret_cast<float*>(shared.tiles[w][stage][1]);
-    };
     if (run.n > 0) {
       const int stage = (n_seen - 1) % kStages;
       if (lane == 0) shared.sums_stage[warp] = stage;
@@ -417,9 +471,9 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
       for (int e = 0; e < 4; ++e) {
         const int head = lane % 4 * 2 + e % 2;
         if (head >= n_heads) continue;
-        float* to = sums_of(warp, stage) + head * Form::kSumStride + lane / 4 + e / 2 * 8;
+        float* to = shared.SumsOf(warp, stage) + head * Form::kSumStride + lane / 4 + e / 2 * 8;
 #pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) to[d * 16] = out[d][e];
+        for (int d = 0; d < kDim / 16; ++d) to[d * 16] = sums.out[d][e];
       }
     }
     __syncthreads();
@@ -427,23 +481,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
     for (int i = 0; i < kVectorsOfThread; ++i) {
       const int v = i * kThreads + thread;
       if (v >= n_vectors) continue;
-      const int head = v / kVectors;
-      Partial all{-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) all.highest = fmaxf(all.highest, shared.softmax[w][head].x);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 softmax = shared.softmax[w][head];
-        if (softmax.x == -INFINITY) continue;  // it had no blocks and has no sums
-        const float weight = Exp2(softmax.x - all.highest);
-        const float4 x = *reinterpret_cast<const float4*>(
-            sums_of(w, shared.sums_stage[w]) + head * Form::kSumStride + v % kVectors * 4);
-        all.weights = fmaf(softmax.y, weight, all.weights);
-        all.sum.x = fmaf(x.x, weight, all.sum.x);
-        all.sum.y = fmaf(x.y, weight, all.sum.y);
-        all.sum.z = fmaf(x.z, weight, all.sum.z);
-        all.sum.w = fmaf(x.w, weight, all.sum.w);
-      }
+      Partial all = MergeWarps<kDim>(shared, v);
       if (leaf % 2 == 1) all = Merge(of_one[i], all);
       if (leaf % 4 == 3) all = Merge(of_two[i], all);
       partial[i] = all;
@@ -529,7 +567,6 @@ absl::StatusOr<int> ClusterCtas(int64_t n_clusters) {
       cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
   int n_ctas = kLeaves;
   while (n_ctas > kCtasMin && n_clusters * n_ctas > 2 * n_multiprocessors) n_ctas /= 2;
-  if (const char* c = getenv("WALSH_CTAS")) n_ctas = atoi(c);
   return n_ctas;
 }
 
