@@ -6,8 +6,8 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
-#include "worker/engine/counter_rng.h"
 #include "worker/engine/logits.h"
+#include "worker/kernels/counter_rng.h"
 
 namespace walsh::engine {
 namespace {
@@ -125,7 +125,7 @@ int32_t Sampler::Draw(std::span<const float> logits, int64_t best) {
               .floor = floor,
               .weights = weights_.data(),
               .sums = sums_.data()});
-  const double uniform = UniformAt(options_.seed, static_cast<uint64_t>(n_generated_));
+  const double uniform = kernels::UniformAt(options_.seed, static_cast<uint64_t>(n_generated_));
   const auto top_k = static_cast<size_t>(options_.top_k);
   if ((top_k == 0 || top_k >= logits.size()) && options_.top_p >= 1.0) {
     return DrawFromAll(uniform, best);
@@ -140,9 +140,10 @@ int32_t Sampler::Draw(std::span<const float> logits, int64_t best) {
     std::nth_element(candidates_.begin(), candidates_.begin() + options_.top_k, candidates_.end(),
                      MoreProbable{});
     candidates_.resize(top_k);
-    std::sort(candidates_.begin(), candidates_.end(), MoreProbable{});
   }
   if (options_.top_p < 1.0) KeepMass(options_.top_p * TotalWeight());
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
   const double target = uniform * TotalWeight();
   double cumulative = 0;
   for (const Candidate& candidate : candidates_) {

@@ -8,8 +8,9 @@
 //      temperature;
 //   4. min_p: keep p ≥ min_p · max p;  5. top_k: keep the k largest, lowest ids of equal ones;
 //   6. top_p: keep the smallest set of the most probable whose mass reaches top_p of what is left;
-//   7. draw by inverting the distribution at a uniform number that depends on (seed, number of
-//      tokens generated so far) alone, so the result is the same in any batch.
+//   7. draw by inverting the distribution, in the order of ids, at a uniform number that depends on
+//      (seed, number of tokens generated so far) alone, so the result is the same in any batch.
+// kernels/cuda/sample_rows.h takes the same steps on a device.
 // Log-probabilities are those of the model: log softmax of the logits before step 1.
 //
 // Errors:  INTERNAL when the logits hold NaN or +infinity, or leave no token to choose

@@ -11,7 +11,7 @@
 #include <set>
 
 #include "tests/testing/status_matchers.h"
-#include "worker/engine/counter_rng.h"
+#include "worker/kernels/counter_rng.h"
 
 namespace walsh::engine {
 namespace {
@@ -77,16 +77,6 @@ int32_t SampleOnce(SamplingOptions options, std::vector<float> logits,
   const auto result = sampler.Sample(logits);
   EXPECT_OK(result);
   return result->token;
-}
-
-TEST(CounterRngTest, PhiloxMatchesThePublishedVectors) {
-  // kat_vectors of Random123: philox4x32, 10 rounds.
-  EXPECT_EQ(Philox4x32({0, 0, 0, 0}, {0, 0}),
-            (std::array<uint32_t, 4>{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
-  EXPECT_EQ(Philox4x32({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}),
-            (std::array<uint32_t, 4>{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
-  EXPECT_EQ(Philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
-            (std::array<uint32_t, 4>{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
 TEST(SamplerTest, GreedyTakesTheLargestAndTheLowestOfEqualOnes) {
@@ -165,6 +155,28 @@ TEST(SamplerTest, LargeVocabularyNucleusEqualsTheReferenceSet) {
     for (int draw = 0; draw < 300; ++draw) {
       options.seed = static_cast<uint64_t>(draw);
       EXPECT_GT(reference[SampleOnce(options, logits)], 0);
+    }
+  }
+}
+
+// After a truncation, too, the number that is drawn runs through the tokens in the order of ids.
+TEST(SamplerTest, DrawsInTheOrderOfIds) {
+  std::mt19937_64 rng(13);
+  const std::vector<float> logits = RandomLogits(rng, 300, 2);
+  const std::vector<SamplingOptions> cases = {{.temperature = 1.0},
+                                              {.temperature = 1.0, .top_p = 0.9},
+                                              {.temperature = 1.0, .top_k = 40},
+                                              {.temperature = 1.5, .top_p = 0.8, .top_k = 100}};
+  for (size_t c = 0; c < cases.size(); ++c) {
+    const std::vector<double> p = ReferenceDistribution(logits, cases[c], {}, {});
+    for (uint64_t seed = 0; seed < 200; ++seed) {
+      SamplingOptions options = cases[c];
+      options.seed = seed;
+      const double uniform = kernels::UniformAt(seed, 0);
+      double cumulative = 0;
+      int32_t expected = 0;
+      while ((cumulative += p[expected]) <= uniform) ++expected;
+      EXPECT_EQ(SampleOnce(options, logits), expected) << "case " << c << ", seed " << seed;
     }
   }
 }
