@@ -4,15 +4,19 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <span>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/status_macros.h"
 #include "worker/io/gptq_packing.h"
+#include "worker/kernels/counter_rng.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/qkv_to_cache.h"
+#include "worker/kernels/cuda/sample_rows.h"
 #include "worker/kernels/cuda/serving_layout.h"
 #include "worker/kernels/cuda/token_rows.h"
 #include "worker/tensor/half.h"
@@ -73,6 +77,88 @@ void AttendRow(const PagedAttentionParams& p, int64_t sequence, int64_t row, int
       p.y[(row * p.n_heads + h) * dim + i] = __float2bfloat16(static_cast<float>(y));
     }
   }
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// As ArgMax has it.
+int32_t BestOf(std::span<const float> logits) {
+  if (std::any_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); })) return -1;
+  const auto best = std::max_element(logits.begin(), logits.end());
+  return *best > -kInfinity ? static_cast<int32_t>(best - logits.begin()) : -1;
+}
+
+// The first n, most probable first.
+std::vector<int32_t> MostProbable(std::span<const float> logits, int64_t n) {
+  std::vector<int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  std::stable_sort(ids.begin(), ids.end(),
+                   [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  ids.resize(static_cast<size_t>(std::min<int64_t>(n, static_cast<int64_t>(ids.size()))));
+  return ids;
+}
+
+void ChangeLogits(const SampleRowsParams& p, const SampleRow& row, std::span<float> logits) {
+  const auto is_token = [&](int32_t id) { return id >= 0 && id < p.vocab; };
+  for (int32_t i = row.first_seen; i < row.first_seen + row.n_seen; ++i) {
+    if (!is_token(p.seen[i].token)) continue;
+    float& logit = logits[p.seen[i].token];
+    const auto repetition = static_cast<float>(row.repetition_penalty);
+    logit = logit > 0 ? logit / repetition : logit * repetition;
+    if (p.seen[i].n_output == 0) continue;
+    logit -= static_cast<float>(row.presence_penalty + row.frequency_penalty * p.seen[i].n_output);
+  }
+  for (int32_t i = row.first_excluded; i < row.first_excluded + row.n_excluded; ++i) {
+    if (is_token(p.excluded[i])) logits[p.excluded[i]] = -kInfinity;
+  }
+}
+
+int32_t Draw(const SampleRow& row, std::span<const float> logits, float largest) {
+  const double floor = row.min_p > 0 ? largest + row.temperature * std::log(row.min_p) : -kInfinity;
+  std::vector<int32_t> ids =
+      MostProbable(logits, row.top_k > 0 ? row.top_k : static_cast<int64_t>(logits.size()));
+  std::vector<double> weights(logits.size());
+  double total = 0;
+  for (const int32_t id : ids) {
+    if (logits[id] < static_cast<float>(floor)) continue;
+    weights[id] = std::exp((static_cast<double>(logits[id]) - largest) / row.temperature);
+    total += weights[id];
+  }
+  double mass = 0;
+  for (const int32_t id : ids) {
+    if (row.top_p < 1 && mass > 0 && mass >= row.top_p * total) weights[id] = 0;
+    mass += weights[id];
+  }
+  const double target = UniformAt(row.seed, row.position) * mass;
+  double sum = 0;
+  for (size_t id = 0; id < weights.size(); ++id) {
+    sum += weights[id];
+    if (sum > target) return static_cast<int32_t>(id);
+  }
+  return ids.front();
+}
+
+int32_t SampleOneRow(const SampleRowsParams& p, int64_t index, std::span<float> logits) {
+  const SampleRow& row = p.rows[index];
+  const std::vector<float> raw(logits.begin(), logits.end());
+  const int32_t raw_best = BestOf(raw);
+  if (raw_best < 0 || std::isinf(raw[raw_best])) return kNotFinite;
+  ChangeLogits(p, row, logits);
+  const int32_t best = BestOf(logits);
+  if (best < 0) return kNoTokenLeft;
+  const bool draws = row.temperature > 0 && !std::isinf(logits[best]);
+  const int32_t token = draws ? Draw(row, logits, logits[best]) : best;
+  if (row.n_top_logprobs < 0) return token;
+  double sum = 0;
+  for (const float x : raw) sum += std::exp(static_cast<double>(x) - raw[raw_best]);
+  const double log_sum = raw[raw_best] + std::log(sum);
+  p.logprobs[index] = static_cast<float>(raw[token] - log_sum);
+  int64_t place = index * kTopLogprobsMax;
+  for (const int32_t id : MostProbable(raw, std::min(row.n_top_logprobs, kTopLogprobsMax))) {
+    p.top_ids[place] = id;
+    p.top_logprobs[place++] = static_cast<float>(raw[id] - log_sum);
+  }
+  return token;
 }
 
 }  // namespace
@@ -270,11 +356,16 @@ absl::Status ArgMax(const ArgMaxParams& p) {
   const int64_t stride = p.stride == 0 ? p.vocab : p.stride;
   for (int64_t row = 0; row < p.n_rows; ++row) {
     const float* logits = p.logits + row * stride;
-    const bool has_nan =
-        std::any_of(logits, logits + p.vocab, [](float x) { return std::isnan(x); });
-    const int64_t best = std::max_element(logits, logits + p.vocab) - logits;
-    const bool is_found = !has_nan && logits[best] > -std::numeric_limits<float>::infinity();
-    p.ids[row] = is_found ? static_cast<int32_t>(best) : -1;
+    p.ids[row] = BestOf({logits, static_cast<size_t>(p.vocab)});
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SampleRows(const SampleRowsParams& p) {
+  const int64_t stride = p.stride == 0 ? p.vocab : p.stride;
+  for (int64_t row = 0; row < p.n_rows; ++row) {
+    const std::span<float> logits(p.logits + row * stride, static_cast<size_t>(p.vocab));
+    p.ids[row] = SampleOneRow(p, row, logits);
   }
   return absl::OkStatus();
 }

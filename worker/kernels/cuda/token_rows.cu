@@ -5,6 +5,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/reduce.cuh"
+#include "worker/kernels/cuda/row_peak.cuh"
 #include "worker/kernels/cuda/token_rows.h"
 
 namespace walsh::kernels::cuda {
@@ -43,38 +44,8 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedRowsKernel(const EmbedRows
   to[1] = {values[4], values[5], values[6], values[7]};
 }
 
-// Above all others: there is a NaN. Zero is below all others: there is nothing yet.
-constexpr unsigned long long kNaNKey = ~0ull;
-
-// Orders by value, then by lower position.
-__device__ __forceinline__ unsigned long long KeyOf(float value, unsigned position) {
-  const unsigned bits = __float_as_uint(value);
-  const unsigned ordered = bits ^ (bits >> 31 != 0 ? ~0u : 0x80000000u);
-  return static_cast<unsigned long long>(ordered) << 32 | ~position;
-}
-
-// The first largest of what one thread has seen, in the order of positions.
-struct Peak {
-  float value = -INFINITY;
-  unsigned position = 0;
-  bool has_nan = false;
-
-  __device__ __forceinline__ void See(float x, int64_t at) {
-    has_nan |= isnan(x);
-    if (x > value) {
-      value = x;
-      position = static_cast<unsigned>(at);
-    }
-  }
-  // −0 counts as +0.
-  __device__ __forceinline__ unsigned long long Key() const {
-    if (has_nan) return kNaNKey;
-    return value == -INFINITY ? 0 : KeyOf(value + 0.0f, position);
-  }
-};
-
 __global__ void __launch_bounds__(kThreads) ArgMaxKernel(const ArgMaxParams p, int64_t stride) {
-  __shared__ unsigned long long scratch[kThreads / kWarpSize];
+  __shared__ PeakKey scratch[kThreads / kWarpSize];
   WaitForPreviousKernel();
   LetNextKernelStart();
   const float* logits = p.logits + blockIdx.y * stride;
@@ -102,19 +73,16 @@ __global__ void __launch_bounds__(kThreads) ArgMaxKernel(const ArgMaxParams p, i
     peak.See(values[k].z, at + 2);
     peak.See(values[k].w, at + 3);
   }
-  const unsigned long long key = BlockReduce<Max>(peak.Key(), scratch);
+  const PeakKey key = BlockReduce<Max>(peak.Key(), scratch);
   if (threadIdx.x != 0) return;
-  unsigned long long* best = p.workspace + 2 * blockIdx.y;
+  PeakKey* best = p.workspace + 2 * blockIdx.y;
   unsigned long long* n_done = best + 1;
   atomicMax(best, key);
   __threadfence();
   if (atomicAdd(n_done, 1ull) != gridDim.x - 1) return;
   __threadfence();
-  const unsigned long long largest = atomicExch(best, 0ull);
+  p.ids[blockIdx.y] = PeakPosition(atomicExch(best, kNoPeak));
   *n_done = 0;
-  p.ids[blockIdx.y] = largest == 0 || largest == kNaNKey
-                          ? -1
-                          : static_cast<int32_t>(~static_cast<unsigned>(largest));
 }
 
 absl::Status CheckRowCount(const char* name, int64_t n_rows) {
