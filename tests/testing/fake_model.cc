@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
 #include "common/utf8.h"
+#include "tests/testing/ahead_runner.h"
 
 namespace walsh::testing {
 namespace {
@@ -115,6 +116,13 @@ void FakeModel::Logits(std::span<const int32_t> history, std::span<float> logits
   }
   logits[best] = 4.0f;
   if (behaviour_.edit) behaviour_.edit(history, logits);
+}
+
+absl::StatusOr<std::unique_ptr<engine::ModelRunner>> FakeModel::MakeRunner(
+    const RunnerLimits& limits) const {
+  auto runner = LoadedModel::MakeRunner(limits);
+  if (!runner.ok() || !behaviour_.runs_ahead) return runner;
+  return std::make_unique<AheadRunner>(*std::move(runner), &n_ahead_);
 }
 
 absl::Status FakeModel::Forward(const Batch& batch, const kernels::Stream&, ForwardScratch&,

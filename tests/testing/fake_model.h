@@ -29,6 +29,7 @@ class FakeModel final : public engine::LoadedModel {
     std::function<absl::Status(const Batch&)> before_forward = {};
     // Changes the logits of one sequence.
     std::function<void(std::span<const int32_t> history, std::span<float> logits)> edit = {};
+    bool runs_ahead = false;   // its runner takes two steps at once
     int64_t memory_bytes = 0;  // really allocated, in pieces of 64 KiB
     std::string chat_template = {};
     // Called when a chat is rendered, as a long one takes its time.
@@ -45,6 +46,8 @@ class FakeModel final : public engine::LoadedModel {
   const ChatTemplate* chat_template() const override { return chat_template_.get(); }
   int64_t memory_bytes() const override { return behaviour_.memory_bytes; }
   int64_t packed_bytes_per_token() const override { return 0; }
+  absl::StatusOr<std::unique_ptr<engine::ModelRunner>> MakeRunner(
+      const RunnerLimits& limits) const override;
   absl::Status Forward(const Batch& batch, const kernels::Stream& stream, ForwardScratch& scratch,
                        Matrix& logits) const override;
 
@@ -53,6 +56,8 @@ class FakeModel final : public engine::LoadedModel {
 
   int64_t n_forwards() const { return n_forwards_; }
   int64_t n_rows() const { return n_rows_; }
+  // Steps that were started before the one before them was done.
+  int64_t n_ahead() const { return n_ahead_; }
 
  private:
   void Logits(std::span<const int32_t> history, std::span<float> logits) const;
@@ -65,6 +70,7 @@ class FakeModel final : public engine::LoadedModel {
   std::vector<std::vector<char>> ballast_;
   mutable std::atomic<int64_t> n_forwards_ = 0;
   mutable std::atomic<int64_t> n_rows_ = 0;
+  mutable std::atomic<int64_t> n_ahead_ = 0;
 };
 
 // The bytes of a text as tokens.

@@ -15,7 +15,7 @@ class CpuRunner final : public ModelRunner {
   CpuRunner(const LoadedModel* model, ThreadPool* pool, KvPool kv)
       : model_(*model), stream_{.pool = pool}, kv_(std::move(kv)) {}
 
-  absl::Status Run(const StepBatch& batch) override {
+  absl::Status Start(const StepBatch& batch) override {
     LoadedModel::Batch pass{.tokens = batch.tokens, .kv = &kv_, .on_layer = batch.on_layer};
     row_of_.assign(batch.sequences.size(), -1);
     int64_t n_wanted = 0;
@@ -38,6 +38,8 @@ class CpuRunner final : public ModelRunner {
       return absl::ResourceExhaustedError("no memory for a step of the model");
     }
   }
+
+  absl::Status Wait() override { return absl::OkStatus(); }  // Start has done it all
 
   int32_t best(size_t index) const override {
     const int64_t row = row_of_[index];

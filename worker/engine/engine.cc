@@ -72,8 +72,16 @@ class BatchingEngine final : public Engine {
  private:
   // A sequence's share of a step.
   struct Active {
-    Sequence* sequence = nullptr;
+    Sequence* sequence = nullptr;  // null: it ended after the step was started
     Scheduler::Chunk chunk;
+  };
+  // A step from its start on.
+  struct Flight {
+    std::vector<Active> active;
+    bool is_started = false;
+    absl::Duration start;
+    bool is_steady = false;    // nobody waits, and every sequence samples in this step and the next
+    absl::Status status = {};  // of its start
   };
   // A sequence that begins in a step.
   struct Start {
@@ -106,9 +114,15 @@ class BatchingEngine final : public Engine {
     std::vector<Scheduler::Sampled> sampled;
     std::vector<Ending> endings;
   };
-  // `is_steady`: nobody waits, and every sequence samples in this step and so in the next.
-  StepResult RunStep(const std::vector<Active>& active, bool is_steady);
-  absl::Status RunModel(const std::vector<Active>& active);
+  // Decides the next step, or takes the one that was started ahead.
+  std::optional<Flight> NextFlight(std::unique_lock<std::mutex>& lock, std::vector<Start>& starts);
+  std::vector<Ending> EndingsOf(const std::vector<Scheduler::Departure>& departures) const;
+  // The step behind `flight`, where its tokens need not be known for it.
+  std::optional<Flight> FlightAhead(const Flight& flight);
+  // `before`: the step that makes its tokens, null where they are known.
+  void StartModel(Flight& flight, const Flight* before);
+  StepResult FinishStep(const Flight& flight);
+  absl::Status ModelFailure(const absl::Status& status) const;
   // `next_in`: as in Delta.
   void SampleAll(const std::vector<Active>& active, absl::Duration next_in, StepResult& result);
   // On a thread of the pool.
@@ -129,6 +143,8 @@ class BatchingEngine final : public Engine {
 
   // The engine's thread only, but for what is constant.
   const std::unique_ptr<ModelRunner> runner_;
+  std::optional<Flight> ahead_;  // started while the step before it ran
+  absl::Duration last_step_end_ = absl::ZeroDuration();
 
   mutable std::mutex mu_;
   std::condition_variable wake_;
@@ -275,7 +291,7 @@ void BatchingEngine::Loop() {
       FailAll(lock, away_);
       is_failing_ = false;
     }
-    if (!scheduler_.empty()) {
+    if (ahead_ || !scheduler_.empty()) {
       Turn(lock);
     } else {
       wake_.wait_for(lock, kIdleTurn);
@@ -286,42 +302,87 @@ void BatchingEngine::Loop() {
 
 void BatchingEngine::Turn(std::unique_lock<std::mutex>& lock) {
   is_turning_ = true;
-  const Scheduler::Step step = scheduler_.Next(clock_->Monotonic());
-  std::vector<Ending> departed;
-  for (const Scheduler::Departure& departure : step.departures) {
-    const auto stopped = stopped_.find(departure.id);
-    departed.push_back({.id = departure.id,
-                        .reason = departure.reason == Scheduler::Reason::kCancelled
-                                      ? FinishReason::kCancelled
-                                      : FinishReason::kDeadline,
-                        .status = stopped == stopped_.end() ? absl::OkStatus() : stopped->second});
-  }
-  metrics_.CountPreemptions(static_cast<int64_t>(step.preempted.size()));
   std::vector<Start> starts;
-  for (const Scheduler::Admission& admission : step.admitted) {
-    if (admission.is_resumed) continue;  // its client has not noticed
-    starts.push_back({sequences_.at(admission.id).get(), admission.n_cached});
-  }
-  std::vector<Active> active;
-  for (const Scheduler::Chunk& chunk : step.chunks) {
-    active.push_back({.sequence = sequences_.at(chunk.id).get(), .chunk = chunk});
-  }
-  EndAll(lock, departed);
-  if (!active.empty()) {
-    const bool is_steady = scheduler_.n_waiting() == 0 &&
-                           std::all_of(active.begin(), active.end(),
-                                       [](const Active& item) { return item.chunk.samples; });
+  if (std::optional<Flight> flight = NextFlight(lock, starts)) {
+    std::optional<Flight> ahead = FlightAhead(*flight);
     lock.unlock();
     StartAll(starts);
-    const StepResult result = RunStep(active, is_steady);
+    if (!flight->is_started) StartModel(*flight, nullptr);
+    if (ahead && flight->status.ok()) {
+      StartModel(*ahead, &*flight);
+    } else {
+      ahead.reset();
+    }
+    const StepResult result = FinishStep(*flight);
     lock.lock();
     ++n_steps_;
+    ahead_ = std::move(ahead);
     if (result.has_run) scheduler_.Complete(clock_->Monotonic(), result.sampled);
     EndAll(lock, result.endings);
   }
   metrics_.SetLoad(StatsLocked());
   is_turning_ = false;
   if (sequences_.empty()) idle_.notify_all();
+}
+
+std::vector<BatchingEngine::Ending> BatchingEngine::EndingsOf(
+    const std::vector<Scheduler::Departure>& departures) const {
+  std::vector<Ending> endings;
+  for (const Scheduler::Departure& departure : departures) {
+    const auto stopped = stopped_.find(departure.id);
+    endings.push_back({.id = departure.id,
+                       .reason = departure.reason == Scheduler::Reason::kCancelled
+                                     ? FinishReason::kCancelled
+                                     : FinishReason::kDeadline,
+                       .status = stopped == stopped_.end() ? absl::OkStatus() : stopped->second});
+  }
+  return endings;
+}
+
+std::optional<BatchingEngine::Flight> BatchingEngine::NextFlight(std::unique_lock<std::mutex>& lock,
+                                                                 std::vector<Start>& starts) {
+  if (ahead_) {
+    // Nobody waits for a step that brings them nothing.
+    EndAll(lock, EndingsOf(scheduler_.Depart(clock_->Monotonic())));
+    return std::exchange(ahead_, std::nullopt);
+  }
+  const Scheduler::Step step = scheduler_.Next(clock_->Monotonic());
+  const std::vector<Ending> departed = EndingsOf(step.departures);
+  metrics_.CountPreemptions(static_cast<int64_t>(step.preempted.size()));
+  for (const Scheduler::Admission& admission : step.admitted) {
+    if (admission.is_resumed) continue;  // its client has not noticed
+    starts.push_back({sequences_.at(admission.id).get(), admission.n_cached});
+  }
+  Flight flight;
+  for (const Scheduler::Chunk& chunk : step.chunks) {
+    flight.active.push_back({.sequence = sequences_.at(chunk.id).get(), .chunk = chunk});
+  }
+  flight.is_steady = scheduler_.n_waiting() == 0 &&
+                     std::all_of(flight.active.begin(), flight.active.end(),
+                                 [](const Active& item) { return item.chunk.samples; });
+  EndAll(lock, departed);
+  if (flight.active.empty()) return std::nullopt;
+  return flight;
+}
+
+std::optional<BatchingEngine::Flight> BatchingEngine::FlightAhead(const Flight& flight) {
+  if (!runner_->can_run_ahead() || !flight.is_steady || !flight.status.ok() || is_failing_ ||
+      is_stopping_) {
+    return std::nullopt;
+  }
+  for (const Active& item : flight.active) {
+    // The token of a sequence that needs its logits is chosen here.
+    const bool is_of_device = item.sequence != nullptr && item.sequence->wanted() == Wanted::kBest;
+    if (!is_of_device) return std::nullopt;
+  }
+  const auto chunks = scheduler_.NextAhead(clock_->Monotonic());
+  if (!chunks) return std::nullopt;
+  Flight ahead;
+  ahead.is_steady = true;
+  for (const Scheduler::Chunk& chunk : *chunks) {
+    ahead.active.push_back({.sequence = sequences_.at(chunk.id).get(), .chunk = chunk});
+  }
+  return ahead;
 }
 
 void BatchingEngine::StartAll(const std::vector<Start>& starts) {
@@ -337,41 +398,57 @@ void BatchingEngine::StartAll(const std::vector<Start>& starts) {
   }
 }
 
-BatchingEngine::StepResult BatchingEngine::RunStep(const std::vector<Active>& active,
-                                                   bool is_steady) {
-  StepResult result;
-  const absl::Duration start = clock_->Monotonic();
-  const absl::Status status = RunModel(active);
-  if (!status.ok()) {
-    for (const Active& item : active) {
-      result.endings.push_back({.id = item.chunk.id, .status = status});
-    }
-    return result;
-  }
-  result.has_run = true;
-  // The next step has one token for each sequence: it takes no longer than this one.
-  SampleAll(active, is_steady ? clock_->Monotonic() - start : absl::InfiniteDuration(), result);
-  return result;
-}
-
-absl::Status BatchingEngine::RunModel(const std::vector<Active>& active) {
+void BatchingEngine::StartModel(Flight& flight, const Flight* before) {
   StepBatch batch;
-  for (const Active& item : active) {
+  for (const Active& item : flight.active) {
     batch.sequences.push_back(
         {.first_row = static_cast<int64_t>(batch.tokens.size()),
          .n_rows = item.chunk.n_tokens,
          .n_past = item.chunk.first,
          .blocks = item.chunk.blocks,
          .wanted = item.chunk.samples ? item.sequence->wanted() : Wanted::kNothing});
+    if (before != nullptr) {
+      const auto is_same = [&](const Active& other) { return other.chunk.id == item.chunk.id; };
+      const auto it = std::find_if(before->active.begin(), before->active.end(), is_same);
+      batch.tokens.push_back(
+          StepBatch::FromStepBefore(static_cast<size_t>(it - before->active.begin())));
+      continue;
+    }
     for (int64_t i = 0; i < item.chunk.n_tokens; ++i) {
       batch.tokens.push_back(item.sequence->TokenAt(item.chunk.first + i));
     }
   }
   batch.on_layer = [this] { Beat(); };
   metrics_.ObserveStep(static_cast<int64_t>(batch.tokens.size()));
-  const absl::Status status = runner_->Run(batch);
+  flight.is_started = true;
+  flight.start = clock_->Monotonic();
+  flight.status = runner_->Start(batch);
+}
+
+BatchingEngine::StepResult BatchingEngine::FinishStep(const Flight& flight) {
+  StepResult result;
+  absl::Status status = flight.status;
+  if (status.ok()) status = runner_->Wait();
+  if (!status.ok()) {
+    status = ModelFailure(status);
+    for (const Active& item : flight.active) {
+      if (item.sequence == nullptr) continue;
+      result.endings.push_back({.id = item.chunk.id, .status = status});
+    }
+    return result;
+  }
+  result.has_run = true;
+  // The next step has one token for each sequence: it takes no longer than this one, of which a
+  // part was over when this one was started ahead.
+  const absl::Duration took = clock_->Monotonic() - std::max(flight.start, last_step_end_);
+  last_step_end_ = clock_->Monotonic();
+  SampleAll(flight.active, flight.is_steady ? took : absl::InfiniteDuration(), result);
+  return result;
+}
+
+absl::Status BatchingEngine::ModelFailure(const absl::Status& status) const {
   if (IsDeviceBroken(status) && on_device_broken_) return on_device_broken_(status);
-  if (status.ok() || absl::IsResourceExhausted(status)) return status;
+  if (absl::IsResourceExhausted(status)) return status;
   return absl::InternalError(absl::StrCat("a step of the model failed: ", status.message()));
 }
 
@@ -379,7 +456,7 @@ void BatchingEngine::SampleAll(const std::vector<Active>& active, absl::Duration
                                StepResult& result) {
   std::vector<size_t> sampling;  // of `active`
   for (size_t i = 0; i < active.size(); ++i) {
-    if (active[i].chunk.samples) sampling.push_back(i);
+    if (active[i].chunk.samples && active[i].sequence != nullptr) sampling.push_back(i);
   }
   const auto n_sampling = static_cast<int64_t>(sampling.size());
   std::vector<std::optional<int32_t>> tokens(sampling.size());
@@ -424,6 +501,11 @@ void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
     stopped_.erase(ending.id);
     auto node = sequences_.extract(ending.id);
     ids_.erase(node.mapped()->request().id);
+    if (ahead_) {
+      for (Active& item : ahead_->active) {
+        if (item.chunk.id == ending.id) item.sequence = nullptr;
+      }
+    }
     ended.push_back(std::move(node.mapped()));
   }
   const std::vector<BlockId> unused = scheduler_.TakeUnusedBlocks();

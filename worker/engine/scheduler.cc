@@ -80,7 +80,7 @@ void Scheduler::Cancel(SequenceId id) {
 Scheduler::Step Scheduler::Next(absl::Duration now) {
   Step step;
   step_start_ = now;
-  CollectDepartures(now, step);
+  step.departures = Depart(now);
   Grow(step);
   Admit(step);
   PlanChunks(step);
@@ -92,7 +92,7 @@ void Scheduler::Complete(absl::Duration now, std::span<const Sampled> sampled) {
   for (auto& [id, entry] : running_) {
     if (entry.n_planned == 0) continue;
     const int64_t n_before = entry.n_computed;
-    entry.n_computed += std::exchange(entry.n_planned, 0);
+    entry.n_computed += std::exchange(entry.n_planned, std::exchange(entry.n_ahead, 0));
     n_tokens += entry.n_computed - n_before;
     PublishBlocks(entry, n_before);
   }
@@ -102,6 +102,31 @@ void Scheduler::Complete(absl::Duration now, std::span<const Sampled> sampled) {
   const double kept = std::exp(-absl::FDivDuration(took, kRateMemory));
   rate_.n_tokens = kept * rate_.n_tokens + static_cast<double>(n_tokens);
   rate_.seconds = kept * rate_.seconds + absl::ToDoubleSeconds(took);
+  step_start_ = now;  // of one that was decided ahead
+}
+
+std::optional<std::vector<Scheduler::Chunk>> Scheduler::NextAhead(absl::Duration now) {
+  if (!waiting_.empty()) return std::nullopt;
+  std::vector<Chunk> chunks;
+  for (auto& [id, entry] : running_) {
+    const bool decodes = entry.n_planned == 1 && entry.n_left() == 1;
+    if (!decodes || entry.is_cancelled || now >= entry.deadline) return std::nullopt;
+    const int64_t n_tokens = entry.n_tokens() + 1;  // once this step's is there
+    if (n_tokens >= entry.n_end) continue;          // and the last
+    while (static_cast<int64_t>(entry.table.size()) < KvBlocks(n_tokens)) {
+      const auto block = blocks_.Allocate();
+      if (!block) return std::nullopt;
+      entry.table.push_back(*block);
+    }
+    chunks.push_back({.id = id,
+                      .first = entry.n_tokens(),
+                      .n_tokens = 1,
+                      .samples = true,
+                      .blocks = entry.table});
+  }
+  if (chunks.empty()) return std::nullopt;
+  for (const Chunk& chunk : chunks) running_.at(chunk.id).n_ahead = 1;
+  return chunks;
 }
 
 void Scheduler::Finish(SequenceId id) {
@@ -114,17 +139,18 @@ void Scheduler::Finish(SequenceId id) {
   }
 }
 
-void Scheduler::CollectDepartures(absl::Duration now, Step& step) {
+std::vector<Scheduler::Departure> Scheduler::Depart(absl::Duration now) {
+  std::vector<Departure> departures;
   for (const Entries* entries : {&running_, &waiting_}) {
     for (const auto& [id, entry] : *entries) {
       if (!entry.is_cancelled && now < entry.deadline) continue;
-      step.departures.push_back(
-          {.id = id,
-           .reason = entry.is_cancelled ? Reason::kCancelled : Reason::kDeadline,
-           .was_running = entries == &running_});
+      departures.push_back({.id = id,
+                            .reason = entry.is_cancelled ? Reason::kCancelled : Reason::kDeadline,
+                            .was_running = entries == &running_});
     }
   }
-  for (const Departure& departure : step.departures) Finish(departure.id);
+  for (const Departure& departure : departures) Finish(departure.id);
+  return departures;
 }
 
 void Scheduler::Grow(Step& step) {
@@ -172,6 +198,8 @@ bool Scheduler::TakeBlocks(Entry& entry) {
   const int64_t watermark = n_running();
   // At least one is new; without it, there is no use in looking for others.
   if (blocks_.n_available() < 1 + watermark) return false;
+  // Chunks point into it while it grows.
+  entry.table.reserve(static_cast<size_t>(KvBlocks(entry.n_end)));
   BlockManager::Content content = BlockManager::kStart;
   for (int64_t i = 0; (i + 1) * kKvBlockTokens < entry.n_tokens(); ++i) {
     const auto block = blocks_.Find(content, entry.BlockTokens(i));

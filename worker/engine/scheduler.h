@@ -21,6 +21,8 @@
 //              goes to prompts in the order of arrival, in chunks, so that a long prompt delays
 //              those that decode by one step and no more. Because the budget is at least the
 //              number of sequences, every admitted sequence advances in every step.
+//   Ahead      While a step runs in which all sequences decode, the next one can be decided before
+//              the new tokens are known: each sequence gets one more, but those that certainly end.
 //   Leaving    Cancelled requests and those past their deadline leave before the next step,
 //              whether they wait or run, and their blocks with them; each leaves exactly once.
 //
@@ -30,6 +32,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -101,6 +104,13 @@ class Scheduler {
   // Decides the next step. The caller runs the chunks, then calls Complete, and Finish for each
   // sequence that ended; departures need no Finish. Of a step that failed it calls Finish for all.
   Step Next(absl::Duration now);
+  // Those that leave now, as Next has them leave; also between NextAhead and the step's Complete.
+  std::vector<Departure> Depart(absl::Duration now);
+  // The step after the one that was decided last and has not completed, whose tokens it does not
+  // need to know: a chunk of one token that each sequence is about to have. Complete is called for
+  // both in turn; sequences that ended meanwhile were finished, and their chunks bring nothing.
+  // None when anything but decoding is to be decided, or no block is left.
+  std::optional<std::vector<Chunk>> NextAhead(absl::Duration now);
   // The step has run: keys and values of its chunks are in their blocks. `sampled`: the new tokens.
   void Complete(absl::Duration now, std::span<const Sampled> sampled);
   // Frees a request's place and blocks, whether it runs or waits; unknown ids are ignored.
@@ -123,6 +133,7 @@ class Scheduler {
     std::vector<BlockId> table;  // while it runs, of all `tokens`
     int64_t n_computed = 0;      // tokens whose keys and values are in the table
     int64_t n_planned = 0;       // of the step under way
+    int64_t n_ahead = 0;         // of the one after it
     bool is_cancelled = false;
     bool was_preempted = false;
 
@@ -140,7 +151,6 @@ class Scheduler {
     double seconds = 0;
   };
 
-  void CollectDepartures(absl::Duration now, Step& step);
   void Grow(Step& step);
   void PreemptLast(Step& step);
   void Admit(Step& step);

@@ -39,21 +39,38 @@ struct StepBatch {
     std::span<const BlockId> blocks;  // of the runner's KV memory, for n_past + n_rows tokens
     Wanted wanted = Wanted::kNothing;
   };
-  std::vector<int32_t> tokens;  // [n_rows]; those of a sequence follow one another
+  // [n_rows]; those of a sequence follow one another. FromStepBefore where a step that is still on
+  // its way makes the token.
+  std::vector<int32_t> tokens;
   std::vector<Sequence> sequences;
   // Called while the pass goes on, unless empty: a sign of life, as one may take long.
   std::function<void()> on_layer;
+
+  // The likeliest token of `sequences[index]` of the step that was started before this one.
+  static constexpr int32_t FromStepBefore(size_t index) { return -1 - static_cast<int32_t>(index); }
+  static constexpr size_t IndexBefore(int32_t token) { return static_cast<size_t>(-1 - token); }
 };
 
 // Runs a model's steps. It owns the KV memory and all buffers of a step.
+//
+// A step is started, and waited for. A runner that can run ahead takes the start of a second one
+// before the first has been waited for: a device need not stand still while the host looks at what
+// it made. Steps run in the order of their starts.
 class ModelRunner {
  public:
   virtual ~ModelRunner() = default;
-  // One step; keys and values of the batch's rows are in their blocks when it returns.
+  virtual bool can_run_ahead() const { return false; }
   // INVALID_ARGUMENT for a batch that does not fit the model or its memory. Of a device that fails,
-  // what worker/kernels/device_failure.h calls broken.
-  virtual absl::Status Run(const StepBatch& batch) = 0;
-  // What the last Run made of `batch.sequences[index]`, until the next.
+  // what worker/kernels/device_failure.h calls broken. Only a step that was started is waited for.
+  virtual absl::Status Start(const StepBatch& batch) = 0;
+  // Returns when the earliest step that has not been waited for is done: keys and values of its
+  // rows are in their blocks.
+  virtual absl::Status Wait() = 0;
+  absl::Status Run(const StepBatch& batch) {
+    if (absl::Status status = Start(batch); !status.ok()) return status;
+    return Wait();
+  }
+  // What the step that was waited for last made of `batch.sequences[index]`, until the next Wait.
   // Several threads may ask, each for another sequence.
   // −1 where the largest logit is not finite or one is NaN.
   virtual int32_t best(size_t index) const = 0;

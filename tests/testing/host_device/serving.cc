@@ -346,7 +346,8 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& p) {
 absl::Status EmbedRows(const EmbedRowsParams& p) {
   for (int64_t row = 0; row < p.n_rows; ++row) {
     for (int64_t i = 0; i < p.dim; ++i) {
-      p.hidden[row * p.dim + i] = p.scale * __bfloat162float(p.table[p.ids[row] * p.dim + i]);
+      const int32_t id = p.ids[row] < 0 ? p.made[-1 - p.ids[row]] : p.ids[row];
+      p.hidden[row * p.dim + i] = p.scale * __bfloat162float(p.table[id * p.dim + i]);
     }
   }
   return absl::OkStatus();

@@ -1,8 +1,8 @@
 #include "worker/engine/cuda/device_runner.h"
 
 #include <algorithm>
+#include <array>
 #include <map>
-#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -12,6 +12,7 @@
 #include "worker/engine/cuda/captured_graph.h"
 #include "worker/engine/cuda/forward_pass.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/event.h"
 #include "worker/kernels/cuda/pinned_buffer.h"
 
 namespace walsh::engine::cuda {
@@ -73,49 +74,67 @@ class DeviceRunner final : public ModelRunner {
   ~DeviceRunner() override { context_.Synchronize().IgnoreError(); }
 
   absl::Status Prepare(bool use_graphs);
-  absl::Status Run(const StepBatch& batch) override;
+  bool can_run_ahead() const override { return true; }
+  absl::Status Start(const StepBatch& batch) override;
+  absl::Status Wait() override;
   int32_t best(size_t index) const override {
-    return best_host_values()[static_cast<size_t>(slots_[index])];
+    Flight& flight = *flights_[done_];
+    return flight.best()[static_cast<size_t>(flight.slots[index])];
   }
-  std::span<float> logits(size_t index) override {
-    auto* rows = reinterpret_cast<float*>(logits_host_.span().data());
-    return {rows + logits_rows_[index] * config_.vocab, static_cast<size_t>(config_.vocab)};
-  }
+  std::span<float> logits(size_t index) override { return LogitsOf(*flights_[done_], index); }
   void Discard(BlockId) override {}  // the pool stays as it is
   int64_t kv_cache_bytes() const override { return pass_.kv_bytes(); }
 
  private:
+  // A step on its way. What the host writes and reads of it is its own, so that one can be prepared
+  // while another runs.
+  struct Flight {
+    Image decode_image, prefill_image;
+    PinnedBuffer best_host;                   // [n_slots]
+    PinnedBuffer logits_host;                 // [rows wanted in a step so far, vocab]
+    std::map<int64_t, CapturedGraph> graphs;  // by DecodeSize
+    ops::Event done;
+    bool is_started = false;
+    // By sequence of the batch.
+    std::vector<size_t> decoding, prefilling;
+    std::vector<int64_t> slots;
+    std::vector<int64_t> logits_rows;
+
+    int32_t* best() { return reinterpret_cast<int32_t*>(best_host.span().data()); }
+  };
+
+  absl::Status PrepareFlight(Flight& flight, const KvBatchLayout& largest, bool use_graphs);
   absl::Status CheckBatch(const StepBatch& batch) const;
   KvBatchLayout DecodeLayout(int64_t n_sequences) const;
-  std::span<int32_t> best_host_values() const {
-    return {reinterpret_cast<int32_t*>(best_host_.span().data()), static_cast<size_t>(n_slots_)};
-  }
+  // Where the step before made the token, or the token.
+  int32_t PlaceOrToken(int32_t token) const;
   // Writes what a pass over these sequences of the batch knows of its rows.
   absl::Status Fill(const StepBatch& batch, std::span<const size_t> sequences,
                     const KvBatchLayout& layout, Image& image) const;
   // All of a decoding pass, as it is captured.
-  absl::Status QueueDecode(const KvBatchLayout& layout);
-  absl::Status Decode(const StepBatch& batch);
-  absl::Status Prefill(const StepBatch& batch);
-  absl::Status FetchLogits(const StepBatch& batch);
+  absl::Status QueueDecode(Flight& flight, const KvBatchLayout& layout);
+  absl::Status Decode(const StepBatch& batch, Flight& flight);
+  absl::Status Prefill(const StepBatch& batch, Flight& flight);
+  absl::Status FetchLogits(const StepBatch& batch, Flight& flight);
+  std::span<float> LogitsOf(Flight& flight, size_t index) const {
+    auto* rows = reinterpret_cast<float*>(flight.logits_host.span().data());
+    return {rows + flight.logits_rows[index] * config_.vocab, static_cast<size_t>(config_.vocab)};
+  }
 
   Context& context_;
   const ModelConfig& config_;
   const ServedModel::RunnerLimits limits_;
   ForwardPass pass_;
-  Image decode_image_, prefill_image_;
   DeviceBuffer<float> last_rows_;  // [n_sequences, hidden], of sequences that are prefilled
-  std::map<int64_t, CapturedGraph> graphs_;  // by DecodeSize
-
   // Places of logits and best tokens: first those of the largest decoding pass.
   int64_t n_decode_slots_ = 0;
   int64_t n_slots_ = 0;
-  mutable PinnedBuffer best_host_;  // [n_slots]
-  PinnedBuffer logits_host_;        // [rows wanted in a step so far, vocab]
-  // Of the last step, by sequence of its batch.
-  std::vector<size_t> decoding_, prefilling_;
-  std::vector<int64_t> slots_;
-  std::vector<int64_t> logits_rows_;
+  const std::array<std::unique_ptr<Flight>, 2> flights_ = {std::make_unique<Flight>(),
+                                                           std::make_unique<Flight>()};
+  // Of flights_: the next to start, the next to wait for, and the last that was waited for.
+  size_t next_ = 0;
+  size_t oldest_ = 0;
+  size_t done_ = 0;
 };
 
 absl::Status DeviceRunner::Prepare(bool use_graphs) {
@@ -125,21 +144,32 @@ absl::Status DeviceRunner::Prepare(bool use_graphs) {
   const KvBatchLayout largest{.n_sequences = n_decode_slots_,
                               .n_rows = std::max(limits_.n_rows, n_decode_slots_),
                               .max_blocks = DecodeLayout(1).max_blocks};
-  WALSH_ASSIGN_OR_RETURN(decode_image_, Image::Allocate(Image::Size(largest), stream));
-  WALSH_ASSIGN_OR_RETURN(prefill_image_, Image::Allocate(Image::Size(largest), stream));
   WALSH_ASSIGN_OR_RETURN(
       last_rows_, DeviceBuffer<float>::Allocate(limits_.n_sequences * config_.hidden, stream));
-  WALSH_ASSIGN_OR_RETURN(best_host_,
-                         PinnedBuffer::Allocate(n_slots_ * static_cast<int64_t>(sizeof(int32_t))));
-  if (!use_graphs) return context_.Synchronize();
-  for (int64_t size = 1; size <= n_decode_slots_; size = DecodeSize(size + 1)) {
-    const KvBatchLayout layout = DecodeLayout(size);
-    WALSH_RETURN_IF_ERROR(Fill({}, {}, layout, decode_image_));
-    WALSH_RETURN_IF_ERROR(QueueDecode(layout));  // loads what it launches
-    WALSH_ASSIGN_OR_RETURN(graphs_[size],
-                           CapturedGraph::Capture(stream, [&] { return QueueDecode(layout); }));
+  for (const std::unique_ptr<Flight>& flight : flights_) {
+    WALSH_RETURN_IF_ERROR(PrepareFlight(*flight, largest, use_graphs));
   }
   return context_.Synchronize();
+}
+
+absl::Status DeviceRunner::PrepareFlight(Flight& flight, const KvBatchLayout& largest,
+                                         bool use_graphs) {
+  const cudaStream_t stream = context_.stream();
+  WALSH_ASSIGN_OR_RETURN(flight.decode_image, Image::Allocate(Image::Size(largest), stream));
+  WALSH_ASSIGN_OR_RETURN(flight.prefill_image, Image::Allocate(Image::Size(largest), stream));
+  WALSH_ASSIGN_OR_RETURN(flight.best_host,
+                         PinnedBuffer::Allocate(n_slots_ * static_cast<int64_t>(sizeof(int32_t))));
+  if (!use_graphs) return absl::OkStatus();
+  for (int64_t size = 1; size <= n_decode_slots_; size = DecodeSize(size + 1)) {
+    const KvBatchLayout layout = DecodeLayout(size);
+    WALSH_RETURN_IF_ERROR(Fill({}, {}, layout, flight.decode_image));
+    WALSH_RETURN_IF_ERROR(QueueDecode(flight, layout));         // loads what it launches
+    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));  // before the image is filled again
+    WALSH_ASSIGN_OR_RETURN(flight.graphs[size], CapturedGraph::Capture(stream, [&] {
+                             return QueueDecode(flight, layout);
+                           }));
+  }
+  return absl::OkStatus();
 }
 
 KvBatchLayout DeviceRunner::DecodeLayout(int64_t n_sequences) const {
@@ -156,8 +186,10 @@ absl::Status DeviceRunner::CheckBatch(const StepBatch& batch) const {
                                                    " sequences, the limits are ", limits_.n_rows,
                                                    " and ", limits_.n_sequences));
   }
+  const Flight& before = *flights_[1 - next_];
+  const size_t n_before = before.is_started ? before.slots.size() : 0;
   for (const int32_t token : batch.tokens) {
-    if (token < 0 || token >= config_.vocab) {
+    if (token < 0 ? StepBatch::IndexBefore(token) >= n_before : token >= config_.vocab) {
       return absl::InvalidArgumentError(
           absl::StrCat("token ", token, " is outside the vocabulary of ", config_.vocab));
     }
@@ -173,6 +205,11 @@ absl::Status DeviceRunner::CheckBatch(const StepBatch& batch) const {
   return absl::OkStatus();
 }
 
+int32_t DeviceRunner::PlaceOrToken(int32_t token) const {
+  if (token >= 0) return token;
+  return static_cast<int32_t>(-1 - flights_[1 - next_]->slots[StepBatch::IndexBefore(token)]);
+}
+
 absl::Status DeviceRunner::Fill(const StepBatch& batch, std::span<const size_t> sequences,
                                 const KvBatchLayout& layout, Image& image) const {
   const std::span<int32_t> values = image.values(Image::Size(layout));
@@ -186,36 +223,41 @@ absl::Status DeviceRunner::Fill(const StepBatch& batch, std::span<const size_t> 
                        .n_rows = sequence.n_rows,
                        .n_past = sequence.n_past,
                        .table = sequence.blocks});
-    std::copy_n(batch.tokens.begin() + sequence.first_row, sequence.n_rows, values.begin() + row);
+    std::transform(batch.tokens.begin() + sequence.first_row,
+                   batch.tokens.begin() + sequence.first_row + sequence.n_rows,
+                   values.begin() + row, [this](int32_t token) { return PlaceOrToken(token); });
     row += sequence.n_rows;
   }
   return layout.Pack(of_pass, limits_.n_blocks,
                      values.subspan(static_cast<size_t>(n_token_places)));
 }
 
-absl::Status DeviceRunner::QueueDecode(const KvBatchLayout& layout) {
-  WALSH_RETURN_IF_ERROR(decode_image_.Send(layout, context_.stream()));
-  WALSH_RETURN_IF_ERROR(pass_.Layers(decode_image_.Rows(layout, /*is_decode=*/true)));
+absl::Status DeviceRunner::QueueDecode(Flight& flight, const KvBatchLayout& layout) {
+  WALSH_RETURN_IF_ERROR(flight.decode_image.Send(layout, context_.stream()));
+  WALSH_RETURN_IF_ERROR(pass_.Layers(flight.decode_image.Rows(layout, /*is_decode=*/true)));
   WALSH_RETURN_IF_ERROR(pass_.Head(pass_.hidden(), layout.n_rows, 0));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(best_host_.span().data(), pass_.best(),
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.best(), pass_.best(),
                                              static_cast<size_t>(layout.n_rows) * sizeof(int32_t),
                                              cudaMemcpyDeviceToHost, context_.stream()));
   return absl::OkStatus();
 }
 
-absl::Status DeviceRunner::Decode(const StepBatch& batch) {
-  const int64_t size = DecodeSize(static_cast<int64_t>(decoding_.size()));
+absl::Status DeviceRunner::Decode(const StepBatch& batch, Flight& flight) {
+  const int64_t size = DecodeSize(static_cast<int64_t>(flight.decoding.size()));
   const KvBatchLayout layout = DecodeLayout(size);
-  WALSH_RETURN_IF_ERROR(Fill(batch, decoding_, layout, decode_image_));
-  for (size_t i = 0; i < decoding_.size(); ++i) slots_[decoding_[i]] = static_cast<int64_t>(i);
-  const auto graph = graphs_.find(size);
-  return graph == graphs_.end() ? QueueDecode(layout) : graph->second.Launch(context_.stream());
+  WALSH_RETURN_IF_ERROR(Fill(batch, flight.decoding, layout, flight.decode_image));
+  for (size_t i = 0; i < flight.decoding.size(); ++i) {
+    flight.slots[flight.decoding[i]] = static_cast<int64_t>(i);
+  }
+  const auto graph = flight.graphs.find(size);
+  return graph == flight.graphs.end() ? QueueDecode(flight, layout)
+                                      : graph->second.Launch(context_.stream());
 }
 
-absl::Status DeviceRunner::Prefill(const StepBatch& batch) {
+absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
   const cudaStream_t stream = context_.stream();
-  KvBatchLayout layout{.n_sequences = static_cast<int64_t>(prefilling_.size())};
-  for (const size_t index : prefilling_) {
+  KvBatchLayout layout{.n_sequences = static_cast<int64_t>(flight.prefilling.size())};
+  for (const size_t index : flight.prefilling) {
     const StepBatch::Sequence& sequence = batch.sequences[index];
     layout.n_rows += sequence.n_rows;
     layout.max_blocks = std::max(layout.max_blocks, static_cast<int64_t>(sequence.blocks.size()));
@@ -226,64 +268,78 @@ absl::Status DeviceRunner::Prefill(const StepBatch& batch) {
                                                    " blocks, a context has ",
                                                    DecodeLayout(1).max_blocks));
   }
-  WALSH_RETURN_IF_ERROR(Fill(batch, prefilling_, layout, prefill_image_));
-  WALSH_RETURN_IF_ERROR(prefill_image_.Send(layout, stream));
-  WALSH_RETURN_IF_ERROR(pass_.Layers(prefill_image_.Rows(layout, /*is_decode=*/false)));
+  WALSH_RETURN_IF_ERROR(Fill(batch, flight.prefilling, layout, flight.prefill_image));
+  WALSH_RETURN_IF_ERROR(flight.prefill_image.Send(layout, stream));
+  WALSH_RETURN_IF_ERROR(pass_.Layers(flight.prefill_image.Rows(layout, /*is_decode=*/false)));
 
   int64_t row = 0;
   int64_t n_wanted = 0;
-  for (const size_t index : prefilling_) {
+  for (const size_t index : flight.prefilling) {
     const StepBatch::Sequence& sequence = batch.sequences[index];
     row += sequence.n_rows;
     if (sequence.wanted == Wanted::kNothing) continue;
     WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
         last_rows_.data() + n_wanted * config_.hidden, pass_.hidden() + (row - 1) * config_.hidden,
         static_cast<size_t>(config_.hidden) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
-    slots_[index] = n_decode_slots_ + n_wanted++;
+    flight.slots[index] = n_decode_slots_ + n_wanted++;
   }
   if (n_wanted == 0) return absl::OkStatus();
   WALSH_RETURN_IF_ERROR(pass_.Head(last_rows_.data(), n_wanted, n_decode_slots_));
   WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
-      &best_host_values()[static_cast<size_t>(n_decode_slots_)], pass_.best() + n_decode_slots_,
+      flight.best() + n_decode_slots_, pass_.best() + n_decode_slots_,
       static_cast<size_t>(n_wanted) * sizeof(int32_t), cudaMemcpyDeviceToHost, stream));
   return absl::OkStatus();
 }
 
-absl::Status DeviceRunner::FetchLogits(const StepBatch& batch) {
+absl::Status DeviceRunner::FetchLogits(const StepBatch& batch, Flight& flight) {
   int64_t n_rows = 0;
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
-    if (batch.sequences[i].wanted == Wanted::kLogits) logits_rows_[i] = n_rows++;
+    if (batch.sequences[i].wanted == Wanted::kLogits) flight.logits_rows[i] = n_rows++;
   }
   const int64_t row_bytes = config_.vocab * static_cast<int64_t>(sizeof(float));
-  if (logits_host_.size() < n_rows * row_bytes) {
-    logits_host_ = PinnedBuffer();
-    WALSH_ASSIGN_OR_RETURN(logits_host_, PinnedBuffer::Allocate(n_rows * row_bytes));
+  if (flight.logits_host.size() < n_rows * row_bytes) {
+    flight.logits_host = PinnedBuffer();
+    WALSH_ASSIGN_OR_RETURN(flight.logits_host, PinnedBuffer::Allocate(n_rows * row_bytes));
   }
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     if (batch.sequences[i].wanted != Wanted::kLogits) continue;
-    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(logits(i).data(), pass_.logits(slots_[i]),
-                                               static_cast<size_t>(row_bytes),
-                                               cudaMemcpyDeviceToHost, context_.stream()));
+    WALSH_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(LogitsOf(flight, i).data(), pass_.logits(flight.slots[i]),
+                        static_cast<size_t>(row_bytes), cudaMemcpyDeviceToHost, context_.stream()));
   }
   return absl::OkStatus();
 }
 
-absl::Status DeviceRunner::Run(const StepBatch& batch) {
+absl::Status DeviceRunner::Start(const StepBatch& batch) {
+  Flight& flight = *flights_[next_];
+  if (flight.is_started) {
+    return absl::FailedPreconditionError("two steps are on their way, none was waited for");
+  }
   WALSH_RETURN_IF_ERROR(CheckBatch(batch));
   WALSH_RETURN_IF_ERROR(context_.MakeCurrent());
   if (batch.on_layer) batch.on_layer();
-  decoding_.clear();
-  prefilling_.clear();
-  slots_.assign(batch.sequences.size(), 0);
-  logits_rows_.assign(batch.sequences.size(), 0);
+  flight.decoding.clear();
+  flight.prefilling.clear();
+  flight.slots.assign(batch.sequences.size(), 0);
+  flight.logits_rows.assign(batch.sequences.size(), 0);
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
-    (batch.sequences[i].n_rows == 1 ? decoding_ : prefilling_).push_back(i);
+    (batch.sequences[i].n_rows == 1 ? flight.decoding : flight.prefilling).push_back(i);
   }
-  if (!decoding_.empty()) WALSH_RETURN_IF_ERROR(Decode(batch));
-  if (!prefilling_.empty()) WALSH_RETURN_IF_ERROR(Prefill(batch));
-  WALSH_RETURN_IF_ERROR(FetchLogits(batch));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(context_.stream()));
+  if (!flight.decoding.empty()) WALSH_RETURN_IF_ERROR(Decode(batch, flight));
+  if (!flight.prefilling.empty()) WALSH_RETURN_IF_ERROR(Prefill(batch, flight));
+  WALSH_RETURN_IF_ERROR(FetchLogits(batch, flight));
+  WALSH_RETURN_IF_ERROR(flight.done.Record(context_.stream()));
+  flight.is_started = true;
+  next_ = 1 - next_;
   return absl::OkStatus();
+}
+
+absl::Status DeviceRunner::Wait() {
+  Flight& flight = *flights_[oldest_];
+  if (!flight.is_started) return absl::FailedPreconditionError("no step is on its way");
+  flight.is_started = false;
+  done_ = std::exchange(oldest_, 1 - oldest_);
+  return flight.done.Wait();
 }
 
 }  // namespace

@@ -97,6 +97,7 @@ absl::Status ForwardPass::Layers(const Rows& rows) {
                                         .dim = config_->hidden,
                                         .vocab = config_->vocab,
                                         .ids = rows.tokens,
+                                        .made = best_.data(),
                                         .table = weights_->embedding.data(),
                                         .scale = static_cast<float>(config_->embedding_scale),
                                         .hidden = hidden_.data(),

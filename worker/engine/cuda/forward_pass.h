@@ -40,7 +40,8 @@ class ForwardPass {
 
   struct Rows {
     int64_t n = 0;
-    const int32_t* tokens = nullptr;  // [n] on the device
+    // [n] on the device; −1 − i: the token that best() has at i.
+    const int32_t* tokens = nullptr;
     kernels::cuda::KvBatch kv;        // all n rows
     bool is_decode = false;           // a row for each sequence
   };

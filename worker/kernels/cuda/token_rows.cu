@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedRowsKernel(const EmbedRows
   LetNextKernelStart();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kEmbedThreads + threadIdx.x;
   if (i * kEmbedAtOnce >= p.dim) return;
-  const int64_t id = p.ids[blockIdx.y];
+  int64_t id = p.ids[blockIdx.y];
+  if (id < 0 && p.made != nullptr) id = p.made[-1 - id];
   float values[kEmbedAtOnce];
   if (id >= 0 && id < p.vocab) {
     const uint4 bits = *(reinterpret_cast<const uint4*>(p.table + id * p.dim) + i);

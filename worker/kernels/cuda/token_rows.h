@@ -15,13 +15,15 @@
 
 namespace walsh::kernels::cuda {
 
-// hidden[i, :] = scale · table[ids[i], :]. A row whose id is not below `vocab` becomes NaN, so that
-// ArgMax gives −1 for it once more.
+// hidden[i, :] = scale · table[id, :] with id = ids[i], or made[−1 − ids[i]] where that is
+// negative. A row whose id is not below `vocab` becomes NaN, so that ArgMax gives −1 for it once
+// more.
 struct EmbedRowsParams {
   int64_t n_rows = 0;
   int64_t dim = 0;  // a multiple of 8
   int64_t vocab = 0;
   const int32_t* ids = nullptr;          // [n_rows]
+  const int32_t* made = nullptr;         // tokens of a step before, or null: then there are none
   const __nv_bfloat16* table = nullptr;  // [vocab, dim], aligned to 16 bytes
   float scale = 1.0f;
   float* hidden = nullptr;  // [n_rows, dim], aligned to 16 bytes

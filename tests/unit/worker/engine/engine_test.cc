@@ -40,12 +40,28 @@ Options SmallOptions() {
           .n_threads = 2};
 }
 
+// The engines of these tests start steps ahead, or not.
+class EngineStepTest : public ::testing::TestWithParam<bool> {
+ protected:
+  static std::unique_ptr<Engine> MakeEngine(FakeModel::Behaviour behaviour = {},
+                                            const Options& options = SmallOptions(),
+                                            Clock* clock = Clock::Real());
+};
+INSTANTIATE_TEST_SUITE_P(, EngineStepTest, ::testing::Bool(),
+                         [](const auto& test) { return test.param ? "Ahead" : "OneByOne"; });
+
 std::unique_ptr<Engine> MakeEngine(FakeModel::Behaviour behaviour = {},
                                    const Options& options = SmallOptions(),
                                    Clock* clock = Clock::Real()) {
   auto engine = Engine::Create(FakeModel::Create(std::move(behaviour)), options, clock);
   EXPECT_OK(engine);
   return *std::move(engine);
+}
+
+std::unique_ptr<Engine> EngineStepTest::MakeEngine(FakeModel::Behaviour behaviour,
+                                                   const Options& options, Clock* clock) {
+  behaviour.runs_ahead = GetParam();
+  return engine::MakeEngine(std::move(behaviour), options, clock);
 }
 
 std::shared_ptr<RecordingSink> Submit(Engine& engine, Request request) {
@@ -105,7 +121,7 @@ TEST(EngineTest, GreedyOutputIsTheModels) {
   EXPECT_EQ(sink->text().size(), 20u);
 }
 
-TEST(EngineTest, OutputAloneEqualsOutputAmongOthers) {
+TEST_P(EngineStepTest, OutputAloneEqualsOutputAmongOthers) {
   std::mt19937 rng(1);
   std::vector<Request> requests;
   for (int i = 0; i < 12; ++i) {
@@ -269,7 +285,7 @@ TEST(EngineTest, AFailedStepLeavesNothingInThePrefixCache) {
   EXPECT_EQ(sink->tokens(), model.Greedy(request.prompt, 3));
 }
 
-TEST(EngineTest, EndOfSequenceStopsAndIsNotShown) {
+TEST_P(EngineStepTest, EndOfSequenceStopsAndIsNotShown) {
   const auto script = [](std::span<const int32_t> history) {
     return history.size() < 6 ? 'x' : kFakeEos;
   };
@@ -486,7 +502,7 @@ TEST(EngineTest, QueuedTokensBeyondTheLimitAreRefusedWithinMilliseconds) {
   waiting->WaitForEnd();
 }
 
-TEST(EngineTest, CancelFreesTheSequenceWithinOneStep) {
+TEST_P(EngineStepTest, CancelFreesTheSequenceWithinOneStep) {
   for (int n_steps = 1; n_steps <= 20; ++n_steps) {
     Gate gate;
     const auto engine = MakeEngine({.before_forward = gate.Hook()});
@@ -504,10 +520,11 @@ TEST(EngineTest, CancelFreesTheSequenceWithinOneStep) {
     EXPECT_EQ(sink->tokens().size(), static_cast<size_t>(n_steps));
     EXPECT_EQ(engine->stats().running, 0);
     EXPECT_EQ(engine->stats().kv_tokens_used, 0);
+    gate.Permit(1);  // a step that was started ahead
   }
 }
 
-TEST(EngineTest, StepErrorFailsItsRequestsAndNotTheEngine) {
+TEST_P(EngineStepTest, StepErrorFailsItsRequestsAndNotTheEngine) {
   std::atomic<bool> is_broken = true;
   const auto engine = MakeEngine({.before_forward = [&](const LoadedModel::Batch&) {
     return is_broken ? absl::DataLossError("bad weights") : absl::OkStatus();
@@ -564,7 +581,7 @@ TEST(EngineTest, DeltasTellWhenTheNextIsLikely) {
   EXPECT_THAT(second->next_in(), ElementsAre(kUnknown));
 }
 
-TEST(EngineTest, DeadlineEndsWaitingAndRunning) {
+TEST_P(EngineStepTest, DeadlineEndsWaitingAndRunning) {
   Gate gate;
   ManualClock clock;
   Options options = SmallOptions();
@@ -587,7 +604,7 @@ TEST(EngineTest, DeadlineEndsWaitingAndRunning) {
   EXPECT_EQ(static_cast<const FakeModel&>(engine->model()).n_forwards(), 1);
 }
 
-TEST(EngineTest, DrainFinishesWhatWasAccepted) {
+TEST_P(EngineStepTest, DrainFinishesWhatWasAccepted) {
   const auto engine = MakeEngine();
   std::vector<std::shared_ptr<RecordingSink>> sinks;
   for (int i = 0; i < 8; ++i) {
@@ -621,7 +638,7 @@ TEST(EngineTest, DrainFailsWhatDoesNotFinishInTime) {
   EXPECT_EQ(engine->stats().running, 0);
 }
 
-TEST(EngineTest, DestructionAnswersEveryRequest) {
+TEST_P(EngineStepTest, DestructionAnswersEveryRequest) {
   Gate gate;
   auto engine = MakeEngine({.before_forward = gate.Hook()});
   std::vector<std::shared_ptr<RecordingSink>> sinks;
@@ -637,9 +654,57 @@ TEST(EngineTest, DestructionAnswersEveryRequest) {
   for (const auto& sink : sinks) EXPECT_TRUE(sink->is_over());
 }
 
+// Sequences that end by length, by their end token, and when they are cancelled, all while the
+// step after has been started.
+TEST(EngineTest, StepsThatAreStartedAheadBringTheSameTokens) {
+  const auto next = [](std::span<const int32_t> history) {
+    const auto n = static_cast<int32_t>(history.size());
+    if (n == 40 + history[0] % 7) return kFakeEos;
+    return 'a' + (history.back() * 31 + n) % 26;
+  };
+  Options options = SmallOptions();
+  options.max_sequences = 8;
+  options.kv_cache_tokens = 8 * 128;
+  const auto engine = MakeEngine({.next = next, .runs_ahead = true}, options);
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  std::vector<std::vector<int32_t>> prompts;
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 8; ++i) {
+    prompts.push_back(std::vector<int32_t>(static_cast<size_t>(1 + 3 * i), 'p' + i));
+    sinks.push_back(Submit(*engine, {.id = std::to_string(i),
+                                     .prompt = prompts.back(),
+                                     .sampling = {.max_tokens = 12 + 9 * i, .temperature = 0}}));
+  }
+  sinks[3]->WaitForTokens(5);
+  engine->Cancel("3");
+  for (size_t i = 0; i < sinks.size(); ++i) {
+    sinks[i]->WaitForEnd();
+    ASSERT_OK(sinks[i]->status());
+    const auto expected = model.Greedy(prompts[i], 12 + 9 * static_cast<int>(i));
+    const std::vector<int32_t>& tokens = sinks[i]->tokens();
+    if (i == 3) {
+      ASSERT_LE(tokens.size(), expected.size());
+      EXPECT_TRUE(std::equal(tokens.begin(), tokens.end(), expected.begin()));
+    } else {
+      EXPECT_EQ(tokens, expected) << "request " << i;
+    }
+  }
+  EXPECT_GT(model.n_ahead(), 20);
+  const Stats stats = engine->stats();
+  EXPECT_EQ(stats.running + stats.waiting, 0);
+  EXPECT_EQ(stats.kv_tokens_used, 0);
+}
+
+// What a sequence samples from its logits is chosen by the host: nothing can be started before.
+TEST(EngineTest, SampledTokensAreNotRunAhead) {
+  const auto engine = MakeEngine({.runs_ahead = true});
+  Generate(*engine, {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 20, .temperature = 1}});
+  EXPECT_EQ(static_cast<const FakeModel&>(engine->model()).n_ahead(), 0);
+}
+
 // Several threads submit and cancel at random: every request is answered exactly once, with the
 // output that it would have alone, and nothing stays behind. Meant for ThreadSanitizer.
-TEST(EngineTest, ConcurrentSubmittersAndCancellers) {
+TEST_P(EngineStepTest, ConcurrentSubmittersAndCancellers) {
   Options options = SmallOptions();
   options.max_waiting = 1000;
   const auto engine = MakeEngine({}, options);
@@ -692,7 +757,7 @@ constexpr int kManyRequests = 10000;
 // Random arrivals, cancellations, deadlines and refusals in a KV cache that is too short for what
 // runs: each request is answered exactly once and with what it would have alone, and no block stays
 // behind. There are always more at hand than are taken.
-TEST(EngineTest, ManyRandomRequestsInAShortKvCache) {
+TEST_P(EngineStepTest, ManyRandomRequestsInAShortKvCache) {
   constexpr int kThreads = 4;
   constexpr size_t kInFlight = 40;
   const auto engine = MakeEngine({}, {.model_name = "many",

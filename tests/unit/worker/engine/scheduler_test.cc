@@ -185,6 +185,72 @@ TEST(SchedulerTest, AStepThatFailedLeavesNothingToBeFound) {
   EXPECT_EQ(scheduler.blocks().n_free(), 4);
 }
 
+TEST(SchedulerTest, AStepIsDecidedAheadForThoseThatCertainlyGoOn) {
+  Scheduler scheduler(SmallLimits());
+  ASSERT_OK(Add(scheduler, 1, 3, 2));
+  ASSERT_OK(Add(scheduler, 2, 15, 20));
+  scheduler.Next(kNow);
+  EXPECT_EQ(scheduler.NextAhead(kNow), std::nullopt) << "one prompt is not through";
+  scheduler.Complete(kNow, std::vector<Scheduler::Sampled>{{1, 7}});
+  scheduler.Finish(1);
+  while (!RunStep(scheduler).chunks.front().samples) {
+  }
+
+  ASSERT_EQ(Tokens(scheduler.Next(kNow)), (Shares{{2, 1}}));
+  const auto ahead = scheduler.NextAhead(kNow);
+  ASSERT_TRUE(ahead.has_value());
+  ASSERT_EQ(ahead->size(), 1u);
+  EXPECT_EQ(ahead->front().first, 16) << "the token that is being made";
+  EXPECT_EQ(ahead->front().blocks.size(), 2u) << "it begins a block";
+  scheduler.Complete(kNow, std::vector<Scheduler::Sampled>{{2, 9}});
+  // That step is under way now; one more fits behind it.
+  ASSERT_TRUE(scheduler.NextAhead(kNow).has_value());
+  scheduler.Complete(kNow, std::vector<Scheduler::Sampled>{{2, 10}});
+  scheduler.Complete(kNow, std::vector<Scheduler::Sampled>{{2, 11}});
+  EXPECT_EQ(scheduler.Next(kNow).chunks.front().first, 18);
+}
+
+TEST(SchedulerTest, NothingIsDecidedAheadOfAChange) {
+  const auto decoding = [](Scheduler& scheduler) {
+    ASSERT_OK(Add(scheduler, 1, 3, 20, absl::Seconds(5)));
+    RunStep(scheduler);
+    scheduler.Next(kNow);
+  };
+  {
+    Scheduler scheduler(SmallLimits());
+    decoding(scheduler);
+    ASSERT_OK(Add(scheduler, 2, 3, 4));
+    EXPECT_EQ(scheduler.NextAhead(kNow), std::nullopt) << "another waits";
+  }
+  {
+    Scheduler scheduler(SmallLimits());
+    decoding(scheduler);
+    scheduler.Cancel(1);
+    EXPECT_EQ(scheduler.NextAhead(kNow), std::nullopt) << "it is cancelled";
+  }
+  {
+    Scheduler scheduler(SmallLimits());
+    decoding(scheduler);
+    EXPECT_EQ(scheduler.NextAhead(absl::Seconds(5)), std::nullopt) << "its time is over";
+  }
+  {
+    Scheduler scheduler(SmallLimits());
+    ASSERT_OK(Add(scheduler, 1, 3, 2));
+    RunStep(scheduler);
+    scheduler.Next(kNow);
+    EXPECT_EQ(scheduler.NextAhead(kNow), std::nullopt) << "the step brings its last token";
+  }
+  {
+    Scheduler scheduler({.max_sequences = 2, .max_batch_tokens = 32, .kv_blocks = 2});
+    ASSERT_OK(Add(scheduler, 1, 15, 10));
+    ASSERT_OK(Add(scheduler, 2, 14, 10));
+    RunStep(scheduler);
+    scheduler.Next(kNow);
+    EXPECT_EQ(scheduler.NextAhead(kNow), std::nullopt) << "no block is left";
+    EXPECT_EQ(Tokens(RunStep(scheduler)), (Shares{{1, 1}})) << "and the other one has gone back";
+  }
+}
+
 TEST(SchedulerTest, FullQueueIsRefusedAtOnce) {
   Scheduler scheduler(SmallLimits());
   for (SequenceId id = 1; id <= 4; ++id) ASSERT_OK(Add(scheduler, id, 1, 1));
