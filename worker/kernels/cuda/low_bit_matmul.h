@@ -35,6 +35,7 @@
 namespace walsh::kernels::cuda {
 
 inline constexpr int64_t kLowBitTokensMax = 64;
+inline constexpr int64_t kLowBitTokensAlone = 4;  // those that need no workspace
 
 enum class LowBitOutput {
   kStore,    // y = v
@@ -54,8 +55,14 @@ struct LowBitTuning {
 struct LowBitMatmulParams {
   int64_t n_tokens = 0;
   const ServingMatrix* weights = nullptr;
-  const __nv_bfloat16* x = nullptr;  // [n_tokens, cols], aligned to 16 bytes
-  int64_t x_stride = 0;              // 0: cols; a multiple of 8
+  // One of the two, [n_tokens, cols], aligned to 16 bytes.
+  const __nv_bfloat16* x = nullptr;
+  const float* x_float = nullptr;
+  int64_t x_stride = 0;  // 0: cols; a multiple of 8
+  // RMSNorm first: W (norm_weight * x) / sqrt(mean(x^2) + eps).
+  bool has_norm = false;
+  const float* norm_weight = nullptr;  // [cols], aligned to 16 bytes, or null: ones
+  float eps = 0;
   const float* bias = nullptr;       // [rows] in the stacked order, or null; added to v first
   LowBitOutput output = LowBitOutput::kStore;
   // One of the two, [n_tokens, rows], with kSiluMul [n_tokens, rows / 2].
@@ -66,9 +73,15 @@ struct LowBitMatmulParams {
   // and reads weights meanwhile; x, y and bias are touched once that one is done. The kernel before
   // must not write the weights.
   bool overlap_previous = false;
+  // Scratch for more than kLowBitTokensAlone tokens, LowBitWorkspaceBytes of it, aligned to 16
+  // bytes; products in one stream may share it. Without one those products are right, but slower.
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
   LowBitTuning tuning;
   cudaStream_t stream = nullptr;
 };
 absl::Status LowBitMatmul(const LowBitMatmulParams& params);
+
+int64_t LowBitWorkspaceBytes(int64_t n_tokens, int64_t cols);
 
 }  // namespace walsh::kernels::cuda
