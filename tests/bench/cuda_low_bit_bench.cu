@@ -2,10 +2,10 @@
 // the same run measures, and beside cuBLAS in bf16.
 //
 //   cuda_low_bit_bench [--shapes="7B o,8B"] [--bits=2,2c,3,4,8] [--tokens=1,16] [--group=128]
-//   [--tune]
+//   [--norm] [--tune]
 //
 // --shapes takes parts of names. 2c is the codebook of 2 bits. With --tune every cut of the work is
-// timed instead.
+// timed instead. With --norm the activations are fp32 and RMSNorm is part of the product.
 //
 // Protocol: seeded random codes, scales and activations, never zeros; as many matrices of a shape
 // as exceed 300 MB, so that none is in the L2 when its turn comes; a CUDA graph of 50 or more
@@ -68,7 +68,7 @@ template <typename T>
 __global__ void BitsToNumbers(T* values, int64_t n, float low) {
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const auto bits = reinterpret_cast<const uint16_t*>(values)[i];
+    const auto bits = *reinterpret_cast<const uint16_t*>(values + i);
     const float v = low * (1.0f + static_cast<float>(bits % 1024) / 1024.0f);
     values[i] = static_cast<T>(bits & 0x8000 ? -v : v);
   }
@@ -187,6 +187,7 @@ struct Options {
   std::vector<std::string> bits = {"2", "2c", "3", "4", "8"};
   std::vector<int64_t> tokens = {1, 4, 8, 16, 32, 64};
   int64_t group = 128;
+  bool norm = false;
   bool tune = false;
 };
 
@@ -218,6 +219,8 @@ Options Parse(int argc, char** argv) {
       for (const std::string& t : Split(tokens)) options.tokens.push_back(std::atoll(t.c_str()));
     } else if (const auto group = value("--group="); !group.empty()) {
       options.group = std::atoll(std::string(group).c_str());
+    } else if (arg == "--norm") {
+      options.norm = true;
     } else if (arg == "--tune") {
       options.tune = true;
     } else {
@@ -237,9 +240,8 @@ class Bench {
     MeasureRead();
     if (options_.tune) {
       std::printf(
-          "| shape | bits | tokens | warps | row tiles | CTAs an SM | us | share | "
-          "overlapped us | share |\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | "
-          "---: | ---: |\n");
+          "| shape | bits | tokens | row tiles | CTAs an SM | us | share | overlapped us | share "
+          "|\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
     } else {
       std::printf(
           "| shape | rows x cols | bits | tokens | us (range) | GB/s | share of read | "
@@ -271,9 +273,10 @@ class Bench {
       const Timing t = TakeTurns({&graph})[0];
       read_gb_s_ = std::max(read_gb_s_, static_cast<double>(kBytes) / t.median_us / 1e3);
     }
-    std::printf("GPU: %s, %d SMs; read of 2 GiB: %.0f GB/s; groups of %lld\n\n",
+    std::printf("GPU: %s, %d SMs; read of 2 GiB: %.0f GB/s; groups of %lld%s\n\n",
                 context_.properties().name, n_multiprocessors, read_gb_s_,
-                static_cast<long long>(options_.group));
+                static_cast<long long>(options_.group),
+                options_.norm ? "; fp32 activations with RMSNorm" : "");
   }
 
   static int Copies(int64_t bytes) {
@@ -331,6 +334,10 @@ class Bench {
     }
     const auto x = RandomNumbers<bf16>(context_, kLowBitTokensMax * shape.cols, 9, 0.5f);
     auto y = RandomNumbers<bf16>(context_, kLowBitTokensMax * shape.rows, 10, 1.0f);
+    const auto x_float = RandomNumbers<float>(context_, kLowBitTokensMax * shape.cols, 11, 0.5f);
+    const auto norm_weight = RandomNumbers<float>(context_, shape.cols, 12, 0.5f);
+    auto workspace =
+        RandomBits<uint8_t>(context_, LowBitWorkspaceBytes(kLowBitTokensMax, shape.cols), 13);
     const auto bytes = static_cast<double>(weights[0].size_bytes());
     const auto share = [&](double us) { return 100.0 * bytes / us / 1e3 / read_gb_s_; };
     for (size_t t = 0; t < options_.tokens.size(); ++t) {
@@ -342,9 +349,15 @@ class Bench {
               std::make_unique<Graph>(context_.stream(), Launches(copies), [&](int i) {
                 CheckOk(LowBitMatmul({.n_tokens = n_tokens,
                                       .weights = &weights[static_cast<size_t>(i % copies)],
-                                      .x = x.data(),
+                                      .x = options_.norm ? nullptr : x.data(),
+                                      .x_float = options_.norm ? x_float.data() : nullptr,
+                                      .has_norm = options_.norm,
+                                      .norm_weight = options_.norm ? norm_weight.data() : nullptr,
+                                      .eps = options_.norm ? 1e-5f : 0.0f,
                                       .y_bf16 = y.data(),
                                       .overlap_previous = overlap,
+                                      .workspace = workspace.data(),
+                                      .workspace_bytes = workspace.size_bytes(),
                                       .tuning = tuning,
                                       .stream = context_.stream()}));
               });
@@ -366,16 +379,13 @@ class Bench {
         std::fflush(stdout);
         continue;
       }
-      for (const int warps : {8, 16}) {
-        for (const int row_tiles : {1, 2, 4}) {
-          for (const int ctas : {1, 2, 3, 4}) {
-            const std::vector<Timing> us =
-                time({.warps = warps, .row_tiles = row_tiles, .ctas_per_sm = ctas});
-            std::printf("| %s | %s | %lld | %d | %d | %d | %.2f | %.1f %% | %.2f | %.1f %% |\n",
-                        shape.name, form.c_str(), static_cast<long long>(n_tokens), warps,
-                        row_tiles, ctas, us[0].median_us, share(us[0].median_us), us[1].median_us,
-                        share(us[1].median_us));
-          }
+      for (const int row_tiles : {2, 4}) {
+        for (const int ctas : {1, 2}) {
+          const std::vector<Timing> us = time({.row_tiles = row_tiles, .ctas_per_sm = ctas});
+          std::printf("| %s | %s | %lld | %d | %d | %.2f | %.1f %% | %.2f | %.1f %% |\n",
+                      shape.name, form.c_str(), static_cast<long long>(n_tokens), row_tiles, ctas,
+                      us[0].median_us, share(us[0].median_us), us[1].median_us,
+                      share(us[1].median_us));
         }
       }
       std::fflush(stdout);

@@ -1,231 +1,201 @@
-// The kernel of LowBitMatmul (worker/kernels/cuda/low_bit_matmul.h) and its launch, for one width
-// in each file that includes this.
+// The kernels of LowBitMatmul (worker/kernels/cuda/low_bit_matmul.h) and their launch, for one
+// width in each file that includes this.
 //
-// The warps of a CTA take groups of 16 · kRowTiles rows and 8 · kTokenTiles tokens. They have the
-// same rows and share the columns, block by block; each warp runs on its own until a group of rows
-// is done. Weights and activations travel by cp.async into a ring of kStages blocks for each warp,
-// the next ones while the present are multiplied, over the ends of groups of rows too. Activations
-// come from the L2: each is used by one warp of the CTA only, so that there is nothing to share.
+// A CTA takes some tiles of 16 rows; its warps have the same rows and share the columns, block by
+// block. Each warp runs on its own: it fills a ring of blocks by bulk copies, far ahead, and
+// multiplies the oldest. Its sums stay in shared memory until all warps have theirs (a pass over
+// some of the CTA's rows). The ring is deep, so that much of the time that one kernel needs to
+// begin and end is spent reading the weights of the next.
+//
+// Few tokens, up to four: the kernel quantizes the activations itself, each warp those of its
+// columns, and keeps their fragments in registers for all tiles of a pass. Eight columns of B are
+// hi and lo of four tokens, or, where there are two or one, of one or two tokens for two or four
+// tiles: a tile has its own columns and zeros in the others, so that the tiles add up in one
+// accumulator and what follows the products is done once for all of them.
+//
+// More tokens: the records of the activations come through the ring too, made by a launch before.
+//
+// Sums of integers are exact, and those of fp32 have one order, whatever the kernel: column block b
+// belongs to part b % 16; the blocks of a part are added up in order, then parts w and w + 8, then
+// those pairs in order.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/fixed_point.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/serving_codes.h"
 
 namespace walsh::kernels::cuda::low_bit {
 
-inline constexpr int kTokenBytes = kServingBlockCols * 2;  // of a token in a block
-inline constexpr int kPieceBytes = kTokenBytes / 4;        // of 32 columns, which are two steps
+inline constexpr int kTileTokens = 4;  // of a token tile: eight columns of B, hi and lo of each
+inline constexpr int kParts = 16;
+inline constexpr int kPairs = 8;  // of parts
 
 struct KernelParams {
-  const uint8_t* codes;
-  const uint8_t* grids;
-  int n_row_tiles;
-  int n_blocks;  // of columns
-  int n_grids;   // of a row tile
-  int blocks_of_grid;
-  int n_row_groups;
-  const __nv_bfloat16* x;
-  int64_t x_stride;
-  int cols;
-  int n_tokens;
+  const uint8_t* weights = nullptr;
+  int n_row_tiles = 0;
+  int n_blocks = 0;  // of columns
+  int pass_tiles = 0;
+  int n_tokens = 0;
+  int chunk_tokens = 0;  // of a CTA
   // Rows of a linear of two that are interleaved, all rows otherwise.
-  int n_rows;
-  bool is_interleaved;
-  LowBitOutput output;
-  const float* bias;
-  float* y_float;
-  __nv_bfloat16* y_bf16;
-  int64_t y_stride;
+  int n_rows = 0;
+  bool is_interleaved = false;
+  LowBitOutput output = LowBitOutput::kStore;
+  Activations x;                       // of a form that quantizes
+  const uint8_t* records = nullptr;    // [n_blocks, n_tokens], otherwise
+  const float* square_sums = nullptr;  // [n_blocks, n_tokens], likewise
+  float inverse_cols = 0;
+  float eps = 0;
+  const float* bias = nullptr;
+  float* y_float = nullptr;
+  __nv_bfloat16* y_bf16 = nullptr;
+  int64_t y_stride = 0;
+  // Of shared memory: warps · n_stages stages, their barriers, records that the CTA holds, sums.
+  int n_stages = 0;
+  int barriers_at = 0;
+  int records_at = 0;
+  int square_sums_at = 0;
+  int sums_at = 0;
+  int sums_stride = 0;  // floats from warp to warp
 };
 
-// What a kernel is compiled for.
-template <int kBits_, bool kCodebook_, int kGrids_, int kTokenTiles_, int kRowTiles_, int kWarps_>
-struct Form {
+// The codes of a width are multiplied as code · 2^shift, so that most need no shift of their own.
+__host__ __device__ constexpr int CodeShift(int bits) { return bits == 8 ? 0 : bits; }
+
+// What the weights are, and whether their codes are shifted to one place before the products (one
+// class) or sums of codes and of codes · 2^shift are put together behind them (two). The second is
+// less work for few tokens.
+template <int kBits_, bool kCodebook_, int kGrids_, int kClasses_>
+struct WeightForm {
   static constexpr int kBits = kBits_;
   static constexpr bool kCodebook = kCodebook_;
   static constexpr int kGrids = kGrids_;  // of a block of columns: 1, 2 or 4
-  static constexpr int kTokenTiles = kTokenTiles_;
-  static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kWarps = kWarps_;
-
-  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kClasses = kBits == 8 ? 1 : kClasses_;
+  static constexpr int kShift = CodeShift(kBits);
   static constexpr int kPlanes = kCodebook ? 3 : 1;
-  static constexpr int kRows = kRowTiles * kServingTileRows;
-  static constexpr int kTokens = kTokenTiles * 8;
-  static constexpr int kGridBytes = kServingTileRows * (kCodebook ? 8 : 4);
-  static constexpr int kCodeBytes = kRowTiles * ServingBlockBytes(kBits);
-  static constexpr int kWeightBytes = kCodeBytes + kRowTiles * kGrids * kGridBytes;
-  static constexpr int kRingBytes = 5632;
-  static constexpr int kStagesMax = kTokenTiles == 1 && kWarps == 8 ? 4 : 2;
-  static constexpr int kStages = std::clamp(kRingBytes / kWeightBytes, 2, kStagesMax);
-  // Rows of a warp's sums, one for each token: fragments are written without bank conflicts.
-  static constexpr int kSumStride = kRows + 4;
-  static constexpr int kRegisterRows = kPlanes * kRowTiles * kTokenTiles;
-  static constexpr int kWarpsMin = kTokenTiles == 1 && kRegisterRows <= 2 ? 32
-                                   : kRegisterRows <= 4                   ? 16
-                                                                          : 8;
-  static constexpr int kCtasMin = std::max(kWarpsMin / kWarps, 1);
+  static constexpr int kSteps = kServingSteps / kGrids;  // of a group
+  static constexpr int kBlockBytes = ServingBlockBytes(kBits, kCodebook, kGrids);
+  static constexpr int kRecordBytes = RecordBytes(kGrids);
+};
 
-  // With two copies of the warps' sums one barrier for a group of rows is enough. Sixteen warps of
-  // many tokens share eight places instead.
-  static constexpr int kSumCopies = kTokenTiles * kWarps <= 16 ? 2 : 1;
-  static constexpr int kSumPlaces = kSumCopies == 1 ? 8 : kWarps;
+// Few tokens. kRowTiles are those of a stage, kSlots of them share accumulators.
+template <int kBits, bool kCodebook, int kGrids, int kRowTiles_, int kSlots_>
+struct FewForm : WeightForm<kBits, kCodebook, kGrids, 2> {
+  using Base = WeightForm<kBits, kCodebook, kGrids, 2>;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kSlots = kSlots_;
+  static constexpr int kUnits = kRowTiles / kSlots;
+  static constexpr int kTokens = kTileTokens / kSlots;
+  static constexpr int kWarps = kParts;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kStageBytes = kRowTiles * Base::kBlockBytes;
+  static constexpr int kUnitFloats = 2 * 32;  // sums of kSlots tiles: rows i and i + 8 of each lane
 
-  static __host__ __device__ constexpr int StageBytes(int n_tokens) {
-    return kWeightBytes + n_tokens * kTokenBytes;
-  }
-  static __host__ __device__ constexpr int SumFloats(int n_tokens) { return n_tokens * kSumStride; }
-  static __host__ __device__ constexpr int SharedBytes(int n_tokens) {
-    return kWarps * kStages * StageBytes(n_tokens) +
-           kSumCopies * kSumPlaces * SumFloats(n_tokens) * static_cast<int>(sizeof(float));
+  // Of a row of a pass in a warp's sums, for the first token; floats from token to token.
+  static constexpr int kTokenStride = 2;
+  static __device__ __forceinline__ int PlaceOfSum(int tile, int row) {
+    const int lane = row % 8 * 4 + tile % kSlots * kTokens;
+    return tile / kSlots * kUnitFloats + lane * 2 + row / 8;
   }
 };
 
-// bf16 bits of 2^(7 − p), both halves: what a code at bit p is set into.
-__host__ __device__ constexpr uint32_t ExponentAt(int p) {
-  return (0x4300u - static_cast<uint32_t>(p) * 0x80u) * 0x10001u;
-}
-inline constexpr uint32_t kOnes = 0x3F803F80u;
+// More tokens, in tiles of four, and row tiles of a warp at a time.
+template <int kBits, bool kCodebook, int kGrids, int kTokenTiles_, int kRowTiles_>
+struct ManyForm : WeightForm<kBits, kCodebook, kGrids, 1> {
+  using Base = WeightForm<kBits, kCodebook, kGrids, 1>;
+  static constexpr int kTokenTiles = kTokenTiles_;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kTokens = kTokenTiles * kTileTokens;
+  static constexpr int kWarps = kPairs;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kRows = kRowTiles * kServingTileRows;
+  static constexpr int kWeightBytes = kRowTiles * Base::kBlockBytes;
+  static constexpr int kStageBytes = kWeightBytes + kTokens * Base::kRecordBytes;
+  // Floats from token to token: fragments are written without bank conflicts.
+  static constexpr int kTokenStride = kRows + 8;
 
-// Bits [p, p + n) of both halves.
-__host__ __device__ constexpr uint32_t FieldMask(int p, int n) {
-  return (((1u << n) - 1u) << p) * 0x10001u;
-}
+  static __device__ __forceinline__ int PlaceOfSum(int tile, int row) {
+    return tile * kServingTileRows + row;
+  }
+};
 
-// (x & mask) | set: one instruction.
-__device__ __forceinline__ uint32_t Select(uint32_t x, uint32_t mask, uint32_t set) {
-  uint32_t y;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(set));
-  return y;
-}
-
-__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                    const float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+__device__ __forceinline__ void Mma(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                    const int (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-        "f"(c[2]), "f"(c[3]));
-}
-
-// Offsets of registers 0 and 1 (pair 0) or 2 and 3 of step s.
-template <int kBits>
-__device__ __forceinline__ constexpr uint32_t OffsetOf(int s, int pair) {
-  if (kBits == 2) {
-    if (s % 2 == 0) return ExponentAt(pair == 0 ? 0 : 2);
-    return ExponentAt(pair == 0 ? 4 : s % 4 == 1 ? 0 : 2);
-  }
-  if (kBits == 3) {
-    if (s < 6) return ExponentAt(pair == 0 ? 0 : 3);
-    if (s == 6) return ExponentAt(pair);
-    return ExponentAt(pair == 0 ? 2 : 3);
-  }
-  if (kBits == 4) return ExponentAt(0);
-  return 0x43C043C0u;  // 128 + 256, of the two nibbles
-}
-
-// The four registers of step s from the words of 2 bits; kMask is 3 for the codes, 1 and 2 for one
-// of their bits (the upper one counts 2).
-template <uint32_t kMask>
-__device__ __forceinline__ void Expand2(const uint32_t* words, int s, uint32_t (&a)[4]) {
-  constexpr uint32_t kAt0 = kMask * 0x10001u;
-  const uint32_t first = words[s / 4 * 2];
-  const uint32_t word = words[s / 4 * 2 + s % 4 / 2];
-  const uint32_t next = word >> 6;
-  if (s % 2 == 0) {
-    a[0] = Select(word, kAt0, ExponentAt(0));
-    a[1] = Select(next, kAt0, ExponentAt(0));
-    a[2] = Select(word, kAt0 << 2, ExponentAt(2));
-    a[3] = Select(next, kAt0 << 2, ExponentAt(2));
-    return;
-  }
-  const uint32_t second = words[s / 4 * 2 + 1];
-  a[0] = Select(word, kAt0 << 4, ExponentAt(4));
-  a[1] = Select(next, kAt0 << 4, ExponentAt(4));
-  const int p = s % 4 == 1 ? 0 : 2;
-  a[2] = Select(first >> 12, kAt0 << p, ExponentAt(p));
-  a[3] = Select(second >> 12, kAt0 << p, ExponentAt(p));
-}
-
-__device__ __forceinline__ void Expand3(const uint32_t* words, int s, uint32_t (&a)[4]) {
-  if (s < 6) {
-    const uint32_t next = words[s] >> 6;
-    a[0] = Select(words[s], FieldMask(0, 3), ExponentAt(0));
-    a[1] = Select(next, FieldMask(0, 3), ExponentAt(0));
-    a[2] = Select(words[s], FieldMask(3, 3), ExponentAt(3));
-    a[3] = Select(next, FieldMask(3, 3), ExponentAt(3));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t w0 = words[3 * i] >> 12;
-    const uint32_t w1 = words[3 * i + 1] >> 11;
-    const uint32_t w2 = words[3 * i + 2] >> 10;
-    if (s == 6) {
-      a[i] = Select(w0, FieldMask(0, 3), ExponentAt(0));
-      a[2 + i] = Select(w1, FieldMask(1, 3), ExponentAt(1));
-    } else {
-      a[i] = Select(w2, FieldMask(2, 3), ExponentAt(2));
-      a[2 + i] = Select(w0, FieldMask(3, 1), ExponentAt(3));
-      a[2 + i] = Select(w1, FieldMask(4, 1), a[2 + i]);
-      a[2 + i] = Select(w2, FieldMask(5, 1), a[2 + i]);
-    }
-  }
-}
-
-__device__ __forceinline__ void Expand4(const uint32_t* words, int s, uint32_t (&a)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = Select(words[s] >> (4 * i), FieldMask(0, 4), ExponentAt(0));
-}
-
-// 128 + the low nibbles, 256 + 16 · the high ones.
-__device__ __forceinline__ void Expand8(const uint32_t* words, int s, uint32_t (&low)[4],
-                                        uint32_t (&high)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t word = words[2 * s + i / 2];
-    low[i] = Select(word >> (i % 2 * 8), FieldMask(0, 4), ExponentAt(0));
-    high[i] = Select(word >> (i % 2 * 8 + 1), FieldMask(3, 4), 0x43804380u);
-  }
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
+        "r"(c[2]), "r"(c[3]));
 }
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-
+// One lane of a warp whose lanes are all there. The compiler knows that it is one.
+__device__ __forceinline__ bool IsElected() {
+  uint32_t is_elected;
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p;}"
+               : "=r"(is_elected));
+  return is_elected != 0;
+}
+__device__ __forceinline__ void InitBarrier(uint32_t barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void FenceBarriers() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void ExpectBytes(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void WaitBarrier(uint32_t barrier, uint32_t parity) {
+  uint32_t is_done;
+  do {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
+        "p;}"
+        : "=r"(is_done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (is_done == 0);
+}
+__device__ __forceinline__ void CopyBulk(uint32_t to, const uint8_t* from, uint32_t bytes,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 // Weights are read once: they shall not push activations out of the L2.
 __device__ __forceinline__ uint64_t EvictFirst() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void Copy16(uint32_t to, const uint8_t* from, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ void Copy8(uint32_t to, const uint8_t* from, uint64_t policy) {
-  asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
-               "l"(policy)
-               : "memory");
+__device__ __forceinline__ void CopyBulkOnce(uint32_t to, const uint8_t* from, uint32_t bytes,
+                                             uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
 }
 
 // Zeros where there is nothing.
-__device__ __forceinline__ void Copy16OrZero(uint32_t to, const __nv_bfloat16* from,
-                                             bool is_there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(is_there ? 16 : 0)
+__device__ __forceinline__ void CopyAsync8(uint32_t to, const void* from, bool is_there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
+               "r"(is_there ? 8 : 0)
                : "memory");
 }
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
+__device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ void WaitForPreviousKernel() {
 #if __CUDA_ARCH__ >= 900
@@ -237,528 +207,1000 @@ __device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// What a warp copies next: its blocks of a group of rows, then those of its CTA's next group, with
-// the activations of the same columns. A stage holds the codes of each row tile, the grids of each,
-// and the activations of each token, 16 pieces of 8 columns; those of odd tokens are swapped by
-// fours, so that the lanes of a fragment read different banks.
-template <typename F>
-class Stream {
- public:
-  // A warp beyond the last block has nothing to do.
-  __device__ __forceinline__ Stream(const KernelParams& p, int lane, int warp, int token_first)
-      : lane_(lane),
-        first_block_(warp),
-        row_group_(warp < p.n_blocks ? static_cast<int>(blockIdx.x) : p.n_row_groups),
-        n_tokens_(min(p.n_tokens - token_first, F::kTokens)),
-        policy_(EvictFirst()),
-        x_first_(p.x + (token_first + lane / 16) * p.x_stride + lane % 16 * 8),
-        x_place_(F::kWeightBytes + lane / 16 * kTokenBytes + (lane % 16 ^ lane / 16 * 4) * 16) {
-    if (has_next(p)) BeginRows(p);
-  }
 
-  __device__ __forceinline__ bool has_next(const KernelParams& p) const {
-    return row_group_ < p.n_row_groups;
-  }
-  __device__ __forceinline__ int block() const { return block_; }
-
-  __device__ __forceinline__ void CopyWeights(const KernelParams& p, uint32_t stage) const {
-#pragma unroll
-    for (int r = 0; r < F::kRowTiles; ++r) {
-      const uint8_t* from =
-          codes_ + static_cast<uint64_t>(TileBytes(p)) * static_cast<uint32_t>(min(r, last_tile_));
-      const uint32_t to = stage + r * kBlockBytes;
-#pragma unroll
-      for (int i = 0; i < kBlockBytes / 512; ++i) {
-        Copy16(to + i * 512 + lane_ * 16, from + i * 512, policy_);
-      }
-      if (F::kBits == 3) Copy8(to + 512 + lane_ * 8, from + 512 - lane_ * 8, policy_);
-    }
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int i = c * 32 + lane_;
-      if (i < kGridPieces) Copy16(stage + F::kCodeBytes + i * 16, grids_[c], policy_);
-    }
-  }
-
-  // Of any block, for the blocks whose weights were on their way before there were activations.
-  __device__ __forceinline__ void CopyActivations(const KernelParams& p, int block,
-                                                  uint32_t stage) const {
-    const __nv_bfloat16* from = x_first_ + block * kServingBlockCols;
-    const bool is_there = block * kServingBlockCols + lane_ % 16 * 8 < p.cols;
-    const uint32_t to = stage + x_place_;
-    // Most often there is one token.
-    if (F::kTokenTiles == 1 && n_tokens_ <= 2) {
-      if (lane_ / 16 < n_tokens_) Copy16OrZero(to, from, is_there);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < F::kTokens / 2; ++i) {
-      if (2 * i + lane_ / 16 < n_tokens_) Copy16OrZero(to + i * 2 * kTokenBytes, from, is_there);
-      from += 2 * p.x_stride;
-    }
-  }
-
-  __device__ __forceinline__ void Advance(const KernelParams& p) {
-    block_ += F::kWarps;
-    if (block_ < p.n_blocks) {
-      codes_ += F::kWarps * kBlockBytes;
-      if (p.blocks_of_grid == 1) {
-#pragma unroll
-        for (int c = 0; c < kChunks; ++c) grids_[c] += F::kWarps * F::kGrids * F::kGridBytes;
-      } else {
-        BeginGrids(p);
-      }
-      return;
-    }
-    row_group_ += static_cast<int>(gridDim.x);
-    if (has_next(p)) BeginRows(p);
-  }
-
- private:
-  static constexpr int kBlockBytes = ServingBlockBytes(F::kBits);
-  // The grids of a tile and block are adjacent: pieces of 16 bytes, a lane each.
-  static constexpr int kPiecesOfTile = F::kGrids * F::kGridBytes / 16;
-  static constexpr int kGridPieces = F::kRowTiles * kPiecesOfTile;
-  static constexpr int kChunks = (kGridPieces + 31) / 32;
-
-  static __device__ __forceinline__ uint32_t TileBytes(const KernelParams& p) {
-    return static_cast<uint32_t>(p.n_blocks) * kBlockBytes;
-  }
-  __device__ __forceinline__ void BeginRows(const KernelParams& p) {
-    block_ = first_block_;
-    const int tile = row_group_ * F::kRowTiles;
-    last_tile_ = min(F::kRowTiles, p.n_row_tiles - tile) - 1;
-    codes_ =
-        p.codes + (static_cast<int64_t>(tile) * p.n_blocks + block_) * kBlockBytes + lane_ * 16;
-    BeginGrids(p);
-  }
-  __device__ __forceinline__ void BeginGrids(const KernelParams& p) {
-    const int grid = p.blocks_of_grid == 1 ? block_ * F::kGrids : block_ / p.blocks_of_grid;
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int i = c * 32 + lane_;
-      const int tile = row_group_ * F::kRowTiles + min(i / kPiecesOfTile, last_tile_);
-      grids_[c] = p.grids + (static_cast<int64_t>(tile) * p.n_grids + grid) * F::kGridBytes +
-                  i % kPiecesOfTile * 16;
-    }
-  }
-
-  const int lane_;
-  const int first_block_;
-  int row_group_;
-  const int n_tokens_;
-  const uint64_t policy_;
-  const __nv_bfloat16* const x_first_;
-  const int x_place_;
-  int block_ = 0;
-  int last_tile_ = 0;  // of the group of rows
-  const uint8_t* codes_ = nullptr;
-  const uint8_t* grids_[kChunks];
-};
-
-__device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ uint2 LoadShared8(uint32_t address) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
-  return v;
-}
 __device__ __forceinline__ float2 HalvesToFloats(uint32_t halves) {
   __half2 h;
   memcpy(&h, &halves, sizeof(h));
   return __half22float2(h);
 }
 
-// total += grid · (sums of a group), for rows i (h = 0) and i + 8 of a tile; two tokens each.
-// sums: {Σ offset x, the same for the next token, Σ x, …}.
-template <typename F>
-__device__ __forceinline__ void AddGroup(uint32_t grid, int lane,
-                                         const float (&acc)[F::kPlanes][F::kTokenTiles][4],
-                                         const float (&sums)[F::kTokenTiles][4],
-                                         float (&total)[F::kTokenTiles][4]) {
-  if constexpr (F::kCodebook) {
-    const uint4 levels = LoadShared16(grid + lane / 4 * 16);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 low = HalvesToFloats(h == 0 ? levels.x : levels.z);
-      const float2 high = HalvesToFloats(h == 0 ? levels.y : levels.w);
-      const float b = low.y - low.x;
-      const float d = high.x - low.x;
-      const float e = (high.y - high.x) - b;
-#pragma unroll
-      for (int n = 0; n < F::kTokenTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float offset = sums[n][c];
-          float& y = total[n][2 * h + c];
-          y = __fmaf_rn(low.x, sums[n][2 + c], y);
-          y = __fmaf_rn(b, __fsub_rn(acc[0][n][2 * h + c], offset), y);
-          y = __fmaf_rn(0.5f * d, __fsub_rn(acc[1][n][2 * h + c], offset), y);
-          y = __fmaf_rn(e, __fsub_rn(acc[2][n][2 * h + c], offset), y);
-        }
-      }
-    }
-  } else {
-    const uint2 pairs = LoadShared8(grid + lane / 4 * 8);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float2 pair = HalvesToFloats(h == 0 ? pairs.x : pairs.y);
-#pragma unroll
-      for (int n = 0; n < F::kTokenTiles; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float sum = __fsub_rn(acc[0][n][2 * h + c], sums[n][c]);
-          sum = __fmaf_rn(-pair.y, sums[n][2 + c], sum);
-          total[n][2 * h + c] = __fmaf_rn(pair.x, sum, total[n][2 * h + c]);
-        }
-      }
-    }
-  }
-}
-
-// Words that a lane holds of a row tile: all of a block at 2 and 3 bits, 16 bytes otherwise.
+// Words of a lane that registers of a step come from: all of a block at 2 and 3 bits, four else.
 template <typename F>
 inline constexpr int kWordsHeld = F::kBits == 3 ? 6 : 4;
 
 template <typename F>
-__device__ __forceinline__ void LoadWords(uint32_t block, int lane, int s,
+__device__ __forceinline__ void LoadWords(const uint8_t* block, int lane, int s,
                                           uint32_t (&words)[kWordsHeld<F>]) {
-  constexpr int kStepsOfPiece = F::kBits <= 3 ? 8 : 16 / F::kBits;
-  if (s % kStepsOfPiece != 0) return;
-  const uint4 v = LoadShared16(block + s / kStepsOfPiece * 512 + lane * 16);
+  const int piece = F::kBits == 8 ? s : F::kBits == 4 ? s / 2 : 0;
+  const uint4 v = *reinterpret_cast<const uint4*>(block + piece * 512 + lane * 16);
   words[0] = v.x;
   words[1] = v.y;
   words[2] = v.z;
   words[3] = v.w;
   if constexpr (F::kBits == 3) {
-    const uint2 rest = LoadShared8(block + 512 + lane * 8);
+    const uint2 rest = *reinterpret_cast<const uint2*>(block + 512 + lane * 8);
     words[4] = rest.x;
     words[5] = rest.y;
   }
 }
 
-// acc[plane][token tile] += a row tile's weights of step s times the activations b.
+// Whether the registers of step s hold codes · 2^shift (1) or codes (0, with two classes).
 template <typename F>
-__device__ __forceinline__ void MultiplyStep(const uint32_t (&words)[kWordsHeld<F>], int s,
-                                             const uint32_t (&b)[F::kTokenTiles][2],
-                                             float (&acc)[F::kPlanes][F::kTokenTiles][4]) {
-  uint32_t a[F::kBits == 8 ? 2 : F::kPlanes][4];
-  if constexpr (F::kCodebook) {
-    uint32_t both[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) both[i] = words[i] & words[i] >> 1;
-    Expand2<1>(words, s, a[0]);
-    Expand2<2>(words, s, a[1]);
-    Expand2<1>(both, s, a[2]);
-  } else if constexpr (F::kBits == 2) {
-    Expand2<3>(words, s, a[0]);
-  } else if constexpr (F::kBits == 3) {
-    Expand3(words, s, a[0]);
-  } else if constexpr (F::kBits == 4) {
-    Expand4(words, s % 4, a[0]);
-  } else {
-    Expand8(words, s % 2, a[0], a[1]);
+__host__ __device__ constexpr int ClassOf(int s) {
+  if (F::kClasses == 1) return 0;
+  return F::kBits == 3 ? (s == 1 || s == 2 ? 1 : 0) : s % 2;
+}
+
+constexpr __host__ __device__ uint32_t InEachByte(uint32_t mask) { return mask * 0x01010101u; }
+
+// Field s of 2 bits of each byte, or those of its bits that kMask has.
+template <typename F, uint32_t kMask>
+__device__ __forceinline__ uint32_t Field2(uint32_t word, int s) {
+  if (F::kClasses == 2) {
+    return (s < 2 ? word : word >> 4) & InEachByte(s % 2 == 0 ? kMask : kMask << 2);
   }
+  const uint32_t shifted = s == 0 ? word << 2 : s == 1 ? word : word >> (2 * s - 2);
+  return shifted & InEachByte(kMask << 2);
+}
+
+__device__ __forceinline__ uint32_t RotateRight(uint32_t word, int bits) {
+  return __funnelshift_r(word, word, bits);
+}
+
+template <typename F>
+__device__ __forceinline__ void Expand3(const uint32_t (&words)[6], int s, uint32_t (&a)[4]) {
 #pragma unroll
-  for (int n = 0; n < F::kTokenTiles; ++n) {
-#pragma unroll
-    for (int plane = 0; plane < F::kPlanes; ++plane) {
-      Mma(acc[plane][n], a[plane], b[n][0], b[n][1], acc[plane][n]);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t word = words[i];
+    const uint32_t pair = words[4 + i / 2];
+    if (s == 0) {
+      a[i] = F::kClasses == 2 ? word & InEachByte(0x07) : word << 3 & InEachByte(0x38);
+    } else if (s == 1) {
+      a[i] = word & InEachByte(0x38);
+    } else if (s == 2) {
+      a[i] = (i % 2 == 0 ? pair : RotateRight(pair, 4)) & InEachByte(0x38);
+    } else if (F::kClasses == 2) {
+      const uint32_t high = (i % 2 == 0 ? pair : RotateRight(pair, 4)) & InEachByte(0x04);
+      a[i] = (word >> 6 & InEachByte(0x03)) | high;
+    } else {
+      const uint32_t high = (i % 2 == 0 ? pair << 3 : RotateRight(pair, 1)) & InEachByte(0x20);
+      a[i] = (word >> 3 & InEachByte(0x18)) | high;
     }
-    if constexpr (F::kBits == 8) Mma(acc[0][n], a[1], b[n][0], b[n][1], acc[0][n]);
   }
 }
 
-// What a CTA does with its warps' sums of a group of rows: adds them up, warps 0, 1, …, 7, each of
-// sixteen after the addition of the one eight later, and writes. A thread takes an output.
+// The registers of group g of a row tile's block: a[plane][step of the group]. The words of a step
+// are load(s, words).
+template <typename F, typename Load>
+__device__ __forceinline__ void Expand(int g, Load&& load,
+                                       uint32_t (&a)[F::kPlanes][F::kSteps][4]) {
+  uint32_t words[kWordsHeld<F>];
+#pragma unroll
+  for (int k = 0; k < F::kSteps; ++k) {
+    const int s = g * F::kSteps + k;
+    constexpr int kStepsHeld = F::kBits <= 3 ? 4 : 8 / F::kBits;
+    if (k == 0 || s % kStepsHeld == 0) load(s, words);
+    if constexpr (F::kBits == 3) {
+      Expand3<F>(words, s, a[0][k]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (F::kCodebook) {
+          a[0][k][i] = Field2<F, 1>(words[i], s);
+          a[1][k][i] = Field2<F, 2>(words[i], s);
+          a[2][k][i] = Field2<F, 1>(words[i] & words[i] >> 1, s);
+        } else if constexpr (F::kBits == 2) {
+          a[0][k][i] = Field2<F, 3>(words[i], s);
+        } else if constexpr (F::kBits == 4) {
+          const bool is_low = s % 2 == 0;
+          a[0][k][i] = F::kClasses == 2 ? words[i] & InEachByte(is_low ? 0x0F : 0xF0)
+                                        : (is_low ? words[i] << 4 : words[i]) & InEachByte(0xF0);
+        } else {
+          a[0][k][i] = words[i];
+        }
+      }
+    }
+  }
+}
 template <typename F>
-__device__ __forceinline__ void Finish(const KernelParams& p, int row_group, int token_first,
-                                       int n_tokens, const float* sums) {
-  const int warp_stride = F::SumFloats(n_tokens);
-  const auto value_of = [&](int row, int token) {
-    const float* at = sums + token * F::kSumStride + row;
-    float of_place[F::kSumPlaces];
+__device__ __forceinline__ void Expand(const uint8_t* block, int lane, int g,
+                                       uint32_t (&a)[F::kPlanes][F::kSteps][4]) {
+  Expand<F>(
+      g, [&](int s, uint32_t(&words)[kWordsHeld<F>]) { LoadWords<F>(block, lane, s, words); }, a);
+}
+
+// A row's grid as floats: {scale, zero}, or a codebook as constant and factors of the low bit, the
+// high bit times 2 (as it lies) and both.
+template <typename F>
+struct RowGrid {
+  float v[F::kCodebook ? 4 : 2];
+};
+// Of rows i and i + 8, as it lies: halves.
+template <typename F>
+struct RawGrid {
+  uint32_t v[F::kCodebook ? 4 : 2];
+};
+template <typename F>
+__device__ __forceinline__ RawGrid<F> LoadRawGrid(const uint8_t* block, int lane, int g) {
+  const uint8_t* grid = block + ServingCodeBytes(F::kBits) + g * ServingGridBytes(F::kCodebook);
+  if constexpr (F::kCodebook) {
+    const uint4 levels = *reinterpret_cast<const uint4*>(grid + lane / 4 * 16);
+    return {{levels.x, levels.y, levels.z, levels.w}};
+  } else {
+    const uint2 pairs = *reinterpret_cast<const uint2*>(grid + lane / 4 * 8);
+    return {{pairs.x, pairs.y}};
+  }
+}
+template <typename F>
+__device__ __forceinline__ RowGrid<F> GridOfRow(const RawGrid<F>& raw, int h) {
+  if constexpr (F::kCodebook) {
+    const float2 low = HalvesToFloats(raw.v[2 * h]);
+    const float2 high = HalvesToFloats(raw.v[2 * h + 1]);
+    const float of_low = __fsub_rn(low.y, low.x);
+    return {{low.x, of_low, __fmul_rn(0.5f, __fsub_rn(high.x, low.x)),
+             __fsub_rn(__fsub_rn(high.y, high.x), of_low)}};
+  } else {
+    const float2 pair = HalvesToFloats(raw.v[h]);
+    return {{pair.x, pair.y}};
+  }
+}
+
+// Σ code · q · 2^shift of a row and token from the columns hi and lo of each class.
+template <typename F>
+__device__ __forceinline__ float SumOf(const int (&acc)[F::kClasses][4], int g, int h) {
+  int hi = 0;
+  int lo = 0;
+  bool has_class[2] = {false, false};
 #pragma unroll
-    for (int w = 0; w < F::kSumPlaces; ++w) of_place[w] = at[w * warp_stride];
-    float sum = 0;
+  for (int k = 0; k < F::kSteps; ++k) has_class[ClassOf<F>(g * F::kSteps + k)] = true;
+  if (F::kClasses == 2 && has_class[0]) {
+    hi = acc[0][2 * h] << F::kShift;
+    lo = acc[0][2 * h + 1] << F::kShift;
+  }
+  if (F::kClasses == 1 || has_class[1]) {
+    hi += acc[F::kClasses - 1][2 * h];
+    lo += acc[F::kClasses - 1][2 * h + 1];
+  }
+  return __int2float_rn((hi << 8) + lo);
+}
+
+// y += what the sums of a group give, for row h of rows i and i + 8. `scale_sum` is a record's.
+template <typename F>
+__device__ __forceinline__ void AddGroup(const RowGrid<F>& row,
+                                         const int (&acc)[F::kPlanes][F::kClasses][4], int g, int h,
+                                         float2 scale_sum, float& y) {
+  if constexpr (F::kCodebook) {
+    float sum = __fmul_rn(row.v[0], scale_sum.y);
 #pragma unroll
-    for (int w = 0; w < 8; ++w)
-      sum += F::kSumPlaces == 16 ? of_place[w] + of_place[(w + 8) % F::kSumPlaces] : of_place[w];
+    for (int plane = 0; plane < F::kPlanes; ++plane) {
+      sum = __fmaf_rn(row.v[1 + plane], SumOf<F>(acc[plane], g, h), sum);
+    }
+    y = __fmaf_rn(scale_sum.x, sum, y);
+  } else {
+    const float sum = __fmaf_rn(-row.v[1], scale_sum.y, SumOf<F>(acc[0], g, h));
+    y = __fmaf_rn(__fmul_rn(row.v[0], scale_sum.x), sum, y);
+  }
+}
+
+// The end of a pass over `n_tiles` tiles: adds up the warps' sums and writes. A thread has one row
+// and some tokens; what it adds to for the first is on its way while the warps are waited for.
+template <typename F>
+__device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, int n_tiles,
+                                       int token_first, int n_tokens, const float* square_sums,
+                                       const float* sums) {
+  const bool is_silu = p.output == LowBitOutput::kSiluMul;
+  const int tile_shift = is_silu ? 3 : 4;  // outputs of a tile: 8 or 16
+  const auto n_outputs = static_cast<unsigned>(n_tiles << tile_shift);
+  int token = static_cast<int>(threadIdx.x / n_outputs);
+  const int i = static_cast<int>(threadIdx.x % n_outputs);
+  const int token_step = static_cast<int>(F::kThreads / n_outputs);
+  const int slot = i & ((1 << tile_shift) - 1);
+  const int tile = first_tile + (i >> tile_shift);
+  int row = (tile << tile_shift) + slot;
+  bool is_there = row < p.n_rows;
+  if (p.is_interleaved && !is_silu) {
+    row = tile * (kServingTileRows / 2) + slot % 8;
+    is_there = row < p.n_rows;
+    if (slot >= 8) row += p.n_rows;
+  }
+  is_there = is_there && token < token_step;
+  int64_t at = (token_first + token) * p.y_stride + row;
+  const auto before = [&] {
+    const bool adds = p.output == LowBitOutput::kAdd && is_there && token < n_tokens;
+    return adds ? p.y_float[at] : 0.0f;
+  };
+  float residual = before();
+  float bias[2] = {0, 0};
+  if (p.bias != nullptr && is_there) {
+    bias[0] = p.bias[row];
+    if (is_silu) bias[1] = p.bias[p.n_rows + row];
+  }
+  const auto sum_of_pairs = [&](const float* first) {
+    float pairs[kPairs];
+#pragma unroll
+    for (int w = 0; w < kPairs; ++w) {
+      pairs[w] = first[w * p.sums_stride];
+      if (F::kWarps == kParts) {
+        pairs[w] = __fadd_rn(pairs[w], first[(w + kPairs) * p.sums_stride]);
+      }
+    }
+    float sum = pairs[0];
+#pragma unroll
+    for (int w = 1; w < kPairs; ++w) sum = __fadd_rn(sum, pairs[w]);
     return sum;
   };
-  const auto store = [&](int token, int row, float v) {
-    const int64_t at = (token_first + token) * p.y_stride + row;
+  const float* of_row = sums + F::PlaceOfSum(i >> tile_shift, slot);
+  __syncthreads();
+  if (!is_there) return;
+#pragma unroll 1
+  while (token < n_tokens) {
+    float factor = 1;
+    if (p.x.has_norm) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kPairs; ++w) {
+        const float* squares = square_sums + w * F::kTokens + token;
+        sum = __fadd_rn(sum, __fadd_rn(squares[0], squares[kPairs * F::kTokens]));
+      }
+      factor = __frsqrt_rn(__fmaf_rn(sum, p.inverse_cols, p.eps));
+    }
+    const float* first = of_row + token * F::kTokenStride;
+    float v = __fmaf_rn(sum_of_pairs(first), factor, bias[0]);
+    if (is_silu) {
+      const float up = __fmaf_rn(sum_of_pairs(first + F::PlaceOfSum(0, 8)), factor, bias[1]);
+      v = v / (1.0f + expf(-v)) * up;
+    }
     if (p.y_bf16 != nullptr) {
       p.y_bf16[at] = __float2bfloat16_rn(v);
     } else {
-      p.y_float[at] = p.output == LowBitOutput::kAdd ? p.y_float[at] + v : v;
+      p.y_float[at] = residual + v;
     }
-  };
-  if (p.output == LowBitOutput::kSiluMul) {
-    // A pair's two rows make one output.
-    constexpr int kOutputs = F::kRows / 2;
-    for (int o = static_cast<int>(threadIdx.x); o < kOutputs * n_tokens; o += F::kThreads) {
-      const int token = o / kOutputs;
-      const int i = o % kOutputs;
-      const int row = row_group * kOutputs + i;
-      if (row >= p.n_rows) continue;
-      const int slot = i / 8 * 16 + i % 8;
-      float gate = value_of(slot, token);
-      float up = value_of(slot + 8, token);
-      if (p.bias != nullptr) {
-        gate += p.bias[row];
-        up += p.bias[p.n_rows + row];
-      }
-      store(token, row, gate / (1.0f + expf(-gate)) * up);
-    }
-    return;
+    token += token_step;
+    at += token_step * p.y_stride;
+    residual = before();
   }
-  for (int o = static_cast<int>(threadIdx.x); o < F::kRows * n_tokens; o += F::kThreads) {
-    const int token = o / F::kRows;
-    const int i = o % F::kRows;
-    int row = row_group * F::kRows + i;
-    if (p.is_interleaved) {
-      const int of_linear = row / 16 * 8 + row % 8;
-      if (of_linear >= p.n_rows) continue;
-      row = row % 16 < 8 ? of_linear : of_linear + p.n_rows;
-    } else if (row >= p.n_rows) {
-      continue;
+}
+
+// A warp's ring: n_stages stages of F::kStageBytes, filled and emptied in turn.
+template <typename F>
+class Ring {
+ public:
+  __device__ __forceinline__ Ring(const KernelParams& p, uint8_t* shared, int warp)
+      : stages_(warp * p.n_stages * F::kStageBytes),
+        address_(SharedAddress(shared) + stages_),
+        barriers_(SharedAddress(shared + p.barriers_at) + warp * p.n_stages * 8) {}
+
+  __device__ __forceinline__ void Init(const KernelParams& p) const {
+    if (IsElected()) {
+#pragma unroll 1
+      for (int stage = 0; stage < p.n_stages; ++stage) InitBarrier(barriers_ + stage * 8);
+      FenceBarriers();
     }
-    float v = value_of(i, token);
-    if (p.bias != nullptr) v += p.bias[row];
-    store(token, row, v);
+    __syncwarp();
+  }
+  __device__ __forceinline__ uint32_t address(int stage) const {
+    return address_ + stage * F::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t barrier(int stage) const { return barriers_ + stage * 8; }
+  // Where the oldest stage begins in shared memory.
+  __device__ __forceinline__ int oldest() const { return stages_ + stage_ * F::kStageBytes; }
+  __device__ __forceinline__ int stage() const { return stage_; }
+  __device__ __forceinline__ void Wait() const { WaitBarrier(barrier(stage_), parity_); }
+  __device__ __forceinline__ void Pop(const KernelParams& p) {
+    if (++stage_ == p.n_stages) {
+      stage_ = 0;
+      parity_ ^= 1;
+    }
+  }
+
+ private:
+  const int stages_;
+  const uint32_t address_;
+  const uint32_t barriers_;
+  int stage_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// ---- Few tokens ----
+
+// What a warp copies next: of each pass its blocks, of each block the tiles, kRowTiles at a time.
+template <typename F>
+class FewProducer {
+ public:
+  __device__ __forceinline__ FewProducer(const KernelParams& p, int warp, int first_tile,
+                                         int end_tile)
+      : warp_(warp),
+        end_(end_tile),
+        first_(warp < p.n_blocks ? first_tile : end_tile),
+        block_(warp),
+        policy_(EvictFirst()) {
+    FindTiles(p);
+  }
+  __device__ __forceinline__ bool has_next() const { return n_left_ > 0; }
+
+  // One lane copies; what is copied is known to all, so that it stays in uniform registers.
+  __device__ __forceinline__ void Copy(const KernelParams& p, uint32_t stage, uint32_t barrier) {
+    const int bytes = min(n_left_, F::kRowTiles) * F::kBlockBytes;
+    if (IsElected()) {
+      ExpectBytes(barrier, bytes);
+      CopyBulkOnce(stage, from_, bytes, barrier, policy_);
+    }
+    from_ += F::kStageBytes;
+    n_left_ -= F::kRowTiles;
+    if (n_left_ > 0) return;
+    block_ += kParts;
+    if (block_ >= p.n_blocks) {
+      block_ = warp_;
+      first_ += p.pass_tiles;
+    }
+    FindTiles(p);
+  }
+
+ private:
+  __device__ __forceinline__ void FindTiles(const KernelParams& p) {
+    n_left_ = min(p.pass_tiles, end_ - first_);
+    from_ = p.weights + static_cast<int64_t>(block_ * p.n_row_tiles + first_) * F::kBlockBytes;
+  }
+
+  const int warp_;
+  const int end_;
+  int first_;  // of the pass
+  int block_;
+  int n_left_ = 0;  // tiles of the pass and block
+  const uint8_t* from_ = nullptr;
+  const uint64_t policy_;
+};
+
+// The records of a warp's blocks, and the sums of squares of its part: four at a time, of (block,
+// token) in order.
+template <typename F>
+class Quantizer {
+ public:
+  __device__ __forceinline__ Quantizer(const KernelParams& p, int lane, int warp, int token_first,
+                                       int n_tokens)
+      : p_(p),
+        lane_(lane % kRecordLanes),
+        of_warp_(lane / kRecordLanes),
+        warp_(warp),
+        token_first_(token_first),
+        n_tokens_(n_tokens),
+        n_items_(warp < p.n_blocks ? ((p.n_blocks - warp - 1) / kParts + 1) * n_tokens : 0),
+        reciprocal_((65536 + n_tokens - 1) / n_tokens) {}
+
+  // `loading` is called once the first activations are on their way.
+  template <typename Loading>
+  __device__ __forceinline__ void Run(uint8_t* records, float* square_sums,
+                                      Loading&& loading) const {
+    if (p_.x.has_norm && lane_ == 0 && of_warp_ < n_tokens_) {
+      square_sums[warp_ * F::kTokens + of_warp_] = 0;
+    }
+    __syncwarp();
+    constexpr int kAtATime = 32 / kRecordLanes;
+    if (p_.x.x_float != nullptr) {
+#pragma unroll 1
+      for (int first = 0; first < n_items_; first += kAtATime) {
+        const Item item = Find(first);
+        ActivationPiece piece{};
+        ActivationPiece weight;
+        if (item.is_there) {
+          piece = LoadFloatPiece(p_.x, token_first_ + item.token, item.block, lane_);
+          weight = LoadNormWeight(p_.x, item.block, lane_);
+        }
+        if (first == 0) loading();
+        Write(item, piece, weight, records, square_sums);
+      }
+    } else {
+      constexpr int kRounds = 2;  // on their way at a time
+#pragma unroll 1
+      for (int first = 0; first < n_items_; first += kRounds * kAtATime) {
+        Bf16Piece pieces[kRounds];
+#pragma unroll
+        for (int k = 0; k < kRounds; ++k) {
+          const Item item = Find(first + k * kAtATime);
+          pieces[k] = Bf16Piece{};
+          if (item.is_there) {
+            pieces[k] = LoadBf16Piece(p_.x, token_first_ + item.token, item.block, lane_);
+          }
+        }
+        if (first == 0) loading();
+#pragma unroll
+        for (int k = 0; k < kRounds; ++k) {
+          if (first + k * kAtATime >= n_items_) break;
+          const Item item = Find(first + k * kAtATime);
+          ActivationPiece weight;
+          if (p_.x.norm_weight != nullptr && item.is_there) {
+            weight = LoadNormWeight(p_.x, item.block, lane_);
+          }
+          Write(item, ToFloats(pieces[k]), weight, records, square_sums);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  struct Item {
+    bool is_there;
+    int block;
+    int token;
+  };
+  __device__ __forceinline__ Item Find(int first) const {
+    const int i = first + of_warp_;
+    const int block = i * reciprocal_ >> 16;
+    return {i < n_items_, warp_ + block * kParts, i - block * n_tokens_};
+  }
+  __device__ __forceinline__ void Write(const Item& item, ActivationPiece piece,
+                                        const ActivationPiece& weight, uint8_t* records,
+                                        float* square_sums) const {
+    if (p_.x.has_norm) {
+      const float sum = SumOfSquares(piece);
+      if (p_.x.norm_weight != nullptr) Multiply(piece, weight);
+        // In the order of the blocks: one record of a token after the other.
+#pragma unroll
+      for (int k = 0; k < 32 / kRecordLanes; ++k) {
+        if (of_warp_ == k && lane_ == 0 && item.is_there) {
+          square_sums[warp_ * F::kTokens + item.token] += sum;
+        }
+        __syncwarp();
+      }
+    }
+    WriteRecord(piece, lane_, F::kGrids, F::kShift, item.is_there,
+                records + (item.block * n_tokens_ + item.token) * F::kRecordBytes);
+  }
+
+  const KernelParams& p_;
+  const int lane_;     // of a record
+  const int of_warp_;  // record
+  const int warp_;
+  const int token_first_;
+  const int n_tokens_;
+  const int n_items_;
+  const int reciprocal_;  // of n_tokens, times 2^16
+};
+
+// The B fragments of a block's records: of each slot, zeros in the columns of the others.
+template <typename F>
+struct BlockActivations {
+  uint32_t b[F::kSlots][kServingSteps][2];
+  float2 scale_sum[F::kGrids];  // of the token whose sums the lane has
+};
+template <typename F>
+__device__ __forceinline__ void LoadActivations(const uint8_t* records, int lane, int n_tokens,
+                                                BlockActivations<F>& x) {
+  // A lane's columns of B are pair lane / 8 of slots and tokens, its sums those of pair lane % 4;
+  // of any token where there are fewer, since nobody looks at those sums.
+  const int token = min(lane / 8 % F::kTokens, n_tokens - 1);
+  const int slot = lane / 8 / F::kTokens;
+  const uint8_t* at = records + token * F::kRecordBytes + lane / 4 % 2 * 64 + lane % 4 * 16;
+#pragma unroll
+  for (int s = 0; s < kServingSteps; s += 2) {
+    const uint4 v = *reinterpret_cast<const uint4*>(at + s / 2 * 128);
+#pragma unroll
+    for (int j = 0; j < F::kSlots; ++j) {
+      const bool is_own = F::kSlots == 1 || slot == j;
+      x.b[j][s][0] = is_own ? v.x : 0;
+      x.b[j][s][1] = is_own ? v.y : 0;
+      x.b[j][s + 1][0] = is_own ? v.z : 0;
+      x.b[j][s + 1][1] = is_own ? v.w : 0;
+    }
+  }
+  const uint8_t* numbers =
+      records + min(lane % F::kTokens, n_tokens - 1) * F::kRecordBytes + kRecordCodeBytes;
+  // Selected here, once for all tiles, and not where they are used.
+#pragma unroll
+  for (int j = 0; j < F::kSlots; ++j) {
+#pragma unroll
+    for (int s = 0; s < kServingSteps; ++s) asm("" : "+r"(x.b[j][s][0]), "+r"(x.b[j][s][1]));
+  }
+#pragma unroll
+  for (int g = 0; g < F::kGrids; ++g) {
+    x.scale_sum[g] = *reinterpret_cast<const float2*>(numbers + g * 8);
+  }
+}
+
+// The words and grids of kSlots tiles that a lane needs, so that their stage is free.
+template <typename F>
+struct HeldTiles {
+  uint32_t words[F::kSlots][ServingWords(F::kBits)];
+  RawGrid<F> grids[F::kGrids];  // of the tile whose sums the lane has
+};
+template <typename F>
+__device__ __forceinline__ void LoadTiles(const uint8_t* weights, int lane, HeldTiles<F>& tiles) {
+#pragma unroll
+  for (int j = 0; j < F::kSlots; ++j) {
+    constexpr int kStepsHeld = F::kBits <= 3 ? 4 : 8 / F::kBits;
+#pragma unroll
+    for (int s = 0; s < kServingSteps; s += kStepsHeld) {
+      uint32_t words[kWordsHeld<F>];
+      LoadWords<F>(weights + j * F::kBlockBytes, lane, s, words);
+#pragma unroll
+      for (int w = 0; w < kWordsHeld<F>; ++w) tiles.words[j][s / kStepsHeld * 4 + w] = words[w];
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < F::kGrids; ++g) {
+    tiles.grids[g] = LoadRawGrid<F>(weights + lane % 4 / F::kTokens * F::kBlockBytes, lane, g);
+  }
+}
+
+// total += the blocks of kSlots tiles times the activations, rows i and i + 8. Tiles that are not
+// there are multiplied as they lie, into columns that nobody looks at.
+template <typename F>
+__device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles,
+                                              const BlockActivations<F>& x, float2& total) {
+#pragma unroll
+  for (int g = 0; g < F::kGrids; ++g) {
+    int acc[F::kPlanes][F::kClasses][4] = {};
+#pragma unroll
+    for (int j = 0; j < F::kSlots; ++j) {
+      uint32_t a[F::kPlanes][F::kSteps][4];
+      Expand<F>(
+          g,
+          [&](int s, uint32_t(&words)[kWordsHeld<F>]) {
+            constexpr int kStepsHeld = F::kBits <= 3 ? 4 : 8 / F::kBits;
+#pragma unroll
+            for (int w = 0; w < kWordsHeld<F>; ++w)
+              words[w] = tiles.words[j][s / kStepsHeld * 4 + w];
+          },
+          a);
+#pragma unroll
+      for (int plane = 0; plane < F::kPlanes; ++plane) {
+#pragma unroll
+        for (int k = 0; k < F::kSteps; ++k) {
+          const int s = g * F::kSteps + k;
+          int(&sums)[4] = acc[plane][ClassOf<F>(s)];
+          Mma(sums, a[plane][k], x.b[j][s], sums);
+        }
+      }
+    }
+    AddGroup<F>(GridOfRow<F>(tiles.grids[g], 0), acc, g, 0, x.scale_sum[g], total.x);
+    AddGroup<F>(GridOfRow<F>(tiles.grids[g], 1), acc, g, 1, x.scale_sum[g], total.y);
   }
 }
 
 template <typename F>
-__global__ void __launch_bounds__(F::kThreads, F::kCtasMin) LowBitKernel(const KernelParams p) {
-  extern __shared__ uint4 shared[];
+__global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
   LetNextKernelStart();
   const int lane = static_cast<int>(threadIdx.x % 32u);
-  const int warp = static_cast<int>(threadIdx.x / 32u);
-  const int token_first = static_cast<int>(blockIdx.y) * F::kTokens;
-  const int n_tokens = min(p.n_tokens - token_first, F::kTokens);
-  const uint32_t stage_bytes = static_cast<uint32_t>(F::StageBytes(n_tokens));
-  const uint32_t ring = SharedAddress(shared) + warp * F::kStages * stage_bytes;
-  const uint32_t ring_end = ring + F::kStages * stage_bytes;
-  auto* all_sums = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) +
-                                            F::kWarps * F::kStages * stage_bytes);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32u), 0);
+  const int token_first = static_cast<int>(blockIdx.y) * p.chunk_tokens;
+  const int n_tokens = min(p.n_tokens - token_first, p.chunk_tokens);
+  // Each CTA gets as many tiles, or one less.
+  const int rest = p.n_row_tiles % static_cast<int>(gridDim.x);
+  const int cta = static_cast<int>(blockIdx.x);
+  const int cta_tiles = p.n_row_tiles / static_cast<int>(gridDim.x);
+  const int first_tile = cta * cta_tiles + min(cta, rest);
+  const int end_tile = first_tile + cta_tiles + (cta < rest ? 1 : 0);
 
-  Stream<F> stream(p, lane, warp, token_first);
+  Ring<F> ring(p, shared, warp);
+  ring.Init(p);
+  FewProducer<F> producer(p, warp, first_tile, end_tile);
+  const Quantizer<F> quantizer(p, lane, warp, token_first, n_tokens);
+  // One stage after the other, so that what the kernel before still reads comes first, and the rest
+  // once the activations are on their way, which would have to wait for it.
+  constexpr int kStagesBefore = 3;
+  int stage = 0;
+#pragma unroll 1
+  for (; stage < min(p.n_stages, kStagesBefore) && producer.has_next(); ++stage) {
+    if (stage > 0) WaitBarrier(ring.barrier(stage - 1), 0);
+    producer.Copy(p, ring.address(stage), ring.barrier(stage));
+  }
+  WaitForPreviousKernel();
+  uint8_t* records = shared + p.records_at;
+  float* square_sums = reinterpret_cast<float*>(shared + p.square_sums_at);
+  float* sums = reinterpret_cast<float*>(shared + p.sums_at);
+  quantizer.Run(records, square_sums, [&] {
+#pragma unroll 1
+    for (; stage < p.n_stages && producer.has_next(); ++stage) {
+      producer.Copy(p, ring.address(stage), ring.barrier(stage));
+    }
+  });
+
+  float2* own = reinterpret_cast<float2*>(sums + warp * p.sums_stride) + lane;
+#pragma unroll 1
+  for (int first = first_tile; first < end_tile; first += p.pass_tiles) {
+    const int n_tiles = min(p.pass_tiles, end_tile - first);
+    if (warp >= p.n_blocks) {
+      for (int unit = 0; unit * F::kSlots < n_tiles; ++unit) own[unit * 32] = make_float2(0, 0);
+    }
+#pragma unroll 1
+    for (int block = warp; block < p.n_blocks; block += kParts) {
+      BlockActivations<F> x;
+      LoadActivations<F>(records + block * n_tokens * F::kRecordBytes, lane, n_tokens, x);
+      float2* sum = own;
+#pragma unroll 1
+      for (int tile = 0; tile < n_tiles; tile += F::kRowTiles) {
+        const uint8_t* weights = shared + ring.oldest();
+
+        HeldTiles<F> tiles[F::kUnits];
+        ring.Wait();
+#pragma unroll
+        for (int u = 0; u < F::kUnits; ++u) {
+          LoadTiles<F>(weights + u * F::kSlots * F::kBlockBytes, lane, tiles[u]);
+        }
+        __syncwarp();
+        if (producer.has_next()) {
+          producer.Copy(p, ring.address(ring.stage()), ring.barrier(ring.stage()));
+        }
+        ring.Pop(p);
+#pragma unroll
+        for (int u = 0; u < F::kUnits; ++u) {
+          if (u > 0 && tile + u * F::kSlots >= n_tiles) break;
+          float2 total = make_float2(0, 0);
+          if (block != warp) total = *sum;
+          MultiplyTiles<F>(tiles[u], x, total);
+          *sum = total;
+          sum += 32;
+        }
+      }
+    }
+    Finish<F>(p, first, n_tiles, token_first, n_tokens, square_sums, sums);
+    // Sums of the next pass go where these are.
+    if (first + p.pass_tiles < end_tile) __syncthreads();
+  }
+}
+
+// ---- More tokens ----
+
+// What a warp copies next: its blocks of a group of rows, part by part, then those of its CTA's
+// next group.
+template <typename F>
+class ManyProducer {
+ public:
+  __device__ __forceinline__ ManyProducer(const KernelParams& p, int warp, int token_first,
+                                          int n_tokens)
+      : warp_(warp),
+        token_first_(token_first),
+        n_tokens_(n_tokens),
+        tile_(warp < p.n_blocks ? static_cast<int>(blockIdx.x) * F::kRowTiles : p.n_row_tiles),
+        block_(warp),
+        policy_(EvictFirst()) {}
+  __device__ __forceinline__ bool has_next(const KernelParams& p) const {
+    return tile_ < p.n_row_tiles;
+  }
+  // The barrier waits for the records too.
+  __device__ __forceinline__ void CopyWeights(const KernelParams& p, uint32_t stage,
+                                              uint32_t barrier) const {
+    const int bytes = min(p.n_row_tiles - tile_, F::kRowTiles) * F::kBlockBytes;
+    const uint8_t* from =
+        p.weights + static_cast<int64_t>(block_ * p.n_row_tiles + tile_) * F::kBlockBytes;
+    if (IsElected()) {
+      ExpectBytes(barrier, bytes + n_tokens_ * F::kRecordBytes);
+      CopyBulkOnce(stage, from, bytes, barrier, policy_);
+    }
+  }
+  __device__ __forceinline__ void CopyRecords(const KernelParams& p, uint32_t stage,
+                                              uint32_t barrier) const {
+    const int64_t first = static_cast<int64_t>(block_) * p.n_tokens + token_first_;
+    if (IsElected()) {
+      CopyBulk(stage + F::kWeightBytes, p.records + first * F::kRecordBytes,
+               n_tokens_ * F::kRecordBytes, barrier);
+    }
+  }
+  __device__ __forceinline__ void Advance(const KernelParams& p) {
+    block_ += kParts;
+    if (block_ < p.n_blocks) return;
+    const bool is_first_part = (block_ & kPairs) == 0;
+    if (is_first_part && warp_ + kPairs < p.n_blocks) {
+      block_ = warp_ + kPairs;
+      return;
+    }
+    block_ = warp_;
+    tile_ += static_cast<int>(gridDim.x) * F::kRowTiles;
+  }
+
+ private:
+  const int warp_;
+  const int token_first_;
+  const int n_tokens_;
+  int tile_;  // first of the group
+  int block_;
+  const uint64_t policy_;
+};
+
+// total += a group's blocks times the activations: of rows i and i + 8, a token of each tile. `x`
+// and `numbers` are where a lane reads the bytes and the numbers of its records.
+template <typename F>
+__device__ __forceinline__ void MultiplyBlock(const uint8_t* weights, const uint8_t* x,
+                                              const uint8_t* numbers, int lane,
+                                              float (&total)[F::kRowTiles][F::kTokenTiles][2]) {
+#pragma unroll
+  for (int g = 0; g < F::kGrids; ++g) {
+    uint32_t a[F::kRowTiles][F::kPlanes][F::kSteps][4];
+    RowGrid<F> grid[F::kRowTiles][2];
+#pragma unroll
+    for (int r = 0; r < F::kRowTiles; ++r) {
+      const uint8_t* block = weights + r * F::kBlockBytes;
+      Expand<F>(block, lane, g, a[r]);
+      const RawGrid<F> raw = LoadRawGrid<F>(block, lane, g);
+      grid[r][0] = GridOfRow<F>(raw, 0);
+      grid[r][1] = GridOfRow<F>(raw, 1);
+    }
+#pragma unroll
+    for (int n = 0; n < F::kTokenTiles; ++n) {
+      constexpr int kTileBytes = kTileTokens * F::kRecordBytes;
+      uint32_t b[F::kSteps][2];
+#pragma unroll
+      for (int k = 0; k < F::kSteps; k += 2) {
+        const int s = g * F::kSteps + k;
+        const uint8_t* at = x + n * kTileBytes + s / 2 * 128;
+        if constexpr (F::kSteps > 1) {
+          const uint4 v = *reinterpret_cast<const uint4*>(at);
+          b[k][0] = v.x;
+          b[k][1] = v.y;
+          b[k + 1][0] = v.z;
+          b[k + 1][1] = v.w;
+        } else {
+          const uint2 v = *reinterpret_cast<const uint2*>(at + s % 2 * 8);
+          b[k][0] = v.x;
+          b[k][1] = v.y;
+        }
+      }
+      const float2 scale_sum = *reinterpret_cast<const float2*>(numbers + n * kTileBytes + g * 8);
+#pragma unroll
+      for (int r = 0; r < F::kRowTiles; ++r) {
+        int acc[F::kPlanes][F::kClasses][4] = {};
+#pragma unroll
+        for (int plane = 0; plane < F::kPlanes; ++plane) {
+#pragma unroll
+          for (int k = 0; k < F::kSteps; ++k) {
+            Mma(acc[plane][0], a[r][plane][k], b[k], acc[plane][0]);
+          }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          AddGroup<F>(grid[r][h], acc, g, h, scale_sum, total[r][n][h]);
+        }
+      }
+    }
+  }
+}
+
+// The sums of squares of a warp's parts as the launch before left them.
+template <typename F>
+__device__ __forceinline__ void AddSquares(const KernelParams& p, int lane, int warp,
+                                           int token_first, int n_tokens, float* square_sums) {
+  if (lane >= n_tokens) return;
+  for (int part = warp; part < kParts; part += F::kWarps) {
+    float sum = 0;
+    for (int block = part; block < p.n_blocks; block += kParts) {
+      sum += p.square_sums[static_cast<int64_t>(block) * p.n_tokens + token_first + lane];
+    }
+    square_sums[part * F::kTokens + lane] = sum;
+  }
+}
+
+template <typename F>
+__global__ void __launch_bounds__(F::kThreads, 1) ManyTokensKernel(const KernelParams p) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int lane = static_cast<int>(threadIdx.x % 32u);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32u), 0);
+  const int token_first = static_cast<int>(blockIdx.y) * p.chunk_tokens;
+  const int n_tokens = min(p.n_tokens - token_first, p.chunk_tokens);
+  float* square_sums = reinterpret_cast<float*>(shared + p.square_sums_at);
+  float* sums = reinterpret_cast<float*>(shared + p.sums_at);
+
+  Ring<F> ring(p, shared, warp);
+  ring.Init(p);
+  ManyProducer<F> producer(p, warp, token_first, n_tokens);
+  ManyProducer<F> copied = producer;
   int n_copied = 0;
 #pragma unroll 1
-  for (; n_copied < F::kStages && stream.has_next(p); ++n_copied) {
-    stream.CopyWeights(p, ring + n_copied * stage_bytes);
-    stream.Advance(p);
+  for (; n_copied < p.n_stages && producer.has_next(p); ++n_copied) {
+    producer.CopyWeights(p, ring.address(n_copied), ring.barrier(n_copied));
+    producer.Advance(p);
   }
-  CommitCopies();
   WaitForPreviousKernel();
-  int x_block = warp;
 #pragma unroll 1
-  for (int d = 0; d < F::kStages; ++d) {
-    if (d < n_copied) stream.CopyActivations(p, x_block, ring + d * stage_bytes);
-    CommitCopies();
-    x_block += F::kWarps;
-    if (x_block >= p.n_blocks) x_block = warp;
+  for (int stage = 0; stage < n_copied; ++stage) {
+    copied.CopyRecords(p, ring.address(stage), ring.barrier(stage));
+    copied.Advance(p);
   }
+  LetNextKernelStart();
+  if (p.x.has_norm) AddSquares<F>(p, lane, warp, token_first, n_tokens, square_sums);
 
-  // Where a lane reads the activations of its token of each token tile; any token's where it has
-  // none, since nobody looks at the sums.
-  uint32_t x_first[F::kTokenTiles];  // in a stage, of piece 0
-  int x_swap[F::kTokenTiles];        // what odd pieces lie off, for odd tokens
-#pragma unroll
-  for (int n = 0; n < F::kTokenTiles; ++n) {
-    const int token = min(n * 8 + lane / 4, n_tokens - 1);
-    x_first[n] = F::kWeightBytes + token * kTokenBytes + lane % 4 * 16 + token % 2 * kPieceBytes;
-    x_swap[n] = token % 2 * -2 * kPieceBytes;
-  }
-
-  uint32_t stage = ring;
-  int parity = 0;
-  for (int row_group = static_cast<int>(blockIdx.x); row_group < p.n_row_groups;
-       row_group += static_cast<int>(gridDim.x)) {
-    float total[F::kRowTiles][F::kTokenTiles][4] = {};
-    for (int block = warp; block < p.n_blocks; block += F::kWarps) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(F::kStages - 1) : "memory");
-      __syncwarp();
-      uint32_t words[F::kRowTiles][kWordsHeld<F>];
-      float acc[F::kRowTiles][F::kPlanes][F::kTokenTiles][4];
-      float sums[F::kTokenTiles][4];
-      uint4 x[F::kTokenTiles];
-#pragma unroll
-      for (int s = 0; s < kServingSteps; ++s) {
-        constexpr int kStepsOfGrid = kServingSteps / F::kGrids;
-        if (s % kStepsOfGrid == 0) {
-#pragma unroll
-          for (int n = 0; n < F::kTokenTiles; ++n) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              sums[n][c] = 0;
-#pragma unroll
-              for (int r = 0; r < F::kRowTiles; ++r) {
-#pragma unroll
-                for (int plane = 0; plane < F::kPlanes; ++plane) acc[r][plane][n][c] = 0;
-              }
-            }
-          }
+  // A lane's columns of B are those of token lane / 8 of a tile, its sums those of lane % 4.
+  const int x_at = F::kWeightBytes + lane / 8 * F::kRecordBytes + lane / 4 % 2 * 64 + lane % 4 * 16;
+  const int numbers_at = F::kWeightBytes + lane % 4 * F::kRecordBytes + kRecordCodeBytes;
+  const int row_step = static_cast<int>(gridDim.x) * F::kRowTiles;
+#pragma unroll 1
+  for (int tile = static_cast<int>(blockIdx.x) * F::kRowTiles; tile < p.n_row_tiles;
+       tile += row_step) {
+#pragma unroll 1
+    for (int part = warp; part < kParts; part += F::kWarps) {
+      float total[F::kRowTiles][F::kTokenTiles][2] = {};
+#pragma unroll 1
+      for (int block = part; block < p.n_blocks; block += kParts) {
+        const uint8_t* weights = shared + ring.oldest();
+        ring.Wait();
+        MultiplyBlock<F>(weights, weights + x_at, weights + numbers_at, lane, total);
+        __syncwarp();
+        if (producer.has_next(p)) {
+          producer.CopyWeights(p, ring.address(ring.stage()), ring.barrier(ring.stage()));
+          producer.CopyRecords(p, ring.address(ring.stage()), ring.barrier(ring.stage()));
+          producer.Advance(p);
         }
-        uint32_t b[F::kTokenTiles][2];
-#pragma unroll
-        for (int n = 0; n < F::kTokenTiles; ++n) {
-          if (s % 2 == 0) {
-            x[n] = LoadShared16(stage + x_first[n] + s / 2 * kPieceBytes +
-                                (s % 4 == 2 ? x_swap[n] : 0));
-          }
-          b[n][0] = s % 2 == 0 ? x[n].x : x[n].z;
-          b[n][1] = s % 2 == 0 ? x[n].y : x[n].w;
-        }
-        const uint32_t constant[4] = {OffsetOf<F::kBits>(s, 0), kOnes, OffsetOf<F::kBits>(s, 1),
-                                      kOnes};
-#pragma unroll
-        for (int n = 0; n < F::kTokenTiles; ++n) Mma(sums[n], constant, b[n][0], b[n][1], sums[n]);
-#pragma unroll
-        for (int r = 0; r < F::kRowTiles; ++r) {
-          LoadWords<F>(stage + r * ServingBlockBytes(F::kBits), lane, s, words[r]);
-          MultiplyStep<F>(words[r], s, b, acc[r]);
-        }
-        if ((s + 1) % kStepsOfGrid == 0) {
-#pragma unroll
-          for (int r = 0; r < F::kRowTiles; ++r) {
-            const uint32_t grid =
-                stage + F::kCodeBytes + (r * F::kGrids + s / kStepsOfGrid) * F::kGridBytes;
-            AddGroup<F>(grid, lane, acc[r], sums, total[r]);
-          }
-        }
+        ring.Pop(p);
       }
-      __syncwarp();
-      if (stream.has_next(p)) {
-        stream.CopyWeights(p, stage);
-        stream.CopyActivations(p, stream.block(), stage);
-        stream.Advance(p);
-      }
-      CommitCopies();
-      stage += stage_bytes;
-      if (stage == ring_end) stage = ring;
-    }
-    float* sums = all_sums + parity * F::kSumPlaces * F::SumFloats(n_tokens);
-    float* own = sums + warp % F::kSumPlaces * F::SumFloats(n_tokens) + lane / 4;
-    const auto leave_sums = [&](bool add) {
+      float* own = sums + warp * p.sums_stride + lane / 4;
 #pragma unroll
       for (int n = 0; n < F::kTokenTiles; ++n) {
+        const int token = n * kTileTokens + lane % 4;
+        if (token >= n_tokens) continue;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int token = n * 8 + lane % 4 * 2 + c;
-          if (token >= n_tokens) continue;
+        for (int r = 0; r < F::kRowTiles; ++r) {
 #pragma unroll
-          for (int r = 0; r < F::kRowTiles; ++r) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              float& place = own[token * F::kSumStride + r * kServingTileRows + h * 8];
-              place = add ? total[r][n][2 * h + c] + place : total[r][n][2 * h + c];
-            }
+          for (int h = 0; h < 2; ++h) {
+            float& place = own[token * F::kTokenStride + r * kServingTileRows + h * 8];
+            place = part < F::kWarps ? total[r][n][h] : __fadd_rn(place, total[r][n][h]);
           }
         }
       }
-    };
-    if (F::kSumPlaces < F::kWarps) {
-      if (warp >= F::kSumPlaces) leave_sums(false);
-      __syncthreads();
-      if (warp < F::kSumPlaces) leave_sums(true);
-    } else {
-      leave_sums(false);
     }
-    __syncthreads();
-    Finish<F>(p, row_group, token_first, n_tokens, sums);
-    if (F::kSumCopies == 2) {
-      parity ^= 1;
-    } else {
-      __syncthreads();
-    }
+    Finish<F>(p, tile, F::kRowTiles, token_first, n_tokens, square_sums, sums);
+    // Sums of the next rows go where these are.
+    if (tile + row_step < p.n_row_tiles) __syncthreads();
   }
 }
 
 // What the caller of a launch has decided.
 struct LaunchPlan {
-  KernelParams params;  // n_row_groups is set here
+  KernelParams params;  // what is of a form is set here
   int grids_in_block = 1;
   int token_tiles = 1;
   int row_tiles = 2;
-  int warps = 8;
-  int ctas_max = 0;  // on the device at a time; beyond, a CTA takes several groups of rows
+  int device = 0;
+  int n_multiprocessors = 0;
+  int ctas_per_sm = 1;
   bool overlap_previous = false;
   cudaStream_t stream = nullptr;
 };
 
+inline constexpr int kSharedMax = 227 << 10;     // of a CTA; a multiprocessor has 1 KB more
+inline constexpr int kSharedReserved = 1 << 10;  // of each CTA
+inline constexpr int kRingMin = 64 << 10;
+inline constexpr int kSumsMax = 32 << 10;
+inline constexpr int kRecordsMax = 120 << 10;  // that a CTA holds
+inline constexpr int kStagesMin = 2;
+inline constexpr int kStagesMax = 16;
+
+// What leaves room for the CTAs of the next kernel.
+inline int HalfOfShared(const LaunchPlan& plan) {
+  return (kSharedMax + kSharedReserved) / (2 * plan.ctas_per_sm) - kSharedReserved;
+}
+
+// Places rings, records and sums in shared memory; returns its size, at most `budget` or what the
+// least ring needs. A warp has `warp_stages` stages to multiply.
 template <typename F>
-absl::Status LaunchForm(const LaunchPlan& plan) {
-  KernelParams params = plan.params;
-  params.n_row_groups = (params.n_row_tiles + F::kRowTiles - 1) / F::kRowTiles;
-  const int n_tokens = std::min(params.n_tokens, F::kTokens);
-  const int token_chunks = (params.n_tokens + F::kTokens - 1) / F::kTokens;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      LowBitKernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, F::SharedBytes(F::kTokens)));
-  // Each CTA gets the same number of groups, or one less.
-  const int ctas_max = std::max(plan.ctas_max / token_chunks, 1);
-  const int rounds = (params.n_row_groups + ctas_max - 1) / ctas_max;
+int PlaceShared(int budget, int warp_stages, int record_bytes, KernelParams& p) {
+  constexpr int kSquareSumsBytes = kParts * F::kTokens * static_cast<int>(sizeof(float));
+  const int sums_bytes = F::kWarps * p.sums_stride * static_cast<int>(sizeof(float));
+  const int fixed_bytes = sums_bytes + record_bytes + kSquareSumsBytes;
+  budget = std::min(std::max(budget, fixed_bytes + kRingMin), kSharedMax);
+  constexpr int kStageOfAll = F::kWarps * (F::kStageBytes + 8);
+  p.n_stages = std::clamp((budget - fixed_bytes) / kStageOfAll, kStagesMin, kStagesMax);
+  p.n_stages = std::min(p.n_stages, warp_stages);
+  p.barriers_at = F::kWarps * p.n_stages * F::kStageBytes;
+  p.records_at = p.barriers_at + F::kWarps * p.n_stages * 8;
+  p.square_sums_at = p.records_at + record_bytes;
+  p.sums_at = p.square_sums_at + kSquareSumsBytes;
+  return p.sums_at + sums_bytes;
+}
+
+template <typename F>
+absl::Status LaunchKernel(const LaunchPlan& plan, void (*kernel)(KernelParams), int ctas,
+                          int token_chunks, int shared_bytes, const KernelParams& p) {
+  static std::atomic<uint64_t> prepared{0};  // devices
+  const uint64_t device_bit = uint64_t{1} << (plan.device % 64);
+  if ((prepared.load(std::memory_order_relaxed) & device_bit) == 0) {
+    WALSH_CUDA_RETURN_IF_ERROR(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMax));
+    prepared.fetch_or(device_bit, std::memory_order_relaxed);
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((params.n_row_groups + rounds - 1) / rounds),
-                        static_cast<unsigned>(token_chunks));
+  config.gridDim = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(token_chunks));
   config.blockDim = dim3(F::kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(F::SharedBytes(n_tokens));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = plan.stream;
   config.attrs = &attribute;
   config.numAttrs = plan.overlap_previous ? 1 : 0;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, LowBitKernel<F>, params));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, p));
   return LaunchStatus("LowBitMatmul", plan.stream);
 }
 
-// The most row tiles that fit shared memory and registers, up to kWanted.
-template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWanted, int kWarps>
+template <typename F>
+absl::Status LaunchFew(const LaunchPlan& plan) {
+  KernelParams p = plan.params;
+  p.chunk_tokens = std::min(p.chunk_tokens, F::kTokens);
+  const int token_chunks = (p.n_tokens + p.chunk_tokens - 1) / p.chunk_tokens;
+  const int ctas = std::min(p.n_row_tiles,
+                            std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1));
+  const int cta_tiles = (p.n_row_tiles + ctas - 1) / ctas;
+  constexpr int kUnitBytes = F::kWarps * F::kUnitFloats * static_cast<int>(sizeof(float));
+  // Passes of one size.
+  const int tiles_max =
+      std::max(kSumsMax / kUnitBytes * F::kSlots / F::kRowTiles, 1) * F::kRowTiles;
+  const int n_passes = (cta_tiles + tiles_max - 1) / tiles_max;
+  const int pass_tiles = (cta_tiles + n_passes - 1) / n_passes;
+  p.pass_tiles = (pass_tiles + F::kRowTiles - 1) / F::kRowTiles * F::kRowTiles;
+  p.sums_stride = (std::min(p.pass_tiles, cta_tiles) + F::kSlots - 1) / F::kSlots * F::kUnitFloats;
+  const int n_tokens = std::min(p.n_tokens, p.chunk_tokens);
+  const int part_blocks = (p.n_blocks + kParts - 1) / kParts;
+  const int warp_stages =
+      part_blocks * ((p.pass_tiles + F::kRowTiles - 1) / F::kRowTiles) * n_passes;
+  const int shared_bytes =
+      PlaceShared<F>(HalfOfShared(plan), warp_stages, p.n_blocks * n_tokens * F::kRecordBytes, p);
+  return LaunchKernel<F>(plan, FewTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
+}
+
+template <typename F>
+absl::Status LaunchMany(const LaunchPlan& plan) {
+  KernelParams p = plan.params;
+  p.chunk_tokens = F::kTokens;
+  const int token_chunks = (p.n_tokens + p.chunk_tokens - 1) / p.chunk_tokens;
+  const int n_row_groups = (p.n_row_tiles + F::kRowTiles - 1) / F::kRowTiles;
+  const int ctas =
+      std::min(n_row_groups, std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1));
+  p.sums_stride = std::min(p.n_tokens, F::kTokens) * F::kTokenStride;
+  const int shared_bytes = PlaceShared<F>(kSharedMax / plan.ctas_per_sm, kStagesMax, 0, p);
+  return LaunchKernel<F>(plan, ManyTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
+}
+
+// The most row tiles up to kWanted whose stages fit twice beside the sums.
+template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWanted>
 constexpr int RowTilesThatFit() {
-  using F = Form<kBits, kCodebook, kGrids, kTokenTiles, kWanted, kWarps>;
-  constexpr int kSharedMax = 227 << 10;
-  constexpr int kRegisterRowsMax = kWarps == 8 ? 8 : 4;
-  if constexpr (kWanted > 1 &&
-                (F::SharedBytes(F::kTokens) > kSharedMax || F::kRegisterRows > kRegisterRowsMax)) {
-    return RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted / 2, kWarps>();
+  using F = ManyForm<kBits, kCodebook, kGrids, kTokenTiles, kWanted>;
+  constexpr int kBytes =
+      F::kWarps * (kStagesMin * (F::kStageBytes + 8) + F::kTokens * F::kTokenStride * 4) +
+      kParts * F::kTokens * 4;
+  if constexpr (kWanted > 1 && (kBytes > kSharedMax || (kCodebook && kWanted > 2))) {
+    return RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted / 2>();
   } else {
-    static_assert(F::SharedBytes(F::kTokens) <= kSharedMax);
     return kWanted;
   }
 }
-template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWarps, int kWanted>
-absl::Status LaunchRows(const LaunchPlan& plan) {
-  constexpr int kFits = RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted, kWarps>();
-  return LaunchForm<Form<kBits, kCodebook, kGrids, kTokenTiles, kFits, kWarps>>(plan);
-}
-// Those cuts that were the best of some shape.
+
 template <int kBits, bool kCodebook, int kGrids>
 absl::Status LaunchGrids(const LaunchPlan& plan) {
-  if (plan.warps == 16) {
-    if (plan.token_tiles > 1) return LaunchRows<kBits, kCodebook, kGrids, 2, 16, 2>(plan);
-    return plan.row_tiles == 1 ? LaunchRows<kBits, kCodebook, kGrids, 1, 16, 1>(plan)
-                               : LaunchRows<kBits, kCodebook, kGrids, 1, 16, 2>(plan);
-  }
+  const auto many_tokens = [&]<int kTokenTiles, int kRowTiles>() {
+    constexpr int kFits = RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kRowTiles>();
+    return LaunchMany<ManyForm<kBits, kCodebook, kGrids, kTokenTiles, kFits>>(plan);
+  };
+  const bool has_many_rows = plan.row_tiles > 2;
   switch (plan.token_tiles) {
     case 1:
-      return plan.row_tiles == 1   ? LaunchRows<kBits, kCodebook, kGrids, 1, 8, 1>(plan)
-             : plan.row_tiles == 2 ? LaunchRows<kBits, kCodebook, kGrids, 1, 8, 2>(plan)
-                                   : LaunchRows<kBits, kCodebook, kGrids, 1, 8, 4>(plan);
+      break;
     case 2:
-      return plan.row_tiles <= 2 ? LaunchRows<kBits, kCodebook, kGrids, 2, 8, 2>(plan)
-                                 : LaunchRows<kBits, kCodebook, kGrids, 2, 8, 4>(plan);
+      return has_many_rows ? many_tokens.template operator()<2, 4>()
+                           : many_tokens.template operator()<2, 2>();
     default:
-      return LaunchRows<kBits, kCodebook, kGrids, 4, 8, 2>(plan);
+      return has_many_rows ? many_tokens.template operator()<4, 4>()
+                           : many_tokens.template operator()<4, 2>();
   }
+  // Stages of about 2 KB.
+  if constexpr (kBits == 8) {
+    return LaunchFew<FewForm<kBits, kCodebook, kGrids, 1, 1>>(plan);
+  } else if constexpr (kBits == 2 && !kCodebook) {
+    if (plan.params.n_tokens <= 2 && has_many_rows) {
+      return LaunchFew<FewForm<kBits, kCodebook, kGrids, 4, 2>>(plan);
+    }
+  }
+  if (plan.params.n_tokens <= 2) return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 2>>(plan);
+  return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 1>>(plan);
 }
 
 template <int kBits, bool kCodebook>

@@ -44,12 +44,11 @@ enum class LowBitOutput {
              // rows must be interleaved
 };
 
-// How the work is cut. Zero takes what was measured to be best for the shape. `warps` is part of
-// the order of summation, the others are not.
+// How the work is cut, which changes no bit of the result. Zero takes what was measured to be best
+// for the shape.
 struct LowBitTuning {
-  int warps = 0;        // of a CTA, which share the columns: 8 or 16
-  int row_tiles = 0;    // of a warp at a time: 1, 2 or 4; fewer where they do not fit
-  int ctas_per_sm = 0;  // beyond, a CTA takes several groups of rows
+  int row_tiles = 0;    // of a warp at a time: 2 or 4; fewer where they do not fit
+  int ctas_per_sm = 0;  // of one product
 };
 
 struct LowBitMatmulParams {
@@ -63,7 +62,7 @@ struct LowBitMatmulParams {
   bool has_norm = false;
   const float* norm_weight = nullptr;  // [cols], aligned to 16 bytes, or null: ones
   float eps = 0;
-  const float* bias = nullptr;       // [rows] in the stacked order, or null; added to v first
+  const float* bias = nullptr;  // [rows] in the stacked order, or null; added to v first
   LowBitOutput output = LowBitOutput::kStore;
   // One of the two, [n_tokens, rows], with kSiluMul [n_tokens, rows / 2].
   float* y_float = nullptr;

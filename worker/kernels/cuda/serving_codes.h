@@ -1,27 +1,25 @@
 // Where a code lies in a block of the serving layout (worker/kernels/cuda/serving_layout.h).
 //
-// A block is 16 rows × 128 columns. Lane l of a warp holds the weights that the A fragments of
-// eight mma.m16n8k16 want from it: of step s four registers, of two codes each, in the low and the
-// high half:
+// A block is 16 rows × 128 columns. Lane l of a warp holds the weights that the A fragments of four
+// mma.m16n8k32 with 8-bit operands want from it. Step s has columns 32 s to 32 s + 31, and of it a
+// lane four registers of four codes, a byte each:
 //
-//   registers 0, 2   row     l / 4      columns 32 (s / 2) + 8 (l % 4) + 4 (s % 2) + {0, 1}, {2, 3}
+//   registers 0, 2   row     l / 4      columns 32 s + 4 (l % 4) + {0, 1, 2, 3}, and 16 further
 //   registers 1, 3   row     l / 4 + 8  the same columns
 //
-// The k of a fragment is no column of its own order: any order does that the activations share, and
-// this one makes what a lane needs of them 16 adjacent bytes for each two steps.
-//
-// bf16 has a mantissa of 7 bits, so that (half & mask) | exponent is the number
-//   2^(7 − p) + code                                                                       (1)
-// for a code whose lowest bit is bit p of the half and whose highest is below bit 7: one
-// instruction, two weights. So the codes of a half are laid out such that few shifts bring all of
-// them below bit 7, and such that registers 0 and 1, and 2 and 3, have one p, because the products
-// take back 2^(7 − p) · Σ x for both rows at once:
+// A code is a number where it lies: (word & mask) is a register of codes times 2^p, with p the
+// lowest bit of their field in each byte. That is one logic instruction for four weights, exact,
+// and the sums of fields with different p are put together once for all rows. So codes lie in the
+// bytes of a register's words such that few shifts are needed:
 //
 // clang-format off
-//   2 bits  8 codes a half: those of bits 0 to 5 as they are, 6 to 11 after >> 6, the rest after >> 12
-//   3 bits  5 codes a half, and a sixth for three words, of their bits 15
-//   4 bits  4 codes a half, each shifted to bit 0
-//   8 bits  2 codes a half; a product of each nibble, the high one as 256 + 16 · nibble
+//   2 bits  word a has register a of all four steps, step s at bits 2 s
+//   3 bits  word a has register a of step 0 at bits 0 to 2, of step 1 at bits 3 to 5, and the low two
+//           bits of step 3 at bits 6 and 7. Word 4 + a / 2 has registers a and a + 1 of step 2 and the
+//           high bits of step 3: the even one at bits 3 to 5 and 2, the odd one where they are once
+//           the word is rotated right by 4
+//   4 bits  word 4 (s / 2) + a has register a of steps s and s + 1, the nibbles of its bytes
+//   8 bits  word 4 s + a is register a of step s
 // clang-format on
 #pragma once
 
@@ -35,48 +33,36 @@ namespace walsh::kernels::cuda {
 
 inline constexpr int kServingTileRows = 16;
 inline constexpr int kServingBlockCols = 128;
-inline constexpr int kServingSteps = 8;  // of 16 columns each
+inline constexpr int kServingSteps = 4;  // of 32 columns each
 inline constexpr int kServingLanes = 32;
 
-// Words of a lane in a block.
+// Words of a lane in a block, and bytes of a block's codes.
 WALSH_HOST_DEVICE constexpr int ServingWords(int bits) { return 2 * bits; }
-WALSH_HOST_DEVICE constexpr int ServingBlockBytes(int bits) { return 256 * bits; }
+WALSH_HOST_DEVICE constexpr int ServingCodeBytes(int bits) { return 256 * bits; }
 
-// Row of the tile and column of the block of the low half of register `a` of step `s`; the high
-// half has the next column.
+// Row of the tile, and column of the block of the first of the four bytes, of register `a` of step
+// `s`; the other bytes have the next columns.
 WALSH_HOST_DEVICE constexpr int ServingRow(int lane, int a) { return lane / 4 + a % 2 * 8; }
 WALSH_HOST_DEVICE constexpr int ServingColumn(int lane, int s, int a) {
-  return s / 2 * 32 + lane % 4 * 8 + s % 2 * 4 + a / 2 * 2;
+  return s * 32 + a / 2 * 16 + lane % 4 * 4;
 }
 
 struct CodePlace {
   int word;
-  int position;  // in each half of the word
+  int position;
 };
 
-// Of bit `b` of the codes of register `a` of step `s`.
-WALSH_HOST_DEVICE constexpr CodePlace PlaceOf(int bits, int s, int a, int b) {
-  if (bits == 2) {
-    const int first = s / 4 * 2;
-    const int word = first + s % 4 / 2;
-    if (s % 2 == 0) {
-      constexpr int kField[] = {0, 3, 1, 4};
-      return {word, 2 * kField[a] + b};
-    }
-    if (a < 2) return {word, 2 * (a == 0 ? 2 : 5) + b};
-    return {first + a - 2, 2 * (s % 4 == 1 ? 6 : 7) + b};
-  }
+// Of bit `b` of the code of byte `i` of register `a` of step `s`.
+WALSH_HOST_DEVICE constexpr CodePlace PlaceOf(int bits, int s, int a, int i, int b) {
+  if (bits == 2) return {a, 8 * i + 2 * s + b};
   if (bits == 3) {
-    if (s < 6) {
-      constexpr int kField[] = {0, 2, 1, 3};
-      return {s, 3 * kField[a] + b};
-    }
-    const int triple = a % 2 * 3;
-    if (s == 7 && a >= 2) return {triple + b, 15};
-    return {triple + (s == 7 ? 2 : a / 2), 12 + b};
+    if (s < 2) return {a, 8 * i + 3 * s + b};
+    if (s == 3 && b < 2) return {a, 8 * i + 6 + b};
+    const int position = 8 * i + (s == 2 ? 3 + b : 2);
+    return {4 + a / 2, a % 2 == 0 ? position : (position + 4) % 32};
   }
-  if (bits == 4) return {s, 4 * a + b};
-  return {2 * s + a / 2, a % 2 * 8 + b};
+  if (bits == 4) return {s / 2 * 4 + a, 8 * i + s % 2 * 4 + b};
+  return {4 * s + a, 8 * i + b};
 }
 
 // Bytes from the block's begin to word `w` of a lane: the words of the lanes lie in pieces of 16
@@ -84,6 +70,16 @@ WALSH_HOST_DEVICE constexpr CodePlace PlaceOf(int bits, int s, int a, int b) {
 WALSH_HOST_DEVICE constexpr int ServingWordOffset(int bits, int lane, int w) {
   if (bits == 3 && w >= 4) return kServingLanes * 16 + lane * 8 + (w - 4) * 4;
   return (w / 4 * kServingLanes + lane) * 16 + w % 4 * 4;
+}
+
+// Behind the codes lie the block's grids, one or, where a group has 32 or 64 columns, four or two:
+// 16 pairs {scale, zero} of halves or 16 codebooks of four, those of rows i and i + 8 adjacent.
+WALSH_HOST_DEVICE constexpr int ServingGridBytes(bool has_codebook) {
+  return kServingTileRows * (has_codebook ? 8 : 4);
+}
+WALSH_HOST_DEVICE constexpr int ServingGridPlace(int row) { return row % 8 * 2 + row / 8; }
+WALSH_HOST_DEVICE constexpr int ServingBlockBytes(int bits, bool has_codebook, int grids) {
+  return ServingCodeBytes(bits) + grids * ServingGridBytes(has_codebook);
 }
 
 }  // namespace walsh::kernels::cuda

@@ -22,8 +22,8 @@ struct Layout {
   int64_t rows;
   int64_t cols;
   int64_t group_size;
-  int64_t col_blocks;
-  int64_t grids;
+  int64_t row_tiles;
+  int64_t block_bytes;
   int64_t blocks_of_grid;
   int grids_in_block;
   bool interleaved;
@@ -35,8 +35,13 @@ struct Layout {
     if (row >= rows / 2) return rows;
     return place % 16 < 8 ? row : row + rows / 2;
   }
-  __device__ int64_t GridOf(int64_t col) const {
-    return grids_in_block == 1 ? col / kServingBlockCols / blocks_of_grid : col / group_size;
+  // Group of columns of grid i of a block.
+  __device__ int64_t GroupOf(int64_t block, int i) const {
+    return grids_in_block == 1 ? block / blocks_of_grid : block * grids_in_block + i;
+  }
+  // Grid of the block that a column of it has.
+  __device__ int GridOf(int64_t col) const {
+    return static_cast<int>(col % kServingBlockCols) * grids_in_block / kServingBlockCols;
   }
 };
 
@@ -44,8 +49,8 @@ Layout LayoutOf(const ServingShape& shape) {
   return {.rows = shape.rows,
           .cols = shape.cols,
           .group_size = shape.group_size,
-          .col_blocks = shape.col_blocks(),
-          .grids = shape.grids(),
+          .row_tiles = shape.row_tiles(),
+          .block_bytes = shape.block_bytes(),
           .blocks_of_grid = shape.blocks_of_grid(),
           .grids_in_block = shape.grids_in_block(),
           .interleaved = shape.order == ServingRows::kInterleaved};
@@ -85,14 +90,14 @@ __device__ void WriteBlock(const BlockCodes& codes, uint8_t* block) {
   for (int s = 0; s < kServingSteps; ++s) {
 #pragma unroll
     for (int a = 0; a < 4; ++a) {
-      const uint8_t* pair = &codes[ServingRow(lane, a)][ServingColumn(lane, s, a)];
-      const uint32_t low = pair[0];
-      const uint32_t high = pair[1];
 #pragma unroll
-      for (int b = 0; b < kBits; ++b) {
-        const CodePlace place = PlaceOf(kBits, s, a, b);
-        words[place.word] |= (low >> b & 1u) << place.position;
-        words[place.word] |= (high >> b & 1u) << (place.position + 16);
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t code = codes[ServingRow(lane, a)][ServingColumn(lane, s, a) + i];
+#pragma unroll
+        for (int b = 0; b < kBits; ++b) {
+          const CodePlace place = PlaceOf(kBits, s, a, i, b);
+          words[place.word] |= (code >> b & 1u) << place.position;
+        }
       }
     }
   }
@@ -107,8 +112,8 @@ template <int kBits>
 __global__ void __launch_bounds__(kThreads)
     BuildCodesKernel(const Layout layout, const Linears linears, uint8_t* out) {
   __shared__ BlockCodes codes;
-  const int64_t tile = blockIdx.x / layout.col_blocks;
-  const int64_t block = blockIdx.x % layout.col_blocks;
+  const int64_t tile = blockIdx.x % layout.row_tiles;
+  const int64_t block = blockIdx.x / layout.row_tiles;
   constexpr int kRuns = kServingBlockCols / kRun;
   if (threadIdx.x < kServingTileRows * kRuns) {
     const int slot = static_cast<int>(threadIdx.x) % kServingTileRows;
@@ -130,24 +135,26 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   __syncthreads();
-  WriteBlock<kBits>(codes, out + static_cast<int64_t>(blockIdx.x) * ServingBlockBytes(kBits));
+  WriteBlock<kBits>(codes, out + static_cast<int64_t>(blockIdx.x) * layout.block_bytes);
 }
 
-// A thread makes the grid of a row and group.
+// A thread makes the grid of a row and group in a block.
 __global__ void __launch_bounds__(kThreads)
     BuildGridsKernel(const Layout layout, const Linears linears, int bits, int64_t n,
-                     int64_t n_groups, __half* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= n) return;
-  const int slot = static_cast<int>(i % kServingTileRows);
-  const int64_t group = i / kServingTileRows % layout.grids;
-  const int64_t tile = i / kServingTileRows / layout.grids;
-  int64_t row = layout.RowAt(tile * kServingTileRows + slot);
+                     int64_t n_groups, uint8_t* blocks) {
+  const int64_t at_grid = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (at_grid >= n) return;
+  const int slot = static_cast<int>(at_grid % kServingTileRows);
+  const int i = static_cast<int>(at_grid / kServingTileRows % layout.grids_in_block);
+  const int64_t of_matrix = at_grid / kServingTileRows / layout.grids_in_block;  // the block
+  const int64_t group = layout.GroupOf(of_matrix / layout.row_tiles, i);
+  int64_t row = layout.RowAt(of_matrix % layout.row_tiles * kServingTileRows + slot);
   const bool is_there = row < layout.rows && group < n_groups;
   const StoredLinear& linear = linears.Find(row);
   const int64_t at = group * linear.rows + row;
-  // Rows i and i + 8 are adjacent.
-  const int64_t place = (tile * layout.grids + group) * kServingTileRows + slot % 8 * 2 + slot / 8;
+  const int place = i * kServingTileRows + ServingGridPlace(slot);
+  auto* out =
+      reinterpret_cast<__half*>(blocks + of_matrix * layout.block_bytes + ServingCodeBytes(bits));
   if (linears.linear[0].levels != nullptr) {
     for (int k = 0; k < 4; ++k) {
       out[4 * place + k] = is_there ? linear.levels[4 * at + k] : __half(0.0f);
@@ -174,10 +181,12 @@ __global__ void __launch_bounds__(kThreads)
 // A CTA rounds a block; its group is the block.
 __global__ void __launch_bounds__(kThreads)
     QuantizeDenseKernel(const Layout layout, const __nv_bfloat16* weights, int64_t* first_bad,
-                        uint8_t* out, __half* grids) {
+                        uint8_t* blocks) {
   __shared__ BlockCodes codes;
-  const int64_t tile = blockIdx.x / layout.col_blocks;
-  const int64_t block = blockIdx.x % layout.col_blocks;
+  const int64_t tile = blockIdx.x % layout.row_tiles;
+  const int64_t block = blockIdx.x / layout.row_tiles;
+  uint8_t* out = blocks + static_cast<int64_t>(blockIdx.x) * layout.block_bytes;
+  auto* grid = reinterpret_cast<__half*>(out + ServingCodeBytes(8));
   const int lane = static_cast<int>(threadIdx.x) % kServingLanes;
   const int warp = static_cast<int>(threadIdx.x) / kServingLanes;
   constexpr int kPerLane = kServingBlockCols / kServingLanes;
@@ -207,46 +216,45 @@ __global__ void __launch_bounds__(kThreads)
           kDenseZero + static_cast<int>(fminf(fmaxf(rounded, -kDenseCodeMax), kDenseCodeMax)));
     }
     if (lane == 0) {
-      const int64_t place =
-          (tile * layout.grids + block) * kServingTileRows + slot % 8 * 2 + slot / 8;
-      grids[2 * place] = scale;
-      grids[2 * place + 1] = __half(static_cast<float>(kDenseZero));
+      const int place = ServingGridPlace(slot);
+      grid[2 * place] = scale;
+      grid[2 * place + 1] = __half(static_cast<float>(kDenseZero));
     }
   }
   __syncthreads();
-  WriteBlock<8>(codes, out + static_cast<int64_t>(blockIdx.x) * ServingBlockBytes(8));
+  WriteBlock<8>(codes, out);
 }
 
-// A CTA takes a block; a thread a row, and a column in 8.
+// A CTA takes a block; a thread four columns of a row at a time.
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
     UnpackServingKernel(const Layout layout, bool has_codebook, const uint8_t* blocks,
-                        const __half* grids, uint8_t* codes, float* weights) {
-  const int64_t tile = blockIdx.x / layout.col_blocks;
-  const int64_t block = blockIdx.x % layout.col_blocks;
-  const uint8_t* words = blocks + static_cast<int64_t>(blockIdx.x) * ServingBlockBytes(kBits);
-  for (int i = static_cast<int>(threadIdx.x); i < kServingLanes * kServingSteps * 4;
-       i += kThreads) {
-    const int lane = i % kServingLanes;
-    const int s = i / kServingLanes / 4;
-    const int a = i / kServingLanes % 4;
+                        uint8_t* codes, float* weights) {
+  const int64_t tile = blockIdx.x % layout.row_tiles;
+  const int64_t block = blockIdx.x / layout.row_tiles;
+  const uint8_t* words = blocks + static_cast<int64_t>(blockIdx.x) * layout.block_bytes;
+  const auto* grids = reinterpret_cast<const __half*>(words + ServingCodeBytes(kBits));
+  for (int t = static_cast<int>(threadIdx.x); t < kServingLanes * kServingSteps * 4;
+       t += kThreads) {
+    const int lane = t % kServingLanes;
+    const int s = t / kServingLanes / 4;
+    const int a = t / kServingLanes % 4;
     const int slot = ServingRow(lane, a);
     const int64_t row = layout.RowAt(tile * kServingTileRows + slot);
-    for (int half = 0; half < 2; ++half) {
-      const int64_t col = block * kServingBlockCols + ServingColumn(lane, s, a) + half;
+    for (int i = 0; i < 4; ++i) {
+      const int64_t col = block * kServingBlockCols + ServingColumn(lane, s, a) + i;
       if (row >= layout.rows || col >= layout.cols) continue;
       int code = 0;
       for (int b = 0; b < kBits; ++b) {
-        const CodePlace place = PlaceOf(kBits, s, a, b);
+        const CodePlace place = PlaceOf(kBits, s, a, i, b);
         const uint32_t word =
             *reinterpret_cast<const uint32_t*>(words + ServingWordOffset(kBits, lane, place.word));
-        code |= static_cast<int>(word >> (place.position + 16 * half) & 1u) << b;
+        code |= static_cast<int>(word >> place.position & 1u) << b;
       }
       const int64_t at = row * layout.cols + col;
       if (codes != nullptr) codes[at] = static_cast<uint8_t>(code);
       if (weights == nullptr) continue;
-      const int64_t grid =
-          (tile * layout.grids + layout.GridOf(col)) * kServingTileRows + slot % 8 * 2 + slot / 8;
+      const int grid = layout.GridOf(col) * kServingTileRows + ServingGridPlace(slot);
       weights[at] =
           has_codebook
               ? __half2float(grids[4 * grid + code])
@@ -319,11 +327,9 @@ int ServingShape::grids_in_block() const {
              : 1;
 }
 int64_t ServingShape::blocks_of_grid() const { return CeilDiv(group_size, kServingBlockCols); }
-int64_t ServingShape::grids() const {
-  return grids_in_block() == 1 ? CeilDiv(col_blocks(), blocks_of_grid())
-                               : col_blocks() * grids_in_block();
+int64_t ServingShape::block_bytes() const {
+  return ServingBlockBytes(bits, has_codebook, grids_in_block());
 }
-int64_t ServingShape::grid_bytes() const { return kServingTileRows * (has_codebook ? 8 : 4); }
 int64_t ServingShape::PlaceOfRow(int64_t r) const {
   if (order == ServingRows::kStacked) return r;
   const bool second = r >= rows / 2;
@@ -368,13 +374,9 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Allocate(const ServingShape& shape,
   WALSH_RETURN_IF_ERROR(ValidateServingShape(shape));
   ServingMatrix matrix;
   matrix.shape_ = shape;
-  WALSH_ASSIGN_OR_RETURN(
-      matrix.codes_,
-      DeviceBuffer<uint8_t>::Allocate(
-          shape.row_tiles() * shape.col_blocks() * ServingBlockBytes(shape.bits), stream));
-  WALSH_ASSIGN_OR_RETURN(matrix.grids_,
+  WALSH_ASSIGN_OR_RETURN(matrix.blocks_,
                          DeviceBuffer<uint8_t>::Allocate(
-                             shape.row_tiles() * shape.grids() * shape.grid_bytes(), stream));
+                             shape.row_tiles() * shape.col_blocks() * shape.block_bytes(), stream));
   return matrix;
 }
 
@@ -393,25 +395,25 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStr
   WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
   const Layout layout = LayoutOf(shape);
   const auto blocks = static_cast<unsigned>(shape.row_tiles() * shape.col_blocks());
-  uint8_t* codes = matrix.codes_.data();
+  uint8_t* out = matrix.blocks_.data();
   switch (shape.bits) {
     case 2:
-      BuildCodesKernel<2><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      BuildCodesKernel<2><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
       break;
     case 3:
-      BuildCodesKernel<3><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      BuildCodesKernel<3><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
       break;
     case 4:
-      BuildCodesKernel<4><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      BuildCodesKernel<4><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
       break;
     default:
-      BuildCodesKernel<8><<<blocks, kThreads, 0, stream>>>(layout, linears, codes);
+      BuildCodesKernel<8><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
   }
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("BuildCodes", stream);
-  const int64_t n = shape.row_tiles() * kServingTileRows * shape.grids();
+  const int64_t n =
+      shape.row_tiles() * shape.col_blocks() * shape.grids_in_block() * kServingTileRows;
   BuildGridsKernel<<<static_cast<unsigned>(CeilDiv(n, kThreads)), kThreads, 0, stream>>>(
-      layout, linears, shape.bits, n, shape.cols / shape.group_size,
-      reinterpret_cast<__half*>(matrix.grids_.data()));
+      layout, linears, shape.bits, n, shape.cols / shape.group_size, out);
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("BuildGrids", stream);
   return matrix;
 }
@@ -422,8 +424,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Quantize(const Dense& dense, cudaSt
   WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
   QuantizeDenseKernel<<<static_cast<unsigned>(shape.row_tiles() * shape.col_blocks()), kThreads, 0,
                         stream>>>(LayoutOf(shape), dense.weights, dense.first_bad,
-                                  matrix.codes_.data(),
-                                  reinterpret_cast<__half*>(matrix.grids_.data()));
+                                  matrix.blocks_.data());
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("QuantizeDense", stream);
   return matrix;
 }
@@ -431,10 +432,9 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Quantize(const Dense& dense, cudaSt
 absl::Status ServingMatrix::Unpack(uint8_t* codes, float* weights, cudaStream_t stream) const {
   const auto blocks = static_cast<unsigned>(shape_.row_tiles() * shape_.col_blocks());
   const Layout layout = LayoutOf(shape_);
-  const auto* grids = reinterpret_cast<const __half*>(grids_.data());
   const auto launch = [&](auto kernel) {
-    kernel<<<blocks, kThreads, 0, stream>>>(layout, shape_.has_codebook, codes_.data(), grids,
-                                            codes, weights);
+    kernel<<<blocks, kThreads, 0, stream>>>(layout, shape_.has_codebook, blocks_.data(), codes,
+                                            weights);
   };
   switch (shape_.bits) {
     case 2:

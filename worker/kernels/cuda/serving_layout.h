@@ -1,12 +1,13 @@
 // Quantized weights in the layout that the products of the CUDA engine read, made on the device
 // when a model is loaded.
 //
-// The rows are cut into tiles of 16 and the columns into blocks of 128. A block is one contiguous
-// piece of 256 · bits bytes; serving_codes.h says where each code of it lies. The blocks of a tile
-// follow one another, and the tiles. Beside them lies the grid: for each tile and group of columns
-// 16 pairs {scale, zero} of halves, or 16 codebooks of four, those of rows i and i + 8 adjacent.
-// The last tile and block are filled up with weights that no output reads or that meet activations
-// of zero.
+// The rows are cut into tiles of 16 and the columns into blocks of 128. A tile's block is one
+// contiguous piece: its codes and, behind them, the scales and zeros (or codebooks) of its rows, so
+// that one copy brings all that a product needs; serving_codes.h says where each code lies. A grid
+// of more than 128 columns is in each of its blocks, which costs 64 bytes a block. The tiles of a
+// block of columns follow one another, and the blocks: a warp keeps its activations and walks down
+// the rows. The last tile and block are filled up with weights that no output reads or that meet
+// activations of zero.
 //
 // Linears that share their input may be stacked, and two of one size (gate and up) interleaved by 8
 // rows, so that a lane of a warp holds both rows of a pair.
@@ -35,7 +36,7 @@ namespace walsh::kernels::cuda {
 
 // Changes with every change of the layout. It is made at load and never stored, so that nothing
 // has to read another version; what caches it beyond a process must compare.
-inline constexpr int kServingLayoutVersion = 1;
+inline constexpr int kServingLayoutVersion = 2;
 
 enum class ServingRows {
   kStacked,     // those of the first linear, then those of the second, …
@@ -53,14 +54,11 @@ struct ServingShape {
 
   int64_t row_tiles() const;
   int64_t col_blocks() const;
-  // Grids of a tile: those of the last block's columns that are not there count.
-  int64_t grids() const;
-  // Whether the grid changes within a block: 1, 2 or 4.
+  // Groups of columns that a block has: 1, 2 or 4.
   int grids_in_block() const;
   // Blocks that share a grid; 1 where a block has several.
   int64_t blocks_of_grid() const;
-  // Bytes of a grid of 16 rows.
-  int64_t grid_bytes() const;
+  int64_t block_bytes() const;
   // Row of the tiles (16 · tile + row of the tile) of row r of the stacked linears.
   int64_t PlaceOfRow(int64_t r) const;
 };
@@ -105,11 +103,10 @@ class ServingMatrix {
   static absl::StatusOr<ServingMatrix> Quantize(const Dense& dense, cudaStream_t stream);
 
   const ServingShape& shape() const { return shape_; }
-  const uint8_t* codes() const { return codes_.data(); }
-  const uint8_t* grids() const { return grids_.data(); }
-  // Everything that a product with one token reads but for what fills up the last tile and block:
-  // bits · rows · cols / 8 and the grids.
-  int64_t size_bytes() const { return codes_.size_bytes() + grids_.size_bytes(); }
+  // [col_blocks, row_tiles, block_bytes]
+  const uint8_t* blocks() const { return blocks_.data(); }
+  // What a product reads: bits · rows · cols / 8 and the grids.
+  int64_t size_bytes() const { return blocks_.size_bytes(); }
 
   // The way back, exactly what the product multiplies by: codes and weights [rows, cols] in the
   // stacked order; either may be null.
@@ -119,8 +116,7 @@ class ServingMatrix {
   static absl::StatusOr<ServingMatrix> Allocate(const ServingShape& shape, cudaStream_t stream);
 
   ServingShape shape_;
-  DeviceBuffer<uint8_t> codes_;  // [row_tiles, col_blocks, 256 · bits]
-  DeviceBuffer<uint8_t> grids_;  // [row_tiles, grids, grid_bytes]
+  DeviceBuffer<uint8_t> blocks_;
 };
 
 }  // namespace walsh::kernels::cuda
