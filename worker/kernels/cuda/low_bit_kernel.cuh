@@ -9,9 +9,9 @@
 //
 // Few tokens, up to four: the kernel quantizes the activations itself, each warp those of its
 // columns, and keeps their fragments in registers for all tiles of a pass. Eight columns of B are
-// hi and lo of four tokens, or, where there are two or one, of one or two tokens for two or four
-// tiles: a tile has its own columns and zeros in the others, so that the tiles add up in one
-// accumulator and what follows the products is done once for all of them.
+// hi and lo of four tokens or, of at most two tokens, those of two tiles: a tile has its own
+// columns and zeros in the others, so that two add up in one accumulator and what follows the
+// products is done once for both.
 //
 // More tokens: the records of the activations come through the ring too, made by a launch before.
 //
@@ -188,14 +188,6 @@ __device__ __forceinline__ void CopyBulkOnce(uint32_t to, const uint8_t* from, u
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 }
-
-// Zeros where there is nothing.
-__device__ __forceinline__ void CopyAsync8(uint32_t to, const void* from, bool is_there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
-               "r"(is_there ? 8 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ void WaitForPreviousKernel() {
 #if __CUDA_ARCH__ >= 900
@@ -401,9 +393,14 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, in
   const bool is_silu = p.output == LowBitOutput::kSiluMul;
   const int tile_shift = is_silu ? 3 : 4;  // outputs of a tile: 8 or 16
   const auto n_outputs = static_cast<unsigned>(n_tiles << tile_shift);
-  int token = static_cast<int>(threadIdx.x / n_outputs);
-  const int i = static_cast<int>(threadIdx.x % n_outputs);
-  const int token_step = static_cast<int>(F::kThreads / n_outputs);
+  int i = static_cast<int>(threadIdx.x);
+  int token = threadIdx.x < n_outputs ? 0 : n_tokens;
+  int token_step = 1;
+  if (n_tokens > 1) {  // not in the way of one token
+    token = static_cast<int>(threadIdx.x / n_outputs);
+    i = static_cast<int>(threadIdx.x % n_outputs);
+    token_step = static_cast<int>(F::kThreads / n_outputs);
+  }
   const int slot = i & ((1 << tile_shift) - 1);
   const int tile = first_tile + (i >> tile_shift);
   int row = (tile << tile_shift) + slot;

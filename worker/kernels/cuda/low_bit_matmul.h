@@ -1,23 +1,28 @@
 // Products of a few tokens with quantized weights: y[n, out] = x[n, in] · Wᵀ for n from 1 to 64.
 //
-// Activations stay bf16 and weights are multiplied as the exact integers that their codes are; sums
-// are fp32. What differs from a product with the dequantized weights in double is the rounding of
-// fp32, near 1e-6 of the result's norm, and that of a bf16 result.
+// Weights are multiplied as the exact integers that their codes are, and activations as block fixed
+// point: 16 bits for each, with one power of two for a token and 128 columns
+// (worker/kernels/cuda/fixed_point.cuh). Products and sums of integers are exact, so that what
+// differs from a product with the dequantized weights in double is the rounding of the activations,
+// to 2^-16 of the largest of 128: below 1e-5 of the result's norm for bf16 activations of a normal
+// distribution, most of which are represented exactly, 4e-5 for fp32 ones (rounding them to bf16
+// loses 1.6e-3) and 1e-4 where one column is 50 times the others.
 //
-// The weights are the A operand of mma.m16n8k16 and the tokens its columns, so that the tensor
-// cores work from one token on. A code becomes a bf16 number by one logic instruction
-// (serving_codes.h, equation 1), which adds a known offset; one product more, of a constant A with
-// the activations, gives Σ offset · x and Σ x, by which the offset and the zero point are taken
-// back once a group:
-//   y += scale · (Σ (offset + code) · x − Σ offset · x − zero · Σ x)
+// The weights are the A operand of mma.m16n8k32 with 8-bit operands, the two bytes of an activation
+// two of its columns, so that the tensor cores work from one token on. One logic instruction makes
+// four codes an operand (serving_codes.h). For each group
+//   y += scale · 2^e · (256 · Σ code · hi + Σ code · lo − zero · Σ q)
 // A codebook is a + b · low bit + d · high bit + e · both, so it is three products of bits.
 //
-// A row of the result depends on its own token only: alone or among any others, and from run to
-// run, it has the same bits. The order of summation is a function of the matrix' shape: blocks of
-// 128 columns go round the warps of a CTA, each warp adds up its own, and the sums of the warps are
-// added in their order.
+// RMSNorm of the activations is part of the product: its weights multiply them before they are
+// rounded, its factor the result.
 //
-// Bound:   memory: the weights are read once for each 32 tokens (8 and 16 take their own kernels)
+// A row of the result depends on its own token only: alone or among any others, with or without a
+// workspace, and from run to run, it has the same bits, since sums of fp32 have one order. An
+// activation that is not finite makes all of its token's outputs NaN; 128 columns that are all
+// below 2^-100 count as zeros.
+//
+// Bound:   memory: the weights are read once for up to 16 tokens, and from the L2 for 16 more
 // Shapes:  row-major, rows of x and y are tokens
 // Errors:  INVALID_ARGUMENT  sizes or alignments that do not fit, named with their limit
 //          UNIMPLEMENTED     more tokens than kLowBitTokensMax; a device before compute 9.0
