@@ -25,9 +25,9 @@ namespace walsh::kernels::cuda {
 namespace {
 
 const float* FloatsOf(const ServingMatrix& matrix) {
-  return reinterpret_cast<const float*>(matrix.codes());
+  return reinterpret_cast<const float*>(matrix.blocks());
 }
-float* FloatsOf(DeviceBuffer<uint8_t>& codes) { return reinterpret_cast<float*>(codes.data()); }
+float* FloatsOf(DeviceBuffer<uint8_t>& blocks) { return reinterpret_cast<float*>(blocks.data()); }
 
 // The value of `bits` bits that is number `index` in a stream of words, `stride` apart.
 uint32_t FieldAt(const uint32_t* words, int64_t stride, int bits, int64_t index) {
@@ -177,7 +177,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Allocate(const ServingShape& shape,
                                                       cudaStream_t stream) {
   ServingMatrix matrix;
   matrix.shape_ = shape;
-  WALSH_ASSIGN_OR_RETURN(matrix.codes_,
+  WALSH_ASSIGN_OR_RETURN(matrix.blocks_,
                          DeviceBuffer<uint8_t>::Allocate(shape.rows * shape.cols * 4, stream));
   return matrix;
 }
@@ -189,7 +189,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStr
                      .order = source.order};
   for (const StoredLinear& linear : source.linears) shape.rows += linear.rows;
   WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
-  float* to = FloatsOf(matrix.codes_);
+  float* to = FloatsOf(matrix.blocks_);
   for (const StoredLinear& linear : source.linears) {
     for (int64_t r = 0; r < linear.rows; ++r) {
       for (int64_t c = 0; c < source.cols; ++c) {
@@ -210,7 +210,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Quantize(const Dense& dense, cudaSt
   WALSH_ASSIGN_OR_RETURN(
       ServingMatrix matrix,
       Allocate({.rows = dense.rows, .cols = dense.cols, .bits = 8, .group_size = kGroup}, stream));
-  float* to = FloatsOf(matrix.codes_);
+  float* to = FloatsOf(matrix.blocks_);
   for (int64_t r = 0; r < dense.rows; ++r) {
     for (int64_t first = 0; first < dense.cols; first += kGroup) {
       const __nv_bfloat16* from = dense.weights + r * dense.cols + first;
@@ -229,10 +229,14 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Quantize(const Dense& dense, cudaSt
   return matrix;
 }
 
-absl::Status ServingMatrix::Unpack(uint8_t*, float* weights, cudaStream_t) const {
-  std::copy_n(FloatsOf(*this), shape_.rows * shape_.cols, weights);
+absl::Status ServingMatrix::Dequantize(__nv_bfloat16* weights, cudaStream_t) const {
+  const float* from = FloatsOf(*this);
+  std::transform(from, from + shape_.rows * shape_.cols, weights,
+                 [](float value) { return __float2bfloat16(value); });
   return absl::OkStatus();
 }
+
+int64_t LowBitWorkspaceBytes(int64_t, int64_t) { return 1; }
 
 absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   const ServingShape& shape = p.weights->shape();
@@ -241,11 +245,23 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   const bool is_pair = p.output == LowBitOutput::kSiluMul;
   const int64_t y_cols = is_pair ? shape.rows / 2 : shape.rows;
   const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
+  const auto x = [&](int64_t token, int64_t c) {
+    const int64_t at = token * x_stride + c;
+    return p.x != nullptr ? __bfloat162float(p.x[at]) : p.x_float[at];
+  };
+  const auto norm_factor = [&](int64_t token) {
+    if (!p.has_norm) return 1.0;
+    double squares = 0;
+    for (int64_t c = 0; c < shape.cols; ++c) squares += x(token, c) * x(token, c);
+    return 1 / std::sqrt(squares / static_cast<double>(shape.cols) + p.eps);
+  };
   const auto value = [&](int64_t token, int64_t row) {
-    double sum = p.bias == nullptr ? 0 : p.bias[row];
+    double sum = 0;
     for (int64_t c = 0; c < shape.cols; ++c) {
-      sum += weights[row * shape.cols + c] * __bfloat162float(p.x[token * x_stride + c]);
+      const float weight = p.norm_weight == nullptr ? 1 : p.norm_weight[c];
+      sum += weights[row * shape.cols + c] * x(token, c) * weight;
     }
+    sum = sum * norm_factor(token) + (p.bias == nullptr ? 0 : p.bias[row]);
     return static_cast<float>(sum);
   };
   for (int64_t t = 0; t < p.n_tokens; ++t) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <utility>
 
 #include "common/status_macros.h"
@@ -58,7 +59,6 @@ absl::Status ForwardPass::Allocate() {
   // Zeros, as rows of no sequence are computed with what lies there.
   WALSH_RETURN_IF_ERROR(AllocateZeros(hidden_, n * c.hidden, stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(qkv_, n * QkvRows(c), stream));
-  WALSH_RETURN_IF_ERROR(AllocateZeros(normed_, n * c.hidden, stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(q_, n * c.q_width(), stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(attended_, n * c.q_width(), stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(activation_, n * c.intermediate, stream));
@@ -70,15 +70,20 @@ absl::Status ForwardPass::Allocate() {
     WALSH_RETURN_IF_ERROR(AllocateZeros(up_, n * c.intermediate, stream));
   }
   if (n > kChunkedRowsMax) {
+    WALSH_RETURN_IF_ERROR(AllocateZeros(normed_, n * c.hidden, stream));
     int64_t largest = 0;
     for (const LayerWeights& layer : weights_->layers) {
       for (const Product* product : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
         largest = std::max(largest, product->rows * product->cols);
       }
     }
-    WALSH_ASSIGN_OR_RETURN(exact_weights_, DeviceBuffer<float>::Allocate(largest, stream));
-    WALSH_ASSIGN_OR_RETURN(rounded_weights_, DeviceBuffer<bf16>::Allocate(largest, stream));
+    WALSH_ASSIGN_OR_RETURN(bf16_weights_, DeviceBuffer<bf16>::Allocate(largest, stream));
   }
+
+  const int64_t widest = std::max({c.hidden, c.q_width(), c.intermediate});
+  const int64_t workspace_bytes =
+      ops::LowBitWorkspaceBytes(std::min(n, ops::kLowBitTokensMax), widest);
+  WALSH_ASSIGN_OR_RETURN(workspace_, DeviceBuffer<std::byte>::Allocate(workspace_bytes, stream));
 
   constexpr int64_t kLogitsAlignment = 4;  // of ArgMax
   logits_stride_ = (c.vocab + kLogitsAlignment - 1) / kLogitsAlignment * kLogitsAlignment;
@@ -108,12 +113,11 @@ absl::Status ForwardPass::Layers(const Rows& rows) {
 
 absl::Status ForwardPass::Layer(int64_t index, const Rows& rows) {
   const LayerWeights& layer = weights_->layers[static_cast<size_t>(index)];
-  WALSH_RETURN_IF_ERROR(Norm(layer.input_norm, hidden_.data(), rows.n, normed_.data()));
-  WALSH_RETURN_IF_ERROR(Project(layer.qkv, normed_.data(), rows.n, qkv_.data()));
+  WALSH_RETURN_IF_ERROR(Project(layer.qkv, layer.input_norm, rows.n, qkv_.data()));
   WALSH_RETURN_IF_ERROR(Attend(index, rows));
   WALSH_RETURN_IF_ERROR(AddTo(layer.o, attended_.data(), rows.n, hidden_.data()));
-  WALSH_RETURN_IF_ERROR(Norm(layer.post_attention_norm, hidden_.data(), rows.n, normed_.data()));
-  WALSH_RETURN_IF_ERROR(GateUp(layer.gate_up, normed_.data(), rows.n, activation_.data()));
+  WALSH_RETURN_IF_ERROR(
+      GateUp(layer.gate_up, layer.post_attention_norm, rows.n, activation_.data()));
   return AddTo(layer.down, activation_.data(), rows.n, hidden_.data());
 }
 
@@ -162,31 +166,50 @@ absl::Status ForwardPass::Attend(int64_t index, const Rows& rows) {
                                      .stream = context_->stream()});
 }
 
-absl::Status ForwardPass::Norm(const DeviceBuffer<float>& weight, const float* x, int64_t n_rows,
-                               bf16* y) {
-  return ops::RmsNorm<bf16>(*context_, n_rows, config_->hidden, x, weight.data(),
-                            static_cast<float>(config_->rms_norm_eps), y);
+absl::Status ForwardPass::Norm(const DeviceBuffer<float>& weight, int64_t n_rows) {
+  return ops::RmsNorm<bf16>(*context_, n_rows, config_->hidden, hidden_.data(), weight.data(),
+                            static_cast<float>(config_->rms_norm_eps), normed_.data());
 }
 
-absl::Status ForwardPass::Project(const Product& product, const bf16* x, int64_t n_rows, float* y) {
+ops::LowBitMatmulParams ForwardPass::Multiply(const ServingMatrix& weights, int64_t n) {
+  return {.n_tokens = n,
+          .weights = &weights,
+          .overlap_previous = true,
+          .workspace = workspace_.data(),
+          .workspace_bytes = workspace_.size_bytes(),
+          .stream = context_->stream()};
+}
+
+ops::LowBitMatmulParams ForwardPass::MultiplyNormed(const ServingMatrix& weights,
+                                                    const DeviceBuffer<float>& norm,
+                                                    const float* hidden, int64_t n) {
+  ops::LowBitMatmulParams params = Multiply(weights, n);
+  params.x_float = hidden;
+  params.has_norm = true;
+  params.norm_weight = norm.data();
+  params.eps = static_cast<float>(config_->rms_norm_eps);
+  return params;
+}
+
+absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<float>& norm,
+                                  int64_t n_rows, float* y) {
   if (n_rows > kChunkedRowsMax) {
+    WALSH_RETURN_IF_ERROR(Norm(norm, n_rows));
     WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
     return ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
                                                        .in = product.cols,
                                                        .out = product.rows,
-                                                       .x = x,
+                                                       .x = normed_.data(),
                                                        .weights = weights,
                                                        .y = y});
   }
   return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
     for (const Product::Part& part : product.parts) {
-      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul({.n_tokens = n,
-                                               .weights = &part.weights,
-                                               .x = x + first * product.cols,
-                                               .y_float = y + first * product.rows + part.first_row,
-                                               .y_stride = product.rows,
-                                               .overlap_previous = true,
-                                               .stream = context_->stream()}));
+      ops::LowBitMatmulParams params =
+          MultiplyNormed(part.weights, norm, hidden_.data() + first * product.cols, n);
+      params.y_float = y + first * product.rows + part.first_row;
+      params.y_stride = product.rows;
+      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
     }
     return absl::OkStatus();
   });
@@ -208,95 +231,78 @@ absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n
   }
   return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
     for (const Product::Part& part : product.parts) {
-      WALSH_RETURN_IF_ERROR(
-          ops::LowBitMatmul({.n_tokens = n,
-                             .weights = &part.weights,
-                             .x = x + first * product.cols,
-                             .bias = product.BiasOf(part),
-                             .output = LowBitOutput::kAdd,
-                             .y_float = hidden + first * product.rows + part.first_row,
-                             .y_stride = product.rows,
-                             .overlap_previous = true,
-                             .stream = context_->stream()}));
+      ops::LowBitMatmulParams params = Multiply(part.weights, n);
+      params.x = x + first * product.cols;
+      params.bias = product.BiasOf(part);
+      params.output = LowBitOutput::kAdd;
+      params.y_float = hidden + first * product.rows + part.first_row;
+      params.y_stride = product.rows;
+      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
     }
     return absl::OkStatus();
   });
 }
 
-absl::Status ForwardPass::GateUp(const Product& product, const bf16* x, int64_t n_rows, bf16* y) {
-  if (n_rows > kChunkedRowsMax || product.parts.size() > 1) {
-    return GateUpInTwo(product, x, n_rows, y);
-  }
-  const Product::Part& part = product.parts.front();
-  return InChunks(n_rows, [&](int64_t first, int64_t n) {
-    return ops::LowBitMatmul({.n_tokens = n,
-                              .weights = &part.weights,
-                              .x = x + first * product.cols,
-                              .bias = product.BiasOf(part),
-                              .output = LowBitOutput::kSiluMul,
-                              .y_bf16 = y + first * (product.rows / 2),
-                              .overlap_previous = true,
-                              .stream = context_->stream()});
+absl::Status ForwardPass::GateUp(const Product& product, const DeviceBuffer<float>& norm,
+                                 int64_t n_rows, bf16* y) {
+  if (n_rows > kChunkedRowsMax) return GateUpOfMany(product, norm, n_rows, y);
+  const int64_t width = product.rows / 2;
+  const bool is_pair = product.parts.size() == 1;  // whose rows are interleaved
+  const std::array<bf16*, 2> to = {is_pair ? y : gate_.data(), up_.data()};
+  const absl::Status status = InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
+    for (size_t i = 0; i < product.parts.size(); ++i) {
+      const Product::Part& part = product.parts[i];
+      ops::LowBitMatmulParams params =
+          MultiplyNormed(part.weights, norm, hidden_.data() + first * product.cols, n);
+      params.bias = product.BiasOf(part);
+      params.output = is_pair ? LowBitOutput::kSiluMul : LowBitOutput::kStore;
+      params.y_bf16 = to[i] + first * width;
+      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
+    }
+    return absl::OkStatus();
   });
+  if (!status.ok() || is_pair) return status;
+  return ops::SiluMultiply<bf16>(*context_, n_rows * width, gate_.data(), up_.data(), y);
 }
 
-absl::Status ForwardPass::GateUpInTwo(const Product& product, const bf16* x, int64_t n_rows,
-                                      bf16* y) {
+absl::Status ForwardPass::GateUpOfMany(const Product& product, const DeviceBuffer<float>& norm,
+                                       int64_t n_rows, bf16* y) {
   const int64_t width = product.rows / 2;
-  const std::array<bf16*, 2> to = {gate_.data(), up_.data()};
-  if (n_rows > kChunkedRowsMax) {
-    WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
-    for (int64_t i = 0; i < 2; ++i) {
+  WALSH_RETURN_IF_ERROR(Norm(norm, n_rows));
+  WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
+  int64_t row = 0;
+  for (bf16* to : {gate_.data(), up_.data()}) {
+    WALSH_RETURN_IF_ERROR(
+        ops::Gemm(*context_, ops::GemmParams<bf16>{.n_tokens = n_rows,
+                                                   .in = product.cols,
+                                                   .out = width,
+                                                   .x = normed_.data(),
+                                                   .weights = weights + row * product.cols,
+                                                   .y = to}));
+    if (product.bias.size() > 0) {
       WALSH_RETURN_IF_ERROR(
-          ops::Gemm(*context_, ops::GemmParams<bf16>{.n_tokens = n_rows,
-                                                     .in = product.cols,
-                                                     .out = width,
-                                                     .x = x,
-                                                     .weights = weights + i * width * product.cols,
-                                                     .y = to[static_cast<size_t>(i)]}));
-      if (product.bias.size() == 0) continue;
-      WALSH_RETURN_IF_ERROR(ops::AddBias<bf16>(
-          *context_, n_rows, width, product.bias.data() + i * width, to[static_cast<size_t>(i)]));
+          ops::AddBias<bf16>(*context_, n_rows, width, product.bias.data() + row, to));
     }
-  } else {
-    const absl::Status status = InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
-      for (size_t i = 0; i < 2; ++i) {
-        const Product::Part& part = product.parts[i];
-        WALSH_RETURN_IF_ERROR(ops::LowBitMatmul({.n_tokens = n,
-                                                 .weights = &part.weights,
-                                                 .x = x + first * product.cols,
-                                                 .bias = product.BiasOf(part),
-                                                 .y_bf16 = to[i] + first * width,
-                                                 .overlap_previous = true,
-                                                 .stream = context_->stream()}));
-      }
-      return absl::OkStatus();
-    });
-    WALSH_RETURN_IF_ERROR(status);
+    row += width;
   }
   return ops::SiluMultiply<bf16>(*context_, n_rows * width, gate_.data(), up_.data(), y);
 }
 
 absl::StatusOr<const bf16*> ForwardPass::Dequantized(const Product& product) {
   for (const Product::Part& part : product.parts) {
-    WALSH_RETURN_IF_ERROR(part.weights.Unpack(
-        nullptr, exact_weights_.data() + part.first_row * product.cols, context_->stream()));
+    WALSH_RETURN_IF_ERROR(part.weights.Dequantize(
+        bf16_weights_.data() + part.first_row * product.cols, context_->stream()));
   }
-  WALSH_RETURN_IF_ERROR((ops::Convert<float, bf16>(
-      *context_, product.rows * product.cols, exact_weights_.data(), rounded_weights_.data())));
-  return rounded_weights_.data();
+  return bf16_weights_.data();
 }
 
 absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first) {
-  WALSH_RETURN_IF_ERROR(Norm(weights_->final_norm, hidden, n, normed_.data()));
   WALSH_RETURN_IF_ERROR(InChunks(n, [&](int64_t row, int64_t n_chunk) {
-    return ops::LowBitMatmul({.n_tokens = n_chunk,
-                              .weights = &weights_->head,
-                              .x = normed_.data() + row * config_->hidden,
-                              .y_float = logits_.data() + (first + row) * logits_stride_,
-                              .y_stride = logits_stride_,
-                              .overlap_previous = true,
-                              .stream = context_->stream()});
+    ops::LowBitMatmulParams params = MultiplyNormed(weights_->head, weights_->final_norm,
+                                                    hidden + row * config_->hidden, n_chunk);
+    params.y_float = logits_.data() + (first + row) * logits_stride_;
+    params.y_stride = logits_stride_;
+    return ops::LowBitMatmul(params);
   }));
   return ops::ArgMax({.n_rows = n,
                       .vocab = config_->vocab,
@@ -304,6 +310,7 @@ absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first) {
                       .stride = logits_stride_,
                       .ids = best_.data() + first,
                       .workspace = arg_max_workspace_.data() + 2 * first,
+                      .overlap_previous = true,
                       .stream = context_->stream()});
 }
 

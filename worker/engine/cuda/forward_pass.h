@@ -15,6 +15,7 @@
 // Threads: used by one thread; asynchronous on the context's stream
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -22,6 +23,7 @@
 #include "absl/status/statusor.h"
 #include "worker/engine/cuda/device_weights.h"
 #include "worker/io/model_config.h"
+#include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/paged_kv.h"
 
@@ -42,8 +44,8 @@ class ForwardPass {
     int64_t n = 0;
     // [n] on the device; −1 − i: the token that best() has at i.
     const int32_t* tokens = nullptr;
-    kernels::cuda::KvBatch kv;        // all n rows
-    bool is_decode = false;           // a row for each sequence
+    kernels::cuda::KvBatch kv;  // all n rows
+    bool is_decode = false;     // a row for each sequence
   };
   absl::Status Layers(const Rows& rows);
   // Logits of rows of `hidden` [n, hidden] and the positions of their largest; rows and places are
@@ -67,14 +69,23 @@ class ForwardPass {
 
   absl::Status Layer(int64_t index, const Rows& rows);
   absl::Status Attend(int64_t index, const Rows& rows);
-  absl::Status Norm(const DeviceBuffer<float>& weight, const float* x, int64_t n_rows, bf16* y);
-  // y = x · Wᵀ without bias.
-  absl::Status Project(const Product& product, const bf16* x, int64_t n_rows, float* y);
+  // normed = RMSNorm of what is in hidden
+  absl::Status Norm(const DeviceBuffer<float>& weight, int64_t n_rows);
+  // A product of n rows with what it needs of this pass; and one of the norm of `hidden`.
+  kernels::cuda::LowBitMatmulParams Multiply(const ServingMatrix& weights, int64_t n);
+  kernels::cuda::LowBitMatmulParams MultiplyNormed(const ServingMatrix& weights,
+                                                   const DeviceBuffer<float>& norm,
+                                                   const float* hidden, int64_t n);
+  // y = norm(hidden) · Wᵀ without bias.
+  absl::Status Project(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
+                       float* y);
   // hidden += x · Wᵀ + bias
   absl::Status AddTo(const Product& product, const bf16* x, int64_t n_rows, float* hidden);
-  // y = SiLU(x · gateᵀ) ⊙ (x · upᵀ)
-  absl::Status GateUp(const Product& product, const bf16* x, int64_t n_rows, bf16* y);
-  absl::Status GateUpInTwo(const Product& product, const bf16* x, int64_t n_rows, bf16* y);
+  // y = SiLU(norm(hidden) · gateᵀ) ⊙ (norm(hidden) · upᵀ)
+  absl::Status GateUp(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
+                      bf16* y);
+  absl::Status GateUpOfMany(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
+                            bf16* y);
   // The product's weights in bf16, [rows, cols], valid until the next call.
   absl::StatusOr<const bf16*> Dequantized(const Product& product);
 
@@ -86,9 +97,8 @@ class ForwardPass {
   DeviceBuffer<bf16> pool_;  // [n_layers, …], a layer as paged_kv.h has it
   DeviceBuffer<float> hidden_, qkv_;
   DeviceBuffer<bf16> normed_, q_, attended_, gate_, up_, activation_;
-  // Of the largest product; empty where no pass has so many rows.
-  DeviceBuffer<float> exact_weights_;
-  DeviceBuffer<bf16> rounded_weights_;
+  DeviceBuffer<bf16> bf16_weights_;  // of the largest product; empty where no pass has so many rows
+  DeviceBuffer<std::byte> workspace_;  // of products
   DeviceBuffer<float> logits_;
   int64_t logits_stride_ = 0;
   DeviceBuffer<int32_t> best_;

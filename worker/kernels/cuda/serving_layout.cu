@@ -264,6 +264,73 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The code of byte i of register a of step s, of the words of a lane.
+template <int kBits>
+__device__ __forceinline__ uint32_t CodeAt(const uint32_t* words, int s, int a, int i) {
+  const CodePlace low = PlaceOf(kBits, s, a, i, 0);
+  const CodePlace high = PlaceOf(kBits, s, a, i, kBits - 1);
+  if (high.word == low.word && high.position == low.position + kBits - 1) {
+    return words[low.word] >> low.position & ((1u << kBits) - 1u);
+  }
+  uint32_t code = 0;
+#pragma unroll
+  for (int b = 0; b < kBits; ++b) {
+    const CodePlace place = PlaceOf(kBits, s, a, i, b);
+    code |= (words[place.word] >> place.position & 1u) << b;
+  }
+  return code;
+}
+
+// A warp takes a block, a lane its own words: of each register four columns of a row, and four
+// lanes write a sector.
+template <int kBits>
+__global__ void __launch_bounds__(kThreads)
+    DequantizeServingKernel(const Layout layout, bool has_codebook, int64_t n_blocks,
+                            const uint8_t* blocks, __nv_bfloat16* weights) {
+  const int lane = static_cast<int>(threadIdx.x) % kServingLanes;
+  const int64_t index =
+      static_cast<int64_t>(blockIdx.x) * (kThreads / kServingLanes) + threadIdx.x / kServingLanes;
+  if (index >= n_blocks) return;
+  const int64_t first_col = index / layout.row_tiles * kServingBlockCols;
+  const uint8_t* from = blocks + index * layout.block_bytes;
+  const auto* grids = reinterpret_cast<const __half*>(from + ServingCodeBytes(kBits));
+  uint32_t words[ServingWords(kBits)];
+#pragma unroll
+  for (int w = 0; w < ServingWords(kBits); w += 2) {
+    const auto pair = *reinterpret_cast<const uint2*>(from + ServingWordOffset(kBits, lane, w));
+    words[w] = pair.x;
+    words[w + 1] = pair.y;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int slot = ServingRow(lane, half);
+    const int64_t row = layout.RowAt(index % layout.row_tiles * kServingTileRows + slot);
+    if (row >= layout.rows) continue;
+#pragma unroll
+    for (int s = 0; s < kServingSteps; ++s) {
+#pragma unroll
+      for (int a = half; a < 4; a += 2) {
+        const int64_t col = first_col + ServingColumn(lane, s, a);
+        if (col >= layout.cols) continue;
+        const int grid = layout.GridOf(col) * kServingTileRows + ServingGridPlace(slot);
+        const float scale = __half2float(grids[2 * grid]);
+        const float zero = __half2float(grids[2 * grid + 1]);
+        float values[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t code = CodeAt<kBits>(words, s, a, i);
+          values[i] = has_codebook ? __half2float(grids[4 * grid + code])
+                                   : scale * (static_cast<float>(code) - zero);
+        }
+        const __nv_bfloat162 low = __floats2bfloat162_rn(values[0], values[1]);
+        const __nv_bfloat162 high = __floats2bfloat162_rn(values[2], values[3]);
+        *reinterpret_cast<uint2*>(weights + row * layout.cols + col) = {
+            *reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high)};
+      }
+    }
+  }
+}
+
 absl::Status CheckBlocks(int64_t n) {
   constexpr int64_t kGridMax = INT32_MAX;
   if (n <= kGridMax) return absl::OkStatus();
@@ -450,6 +517,30 @@ absl::Status ServingMatrix::Unpack(uint8_t* codes, float* weights, cudaStream_t 
       launch(UnpackServingKernel<8>);
   }
   return LaunchStatus("UnpackServing", stream);
+}
+
+absl::Status ServingMatrix::Dequantize(__nv_bfloat16* weights, cudaStream_t stream) const {
+  constexpr int64_t kWarps = kThreads / kServingLanes;
+  const int64_t n_blocks = shape_.row_tiles() * shape_.col_blocks();
+  const Layout layout = LayoutOf(shape_);
+  const auto launch = [&](auto kernel) {
+    kernel<<<static_cast<unsigned>(CeilDiv(n_blocks, kWarps)), kThreads, 0, stream>>>(
+        layout, shape_.has_codebook, n_blocks, blocks_.data(), weights);
+  };
+  switch (shape_.bits) {
+    case 2:
+      launch(DequantizeServingKernel<2>);
+      break;
+    case 3:
+      launch(DequantizeServingKernel<3>);
+      break;
+    case 4:
+      launch(DequantizeServingKernel<4>);
+      break;
+    default:
+      launch(DequantizeServingKernel<8>);
+  }
+  return LaunchStatus("DequantizeServing", stream);
 }
 
 }  // namespace walsh::kernels::cuda
