@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 #include <numeric>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,7 @@
 #include "tests/testing/tiny_model.h"
 #include "worker/engine/cuda/cuda_model.h"
 #include "worker/engine/loaded_model.h"
+#include "worker/engine/sampler.h"
 #include "worker/kernels/cuda/device_buffer.h"
 
 namespace walsh::engine {
@@ -256,6 +258,81 @@ TEST_F(CudaEngineTest, WhatIsNotWantedIsNotMade) {
   a.n_past = 2;
   const auto logits = Step(*runner, {&a}, {1});
   EXPECT_EQ(std::max_element(logits[0].begin(), logits[0].end()) - logits[0].begin(), best);
+}
+
+// Rows of one token each; tokens from the step before where there is one on its way.
+StepBatch NextTokens(std::vector<Text>& texts, bool is_before) {
+  StepBatch batch;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    batch.sequences.push_back({.first_row = static_cast<int64_t>(i),
+                               .n_rows = 1,
+                               .n_past = texts[i].n_past++,
+                               .blocks = texts[i].blocks,
+                               .wanted = Wanted::kBest});
+    batch.tokens.push_back(is_before ? StepBatch::FromStepBefore(i) : texts[i].tokens.back());
+  }
+  return batch;
+}
+
+TEST_F(CudaEngineTest, AStepThatIsStartedAheadTakesTheTokensOfTheOneBefore) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  ModelRunner* runner = CudaRunner();
+  if (runner == nullptr) return;
+  ASSERT_TRUE(runner->can_run_ahead());
+  std::vector<std::vector<int32_t>> made[2];
+  for (const bool is_ahead : {false, true}) {
+    std::vector<Text> texts = {MakeText(0, Tokens(21, 1)), MakeText(1, Tokens(9, 2)),
+                               MakeText(2, Tokens(30, 3))};
+    for (Text& text : texts) Step(*runner, {&text}, {static_cast<int64_t>(text.tokens.size()) - 1});
+    const auto take = [&] {
+      ASSERT_OK(runner->Wait());
+      made[is_ahead].emplace_back();
+      for (size_t i = 0; i < texts.size(); ++i) {
+        texts[i].tokens.push_back(runner->best(i));
+        made[is_ahead].back().push_back(runner->best(i));
+      }
+    };
+    ASSERT_OK(runner->Start(NextTokens(texts, false)));
+    for (int step = 0; step < 6; ++step) {
+      if (!is_ahead) take();
+      ASSERT_OK(runner->Start(NextTokens(texts, is_ahead)));
+      if (is_ahead) take();
+    }
+    take();
+  }
+  EXPECT_EQ(made[1], made[0]);
+}
+
+TEST_F(CudaEngineTest, DrawnTokensAreThoseOfTheSampler) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  ModelRunner* runner = CudaRunner();
+  if (runner == nullptr) return;
+  ASSERT_TRUE(runner->can_draw());
+  Text text = MakeText(0, Tokens(40, 1));
+  const auto logits = Step(*runner, {&text}, {20}).front();
+  std::set<int32_t> seen;
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    const SamplingOptions options{.temperature = 0.9,
+                                  .top_p = seed % 2 == 0 ? 1.0 : 0.9,
+                                  .top_k = seed % 3 == 0 ? 0 : 40,
+                                  .min_p = seed % 5 == 0 ? 0.02 : 0.0,
+                                  .seed = seed};
+    // The last row again: as a row that decodes, and with one more as a prompt.
+    for (const int64_t n_rows : {1, 2}) {
+      StepBatch batch;
+      batch.tokens = {text.tokens.begin() + 20 - n_rows, text.tokens.begin() + 20};
+      batch.sequences = {{.n_rows = n_rows,
+                          .n_past = 20 - n_rows,
+                          .blocks = text.blocks,
+                          .wanted = Wanted::kDrawn,
+                          .draw = Sampler(options, {}, {}).DrawOf(0)}};
+      ASSERT_OK(runner->Run(batch));
+      std::vector<float> row = logits;
+      EXPECT_EQ(runner->best(0), Sampler(options, {}, {}).Sample(row)->token) << seed;
+      seen.insert(runner->best(0));
+    }
+  }
+  EXPECT_GT(seen.size(), 10u);
 }
 
 TEST_F(CudaEngineTest, BatchesThatDoNotFitAreRefused) {

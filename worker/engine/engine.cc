@@ -372,7 +372,8 @@ std::optional<BatchingEngine::Flight> BatchingEngine::FlightAhead(const Flight& 
   }
   for (const Active& item : flight.active) {
     // The token of a sequence that needs its logits is chosen here.
-    const bool is_of_device = item.sequence != nullptr && item.sequence->wanted() == Wanted::kBest;
+    const bool is_of_device =
+        item.sequence != nullptr && item.sequence->WantedOf(*runner_) != Wanted::kLogits;
     if (!is_of_device) return std::nullopt;
   }
   const auto chunks = scheduler_.NextAhead(clock_->Monotonic());
@@ -401,12 +402,14 @@ void BatchingEngine::StartAll(const std::vector<Start>& starts) {
 void BatchingEngine::StartModel(Flight& flight, const Flight* before) {
   StepBatch batch;
   for (const Active& item : flight.active) {
+    const bool samples = item.chunk.samples;
     batch.sequences.push_back(
         {.first_row = static_cast<int64_t>(batch.tokens.size()),
          .n_rows = item.chunk.n_tokens,
          .n_past = item.chunk.first,
          .blocks = item.chunk.blocks,
-         .wanted = item.chunk.samples ? item.sequence->wanted() : Wanted::kNothing});
+         .wanted = samples ? item.sequence->WantedOf(*runner_) : Wanted::kNothing,
+         .draw = item.sequence->DrawOf(before == nullptr ? 0 : 1)});
     if (before != nullptr) {
       const auto is_same = [&](const Active& other) { return other.chunk.id == item.chunk.id; };
       const auto it = std::find_if(before->active.begin(), before->active.end(), is_same);

@@ -59,6 +59,19 @@ bool Sampler::needs_logits() const {
   return options_.temperature != 0.0 || options_.logprobs || wants_penalties() || excludes_ends();
 }
 
+bool Sampler::only_draws() const {
+  return options_.temperature > 0.0 && !options_.logprobs && !wants_penalties() && !excludes_ends();
+}
+
+Draw Sampler::DrawOf(uint64_t n_ahead) const {
+  return {.temperature = options_.temperature,
+          .top_p = options_.top_p,
+          .min_p = options_.min_p,
+          .top_k = options_.top_k,
+          .seed = options_.seed,
+          .position = static_cast<uint64_t>(n_generated_) + n_ahead};
+}
+
 absl::StatusOr<TokenLogprob> Sampler::TakeBest(int32_t best) {
   if (best < 0) return NotFinite();
   ++n_generated_;
@@ -86,7 +99,7 @@ absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
     return absl::InternalError(
         absl::StrCat("no token is left to choose for new token ", n_generated_));
   }
-  result.token = options_.temperature == 0.0 ? static_cast<int32_t>(best) : Draw(logits, best);
+  result.token = options_.temperature == 0.0 ? static_cast<int32_t>(best) : Choose(logits, best);
   if (options_.logprobs) result.logprob = raw[result.token] - log_sum_exp;
   if (wants_penalties()) ++n_output_[result.token];
   ++n_generated_;
@@ -112,7 +125,7 @@ void Sampler::ExcludeEnds(std::span<float> logits) const {
   }
 }
 
-int32_t Sampler::Draw(std::span<const float> logits, int64_t best) {
+int32_t Sampler::Choose(std::span<const float> logits, int64_t best) {
   const float max_logit = logits[best];
   // min_p as a bound on logits: p / max p = exp((logit − max) / temperature).
   const auto floor = static_cast<float>(

@@ -24,6 +24,7 @@
 
 #include "absl/status/statusor.h"
 #include "worker/engine/engine.h"
+#include "worker/engine/served_model.h"
 
 namespace walsh::engine {
 
@@ -36,7 +37,12 @@ class Sampler {
   // Whether the next token takes more than the position of the largest logit: false for plain
   // greedy sampling.
   bool needs_logits() const;
-  // Takes that position as the next token, where no more is needed; −1 is an error as below.
+  // Whether all that it takes beside the logits is a draw: no penalties, exclusions or
+  // log-probabilities.
+  bool only_draws() const;
+  // The draw of the token that is `n_ahead` behind the next.
+  Draw DrawOf(uint64_t n_ahead) const;
+  // Takes that position, or what was drawn, as the next token; −1 is an error as below.
   absl::StatusOr<TokenLogprob> TakeBest(int32_t best);
   // Chooses a token from one row of logits, which it overwrites, and counts it as generated.
   // `logprob` and `top` (most probable first) are set when the options ask for log-probabilities.
@@ -62,7 +68,7 @@ class Sampler {
   void Penalize(std::span<float> logits) const;
   void ExcludeEnds(std::span<float> logits) const;
   // `best`: the position of the largest logit.
-  int32_t Draw(std::span<const float> logits, int64_t best);
+  int32_t Choose(std::span<const float> logits, int64_t best);
   // By weights_ and sums_, in the order of ids.
   int32_t DrawFromAll(double uniform, int64_t best) const;
   // Sorts candidates_ until the weight of a prefix reaches `mass`, and drops the rest.

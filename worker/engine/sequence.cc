@@ -29,7 +29,7 @@ int32_t Sequence::TokenAt(int64_t position) const {
 }
 
 absl::StatusOr<Sequence::Emission> Sequence::Sample(ModelRunner& runner, size_t index) {
-  absl::StatusOr<TokenLogprob> sampled = sampler_.needs_logits()
+  absl::StatusOr<TokenLogprob> sampled = WantedOf(runner) == Wanted::kLogits
                                              ? sampler_.Sample(runner.logits(index))
                                              : sampler_.TakeBest(runner.best(index));
   if (!sampled.ok()) return sampled.status();

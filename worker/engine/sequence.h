@@ -35,9 +35,14 @@ class Sequence {
     Delta delta;
     std::optional<FinishReason> finish;
   };
-  // What a step must make of this sequence for the next token.
-  Wanted wanted() const { return sampler_.needs_logits() ? Wanted::kLogits : Wanted::kBest; }
-  // Samples from what the runner's last step made of it, as wanted() said. An error concerns this
+  // What a step of this runner must make of this sequence for the next token.
+  Wanted WantedOf(const ModelRunner& runner) const {
+    if (!sampler_.needs_logits()) return Wanted::kBest;
+    return runner.can_draw() && sampler_.only_draws() ? Wanted::kDrawn : Wanted::kLogits;
+  }
+  // The draw of the token that is `n_ahead` behind the next.
+  Draw DrawOf(uint64_t n_ahead) const { return sampler_.DrawOf(n_ahead); }
+  // Samples from what the runner's last step made of it, as WantedOf said. An error concerns this
   // sequence alone.
   absl::StatusOr<Emission> Sample(ModelRunner& runner, size_t index);
 

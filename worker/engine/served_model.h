@@ -29,7 +29,18 @@ namespace walsh::engine {
 enum class Wanted {
   kNothing,
   kBest,    // the position of the largest logit of its last row
-  kLogits,  // these logits, too
+  kDrawn,   // a token drawn by these logits; of a runner that can_draw()
+  kLogits,  // the logits, and the position of the largest
+};
+
+// How a token is drawn, as worker/engine/sampler.h has it without penalties and exclusions.
+struct Draw {
+  double temperature = 1;  // above 0
+  double top_p = 1;
+  double min_p = 0;
+  int32_t top_k = 0;  // 0: off
+  uint64_t seed = 0;
+  uint64_t position = 0;  // tokens generated before
 };
 
 // Rows of several sequences in one pass.
@@ -38,6 +49,7 @@ struct StepBatch {
     int64_t first_row = 0, n_rows = 0, n_past = 0;
     std::span<const BlockId> blocks;  // of the runner's KV memory, for n_past + n_rows tokens
     Wanted wanted = Wanted::kNothing;
+    Draw draw = {};  // where one is wanted
   };
   // [n_rows]; those of a sequence follow one another. FromStepBefore where a step that is still on
   // its way makes the token.
@@ -46,7 +58,8 @@ struct StepBatch {
   // Called while the pass goes on, unless empty: a sign of life, as one may take long.
   std::function<void()> on_layer;
 
-  // The likeliest token of `sequences[index]` of the step that was started before this one.
+  // The token that best() will tell of `sequences[index]` of the step that was started before this
+  // one.
   static constexpr int32_t FromStepBefore(size_t index) { return -1 - static_cast<int32_t>(index); }
   static constexpr size_t IndexBefore(int32_t token) { return static_cast<size_t>(-1 - token); }
 };
@@ -60,6 +73,7 @@ class ModelRunner {
  public:
   virtual ~ModelRunner() = default;
   virtual bool can_run_ahead() const { return false; }
+  virtual bool can_draw() const { return false; }
   // INVALID_ARGUMENT for a batch that does not fit the model or its memory. Of a device that fails,
   // what worker/kernels/device_failure.h calls broken. Only a step that was started is waited for.
   virtual absl::Status Start(const StepBatch& batch) = 0;
@@ -72,7 +86,7 @@ class ModelRunner {
   }
   // What the step that was waited for last made of `batch.sequences[index]`, until the next Wait.
   // Several threads may ask, each for another sequence.
-  // −1 where the largest logit is not finite or one is NaN.
+  // The drawn token where one was wanted; −1 where the largest logit is not finite or one is NaN.
   virtual int32_t best(size_t index) const = 0;
   virtual std::span<float> logits(size_t index) = 0;  // [vocab]; the caller may overwrite them
   // What the block holds is lost; its memory may go back to the system.

@@ -14,6 +14,7 @@
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/event.h"
 #include "worker/kernels/cuda/pinned_buffer.h"
+#include "worker/kernels/cuda/sample_rows.h"
 
 namespace walsh::engine::cuda {
 namespace {
@@ -32,6 +33,21 @@ int64_t DecodeSize(int64_t n_sequences) {
   }
   constexpr int64_t kStep = 64;  // as many as one product takes
   return AlignedTo(n_sequences, kStep);
+}
+
+constexpr int64_t kDrawVocabMax = int64_t{1} << 20;  // of SampleRows
+
+// How the token of a sequence is chosen; true where it is drawn.
+bool SetDraw(const StepBatch::Sequence& sequence, ops::SampleRow& row) {
+  row = {};
+  if (sequence.wanted != Wanted::kDrawn) return false;
+  row.temperature = sequence.draw.temperature;
+  row.top_p = sequence.draw.top_p;
+  row.min_p = sequence.draw.min_p;
+  row.top_k = sequence.draw.top_k;
+  row.seed = sequence.draw.seed;
+  row.position = sequence.draw.position;
+  return true;
 }
 
 // What a pass knows of its rows, on the host and on the device: their tokens, then the KvBatch.
@@ -69,12 +85,17 @@ struct Image {
 class DeviceRunner final : public ModelRunner {
  public:
   DeviceRunner(Context* context, const ModelConfig* config, const ServedModel::RunnerLimits& limits,
-               ForwardPass pass)
-      : context_(*context), config_(*config), limits_(limits), pass_(std::move(pass)) {}
+               ForwardPass pass, bool use_graphs)
+      : context_(*context),
+        config_(*config),
+        limits_(limits),
+        use_graphs_(use_graphs),
+        pass_(std::move(pass)) {}
   ~DeviceRunner() override { context_.Synchronize().IgnoreError(); }
 
-  absl::Status Prepare(bool use_graphs);
+  absl::Status Prepare();
   bool can_run_ahead() const override { return true; }
+  bool can_draw() const override { return config_.vocab <= kDrawVocabMax; }
   absl::Status Start(const StepBatch& batch) override;
   absl::Status Wait() override;
   int32_t best(size_t index) const override {
@@ -90,9 +111,12 @@ class DeviceRunner final : public ModelRunner {
   // while another runs.
   struct Flight {
     Image decode_image, prefill_image;
-    PinnedBuffer best_host;                   // [n_slots]
-    PinnedBuffer logits_host;                 // [rows wanted in a step so far, vocab]
-    std::map<int64_t, CapturedGraph> graphs;  // by DecodeSize
+    PinnedBuffer best_host;    // [n_slots]
+    PinnedBuffer logits_host;  // [rows wanted in a step so far, vocab]
+    PinnedBuffer draws_host;   // [n_slots] SampleRow
+    DeviceBuffer<ops::SampleRow> draws;
+    // By DecodeSize, and whether tokens are drawn.
+    std::map<std::pair<int64_t, bool>, CapturedGraph> graphs;
     ops::Event done;
     bool is_started = false;
     // By sequence of the batch.
@@ -100,10 +124,13 @@ class DeviceRunner final : public ModelRunner {
     std::vector<int64_t> slots;
     std::vector<int64_t> logits_rows;
 
+    ops::SampleRow& draw(int64_t slot) {
+      return reinterpret_cast<ops::SampleRow*>(draws_host.span().data())[slot];
+    }
     int32_t* best() { return reinterpret_cast<int32_t*>(best_host.span().data()); }
   };
 
-  absl::Status PrepareFlight(Flight& flight, const KvBatchLayout& largest, bool use_graphs);
+  absl::Status PrepareFlight(Flight& flight, const KvBatchLayout& largest);
   absl::Status CheckBatch(const StepBatch& batch) const;
   KvBatchLayout DecodeLayout(int64_t n_sequences) const;
   // Where the step before made the token, or the token.
@@ -111,8 +138,12 @@ class DeviceRunner final : public ModelRunner {
   // Writes what a pass over these sequences of the batch knows of its rows.
   absl::Status Fill(const StepBatch& batch, std::span<const size_t> sequences,
                     const KvBatchLayout& layout, Image& image) const;
+  // Where the tokens of sequences are drawn: sends how, from `first` on. Null: nowhere.
+  absl::StatusOr<const ops::SampleRow*> SendDraws(Flight& flight, bool draws, int64_t first,
+                                                  int64_t n);
   // All of a decoding pass, as it is captured.
-  absl::Status QueueDecode(Flight& flight, const KvBatchLayout& layout);
+  absl::Status QueueDecode(Flight& flight, const KvBatchLayout& layout, bool draws);
+  absl::Status Queue(const StepBatch& batch, Flight& flight);
   absl::Status Decode(const StepBatch& batch, Flight& flight);
   absl::Status Prefill(const StepBatch& batch, Flight& flight);
   absl::Status FetchLogits(const StepBatch& batch, Flight& flight);
@@ -124,6 +155,7 @@ class DeviceRunner final : public ModelRunner {
   Context& context_;
   const ModelConfig& config_;
   const ServedModel::RunnerLimits limits_;
+  const bool use_graphs_;
   ForwardPass pass_;
   DeviceBuffer<float> last_rows_;  // [n_sequences, hidden], of sequences that are prefilled
   // Places of logits and best tokens: first those of the largest decoding pass.
@@ -137,7 +169,7 @@ class DeviceRunner final : public ModelRunner {
   size_t done_ = 0;
 };
 
-absl::Status DeviceRunner::Prepare(bool use_graphs) {
+absl::Status DeviceRunner::Prepare() {
   const cudaStream_t stream = context_.stream();
   n_decode_slots_ = DecodeSize(limits_.n_sequences);
   n_slots_ = n_decode_slots_ + limits_.n_sequences;
@@ -147,26 +179,34 @@ absl::Status DeviceRunner::Prepare(bool use_graphs) {
   WALSH_ASSIGN_OR_RETURN(
       last_rows_, DeviceBuffer<float>::Allocate(limits_.n_sequences * config_.hidden, stream));
   for (const std::unique_ptr<Flight>& flight : flights_) {
-    WALSH_RETURN_IF_ERROR(PrepareFlight(*flight, largest, use_graphs));
+    WALSH_RETURN_IF_ERROR(PrepareFlight(*flight, largest));
   }
   return context_.Synchronize();
 }
 
-absl::Status DeviceRunner::PrepareFlight(Flight& flight, const KvBatchLayout& largest,
-                                         bool use_graphs) {
+absl::Status DeviceRunner::PrepareFlight(Flight& flight, const KvBatchLayout& largest) {
   const cudaStream_t stream = context_.stream();
   WALSH_ASSIGN_OR_RETURN(flight.decode_image, Image::Allocate(Image::Size(largest), stream));
   WALSH_ASSIGN_OR_RETURN(flight.prefill_image, Image::Allocate(Image::Size(largest), stream));
   WALSH_ASSIGN_OR_RETURN(flight.best_host,
                          PinnedBuffer::Allocate(n_slots_ * static_cast<int64_t>(sizeof(int32_t))));
-  if (!use_graphs) return absl::OkStatus();
+  WALSH_ASSIGN_OR_RETURN(
+      flight.draws_host,
+      PinnedBuffer::Allocate(n_slots_ * static_cast<int64_t>(sizeof(ops::SampleRow))));
+  for (int64_t slot = 0; slot < n_slots_; ++slot) flight.draw(slot) = {};
+  WALSH_ASSIGN_OR_RETURN(flight.draws, DeviceBuffer<ops::SampleRow>::Allocate(n_slots_, stream));
+  if (!use_graphs_) return absl::OkStatus();
   for (int64_t size = 1; size <= n_decode_slots_; size = DecodeSize(size + 1)) {
     const KvBatchLayout layout = DecodeLayout(size);
     WALSH_RETURN_IF_ERROR(Fill({}, {}, layout, flight.decode_image));
-    WALSH_RETURN_IF_ERROR(QueueDecode(flight, layout));         // loads what it launches
-    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));  // before the image is filled again
-    WALSH_ASSIGN_OR_RETURN(flight.graphs[size], CapturedGraph::Capture(stream, [&] {
-                             return QueueDecode(flight, layout);
+    // Loads what it launches; graphs that draw are captured when they are first needed.
+    for (const bool draws : {false, size == 1 && can_draw()}) {
+      WALSH_RETURN_IF_ERROR(QueueDecode(flight, layout, draws));
+      // Before the image is filled again.
+      WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
+    }
+    WALSH_ASSIGN_OR_RETURN((flight.graphs[{size, false}]), CapturedGraph::Capture(stream, [&] {
+                             return QueueDecode(flight, layout, /*draws=*/false);
                            }));
   }
   return absl::OkStatus();
@@ -232,10 +272,20 @@ absl::Status DeviceRunner::Fill(const StepBatch& batch, std::span<const size_t> 
                      values.subspan(static_cast<size_t>(n_token_places)));
 }
 
-absl::Status DeviceRunner::QueueDecode(Flight& flight, const KvBatchLayout& layout) {
+absl::StatusOr<const ops::SampleRow*> DeviceRunner::SendDraws(Flight& flight, bool draws,
+                                                              int64_t first, int64_t n) {
+  if (!draws) return nullptr;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.draws.data() + first, &flight.draw(first),
+                                             static_cast<size_t>(n) * sizeof(ops::SampleRow),
+                                             cudaMemcpyHostToDevice, context_.stream()));
+  return flight.draws.data() + first;
+}
+
+absl::Status DeviceRunner::QueueDecode(Flight& flight, const KvBatchLayout& layout, bool draws) {
   WALSH_RETURN_IF_ERROR(flight.decode_image.Send(layout, context_.stream()));
+  WALSH_ASSIGN_OR_RETURN(const ops::SampleRow* rows, SendDraws(flight, draws, 0, layout.n_rows));
   WALSH_RETURN_IF_ERROR(pass_.Layers(flight.decode_image.Rows(layout, /*is_decode=*/true)));
-  WALSH_RETURN_IF_ERROR(pass_.Head(pass_.hidden(), layout.n_rows, 0));
+  WALSH_RETURN_IF_ERROR(pass_.Head(pass_.hidden(), layout.n_rows, 0, rows));
   WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.best(), pass_.best(),
                                              static_cast<size_t>(layout.n_rows) * sizeof(int32_t),
                                              cudaMemcpyDeviceToHost, context_.stream()));
@@ -246,12 +296,20 @@ absl::Status DeviceRunner::Decode(const StepBatch& batch, Flight& flight) {
   const int64_t size = DecodeSize(static_cast<int64_t>(flight.decoding.size()));
   const KvBatchLayout layout = DecodeLayout(size);
   WALSH_RETURN_IF_ERROR(Fill(batch, flight.decoding, layout, flight.decode_image));
+  bool draws = false;
   for (size_t i = 0; i < flight.decoding.size(); ++i) {
-    flight.slots[flight.decoding[i]] = static_cast<int64_t>(i);
+    const auto slot = static_cast<int64_t>(i);
+    flight.slots[flight.decoding[i]] = slot;
+    draws |= SetDraw(batch.sequences[flight.decoding[i]], flight.draw(slot));
   }
-  const auto graph = flight.graphs.find(size);
-  return graph == flight.graphs.end() ? QueueDecode(flight, layout)
-                                      : graph->second.Launch(context_.stream());
+  if (!use_graphs_) return QueueDecode(flight, layout, draws);
+  CapturedGraph& graph = flight.graphs[{size, draws}];
+  if (graph.is_empty()) {
+    WALSH_ASSIGN_OR_RETURN(graph, CapturedGraph::Capture(context_.stream(), [&] {
+                             return QueueDecode(flight, layout, draws);
+                           }));
+  }
+  return graph.Launch(context_.stream());
 }
 
 absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
@@ -274,6 +332,7 @@ absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
 
   int64_t row = 0;
   int64_t n_wanted = 0;
+  bool draws = false;
   for (const size_t index : flight.prefilling) {
     const StepBatch::Sequence& sequence = batch.sequences[index];
     row += sequence.n_rows;
@@ -282,9 +341,12 @@ absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
         last_rows_.data() + n_wanted * config_.hidden, pass_.hidden() + (row - 1) * config_.hidden,
         static_cast<size_t>(config_.hidden) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
     flight.slots[index] = n_decode_slots_ + n_wanted++;
+    draws |= SetDraw(sequence, flight.draw(flight.slots[index]));
   }
   if (n_wanted == 0) return absl::OkStatus();
-  WALSH_RETURN_IF_ERROR(pass_.Head(last_rows_.data(), n_wanted, n_decode_slots_));
+  WALSH_ASSIGN_OR_RETURN(const ops::SampleRow* rows,
+                         SendDraws(flight, draws, n_decode_slots_, n_wanted));
+  WALSH_RETURN_IF_ERROR(pass_.Head(last_rows_.data(), n_wanted, n_decode_slots_, rows));
   WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
       flight.best() + n_decode_slots_, pass_.best() + n_decode_slots_,
       static_cast<size_t>(n_wanted) * sizeof(int32_t), cudaMemcpyDeviceToHost, stream));
@@ -310,6 +372,13 @@ absl::Status DeviceRunner::FetchLogits(const StepBatch& batch, Flight& flight) {
   return absl::OkStatus();
 }
 
+absl::Status DeviceRunner::Queue(const StepBatch& batch, Flight& flight) {
+  if (!flight.decoding.empty()) WALSH_RETURN_IF_ERROR(Decode(batch, flight));
+  if (!flight.prefilling.empty()) WALSH_RETURN_IF_ERROR(Prefill(batch, flight));
+  WALSH_RETURN_IF_ERROR(FetchLogits(batch, flight));
+  return flight.done.Record(context_.stream());
+}
+
 absl::Status DeviceRunner::Start(const StepBatch& batch) {
   Flight& flight = *flights_[next_];
   if (flight.is_started) {
@@ -325,10 +394,11 @@ absl::Status DeviceRunner::Start(const StepBatch& batch) {
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     (batch.sequences[i].n_rows == 1 ? flight.decoding : flight.prefilling).push_back(i);
   }
-  if (!flight.decoding.empty()) WALSH_RETURN_IF_ERROR(Decode(batch, flight));
-  if (!flight.prefilling.empty()) WALSH_RETURN_IF_ERROR(Prefill(batch, flight));
-  WALSH_RETURN_IF_ERROR(FetchLogits(batch, flight));
-  WALSH_RETURN_IF_ERROR(flight.done.Record(context_.stream()));
+  if (absl::Status status = Queue(batch, flight); !status.ok()) {
+    // What was queued reads this flight's memory, which the next step may be written to.
+    context_.Synchronize().IgnoreError();
+    return status;
+  }
   flight.is_started = true;
   next_ = 1 - next_;
   return absl::OkStatus();
@@ -354,8 +424,9 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
                                              {.n_rows = std::max(limits.n_rows, n_decode),
                                               .n_logits = n_decode + limits.n_sequences,
                                               .n_blocks = limits.n_blocks}));
-  auto runner = std::make_unique<DeviceRunner>(context, config, limits, std::move(pass));
-  WALSH_RETURN_IF_ERROR(runner->Prepare(use_graphs));
+  auto runner =
+      std::make_unique<DeviceRunner>(context, config, limits, std::move(pass), use_graphs);
+  WALSH_RETURN_IF_ERROR(runner->Prepare());
   return runner;
 }
 

@@ -296,7 +296,8 @@ absl::StatusOr<const bf16*> ForwardPass::Dequantized(const Product& product) {
   return bf16_weights_.data();
 }
 
-absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first) {
+absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first,
+                               const ops::SampleRow* draws) {
   WALSH_RETURN_IF_ERROR(InChunks(n, [&](int64_t row, int64_t n_chunk) {
     ops::LowBitMatmulParams params = MultiplyNormed(weights_->head, weights_->final_norm,
                                                     hidden + row * config_->hidden, n_chunk);
@@ -304,6 +305,16 @@ absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first) {
     params.y_stride = logits_stride_;
     return ops::LowBitMatmul(params);
   }));
+  if (draws != nullptr) {
+    return ops::SampleRows({.n_rows = n,
+                            .vocab = config_->vocab,
+                            .logits = logits_.data() + first * logits_stride_,
+                            .stride = logits_stride_,
+                            .rows = draws,
+                            .ids = best_.data() + first,
+                            .overlap_previous = true,
+                            .stream = context_->stream()});
+  }
   return ops::ArgMax({.n_rows = n,
                       .vocab = config_->vocab,
                       .logits = logits_.data() + first * logits_stride_,

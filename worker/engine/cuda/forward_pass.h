@@ -26,6 +26,7 @@
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/paged_kv.h"
+#include "worker/kernels/cuda/sample_rows.h"
 
 namespace walsh::engine::cuda {
 
@@ -48,9 +49,11 @@ class ForwardPass {
     bool is_decode = false;     // a row for each sequence
   };
   absl::Status Layers(const Rows& rows);
-  // Logits of rows of `hidden` [n, hidden] and the positions of their largest; rows and places are
-  // those of logits() and best() from `first` on.
-  absl::Status Head(const float* hidden, int64_t n, int64_t first);
+  // Logits of rows of `hidden` [n, hidden] and their tokens: the positions of their largest, or
+  // what `draws` [n] on the device says. Rows and places are those of logits() and best() from
+  // `first` on.
+  absl::Status Head(const float* hidden, int64_t n, int64_t first,
+                    const kernels::cuda::SampleRow* draws);
 
   // What Layers left.
   const float* hidden() const { return hidden_.data(); }
