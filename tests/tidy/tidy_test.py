@@ -49,7 +49,7 @@ GRPC_FOLDERS = (
     "common/grpc_", "common/evaluation_limits", "common/generation_limits", "common/resource_name",
 )
 CUDA_HEADER = re.compile(r"^(cuda|cublas|cooperative_groups|nv)")
-CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/pipeline/cuda/", "tests/gpu/", "tests/bench/cuda_",
+CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/engine/cuda/", "worker/pipeline/cuda/", "tests/gpu/", "tests/bench/cuda_",
                 "tests/unit/worker/kernels/cuda/", "tests/testing/host_device/", "tests/unit/worker/pipeline/cuda/")
 
 # pattern, what to do instead, paths where it is allowed
