@@ -44,6 +44,7 @@ class BatchingEngine final : public Engine {
         pool_(std::move(pool)),
         metrics_(options.model_name),
         on_device_broken_(options.on_device_broken),
+        requests_(options.requests),
         heartbeat_ns_(absl::ToInt64Nanoseconds(clock->Monotonic())),
         runner_(std::move(runner)),
         scheduler_(limits),
@@ -138,6 +139,7 @@ class BatchingEngine final : public Engine {
   const std::unique_ptr<ThreadPool> pool_;
   mutable EngineMetrics metrics_;
   const std::function<absl::Status(const absl::Status& cause)> on_device_broken_;
+  const std::shared_ptr<RequestCount> requests_;  // may be null
   // Monotonic; outside mu_, since a step beats while it runs.
   std::atomic<int64_t> heartbeat_ns_ = 0;
 
@@ -228,6 +230,7 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   }
   ids_.emplace(name, id);
   sequences_.emplace(id, std::move(sequence));
+  if (requests_ != nullptr) requests_->Add();
   wake_.notify_one();
   return absl::OkStatus();
 }
@@ -531,6 +534,7 @@ void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
     metrics_.ObserveOutcome(outcome, now - sequence.arrival());
     sequence.sink().OnFinished(outcome);
   }
+  if (requests_ != nullptr) requests_->Remove(static_cast<int>(ended.size()));
   ended.clear();
   lock.lock();
 }

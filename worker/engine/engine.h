@@ -21,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
+#include "worker/engine/request_count.h"
 #include "worker/tokenizer/tokenizer.h"
 
 namespace walsh::engine {
@@ -111,6 +112,8 @@ struct Options {
   // What may still be allocated, once the weights are loaded; unset: not known. A KV cache that
   // would not fit is made smaller.
   std::optional<int64_t> free_bytes = {};
+  // Counts this engine's requests beside those of others; may be null.
+  std::shared_ptr<RequestCount> requests = nullptr;
 };
 
 struct Stats {

@@ -121,6 +121,43 @@ TEST(EngineTest, GreedyOutputIsTheModels) {
   EXPECT_EQ(sink->text().size(), 20u);
 }
 
+// Those that run and those that wait, in all engines that share the count, until each has ended.
+TEST(EngineTest, RequestsAreCounted) {
+  const auto requests = std::make_shared<RequestCount>();
+  Gate gate;
+  Options options = SmallOptions();
+  options.max_sequences = 2;
+  options.requests = requests;
+  const auto engine = MakeEngine({.before_forward = gate.Hook()}, options);
+  auto other = MakeEngine({.before_forward = gate.Hook()}, options);
+  EXPECT_EQ(requests->count(), 0);
+  requests->WaitUntilNone(absl::Hours(1));
+  const SamplingOptions sampling = {.max_tokens = 2, .temperature = 0};
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (const char* id : {"a", "b", "waits"}) {
+    sinks.push_back(Submit(*engine, {.id = id, .prompt = ByteTokens("x"), .sampling = sampling}));
+  }
+  EXPECT_EQ(requests->count(), 3);
+  EXPECT_THAT(engine->Submit({.id = "a", .prompt = ByteTokens("x")}, sinks[0]),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("in use")));
+  EXPECT_EQ(requests->count(), 3);
+  sinks.push_back(Submit(*other, {.id = "a", .prompt = ByteTokens("x"), .sampling = sampling}));
+  EXPECT_EQ(requests->count(), 4);
+  requests->WaitUntilNone(absl::Milliseconds(1));
+  EXPECT_EQ(requests->count(), 4);
+  engine->Cancel("waits");
+  gate.Permit(100);
+  for (const auto& sink : sinks) sink->WaitForEnd();
+  requests->WaitUntilNone(absl::Hours(1));
+  EXPECT_EQ(requests->count(), 0);
+  gate.Permit(1000);
+  ASSERT_OK(
+      other->Submit({.id = "late", .prompt = ByteTokens("x"), .sampling = {.max_tokens = 200}},
+                    std::make_shared<RecordingSink>()));
+  other.reset();
+  EXPECT_EQ(requests->count(), 0) << "also of an engine that goes";
+}
+
 TEST_P(EngineStepTest, OutputAloneEqualsOutputAmongOthers) {
   std::mt19937 rng(1);
   std::vector<Request> requests;
