@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <fstream>
 #include <functional>
@@ -20,6 +21,7 @@
 #include "absl/strings/str_cat.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
+#include "tests/unit/worker/pipeline/counting_yield.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/evaluate/layer_source.h"
 #include "worker/io/artifact.h"
@@ -131,10 +133,11 @@ class CudaJobTest : public testing::JobTest {
   }
 
   absl::StatusOr<JobReport> RunOn(Backend& backend, JobSpec spec, const std::string& output,
-                                  const Observer& observer = testing::IgnoreProgress) {
+                                  const Observer& observer = testing::IgnoreProgress,
+                                  Yield* yield = nullptr) {
     spec.output_directory = directory_ / output;
     ThreadPool pool(2);
-    return RunJob(spec, backend, pool, observer);
+    return RunJob(spec, backend, pool, observer, yield);
   }
   absl::StatusOr<JobReport> RunOnCuda(const JobSpec& spec, const std::string& output = "cuda",
                                       const Observer& observer = testing::IgnoreProgress) {
@@ -366,6 +369,52 @@ TEST_F(CudaJobTest, SaysWhereItsTimeWent) {
   for (const StepTime& step : without.steps) {
     EXPECT_THAT(step.name, ::testing::Not(::testing::AnyOf("gate", ::testing::StartsWith("eval"))));
   }
+}
+
+// Every kind of work is followed by a wait here, for all of which time passes on the stream.
+TEST_F(CudaJobTest, YieldingChangesNothingAndIsNoWork) {
+  ASSERT_OK(RunOnCuda(Job(), "alone"));
+  testing::CountingYield yield(std::chrono::milliseconds(5));
+  ASSERT_OK_AND_ASSIGN(const JobReport report,
+                       RunOn(*cuda_, Job(), "yielding", testing::IgnoreProgress, &yield));
+  EXPECT_EQ(Digests(directory_ / "yielding"), Digests(directory_ / "alone"));
+  EXPECT_GT(yield.n_waits(), 2 * 30) << "some in every layer";
+  double work = 0;
+  for (const StepTime& step : report.steps) {
+    if (step.name != "yielded") work += step.seconds;
+  }
+  ASSERT_EQ(report.steps.back().name, "yielded");
+  EXPECT_GE(report.steps.back().seconds, yield.seconds());
+  double all_stages = 0;
+  for (const double seconds : report.stage_seconds) all_stages += seconds;
+  EXPECT_LT(work, all_stages);
+}
+
+TEST_F(CudaJobTest, AWaitingJobCanBeCancelled) {
+  // Waits for ever in the midst of the layers, unless it is told to stop.
+  class Standstill final : public Yield {
+   public:
+    bool IsWanted() override { return ++n_steps_ == 100; }
+    absl::Status Wait(const KeepGoing& keep_going) override {
+      is_waiting = true;
+      absl::Status status;
+      while (status.ok()) status = keep_going();
+      return status;
+    }
+    bool is_waiting = false;
+
+   private:
+    int n_steps_ = 0;
+  } yield;
+  const auto stop_waiting = [&](const JobProgress& progress) {
+    if (!yield.is_waiting) return absl::OkStatus();
+    EXPECT_GE(progress.layer, 0);
+    return absl::CancelledError("stop");
+  };
+  EXPECT_THAT(RunOn(*cuda_, Job(), "out", stop_waiting, &yield),
+              HasCode(absl::StatusCode::kCancelled));
+  EXPECT_FALSE(Exists(directory_ / "out"));
+  EXPECT_EQ(DeviceBytes(), 0);
 }
 
 // Both make up for the layers before, one in the targets and one in the updates.

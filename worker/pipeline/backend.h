@@ -14,7 +14,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -76,11 +75,10 @@ class Backend {
   // UNIMPLEMENTED names what the backend cannot do for this model.
   virtual absl::Status CheckSupported(const ModelConfig& config, const ResolvedJob& job) const = 0;
 
-  // worker/pipeline/rotation_gate.h: max |Δ logit| / max |logit|. `progress` is called after each
-  // layer.
+  // worker/pipeline/rotation_gate.h: max |Δ logit| / max |logit|. Advances by ReadWork in all.
   virtual absl::StatusOr<double> CheckRotation(const JobInputs& inputs,
                                                const calibrate::TokenWindows& windows,
-                                               const std::function<absl::Status()>& progress) = 0;
+                                               Progress& progress) = 0;
   // Every tensor of the model to the writer; linears, warnings and seconds to the report.
   virtual absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,
                                 ArtifactWriter& writer, Progress& progress, JobReport& report) = 0;
@@ -89,6 +87,9 @@ class Backend {
                                            const calibrate::TokenWindows& windows,
                                            const evaluate::ScoredFrom& scored_from,
                                            Progress& progress) = 0;
+  // Returns once nothing that these calls have begun still runs on a device. Called from within
+  // them, before the job waits for others.
+  virtual absl::Status Settle() { return absl::OkStatus(); }
   // Called after each job, however it ended: gives back what the backend kept from one of the calls
   // above to the next.
   virtual JobUse EndJob() = 0;

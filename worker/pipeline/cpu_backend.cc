@@ -31,11 +31,14 @@ class CpuBackend final : public Backend {
 
   absl::StatusOr<double> CheckRotation(const JobInputs& inputs,
                                        const calibrate::TokenWindows& windows,
-                                       const std::function<absl::Status()>& progress) override {
+                                       Progress& progress) override {
     WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online, OnlineRotations(inputs));
     RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool,
                           std::move(online));
-    return pipeline::CheckRotation(inputs.checkpoint, rotated, windows, inputs.pool, progress);
+    const ModelConfig& config = inputs.checkpoint.config();
+    const double work_per_layer = ReadWork(config) / static_cast<double>(config.n_layers);
+    return pipeline::CheckRotation(inputs.checkpoint, rotated, windows, inputs.pool,
+                                   [&] { return progress.Advance(work_per_layer); });
   }
 
   absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "common/status_macros.h"
+
 namespace walsh::pipeline {
 namespace {
 
@@ -12,13 +14,17 @@ constexpr double kReportIntervalSeconds = 0.5;
 // Before that an estimate would say more about start-up than about the job.
 constexpr double kEtaMinSeconds = 1.0;
 constexpr double kEtaMinFraction = 0.005;
+// A wait that is longer than this shows: the job seems to stand still.
+constexpr double kShownWaitSeconds = 2.0;
 
 double Seconds(steady_clock::duration d) { return std::chrono::duration<double>(d).count(); }
 
 }  // namespace
 
-Progress::Progress(const Observer& observer)
+Progress::Progress(const Observer& observer, Yield* yield, std::function<absl::Status()> settle)
     : observer_(observer),
+      yield_(yield),
+      settle_(std::move(settle)),
       start_(steady_clock::now()),
       stage_start_(start_),
       last_report_(start_) {}
@@ -57,24 +63,47 @@ absl::Status Progress::Advance(double work) {
 }
 
 absl::Status Progress::Within(double work) {
+  WALSH_RETURN_IF_ERROR(YieldIfWanted());
   if (Seconds(steady_clock::now() - last_report_) < kReportIntervalSeconds) {
     return absl::OkStatus();
   }
   return Report(work_done_ + work);
 }
 
+absl::Status Progress::YieldIfWanted() {
+  if (yield_ == nullptr || !yield_->IsWanted()) return absl::OkStatus();
+  if (settle_) WALSH_RETURN_IF_ERROR(settle_());
+  const Time start = steady_clock::now();
+  const std::string message = current_.message;
+  const absl::Status status = yield_->Wait([&] {
+    if (Seconds(steady_clock::now() - start) > kShownWaitSeconds) {
+      current_.message = "waits for the model's requests";
+    }
+    return Tell();
+  });
+  current_.message = message;
+  const steady_clock::duration waited = steady_clock::now() - start;
+  seconds_yielded_ += Seconds(waited);
+  stage_start_ += waited;
+  return status;
+}
+
 absl::Status Progress::Report(double work_done) {
   last_report_ = steady_clock::now();
   was_shown_[static_cast<int>(current_.stage)] = true;
-  if (!observer_) return absl::OkStatus();
   if (work_total_ > 0) {
     // Never back, even where a step turns out smaller than planned.
     current_.fraction = std::max(current_.fraction, std::min(1.0, work_done / work_total_));
-    const double elapsed = Seconds(last_report_ - start_);
+    const double elapsed = Seconds(last_report_ - start_) - seconds_yielded_;
     if (elapsed >= kEtaMinSeconds && current_.fraction >= kEtaMinFraction) {
       current_.eta_seconds = elapsed / current_.fraction * (1 - current_.fraction);
     }
   }
+  return Tell();
+}
+
+absl::Status Progress::Tell() {
+  if (!observer_) return absl::OkStatus();
   absl::Status status = observer_(current_);
   current_.linears.clear();
   return status;

@@ -95,12 +95,13 @@ class BackendRun {
 
 class Job {
  public:
-  Job(const JobSpec& spec, Backend& backend, ThreadPool& pool, const Observer& observer)
+  Job(const JobSpec& spec, Backend& backend, ThreadPool& pool, const Observer& observer,
+      Yield* yield)
       : spec_(spec),
         backend_(backend),
         backend_run_(backend),
         pool_(pool),
-        progress_(observer),
+        progress_(observer, yield, [&backend] { return backend.Settle(); }),
         output_(spec.output_directory) {}
 
   absl::StatusOr<JobReport> Run() {
@@ -121,6 +122,9 @@ class Job {
     JobUse use = backend_run_.End();
     report_.peak_device_memory_bytes = use.peak_device_bytes;
     report_.steps = std::move(use.steps);
+    if (progress_.seconds_yielded() > 0) {
+      report_.steps.push_back({"yielded", progress_.seconds_yielded()});
+    }
     output_.Keep();
     return std::move(report_);
   }
@@ -296,12 +300,10 @@ class Job {
   absl::Status CheckEquivalence() {
     if (!job_.rotates()) return absl::OkStatus();
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kRotating, -1));
-    const ModelConfig& config = checkpoint_->config();
-    WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows, GateWindows(config, *tokenizer_));
-    const double work_per_layer = ReadWork() / static_cast<double>(config.n_layers);
-    WALSH_ASSIGN_OR_RETURN(report_.rotation_gate, backend_.CheckRotation(Inputs(), windows, [&] {
-      return progress_.Advance(work_per_layer);
-    }));
+    WALSH_ASSIGN_OR_RETURN(const calibrate::TokenWindows windows,
+                           GateWindows(checkpoint_->config(), *tokenizer_));
+    WALSH_ASSIGN_OR_RETURN(report_.rotation_gate,
+                           backend_.CheckRotation(Inputs(), windows, progress_));
     return absl::OkStatus();
   }
 
@@ -405,8 +407,8 @@ const char* StageName(Stage stage) {
 }
 
 absl::StatusOr<JobReport> RunJob(const JobSpec& spec, Backend& backend, ThreadPool& pool,
-                                 const Observer& observer) {
-  return Job(spec, backend, pool, observer).Run();
+                                 const Observer& observer, Yield* yield) {
+  return Job(spec, backend, pool, observer, yield).Run();
 }
 
 absl::StatusOr<JobReport> RunJob(const JobSpec& spec, ThreadPool& pool, const Observer& observer) {

@@ -28,6 +28,7 @@
 namespace walsh::pipeline {
 
 class Backend;  // worker/pipeline/backend.h
+class Yield;    // worker/pipeline/yield.h
 
 enum class Stage {
   kValidating,
@@ -142,12 +143,13 @@ struct JobReport {
   std::vector<double> window_losses_before, window_losses_after, window_divergences;
   std::vector<TaskQuality> tasks;  // in the order of the spec's
   double rotation_gate = 0;
-  double stage_seconds[kStages] = {};
+  double stage_seconds[kStages] = {};  // without the time that the job waited for others
   // Inside CALIBRATING: time of the quantized model's float forward passes, which no GPTQ can
   // avoid, and of the original's beside them, which error propagation adds.
   double forward_seconds = 0;
   double original_forward_seconds = 0;
-  std::vector<StepTime> steps;  // finer than the stages, on a device; empty on the CPU
+  // Finer than the stages, on a device. On the CPU only "yielded", where the job waited for others.
+  std::vector<StepTime> steps;
   std::vector<LinearReport> linears;
   int64_t samples_kept = 0, samples_dropped = 0, samples_short = 0;
   int64_t calibration_windows = 0, calibration_tokens = 0;
@@ -174,7 +176,8 @@ struct JobProgress {
 };
 
 // Called from the job's thread at every change of stage or layer (on a device, where a layer takes
-// less than a second, at some of them) and at least every few seconds. A
+// less than a second, at some of them) and at least every few seconds; all the time while the job
+// waits for others. A
 // status that is not OK stops the job and becomes its result (CANCELLED to cancel, ABORTED for a
 // lost lease).
 using Observer = std::function<absl::Status(const JobProgress&)>;
@@ -194,8 +197,9 @@ struct JobPlan {
 };
 absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec, const Backend& backend);
 
+// `yield` is asked between the job's steps; null: the job waits for nobody.
 absl::StatusOr<JobReport> RunJob(const JobSpec& spec, Backend& backend, ThreadPool& pool,
-                                 const Observer& observer);
+                                 const Observer& observer, Yield* yield = nullptr);
 
 // The same on the CPU.
 absl::StatusOr<JobPlan> PlanJob(const JobSpec& spec);

@@ -34,8 +34,11 @@ ArtifactQueue::~ArtifactQueue() {
 
 absl::Status ArtifactQueue::WaitUntil(std::unique_lock<std::mutex>& lock,
                                       const std::function<bool()>& is_so) {
-  const WaitTimer timer(&seconds_waited_);
-  while (!changed_.wait_for(lock, kAskInterval, is_so)) {
+  const auto wait = [&] {
+    const WaitTimer timer(&seconds_waited_);
+    return changed_.wait_for(lock, kAskInterval, is_so);
+  };
+  while (!wait()) {
     lock.unlock();
     const absl::Status status = Ask(keep_going_);
     lock.lock();

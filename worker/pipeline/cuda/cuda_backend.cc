@@ -120,7 +120,7 @@ class QuantizeRun {
     WALSH_ASSIGN_OR_RETURN(
         quantizer_, LayerQuantizer::Create(&context_, shape_,
                                            Options(inputs_.job, windows_.count(), windows_.length),
-                                           RopeInverseFrequencies(config_)));
+                                           RopeInverseFrequencies(config_), &progress_));
     WALSH_RETURN_IF_ERROR(Embedding());
     const double work =
         QuantizationWork(config_, inputs_.job.quantizer, windows_.count() * windows_.length) /
@@ -458,6 +458,11 @@ class CudaBackend final : public Backend {
     return DeviceMemory{usable_bytes_, static_cast<int64_t>(free)};
   }
 
+  absl::Status Settle() override {
+    WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
+    return context_->Synchronize();
+  }
+
   JobUse EndJob() override {
     // A device that fails here fails the next job, too, which says so.
     context_->MakeCurrent().IgnoreError();
@@ -514,7 +519,7 @@ class CudaBackend final : public Backend {
 
   absl::StatusOr<double> CheckRotation(const JobInputs& inputs,
                                        const calibrate::TokenWindows& windows,
-                                       const std::function<absl::Status()>& progress) override;
+                                       Progress& progress) override;
 
   absl::Status Quantize(const JobInputs& inputs, const calibrate::TokenWindows& windows,
                         ArtifactWriter& writer, Progress& progress, JobReport& report) override {
@@ -535,7 +540,7 @@ class CudaBackend final : public Backend {
     const auto show = [&](double fraction) { return progress.Within(fraction * work); };
     Evaluator evaluator(context_.get(), config, windows);
     Evaluator::Outcome before, after;
-    StageClock clock(context_->stream());
+    StageClock clock(context_->stream(), &progress);
     double before_ms = 0, after_ms = 0, compare_ms = 0;
     WALSH_RETURN_IF_ERROR(progress.Enter(Stage::kEvaluating, -1, "original"));
     WALSH_RETURN_IF_ERROR(clock.Enter(&before_ms));
@@ -622,14 +627,15 @@ class CudaBackend final : public Backend {
 // again.
 absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
                                                   const calibrate::TokenWindows& windows,
-                                                  const std::function<absl::Status()>& progress) {
+                                                  Progress& progress) {
   WALSH_RETURN_IF_ERROR(context_->MakeCurrent());
   const BoundMemory bound(*context_);
   const ModelConfig& config = inputs.checkpoint.config();
   const LayerShape shape = LayerShape::Of(config);
   const cudaStream_t stream = context_->stream();
   const auto n = static_cast<int64_t>(windows.ids.size());
-  StageClock clock(stream);
+  const double work_per_layer = ReadWork(config) / static_cast<double>(config.n_layers);
+  StageClock clock(stream, &progress);
   double gate_ms = 0;
   WALSH_RETURN_IF_ERROR(clock.Enter(&gate_ms));
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<WeightLoader> loader,
@@ -650,7 +656,7 @@ absl::StatusOr<double> CudaBackend::CheckRotation(const JobInputs& inputs,
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[0].data()));
     WALSH_RETURN_IF_ERROR(loader->Rotate(layer));
     WALSH_RETURN_IF_ERROR(forward.Layer(layer.tensors(), n, hidden[1].data()));
-    WALSH_RETURN_IF_ERROR(progress());
+    WALSH_RETURN_IF_ERROR(progress.Advance(work_per_layer));
   }
   WALSH_ASSIGN_OR_RETURN(const DeviceBuffer<float> norm, loader->FinalNorm());
   WALSH_ASSIGN_OR_RETURN(DeviceBuffer<float> head, loader->Head());

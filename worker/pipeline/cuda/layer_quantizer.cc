@@ -93,12 +93,13 @@ struct Factor {
 
 class LayerQuantizerImpl final : public LayerQuantizer {
  public:
-  LayerQuantizerImpl(Context* context, const LayerShape& shape, LayerQuantizerOptions options)
+  LayerQuantizerImpl(Context* context, const LayerShape& shape, LayerQuantizerOptions options,
+                     Progress* progress)
       : context_(*context),
         shape_(shape),
         options_(std::move(options)),
         follows_original_(gptq::NeedsOriginalInputs(options_.gptq)),
-        clock_(context->stream()) {}
+        clock_(context->stream(), progress) {}
 
   absl::Status Allocate(std::span<const float> frequencies) {
     const cudaStream_t stream = context_.stream();
@@ -649,9 +650,9 @@ int64_t LayerQuantizer::BytesNeeded(const LayerShape& s, const LayerQuantizerOpt
 
 absl::StatusOr<std::unique_ptr<LayerQuantizer>> LayerQuantizer::Create(
     Context* context, const LayerShape& shape, const LayerQuantizerOptions& options,
-    std::span<const float> rope_inverse_frequencies) {
+    std::span<const float> rope_inverse_frequencies, Progress* progress) {
   WALSH_RETURN_IF_ERROR(Validate(shape, options));
-  auto quantizer = std::make_unique<LayerQuantizerImpl>(context, shape, options);
+  auto quantizer = std::make_unique<LayerQuantizerImpl>(context, shape, options, progress);
   WALSH_RETURN_IF_ERROR(quantizer->Allocate(rope_inverse_frequencies));
   return quantizer;
 }

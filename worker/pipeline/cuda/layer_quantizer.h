@@ -89,9 +89,10 @@ class LayerQuantizer {
   using OnStep = std::function<absl::Status(Step step)>;
   using Emit = std::function<absl::Status(QuantizedSet)>;
 
+  // `progress` as in StageClock.
   static absl::StatusOr<std::unique_ptr<LayerQuantizer>> Create(
       Context* context, const LayerShape& shape, const LayerQuantizerOptions& options,
-      std::span<const float> rope_inverse_frequencies);
+      std::span<const float> rope_inverse_frequencies, Progress* progress = nullptr);
   virtual ~LayerQuantizer() = default;
 
   // The residual stream, [n_tokens, hidden]; the caller fills it with embeddings, once, before the

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <numeric>
 #include <set>
@@ -12,8 +13,10 @@
 #include <vector>
 
 #include "common/publish.h"
+#include "tests/unit/worker/pipeline/counting_yield.h"
 #include "tests/unit/worker/pipeline/job_fixture.h"
 #include "worker/io/artifact.h"
+#include "worker/pipeline/backend.h"
 #include "worker/pipeline/plan.h"
 
 namespace walsh::pipeline {
@@ -108,6 +111,24 @@ TEST_F(RunJobTest, MakesAnArtifactAndSaysWhatItIs) {
   EXPECT_EQ(info.perplexity_before, report.perplexity_before);
   EXPECT_EQ(info.perplexity_after, report.perplexity_after);
   EXPECT_EQ(info.sha256, report.artifact.sha256);
+}
+
+// Waits for others do not change what a job makes, and are told apart from its work.
+TEST_F(RunJobTest, YieldingChangesNothing) {
+  JobSpec spec = TinyJob();
+  ASSERT_OK_AND_ASSIGN(const JobReport alone, Run(spec));
+  EXPECT_THAT(alone.steps, IsEmpty());
+  const auto digests = Digests(spec.output_directory);
+  spec.output_directory = directory_ / "yielding";
+  testing::CountingYield yield(std::chrono::microseconds(200));
+  ThreadPool pool(2);
+  ASSERT_OK_AND_ASSIGN(const JobReport report,
+                       RunJob(spec, *MakeCpuBackend(), pool, testing::IgnoreProgress, &yield));
+  EXPECT_GT(yield.n_waits(), 2 * 20) << "some in every layer";
+  EXPECT_EQ(Digests(spec.output_directory), digests);
+  ASSERT_EQ(report.steps.size(), 1);
+  EXPECT_EQ(report.steps[0].name, "yielded");
+  EXPECT_GE(report.steps[0].seconds, yield.seconds());
 }
 
 struct Variant {

@@ -36,7 +36,7 @@ class FakeBackend final : public pipeline::Backend {
     return device_->supported;
   }
   absl::StatusOr<double> CheckRotation(const pipeline::JobInputs&, const calibrate::TokenWindows&,
-                                       const std::function<absl::Status()>&) override {
+                                       pipeline::Progress&) override {
     return 0.0;
   }
   absl::Status Quantize(const pipeline::JobInputs&, const calibrate::TokenWindows&, ArtifactWriter&,
