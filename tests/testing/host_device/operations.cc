@@ -83,7 +83,7 @@ int64_t Groups(int64_t cols, int64_t group_size) { return cols / group_size; }
 
 absl::Status CublasStatus(cublasStatus_t, std::string_view) { return absl::OkStatus(); }
 
-absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device, Priority) {
   if (device != 0) {
     return absl::FailedPreconditionError(
         absl::StrCat("no CUDA device ", device, ": this machine has 1"));

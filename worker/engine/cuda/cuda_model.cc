@@ -70,7 +70,7 @@ absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& di
   WALSH_RETURN_IF_ERROR(cuda::CheckServable(*reader));
   WALSH_ASSIGN_OR_RETURN(ModelText text, LoadText(reader->tokenizer()));
   WALSH_ASSIGN_OR_RETURN(std::unique_ptr<cuda::Context> context,
-                         cuda::Context::Create(options.device));
+                         cuda::Context::Create(options.device, kernels::cuda::Priority::kServing));
   WALSH_ASSIGN_OR_RETURN(cuda::DeviceWeights weights, cuda::LoadWeights(*context, *reader));
   WALSH_RETURN_IF_ERROR(context->ReleaseUnusedMemory());  // what was stored, once it is laid out
   return std::make_shared<CudaModel>(std::move(context), reader->config(), reader->info(),

@@ -20,7 +20,7 @@ absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
   return absl::InternalError(text);
 }
 
-absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device, Priority priority) {
   int n_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&n_devices);
   // A driver without a device has none of this number, like any other.
@@ -45,14 +45,23 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device) {
   uint64_t keep_all = UINT64_MAX;
   WALSH_CUDA_RETURN_IF_ERROR(
       cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->stream_, cudaStreamNonBlocking));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->side_, cudaStreamNonBlocking));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&context->copies_, cudaStreamNonBlocking));
+  WALSH_RETURN_IF_ERROR(context->CreateStreams(priority));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->blas_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->blas_, context->stream_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasCreate(&context->side_blas_));
   WALSH_CUBLAS_RETURN_IF_ERROR(cublasSetStream(context->side_blas_, context->side_));
   return context;
+}
+
+absl::Status Context::CreateStreams(Priority priority) {
+  int least = 0;  // a larger number than `greatest`
+  int greatest = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  const int value = priority == Priority::kServing ? greatest : least;
+  for (cudaStream_t* stream : {&stream_, &side_, &copies_}) {
+    WALSH_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, value));
+  }
+  return absl::OkStatus();
 }
 
 Context::~Context() {

@@ -18,9 +18,17 @@
 
 namespace walsh::kernels::cuda {
 
+// Whose blocks the device starts first where several contexts have some to start; those that run
+// are not interrupted.
+enum class Priority {
+  kServing,  // before all others
+  kJobs,
+};
+
 class Context {
  public:
-  static absl::StatusOr<std::unique_ptr<Context>> Create(int device);
+  static absl::StatusOr<std::unique_ptr<Context>> Create(int device,
+                                                         Priority priority = Priority::kJobs);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -43,6 +51,7 @@ class Context {
 
  private:
   Context() = default;
+  absl::Status CreateStreams(Priority priority);
   int device_ = 0;
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
