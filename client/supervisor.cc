@@ -141,6 +141,8 @@ std::vector<std::string> Supervisor::WorkerArguments() const {
       PortOf(known, "metrics", usual ? 8003 : 0),
       "--device",
       options_.device,
+      "--serve-while-quantizing",
+      options_.serve_while_quantizing,
       "--shutdown-timeout",
       absl::StrCat(absl::ToDoubleSeconds(options_.shutdown_timeout))};
   for (const std::string& root : options_.model_roots) {

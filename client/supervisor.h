@@ -31,6 +31,7 @@ struct SupervisorOptions {
   std::string worker_binary;
   std::string data_dir;
   std::string device = "auto";
+  std::string serve_while_quantizing = "share";
   std::vector<std::string> model_roots;
   std::string config_path;  // of a file that both daemons read, too; empty: none
   int port = 50051;         // public gRPC; 0 takes free ports for everything

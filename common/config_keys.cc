@@ -24,7 +24,7 @@ constexpr std::string_view kConfigKeys[] = {
     "no-prefix-cache", "num-samples", "online-rotation", "online-rotation-block", "output",
     "output-dir", "output-tokens", "override", "port", "preset", "prompt-tokens", "qk-rotation",
     "rate", "raw", "reference", "request-id", "requests", "rotation", "rotation-block",
-    "rotation-signs", "seed", "seq-len", "server", "shared-prefix", "shutdown-timeout",
+    "rotation-signs", "seed", "seq-len", "serve-while-quantizing", "server", "shared-prefix", "shutdown-timeout",
     "skip-special-tokens", "stats", "stop", "stop-at-eos", "stream-interval-ms", "stride",
     "symmetric", "system", "tasks", "temperature", "text", "text-format", "threads", "timeout",
     "top-k", "top-p", "validate-only", "warmup", "window", "windows", "zero-point",

@@ -9,12 +9,14 @@
 #include "client/supervisor.h"
 #include "common/command_line.h"
 #include "common/device_choice.h"
+#include "common/serve_while_quantizing.h"
 
 namespace walsh::client {
 namespace {
 
 struct UpFlags {
   std::string device = "auto";
+  std::string serve_while_quantizing = "share";
   std::vector<std::string> model_roots;
   int port = 50051;
   int n_threads = 0;
@@ -55,6 +57,7 @@ int RunUp(const UpFlags& flags, const GlobalFlags& global, const std::string& co
   options.worker_binary = SiblingBinary("walsh-worker");
   options.data_dir = AbsolutePath(global.data_dir);
   options.device = flags.device;
+  options.serve_while_quantizing = flags.serve_while_quantizing;
   for (const std::string& root : flags.model_roots) {
     options.model_roots.push_back(AbsolutePath(root));
   }
@@ -83,6 +86,15 @@ void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
                   "none), cpu, cuda or cuda:N")
       ->check([](const std::string& text) {
         return std::string(ParseDeviceChoice(text).status().message());
+      })
+      ->capture_default_str();
+  command
+      .add_option("--serve-while-quantizing", flags->serve_while_quantizing,
+                  "Requests of models while a job runs: share (the job leaves them most of the "
+                  "time), preempt (it stands still while there are some) or exclusive (no job "
+                  "while a model is loaded, and no model is loaded while a job runs)")
+      ->check([](const std::string& text) {
+        return std::string(ParseServeWhileQuantizing(text).status().message());
       })
       ->capture_default_str();
   command.add_option("--model-root", flags->model_roots,

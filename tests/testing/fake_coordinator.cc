@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/check.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
@@ -124,10 +125,12 @@ grpc::Status FakeCoordinator::Register(grpc::ServerContext*,
 }
 
 grpc::Status FakeCoordinator::AcquireLease(grpc::ServerContext* context,
-                                           const internal::v1::AcquireLeaseRequest*,
+                                           const internal::v1::AcquireLeaseRequest* request,
                                            internal::v1::AcquireLeaseResponse* response) {
   std::unique_lock lock(mu_);
-  while (!is_stopping_ && !context->IsCancelled()) {
+  const absl::Time end = absl::Now() + absl::Seconds(request->wait().seconds()) +
+                         absl::Nanoseconds(request->wait().nanos());
+  while (!is_stopping_ && !context->IsCancelled() && absl::Now() < end) {
     if (!is_registered_) return UnknownWorker();
     if (!offers_.empty()) {
       *response->mutable_lease() = offers_.front();

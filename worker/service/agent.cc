@@ -211,6 +211,22 @@ bool Agent::Heartbeat() {
   return true;
 }
 
+bool Agent::MayAsk(std::unique_lock<std::mutex>& lock) {
+  if (hooks_.exclusive == nullptr) return true;
+  lock.unlock();
+  const bool may_ask = hooks_.exclusive->BeginAsking(ExclusiveUse::kLeaseWait);
+  lock.lock();
+  if (may_ask) {
+    is_held_up_ = false;
+    if (is_leasing_over_) hooks_.exclusive->EndJob();
+    return !is_leasing_over_;
+  }
+  if (!std::exchange(is_held_up_, true)) {
+    WALSH_LOG(Info, "no job is asked for while a model is loaded (exclusive)");
+  }
+  return false;
+}
+
 void Agent::LeaseLoop() {
   Backoff backoff;
   std::unique_lock lock(mu_);
@@ -219,17 +235,22 @@ void Agent::LeaseLoop() {
       changed_.wait(lock, [this] { return is_registered_ || is_leasing_over_; });
       continue;
     }
+    if (!MayAsk(lock)) continue;
+    const absl::Duration wait = hooks_.exclusive == nullptr ? kLeaseWait : ExclusiveUse::kLeaseWait;
     grpc::ClientContext context;
-    SetTimeout(context, kLeaseWait + kCallTimeout);
+    SetTimeout(context, wait + kCallTimeout);
     waiting_for_lease_ = &context;
     lock.unlock();
     internal::v1::AcquireLeaseRequest request;
     request.set_worker_id(identity_.worker_id);
-    *request.mutable_wait() = ToProto(kLeaseWait);
+    *request.mutable_wait() = ToProto(wait);
     internal::v1::AcquireLeaseResponse response;
     const grpc::Status status = coordinator_->AcquireLease(&context, request, &response);
     lock.lock();
     waiting_for_lease_ = nullptr;
+    if (hooks_.exclusive != nullptr && !(status.ok() && response.has_lease())) {
+      hooks_.exclusive->EndJob();
+    }
     if (status.ok()) {
       backoff.Reset();
       // Also while draining: the job then goes back at once.
@@ -261,7 +282,9 @@ void Agent::RunLease(const internal::v1::Lease& granted) {
     lease_ = lease;
     if (is_leasing_over_) lease->HandBack();
   }
+  if (hooks_.exclusive != nullptr) hooks_.exclusive->BeginJob(granted.job_name());
   hooks_.run_job(granted, *lease);
+  if (hooks_.exclusive != nullptr) hooks_.exclusive->EndJob();
   {
     const std::lock_guard lock(mu_);
     lease_ = nullptr;

@@ -4,7 +4,8 @@
 // Two threads. One registers and then sends a heartbeat per interval, so that long work never
 // delays them; it registers again whenever the coordinator does not know this worker (it
 // restarted), and learns from the answers that a lease is lost or a job cancelled. The other waits
-// for leases and runs each job itself, one at a time.
+// for leases and runs each job itself, one at a time. A worker that takes no job for a while does
+// not ask for one, and tells nobody: to the coordinator it is as busy as with a job.
 //
 // Threads: all public methods are safe from any thread.
 #pragma once
@@ -21,6 +22,7 @@
 #include "absl/time/time.h"
 #include "common/clock.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
+#include "worker/service/exclusive_use.h"
 #include "worker/service/held_lease.h"
 
 namespace grpc {
@@ -47,6 +49,8 @@ class Agent {
     std::function<Load()> load;
     // Runs a leased job to its end, with all reports to the coordinator.
     std::function<void(const internal::v1::Lease&, HeldLease&)> run_job;
+    // Jobs are asked for only when it allows it; null: always. Outlives the agent.
+    ExclusiveUse* exclusive = nullptr;
   };
 
   Agent(Identity identity, internal::v1::WorkerService::StubInterface* coordinator, Hooks hooks,
@@ -69,6 +73,8 @@ class Agent {
   bool Register();
   // False when it should be tried again soon.
   bool Heartbeat();
+  // Whether a job may be asked for now.
+  bool MayAsk(std::unique_lock<std::mutex>& lock);
   void RunLease(const internal::v1::Lease& lease);
   // Sleeps for at most `d`; less when woken. True when stopping.
   bool Wait(std::unique_lock<std::mutex>& lock, absl::Duration d);
@@ -84,6 +90,7 @@ class Agent {
   bool is_poked_ = false;
   bool is_draining_ = false;
   bool is_leasing_over_ = false;  // no new lease is asked for
+  bool is_held_up_ = false;       // by a model, which has been said
   bool is_stopping_ = false;
   absl::Duration heartbeat_interval_ = absl::Seconds(1);
   absl::Duration lease_duration_ = absl::Seconds(30);

@@ -28,6 +28,7 @@
 #include "common/metrics.h"
 #include "common/publish.h"
 #include "common/resource_name.h"
+#include "common/serve_while_quantizing.h"
 #include "common/status_macros.h"
 #include "worker/io/model_root.h"
 #include "worker/kernels/kernels.h"
@@ -36,6 +37,7 @@
 #include "worker/service/describe.h"
 #include "worker/service/device_metrics.h"
 #include "worker/service/evaluation_service.h"
+#include "worker/service/exclusive_use.h"
 #include "worker/service/generation_service.h"
 #include "worker/service/host_memory.h"
 #include "worker/service/job_runner.h"
@@ -45,6 +47,7 @@
 #include "worker/service/model_loader.h"
 #include "worker/service/model_store.h"
 #include "worker/service/rejected_artifacts.h"
+#include "worker/service/traffic_gate.h"
 
 namespace walsh::service {
 namespace {
@@ -100,9 +103,10 @@ std::string RejectedDirectory(const WorkerOptions& options) {
 
 class WorkerDaemon final : public Daemon {
  public:
-  WorkerDaemon(const WorkerOptions& options, const Surroundings& surroundings, DataFolderLock lock,
-               ModelRoots roots)
+  WorkerDaemon(const WorkerOptions& options, const Surroundings& surroundings,
+               ServeWhileQuantizing policy, DataFolderLock lock, ModelRoots roots)
       : options_(options),
+        policy_(policy),
         surroundings_(surroundings),
         worker_id_(NewWorkerId()),
         lock_(std::move(lock)),
@@ -134,7 +138,13 @@ class WorkerDaemon final : public Daemon {
   Agent::Load MakeLoad() const;
   std::string AdvertisedAddress() const;
 
+  // Null unless jobs and models take turns.
+  ExclusiveUse* exclusive() {
+    return policy_ == ServeWhileQuantizing::kExclusive ? &exclusive_use_ : nullptr;
+  }
+
   const WorkerOptions options_;
+  const ServeWhileQuantizing policy_;
   const Surroundings surroundings_;
   const std::string worker_id_;
   const DataFolderLock lock_;
@@ -144,6 +154,7 @@ class WorkerDaemon final : public Daemon {
   Clock* const clock_ = Clock::Real();
 
   JobDevice device_;
+  ExclusiveUse exclusive_use_;
   std::unique_ptr<ModelStore> models_;
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelConversions> conversions_;
@@ -177,8 +188,13 @@ absl::Status WorkerDaemon::Start() {
     is_complete_ = true;
   }
   if (is_device_broken_) RefuseWork();
+  // Before the first job is asked for, which these models do not stand behind.
+  if (exclusive() != nullptr) WALSH_RETURN_IF_ERROR(exclusive_use_.BeginModel());
   agent_->Start();
-  loader_ = std::thread([this] { LoadModels(); });
+  loader_ = std::thread([this] {
+    LoadModels();
+    if (exclusive() != nullptr) exclusive_use_.EndModel();
+  });
   return absl::OkStatus();
 }
 
@@ -220,6 +236,7 @@ absl::Status WorkerDaemon::OpenStore() {
   options.loader = MakeModelLoader(device_, surroundings_.cuda, n_threads,
                                    [this](const absl::Status& cause) { OnDeviceBroken(cause); });
   options.free_memory = [] { return ReadHostMemory().free_bytes; };
+  options.exclusive = exclusive();
   WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));
   WALSH_ASSIGN_OR_RETURN(conversions_,
                          ModelConversions::Open({.export_root = options_.export_root.empty()
@@ -303,9 +320,11 @@ void WorkerDaemon::MakeAgent() {
           .quantize =
               [this](const pipeline::JobSpec& spec, ThreadPool& pool,
                      const pipeline::Observer& observer) {
-                return pipeline::RunJob(spec, *device_.backend, pool, observer);
+                TrafficGate gate(policy_, TrafficGate::TrafficOf(models_->requests()), clock_);
+                return pipeline::RunJob(spec, *device_.backend, pool, observer, &gate);
               },
-          .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); }},
+          .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); },
+          .exclusive = exclusive()},
       coordinator_.get(), models_.get(), clock_);
   const int n_threads = options_.threads > 0 ? options_.threads : ThreadPool::HardwareThreads();
   agent_ = std::make_unique<Agent>(
@@ -315,7 +334,8 @@ void WorkerDaemon::MakeAgent() {
       coordinator_.get(),
       Agent::Hooks{.load = [this] { return MakeLoad(); },
                    .run_job = [this](const internal::v1::Lease& lease,
-                                     HeldLease& held) { runner_->Run(lease, held); }},
+                                     HeldLease& held) { runner_->Run(lease, held); },
+                   .exclusive = exclusive()},
       clock_);
 }
 
@@ -440,6 +460,8 @@ class End {
 absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& options,
                                                       const Surroundings& surroundings) {
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
+  WALSH_ASSIGN_OR_RETURN(const ServeWhileQuantizing policy,
+                         ParseServeWhileQuantizing(options.serve_while_quantizing));
   WALSH_ASSIGN_OR_RETURN(DataFolderLock lock, DataFolderLock::Take(options.data_dir));
   const std::vector<std::string> roots = options.model_roots.empty()
                                              ? std::vector<std::string>{options.data_dir}
@@ -448,7 +470,7 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& optio
   // its path.
   WALSH_ASSIGN_OR_RETURN(ModelRoots model_roots,
                          ModelRoots::Create(roots, {RejectedDirectory(options)}));
-  auto daemon = std::make_unique<WorkerDaemon>(options, surroundings, std::move(lock),
+  auto daemon = std::make_unique<WorkerDaemon>(options, surroundings, policy, std::move(lock),
                                                std::move(model_roots));
   WALSH_RETURN_IF_ERROR(daemon->Start());
   return daemon;

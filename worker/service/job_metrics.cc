@@ -83,6 +83,13 @@ void ObserveJobReport(const pipeline::JobReport& report, double damp_asked) {
   }
 }
 
+void CountYield(absl::Duration waited) {
+  static auto& seconds = Counter("walsh_quantization_yield_seconds_total",
+                                 "Time that jobs stood still for the requests of models.")
+                             .Add({});
+  seconds.Increment(absl::ToDoubleSeconds(waited));
+}
+
 void CountArtifactWritten(int64_t bytes) {
   static auto& written = Counter("walsh_artifact_bytes_total", "Bytes of artifacts, by operation.")
                              .Add({{"op", "write"}});

@@ -22,6 +22,8 @@ class JobProgressMetrics {
 
 // `damp_asked` is the job's own damping; linears that needed more are counted as retries.
 void ObserveJobReport(const pipeline::JobReport& report, double damp_asked);
+// Time that a job waited for requests.
+void CountYield(absl::Duration waited);
 void CountArtifactWritten(int64_t bytes);
 void CountArtifactError();
 

@@ -219,6 +219,7 @@ void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
     options_.on_device_broken(outcome.status());
     outcome = DeviceBrokenError(options_.device, outcome.status());
   }
+  if (options_.exclusive != nullptr) options_.exclusive->EndJob();
   if (outcome.ok()) LoadIfWanted(lease, *outcome);
   Complete(outcome, failure, held);
 }

@@ -31,6 +31,7 @@
 #include "common/clock.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
 #include "worker/pipeline/quantize_job.h"
+#include "worker/service/exclusive_use.h"
 #include "worker/service/held_lease.h"
 #include "worker/service/job_conversion.h"
 #include "worker/service/memory_check.h"
@@ -57,6 +58,8 @@ class JobRunner {
     Quantize quantize;  // pipeline::RunJob
     // Called with a status that IsDeviceBroken, on the thread of Run. No job can run any more.
     std::function<void(const absl::Status&)> on_device_broken;
+    // Told that the job needs the device no more, before it loads its model; may be null.
+    ExclusiveUse* exclusive = nullptr;
   };
   JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
             ModelStore* models, Clock* clock);

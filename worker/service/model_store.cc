@@ -159,6 +159,7 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
   const std::lock_guard loading(load_mu_);
   WALSH_ASSIGN_OR_RETURN(const Model before, Get(id));
   if (before.state() == Model::READY) return before;
+  if (options_.exclusive != nullptr) WALSH_RETURN_IF_ERROR(options_.exclusive->BeginModel());
   Update(id, [](Entry& entry) {
     entry.model.set_state(Model::LOADING);
     entry.model.clear_error();
@@ -170,6 +171,7 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
     ReturnFreedMemory();
     CountModelLoadFailure(id, hosted.status().code());
     WALSH_LOG(Error, "a model cannot be loaded", {"model", id}, {"error", hosted.status()});
+    EndModel();
     Update(id, [&](Entry& entry) {
       entry.model.set_state(Model::FAILED);
       *entry.model.mutable_error() = ToProtoStatus(hosted.status());
@@ -189,6 +191,10 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
   });
 }
 
+void ModelStore::EndModel() const {
+  if (options_.exclusive != nullptr) options_.exclusive->EndModel();
+}
+
 absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id) const {
   try {
     WALSH_ASSIGN_OR_RETURN(std::shared_ptr<engine::ServedModel> model,
@@ -196,6 +202,7 @@ absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id
     engine::Options options = options_.engine;
     options.model_name = id;
     options.free_bytes = UnpromisedBytes();
+    options.requests = requests_;
     absl::StatusOr<std::unique_ptr<engine::Engine>> created =
         engine::Engine::Create(std::move(model), options, clock_);
     if (!created.ok()) {
@@ -251,6 +258,7 @@ absl::StatusOr<Model> ModelStore::Unload(const std::string& id) {
   ReturnFreedMemory();
   ForgetModelMemory(id);
   WALSH_LOG(Info, "model unloaded", {"model", id});
+  EndModel();
   return Update(id, [](Entry& entry) {
     entry.model.set_state(Model::UNLOADED);
     entry.model.clear_worker();

@@ -9,7 +9,9 @@
 //         FAILED with the reason and leaves nothing in memory. Loads and unloads run one at a
 //         time, so that two never need the memory of both. UNLOADED means that the engine is gone:
 //         an unload waits for calls that found it before, which are refused at their next step.
-// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), those of reading artifacts
+// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), those of reading artifacts and
+// of
+//         ExclusiveUse, which leave a model as it was
 // Threads: safe. Load and Unload block; the rest does not wait for them.
 #pragma once
 
@@ -30,7 +32,9 @@
 #include "common/clock.h"
 #include "walsh/v1/model.pb.h"
 #include "worker/engine/engine.h"
+#include "worker/engine/request_count.h"
 #include "worker/engine/served_model.h"
+#include "worker/service/exclusive_use.h"
 
 namespace walsh::service {
 
@@ -47,6 +51,9 @@ class ModelStore {
     Loader loader;
     // Bytes that this process may still allocate; 0 or no function: not known.
     std::function<int64_t()> free_memory = {};
+    // Asked before each load, and told when its model is gone; null: models are loaded whatever
+    // else runs. Outlives the store.
+    ExclusiveUse* exclusive = nullptr;
   };
 
   // Creates the root, removes temporaries that a dead process left, and lists the artifacts.
@@ -78,6 +85,8 @@ class ModelStore {
   absl::StatusOr<std::shared_ptr<engine::Engine>> FindEngine(const std::string& id) const;
   // Sums over all loaded models; the heartbeat is the oldest one.
   engine::Stats TotalStats() const;
+  // Of all loaded models.
+  engine::RequestCount* requests() const { return requests_.get(); }
 
   // A model's artifact. It goes when the model is deleted, whoever reads it.
   std::string Directory(const std::string& id) const;
@@ -112,6 +121,8 @@ class ModelStore {
   std::string OriginPath(const std::string& id) const;
   void RemoveTemporaries();
   absl::StatusOr<v1::Model> ReadArtifact(const std::string& id) const;
+  // A model that BeginModel was asked for is gone, or was not loaded.
+  void EndModel() const;
   absl::StatusOr<Hosted> StartEngine(const std::string& id) const;
   // What a new engine may take: free memory, without what the others may still come to use.
   std::optional<int64_t> UnpromisedBytes() const;
@@ -121,6 +132,8 @@ class ModelStore {
 
   const Options options_;
   Clock* const clock_;
+  // Engines that a call still holds may outlive the store.
+  const std::shared_ptr<engine::RequestCount> requests_ = std::make_shared<engine::RequestCount>();
   std::mutex load_mu_;  // held through a load, an unload or a delete
   mutable std::mutex mu_;
   Listener listener_;

@@ -5,6 +5,7 @@
 #include "common/endpoints.h"
 #include "common/limits.h"
 #include "common/resource_name.h"
+#include "common/serve_while_quantizing.h"
 #include "common/status_macros.h"
 
 namespace walsh::service {
@@ -79,6 +80,11 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1000.0));
   app.add_option("--load-model", options.load_models, "Model to load at start; repeatable");
+  app.add_option("--serve-while-quantizing", options.serve_while_quantizing,
+                 "Requests of models while a job runs: share (the job leaves them most of the "
+                 "time), preempt (it stands still while there are some) or exclusive (no job "
+                 "while a model is loaded, and no model is loaded while a job runs)")
+      ->capture_default_str();
   app.add_option("--shutdown-timeout", options.shutdown_timeout_seconds,
                  "Seconds that running requests have after SIGTERM")
       ->capture_default_str()
@@ -97,6 +103,7 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
   WALSH_RETURN_IF_ERROR(log::ParseLevel(options.log_level, &level));
   log::Configure("worker", format, level);
   WALSH_RETURN_IF_ERROR(ParseDeviceChoice(options.device).status());
+  WALSH_RETURN_IF_ERROR(ParseServeWhileQuantizing(options.serve_while_quantizing).status());
   if (options.max_num_batched_tokens > 0 && options.max_num_batched_tokens < options.max_num_seqs) {
     return absl::InvalidArgumentError(
         absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,

@@ -32,6 +32,7 @@ struct WorkerOptions {
   double stream_interval_ms = limits::kStreamIntervalMsDefault;
   std::vector<std::string> load_models;
   double shutdown_timeout_seconds = 30;
+  std::string serve_while_quantizing = "share";  // as ParseServeWhileQuantizing takes it
   std::string log_format = "text";
   std::string log_level = "info";
   bool describe = false;

@@ -13,8 +13,10 @@
 namespace walsh::service {
 namespace {
 
+using ::testing::HasSubstr;
 using walsh::testing::FakeCoordinator;
 using walsh::testing::HasCode;
+using walsh::testing::StatusIs;
 using Record = FakeCoordinator::Record;
 
 v1::QuantizationJob Job(const std::string& id) {
@@ -26,7 +28,9 @@ v1::QuantizationJob Job(const std::string& id) {
 
 class AgentTest : public ::testing::Test {
  protected:
-  void SetUp() override {
+  void SetUp() override { MakeAgent(); }
+
+  void MakeAgent(ExclusiveUse* exclusive = nullptr) {
     stub_ = internal::v1::WorkerService::NewStub(MakeChannel(coordinator_.address()));
     agent_ = std::make_unique<Agent>(
         Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
@@ -37,7 +41,8 @@ class AgentTest : public ::testing::Test {
                            return load;
                          },
                      .run_job = [this](const internal::v1::Lease&,
-                                       HeldLease& held) { RunUntilStopped(held); }},
+                                       HeldLease& held) { RunUntilStopped(held); },
+                     .exclusive = exclusive},
         &clock_);
   }
 
@@ -67,6 +72,7 @@ class AgentTest : public ::testing::Test {
   std::atomic<int> n_stops_ = 0;
   std::mutex mu_;
   absl::Status last_stop_;
+  ExclusiveUse use_;  // of those agents that are given it
   std::unique_ptr<Agent> agent_;
 };
 
@@ -175,6 +181,41 @@ TEST_F(AgentTest, DrainingWorkerTakesNoLease) {
   const size_t n_heartbeats = coordinator_.record().heartbeats.size();
   ASSERT_TRUE(coordinator_.WaitFor(
       [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 10; }));
+  EXPECT_EQ(n_runs_, 0);
+}
+
+// It is there like any other, and the coordinator keeps what it has for it.
+TEST_F(AgentTest, AWorkerWithAModelAsksForNoJob) {
+  MakeAgent(&use_);
+  ASSERT_OK(use_.BeginModel());
+  agent_->Start();
+  coordinator_.Offer(Job("j"));
+  // Longer than it may ask for at a time.
+  const absl::Time start = absl::Now();
+  ASSERT_TRUE(coordinator_.WaitFor([&](const Record& r) {
+    return r.heartbeats.size() > 10 && absl::Now() > start + 2 * ExclusiveUse::kLeaseWait;
+  }));
+  EXPECT_EQ(n_runs_, 0);
+  EXPECT_FALSE(coordinator_.record().heartbeats.back().draining());
+  use_.EndModel();
+  ASSERT_TRUE(coordinator_.WaitFor([&](const Record&) { return n_runs_ == 1; }));
+  EXPECT_THAT(use_.BeginModel(),
+              StatusIs(absl::StatusCode::kUnavailable, HasSubstr("quantizationJobs/j")));
+  coordinator_.LoseLease();
+  WaitForStops(1);
+  EXPECT_TRUE(walsh::testing::WaitUntil([&] { return use_.BeginModel().ok(); }));
+}
+
+// The load takes a moment, not the time for which other workers wait for a job.
+TEST_F(AgentTest, AModelIsLoadedAlthoughAJobIsBeingAskedFor) {
+  MakeAgent(&use_);
+  agent_->Start();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.heartbeats.size() > 3; }));
+  const absl::Time start = absl::Now();
+  ASSERT_OK(use_.BeginModel());
+  EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+  coordinator_.Offer(Job("j"));
+  agent_->Stop();
   EXPECT_EQ(n_runs_, 0);
 }
 

@@ -72,18 +72,26 @@ class JobRunnerTest : public StoreFixture {
                 [this](const absl::Status& cause) {
                   broken_ = cause;
                   agent_->Drain();
-                }},
+                },
+            .exclusive = exclusive_},
         stub_.get(), store_.get(), Clock::Real());
     agent_ = std::make_unique<Agent>(
         Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
         Agent::Hooks{.load = [this] { return Agent::Load{.models = store_->List().models}; },
                      .run_job = [this](const internal::v1::Lease& lease,
-                                       HeldLease& held) { runner_->Run(lease, held); }},
+                                       HeldLease& held) { runner_->Run(lease, held); },
+                     .exclusive = exclusive_},
         Clock::Real());
     agent_->Start();
   }
 
   void TearDown() override { agent_.reset(); }
+
+  // Before the worker starts: jobs and models take turns.
+  void BeExclusive() {
+    exclusive_ = &use_;
+    OpenStore();
+  }
 
   // Waits for the n-th outcome.
   Complete AwaitOutcome(size_t n = 1) {
@@ -157,6 +165,7 @@ class JobRunnerTest : public StoreFixture {
       {.heartbeat_interval = absl::Milliseconds(10), .lease_duration = absl::Seconds(30)}};
   std::function<absl::StatusOr<JobReport>(const JobSpec&, const pipeline::Observer&)> quantize_ =
       QuantizeTwoLayers;
+  ExclusiveUse use_;
   RejectedArtifacts rejected_{dir_ / "rejected"};
   absl::Duration report_lag_max_ = absl::Seconds(30);
   std::atomic<int> n_runs_ = 0;
@@ -780,6 +789,36 @@ TEST_F(JobRunnerTest, AutoLoadServesBeforeItCompletes) {
   coordinator_.Offer(job);
   EXPECT_EQ(AwaitOutcome().model().state(), v1::Model::READY);
   EXPECT_OK(store_->FindEngine("m"));
+}
+
+// A job's own model comes after its work, and before the next job.
+TEST_F(JobRunnerTest, AnExclusiveWorkerLoadsAfterTheJobAndRunsNoneBesideTheModel) {
+  AddArtifact("other");
+  BeExclusive();
+  quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
+    const absl::Status refused = store_->Load("other").status();
+    EXPECT_THAT(refused, testing::StatusIs(absl::StatusCode::kUnavailable,
+                                           HasSubstr(spec.job_name + " runs on this worker")));
+    EXPECT_EQ(ErrorReason(refused), "JOB_RUNNING");
+    return QuantizeTwoLayers(spec, observer);
+  };
+  v1::QuantizationJob job = Job("j", "m");
+  job.mutable_config()->mutable_auto_load();
+  StartWorker();
+  coordinator_.Offer(job);
+  const Complete outcome = AwaitOutcome();
+  EXPECT_TRUE(outcome.has_result()) << outcome.ShortDebugString();
+  EXPECT_EQ(outcome.model().state(), v1::Model::READY);
+  EXPECT_OK(store_->Load("other")) << "beside the other model";
+  coordinator_.Offer(Job("k", "n"));
+  ASSERT_OK(store_->Unload("m"));
+  const size_t n_heartbeats = coordinator_.record().heartbeats.size();
+  ASSERT_TRUE(coordinator_.WaitFor(
+      [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 10; }));
+  EXPECT_EQ(n_runs_, 1);
+  ASSERT_OK(store_->Unload("other"));
+  EXPECT_TRUE(AwaitOutcome(2).has_result());
+  EXPECT_EQ(n_runs_, 2);
 }
 
 // Engines start their threads where the model is loaded, and threads inherit their niceness.

@@ -128,6 +128,42 @@ TEST_F(ModelStoreTest, FailedLoadIsToldAndCanBeRepeated) {
   EXPECT_FALSE(model.has_error());
 }
 
+// Whatever becomes of a load, the next job knows.
+TEST_F(ModelStoreTest, LoadsAndJobsTakeTurns) {
+  AddArtifact("m");
+  AddArtifact("broken");
+  loader_ =
+      [](const std::string& directory) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
+    if (directory.ends_with("broken")) return absl::DataLossError("a file differs");
+    return testing::FakeModel::Create({});
+  };
+  ExclusiveUse use;
+  exclusive_ = &use;
+  OpenStore();
+  use.BeginJob("quantizationJobs/j");
+  std::vector<Model::State> states;
+  store_->set_listener([&](const Model& model) { states.push_back(model.state()); });
+  EXPECT_THAT(store_->Load("m"),
+              StatusIs(absl::StatusCode::kUnavailable, HasSubstr("quantizationJobs/j")));
+  EXPECT_EQ(store_->Get("m")->state(), Model::UNLOADED);
+  EXPECT_THAT(states, ElementsAre()) << "it was not even begun";
+  use.EndJob();
+  constexpr absl::Duration kSoon = absl::Milliseconds(1);
+  EXPECT_FALSE(store_->Load("broken").ok());
+  EXPECT_TRUE(use.BeginAsking(kSoon));
+  use.EndJob();
+  ASSERT_OK(store_->Load("m"));
+  ASSERT_OK(store_->Load("m"));
+  EXPECT_FALSE(use.BeginAsking(kSoon));
+  use.BeginJob("quantizationJobs/k");
+  EXPECT_OK(store_->Load("m")) << "it is there already";
+  use.EndJob();
+  ASSERT_OK(store_->Unload("m"));
+  ASSERT_OK(store_->Unload("m"));
+  EXPECT_TRUE(use.BeginAsking(kSoon));
+  store_.reset();
+}
+
 // A call's handler may have found the engine just before: "unloaded" must not be said while its
 // weights are there.
 TEST_F(ModelStoreTest, UnloadWaitsForWhoFoundTheEngineBefore) {

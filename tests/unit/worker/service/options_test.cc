@@ -42,5 +42,15 @@ TEST(WorkerOptionsTest, DevicesAreSpelledInOneWayOnly) {
   }
 }
 
+TEST(WorkerOptionsTest, ServingWhileQuantizingIsOneOfThree) {
+  EXPECT_EQ(WorkerOptions().serve_while_quantizing, "share");
+  for (const char* policy : {"exclusive", "share", "preempt"}) {
+    EXPECT_OK(CheckWorkerOptions({.serve_while_quantizing = policy}));
+  }
+  EXPECT_THAT(
+      CheckWorkerOptions({.serve_while_quantizing = "never"}),
+      StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--serve-while-quantizing 'never'")));
+}
+
 }  // namespace
 }  // namespace walsh::service

@@ -29,7 +29,8 @@ void StoreFixture::OpenStore() {
                                  .engine = engine_options_,
                                  .drain_timeout = drain_timeout_,
                                  .loader = loader_,
-                                 .free_memory = free_memory_},
+                                 .free_memory = free_memory_,
+                                 .exclusive = exclusive_},
                                 clock_);
   ASSERT_OK(store);
   store_ = *std::move(store);

@@ -30,6 +30,7 @@ class StoreFixture : public ::testing::Test {
   Clock* clock_ = Clock::Real();
   absl::Duration drain_timeout_ = absl::Seconds(5);
   std::function<int64_t()> free_memory_ = {};
+  ExclusiveUse* exclusive_ = nullptr;
   ModelStore::Loader loader_ =
       [this](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
     return testing::FakeModel::Create(behaviour_);
