@@ -366,7 +366,7 @@ std::string HtmlReport(const Job& job) {
     html += TimeSection("Time by stage", result.stage_times(), [](const Job::StageTime& time) {
       return std::string(Job::Stage_Name(time.stage()));
     });
-    html += TimeSection("Time on the device", result.step_times(),
+    html += TimeSection("Time by kind of work", result.step_times(),
                         [](const Job::StepTime& time) { return time.name(); });
     html += SizeSection(result);
     html += WarningsSection(result);

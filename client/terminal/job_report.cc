@@ -170,7 +170,7 @@ std::string StageTable(const Job::Result& result) {
 
 // Where a job on a device spent its time: cuts across the stages, and is finer.
 std::string StepTable(const Job::Result& result) {
-  Table table({{"device work"}, {"seconds", Align::kRight}});
+  Table table({{"kind of work"}, {"seconds", Align::kRight}});
   for (const auto& time : result.step_times()) {
     table.AddRow({time.name(), absl::StrFormat("%.2f", time.seconds())});
   }

@@ -125,14 +125,18 @@ TEST_F(UpTest, AnIgnoredHangupStaysIgnored) {
   EXPECT_EQ(client::ExitCode(*status), 0) << Err();
 }
 
-// The daemons have so long, and `up` waits for them.
+// The daemons have so long, and `up` waits for them; how jobs and requests share is the worker's.
 TEST_F(UpTest, TheShutdownTimeoutReachesTheDaemons) {
-  ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up({{"WALSH_SHUTDOWN_TIMEOUT", "77"}}));
+  ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up({{"WALSH_SHUTDOWN_TIMEOUT", "77"},
+                                                    {"WALSH_SERVE_WHILE_QUANTIZING", "preempt"}}));
   ASSERT_TRUE(WaitForBanner()) << Out() << Err();
   for (const char* daemon : {"coordinator", "worker"}) {
     const std::string path = absl::StrCat("/proc/", DaemonPid(daemon), "/cmdline");
     const std::string arguments = ReadFile(path, 1 << 20).value_or("");
     EXPECT_THAT(arguments, HasSubstr(std::string("--shutdown-timeout\00077", 21))) << daemon;
+    EXPECT_EQ(
+        arguments.find(std::string("--serve-while-quantizing\0preempt", 32)) != std::string::npos,
+        std::string(daemon) == "worker");
   }
   up.Signal(SIGTERM);
   EXPECT_TRUE(up.Wait(kPatience).has_value());

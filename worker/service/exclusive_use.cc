@@ -8,7 +8,7 @@
 namespace walsh::service {
 namespace {
 
-constexpr absl::Duration kRetryDelay = absl::Seconds(10);
+constexpr absl::Duration kRetryDelay = absl::Seconds(5);
 
 }  // namespace
 

@@ -126,15 +126,15 @@ TEST(JobReportTest, ShowsTasksBeforeAndAfter) {
 
 TEST(JobReportTest, ShowsWhereADeviceSpentItsTime) {
   Job job = FinishedJob();
-  EXPECT_THAT(JobReport(job), Not(HasSubstr("device work")));
+  EXPECT_THAT(JobReport(job), Not(HasSubstr("kind of work")));
   for (const auto& [name, seconds] : {std::pair("hessian", 1.25), std::pair("columns", 12.5)}) {
     auto* time = job.mutable_result()->add_step_times();
     time->set_name(name);
     time->set_seconds(seconds);
   }
-  EXPECT_THAT(JobReport(job), HasSubstr("\n  device work  seconds\n"
-                                        "  hessian         1.25\n"
-                                        "  columns        12.50\n"));
+  EXPECT_THAT(JobReport(job), HasSubstr("\n  kind of work  seconds\n"
+                                        "  hessian          1.25\n"
+                                        "  columns         12.50\n"));
 }
 
 TEST(JobReportTest, ShowsTheFiveWorstLinearsWorstFirst) {
