@@ -10,7 +10,7 @@ namespace {
 // clang-format off
 constexpr std::string_view kConfigKeys[] = {
     "act-asymmetric", "act-bits", "act-clip", "act-group-size", "act-order", "add-special-tokens",
-    "advertise-host", "after-sequence", "asymmetric", "bits", "calibration", "column-order",
+    "advertise-host", "after-sequence", "asymmetric", "batch-invariant", "bits", "calibration", "column-order",
     "concurrency", "coordinator", "damp", "data-dir", "deadline", "describe", "detach", "device",
     "dtype", "duration", "enable-reflection", "error-propagation", "eval-limit", "eval-no-bos",
     "eval-stride", "eval-tasks", "eval-text", "eval-text-format", "eval-window", "eval-windows",
@@ -24,7 +24,8 @@ constexpr std::string_view kConfigKeys[] = {
     "no-prefix-cache", "num-samples", "online-rotation", "online-rotation-block", "output",
     "output-dir", "output-tokens", "override", "port", "preset", "prompt-tokens", "qk-rotation",
     "rate", "raw", "reference", "request-id", "requests", "rotation", "rotation-block",
-    "rotation-signs", "seed", "seq-len", "serve-while-quantizing", "server", "shared-prefix", "shutdown-timeout",
+    "rotation-signs", "seed", "seq-len", "serve-while-quantizing", "server", "shared-prefix",
+    "shutdown-timeout",
     "skip-special-tokens", "stats", "stop", "stop-at-eos", "stream-interval-ms", "stride",
     "symmetric", "system", "tasks", "temperature", "text", "text-format", "threads", "timeout",
     "top-k", "top-p", "validate-only", "warmup", "window", "windows", "zero-point",

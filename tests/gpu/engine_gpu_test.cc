@@ -112,8 +112,10 @@ class CudaEngineTest : public ::testing::Test {
   }
 
   // Null without a device: the test has been skipped then.
-  ModelRunner* CudaRunner(ServedModel::RunnerLimits limits = {}, bool use_graphs = kHasGraphs) {
-    auto model = LoadCudaModel(dir_ / "artifact", {.use_graphs = use_graphs});
+  ModelRunner* CudaRunner(ServedModel::RunnerLimits limits = {}, bool use_graphs = kHasGraphs,
+                          bool batch_invariant = false) {
+    auto model = LoadCudaModel(dir_ / "artifact",
+                               {.batch_invariant = batch_invariant, .use_graphs = use_graphs});
     if (absl::IsFailedPrecondition(model.status())) {
       [&] { GTEST_SKIP() << "no GPU: " << model.status().message(); }();
       return nullptr;
@@ -209,6 +211,19 @@ TEST_F(CudaEngineTest, LongChunksAreCloseToShortOnes) {
   const auto actual = Step(*runner, {&cut}, {130});
   EXPECT_LT(Distance(actual[0], expected[0]), 0.02);
   EXPECT_LT(Distance(Step(*runner, {&cut}, {1})[0], Step(*runner, {&whole}, {1})[0]), 0.02);
+}
+
+// Where batches must not matter, neither does where a prompt was cut.
+TEST_F(CudaEngineTest, InvariantPromptsHaveTheSameBitsHoweverTheyAreCut) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  ModelRunner* runner = CudaRunner({.n_rows = 480}, kHasGraphs, /*batch_invariant=*/true);
+  if (runner == nullptr) return;
+  Text whole = MakeText(0, Tokens(230, 1));
+  Text cut = MakeText(1, Tokens(230, 1));
+  Text other = MakeText(2, Tokens(230, 2));
+  const auto expected = Step(*runner, {&whole}, {230});
+  Step(*runner, {&other, &cut}, {150, 90});
+  EXPECT_EQ(Step(*runner, {&cut, &other}, {140, 80})[0], expected[0]);
 }
 
 // The same bits, whatever runs beside a sequence and however a step is launched.
@@ -309,24 +324,30 @@ TEST_F(CudaEngineTest, DrawnTokensAreThoseOfTheSampler) {
   if (runner == nullptr) return;
   ASSERT_TRUE(runner->can_draw());
   Text text = MakeText(0, Tokens(40, 1));
-  const auto logits = Step(*runner, {&text}, {20}).front();
+  Step(*runner, {&text}, {20});
+  // The last row again: as a row that decodes, and with one more as a prompt, of which the logits
+  // differ in the last bits.
+  const auto last_rows = [&](int64_t n_rows, Wanted wanted, const Draw& draw) {
+    StepBatch batch;
+    batch.tokens = {text.tokens.begin() + 20 - n_rows, text.tokens.begin() + 20};
+    batch.sequences = {{.n_rows = n_rows,
+                        .n_past = 20 - n_rows,
+                        .blocks = text.blocks,
+                        .wanted = wanted,
+                        .draw = draw}};
+    return batch;
+  };
   std::set<int32_t> seen;
-  for (uint64_t seed = 0; seed < 40; ++seed) {
-    const SamplingOptions options{.temperature = 0.9,
-                                  .top_p = seed % 2 == 0 ? 1.0 : 0.9,
-                                  .top_k = seed % 3 == 0 ? 0 : 40,
-                                  .min_p = seed % 5 == 0 ? 0.02 : 0.0,
-                                  .seed = seed};
-    // The last row again: as a row that decodes, and with one more as a prompt.
-    for (const int64_t n_rows : {1, 2}) {
-      StepBatch batch;
-      batch.tokens = {text.tokens.begin() + 20 - n_rows, text.tokens.begin() + 20};
-      batch.sequences = {{.n_rows = n_rows,
-                          .n_past = 20 - n_rows,
-                          .blocks = text.blocks,
-                          .wanted = Wanted::kDrawn,
-                          .draw = Sampler(options, {}, {}).DrawOf(0)}};
-      ASSERT_OK(runner->Run(batch));
+  for (const int64_t n_rows : {1, 2}) {
+    ASSERT_OK(runner->Run(last_rows(n_rows, Wanted::kLogits, {})));
+    const std::vector<float> logits(runner->logits(0).begin(), runner->logits(0).end());
+    for (uint64_t seed = 0; seed < 40; ++seed) {
+      const SamplingOptions options{.temperature = 0.9,
+                                    .top_p = seed % 2 == 0 ? 1.0 : 0.9,
+                                    .top_k = seed % 3 == 0 ? 0 : 40,
+                                    .min_p = seed % 5 == 0 ? 0.02 : 0.0,
+                                    .seed = seed};
+      ASSERT_OK(runner->Run(last_rows(n_rows, Wanted::kDrawn, Sampler(options, {}, {}).DrawOf(0))));
       std::vector<float> row = logits;
       EXPECT_EQ(runner->best(0), Sampler(options, {}, {}).Sample(row)->token) << seed;
       seen.insert(runner->best(0));

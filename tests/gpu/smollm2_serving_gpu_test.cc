@@ -88,7 +88,8 @@ class SmolLm2ServingTest : public SmolLm2Test {
   }
 
   std::vector<std::vector<int32_t>> Generate(int max_sequences, bool use_graphs, bool at_once) {
-    auto model = engine::LoadCudaModel(spec_.output_directory, {.use_graphs = use_graphs});
+    auto model = engine::LoadCudaModel(spec_.output_directory,
+                                       {.batch_invariant = true, .use_graphs = use_graphs});
     EXPECT_OK(model);
     auto engine = engine::Engine::Create(
         *model, {.max_sequences = max_sequences, .max_waiting = 64, .prefix_cache = !at_once},
@@ -144,7 +145,8 @@ TEST_F(SmolLm2ServingTest, LogitsAndPerplexityAreThoseOfTheCpu) {
   std::printf(
       "logits differ by %.5f of their norm; perplexity %.4f on the device, %.4f on the CPU\n",
       distance, std::exp(device_loss), std::exp(host_loss));
-  EXPECT_LT(distance, 0.02);
+  // Most of it is the CPU's, which rounds activations to 8 bits.
+  EXPECT_LT(distance, 0.03);
   EXPECT_NEAR(std::exp(device_loss - host_loss), 1.0, 0.005);
 
   // The same texts as prompts: all rows in one pass.

@@ -15,12 +15,15 @@ using LoadResult = absl::StatusOr<std::shared_ptr<engine::ServedModel>>;
 
 }  // namespace
 
-ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& cuda, int n_threads,
+ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& cuda,
+                                   const ModelLoaderOptions& options,
                                    std::function<void(const absl::Status&)> on_device_broken) {
-  return [&device, load = cuda.load, n_threads, on_device_broken = std::move(on_device_broken)](
+  return [&device, load = cuda.load, options, on_device_broken = std::move(on_device_broken)](
              const std::string& directory) -> LoadResult {
     if (device.cuda_device.has_value() && load) {
-      LoadResult model = load(directory, {.device = *device.cuda_device, .n_threads = n_threads});
+      LoadResult model = load(directory, {.device = *device.cuda_device,
+                                          .n_threads = options.n_threads,
+                                          .batch_invariant = options.batch_invariant});
       if (IsDeviceBroken(model.status())) {
         on_device_broken(model.status());
         return DeviceBrokenError(device.name, model.status());
@@ -29,7 +32,7 @@ ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& c
       WALSH_LOG(Warning, "the CPU serves a model that the device cannot", {"device", device.name},
                 {"reason", model.status()});
     }
-    return engine::LoadedModel::LoadArtifact(directory, {.n_threads = n_threads});
+    return engine::LoadedModel::LoadArtifact(directory, {.n_threads = options.n_threads});
   };
 }
 

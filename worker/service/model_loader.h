@@ -14,9 +14,14 @@
 
 namespace walsh::service {
 
+struct ModelLoaderOptions {
+  int n_threads = 1;
+  bool batch_invariant = false;  // as in engine::CudaModelOptions
+};
 // `device` outlives what is returned. `on_device_broken` is called with a status that
 // IsDeviceBroken (worker/kernels/device_failure.h).
-ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& cuda, int n_threads,
+ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& cuda,
+                                   const ModelLoaderOptions& options,
                                    std::function<void(const absl::Status&)> on_device_broken);
 
 }  // namespace walsh::service

@@ -74,6 +74,10 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
       ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kSequencesMax));
   app.add_flag("--no-prefix-cache", options.no_prefix_cache,
                "Compute every prompt from its beginning, and keep nothing of those that ended");
+  app.add_flag(
+      "--batch-invariant", options.batch_invariant,
+      "On a CUDA device a prompt's tokens, too, do not depend on what runs beside it: prompts of "
+      "more than 192 tokens in a step take several times as long. The CPU always does so");
   app.add_option("--stream-interval-ms", options.stream_interval_ms,
                  "Tokens of one stream that come faster than this share a message; 0: each has its "
                  "own")

@@ -29,6 +29,7 @@ struct WorkerOptions {
   int64_t max_num_queued_tokens = 65536;
   int64_t kv_cache_tokens = 0;
   bool no_prefix_cache = false;
+  bool batch_invariant = false;
   double stream_interval_ms = limits::kStreamIntervalMsDefault;
   std::vector<std::string> load_models;
   double shutdown_timeout_seconds = 30;

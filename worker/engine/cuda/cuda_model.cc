@@ -17,13 +17,13 @@ namespace {
 class CudaModel final : public ServedModel {
  public:
   CudaModel(std::unique_ptr<cuda::Context> context, ModelConfig config, ArtifactInfo info,
-            ModelText text, cuda::DeviceWeights weights, bool use_graphs)
+            ModelText text, cuda::DeviceWeights weights, const CudaModelOptions& options)
       : context_(std::move(context)),
         config_(std::move(config)),
         info_(std::move(info)),
         text_(std::move(text)),
         weights_(std::move(weights)),
-        use_graphs_(use_graphs) {}
+        options_(options) {}
   ~CudaModel() override {
     if (!context_->MakeCurrent().ok()) return;
     weights_ = {};
@@ -38,7 +38,9 @@ class CudaModel final : public ServedModel {
   int64_t packed_bytes_per_token() const override { return weights_.packed_bytes(); }
   absl::StatusOr<std::unique_ptr<ModelRunner>> MakeRunner(
       const RunnerLimits& limits) const override {
-    return cuda::MakeDeviceRunner(context_.get(), &config_, &weights_, limits, use_graphs_);
+    return cuda::MakeDeviceRunner(
+        context_.get(), &config_, &weights_, limits,
+        {.use_graphs = options_.use_graphs, .batch_invariant = options_.batch_invariant});
   }
   int64_t kv_token_bytes() const override {
     return 2 * config_.n_layers * config_.kv_width() * static_cast<int64_t>(sizeof(cuda::bf16));
@@ -58,7 +60,7 @@ class CudaModel final : public ServedModel {
   const ArtifactInfo info_;
   const ModelText text_;
   cuda::DeviceWeights weights_;
-  const bool use_graphs_;
+  const CudaModelOptions options_;
 };
 
 }  // namespace
@@ -74,7 +76,7 @@ absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& di
   WALSH_ASSIGN_OR_RETURN(cuda::DeviceWeights weights, cuda::LoadWeights(*context, *reader));
   WALSH_RETURN_IF_ERROR(context->ReleaseUnusedMemory());  // what was stored, once it is laid out
   return std::make_shared<CudaModel>(std::move(context), reader->config(), reader->info(),
-                                     std::move(text), std::move(weights), options.use_graphs);
+                                     std::move(text), std::move(weights), options);
 }
 
 }  // namespace walsh::engine

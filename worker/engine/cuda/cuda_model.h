@@ -19,8 +19,11 @@ namespace walsh::engine {
 
 struct CudaModelOptions {
   int device = 0;
-  int n_threads = 1;       // that check digests
-  bool verify = true;      // check walsh.json's digests
+  int n_threads = 1;   // that check digests
+  bool verify = true;  // check walsh.json's digests
+  // Prompts, too, have the same bits in any batch and however they are cut: their rows are never
+  // multiplied in bf16 by cuBLAS, which costs a long prompt several times its time.
+  bool batch_invariant = false;
   bool use_graphs = true;  // false launches every kernel of a step by itself, as tests compare
 };
 absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& directory,

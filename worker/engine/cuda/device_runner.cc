@@ -416,16 +416,17 @@ absl::Status DeviceRunner::Wait() {
 
 absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
     Context* context, const ModelConfig* config, const DeviceWeights* weights,
-    const ServedModel::RunnerLimits& limits, bool use_graphs) {
+    const ServedModel::RunnerLimits& limits, const DeviceRunnerOptions& options) {
   WALSH_RETURN_IF_ERROR(context->MakeCurrent());
   const int64_t n_decode = DecodeSize(limits.n_sequences);
   WALSH_ASSIGN_OR_RETURN(ForwardPass pass,
                          ForwardPass::Create(context, config, weights,
                                              {.n_rows = std::max(limits.n_rows, n_decode),
                                               .n_logits = n_decode + limits.n_sequences,
-                                              .n_blocks = limits.n_blocks}));
+                                              .n_blocks = limits.n_blocks,
+                                              .batch_invariant = options.batch_invariant}));
   auto runner =
-      std::make_unique<DeviceRunner>(context, config, limits, std::move(pass), use_graphs);
+      std::make_unique<DeviceRunner>(context, config, limits, std::move(pass), options.use_graphs);
   WALSH_RETURN_IF_ERROR(runner->Prepare());
   return runner;
 }

@@ -18,9 +18,13 @@
 
 namespace walsh::engine::cuda {
 
-// All but the limits outlive the runner.
+struct DeviceRunnerOptions {
+  bool use_graphs = true;
+  bool batch_invariant = false;  // as in CudaModelOptions
+};
+// All but limits and options outlive the runner.
 absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
     Context* context, const ModelConfig* config, const DeviceWeights* weights,
-    const ServedModel::RunnerLimits& limits, bool use_graphs);
+    const ServedModel::RunnerLimits& limits, const DeviceRunnerOptions& options);
 
 }  // namespace walsh::engine::cuda

@@ -65,11 +65,11 @@ absl::Status ForwardPass::Allocate() {
   const bool is_pair_apart =
       std::any_of(weights_->layers.begin(), weights_->layers.end(),
                   [](const LayerWeights& layer) { return layer.gate_up.parts.size() > 1; });
-  if (n > kChunkedRowsMax || is_pair_apart) {
+  if (AreMany(n) || is_pair_apart) {
     WALSH_RETURN_IF_ERROR(AllocateZeros(gate_, n * c.intermediate, stream));
     WALSH_RETURN_IF_ERROR(AllocateZeros(up_, n * c.intermediate, stream));
   }
-  if (n > kChunkedRowsMax) {
+  if (AreMany(n)) {
     WALSH_RETURN_IF_ERROR(AllocateZeros(normed_, n * c.hidden, stream));
     int64_t largest = 0;
     for (const LayerWeights& layer : weights_->layers) {
@@ -193,7 +193,7 @@ ops::LowBitMatmulParams ForwardPass::MultiplyNormed(const ServingMatrix& weights
 
 absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<float>& norm,
                                   int64_t n_rows, float* y) {
-  if (n_rows > kChunkedRowsMax) {
+  if (AreMany(n_rows)) {
     WALSH_RETURN_IF_ERROR(Norm(norm, n_rows));
     WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
     return ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
@@ -217,7 +217,7 @@ absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<flo
 
 absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n_rows,
                                 float* hidden) {
-  if (n_rows > kChunkedRowsMax) {
+  if (AreMany(n_rows)) {
     WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
     WALSH_RETURN_IF_ERROR(ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
                                                                       .in = product.cols,
@@ -245,7 +245,7 @@ absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n
 
 absl::Status ForwardPass::GateUp(const Product& product, const DeviceBuffer<float>& norm,
                                  int64_t n_rows, bf16* y) {
-  if (n_rows > kChunkedRowsMax) return GateUpOfMany(product, norm, n_rows, y);
+  if (AreMany(n_rows)) return GateUpOfMany(product, norm, n_rows, y);
   const int64_t width = product.rows / 2;
   const bool is_pair = product.parts.size() == 1;  // whose rows are interleaved
   const std::array<bf16*, 2> to = {is_pair ? y : gate_.data(), up_.data()};

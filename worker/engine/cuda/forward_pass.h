@@ -33,9 +33,10 @@ namespace walsh::engine::cuda {
 class ForwardPass {
  public:
   struct Limits {
-    int64_t n_rows = 0;    // of a pass
-    int64_t n_logits = 0;  // rows of logits at once
-    int64_t n_blocks = 0;  // of the KV pool
+    int64_t n_rows = 0;            // of a pass
+    int64_t n_logits = 0;          // rows of logits at once
+    int64_t n_blocks = 0;          // of the KV pool
+    bool batch_invariant = false;  // no row is multiplied by cuBLAS
   };
   // All outlive the pass.
   static absl::StatusOr<ForwardPass> Create(Context* context, const ModelConfig* config,
@@ -67,6 +68,8 @@ class ForwardPass {
   ForwardPass(Context* context, const ModelConfig* config, const DeviceWeights* weights,
               const Limits& limits)
       : context_(context), config_(config), weights_(weights), limits_(limits) {}
+  // Whether n rows are worth dequantizing the weights for.
+  bool AreMany(int64_t n) const { return n > kChunkedRowsMax && !limits_.batch_invariant; }
   absl::Status Allocate();
   kernels::cuda::KvPoolLayer PoolOf(int64_t layer);
 

@@ -27,15 +27,16 @@ class ModelLoaderTest : public ::testing::Test {
     cuda_.load = [this](const std::string&, const engine::CudaModelOptions& options)
         -> absl::StatusOr<std::shared_ptr<engine::ServedModel>> {
       EXPECT_EQ(options.device, 1);
+      EXPECT_TRUE(options.batch_invariant);
       ++n_device_loads_;
       if (!on_device_.ok()) return on_device_;
       return std::make_shared<testing::FakeModel>();
     };
   }
   absl::StatusOr<std::shared_ptr<engine::ServedModel>> Load() {
-    return MakeModelLoader(device_, cuda_, 2, [this](const absl::Status& status) {
-      broken_ = status;
-    })(dir_ / "artifact");
+    return MakeModelLoader(
+        device_, cuda_, {.n_threads = 2, .batch_invariant = true},
+        [this](const absl::Status& status) { broken_ = status; })(dir_ / "artifact");
   }
   bool IsFake(const engine::ServedModel& model) { return model.config().vocab == 258; }
 
