@@ -229,6 +229,7 @@ std::optional<int64_t> ModelStore::UnpromisedBytes() const {
   if (free_bytes <= 0) return std::nullopt;
   int64_t promised_bytes = 0;
   for (const auto& [id, engine] : Engines()) {
+    if (engine->model().free_device_bytes().has_value()) continue;  // not of the host's memory
     // What its prefix cache holds is no longer free.
     const engine::Stats stats = engine->stats();
     const int64_t token_bytes = engine->kv_cache_bytes() / stats.kv_tokens_total;

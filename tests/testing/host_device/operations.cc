@@ -90,6 +90,7 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(int device, Priority) {
   }
   std::unique_ptr<Context> context(new Context());
   context->properties_.sharedMemPerBlockOptin = 227 * 1024;
+  context->properties_.major = 9;
   return context;
 }
 Context::~Context() = default;

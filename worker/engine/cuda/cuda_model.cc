@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/engine/cuda/device_runner.h"
 #include "worker/engine/cuda/device_weights.h"
@@ -13,6 +14,8 @@
 
 namespace walsh::engine {
 namespace {
+
+constexpr int kComputeMin = 9;  // clusters, bulk copies, programmatic dependent launch
 
 class CudaModel final : public ServedModel {
  public:
@@ -73,6 +76,11 @@ absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& di
   WALSH_ASSIGN_OR_RETURN(ModelText text, LoadText(reader->tokenizer()));
   WALSH_ASSIGN_OR_RETURN(std::unique_ptr<cuda::Context> context,
                          cuda::Context::Create(options.device, kernels::cuda::Priority::kServing));
+  if (context->properties().major < kComputeMin) {
+    return absl::UnimplementedError(
+        absl::StrCat("no CUDA kernels for a device of compute ", context->properties().major, ".",
+                     context->properties().minor, ", they need ", kComputeMin, ".0"));
+  }
   WALSH_ASSIGN_OR_RETURN(cuda::DeviceWeights weights, cuda::LoadWeights(*context, *reader));
   WALSH_RETURN_IF_ERROR(context->ReleaseUnusedMemory());  // what was stored, once it is laid out
   return std::make_shared<CudaModel>(std::move(context), reader->config(), reader->info(),
