@@ -27,6 +27,7 @@
 #include <atomic>
 
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/fixed_point.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/serving_codes.h"
@@ -187,17 +188,6 @@ __device__ __forceinline__ void CopyBulkOnce(uint32_t to, const uint8_t* from, u
       "[%0], [%1], %2, [%3], %4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
-}
-
-__device__ __forceinline__ void WaitForPreviousKernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void LetNextKernelStart() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ float2 HalvesToFloats(uint32_t halves) {

@@ -49,14 +49,14 @@ constexpr int kQuantizeRecords = kQuantizeThreads / low_bit::kRecordLanes;
 __global__ void __launch_bounds__(kQuantizeThreads)
     QuantizeActivationsKernel(const low_bit::Activations x, int n_tokens, int n_blocks, int grids,
                               int code_shift, uint8_t* records, float* square_sums) {
-  low_bit::LetNextKernelStart();
+  LetNextKernelStart();
   const int lane = static_cast<int>(threadIdx.x) % low_bit::kRecordLanes;
   const int i = static_cast<int>(blockIdx.x) * kQuantizeRecords +
                 static_cast<int>(threadIdx.x) / low_bit::kRecordLanes;
   const bool is_there = i < n_tokens * n_blocks;
   const int block = i / n_tokens;
   const int token = i - block * n_tokens;
-  low_bit::WaitForPreviousKernel();
+  WaitForPreviousKernel();
   low_bit::ActivationPiece piece{};
   if (is_there) {
     piece = x.x_float != nullptr ? low_bit::LoadFloatPiece(x, token, block, lane)
