@@ -31,9 +31,9 @@ CudaDevices InstalledCudaDevices();
 
 struct JobDevice {
   std::unique_ptr<pipeline::Backend> backend;
-  std::string name;  // "cpu", "cuda:0 NVIDIA H200"
-  std::optional<int> cuda_device;
-  absl::Status no_cuda;  // why `auto` took the CPU
+  std::string name;                // "cpu", "cuda:0 NVIDIA H200"
+  std::optional<int> cuda_device;  // its index, which models are loaded to as well
+  absl::Status no_cuda;            // why `auto` took the CPU
 };
 absl::StatusOr<JobDevice> OpenJobDevice(const DeviceChoice& choice, const CudaDevices& cuda);
 

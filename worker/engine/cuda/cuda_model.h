@@ -3,8 +3,9 @@
 // No CUDA header here; a build without CUDA has the same function, which says so.
 //
 // Errors:  those of ArtifactReader::Open
-//          UNIMPLEMENTED        what the device's kernels cannot do for this artifact, by name; the
-//                               CPU can (engine::LoadedModel)
+//          UNIMPLEMENTED        what the device's kernels cannot do for this artifact, by name, or
+//          a
+//                               device before compute 9.0; the CPU can (engine::LoadedModel)
 //          FAILED_PRECONDITION  built without CUDA, no such device, no cuBLAS on this machine
 //          RESOURCE_EXHAUSTED   with the bytes needed and free
 #pragma once

@@ -7,7 +7,9 @@
 //
 // Up to kChunkedRowsMax rows the quantized weights are multiplied as they are (low_bit_matmul.h),
 // and a row's result has the same bits whatever the others are. More rows are multiplied by cuBLAS
-// with weights that are dequantized to bf16 for them: there are enough to pay for it.
+// with weights that are dequantized to bf16 for them: there are enough to pay for it. Not where
+// batches must not matter (Limits::batch_invariant), as cuBLAS' order of sums depends on their
+// size.
 //
 // Shapes:  hidden [n_rows, hidden] in fp32; activations in bf16
 // Errors:  INVALID_ARGUMENT for what a kernel does not take; RESOURCE_EXHAUSTED; the device's
@@ -62,6 +64,7 @@ class ForwardPass {
   const int32_t* best() const { return best_.data(); }
   int64_t kv_bytes() const { return pool_.size_bytes(); }
 
+  // Three products of as many rows as LowBitMatmul takes.
   static constexpr int64_t kChunkedRowsMax = 192;
 
  private:
