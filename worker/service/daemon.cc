@@ -56,12 +56,6 @@ constexpr char kDaemonName[] = "worker";
 // An engine that neither turns nor goes on to another layer of its step for so long is taken for
 // hung.
 constexpr absl::Duration kHungAfter = absl::Seconds(60);
-// What a step may hold where no flag says it. A device's steps cost their weights' bytes whether
-// few sequences share them or many, and a prompt's chunk pays for dequantizing them.
-constexpr int kCpuSequences = 16;
-constexpr int kCpuBatchTokens = 512;
-constexpr int kCudaSequences = 64;
-constexpr int kCudaBatchTokens = 2048;
 // After the requests' time: for calls to send their last words.
 constexpr absl::Duration kServerGrace = absl::Seconds(2);
 
@@ -214,16 +208,11 @@ absl::Status WorkerDaemon::OpenStore() {
   ModelStore::Options options;
   options.root = options_.data_dir + "/models";
   options.worker_id = worker_id_;
-  const bool on_cuda = device_.cuda_device.has_value();
-  options.engine.max_sequences = options_.max_num_seqs > 0 ? options_.max_num_seqs
-                                 : on_cuda                 ? kCudaSequences
-                                                           : kCpuSequences;
+  const StepLimits limits = StepLimitsOf(options_, device_.cuda_device.has_value());
+  options.engine.max_sequences = limits.max_sequences;
+  options.engine.max_batch_tokens = limits.max_batch_tokens;
   options.engine.max_waiting = options_.max_num_queued_reqs;
   options.engine.max_waiting_tokens = options_.max_num_queued_tokens;
-  options.engine.max_batch_tokens =
-      options_.max_num_batched_tokens > 0
-          ? options_.max_num_batched_tokens
-          : std::max(on_cuda ? kCudaBatchTokens : kCpuBatchTokens, options.engine.max_sequences);
   options.engine.kv_cache_tokens = options_.kv_cache_tokens;
   options.engine.prefix_cache = !options_.no_prefix_cache;
   options.engine.n_threads = options_.threads;

@@ -1,5 +1,7 @@
 #include "worker/service/options.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "common/device_choice.h"
 #include "common/endpoints.h"
@@ -16,6 +18,10 @@ constexpr int kThreadsMax = 1024;
 constexpr int kSequencesMax = 1024;
 constexpr int kBatchTokensMax = 65536;
 constexpr int kQueueMax = 100'000;
+// A device's steps cost their weights' bytes whether few sequences share them or many, and a
+// prompt's chunk pays for dequantizing them.
+constexpr StepLimits kCpuLimits = {.max_sequences = 16, .max_batch_tokens = 512};
+constexpr StepLimits kCudaLimits = {.max_sequences = 64, .max_batch_tokens = 2048};
 
 }  // namespace
 
@@ -118,6 +124,15 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
     WALSH_RETURN_IF_ERROR(ParseModelName("--load-model", model).status());
   }
   return absl::OkStatus();
+}
+
+StepLimits StepLimitsOf(const WorkerOptions& options, bool on_cuda) {
+  StepLimits limits = on_cuda ? kCudaLimits : kCpuLimits;
+  const int n_tokens = options.max_num_batched_tokens;
+  if (n_tokens > 0) limits = {std::min(limits.max_sequences, n_tokens), n_tokens};
+  if (options.max_num_seqs > 0) limits.max_sequences = options.max_num_seqs;
+  limits.max_batch_tokens = std::max(limits.max_batch_tokens, limits.max_sequences);
+  return limits;
 }
 
 absl::StatusOr<std::string> AdvertisedHost(const WorkerOptions& options) {

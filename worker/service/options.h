@@ -43,6 +43,15 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options);
 // What the parser cannot judge; also configures the log.
 absl::Status CheckWorkerOptions(const WorkerOptions& options);
 
+// What a step of an engine may hold: what the flags say, or what suits the device. A sequence has a
+// token of every step at least, so that fewer tokens than a device's usual sequences mean fewer
+// sequences.
+struct StepLimits {
+  int max_sequences = 0;
+  int max_batch_tokens = 0;
+};
+StepLimits StepLimitsOf(const WorkerOptions& options, bool on_cuda);
+
 // The host that the coordinator is told: --advertise-host, else --host. A --host that stands for
 // every address of the machine is no place to call: beside the coordinator it is the loopback,
 // elsewhere INVALID_ARGUMENT, since all such workers would have one and the same address.

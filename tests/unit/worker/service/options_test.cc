@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <utility>
+
 #include "tests/testing/status_matchers.h"
 
 namespace walsh::service {
@@ -50,6 +52,21 @@ TEST(WorkerOptionsTest, ServingWhileQuantizingIsOneOfThree) {
   EXPECT_THAT(
       CheckWorkerOptions({.serve_while_quantizing = "never"}),
       StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--serve-while-quantizing 'never'")));
+}
+
+TEST(WorkerOptionsTest, StepsHoldWhatFlagsSayOrTheDeviceSuits) {
+  const auto limits = [](int n_sequences, int n_tokens, bool on_cuda) {
+    const StepLimits l =
+        StepLimitsOf({.max_num_seqs = n_sequences, .max_num_batched_tokens = n_tokens}, on_cuda);
+    return std::pair(l.max_sequences, l.max_batch_tokens);
+  };
+  EXPECT_EQ(limits(0, 0, false), std::pair(16, 512));
+  EXPECT_EQ(limits(0, 0, true), std::pair(64, 2048));
+  EXPECT_EQ(limits(3, 0, true), std::pair(3, 2048));
+  EXPECT_EQ(limits(1000, 0, false), std::pair(1000, 1000)) << "each has its token";
+  EXPECT_EQ(limits(0, 100, true), std::pair(64, 100));
+  EXPECT_EQ(limits(0, 10, true), std::pair(10, 10)) << "or no model would load";
+  EXPECT_EQ(limits(5, 10, false), std::pair(5, 10));
 }
 
 }  // namespace
