@@ -341,6 +341,11 @@ TEST_P(LowBitWidthGpuTest, EveryCutAndRunIsTheSame) {
         ASSERT_EQ(FirstDifference(again, y, y.size()), -1) << row_tiles << " tiles, run " << run;
       }
     }
+    const std::vector<float> larger = Multiply({.n_tokens = n_tokens,
+                                                .weights = &serving,
+                                                .x = x.device.data(),
+                                                .shared_part = SharedPart::kLarger});
+    EXPECT_EQ(FirstDifference(larger, y, y.size()), -1) << n_tokens << " tokens";
   }
 }
 
@@ -626,14 +631,16 @@ TEST_F(LowBitGpuTest, OverlapChangesNothing) {
         buffer = *DeviceBuffer<__nv_bfloat16>::Allocate(n * kDim, context().stream());
       }
       for (int i = 0; i < kLinks; ++i) {
-        ASSERT_OK(LowBitMatmul({.n_tokens = n,
-                                .weights = &weights[static_cast<size_t>(i % 3)],
-                                .x = i == 0 ? x.device.data() : buffers[i % 2].data(),
-                                .y_bf16 = buffers[(i + 1) % 2].data(),
-                                .overlap_previous = overlap,
-                                .workspace = workspace.data(),
-                                .workspace_bytes = workspace.size_bytes(),
-                                .stream = context().stream()}));
+        ASSERT_OK(
+            LowBitMatmul({.n_tokens = n,
+                          .weights = &weights[static_cast<size_t>(i % 3)],
+                          .x = i == 0 ? x.device.data() : buffers[i % 2].data(),
+                          .y_bf16 = buffers[(i + 1) % 2].data(),
+                          .overlap_previous = overlap,
+                          .shared_part = i % 2 == 0 ? SharedPart::kSmaller : SharedPart::kLarger,
+                          .workspace = workspace.data(),
+                          .workspace_bytes = workspace.size_bytes(),
+                          .stream = context().stream()}));
       }
       const std::vector<__nv_bfloat16> last = Download(buffers[kLinks % 2]);
       std::vector<uint16_t> bits(last.size());

@@ -233,6 +233,7 @@ absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n
     for (const Product::Part& part : product.parts) {
       ops::LowBitMatmulParams params = Multiply(part.weights, n);
       params.x = x + first * product.cols;
+      params.shared_part = ops::SharedPart::kLarger;  // Project's and GateUp's is the smaller
       params.bias = product.BiasOf(part);
       params.output = LowBitOutput::kAdd;
       params.y_float = hidden + first * product.rows + part.first_row;

@@ -564,10 +564,18 @@ class Quantizer {
         n_items_(warp < p.n_blocks ? ((p.n_blocks - warp - 1) / kParts + 1) * n_tokens : 0),
         reciprocal_((65536 + n_tokens - 1) / n_tokens) {}
 
+  // The norm's weights of the first fp32 activations, which need not wait for these.
+  __device__ __forceinline__ ActivationPiece FirstNormWeight() const {
+    ActivationPiece weight{};
+    const Item item = Find(0);
+    if (p_.x.x_float != nullptr && item.is_there) weight = LoadNormWeight(p_.x, item.block, lane_);
+    return weight;
+  }
+
   // `loading` is called once the first activations are on their way.
   template <typename Loading>
-  __device__ __forceinline__ void Run(uint8_t* records, float* square_sums,
-                                      Loading&& loading) const {
+  __device__ __forceinline__ void Run(const ActivationPiece& first_weight, uint8_t* records,
+                                      float* square_sums, Loading&& loading) const {
     if (p_.x.has_norm && lane_ == 0 && of_warp_ < n_tokens_) {
       square_sums[warp_ * F::kTokens + of_warp_] = 0;
     }
@@ -581,9 +589,12 @@ class Quantizer {
         ActivationPiece weight;
         if (item.is_there) {
           piece = LoadFloatPiece(p_.x, token_first_ + item.token, item.block, lane_);
-          weight = LoadNormWeight(p_.x, item.block, lane_);
+          if (first > 0) weight = LoadNormWeight(p_.x, item.block, lane_);
         }
-        if (first == 0) loading();
+        if (first == 0) {
+          weight = first_weight;
+          loading();
+        }
         Write(item, piece, weight, records, square_sums);
       }
     } else {
@@ -783,11 +794,13 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
     if (stage > 0) WaitBarrier(ring.barrier(stage - 1), 0);
     producer.Copy(p, ring.address(stage), ring.barrier(stage));
   }
+  const ActivationPiece first_weight = quantizer.FirstNormWeight();
   WaitForPreviousKernel();
+  if (first_tile == end_tile) return;
   uint8_t* records = shared + p.records_at;
   float* square_sums = reinterpret_cast<float*>(shared + p.square_sums_at);
   float* sums = reinterpret_cast<float*>(shared + p.sums_at);
-  quantizer.Run(records, square_sums, [&] {
+  quantizer.Run(first_weight, records, square_sums, [&] {
 #pragma unroll 1
     for (; stage < p.n_stages && producer.has_next(); ++stage) {
       producer.Copy(p, ring.address(stage), ring.barrier(stage));
@@ -1051,6 +1064,7 @@ struct LaunchPlan {
   int n_multiprocessors = 0;
   int ctas_per_sm = 1;
   bool overlap_previous = false;
+  SharedPart shared_part = SharedPart::kSmaller;
   cudaStream_t stream = nullptr;
 };
 
@@ -1062,9 +1076,12 @@ inline constexpr int kRecordsMax = 120 << 10;  // that a CTA holds
 inline constexpr int kStagesMin = 2;
 inline constexpr int kStagesMax = 16;
 
-// What leaves room for the CTAs of the next kernel.
-inline int HalfOfShared(const LaunchPlan& plan) {
-  return (kSharedMax + kSharedReserved) / (2 * plan.ctas_per_sm) - kSharedReserved;
+// What leaves room for the CTA of a neighbour: SharedPart's sizes fill a multiprocessor.
+inline constexpr int kSharedLarger = 116 << 10;
+inline constexpr int kSharedSmaller = kSharedMax - kSharedReserved - kSharedLarger;
+static_assert(2 * (kSharedLarger + kSharedReserved) > kSharedMax + kSharedReserved);
+inline int SharedOf(const LaunchPlan& plan) {
+  return plan.shared_part == SharedPart::kLarger ? kSharedLarger : kSharedSmaller;
 }
 
 // Places rings, records and sums in shared memory; returns its size, at most `budget` or what the
@@ -1093,6 +1110,10 @@ absl::Status LaunchKernel(const LaunchPlan& plan, void (*kernel)(KernelParams), 
   if ((prepared.load(std::memory_order_relaxed) & device_bit) == 0) {
     WALSH_CUDA_RETURN_IF_ERROR(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMax));
+    // All kernels of a chain want one split of L1 and shared memory: another one would have to wait
+    // until a multiprocessor is empty.
+    WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     prepared.fetch_or(device_bit, std::memory_order_relaxed);
   }
   cudaLaunchAttribute attribute{};
@@ -1114,8 +1135,9 @@ absl::Status LaunchFew(const LaunchPlan& plan) {
   KernelParams p = plan.params;
   p.chunk_tokens = std::min(p.chunk_tokens, F::kTokens);
   const int token_chunks = (p.n_tokens + p.chunk_tokens - 1) / p.chunk_tokens;
-  const int ctas = std::min(p.n_row_tiles,
-                            std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1));
+  // One on each multiprocessor, also where there are fewer tiles: one that is left out would have
+  // room for two CTAs of the next kernel.
+  const int ctas = std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1);
   const int cta_tiles = (p.n_row_tiles + ctas - 1) / ctas;
   constexpr int kUnitBytes = F::kWarps * F::kUnitFloats * static_cast<int>(sizeof(float));
   // Passes of one size.
@@ -1129,8 +1151,9 @@ absl::Status LaunchFew(const LaunchPlan& plan) {
   const int part_blocks = (p.n_blocks + kParts - 1) / kParts;
   const int warp_stages =
       part_blocks * ((p.pass_tiles + F::kRowTiles - 1) / F::kRowTiles) * n_passes;
-  const int shared_bytes =
-      PlaceShared<F>(HalfOfShared(plan), warp_stages, p.n_blocks * n_tokens * F::kRecordBytes, p);
+  const int budget = SharedOf(plan) / plan.ctas_per_sm;
+  const int shared_bytes = std::max(
+      PlaceShared<F>(budget, warp_stages, p.n_blocks * n_tokens * F::kRecordBytes, p), budget);
   return LaunchKernel<F>(plan, FewTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
 }
 

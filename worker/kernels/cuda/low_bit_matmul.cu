@@ -255,6 +255,7 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
       .n_multiprocessors = device.n_multiprocessors,
       .ctas_per_sm = p.tuning.ctas_per_sm > 0 ? p.tuning.ctas_per_sm : 1,
       .overlap_previous = p.overlap_previous,
+      .shared_part = p.shared_part,
       .stream = p.stream};
   if (is_alone) {
     plan.params.chunk_tokens =

@@ -56,6 +56,13 @@ struct LowBitTuning {
   int ctas_per_sm = 0;  // of one product
 };
 
+// What a product of up to kLowBitTokensAlone tokens takes of a multiprocessor's shared memory: a
+// CTA of each of two neighbours in a chain of overlapping launches fits on one. The hardware may
+// place two CTAs of a kernel where there is room for both and none on another multiprocessor, and
+// the whole device then waits for the two. So neighbours take turns: two larger parts do not fit,
+// and beside a larger one, which every multiprocessor then has, there is room for one smaller part.
+enum class SharedPart { kSmaller, kLarger };
+
 struct LowBitMatmulParams {
   int64_t n_tokens = 0;
   const ServingMatrix* weights = nullptr;
@@ -77,6 +84,7 @@ struct LowBitMatmulParams {
   // and reads weights meanwhile; x, y and bias are touched once that one is done. The kernel before
   // must not write the weights.
   bool overlap_previous = false;
+  SharedPart shared_part = SharedPart::kSmaller;
   // Scratch for more than kLowBitTokensAlone tokens, LowBitWorkspaceBytes of it, aligned to 16
   // bytes; products in one stream may share it. Without one those products are right, but slower.
   void* workspace = nullptr;

@@ -61,15 +61,18 @@ struct DecodeArguments {
   QkvTransform transform;
 };
 
-template <int kDim>
+// `kIsSmall`: where a multiprocessor has two of many CTAs and a context's blocks are dealt to so
+// many warps, one stage of each is enough, and both CTAs fit beside a product's that still runs
+// (SharedPart): what a CTA does before it waits would be late otherwise.
+template <int kDim, bool kIsSmall>
 struct DecodeForm {
   static constexpr int kPairs = HeadPairsOf(kDim);
   static constexpr int kPieces = kDim / 8;     // of 16 bytes, of a token
   static constexpr int kVectors = kDim / 4;    // of fp32, of a head
   static constexpr int kSumStride = kDim + 4;  // lanes that write meet no bank twice
   // Blocks of a warp that are under way at once.
-  static constexpr int kStages = kDim <= 64 ? 4 : kDim <= 128 ? 2 : 1;
-  static constexpr int kCtasOfMultiprocessor = kDim <= 128 ? 3 : 2;
+  static constexpr int kStages = kDim <= 64 ? (kIsSmall ? 2 : 4) : kDim <= 128 && !kIsSmall ? 2 : 1;
+  static constexpr int kCtasOfMultiprocessor = kDim <= 128 ? (kIsSmall ? 4 : 3) : 2;
   // The last row needs no padding behind it.
   static constexpr unsigned kTileBytes = TileBytes<kDim>(kPoolBlockTokens - 1, kDim);
   static_assert(kTileBytes >= kHeadColumns * kSumStride * sizeof(float));
@@ -187,10 +190,8 @@ __device__ __forceinline__ Partial Merge(const Partial& a, const Partial& b) {
 }
 
 // What the leaf's warps have of four elements, `vector` of the heads' results.
-template <int kDim>
-__device__ __forceinline__ Partial MergeWarps(const typename DecodeForm<kDim>::Shared& shared,
-                                              int vector) {
-  using Form = DecodeForm<kDim>;
+template <typename Form>
+__device__ __forceinline__ Partial MergeWarps(const typename Form::Shared& shared, int vector) {
   const int head = vector / Form::kVectors;
   const int at = head * Form::kSumStride + vector % Form::kVectors * 4;
   Partial all{-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
@@ -211,10 +212,10 @@ __device__ __forceinline__ Partial MergeWarps(const typename DecodeForm<kDim>::S
   return all;
 }
 
-template <int kDim, int kCtas>
-__global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiprocessor)
+template <int kDim, int kCtas, bool kIsSmall>
+__global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfMultiprocessor)
     DecodeKernel(const __grid_constant__ DecodeArguments p) {
-  using Form = DecodeForm<kDim>;
+  using Form = DecodeForm<kDim, kIsSmall>;
   constexpr int kHalf = kDim / 2;
   constexpr int kStages = Form::kStages;
   constexpr int kVectors = Form::kVectors;
@@ -481,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
     for (int i = 0; i < kVectorsOfThread; ++i) {
       const int v = i * kThreads + thread;
       if (v >= n_vectors) continue;
-      Partial all = MergeWarps<kDim>(shared, v);
+      Partial all = MergeWarps<Form>(shared, v);
       if (leaf % 2 == 1) all = Merge(of_one[i], all);
       if (leaf % 4 == 3) all = Merge(of_two[i], all);
       partial[i] = all;
@@ -540,13 +541,17 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim>::kCtasOfMultiproces
   }
 }
 
-template <int kDim, int kCtas>
+template <int kDim, int kCtas, bool kIsSmall = false>
 absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& arguments) {
-  constexpr int kShared = static_cast<int>(sizeof(typename DecodeForm<kDim>::Shared));
+  constexpr int kShared = static_cast<int>(sizeof(typename DecodeForm<kDim, kIsSmall>::Shared));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      DecodeKernel<kDim, kCtas>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+      DecodeKernel<kDim, kCtas, kIsSmall>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  // As the products before and behind want it (low_bit_kernel.cuh).
+  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(DecodeKernel<kDim, kCtas, kIsSmall>,
+                                                  cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                  cudaSharedmemCarveoutMaxShared));
   const int64_t n_units = params.pool.shape.n_kv_heads * arguments.parts.n_parts;
-  return LaunchKernel("PagedDecodeAttention", DecodeKernel<kDim, kCtas>,
+  return LaunchKernel("PagedDecodeAttention", DecodeKernel<kDim, kCtas, kIsSmall>,
                       {.grid = dim3(static_cast<unsigned>(n_units * kCtas),
                                     static_cast<unsigned>(params.batch.n_sequences)),
                        .threads = kThreads,
@@ -557,17 +562,22 @@ absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& argu
                       arguments);
 }
 
-// CTAs of a cluster for a batch of so many: as many as are at work at once, two on each
-// multiprocessor.
-absl::StatusOr<int> ClusterCtas(int64_t n_clusters) {
+struct ClusterShape {
+  int n_ctas;
+  bool is_small;  // DecodeForm's
+};
+// For so many clusters: as many CTAs as are at work at once, two on each multiprocessor.
+absl::StatusOr<ClusterShape> ShapeOf(int64_t n_clusters) {
   int device = 0;
   int n_multiprocessors = 0;
   WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   WALSH_CUDA_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  int n_ctas = kLeaves;
-  while (n_ctas > kCtasMin && n_clusters * n_ctas > 2 * n_multiprocessors) n_ctas /= 2;
-  return n_ctas;
+  ClusterShape shape{.n_ctas = kLeaves, .is_small = n_clusters * kLeaves > n_multiprocessors};
+  while (shape.n_ctas > kCtasMin && n_clusters * shape.n_ctas > 2 * n_multiprocessors) {
+    shape.n_ctas /= 2;
+  }
+  return shape;
 }
 
 }  // namespace
@@ -605,11 +615,15 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
   arguments.pool = params.pool.data;
   arguments.parts = PartsOf(arguments.attention.queries_per_key);
   arguments.transform = params.transform;
-  WALSH_ASSIGN_OR_RETURN(const int n_ctas, ClusterCtas(params.batch.n_sequences * pool.n_kv_heads *
-                                                       arguments.parts.n_parts));
+  WALSH_ASSIGN_OR_RETURN(
+      const ClusterShape shape,
+      ShapeOf(params.batch.n_sequences * pool.n_kv_heads * arguments.parts.n_parts));
   return ForHeadDim(kName, pool.head_dim, [&]<int kDim>() {
-    switch (n_ctas) {
+    switch (shape.n_ctas) {
       case 8:
+        if constexpr (DecodeForm<kDim, true>::kStages < DecodeForm<kDim, false>::kStages) {
+          if (shape.is_small) return Launch<kDim, 8, true>(params, arguments);
+        }
         return Launch<kDim, 8>(params, arguments);
       case 4:
         return Launch<kDim, 4>(params, arguments);
