@@ -32,7 +32,13 @@ struct Activations {
   int cols = 0;
   const float* norm_weight = nullptr;
   bool has_norm = false;
+  const int32_t* order = nullptr;  // column c is x[order[c]]; null: x[c]
+  int rotation_block = 0;          // of Hadamard matrices: 16, 32, 64 or 128; 0: none
 };
+// Whether columns are moved or rotated on their way.
+inline bool AreTransformed(const Activations& a) {
+  return a.order != nullptr || a.rotation_block != 0;
+}
 
 // Eight lanes make a record, so that a warp makes four at a time. Lane l of them has the columns
 // 64 (l / 4) + 16 m + 4 (l % 4) + {0, 1, 2, 3} of the block, m from 0 to 3, whose bytes are
@@ -107,6 +113,40 @@ __device__ __forceinline__ ActivationPiece LoadNormWeight(const Activations& a, 
   return piece;
 }
 
+// Columns that are in another order: each a load of its own. Factors of RMSNorm as above.
+__device__ __forceinline__ void LoadOrderedPiece(const Activations& a, int64_t token, int block,
+                                                 int lane, ActivationPiece& piece,
+                                                 ActivationPiece& weight) {
+#pragma unroll
+  for (int m = 0; m < 4; ++m) {
+    const int col = block * kServingBlockCols + PieceColumn(lane, m);
+    piece.x[m] = make_float4(0, 0, 0, 0);
+    weight.x[m] = make_float4(1, 1, 1, 1);
+    if (col >= a.cols) continue;
+    const int4 from = *reinterpret_cast<const int4*>(a.order + col);
+    const auto gather = [&](auto&& load) {
+      return make_float4(load(from.x), load(from.y), load(from.z), load(from.w));
+    };
+    const int64_t row = token * a.stride;
+    piece.x[m] = a.x_float != nullptr
+                     ? gather([&](int i) { return a.x_float[row + i]; })
+                     : gather([&](int i) { return __bfloat162float(a.x_bf16[row + i]); });
+    if (a.norm_weight != nullptr) weight.x[m] = gather([&](int i) { return a.norm_weight[i]; });
+  }
+}
+// Whatever becomes of the columns before they are multiplied and rotated.
+__device__ __forceinline__ void LoadAnyPiece(const Activations& a, int64_t token, int block,
+                                             int lane, ActivationPiece& piece,
+                                             ActivationPiece& weight) {
+  if (a.order != nullptr) {
+    LoadOrderedPiece(a, token, block, lane, piece, weight);
+    return;
+  }
+  piece = a.x_float != nullptr ? LoadFloatPiece(a, token, block, lane)
+                               : ToFloats(LoadBf16Piece(a, token, block, lane));
+  weight = LoadNormWeight(a, block, lane);
+}
+
 // Σ x² of a record, in all its lanes, added up in one order.
 __device__ __forceinline__ float SumOfSquares(const ActivationPiece& piece) {
   float sum = 0;
@@ -130,6 +170,58 @@ __device__ __forceinline__ void Multiply(ActivationPiece& piece, const Activatio
     piece.x[m].y = __fmul_rn(piece.x[m].y, factor.x[m].y);
     piece.x[m].z = __fmul_rn(piece.x[m].z, factor.x[m].z);
     piece.x[m].w = __fmul_rn(piece.x[m].w, factor.x[m].w);
+  }
+}
+
+__device__ __forceinline__ void Butterfly(float& a, float& b) {
+  const float sum = __fadd_rn(a, b);
+  b = __fsub_rn(a, b);
+  a = sum;
+}
+__device__ __forceinline__ void Butterfly(float4& a, float4& b) {
+  Butterfly(a.x, b.x);
+  Butterfly(a.y, b.y);
+  Butterfly(a.z, b.z);
+  Butterfly(a.w, b.w);
+}
+// Of the bit of the column that bit `distance` of the lane is.
+__device__ __forceinline__ void ButterflyOfLanes(ActivationPiece& piece, int lane, int distance) {
+  const float sign = (lane & distance) != 0 ? -1.0f : 1.0f;
+  const auto combine = [&](float v) {
+    return __fmaf_rn(sign, v, __shfl_xor_sync(~0u, v, distance));
+  };
+#pragma unroll
+  for (float4& x : piece.x) {
+    x = make_float4(combine(x.x), combine(x.y), combine(x.z), combine(x.w));
+  }
+}
+// Each block of columns times the orthonormal Hadamard matrix in natural order. Bits of a column:
+// 0 and 1 lie within a quad, 2 and 3 in the lane, 4 and 5 in the quad's number, 6 in the lane. All
+// lanes of a warp.
+__device__ __forceinline__ void RotatePiece(ActivationPiece& piece, int lane, int block) {
+#pragma unroll
+  for (float4& x : piece.x) {
+    Butterfly(x.x, x.y);
+    Butterfly(x.z, x.w);
+    Butterfly(x.x, x.z);
+    Butterfly(x.y, x.w);
+  }
+  ButterflyOfLanes(piece, lane, 1);
+  ButterflyOfLanes(piece, lane, 2);
+  if (block >= 32) {
+    Butterfly(piece.x[0], piece.x[1]);
+    Butterfly(piece.x[2], piece.x[3]);
+  }
+  if (block >= 64) {
+    Butterfly(piece.x[0], piece.x[2]);
+    Butterfly(piece.x[1], piece.x[3]);
+  }
+  if (block >= 128) ButterflyOfLanes(piece, lane, 4);
+  const float scale = __frsqrt_rn(static_cast<float>(block));
+#pragma unroll
+  for (float4& x : piece.x) {
+    x = make_float4(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale), __fmul_rn(x.z, scale),
+                    __fmul_rn(x.w, scale));
   }
 }
 

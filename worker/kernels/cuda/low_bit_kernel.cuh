@@ -86,10 +86,14 @@ struct WeightForm {
   static constexpr int kRecordBytes = RecordBytes(kGrids);
 };
 
-// Few tokens. kRowTiles are those of a stage, kSlots of them share accumulators.
-template <int kBits, bool kCodebook, int kGrids, int kRowTiles_, int kSlots_>
+// Few tokens. kRowTiles are those of a stage, kSlots of them share accumulators. Activations that
+// are transformed on their way have kernels of their own, so that the others have no register less.
+template <int kBits, bool kCodebook, int kGrids, int kRowTiles_, int kSlots_,
+          bool kTransforms_ = false>
 struct FewForm : WeightForm<kBits, kCodebook, kGrids, 2> {
   using Base = WeightForm<kBits, kCodebook, kGrids, 2>;
+  using Transforming = FewForm<kBits, kCodebook, kGrids, kRowTiles_, kSlots_, true>;
+  static constexpr bool kTransforms = kTransforms_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kSlots = kSlots_;
   static constexpr int kUnits = kRowTiles / kSlots;
@@ -581,7 +585,19 @@ class Quantizer {
     }
     __syncwarp();
     constexpr int kAtATime = 32 / kRecordLanes;
-    if (p_.x.x_float != nullptr) {
+    if constexpr (F::kTransforms) {
+#pragma unroll 1
+      for (int first = 0; first < n_items_; first += kAtATime) {
+        const Item item = Find(first);
+        ActivationPiece piece{};
+        ActivationPiece weight{};
+        if (item.is_there) {
+          LoadAnyPiece(p_.x, token_first_ + item.token, item.block, lane_, piece, weight);
+        }
+        if (first == 0) loading();
+        Write(item, piece, weight, records, square_sums);
+      }
+    } else if (p_.x.x_float != nullptr) {
 #pragma unroll 1
       for (int first = 0; first < n_items_; first += kAtATime) {
         const Item item = Find(first);
@@ -651,6 +667,9 @@ class Quantizer {
         }
         __syncwarp();
       }
+    }
+    if constexpr (F::kTransforms) {
+      if (p_.x.rotation_block != 0) RotatePiece(piece, lane_, p_.x.rotation_block);
     }
     WriteRecord(piece, lane_, F::kGrids, F::kShift, item.is_there,
                 records + (item.block * n_tokens_ + item.token) * F::kRecordBytes);
@@ -1132,6 +1151,9 @@ absl::Status LaunchKernel(const LaunchPlan& plan, void (*kernel)(KernelParams), 
 
 template <typename F>
 absl::Status LaunchFew(const LaunchPlan& plan) {
+  if constexpr (!F::kTransforms) {
+    if (AreTransformed(plan.params.x)) return LaunchFew<typename F::Transforming>(plan);
+  }
   KernelParams p = plan.params;
   p.chunk_tokens = std::min(p.chunk_tokens, F::kTokens);
   const int token_chunks = (p.n_tokens + p.chunk_tokens - 1) / p.chunk_tokens;

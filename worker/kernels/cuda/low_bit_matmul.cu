@@ -58,17 +58,14 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   const int token = i - block * n_tokens;
   WaitForPreviousKernel();
   low_bit::ActivationPiece piece{};
-  if (is_there) {
-    piece = x.x_float != nullptr ? low_bit::LoadFloatPiece(x, token, block, lane)
-                                 : low_bit::ToFloats(low_bit::LoadBf16Piece(x, token, block, lane));
-  }
+  low_bit::ActivationPiece weight{};
+  if (is_there) low_bit::LoadAnyPiece(x, token, block, lane, piece, weight);
   if (x.has_norm) {
     const float sum = low_bit::SumOfSquares(piece);
     if (is_there && lane == 0) square_sums[i] = sum;
-    if (x.norm_weight != nullptr) {
-      low_bit::Multiply(piece, low_bit::LoadNormWeight(x, is_there ? block : 0, lane));
-    }
+    if (x.norm_weight != nullptr) low_bit::Multiply(piece, weight);
   }
+  if (x.rotation_block != 0) low_bit::RotatePiece(piece, lane, x.rotation_block);
   low_bit::WriteRecord(piece, lane, grids, code_shift, is_there,
                        records + static_cast<int64_t>(i) * low_bit::RecordBytes(grids));
 }
@@ -139,6 +136,13 @@ absl::Status Validate(const LowBitMatmulParams& p, int64_t x_stride, int64_t y_c
   WALSH_RETURN_IF_ERROR(CheckAligned("norm_weight", p.norm_weight, 0));
   if (p.norm_weight != nullptr && !p.has_norm) {
     return absl::InvalidArgumentError("LowBitMatmul: norm_weight is given without has_norm");
+  }
+  WALSH_RETURN_IF_ERROR(CheckAligned("input_order", p.input_order, 0));
+  const int64_t rotation = p.rotation_block;
+  if (rotation != 0 && !(IsLowBitRotation(rotation) && shape.cols % rotation == 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("LowBitMatmul: a rotation in blocks of ", rotation, " of ", shape.cols,
+                     " columns, must divide them and be 16, 32, 64 or 128"));
   }
   if (p.has_norm && !(p.eps >= 0)) {
     return absl::InvalidArgumentError(
@@ -239,7 +243,9 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
                        .stride = x_stride,
                        .cols = static_cast<int>(shape.cols),
                        .norm_weight = p.norm_weight,
-                       .has_norm = p.has_norm},
+                       .has_norm = p.has_norm,
+                       .order = p.input_order,
+                       .rotation_block = static_cast<int>(p.rotation_block)},
                  .inverse_cols = 1.0f / static_cast<float>(shape.cols),
                  .eps = p.eps,
                  .bias = p.bias,

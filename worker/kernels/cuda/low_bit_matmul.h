@@ -17,6 +17,10 @@
 // RMSNorm of the activations is part of the product: its weights multiply them before they are
 // rounded, its factor the result.
 //
+// So is what a column's activation becomes first: columns may stand in another order than the
+// activations (act-order), and blocks of them be rotated by a Hadamard matrix, W (x H): on the way
+// from memory to the 16 bits, in fp32, by the lanes that hold them.
+//
 // A row of the result depends on its own token only: alone or among any others, with or without a
 // workspace, and from run to run, it has the same bits, since sums of fp32 have one order. An
 // activation that is not finite makes all of its token's outputs NaN; 128 columns that are all
@@ -41,6 +45,10 @@ namespace walsh::kernels::cuda {
 
 inline constexpr int64_t kLowBitTokensMax = 64;
 inline constexpr int64_t kLowBitTokensAlone = 4;  // those that need no workspace
+// Blocks of columns that a product can rotate: those that the lanes of a block of 128 hold.
+constexpr bool IsLowBitRotation(int64_t block) {
+  return block == 16 || block == 32 || block == 64 || block == 128;
+}
 
 enum class LowBitOutput {
   kStore,    // y = v
@@ -74,6 +82,12 @@ struct LowBitMatmulParams {
   bool has_norm = false;
   const float* norm_weight = nullptr;  // [cols], aligned to 16 bytes, or null: ones
   float eps = 0;
+  // [cols] on the device, aligned to 16 bytes: column c of W multiplies activation (and norm weight)
+  // input_order[c], a permutation; null: c.
+  const int32_t* input_order = nullptr;
+  // Then, behind the norm: each block of so many columns is multiplied by the orthonormal Hadamard
+  // matrix in natural order. See IsLowBitRotation; 0: none.
+  int64_t rotation_block = 0;
   const float* bias = nullptr;  // [rows] in the stacked order, or null; added to v first
   LowBitOutput output = LowBitOutput::kStore;
   // One of the two, [n_tokens, rows], with kSiluMul [n_tokens, rows / 2].
