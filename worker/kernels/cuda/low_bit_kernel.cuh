@@ -30,6 +30,7 @@
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/fixed_point.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
+#include "worker/kernels/cuda/mma.cuh"
 #include "worker/kernels/cuda/serving_codes.h"
 
 namespace walsh::kernels::cuda::low_bit {
@@ -62,6 +63,7 @@ struct KernelParams {
   int n_stages = 0;
   int barriers_at = 0;
   int records_at = 0;
+  int squares_at = 0;
   int square_sums_at = 0;
   int sums_at = 0;
   int sums_stride = 0;  // floats from warp to warp
@@ -140,9 +142,6 @@ __device__ __forceinline__ void Mma(int (&d)[4], const uint32_t (&a)[4], const u
         "r"(c[2]), "r"(c[3]));
 }
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 // One lane of a warp whose lanes are all there. The compiler knows that it is one.
 __device__ __forceinline__ bool IsElected() {
   uint32_t is_elected;
@@ -552,14 +551,21 @@ class FewProducer {
   const uint64_t policy_;
 };
 
-// The records of a warp's blocks, and the sums of squares of its part: four at a time, of (block,
-// token) in order.
+// Where a CTA of few tokens has its activations, in shared memory.
+struct HeldActivations {
+  uint8_t* records = nullptr;    // [n_blocks, n_tokens]
+  float* squares = nullptr;      // [n_blocks, n_tokens], Σ x² of a record
+  float* square_sums = nullptr;  // [kParts, F::kTokens], of a part
+};
+
+// Makes the records of a warp's blocks, four at a time, of (block, token) in order.
 template <typename F>
 class Quantizer {
  public:
-  __device__ __forceinline__ Quantizer(const KernelParams& p, int lane, int warp, int token_first,
-                                       int n_tokens)
+  __device__ __forceinline__ Quantizer(const KernelParams& p, const HeldActivations& held, int lane,
+                                       int warp, int token_first, int n_tokens)
       : p_(p),
+        held_(held),
         lane_(lane % kRecordLanes),
         of_warp_(lane / kRecordLanes),
         warp_(warp),
@@ -578,12 +584,8 @@ class Quantizer {
 
   // `loading` is called once the first activations are on their way.
   template <typename Loading>
-  __device__ __forceinline__ void Run(const ActivationPiece& first_weight, uint8_t* records,
-                                      float* square_sums, Loading&& loading) const {
-    if (p_.x.has_norm && lane_ == 0 && of_warp_ < n_tokens_) {
-      square_sums[warp_ * F::kTokens + of_warp_] = 0;
-    }
-    __syncwarp();
+  __device__ __forceinline__ void Run(const ActivationPiece& first_weight,
+                                      Loading&& loading) const {
     constexpr int kAtATime = 32 / kRecordLanes;
     if constexpr (F::kTransforms) {
 #pragma unroll 1
@@ -595,7 +597,7 @@ class Quantizer {
           LoadAnyPiece(p_.x, token_first_ + item.token, item.block, lane_, piece, weight);
         }
         if (first == 0) loading();
-        Write(item, piece, weight, records, square_sums);
+        Write(item, piece, weight);
       }
     } else if (p_.x.x_float != nullptr) {
 #pragma unroll 1
@@ -611,7 +613,7 @@ class Quantizer {
           weight = first_weight;
           loading();
         }
-        Write(item, piece, weight, records, square_sums);
+        Write(item, piece, weight);
       }
     } else {
       constexpr int kRounds = 2;  // on their way at a time
@@ -635,11 +637,17 @@ class Quantizer {
           if (p_.x.norm_weight != nullptr && item.is_there) {
             weight = LoadNormWeight(p_.x, item.block, lane_);
           }
-          Write(item, ToFloats(pieces[k]), weight, records, square_sums);
+          Write(item, ToFloats(pieces[k]), weight);
         }
       }
     }
     __syncwarp();
+    if (!p_.x.has_norm || lane_ != 0 || of_warp_ >= n_tokens_) return;
+    float sum = 0;
+    for (int block = warp_; block < p_.n_blocks; block += kParts) {
+      sum += held_.squares[block * n_tokens_ + of_warp_];
+    }
+    held_.square_sums[warp_ * F::kTokens + of_warp_] = sum;
   }
 
  private:
@@ -654,28 +662,22 @@ class Quantizer {
     return {i < n_items_, warp_ + block * kParts, i - block * n_tokens_};
   }
   __device__ __forceinline__ void Write(const Item& item, ActivationPiece piece,
-                                        const ActivationPiece& weight, uint8_t* records,
-                                        float* square_sums) const {
+                                        const ActivationPiece& weight) const {
+    const int i = item.block * n_tokens_ + item.token;
     if (p_.x.has_norm) {
       const float sum = SumOfSquares(piece);
       if (p_.x.norm_weight != nullptr) Multiply(piece, weight);
-        // In the order of the blocks: one record of a token after the other.
-#pragma unroll
-      for (int k = 0; k < 32 / kRecordLanes; ++k) {
-        if (of_warp_ == k && lane_ == 0 && item.is_there) {
-          square_sums[warp_ * F::kTokens + item.token] += sum;
-        }
-        __syncwarp();
-      }
+      if (lane_ == 0 && item.is_there) held_.squares[i] = sum;
     }
     if constexpr (F::kTransforms) {
       if (p_.x.rotation_block != 0) RotatePiece(piece, lane_, p_.x.rotation_block);
     }
     WriteRecord(piece, lane_, F::kGrids, F::kShift, item.is_there,
-                records + (item.block * n_tokens_ + item.token) * F::kRecordBytes);
+                held_.records + i * F::kRecordBytes);
   }
 
   const KernelParams& p_;
+  const HeldActivations& held_;
   const int lane_;     // of a record
   const int of_warp_;  // record
   const int warp_;
@@ -803,7 +805,10 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
   Ring<F> ring(p, shared, warp);
   ring.Init(p);
   FewProducer<F> producer(p, warp, first_tile, end_tile);
-  const Quantizer<F> quantizer(p, lane, warp, token_first, n_tokens);
+  const HeldActivations held{.records = shared + p.records_at,
+                             .squares = reinterpret_cast<float*>(shared + p.squares_at),
+                             .square_sums = reinterpret_cast<float*>(shared + p.square_sums_at)};
+  const Quantizer<F> quantizer(p, held, lane, warp, token_first, n_tokens);
   // One stage after the other, so that what the kernel before still reads comes first, and the rest
   // once the activations are on their way, which would have to wait for it.
   constexpr int kStagesBefore = 3;
@@ -816,10 +821,8 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
   const ActivationPiece first_weight = quantizer.FirstNormWeight();
   WaitForPreviousKernel();
   if (first_tile == end_tile) return;
-  uint8_t* records = shared + p.records_at;
-  float* square_sums = reinterpret_cast<float*>(shared + p.square_sums_at);
   float* sums = reinterpret_cast<float*>(shared + p.sums_at);
-  quantizer.Run(first_weight, records, square_sums, [&] {
+  quantizer.Run(first_weight, [&] {
 #pragma unroll 1
     for (; stage < p.n_stages && producer.has_next(); ++stage) {
       producer.Copy(p, ring.address(stage), ring.barrier(stage));
@@ -836,7 +839,7 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
 #pragma unroll 1
     for (int block = warp; block < p.n_blocks; block += kParts) {
       BlockActivations<F> x;
-      LoadActivations<F>(records + block * n_tokens * F::kRecordBytes, lane, n_tokens, x);
+      LoadActivations<F>(held.records + block * n_tokens * F::kRecordBytes, lane, n_tokens, x);
       float2* sum = own;
 #pragma unroll 1
       for (int tile = 0; tile < n_tiles; tile += F::kRowTiles) {
@@ -864,7 +867,7 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
         }
       }
     }
-    Finish<F>(p, first, n_tiles, token_first, n_tokens, square_sums, sums);
+    Finish<F>(p, first, n_tiles, token_first, n_tokens, held.square_sums, sums);
     // Sums of the next pass go where these are.
     if (first + p.pass_tiles < end_tile) __syncthreads();
   }
@@ -1106,24 +1109,27 @@ inline int SharedOf(const LaunchPlan& plan) {
 // Places rings, records and sums in shared memory; returns its size, at most `budget` or what the
 // least ring needs. A warp has `warp_stages` stages to multiply.
 template <typename F>
-int PlaceShared(int budget, int warp_stages, int record_bytes, KernelParams& p) {
+int PlaceShared(int budget, int warp_stages, int n_records, KernelParams& p) {
+  const int record_bytes = n_records * F::kRecordBytes;
+  const int squares_bytes = n_records * static_cast<int>(sizeof(float));
   constexpr int kSquareSumsBytes = kParts * F::kTokens * static_cast<int>(sizeof(float));
   const int sums_bytes = F::kWarps * p.sums_stride * static_cast<int>(sizeof(float));
-  const int fixed_bytes = sums_bytes + record_bytes + kSquareSumsBytes;
+  const int fixed_bytes = sums_bytes + record_bytes + squares_bytes + kSquareSumsBytes + 8;
   budget = std::min(std::max(budget, fixed_bytes + kRingMin), kSharedMax);
   constexpr int kStageOfAll = F::kWarps * (F::kStageBytes + 8);
   p.n_stages = std::clamp((budget - fixed_bytes) / kStageOfAll, kStagesMin, kStagesMax);
   p.n_stages = std::min(p.n_stages, warp_stages);
   p.barriers_at = F::kWarps * p.n_stages * F::kStageBytes;
   p.records_at = p.barriers_at + F::kWarps * p.n_stages * 8;
-  p.square_sums_at = p.records_at + record_bytes;
-  p.sums_at = p.square_sums_at + kSquareSumsBytes;
+  p.squares_at = p.records_at + record_bytes;
+  p.square_sums_at = p.squares_at + squares_bytes;
+  p.sums_at = (p.square_sums_at + kSquareSumsBytes + 7) / 8 * 8;  // of float2
   return p.sums_at + sums_bytes;
 }
 
 template <typename F>
-absl::Status LaunchKernel(const LaunchPlan& plan, void (*kernel)(KernelParams), int ctas,
-                          int token_chunks, int shared_bytes, const KernelParams& p) {
+absl::Status Launch(const LaunchPlan& plan, void (*kernel)(KernelParams), int ctas,
+                    int token_chunks, int shared_bytes, const KernelParams& p) {
   static std::atomic<uint64_t> prepared{0};  // devices
   const uint64_t device_bit = uint64_t{1} << (plan.device % 64);
   if ((prepared.load(std::memory_order_relaxed) & device_bit) == 0) {
@@ -1135,18 +1141,14 @@ absl::Status LaunchKernel(const LaunchPlan& plan, void (*kernel)(KernelParams), 
         kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     prepared.fetch_or(device_bit, std::memory_order_relaxed);
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(token_chunks));
-  config.blockDim = dim3(F::kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = plan.stream;
-  config.attrs = &attribute;
-  config.numAttrs = plan.overlap_previous ? 1 : 0;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(&config, kernel, p));
-  return LaunchStatus("LowBitMatmul", plan.stream);
+  return LaunchKernel(
+      "LowBitMatmul", kernel,
+      {.grid = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(token_chunks)),
+       .threads = F::kThreads,
+       .shared_bytes = shared_bytes,
+       .overlap_previous = plan.overlap_previous,
+       .stream = plan.stream},
+      p);
 }
 
 template <typename F>
@@ -1174,9 +1176,9 @@ absl::Status LaunchFew(const LaunchPlan& plan) {
   const int warp_stages =
       part_blocks * ((p.pass_tiles + F::kRowTiles - 1) / F::kRowTiles) * n_passes;
   const int budget = SharedOf(plan) / plan.ctas_per_sm;
-  const int shared_bytes = std::max(
-      PlaceShared<F>(budget, warp_stages, p.n_blocks * n_tokens * F::kRecordBytes, p), budget);
-  return LaunchKernel<F>(plan, FewTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
+  const int shared_bytes =
+      std::max(PlaceShared<F>(budget, warp_stages, p.n_blocks * n_tokens, p), budget);
+  return Launch<F>(plan, FewTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
 }
 
 template <typename F>
@@ -1189,7 +1191,7 @@ absl::Status LaunchMany(const LaunchPlan& plan) {
       std::min(n_row_groups, std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1));
   p.sums_stride = std::min(p.n_tokens, F::kTokens) * F::kTokenStride;
   const int shared_bytes = PlaceShared<F>(kSharedMax / plan.ctas_per_sm, kStagesMax, 0, p);
-  return LaunchKernel<F>(plan, ManyTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
+  return Launch<F>(plan, ManyTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
 }
 
 // The most row tiles up to kWanted whose stages fit twice beside the sums.

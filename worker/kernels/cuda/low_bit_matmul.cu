@@ -76,20 +76,15 @@ struct Workspace {
 };
 absl::Status Quantize(const low_bit::LaunchPlan& plan, const Workspace& workspace, int bits) {
   const low_bit::KernelParams& p = plan.params;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(
-      static_cast<unsigned>((p.n_tokens * p.n_blocks + kQuantizeRecords - 1) / kQuantizeRecords));
-  config.blockDim = dim3(kQuantizeThreads);
-  config.stream = plan.stream;
-  config.attrs = &attribute;
-  config.numAttrs = plan.overlap_previous ? 1 : 0;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaLaunchKernelEx(
-      &config, QuantizeActivationsKernel, p.x, p.n_tokens, p.n_blocks, plan.grids_in_block,
-      low_bit::CodeShift(bits), workspace.records, workspace.square_sums));
-  return LaunchStatus("LowBitMatmul's activations", plan.stream);
+  const auto ctas =
+      static_cast<unsigned>((p.n_tokens * p.n_blocks + kQuantizeRecords - 1) / kQuantizeRecords);
+  return LaunchKernel("LowBitMatmul's activations", QuantizeActivationsKernel,
+                      {.grid = dim3(ctas),
+                       .threads = kQuantizeThreads,
+                       .overlap_previous = plan.overlap_previous,
+                       .stream = plan.stream},
+                      p.x, p.n_tokens, p.n_blocks, plan.grids_in_block, low_bit::CodeShift(bits),
+                      workspace.records, workspace.square_sums);
 }
 
 // Of records and sums of squares, the records of the widest kind.
@@ -102,7 +97,9 @@ constexpr int64_t WorkspaceBytes(int64_t n_tokens, int64_t n_blocks) {
 // multiprocessors. As measured on an H200 (docs/results/2026-11-28-h200-low-bit.md).
 int DefaultRowTiles(const ServingShape& shape, int token_tiles, int64_t n_tokens, int n_ctas) {
   const int64_t row_tiles = shape.row_tiles();
-  if (token_tiles == 1) return row_tiles >= 5 * n_ctas && row_tiles < 8 * n_ctas ? 4 : 2;
+  if (token_tiles == 1) {
+    return row_tiles >= 5 * n_ctas && (n_tokens == 1 || row_tiles < 8 * n_ctas) ? 4 : 2;
+  }
   const int64_t chunk = token_tiles * low_bit::kTileTokens;
   const int64_t chunks = (n_tokens + chunk - 1) / chunk;
   return row_tiles / 4 * chunks * 8 >= n_ctas * 7 ? 4 : 2;

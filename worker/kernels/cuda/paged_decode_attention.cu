@@ -225,7 +225,8 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Form::Shared*>(shared_bytes);
   // With many sequences the next kernel's CTAs would take room that this one's need.
-  if (kCtas == kLeaves) LetNextKernelStart();
+  constexpr bool kIsOfFew = kCtas == kLeaves || kIsSmall;
+  if (kIsOfFew) LetNextKernelStart();
 
   const PagedAttentionArguments& a = p.attention;
   const int thread = static_cast<int>(threadIdx.x);
@@ -495,7 +496,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
     }
   }
 
-  if (kCtas < kLeaves) LetNextKernelStart();
+  if (!kIsOfFew) LetNextKernelStart();
 
   // -- The tree above the CTA's leaves: four vectors to each CTA of the cluster in turn -----------
   WaitForCluster();  // all have begun, and read their queries
@@ -541,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
   }
 }
 
-template <int kDim, int kCtas, bool kIsSmall = false>
+template <int kDim, int kCtas, bool kIsSmall>
 absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& arguments) {
   constexpr int kShared = static_cast<int>(sizeof(typename DecodeForm<kDim, kIsSmall>::Shared));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
@@ -566,17 +567,20 @@ struct ClusterShape {
   int n_ctas;
   bool is_small;  // DecodeForm's
 };
-// For so many clusters: as many CTAs as are at work at once, two on each multiprocessor.
+// For so many clusters: as many CTAs as are at work at once, and begin while the product before
+// still runs. Beside it a multiprocessor has room for two small ones, but not all of this room can
+// be had: a cluster's CTAs lie in one GPC.
 absl::StatusOr<ClusterShape> ShapeOf(int64_t n_clusters) {
   int device = 0;
   int n_multiprocessors = 0;
   WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   WALSH_CUDA_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  ClusterShape shape{.n_ctas = kLeaves, .is_small = n_clusters * kLeaves > n_multiprocessors};
-  while (shape.n_ctas > kCtasMin && n_clusters * shape.n_ctas > 2 * n_multiprocessors) {
-    shape.n_ctas /= 2;
-  }
+  ClusterShape shape{.n_ctas = kLeaves, .is_small = false};
+  const int64_t n_ctas_max = n_multiprocessors + n_multiprocessors / 2;
+  while (shape.n_ctas > kCtasMin && n_clusters * shape.n_ctas > n_ctas_max) shape.n_ctas /= 2;
+  const int64_t n_ctas = n_clusters * shape.n_ctas;
+  shape.is_small = 2 * n_ctas > n_multiprocessors && n_ctas <= n_ctas_max;
   return shape;
 }
 
@@ -619,16 +623,17 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
       const ClusterShape shape,
       ShapeOf(params.batch.n_sequences * pool.n_kv_heads * arguments.parts.n_parts));
   return ForHeadDim(kName, pool.head_dim, [&]<int kDim>() {
+    constexpr bool kCanBeSmall = DecodeForm<kDim, true>::kStages < DecodeForm<kDim, false>::kStages;
+    const bool is_small = kCanBeSmall && shape.is_small;
     switch (shape.n_ctas) {
       case 8:
-        if constexpr (DecodeForm<kDim, true>::kStages < DecodeForm<kDim, false>::kStages) {
-          if (shape.is_small) return Launch<kDim, 8, true>(params, arguments);
-        }
-        return Launch<kDim, 8>(params, arguments);
+        return is_small ? Launch<kDim, 8, kCanBeSmall>(params, arguments)
+                        : Launch<kDim, 8, false>(params, arguments);
       case 4:
-        return Launch<kDim, 4>(params, arguments);
+        return is_small ? Launch<kDim, 4, kCanBeSmall>(params, arguments)
+                        : Launch<kDim, 4, false>(params, arguments);
       default:
-        return Launch<kDim, 2>(params, arguments);
+        return Launch<kDim, 2, false>(params, arguments);
     }
   });
 }
