@@ -2,17 +2,19 @@
 // the same run measures, and beside cuBLAS in bf16.
 //
 //   cuda_low_bit_bench [--shapes="7B o,8B"] [--bits=2,2c,3,4,8] [--tokens=1,16] [--group=128]
-//   [--norm] [--tune]
+//   [--norm] [--tune | --large]
 //
 // --shapes takes parts of names. 2c is the codebook of 2 bits. With --tune every cut of the work is
-// timed instead. With --norm the activations are fp32 and RMSNorm is part of the product.
+// timed instead. With --norm the activations are fp32 and RMSNorm is part of the product. With
+// --large batches are those of prompts, whose weights are dequantized to bf16 and multiplied by
+// cuBLAS; beside it cuBLAS with weights that are bf16 already.
 //
 // Protocol: seeded random codes, scales and activations, never zeros; as many matrices of a shape
 // as exceed 300 MB, so that none is in the L2 when its turn comes; a CUDA graph of 50 or more
-// products, each with the next matrix; after a warm-up the median, least and most of 5 rounds, in
-// which the ways to launch take turns. "overlapped" products are launched by programmatic dependent
-// launch: the weights of the next are on their way while one ends. GB/s counts codes, scales and
-// zeros once. Prints Markdown.
+// products, each with the next matrix, neighbours with different parts of shared memory; after a
+// warm-up the median, least and most of 5 rounds, in which the ways to launch take turns.
+// "overlapped" products are launched by programmatic dependent launch: the weights of the next are
+// on their way while one ends. GB/s counts codes, scales and zeros once. Prints Markdown.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -185,10 +187,11 @@ constexpr Shape kShapes[] = {
 struct Options {
   std::vector<std::string> shapes = {""};  // parts of names
   std::vector<std::string> bits = {"2", "2c", "3", "4", "8"};
-  std::vector<int64_t> tokens = {1, 4, 8, 16, 32, 64};
+  std::vector<int64_t> tokens;
   int64_t group = 128;
   bool norm = false;
   bool tune = false;
+  bool large = false;
 };
 
 std::vector<std::string> Split(std::string_view text) {
@@ -223,11 +226,17 @@ Options Parse(int argc, char** argv) {
       options.norm = true;
     } else if (arg == "--tune") {
       options.tune = true;
+    } else if (arg == "--large") {
+      options.large = true;
     } else {
       std::fprintf(stderr, "cuda_low_bit_bench: %s is unknown; see the head of its source\n",
                    argv[i]);
       std::exit(2);
     }
+  }
+  if (options.tokens.empty()) {
+    options.tokens = options.large ? std::vector<int64_t>{512, 1024, 2048, 4096}
+                                   : std::vector<int64_t>{1, 4, 8, 16, 32, 64};
   }
   return options;
 }
@@ -242,6 +251,10 @@ class Bench {
       std::printf(
           "| shape | bits | tokens | row tiles | CTAs an SM | us | share | overlapped us | share "
           "|\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+    } else if (options_.large) {
+      std::printf(
+          "| shape | rows x cols | bits | tokens | us (range) | TFLOP/s | cuBLAS bf16 us | longer "
+          "|\n| --- | --- | --- | ---: | --- | ---: | ---: | ---: |\n");
     } else {
       std::printf(
           "| shape | rows x cols | bits | tokens | us (range) | GB/s | share of read | "
@@ -255,7 +268,15 @@ class Bench {
       };
       if (std::none_of(options_.shapes.begin(), options_.shapes.end(), is_in_name)) continue;
       const std::vector<double> cublas = options_.tune ? std::vector<double>() : TimeCublas(shape);
-      for (const std::string& bits : options_.bits) RunShape(shape, bits, cublas);
+      for (const std::string& bits : options_.bits) {
+        const std::vector<ServingMatrix> weights = Weights(shape, bits);
+        if (weights.empty()) continue;
+        if (options_.large) {
+          RunLarge(shape, bits, weights, cublas);
+        } else {
+          RunShape(shape, bits, weights, cublas);
+        }
+      }
     }
   }
 
@@ -287,8 +308,8 @@ class Bench {
   std::vector<double> TimeCublas(const Shape& shape) {
     const int copies = Copies(2 * shape.rows * shape.cols);
     const auto weights = RandomNumbers<bf16>(context_, copies * shape.rows * shape.cols, 3, 0.01f);
-    const auto x = RandomNumbers<bf16>(context_, kLowBitTokensMax * shape.cols, 4, 0.5f);
-    auto y = RandomNumbers<bf16>(context_, kLowBitTokensMax * shape.rows, 5, 1.0f);
+    const auto x = RandomNumbers<bf16>(context_, TokensMax() * shape.cols, 4, 0.5f);
+    auto y = RandomNumbers<bf16>(context_, TokensMax() * shape.rows, 5, 1.0f);
     std::vector<double> us;
     for (const int64_t n_tokens : options_.tokens) {
       const auto run = [&](int i) {
@@ -307,10 +328,15 @@ class Bench {
     return us;
   }
 
-  void RunShape(const Shape& shape, const std::string& form, const std::vector<double>& cublas) {
+  int64_t TokensMax() const {
+    return *std::max_element(options_.tokens.begin(), options_.tokens.end());
+  }
+
+  // As many as exceed the L2 together; none where the shape does not take the groups.
+  std::vector<ServingMatrix> Weights(const Shape& shape, const std::string& form) {
     const bool has_codebook = form == "2c";
     const int bits = std::atoi(form.c_str());
-    if (shape.cols % options_.group != 0) return;
+    if (shape.cols % options_.group != 0) return {};
     const int64_t groups = shape.cols / options_.group;
     const int64_t n_words = shape.cols / 32 * bits * shape.rows;
     const auto qweight = RandomBits<uint32_t>(context_, n_words, 6);
@@ -332,6 +358,43 @@ class Bench {
       CheckOk(built.status());
       weights.push_back(*std::move(built));
     }
+    // What they are built from is read by then.
+    CheckOk(cudaStreamSynchronize(context_.stream()));
+    return weights;
+  }
+
+  void RunLarge(const Shape& shape, const std::string& form,
+                const std::vector<ServingMatrix>& weights, const std::vector<double>& cublas) {
+    const auto copies = static_cast<int>(weights.size());
+    const auto x = RandomNumbers<bf16>(context_, TokensMax() * shape.cols, 9, 0.5f);
+    auto y = RandomNumbers<bf16>(context_, TokensMax() * shape.rows, 10, 1.0f);
+    auto dense = RandomNumbers<bf16>(context_, shape.rows * shape.cols, 11, 0.5f);
+    for (size_t t = 0; t < options_.tokens.size(); ++t) {
+      const int64_t n_tokens = options_.tokens[t];
+      Graph graph(context_.stream(), Launches(copies), [&](int i) {
+        CheckOk(
+            weights[static_cast<size_t>(i % copies)].Dequantize(dense.data(), context_.stream()));
+        CheckOk(Gemm(context_, GemmParams<bf16>{.n_tokens = n_tokens,
+                                                .in = shape.cols,
+                                                .out = shape.rows,
+                                                .x = x.data(),
+                                                .weights = dense.data(),
+                                                .y = y.data()}));
+      });
+      const Timing us = TakeTurns({&graph})[0];
+      std::printf("| %s | %lld x %lld | %s | %lld | %.1f (%.1f-%.1f) | %.0f | %.1f | %.1f %% |\n",
+                  shape.name, static_cast<long long>(shape.rows),
+                  static_cast<long long>(shape.cols), form.c_str(),
+                  static_cast<long long>(n_tokens), us.median_us, us.min_us, us.max_us,
+                  2e-6 * static_cast<double>(n_tokens * shape.rows * shape.cols) / us.median_us,
+                  cublas[t], 100.0 * (us.median_us / cublas[t] - 1));
+      std::fflush(stdout);
+    }
+  }
+
+  void RunShape(const Shape& shape, const std::string& form,
+                const std::vector<ServingMatrix>& weights, const std::vector<double>& cublas) {
+    const auto copies = static_cast<int>(weights.size());
     const auto x = RandomNumbers<bf16>(context_, kLowBitTokensMax * shape.cols, 9, 0.5f);
     auto y = RandomNumbers<bf16>(context_, kLowBitTokensMax * shape.rows, 10, 1.0f);
     const auto x_float = RandomNumbers<float>(context_, kLowBitTokensMax * shape.cols, 11, 0.5f);
@@ -347,19 +410,21 @@ class Bench {
         for (const bool overlap : {false, true}) {
           graphs[overlap ? 1 : 0] =
               std::make_unique<Graph>(context_.stream(), Launches(copies), [&](int i) {
-                CheckOk(LowBitMatmul({.n_tokens = n_tokens,
-                                      .weights = &weights[static_cast<size_t>(i % copies)],
-                                      .x = options_.norm ? nullptr : x.data(),
-                                      .x_float = options_.norm ? x_float.data() : nullptr,
-                                      .has_norm = options_.norm,
-                                      .norm_weight = options_.norm ? norm_weight.data() : nullptr,
-                                      .eps = options_.norm ? 1e-5f : 0.0f,
-                                      .y_bf16 = y.data(),
-                                      .overlap_previous = overlap,
-                                      .workspace = workspace.data(),
-                                      .workspace_bytes = workspace.size_bytes(),
-                                      .tuning = tuning,
-                                      .stream = context_.stream()}));
+                CheckOk(LowBitMatmul(
+                    {.n_tokens = n_tokens,
+                     .weights = &weights[static_cast<size_t>(i % copies)],
+                     .x = options_.norm ? nullptr : x.data(),
+                     .x_float = options_.norm ? x_float.data() : nullptr,
+                     .has_norm = options_.norm,
+                     .norm_weight = options_.norm ? norm_weight.data() : nullptr,
+                     .eps = options_.norm ? 1e-5f : 0.0f,
+                     .y_bf16 = y.data(),
+                     .overlap_previous = overlap,
+                     .shared_part = i % 2 == 0 ? SharedPart::kSmaller : SharedPart::kLarger,
+                     .workspace = workspace.data(),
+                     .workspace_bytes = workspace.size_bytes(),
+                     .tuning = tuning,
+                     .stream = context_.stream()}));
               });
         }
         return TakeTurns({graphs[0].get(), graphs[1].get()});
