@@ -71,10 +71,13 @@ struct PackedTensors {
   UninitializedVector<uint16_t> scales;   // [groups, rows], half precision
 };
 
-// Where a reader wants those tensors: of the sizes that the linear's shape gives.
+// Where a reader wants a linear's tensors, those of its grid (worker/io/gptq_packing.h): of the
+// sizes that the linear's shape gives, the others empty.
 struct PackedSpans {
-  std::span<uint32_t> qweight, qzeros;
-  std::span<uint16_t> scales;
+  std::span<uint32_t> qweight = {}, qzeros = {};
+  std::span<uint16_t> scales = {}, zeros = {}, levels = {};
+  // Columns as they are stored, whatever their order: ReadInputOrder tells it.
+  bool in_any_order = false;
 };
 
 // 16-bit brain floats by their bits, row-major.
@@ -144,9 +147,12 @@ class ArtifactReader {
   // `name` in full, as in WriteDense; one-dimensional tensors come as one row.
   virtual absl::StatusOr<Matrix> ReadDense(std::string_view name) const = 0;
   // The same two in their stored form, into memory of exactly its size (INVALID_ARGUMENT else): a
-  // linear whose columns are in order, and rows [first, first + n) of a dense tensor. UNIMPLEMENTED
-  // for a linear with another order, a codebook or float zero points.
+  // linear, UNIMPLEMENTED where its columns are in another order and that was not asked for, and
+  // rows [first, first + n) of a dense tensor.
   virtual absl::StatusOr<GptqShape> ShapeOf(std::string_view name) const = 0;
+  // OrderedMatrix::input_order of a linear; empty where columns are in order. Where no other order
+  // is announced (desc_act), g_idx is looked at when the linear is read.
+  virtual absl::StatusOr<std::vector<int32_t>> ReadInputOrder(std::string_view name) const = 0;
   virtual absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const = 0;
   virtual absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,
                                 std::span<uint16_t> into) const = 0;

@@ -231,20 +231,32 @@ class Reader final : public ArtifactReader {
 
   absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const override {
     WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
-    if (linear->shape.grid != StoredGrid::kGptq) {
-      return Named(name, absl::UnimplementedError(
-                             linear->levels != nullptr
-                                 ? "has a codebook, which only the CPU backend reads"
-                                 : "has float zero points, which only the CPU backend reads"));
-    }
     WALSH_RETURN_IF_ERROR(ReadInto(*linear->qweight, into.qweight));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear->qzeros, into.qzeros));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear->scales, into.scales));
-    std::vector<int32_t> g_idx(ValuesIn<int32_t>(*linear->g_idx));
-    WALSH_RETURN_IF_ERROR(ReadInto(*linear->g_idx, std::span(g_idx)));
-    WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear->shape, g_idx));
-    const absl::Status status = CheckScales(into.scales, linear->shape);
-    return status.ok() ? status : Named(name, status);
+    WALSH_RETURN_IF_ERROR(ReadTensor(name, "qzeros", linear->qzeros, into.qzeros));
+    WALSH_RETURN_IF_ERROR(ReadTensor(name, "scales", linear->scales, into.scales));
+    WALSH_RETURN_IF_ERROR(ReadTensor(name, "zeros", linear->zeros, into.zeros));
+    WALSH_RETURN_IF_ERROR(ReadTensor(name, "levels", linear->levels, into.levels));
+    if (!into.in_any_order || !has_act_order_) {
+      std::vector<int32_t> g_idx;
+      WALSH_RETURN_IF_ERROR(ReadAll(linear->g_idx, g_idx));
+      WALSH_RETURN_IF_ERROR(CheckGroupIndex(name, linear->shape, g_idx));
+    }
+    for (const absl::Status& status :
+         {CheckScales(into.scales, linear->shape), CheckZeros(into.zeros, linear->shape),
+          CheckLevels(into.levels, linear->shape)}) {
+      if (!status.ok()) return Named(name, status);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::vector<int32_t>> ReadInputOrder(std::string_view name) const override {
+    WALSH_ASSIGN_OR_RETURN(const QuantizedLinear* linear, FindLinear(name));
+    if (!has_act_order_) return std::vector<int32_t>();
+    std::vector<int32_t> g_idx;
+    WALSH_RETURN_IF_ERROR(ReadAll(linear->g_idx, g_idx));
+    absl::StatusOr<std::vector<int32_t>> order = InputOrder(g_idx, linear->shape);
+    if (order.ok()) return order;
+    return Named(name, order.status());
   }
 
   absl::Status ReadBf16(std::string_view name, int64_t first, int64_t n,
@@ -457,6 +469,17 @@ class Reader final : public ArtifactReader {
     WALSH_RETURN_IF_ERROR(ReadAll(linear.levels, tensors.levels));
     WALSH_RETURN_IF_ERROR(ReadAll(linear.g_idx, tensors.g_idx));
     return tensors;
+  }
+
+  // One of a linear's tensors, which its grid may not have.
+  template <typename T>
+  absl::Status ReadTensor(std::string_view name, const char* tensor, const LocatedEntry* located,
+                          std::span<T> out) const {
+    if (located != nullptr) return ReadInto(*located, out);
+    if (out.empty()) return absl::OkStatus();
+    return Named(name,
+                 absl::InvalidArgumentError(absl::StrCat("room for ", out.size(), " values of ",
+                                                         tensor, ", which it does not have")));
   }
 
   // Nothing where there is no such tensor.

@@ -272,6 +272,12 @@ absl::StatusOr<std::vector<int32_t>> InputOrder(std::span<const int32_t> g_idx,
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape) {
   return CheckHalves("scale", scales, shape.rows);
 }
+absl::Status CheckZeros(std::span<const uint16_t> zeros, const GptqShape& shape) {
+  return CheckHalves("zero", zeros, shape.rows);
+}
+absl::Status CheckLevels(std::span<const uint16_t> levels, const GptqShape& shape) {
+  return CheckHalves("level", levels, shape.rows << shape.bits);
+}
 
 void PackValues(std::span<const uint8_t> values, int bits, std::span<uint32_t> words) {
   WALSH_CHECK_EQ(values.size() % kRun, 0u);
@@ -333,9 +339,9 @@ absl::StatusOr<QuantizedMatrix> UnpackGptq(const GptqTensors& tensors, const Gpt
   WALSH_CHECK_EQ(static_cast<int64_t>(tensors.zeros.size()), has_float_zeros ? n_grids : 0);
   WALSH_CHECK_EQ(static_cast<int64_t>(tensors.qzeros.size()),
                  shape.grid == StoredGrid::kGptq ? shape.groups() * shape.zero_words() : 0);
-  WALSH_RETURN_IF_ERROR(CheckHalves("level", tensors.levels, shape.rows << shape.bits));
+  WALSH_RETURN_IF_ERROR(CheckLevels(tensors.levels, shape));
   WALSH_RETURN_IF_ERROR(CheckScales(tensors.scales, shape));
-  WALSH_RETURN_IF_ERROR(CheckHalves("zero", tensors.zeros, shape.rows));
+  WALSH_RETURN_IF_ERROR(CheckZeros(tensors.zeros, shape));
   QuantizedMatrix out;
   out.rows = shape.rows;
   out.cols = shape.cols;

@@ -72,8 +72,11 @@ GptqShape ShapeOf(const QuantizedMatrix& matrix);
 absl::StatusOr<std::vector<int32_t>> InputOrder(std::span<const int32_t> g_idx,
                                                 const GptqShape& shape);
 
-// DATA_LOSS names the first of `scales` [groups, rows] that is not finite.
+// DATA_LOSS names the first of `scales` or `zeros` [groups, rows] or `levels` [groups, rows,
+// 2^bits] that is not finite.
 absl::Status CheckScales(std::span<const uint16_t> scales, const GptqShape& shape);
+absl::Status CheckZeros(std::span<const uint16_t> zeros, const GptqShape& shape);
+absl::Status CheckLevels(std::span<const uint16_t> levels, const GptqShape& shape);
 
 // Values that fill a whole number of words at every width.
 inline constexpr int64_t kPackingRun = 32;

@@ -2,6 +2,7 @@
 // tested with where there is no device. A ServingMatrix holds its weights as floats here, in the
 // stacked order.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -19,6 +20,7 @@
 #include "worker/kernels/cuda/sample_rows.h"
 #include "worker/kernels/cuda/serving_layout.h"
 #include "worker/kernels/cuda/token_rows.h"
+#include "worker/kernels/cuda/transform_activations.h"
 #include "worker/tensor/half.h"
 
 namespace walsh::kernels::cuda {
@@ -40,6 +42,40 @@ uint32_t FieldAt(const uint32_t* words, int64_t stride, int bits, int64_t index)
 
 float HalfAt(const __half* values, int64_t index) {
   return HalfToFloat(reinterpret_cast<const uint16_t*>(values)[index]);
+}
+
+// Of row `row` of a linear as it is stored, and column c of the matrix.
+float WeightAt(const ServingMatrix::Source& source, const StoredLinear& linear, int64_t row,
+               int64_t c) {
+  const int64_t stored = source.column_order == nullptr ? c : source.column_order[c];
+  const uint32_t code = FieldAt(linear.qweight + row, linear.rows, source.bits, stored);
+  const int64_t group = c / source.group_size;
+  const int64_t grid = group * linear.rows + row;
+  if (linear.levels != nullptr) return HalfAt(linear.levels, 4 * grid + code);
+  const float zero =
+      linear.zeros != nullptr
+          ? HalfAt(linear.zeros, grid)
+          : static_cast<float>(FieldAt(linear.qzeros + group * (linear.rows / 32 * source.bits), 1,
+                                       source.bits, row));
+  return HalfAt(linear.scales, grid) * (static_cast<float>(code) - zero);
+}
+
+// Each block times the orthonormal Hadamard matrix in natural order: entry (i, j) has the sign of
+// the parity of i & j.
+void RotateBlocks(int64_t block, std::vector<double>& x) {
+  if (block == 0) return;
+  std::vector<double> in(static_cast<size_t>(block));
+  for (auto first = x.begin(); first != x.end(); first += block) {
+    std::copy_n(first, block, in.begin());
+    for (int64_t i = 0; i < block; ++i) {
+      double sum = 0;
+      for (int64_t j = 0; j < block; ++j) {
+        const bool is_odd = std::popcount(static_cast<uint64_t>(i & j)) % 2 != 0;
+        sum += is_odd ? -in[static_cast<size_t>(j)] : in[static_cast<size_t>(j)];
+      }
+      first[i] = sum / std::sqrt(static_cast<double>(block));
+    }
+  }
 }
 
 // Where a sequence's token lies in a layer of the pool, for a kv head.
@@ -186,6 +222,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStr
   ServingShape shape{.cols = source.cols,
                      .bits = source.bits,
                      .group_size = source.group_size,
+                     .has_codebook = source.linears[0].levels != nullptr,
                      .order = source.order};
   for (const StoredLinear& linear : source.linears) shape.rows += linear.rows;
   WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
@@ -193,12 +230,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStr
   for (const StoredLinear& linear : source.linears) {
     for (int64_t r = 0; r < linear.rows; ++r) {
       for (int64_t c = 0; c < source.cols; ++c) {
-        const int64_t group = c / source.group_size;
-        const uint32_t code = FieldAt(linear.qweight + r, linear.rows, source.bits, c);
-        const uint32_t zero =
-            FieldAt(linear.qzeros + group * (linear.rows / 32 * source.bits), 1, source.bits, r);
-        *to++ = HalfAt(linear.scales, group * linear.rows + r) *
-                (static_cast<float>(code) - static_cast<float>(zero));
+        *to++ = WeightAt(source, linear, linear.row_order == nullptr ? r : linear.row_order[r], c);
       }
     }
   }
@@ -245,29 +277,35 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   const bool is_pair = p.output == LowBitOutput::kSiluMul;
   const int64_t y_cols = is_pair ? shape.rows / 2 : shape.rows;
   const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
-  const auto x = [&](int64_t token, int64_t c) {
-    const int64_t at = token * x_stride + c;
-    return p.x != nullptr ? __bfloat162float(p.x[at]) : p.x_float[at];
-  };
-  const auto norm_factor = [&](int64_t token) {
-    if (!p.has_norm) return 1.0;
+  std::vector<double> x(static_cast<size_t>(shape.cols));
+  double norm_factor = 1;
+  const auto load = [&](int64_t token) {
     double squares = 0;
-    for (int64_t c = 0; c < shape.cols; ++c) squares += x(token, c) * x(token, c);
-    return 1 / std::sqrt(squares / static_cast<double>(shape.cols) + p.eps);
+    for (int64_t c = 0; c < shape.cols; ++c) {
+      const int64_t from = p.input_order == nullptr ? c : p.input_order[c];
+      const int64_t at = token * x_stride + from;
+      const double value = p.x != nullptr ? __bfloat162float(p.x[at]) : p.x_float[at];
+      squares += value * value;
+      x[static_cast<size_t>(c)] = value * (p.norm_weight == nullptr ? 1 : p.norm_weight[from]);
+    }
+    if (p.has_norm) {
+      norm_factor = 1 / std::sqrt(squares / static_cast<double>(shape.cols) + p.eps);
+    }
+    RotateBlocks(p.rotation_block, x);
   };
-  const auto value = [&](int64_t token, int64_t row) {
+  const auto value = [&](int64_t row) {
     double sum = 0;
     for (int64_t c = 0; c < shape.cols; ++c) {
-      const float weight = p.norm_weight == nullptr ? 1 : p.norm_weight[c];
-      sum += weights[row * shape.cols + c] * x(token, c) * weight;
+      sum += weights[row * shape.cols + c] * x[static_cast<size_t>(c)];
     }
-    sum = sum * norm_factor(token) + (p.bias == nullptr ? 0 : p.bias[row]);
+    sum = sum * norm_factor + (p.bias == nullptr ? 0 : p.bias[row]);
     return static_cast<float>(sum);
   };
   for (int64_t t = 0; t < p.n_tokens; ++t) {
+    load(t);
     for (int64_t r = 0; r < y_cols; ++r) {
-      float y = value(t, r);
-      if (is_pair) y = y / (1 + std::exp(-y)) * value(t, r + y_cols);
+      float y = value(r);
+      if (is_pair) y = y / (1 + std::exp(-y)) * value(r + y_cols);
       const int64_t at = t * y_stride + r;
       if (p.y_bf16 != nullptr) {
         p.y_bf16[at] = __float2bfloat16(y);
@@ -275,6 +313,20 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
         p.y_float[at] = p.output == LowBitOutput::kAdd ? p.y_float[at] + y : y;
       }
     }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TransformActivations(const TransformActivationsParams& p) {
+  for (int64_t t = 0; t < p.n_tokens; ++t) {
+    std::vector<double> x(static_cast<size_t>(p.cols));
+    for (int64_t c = 0; c < p.cols; ++c) {
+      const int64_t from = p.input_order == nullptr ? c : p.input_order[c];
+      x[static_cast<size_t>(c)] = __bfloat162float(p.x[t * p.cols + from]);
+    }
+    RotateBlocks(p.rotation_block, x);
+    std::transform(x.begin(), x.end(), p.y + t * p.cols,
+                   [](double value) { return __float2bfloat16(static_cast<float>(value)); });
   }
   return absl::OkStatus();
 }

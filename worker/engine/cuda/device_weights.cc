@@ -14,6 +14,7 @@
 #include "common/status_macros.h"
 #include "worker/io/checkpoint.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/pinned_pool.h"
 #include "worker/kernels/cuda/read_ahead.h"
@@ -40,10 +41,39 @@ constexpr std::array<LinearSet, 4> kSets = {{
     {&LayerWeights::down, 6, 6},
 }};
 constexpr size_t kGate = 4;
+constexpr size_t kDown = 6;
 constexpr size_t kLinears = kLayerLinears.size();
 
 bool HaveOneForm(const GptqShape& a, const GptqShape& b) {
-  return a.bits == b.bits && a.group_size == b.group_size;
+  return a.bits == b.bits && a.group_size == b.group_size &&
+         (a.grid == StoredGrid::kCodebook) == (b.grid == StoredGrid::kCodebook);
+}
+
+// order[i]: what must be at i of each block for the Hadamard matrix in natural order to make what
+// the Walsh matrix makes. Walsh's row s is Hadamard's row n(s), the bit-reversed Gray code of s,
+// which is linear in the bits of s and symmetric; so W[s, j] = H[n(s), j] = H[s, n(j)].
+std::vector<int32_t> WalshInputOrder(int64_t width, int64_t block) {
+  std::vector<int32_t> order(static_cast<size_t>(width));
+  for (int64_t first = 0; first < width; first += block) {
+    for (int64_t s = 0; s < block; ++s) {
+      int64_t natural = 0;
+      for (int64_t bit = 1, mirrored = block / 2; bit < block; bit *= 2, mirrored /= 2) {
+        if (((s ^ s >> 1) & bit) != 0) natural |= mirrored;
+      }
+      order[static_cast<size_t>(first + natural)] = static_cast<int32_t>(first + s);
+    }
+  }
+  return order;
+}
+
+absl::Status NotServed(const std::string& what) {
+  return absl::UnimplementedError(absl::StrCat("no CUDA kernels for ", what));
+}
+
+// A buffer's memory, or null where it is empty.
+template <typename T>
+const T* OrNull(const DeviceBuffer<T>& buffer) {
+  return buffer.size() == 0 ? nullptr : buffer.data();
 }
 
 template <typename T>
@@ -73,6 +103,7 @@ class Loader {
 
   absl::StatusOr<DeviceWeights> Load() {
     DeviceWeights weights;
+    WALSH_RETURN_IF_ERROR(ReadOrders());
     WALSH_RETURN_IF_ERROR(LoadLayers(weights));
     WALSH_ASSIGN_OR_RETURN(weights.embedding, LoadTable(std::string(kEmbeddingTensor)));
     WALSH_RETURN_IF_ERROR(LoadHead(weights));
@@ -90,11 +121,20 @@ class Loader {
   struct PlacedLinear {
     std::string name;
     GptqShape shape;
-    int64_t qweight = 0, qzeros = 0, scales = 0;
+    int64_t qweight = 0, qzeros = 0, scales = 0, zeros = 0, levels = 0;
     int64_t bias = -1;  // −1: none
     int64_t weight_words() const { return shape.weight_words() * shape.rows; }
-    int64_t zero_words() const { return shape.groups() * shape.zero_words(); }
-    int64_t n_scales() const { return shape.groups() * shape.rows; }
+    // Of the tensors of its grid; 0 where it has no such tensor.
+    int64_t zero_words() const {
+      return shape.grid == StoredGrid::kGptq ? shape.groups() * shape.zero_words() : 0;
+    }
+    int64_t n_scales() const { return has_codebook() ? 0 : n_grids(); }
+    int64_t n_zeros() const { return shape.grid == StoredGrid::kFloatZeros ? n_grids() : 0; }
+    int64_t n_levels() const { return has_codebook() ? n_grids() << shape.bits : 0; }
+
+   private:
+    bool has_codebook() const { return shape.grid == StoredGrid::kCodebook; }
+    int64_t n_grids() const { return shape.groups() * shape.rows; }
   };
   struct PlacedLayer {
     std::array<PlacedLinear, kLinears> linears;  // in kLayerLinears' order
@@ -123,6 +163,8 @@ class Loader {
       linear.qweight = place(linear.weight_words() * kWord);
       linear.qzeros = place(linear.zero_words() * kWord);
       linear.scales = place(linear.n_scales() * kHalf);
+      linear.zeros = place(linear.n_zeros() * kHalf);
+      linear.levels = place(linear.n_levels() * kHalf);
       if (config_.has_bias(kLayerLinears[i].name)) linear.bias = place(linear.shape.rows * kHalf);
     }
     for (const NormTensor& norm : norms_) layer.norms.push_back(place(NormSize(norm) * kHalf));
@@ -134,7 +176,9 @@ class Loader {
     std::array<absl::Status, kLinears> statuses;
     readers_.ParallelFor(static_cast<int64_t>(kLinears), [&](int64_t i) {
       const auto at = static_cast<size_t>(i);
-      statuses[at] = ReadLinear(layer.linears[at], host);
+      const bool has_row_order = at == kGate || at == kGate + 1;
+      statuses[at] = ReadLinear(layer.linears[at],
+                                has_row_order ? RowOrder(index) : std::span<const int32_t>(), host);
     });
     for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
     for (size_t i = 0; i < norms_.size(); ++i) {
@@ -145,14 +189,49 @@ class Loader {
     return layer.n_bytes;
   }
 
-  absl::Status ReadLinear(const PlacedLinear& linear, std::span<std::byte> host) const {
+  // `row_order` of the outputs, or empty: weights are brought into it when they are laid out, the
+  // bias at once.
+  absl::Status ReadLinear(const PlacedLinear& linear, std::span<const int32_t> row_order,
+                          std::span<std::byte> host) const {
     WALSH_RETURN_IF_ERROR(artifact_.ReadPacked(
-        linear.name, {SpanAt<uint32_t>(host, linear.qweight, linear.weight_words()),
-                      SpanAt<uint32_t>(host, linear.qzeros, linear.zero_words()),
-                      SpanAt<uint16_t>(host, linear.scales, linear.n_scales())}));
+        linear.name, {.qweight = SpanAt<uint32_t>(host, linear.qweight, linear.weight_words()),
+                      .qzeros = SpanAt<uint32_t>(host, linear.qzeros, linear.zero_words()),
+                      .scales = SpanAt<uint16_t>(host, linear.scales, linear.n_scales()),
+                      .zeros = SpanAt<uint16_t>(host, linear.zeros, linear.n_zeros()),
+                      .levels = SpanAt<uint16_t>(host, linear.levels, linear.n_levels()),
+                      .in_any_order = true}));
     if (linear.bias < 0) return absl::OkStatus();
-    return artifact_.ReadBf16(linear.name + ".bias", 0, 1,
-                              SpanAt<uint16_t>(host, linear.bias, linear.shape.rows));
+    const std::span<uint16_t> bias = SpanAt<uint16_t>(host, linear.bias, linear.shape.rows);
+    WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(linear.name + ".bias", 0, 1, bias));
+    if (row_order.empty()) return absl::OkStatus();
+    const std::vector<uint16_t> stored(bias.begin(), bias.end());
+    std::transform(row_order.begin(), row_order.end(), bias.begin(),
+                   [&](int32_t row) { return stored[static_cast<size_t>(row)]; });
+    return absl::OkStatus();
+  }
+
+  // What is in another order, before any layer is loaded.
+  absl::Status ReadOrders() {
+    const OnlineTransforms::BlockRotation& rotation = artifact_.online().down_input;
+    if (rotation.block != 0 && rotation.sequency) {
+      walsh_order_ = WalshInputOrder(config_.intermediate, rotation.block);
+    }
+    input_orders_.resize(static_cast<size_t>(config_.n_layers));
+    for (int64_t l = 0; l < config_.n_layers; ++l) {
+      auto& orders = input_orders_[static_cast<size_t>(l)];
+      for (size_t i = 0; i < kLinears; ++i) {
+        const std::string name = LayerTensor(l, kLayerLinears[i].name);
+        WALSH_ASSIGN_OR_RETURN(orders[i], artifact_.ReadInputOrder(name));
+      }
+      if (rotation.block == 0 || orders[kDown].empty()) continue;
+      return NotServed(absl::StrCat("'", LayerTensor(l, kLayerLinears[kDown].name),
+                                    "': a rotated input and columns in another order"));
+    }
+    return absl::OkStatus();
+  }
+  // Of gate and up, so that their product is in the order that down_proj wants; empty: as stored.
+  std::span<const int32_t> RowOrder(int64_t layer) const {
+    return walsh_order_.empty() ? input_orders_[static_cast<size_t>(layer)][kDown] : walsh_order_;
   }
 
   absl::Status LoadLayers(DeviceWeights& weights) {
@@ -171,8 +250,9 @@ class Loader {
       WALSH_ASSIGN_OR_RETURN(const PlacedLayer placed, PlaceLayer(l));
       LayerWeights layer;
       for (const LinearSet& set : kSets) {
-        WALSH_ASSIGN_OR_RETURN(layer.*set.product, MakeProduct(placed, set, stored));
+        WALSH_ASSIGN_OR_RETURN(layer.*set.product, MakeProduct(l, placed, set, stored));
       }
+      layer.down.rotation_block = artifact_.online().down_input.block;
       for (size_t i = 0; i < norms_.size(); ++i) {
         WALSH_ASSIGN_OR_RETURN(
             layer.*norms_[i].buffer,
@@ -183,32 +263,40 @@ class Loader {
     return absl::OkStatus();
   }
 
-  absl::StatusOr<Product> MakeProduct(const PlacedLayer& placed, const LinearSet& set,
-                                      const std::byte* stored) {
+  absl::StatusOr<Product> MakeProduct(int64_t index, const PlacedLayer& placed,
+                                      const LinearSet& set, const std::byte* stored) {
     Product product;
     product.cols = placed.linears[set.first].shape.cols;
+    const auto& orders = input_orders_[static_cast<size_t>(index)];
+    DeviceBuffer<int32_t> row_order;
+    if (set.first == kGate) {
+      WALSH_ASSIGN_OR_RETURN(row_order, UploadOrder(RowOrder(index)));
+    }
     for (size_t first = set.first; first <= set.last;) {
       // As many as have one form lie in one matrix.
       std::vector<ops::StoredLinear> linears;
       const GptqShape& shape = placed.linears[first].shape;
       size_t next = first;
-      for (; next <= set.last && HaveOneForm(placed.linears[next].shape, shape); ++next) {
-        const PlacedLinear& linear = placed.linears[next];
-        linears.push_back({.rows = linear.shape.rows,
-                           .qweight = reinterpret_cast<const uint32_t*>(stored + linear.qweight),
-                           .qzeros = reinterpret_cast<const uint32_t*>(stored + linear.qzeros),
-                           .scales = reinterpret_cast<const __half*>(stored + linear.scales)});
+      for (; next <= set.last && HaveOneForm(placed.linears[next].shape, shape) &&
+             orders[next] == orders[first];
+           ++next) {
+        linears.push_back(LinearAt(placed.linears[next], stored));
+        linears.back().row_order = OrNull(row_order);
       }
       const bool is_pair = set.first == kGate && linears.size() == 2;
       Product::Part part{.first_row = product.rows};
+      WALSH_ASSIGN_OR_RETURN(part.input_order, UploadOrder(orders[first]));
       WALSH_ASSIGN_OR_RETURN(
           part.weights, ServingMatrix::Build(
                             {.linears = linears,
                              .cols = shape.cols,
                              .bits = shape.bits,
                              .group_size = shape.group_size,
-                             .order = is_pair ? ServingRows::kInterleaved : ServingRows::kStacked},
+                             .order = is_pair ? ServingRows::kInterleaved : ServingRows::kStacked,
+                             .column_order = OrNull(part.input_order)},
                             context_.stream()));
+      // The rows of gate and up have seen to it.
+      if (set.first == kDown) part.input_order.Reset();
       product.rows += part.weights.shape().rows;
       product.parts.push_back(std::move(part));
       first = next;
@@ -225,6 +313,26 @@ class Loader {
       row += linear.shape.rows;
     }
     return product;
+  }
+
+  static ops::StoredLinear LinearAt(const PlacedLinear& linear, const std::byte* stored) {
+    const auto halves = [&](int64_t offset, int64_t n) {
+      return n == 0 ? nullptr : reinterpret_cast<const __half*>(stored + offset);
+    };
+    return {.rows = linear.shape.rows,
+            .qweight = reinterpret_cast<const uint32_t*>(stored + linear.qweight),
+            .qzeros = linear.zero_words() == 0
+                          ? nullptr
+                          : reinterpret_cast<const uint32_t*>(stored + linear.qzeros),
+            .scales = halves(linear.scales, linear.n_scales()),
+            .zeros = halves(linear.zeros, linear.n_zeros()),
+            .levels = halves(linear.levels, linear.n_levels())};
+  }
+
+  // Empty where that is empty.
+  absl::StatusOr<DeviceBuffer<int32_t>> UploadOrder(std::span<const int32_t> order) {
+    if (order.empty()) return DeviceBuffer<int32_t>();
+    return ops::Upload<int32_t>(context_, std::vector<int32_t>(order.begin(), order.end()));
   }
 
   absl::StatusOr<DeviceBuffer<float>> Floats(const bf16* stored, int64_t n) {
@@ -287,15 +395,20 @@ class Loader {
   const ArtifactReader& artifact_;
   const ModelConfig& config_;
   std::vector<NormTensor> norms_;
+  // Of each layer's linears, in kLayerLinears' order; empty ones are in order.
+  std::vector<std::array<std::vector<int32_t>, kLinears>> input_orders_;
+  std::vector<int32_t> walsh_order_;  // of down_proj's input; empty: no Walsh matrix
   ops::PinnedPool pinned_;
   ThreadPool readers_;
 };
 
-absl::Status NotServed(const std::string& what) {
-  return absl::UnimplementedError(absl::StrCat("no CUDA kernels for ", what));
-}
-
 }  // namespace
+
+bool Product::has_transform() const {
+  return rotation_block != 0 || std::any_of(parts.begin(), parts.end(), [](const Part& part) {
+           return part.input_order.size() > 0;
+         });
+}
 
 int64_t Product::size_bytes() const {
   int64_t bytes = 0;
@@ -315,8 +428,15 @@ int64_t DeviceWeights::size_bytes() const { return packed_bytes() + embedding.si
 
 absl::Status CheckServable(const ArtifactReader& artifact) {
   const ModelConfig& config = artifact.config();
-  if (!artifact.online().empty()) {
-    return NotServed("rotations and rounding at run time (R3, R4, activations, KV cache)");
+  const OnlineTransforms& online = artifact.online();
+  if (online.query_key.block != 0 || online.kv_cache.is_on()) {
+    return NotServed("rotation and rounding of the KV cache at run time");
+  }
+  if (online.activations.is_on()) return NotServed("rounding of activations at run time");
+  const int64_t block = online.down_input.block;
+  if (block != 0 && !ops::IsLowBitRotation(block)) {
+    return NotServed(absl::StrCat("a rotation of down_proj's input in blocks of ", block,
+                                  "; served are 16, 32, 64 and 128"));
   }
   if (config.has_output_norms) return NotServed("norms of what attention and MLP put out");
   if (config.norm_offset != 0) return NotServed("norms that multiply by 1 + γ");
@@ -329,10 +449,12 @@ absl::Status CheckServable(const ArtifactReader& artifact) {
       const std::string name = LayerTensor(l, linear.name);
       if (!artifact.IsQuantized(name)) return NotServed(absl::StrCat("'", name, "' unquantized"));
       WALSH_ASSIGN_OR_RETURN(const GptqShape shape, artifact.ShapeOf(name));
-      const absl::Status status = ops::ValidateServingShape({.rows = shape.rows,
-                                                             .cols = shape.cols,
-                                                             .bits = shape.bits,
-                                                             .group_size = shape.group_size});
+      const absl::Status status =
+          ops::ValidateServingShape({.rows = shape.rows,
+                                     .cols = shape.cols,
+                                     .bits = shape.bits,
+                                     .group_size = shape.group_size,
+                                     .has_codebook = shape.grid == StoredGrid::kCodebook});
       if (!status.ok()) return NotServed(absl::StrCat("'", name, "': ", status.message()));
     }
   }

@@ -1,7 +1,13 @@
 // A model's weights on the device, in the layout that its products read.
 //
-// Linears with one input are one product: q, k and v; gate and up. Where their widths or groups
-// differ, a product has several parts.
+// Linears with one input are one product: q, k and v; gate and up. Where their widths, groups or
+// grids differ, or the order of their columns, a product has several parts.
+//
+// What is done to a product's input first costs as little as can be: a Walsh matrix is a Hadamard
+// matrix whose input is in another order, and down_proj's input is in whatever order the rows of
+// gate and up are in. So both that order (R4) and one of down_proj's columns (act-order) are put
+// into those rows, and what is left is a Hadamard matrix. Columns of other linears in another order
+// are gathered by the product (LowBitMatmulParams::input_order).
 //
 // Errors:  those of worker/io/artifact.h; UNIMPLEMENTED names what no kernel takes;
 //          RESOURCE_EXHAUSTED
@@ -30,17 +36,21 @@ using kernels::cuda::ServingMatrix;
 struct Product {
   struct Part {
     ServingMatrix weights;
-    int64_t first_row = 0;  // of the product's outputs
+    int64_t first_row = 0;              // of the product's outputs
+    DeviceBuffer<int32_t> input_order;  // [cols]: column c multiplies input_order[c]; empty: c
   };
   std::vector<Part> parts;
   DeviceBuffer<float> bias;  // [rows] or empty
   int64_t rows = 0;          // outputs of all parts
   int64_t cols = 0;
+  int64_t rotation_block = 0;  // of the Hadamard matrices that the input is multiplied by; 0: none
 
   // Of a part's outputs, or null.
   const float* BiasOf(const Part& part) const {
     return bias.size() == 0 ? nullptr : bias.data() + part.first_row;
   }
+  // Whether anything is done to the input.
+  bool has_transform() const;
   int64_t size_bytes() const;
 };
 

@@ -10,6 +10,7 @@
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/qkv_to_cache.h"
 #include "worker/kernels/cuda/token_rows.h"
+#include "worker/kernels/cuda/transform_activations.h"
 
 namespace walsh::engine::cuda {
 namespace {
@@ -72,10 +73,16 @@ absl::Status ForwardPass::Allocate() {
   if (AreMany(n)) {
     WALSH_RETURN_IF_ERROR(AllocateZeros(normed_, n * c.hidden, stream));
     int64_t largest = 0;
+    int64_t widest_transformed = 0;
     for (const LayerWeights& layer : weights_->layers) {
       for (const Product* product : {&layer.qkv, &layer.o, &layer.gate_up, &layer.down}) {
         largest = std::max(largest, product->rows * product->cols);
+        if (!product->has_transform()) continue;
+        widest_transformed = std::max(widest_transformed, product->cols);
       }
+    }
+    if (widest_transformed > 0) {
+      WALSH_RETURN_IF_ERROR(AllocateZeros(transformed_, n * widest_transformed, stream));
     }
     WALSH_ASSIGN_OR_RETURN(bf16_weights_, DeviceBuffer<bf16>::Allocate(largest, stream));
   }
@@ -184,29 +191,86 @@ ops::LowBitMatmulParams ForwardPass::MultiplyNormed(const ServingMatrix& weights
                                                     const DeviceBuffer<float>& norm,
                                                     const float* hidden, int64_t n) {
   ops::LowBitMatmulParams params = Multiply(weights, n);
+  AddNorm(norm, hidden, params);
+  return params;
+}
+
+void ForwardPass::AddNorm(const DeviceBuffer<float>& norm, const float* hidden,
+                          ops::LowBitMatmulParams& params) const {
   params.x_float = hidden;
   params.has_norm = true;
   params.norm_weight = norm.data();
   params.eps = static_cast<float>(config_->rms_norm_eps);
+}
+
+ops::LowBitMatmulParams ForwardPass::Multiply(const Product& product, const Product::Part& part,
+                                              int64_t n) {
+  ops::LowBitMatmulParams params = Multiply(part.weights, n);
+  params.input_order = part.input_order.size() == 0 ? nullptr : part.input_order.data();
+  params.rotation_block = product.rotation_block;
   return params;
+}
+
+ops::LowBitMatmulParams ForwardPass::MultiplyNormed(const Product& product,
+                                                    const Product::Part& part,
+                                                    const DeviceBuffer<float>& norm,
+                                                    const float* hidden, int64_t n) {
+  ops::LowBitMatmulParams params = Multiply(product, part, n);
+  AddNorm(norm, hidden, params);
+  return params;
+}
+
+absl::StatusOr<const bf16*> ForwardPass::Transformed(const Product& product,
+                                                     const Product::Part& part, const bf16* x,
+                                                     int64_t n_rows) {
+  const int32_t* order = part.input_order.size() == 0 ? nullptr : part.input_order.data();
+  if (order == nullptr && product.rotation_block == 0) return x;
+  WALSH_RETURN_IF_ERROR(ops::TransformActivations({.n_tokens = n_rows,
+                                                   .cols = product.cols,
+                                                   .x = x,
+                                                   .input_order = order,
+                                                   .rotation_block = product.rotation_block,
+                                                   .y = transformed_.data(),
+                                                   .stream = context_->stream()}));
+  return transformed_.data();
+}
+
+absl::Status ForwardPass::MultiplyMany(const Product& product, const bf16* x, int64_t n_rows,
+                                       float* y, bool accumulate) {
+  WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
+  const std::vector<Product::Part>& parts = product.parts;
+  for (size_t i = 0; i < parts.size();) {
+    // As many as take the input as it is are one.
+    const Product::Part& part = parts[i];
+    int64_t rows = part.weights.shape().rows;
+    for (++i; i < parts.size() && part.input_order.size() == 0 && parts[i].input_order.size() == 0;
+         ++i) {
+      rows += parts[i].weights.shape().rows;
+    }
+    WALSH_ASSIGN_OR_RETURN(const bf16* transformed, Transformed(product, part, x, n_rows));
+    WALSH_RETURN_IF_ERROR(ops::Gemm(
+        *context_, ops::GemmParams<float>{.n_tokens = n_rows,
+                                          .in = product.cols,
+                                          .out = rows,
+                                          .x = transformed,
+                                          .weights = weights + part.first_row * product.cols,
+                                          .y = y + part.first_row,
+                                          .y_stride = product.rows,
+                                          .accumulate = accumulate}));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<float>& norm,
                                   int64_t n_rows, float* y) {
   if (AreMany(n_rows)) {
     WALSH_RETURN_IF_ERROR(Norm(norm, n_rows));
-    WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
-    return ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
-                                                       .in = product.cols,
-                                                       .out = product.rows,
-                                                       .x = normed_.data(),
-                                                       .weights = weights,
-                                                       .y = y});
+    return MultiplyMany(product, normed_.data(), n_rows, y, /*accumulate=*/false);
   }
   return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
     for (const Product::Part& part : product.parts) {
       ops::LowBitMatmulParams params =
-          MultiplyNormed(part.weights, norm, hidden_.data() + first * product.cols, n);
+          MultiplyNormed(product, part, norm, hidden_.data() + first * product.cols, n);
       params.y_float = y + first * product.rows + part.first_row;
       params.y_stride = product.rows;
       WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
@@ -218,20 +282,13 @@ absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<flo
 absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n_rows,
                                 float* hidden) {
   if (AreMany(n_rows)) {
-    WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
-    WALSH_RETURN_IF_ERROR(ops::Gemm(*context_, ops::GemmParams<float>{.n_tokens = n_rows,
-                                                                      .in = product.cols,
-                                                                      .out = product.rows,
-                                                                      .x = x,
-                                                                      .weights = weights,
-                                                                      .y = hidden,
-                                                                      .accumulate = true}));
+    WALSH_RETURN_IF_ERROR(MultiplyMany(product, x, n_rows, hidden, /*accumulate=*/true));
     if (product.bias.size() == 0) return absl::OkStatus();
     return ops::AddBias<float>(*context_, n_rows, product.rows, product.bias.data(), hidden);
   }
   return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
     for (const Product::Part& part : product.parts) {
-      ops::LowBitMatmulParams params = Multiply(part.weights, n);
+      ops::LowBitMatmulParams params = Multiply(product, part, n);
       params.x = x + first * product.cols;
       params.shared_part = ops::SharedPart::kLarger;  // Project's and GateUp's is the smaller
       params.bias = product.BiasOf(part);
@@ -254,7 +311,7 @@ absl::Status ForwardPass::GateUp(const Product& product, const DeviceBuffer<floa
     for (size_t i = 0; i < product.parts.size(); ++i) {
       const Product::Part& part = product.parts[i];
       ops::LowBitMatmulParams params =
-          MultiplyNormed(part.weights, norm, hidden_.data() + first * product.cols, n);
+          MultiplyNormed(product, part, norm, hidden_.data() + first * product.cols, n);
       params.bias = product.BiasOf(part);
       params.output = is_pair ? LowBitOutput::kSiluMul : LowBitOutput::kStore;
       params.y_bf16 = to[i] + first * width;
@@ -272,12 +329,18 @@ absl::Status ForwardPass::GateUpOfMany(const Product& product, const DeviceBuffe
   WALSH_RETURN_IF_ERROR(Norm(norm, n_rows));
   WALSH_ASSIGN_OR_RETURN(const bf16* weights, Dequantized(product));
   int64_t row = 0;
+  const bf16* x = nullptr;
   for (bf16* to : {gate_.data(), up_.data()}) {
+    if (x == nullptr || product.parts.size() > 1) {
+      WALSH_ASSIGN_OR_RETURN(
+          x, Transformed(product, row == 0 ? product.parts.front() : product.parts.back(),
+                         normed_.data(), n_rows));
+    }
     WALSH_RETURN_IF_ERROR(
         ops::Gemm(*context_, ops::GemmParams<bf16>{.n_tokens = n_rows,
                                                    .in = product.cols,
                                                    .out = width,
-                                                   .x = normed_.data(),
+                                                   .x = x,
                                                    .weights = weights + row * product.cols,
                                                    .y = to}));
     if (product.bias.size() > 0) {

@@ -85,6 +85,21 @@ class ForwardPass {
   kernels::cuda::LowBitMatmulParams MultiplyNormed(const ServingMatrix& weights,
                                                    const DeviceBuffer<float>& norm,
                                                    const float* hidden, int64_t n);
+  // The same of a part of a product, whose input is transformed on the way.
+  kernels::cuda::LowBitMatmulParams Multiply(const Product& product, const Product::Part& part,
+                                             int64_t n);
+  kernels::cuda::LowBitMatmulParams MultiplyNormed(const Product& product,
+                                                   const Product::Part& part,
+                                                   const DeviceBuffer<float>& norm,
+                                                   const float* hidden, int64_t n);
+  void AddNorm(const DeviceBuffer<float>& norm, const float* hidden,
+               kernels::cuda::LowBitMatmulParams& params) const;
+  // y (+)= x · Wᵀ of many rows, by cuBLAS, without bias.
+  absl::Status MultiplyMany(const Product& product, const bf16* x, int64_t n_rows, float* y,
+                            bool accumulate);
+  // x as a part wants its columns; valid until the next call.
+  absl::StatusOr<const bf16*> Transformed(const Product& product, const Product::Part& part,
+                                          const bf16* x, int64_t n_rows);
   // y = norm(hidden) · Wᵀ without bias.
   absl::Status Project(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
                        float* y);
@@ -107,6 +122,7 @@ class ForwardPass {
   DeviceBuffer<float> hidden_, qkv_;
   DeviceBuffer<bf16> normed_, q_, attended_, gate_, up_, activation_;
   DeviceBuffer<bf16> bf16_weights_;  // of the largest product; empty where no pass has so many rows
+  DeviceBuffer<bf16> transformed_;   // of the widest input that is; empty likewise
   DeviceBuffer<std::byte> workspace_;  // of products
   DeviceBuffer<float> logits_;
   int64_t logits_stride_ = 0;

@@ -82,8 +82,8 @@ struct LowBitMatmulParams {
   bool has_norm = false;
   const float* norm_weight = nullptr;  // [cols], aligned to 16 bytes, or null: ones
   float eps = 0;
-  // [cols] on the device, aligned to 16 bytes: column c of W multiplies activation (and norm weight)
-  // input_order[c], a permutation; null: c.
+  // [cols] on the device, aligned to 16 bytes: column c of W multiplies activation (and norm
+  // weight) input_order[c], a permutation; null: c.
   const int32_t* input_order = nullptr;
   // Then, behind the norm: each block of so many columns is multiplied by the orthonormal Hadamard
   // matrix in natural order. See IsLowBitRotation; 0: none.

@@ -60,10 +60,11 @@ struct Linears {
   StoredLinear linear[kServingLinearsMax];
   int n = 0;
 
-  // The linear that has row r of the stacked ones; r becomes the row in it.
+  // The linear that has row r of the stacked ones, which is there; r becomes the row in it.
   __device__ const StoredLinear& Find(int64_t& r) const {
     int i = 0;
     while (i + 1 < n && r >= linear[i].rows) r -= linear[i++].rows;
+    if (linear[i].row_order != nullptr) r = linear[i].row_order[r];
     return linear[i];
   }
 };
@@ -110,7 +111,8 @@ __device__ void WriteBlock(const BlockCodes& codes, uint8_t* block) {
 // A CTA makes a block.
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
-    BuildCodesKernel(const Layout layout, const Linears linears, uint8_t* out) {
+    BuildCodesKernel(const Layout layout, const Linears linears, const int32_t* column_order,
+                     uint8_t* out) {
   __shared__ BlockCodes codes;
   const int64_t tile = blockIdx.x % layout.row_tiles;
   const int64_t block = blockIdx.x / layout.row_tiles;
@@ -120,18 +122,29 @@ __global__ void __launch_bounds__(kThreads)
     const int run = static_cast<int>(threadIdx.x) / kServingTileRows;
     const int64_t col = block * kServingBlockCols + run * kRun;
     int64_t row = layout.RowAt(tile * kServingTileRows + slot);
-    uint32_t words[kBits] = {};
-    if (row < layout.rows && col < layout.cols) {
+    const bool is_there = row < layout.rows && col < layout.cols;
+    if (is_there && column_order != nullptr) {
       const StoredLinear& linear = linears.Find(row);
-#pragma unroll
-      for (int m = 0; m < kBits; ++m) {
-        words[m] = linear.qweight[(col / kRun * kBits + m) * linear.rows + row];
+      for (int i = 0; i < kRun; ++i) {
+        const int64_t stored = column_order[col + i];
+        const uint32_t* words = linear.qweight + stored / kRun * kBits * linear.rows + row;
+        codes[slot][run * kRun + i] = static_cast<uint8_t>(PackedValue(
+            kBits, static_cast<int>(stored % kRun), [&](int m) { return words[m * linear.rows]; }));
       }
-    }
+    } else {
+      uint32_t words[kBits] = {};
+      if (is_there) {
+        const StoredLinear& linear = linears.Find(row);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      codes[slot][run * kRun + i] =
-          static_cast<uint8_t>(PackedValue(kBits, i, [&](int m) { return words[m]; }));
+        for (int m = 0; m < kBits; ++m) {
+          words[m] = linear.qweight[(col / kRun * kBits + m) * linear.rows + row];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        codes[slot][run * kRun + i] =
+            static_cast<uint8_t>(PackedValue(kBits, i, [&](int m) { return words[m]; }));
+      }
     }
   }
   __syncthreads();
@@ -150,6 +163,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t group = layout.GroupOf(of_matrix / layout.row_tiles, i);
   int64_t row = layout.RowAt(of_matrix % layout.row_tiles * kServingTileRows + slot);
   const bool is_there = row < layout.rows && group < n_groups;
+  if (!is_there) row = 0;
   const StoredLinear& linear = linears.Find(row);
   const int64_t at = group * linear.rows + row;
   const int place = i * kServingTileRows + ServingGridPlace(slot);
@@ -462,19 +476,20 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStr
   WALSH_ASSIGN_OR_RETURN(ServingMatrix matrix, Allocate(shape, stream));
   const Layout layout = LayoutOf(shape);
   const auto blocks = static_cast<unsigned>(shape.row_tiles() * shape.col_blocks());
+  const int32_t* order = source.column_order;
   uint8_t* out = matrix.blocks_.data();
   switch (shape.bits) {
     case 2:
-      BuildCodesKernel<2><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
+      BuildCodesKernel<2><<<blocks, kThreads, 0, stream>>>(layout, linears, order, out);
       break;
     case 3:
-      BuildCodesKernel<3><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
+      BuildCodesKernel<3><<<blocks, kThreads, 0, stream>>>(layout, linears, order, out);
       break;
     case 4:
-      BuildCodesKernel<4><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
+      BuildCodesKernel<4><<<blocks, kThreads, 0, stream>>>(layout, linears, order, out);
       break;
     default:
-      BuildCodesKernel<8><<<blocks, kThreads, 0, stream>>>(layout, linears, out);
+      BuildCodesKernel<8><<<blocks, kThreads, 0, stream>>>(layout, linears, order, out);
   }
   WALSH_CUDA_RETURN_IF_LAUNCH_FAILED("BuildCodes", stream);
   const int64_t n =

@@ -12,6 +12,10 @@
 // Linears that share their input may be stacked, and two of one size (gate and up) interleaved by 8
 // rows, so that a lane of a warp holds both rows of a pair.
 //
+// Rows and columns may be taken in another order than they are stored in: columns whose groups are
+// no neighbours (act-order) so that they are, and rows so that what reads the product finds its
+// inputs in an order that it wants.
+//
 // Bound:   memory: codes are read and written once
 // Shapes:  as docs/artifact-format.md has them: W[rows, cols], rows are outputs
 // Errors:  INVALID_ARGUMENT  sizes that do not fit together, named with their limit
@@ -70,11 +74,12 @@ absl::Status ValidateServingShape(const ServingShape& shape);
 // scales and zeros, or levels.
 struct StoredLinear {
   int64_t rows = 0;
-  const uint32_t* qweight = nullptr;  // [cols / 32 · bits, rows]
-  const uint32_t* qzeros = nullptr;   // [groups, rows / 32 · bits]
-  const __half* scales = nullptr;     // [groups, rows]
-  const __half* zeros = nullptr;      // [groups, rows]
-  const __half* levels = nullptr;     // [groups, rows, 4]
+  const uint32_t* qweight = nullptr;   // [cols / 32 · bits, rows]
+  const uint32_t* qzeros = nullptr;    // [groups, rows / 32 · bits]
+  const __half* scales = nullptr;      // [groups, rows]
+  const __half* zeros = nullptr;       // [groups, rows]
+  const __half* levels = nullptr;      // [groups, rows, 4]
+  const int32_t* row_order = nullptr;  // [rows]: row r of the matrix is stored as row row_order[r]
 };
 inline constexpr int kServingLinearsMax = 4;
 
@@ -87,6 +92,9 @@ class ServingMatrix {
     int bits = 4;
     int64_t group_size = 128;
     ServingRows order = ServingRows::kStacked;
+    // [cols] on the device: column c of the matrix is stored as column column_order[c], and its
+    // group is c / group_size; null: c. Not checked to be a permutation, nor is row_order.
+    const int32_t* column_order = nullptr;
   };
   static absl::StatusOr<ServingMatrix> Build(const Source& source, cudaStream_t stream);
 

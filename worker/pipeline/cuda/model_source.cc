@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/read_ahead.h"
@@ -217,6 +218,12 @@ class ArtifactModel final : public ModelSource {
       PlacedLinear& linear = layer.linears[i];
       linear.name = LayerTensor(index, linears[i].suffix);
       WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
+      if (linear.shape.grid != StoredGrid::kGptq) {
+        return absl::UnimplementedError(absl::StrCat(
+            "linear '", linear.name, "' has ",
+            linear.shape.grid == StoredGrid::kCodebook ? "a codebook" : "float zero points",
+            ", which only the CPU backend reads"));
+      }
       linear.qweight = place(linear.weight_words() * static_cast<int64_t>(sizeof(uint32_t)));
       linear.qzeros = place(linear.zero_words() * static_cast<int64_t>(sizeof(uint32_t)));
       linear.scales = place(linear.n_scales() * static_cast<int64_t>(sizeof(uint16_t)));

@@ -415,6 +415,9 @@ class Reconfigured final : public ArtifactReader {
   absl::StatusOr<GptqShape> ShapeOf(std::string_view name) const override {
     return base_.ShapeOf(name);
   }
+  absl::StatusOr<std::vector<int32_t>> ReadInputOrder(std::string_view name) const override {
+    return base_.ReadInputOrder(name);
+  }
   absl::Status ReadPacked(std::string_view name, const PackedSpans& into) const override {
     return base_.ReadPacked(name, into);
   }
