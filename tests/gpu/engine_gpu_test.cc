@@ -20,6 +20,7 @@
 #include "worker/engine/loaded_model.h"
 #include "worker/engine/sampler.h"
 #include "worker/kernels/cuda/device_buffer.h"
+#include "worker/tensor/half.h"
 
 namespace walsh::engine {
 namespace {
@@ -154,6 +155,68 @@ class CudaEngineTest : public ::testing::Test {
   int64_t baseline_ = 0;
 };
 
+// What an artifact can have beside integers and their scales. The codebook is the grid's own
+// values, a little out of place; float zeros likewise.
+TinyArtifactOptions WithCodebook() {
+  return {.bits = 2,
+          .quantization_config = {{"checkpoint_format", "walsh"},
+                                  {"bits", nullptr},
+                                  {"walsh", {{"grid", "codebook"}, {"bits", 2}}}},
+          .edit = [](const std::string&, QuantizedMatrix& m) {
+            if (m.bits != 2) return;
+            for (size_t g = 0; g < m.scales.size(); ++g) {
+              for (int code = 0; code < 4; ++code) {
+                const float off = code == 2 ? 0.25f : 0.0f;
+                const float level = m.scales[g] * (static_cast<float>(code - m.zeros[g]) + off);
+                m.levels.push_back(HalfToFloat(FloatToHalf(level)));
+              }
+            }
+            m.scales.clear();
+            m.zeros.clear();
+          }};
+}
+TinyArtifactOptions WithFloatZeros(int bits) {
+  return {
+      .bits = bits,
+      .quantization_config = {{"checkpoint_format", "walsh"},
+                              {"bits", nullptr},
+                              {"walsh", {{"grid", "float-zero"}, {"bits", bits}}}},
+      .edit = [](const std::string&, QuantizedMatrix& m) {
+        for (size_t g = 0; g < m.zeros.size(); ++g) {
+          m.float_zeros.push_back(static_cast<float>(m.zeros[g]) + (g % 2 == 0 ? 0.375f : -0.25f));
+        }
+        m.zeros.clear();
+      }};
+}
+// Inputs of the linears whose names have `part` in it, one to another, `step` apart.
+TinyArtifactOptions WithOrder(std::vector<std::pair<std::string, int64_t>> steps) {
+  return {.bits = 4,
+          .quantization_config = {{"desc_act", true}},
+          .input_order = [steps](const std::string& name, int64_t cols) {
+            std::vector<int32_t> order;
+            for (const auto& [part, step] : steps) {
+              if (name.find(part) == std::string::npos) continue;
+              order.resize(static_cast<size_t>(cols));
+              for (int64_t c = 0; c < cols; ++c) {
+                order[static_cast<size_t>(c)] = static_cast<int32_t>((c * step + 3) % cols);
+              }
+            }
+            // Within a group inputs are in their own order.
+            for (size_t first = 0; first < order.size(); first += 32) {
+              const auto begin = order.begin() + static_cast<std::ptrdiff_t>(first);
+              std::sort(begin, begin + 32);
+            }
+            return order;
+          }};
+}
+TinyArtifactOptions WithDownRotation(const char* matrix, int64_t block) {
+  return {.bits = 4,
+          .quantization_config = {{"checkpoint_format", "walsh"},
+                                  {"quant_method", nullptr},
+                                  {"online_transforms",
+                                   {{"down_proj_input", {{"matrix", matrix}, {"block", block}}}}}}};
+}
+
 // Prompts in chunks, then tokens one by one, two sequences at once. The CPU rounds activations to
 // 8 bits and the head in other groups: what that costs these random models is the bound.
 TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
@@ -178,6 +241,18 @@ TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
         .bits_of = {{"model.layers.0.self_attn.v_proj", 8},
                     {"model.layers.0.mlp.up_proj", 8},
                     {"model.layers.1.mlp.down_proj", 2}}}},
+      {"Walsh, 128", {.has_mlp_bias = true}, WithDownRotation("walsh", 128)},
+      {"Walsh, 64", {}, WithDownRotation("walsh", 64)},
+      {"Walsh, 32", {.intermediate = 160}, WithDownRotation("walsh", 32)},
+      {"Hadamard, 16", {}, WithDownRotation("hadamard", 16)},
+      {"codebook", {}, WithCodebook()},
+      {"float zeros, 2 bits", {}, WithFloatZeros(2)},
+      {"float zeros, 3 bits", {}, WithFloatZeros(3)},
+      {"order of down_proj", {.has_mlp_bias = true}, WithOrder({{"down_proj", 37}})},
+      {"one order for q, k and v", {}, WithOrder({{"_proj", 37}})},
+      {"another order for each",
+       {.has_attention_bias = true},
+       WithOrder({{"q_proj", 5}, {"v_proj", 11}, {"o_proj", 7}, {"up_proj", 9}})},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
@@ -199,18 +274,22 @@ TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
 
 // More rows than quantized products take are multiplied in bf16.
 TEST_F(CudaEngineTest, LongChunksAreCloseToShortOnes) {
-  ASSERT_NO_FATAL_FAILURE(
-      MakeArtifact({.has_attention_bias = true, .has_mlp_bias = true},
-                   {.bits = 4, .bits_of = {{"model.layers.0.mlp.up_proj", 8}}}));
-  ModelRunner* runner = CudaRunner({.n_rows = 240});
-  if (runner == nullptr) return;
-  Text whole = MakeText(0, Tokens(231, 1));
-  Text cut = MakeText(1, Tokens(231, 1));
-  const auto expected = Step(*runner, {&whole}, {230});
-  Step(*runner, {&cut}, {100});
-  const auto actual = Step(*runner, {&cut}, {130});
-  EXPECT_LT(Distance(actual[0], expected[0]), 0.02);
-  EXPECT_LT(Distance(Step(*runner, {&cut}, {1})[0], Step(*runner, {&whole}, {1})[0]), 0.02);
+  for (const TinyArtifactOptions& options :
+       {TinyArtifactOptions{.bits = 4, .bits_of = {{"model.layers.0.mlp.up_proj", 8}}},
+        WithDownRotation("walsh", 64), WithCodebook(), WithOrder({{"_proj", 37}}),
+        WithOrder({{"k_proj", 11}, {"o_proj", 7}, {"gate_proj", 9}, {"down_proj", 5}})}) {
+    ASSERT_NO_FATAL_FAILURE(
+        MakeArtifact({.has_attention_bias = true, .has_mlp_bias = true}, options));
+    ModelRunner* runner = CudaRunner({.n_rows = 240});
+    if (runner == nullptr) return;
+    Text whole = MakeText(0, Tokens(231, 1));
+    Text cut = MakeText(1, Tokens(231, 1));
+    const auto expected = Step(*runner, {&whole}, {230});
+    Step(*runner, {&cut}, {100});
+    const auto actual = Step(*runner, {&cut}, {130});
+    EXPECT_LT(Distance(actual[0], expected[0]), 0.03);
+    EXPECT_LT(Distance(Step(*runner, {&cut}, {1})[0], Step(*runner, {&whole}, {1})[0]), 0.03);
+  }
 }
 
 // Where batches must not matter, neither does where a prompt was cut.
@@ -424,6 +503,13 @@ TEST_F(CudaEngineTest, WhatNoKernelTakesIsNamed) {
               StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("norms of what attention")));
   EXPECT_THAT(load({.n_heads = 8, .n_kv_heads = 4, .head_dim = 8}, {}),
               StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("heads of 8")));
+  EXPECT_THAT(load({.intermediate = 256}, WithDownRotation("walsh", 256)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("in blocks of 256")));
+  TinyArtifactOptions both = WithDownRotation("walsh", 64);
+  both.input_order = WithOrder({{"1.mlp.down_proj", 5}}).input_order;
+  both.quantization_config["desc_act"] = true;
+  EXPECT_THAT(load({}, both), StatusIs(absl::StatusCode::kUnimplemented,
+                                       HasSubstr("'model.layers.1.mlp.down_proj': a rotated")));
   EXPECT_THAT(load({}, {.bits_of = {{"model.layers.1.mlp.up_proj", 0}}}),
               StatusIs(absl::StatusCode::kUnimplemented,
                        HasSubstr("'model.layers.1.mlp.up_proj' unquantized")));

@@ -4,10 +4,12 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -16,6 +18,7 @@
 #include "worker/io/gptq_packing.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/serving_layout.h"
+#include "worker/kernels/cuda/transform_activations.h"
 #include "worker/tensor/half.h"
 #include "worker/tensor/quantized_matrix.h"
 
@@ -173,6 +176,24 @@ class LowBitGpuTest : public GpuTest {
     return *std::move(built);
   }
 
+  // A matrix whose rows and columns are taken in another order.
+  ServingMatrix BuildOrdered(const QuantizedMatrix& m, const std::vector<int32_t>& row_order,
+                             const std::vector<int32_t>& column_order) {
+    Stored stored = Store(m);
+    const auto rows = Upload(row_order);
+    const auto columns = Upload(column_order);
+    stored.linear.row_order = rows.data();
+    absl::StatusOr<ServingMatrix> built = ServingMatrix::Build({.linears = {&stored.linear, 1},
+                                                                .cols = m.cols,
+                                                                .bits = m.bits,
+                                                                .group_size = m.group_size,
+                                                                .column_order = columns.data()},
+                                                               context().stream());
+    EXPECT_OK(built.status());
+    EXPECT_OK(context().Synchronize());
+    return *std::move(built);
+  }
+
   struct Activations {
     DeviceBuffer<__nv_bfloat16> device;
     std::vector<float> host;
@@ -238,6 +259,35 @@ std::vector<double> Reference(const QuantizedMatrix& m, const std::vector<float>
     for (int64_t c = 0; c < m.cols; ++c) weights.push_back(dense(r, c));
   }
   return Reference(weights, m.rows, m.cols, x, n_tokens);
+}
+
+std::vector<int32_t> RandomOrder(int64_t n, uint32_t seed) {
+  std::vector<int32_t> order(static_cast<size_t>(n));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  return order;
+}
+
+// Rows of `cols` with columns in that order (empty: theirs), then each block of them (0: none)
+// times the orthonormal Hadamard matrix, whose entry (i, j) has the sign of the parity of i & j.
+std::vector<double> TransformedRows(const std::vector<float>& x, int64_t cols,
+                                    const std::vector<int32_t>& order, int64_t block) {
+  std::vector<double> y(x.begin(), x.end());
+  for (size_t row = 0; row < x.size(); row += static_cast<size_t>(cols)) {
+    for (size_t c = 0; c < order.size(); ++c) y[row + c] = x[row + static_cast<size_t>(order[c])];
+  }
+  if (block == 0) return y;
+  const auto n = static_cast<size_t>(block);
+  for (size_t first = 0; first < y.size(); first += n) {
+    const std::vector<double> in(y.begin() + static_cast<std::ptrdiff_t>(first),
+                                 y.begin() + static_cast<std::ptrdiff_t>(first + n));
+    for (size_t i = 0; i < n; ++i) {
+      double sum = 0;
+      for (size_t j = 0; j < n; ++j) sum += std::popcount(i & j) % 2 != 0 ? -in[j] : in[j];
+      y[first + i] = sum / std::sqrt(static_cast<double>(n));
+    }
+  }
+  return y;
 }
 
 double RelativeError(const std::vector<float>& actual, const std::vector<double>& expected) {
@@ -346,6 +396,106 @@ TEST_P(LowBitWidthGpuTest, EveryCutAndRunIsTheSame) {
                                                 .x = x.device.data(),
                                                 .shared_part = SharedPart::kLarger});
     EXPECT_EQ(FirstDifference(larger, y, y.size()), -1) << n_tokens << " tokens";
+  }
+}
+
+TEST_P(LowBitWidthGpuTest, LayoutTakesRowsAndColumnsInAnotherOrder) {
+  for (const Shape& s : std::vector<Shape>{{64, 576, 64}, {96, 896, 128}, {32, 1536, kWholeRow}}) {
+    SCOPED_TRACE(absl::StrCat(s.rows, " x ", s.cols, ", group ", s.group_size));
+    const QuantizedMatrix m = RandomQuantized(s.rows, s.cols, s.group_size, GetParam(), 51);
+    const std::vector<int32_t> rows = RandomOrder(s.rows, 52);
+    const std::vector<int32_t> columns = RandomOrder(s.cols, 53);
+    const ServingMatrix serving = BuildOrdered(m, rows, columns);
+    auto codes = Poisoned<uint8_t>(s.rows * s.cols);
+    auto weights = Poisoned<float>(s.rows * s.cols);
+    ASSERT_OK(serving.Unpack(codes.data(), weights.data(), context().stream()));
+    // The grids of a row stay in the order of their groups.
+    QuantizedMatrix expected = m;
+    for (int64_t r = 0; r < s.rows; ++r) {
+      const auto row = static_cast<int64_t>(rows[static_cast<size_t>(r)]);
+      for (int64_t c = 0; c < s.cols; ++c) {
+        expected.codes[static_cast<size_t>(r * s.cols + c)] =
+            m.codes[static_cast<size_t>(row * s.cols + columns[static_cast<size_t>(c)])];
+      }
+      const auto move = [&](const auto& from, auto& to) {
+        const int64_t n = static_cast<int64_t>(from.size()) / s.rows;
+        std::copy_n(from.begin() + row * n, n, to.begin() + r * n);
+      };
+      move(m.scales, expected.scales);
+      move(m.zeros, expected.zeros);
+      move(m.float_zeros, expected.float_zeros);
+      move(m.levels, expected.levels);
+    }
+    EXPECT_EQ(Download(codes), expected.codes);
+    const Matrix dense = Dequantize(expected);
+    EXPECT_EQ(Download(weights), std::vector<float>(dense.span().begin(), dense.span().end()));
+  }
+}
+
+// Activations in another order, rotated, or both, behind the norm, from one token on.
+TEST_P(LowBitWidthGpuTest, ActivationsAreReorderedAndRotatedOnTheWay) {
+  constexpr float kEps = 1e-2f;
+  struct Case {
+    int64_t cols, group_size;
+    bool has_order;
+    int64_t block;
+  };
+  for (const Case& c : std::vector<Case>{{2432, 128, false, 128},
+                                         {2432, 32, false, 64},
+                                         {1504, kWholeRow, false, 32},
+                                         {1504, kWholeRow, false, 16},
+                                         {2432, 64, true, 0},
+                                         {1536, 128, true, 128}}) {
+    const QuantizedMatrix m = RandomQuantized(96, c.cols, c.group_size, GetParam(), 54);
+    const ServingMatrix serving = Build({m});
+    const std::vector<int32_t> order =
+        c.has_order ? RandomOrder(c.cols, 55) : std::vector<int32_t>();
+    const auto order_buffer = Upload(RandomOrder(c.cols, 55));
+    const Activations x = RandomActivations(kLowBitTokensMax, c.cols, 56);
+    const std::vector<float> values = RandomNormal(kLowBitTokensMax * c.cols, 57, 0.3f);
+    const auto x_float = Upload(values);
+    std::vector<float> factors = RandomNormal(c.cols, 58, 0.1f);
+    for (float& f : factors) f += 1;
+    const auto weight = Upload(factors);
+    for (const bool has_norm : {false, true}) {
+      SCOPED_TRACE(absl::StrCat(c.cols, " columns, order ", c.has_order, ", block ", c.block,
+                                has_norm ? ", norm" : ""));
+      std::vector<float> input = has_norm ? values : x.host;
+      std::vector<double> norms(kLowBitTokensMax, 1.0);
+      for (int64_t t = 0; has_norm && t < kLowBitTokensMax; ++t) {
+        double squares = 0;
+        for (int64_t i = 0; i < c.cols; ++i) {
+          float& v = input[static_cast<size_t>(t * c.cols + i)];
+          squares += static_cast<double>(v) * static_cast<double>(v);
+          v *= factors[static_cast<size_t>(i)];
+        }
+        norms[static_cast<size_t>(t)] =
+            1 / std::sqrt(squares / static_cast<double>(c.cols) + static_cast<double>(kEps));
+      }
+      const std::vector<double> rows = TransformedRows(input, c.cols, order, c.block);
+      std::vector<double> expected =
+          Reference(m, std::vector<float>(rows.begin(), rows.end()), kLowBitTokensMax);
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] *= norms[i / 96];
+      LowBitMatmulParams params{.n_tokens = kLowBitTokensMax,
+                                .weights = &serving,
+                                .x = has_norm ? nullptr : x.device.data(),
+                                .x_float = has_norm ? x_float.data() : nullptr,
+                                .has_norm = has_norm,
+                                .norm_weight = has_norm ? weight.data() : nullptr,
+                                .eps = has_norm ? kEps : 0,
+                                .input_order = c.has_order ? order_buffer.data() : nullptr,
+                                .rotation_block = c.block};
+      const std::vector<float> all = Multiply(params);
+      EXPECT_LT(RelativeError(all, expected), kFloatLimit);
+      for (const int64_t n_tokens : {1, 2, 3, 4, 5, 16, 30}) {
+        params.n_tokens = n_tokens;
+        for (const bool has_workspace : {false, true}) {
+          const std::vector<float> some = Multiply(params, has_workspace);
+          EXPECT_EQ(FirstDifference(some, all, some.size()), -1)
+              << n_tokens << " tokens, workspace " << has_workspace;
+        }
+      }
+    }
   }
 }
 
@@ -558,6 +708,74 @@ TEST_F(LowBitGpuTest, ActivationsWithAStride) {
     rows.insert(rows.end(), x.host.begin() + t * 600, x.host.begin() + t * 600 + 576);
   }
   EXPECT_LT(RelativeError(Download(y), Reference(m, rows, 4)), kFloatLimit);
+}
+
+// What products in bf16 are given instead.
+TEST_F(LowBitGpuTest, TransformsActivationsInMemory) {
+  struct Case {
+    int64_t n_tokens, cols;
+    bool has_order;
+    int64_t block;
+  };
+  for (const Case& c : std::vector<Case>{{1, 128, false, 128},
+                                         {300, 1536, false, 128},
+                                         {7, 1504, false, 32},
+                                         {33, 160, false, 16},
+                                         {9, 2432, true, 0},
+                                         {5, 896, true, 64}}) {
+    SCOPED_TRACE(absl::StrCat(c.n_tokens, " x ", c.cols, ", block ", c.block));
+    const Activations x = RandomActivations(c.n_tokens, c.cols, 59);
+    const std::vector<int32_t> order = RandomOrder(c.cols, 60);
+    const auto order_buffer = Upload(order);
+    const std::vector<double> expected =
+        TransformedRows(x.host, c.cols, c.has_order ? order : std::vector<int32_t>(), c.block);
+    auto apart = Poisoned<__nv_bfloat16>(c.n_tokens * c.cols);
+    auto in_place = Upload(Download(x.device));
+    for (const bool is_in_place : {false, true}) {
+      if (is_in_place && c.has_order) continue;
+      DeviceBuffer<__nv_bfloat16>& y = is_in_place ? in_place : apart;
+      ASSERT_OK(TransformActivations({.n_tokens = c.n_tokens,
+                                      .cols = c.cols,
+                                      .x = is_in_place ? in_place.data() : x.device.data(),
+                                      .input_order = c.has_order ? order_buffer.data() : nullptr,
+                                      .rotation_block = c.block,
+                                      .y = y.data(),
+                                      .stream = context().stream()}));
+      std::vector<float> actual;
+      for (const __nv_bfloat16 v : Download(y)) actual.push_back(__bfloat162float(v));
+      EXPECT_LT(RelativeError(actual, expected), c.block == 0 ? 0x1p-30 : kBf16Limit);
+    }
+  }
+}
+
+TEST_F(LowBitGpuTest, RefusesTransformsThatDoNotFit) {
+  auto x = Poisoned<__nv_bfloat16>(256);
+  const auto order = Upload(RandomOrder(128, 61));
+  const TransformActivationsParams good{
+      .n_tokens = 1, .cols = 128, .x = x.data(), .y = x.data() + 128, .stream = context().stream()};
+  const auto with = [&](auto change) {
+    TransformActivationsParams params = good;
+    change(params);
+    return TransformActivations(params);
+  };
+  const auto invalid = [](const char* what) {
+    return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what));
+  };
+  using P = TransformActivationsParams;
+  EXPECT_OK(with([](P&) {}));
+  EXPECT_THAT(with([](P& p) { p.cols = 100; }), invalid("100 columns"));
+  EXPECT_THAT(with([](P& p) { p.rotation_block = 256; }), invalid("blocks of 256 of 128"));
+  EXPECT_THAT(with([](P& p) {
+                p.cols = 96;
+                p.rotation_block = 64;
+              }),
+              invalid("blocks of 64 of 96"));
+  EXPECT_THAT(with([&](P& p) {
+                p.input_order = order.data();
+                p.y = x.data();
+              }),
+              invalid("not made in place"));
+  EXPECT_THAT(with([](P& p) { p.y += 1; }), invalid("y must be aligned to 16 bytes, is 2"));
 }
 
 // A token's activations that are no numbers make its outputs NaN, and nobody else's; those that are
@@ -819,6 +1037,11 @@ TEST_F(LowBitGpuTest, RefusesProductsThatDoNotFit) {
               invalid("fp32"));
   EXPECT_THAT(with([](P& p) { p.output = LowBitOutput::kSiluMul; }), invalid("interleaved"));
   EXPECT_THAT(with([](P& p) { p.tuning.row_tiles = 3; }), invalid("3 row tiles"));
+  EXPECT_THAT(with([](P& p) { p.rotation_block = 8; }), invalid("blocks of 8 of 192 columns"));
+  EXPECT_THAT(with([](P& p) { p.rotation_block = 128; }), invalid("blocks of 128 of 192 columns"));
+  const auto order = Upload(RandomOrder(200, 62));
+  EXPECT_THAT(with([&](P& p) { p.input_order = order.data() + 1; }),
+              invalid("input_order must be aligned to 16 bytes, is 4"));
 }
 
 }  // namespace

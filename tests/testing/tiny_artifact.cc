@@ -13,9 +13,21 @@ namespace {
 
 using nlohmann::json;
 
+// Columns in that order; empty: as they are.
+Matrix Ordered(Matrix matrix, const std::vector<int32_t>& order) {
+  if (order.empty()) return matrix;
+  Matrix ordered(matrix.rows(), matrix.cols());
+  for (int64_t r = 0; r < matrix.rows(); ++r) {
+    for (int64_t c = 0; c < matrix.cols(); ++c) {
+      ordered(r, c) = matrix(r, order[static_cast<size_t>(c)]);
+    }
+  }
+  return ordered;
+}
+
 absl::Status WriteTensor(const Checkpoint& source, const ExpectedTensor& tensor,
                          const TinyArtifactOptions& options, ArtifactWriter& writer) {
-  WALSH_ASSIGN_OR_RETURN(const Matrix matrix, source.Read(tensor.name));
+  WALSH_ASSIGN_OR_RETURN(Matrix matrix, source.Read(tensor.name));
   const std::string linear = tensor.name.substr(0, tensor.name.rfind('.'));
   const auto exception = options.bits_of.find(linear);
   const int bits = exception == options.bits_of.end() ? options.bits : exception->second;
@@ -23,9 +35,13 @@ absl::Status WriteTensor(const Checkpoint& source, const ExpectedTensor& tensor,
   if (!is_linear || bits == 0) {
     return writer.WriteDense(tensor.name, matrix, tensor.is_one_dimensional);
   }
-  QuantizedMatrix quantized = RoundToNearest(matrix, bits, options.group_size, options.symmetric);
+  std::vector<int32_t> order;
+  if (options.input_order) order = options.input_order(linear, matrix.cols());
+  QuantizedMatrix quantized = RoundToNearest(Ordered(std::move(matrix), order), bits,
+                                             options.group_size, options.symmetric);
   if (options.edit) options.edit(linear, quantized);
-  return writer.WriteQuantized(linear, quantized);
+  if (order.empty()) return writer.WriteQuantized(linear, quantized);
+  return writer.WriteOrdered(linear, {.matrix = quantized, .input_order = order});
 }
 
 }  // namespace
@@ -72,7 +88,8 @@ absl::StatusOr<ArtifactInfo> WriteTinyArtifact(const Checkpoint& source,
                        {"bits", options.bits},     {"group_size", options.group_size},
                        {"sym", options.symmetric}, {"desc_act", false},
                        {"lm_head", false}};
-  if (options.quantization_config.is_object()) quantization.update(options.quantization_config);
+  if (options.quantization_config.is_object())
+    quantization.merge_patch(options.quantization_config);
   json report = {{"quantization",
                   {{"bits", options.bits},
                    {"group_size", options.group_size},

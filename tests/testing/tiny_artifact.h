@@ -6,6 +6,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "worker/io/artifact.h"
@@ -24,9 +25,12 @@ struct TinyArtifactOptions {
   int64_t group_size = 32;
   bool symmetric = false;
   std::map<std::string, int> bits_of = {};  // of single linears; 0 leaves one in floats
-  nlohmann::json quantization_config = {};  // members to add or replace
+  nlohmann::json quantization_config = {};  // members to add or replace; null removes one
   // Changes each linear before it is written.
   std::function<void(const std::string& name, QuantizedMatrix&)> edit = {};
+  // OrderedMatrix::input_order of each linear, where quantization_config says desc_act; its groups
+  // are of inputs in that order.
+  std::function<std::vector<int32_t>(const std::string& name, int64_t cols)> input_order = {};
 };
 
 absl::StatusOr<ArtifactInfo> WriteTinyArtifact(const Checkpoint& source,

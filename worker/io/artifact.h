@@ -74,8 +74,8 @@ struct PackedTensors {
 // Where a reader wants a linear's tensors, those of its grid (worker/io/gptq_packing.h): of the
 // sizes that the linear's shape gives, the others empty.
 struct PackedSpans {
-  std::span<uint32_t> qweight = {}, qzeros = {};
-  std::span<uint16_t> scales = {}, zeros = {}, levels = {};
+  std::span<uint32_t> qweight, qzeros;
+  std::span<uint16_t> scales, zeros, levels;
   // Columns as they are stored, whatever their order: ReadInputOrder tells it.
   bool in_any_order = false;
 };
