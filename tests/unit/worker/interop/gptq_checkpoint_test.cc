@@ -156,8 +156,23 @@ TEST_F(GptqCheckpointTest, ActOrderIsReadOnlyByWhoKnowsIt) {
   ASSERT_OK_AND_ASSIGN(const auto checkpoint, GptqCheckpoint::Open(source()));
   ASSERT_OK(ImportGptq(*checkpoint, artifact(), 2, GoOn));
   ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 2));
-  EXPECT_THAT(reader->ReadQuantized(kDown),
-              StatusIs(kUnimplemented, HasSubstr("columns out of order")));
+  const auto out_of_order = StatusIs(kUnimplemented, HasSubstr("columns out of order"));
+  EXPECT_THAT(reader->ReadQuantized(kDown), out_of_order);
+  ASSERT_OK_AND_ASSIGN(const GptqShape shape, reader->ShapeOf(kDown));
+  std::vector<uint32_t> weights(static_cast<size_t>(shape.weight_words() * shape.rows));
+  std::vector<uint32_t> zeros(static_cast<size_t>(shape.groups() * shape.zero_words()));
+  std::vector<uint16_t> scales(static_cast<size_t>(shape.groups() * shape.rows));
+  PackedSpans into{.qweight = weights, .qzeros = zeros, .scales = scales};
+  EXPECT_THAT(reader->ReadPacked(kDown, into), out_of_order);
+  into.in_any_order = true;
+  ASSERT_OK(reader->ReadPacked(kDown, into));
+  // The same as ReadOrdered's, whose columns are in the order of their groups.
+  ASSERT_OK_AND_ASSIGN(const OrderedMatrix ordered, reader->ReadOrdered(kDown));
+  ASSERT_FALSE(ordered.input_order.empty());
+  ASSERT_OK_AND_ASSIGN(const std::vector<int32_t> order, reader->ReadInputOrder(kDown));
+  EXPECT_EQ(order, ordered.input_order);
+  ASSERT_OK_AND_ASSIGN(const GptqTensors packed, PackGptq(ordered));
+  EXPECT_EQ(weights, packed.qweight);
 }
 
 json ImportedConfig(const std::string& artifact) {

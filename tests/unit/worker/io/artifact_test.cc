@@ -646,6 +646,61 @@ TEST_F(ArtifactTest, TensorsAgreeWithTheConfiguredGrid) {
   }
 }
 
+// The tensors of every grid as they are stored, into memory for those and no others.
+TEST_F(ArtifactTest, ReadsEveryGridInItsStoredForm) {
+  const std::string linear = "model.layers.0.mlp.up_proj";
+  const auto source = Source();
+  for (const char* grid : {"codebook", "float-zero"}) {
+    SCOPED_TRACE(grid);
+    fs::remove_all(artifact());
+    ASSERT_OK(testing::WriteTinyArtifact(
+        *source, artifact(),
+        {.bits = 2,
+         .quantization_config = {{"checkpoint_format", "walsh"},
+                                 {"walsh", {{"grid", grid}, {"bits", 2}}}},
+         .edit = [&](const std::string&, QuantizedMatrix& m) {
+           if (grid == std::string("codebook")) {
+             for (const float scale : m.scales) {
+               for (int code = 0; code < 4; ++code) m.levels.push_back(scale * (code < 2 ? 1 : 2));
+             }
+             m.scales.clear();
+           } else {
+             for (const uint8_t zero : m.zeros) m.float_zeros.push_back(zero + 0.5f);
+           }
+           m.zeros.clear();
+         }}));
+    ASSERT_OK_AND_ASSIGN(const auto reader, ArtifactReader::Open(artifact(), true, 1));
+    ASSERT_OK_AND_ASSIGN(const QuantizedMatrix matrix, reader->ReadQuantized(linear));
+    ASSERT_OK_AND_ASSIGN(const GptqTensors expected, PackGptq(matrix));
+    GptqTensors actual;
+    actual.qweight.resize(expected.qweight.size());
+    actual.scales.resize(expected.scales.size());
+    actual.zeros.resize(expected.zeros.size());
+    actual.levels.resize(expected.levels.size());
+    const PackedSpans into{.qweight = actual.qweight,
+                           .scales = actual.scales,
+                           .zeros = actual.zeros,
+                           .levels = actual.levels};
+    ASSERT_OK(reader->ReadPacked(linear, into));
+    EXPECT_EQ(actual.qweight, expected.qweight);
+    EXPECT_EQ(actual.scales, expected.scales);
+    EXPECT_EQ(actual.zeros, expected.zeros);
+    EXPECT_EQ(actual.levels, expected.levels);
+    ASSERT_OK_AND_ASSIGN(const std::vector<int32_t> order, reader->ReadInputOrder(linear));
+    EXPECT_TRUE(order.empty());
+    std::vector<uint32_t> zeros(32);
+    PackedSpans too_much = into;
+    too_much.qzeros = zeros;
+    EXPECT_THAT(reader->ReadPacked(linear, too_much),
+                StatusIs(kInvalid, HasSubstr("room for 32 values of qzeros")));
+    PackedSpans too_little = into;
+    too_little.levels = {};
+    too_little.zeros = {};
+    EXPECT_THAT(reader->ReadPacked(linear, too_little),
+                StatusIs(kInvalid, HasSubstr("room for 0 values, it has")));
+  }
+}
+
 TEST_F(ForgedArtifactTest, RefusesGridsThatItDoesNotKnow) {
   const json good = ReadJson("config.json");
   for (const auto& [value, message] :
