@@ -238,6 +238,17 @@ template absl::Status SiluMultiply<bf16>(Context&, int64_t, const bf16*, const b
 template absl::Status SiluMultiply<float>(Context&, int64_t, const float*, const float*, float*);
 
 template <typename T>
+absl::Status GeluMultiply(Context&, int64_t n, const T* gate, const T* up, T* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double g = ToFloat(gate[i]);
+    const double inner = std::sqrt(2 / std::acos(-1.0)) * (g + 0.044715 * g * g * g);
+    y[i] = FromFloat<T>(0.5 * g * (1 + std::tanh(inner)) * ToFloat(up[i]));
+  }
+  return absl::OkStatus();
+}
+template absl::Status GeluMultiply<bf16>(Context&, int64_t, const bf16*, const bf16*, bf16*);
+
+template <typename T>
 absl::Status Embed(Context&, int64_t n_tokens, int64_t dim, const int32_t* ids, const T* embedding,
                    float* hidden) {
   for (int64_t t = 0; t < n_tokens; ++t) {

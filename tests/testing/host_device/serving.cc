@@ -78,6 +78,13 @@ void RotateBlocks(int64_t block, std::vector<double>& x) {
   }
 }
 
+float Activated(LowBitOutput output, float gate) {
+  const double g = gate;
+  if (output == LowBitOutput::kSiluMul) return static_cast<float>(g / (1 + std::exp(-g)));
+  const double inner = std::sqrt(2 / std::acos(-1.0)) * (g + 0.044715 * g * g * g);
+  return static_cast<float>(0.5 * g * (1 + std::tanh(inner)));
+}
+
 // Where a sequence's token lies in a layer of the pool, for a kv head.
 int64_t PlaceOf(const KvBatch& batch, const KvPoolShape& shape, int64_t sequence, int64_t token,
                 int64_t kv_head) {
@@ -274,7 +281,7 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   const ServingShape& shape = p.weights->shape();
   const float* weights = FloatsOf(*p.weights);
   const int64_t x_stride = p.x_stride == 0 ? shape.cols : p.x_stride;
-  const bool is_pair = p.output == LowBitOutput::kSiluMul;
+  const bool is_pair = IsOfPairs(p.output);
   const int64_t y_cols = is_pair ? shape.rows / 2 : shape.rows;
   const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
   std::vector<double> x(static_cast<size_t>(shape.cols));
@@ -305,7 +312,7 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
     load(t);
     for (int64_t r = 0; r < y_cols; ++r) {
       float y = value(r);
-      if (is_pair) y = y / (1 + std::exp(-y)) * value(r + y_cols);
+      if (is_pair) y = Activated(p.output, y) * value(r + y_cols);
       const int64_t at = t * y_stride + r;
       if (p.y_bf16 != nullptr) {
         p.y_bf16[at] = __float2bfloat16(y);
@@ -416,6 +423,18 @@ absl::Status EmbedRows(const EmbedRowsParams& p) {
     for (int64_t i = 0; i < p.dim; ++i) {
       const int32_t id = p.ids[row] < 0 ? p.made[-1 - p.ids[row]] : p.ids[row];
       p.hidden[row * p.dim + i] = p.scale * __bfloat162float(p.table[id * p.dim + i]);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status AddNormedRows(const AddNormedRowsParams& p) {
+  for (int64_t row = 0; row < p.n_rows; ++row) {
+    const float* x = p.x + row * p.dim;
+    const double squares = std::inner_product(x, x + p.dim, x, 0.0);
+    const double factor = 1 / std::sqrt(squares / static_cast<double>(p.dim) + p.eps);
+    for (int64_t i = 0; i < p.dim; ++i) {
+      p.hidden[row * p.dim + i] += static_cast<float>(factor * x[i] * p.weight[i]);
     }
   }
   return absl::OkStatus();

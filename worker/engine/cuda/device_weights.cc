@@ -22,6 +22,7 @@
 #include "worker/kernels/cuda/transfer.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/model/decoder_layer.h"
+#include "worker/tensor/half.h"
 
 namespace walsh::engine::cuda {
 namespace {
@@ -93,8 +94,14 @@ class Loader {
         artifact_(artifact),
         config_(artifact.config()),
         readers_(std::min(ops::kReaders, ThreadPool::HardwareThreads())) {
-    norms_ = {{"input_layernorm.weight", &LayerWeights::input_norm},
-              {"post_attention_layernorm.weight", &LayerWeights::post_attention_norm}};
+    norms_ = {{"input_layernorm.weight", &LayerWeights::input_norm}};
+    if (config_.has_output_norms) {
+      norms_.push_back({"post_attention_layernorm.weight", &LayerWeights::attention_output_norm});
+      norms_.push_back({"pre_feedforward_layernorm.weight", &LayerWeights::post_attention_norm});
+      norms_.push_back({"post_feedforward_layernorm.weight", &LayerWeights::mlp_output_norm});
+    } else {
+      norms_.push_back({"post_attention_layernorm.weight", &LayerWeights::post_attention_norm});
+    }
     if (config_.has_qk_norm) {
       norms_.push_back({"self_attn.q_norm.weight", &LayerWeights::q_norm});
       norms_.push_back({"self_attn.k_norm.weight", &LayerWeights::k_norm});
@@ -156,6 +163,7 @@ class Loader {
     };
     constexpr auto kHalf = static_cast<int64_t>(sizeof(uint16_t));
     constexpr auto kWord = static_cast<int64_t>(sizeof(uint32_t));
+    constexpr auto kFloat = static_cast<int64_t>(sizeof(float));
     for (size_t i = 0; i < kLinears; ++i) {
       PlacedLinear& linear = layer.linears[i];
       linear.name = LayerTensor(index, kLayerLinears[i].name);
@@ -167,7 +175,7 @@ class Loader {
       linear.levels = place(linear.n_levels() * kHalf);
       if (config_.has_bias(kLayerLinears[i].name)) linear.bias = place(linear.shape.rows * kHalf);
     }
-    for (const NormTensor& norm : norms_) layer.norms.push_back(place(NormSize(norm) * kHalf));
+    for (const NormTensor& norm : norms_) layer.norms.push_back(place(NormSize(norm) * kFloat));
     return layer;
   }
 
@@ -182,9 +190,8 @@ class Loader {
     });
     for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
     for (size_t i = 0; i < norms_.size(); ++i) {
-      WALSH_RETURN_IF_ERROR(
-          artifact_.ReadBf16(LayerTensor(index, norms_[i].suffix), 0, 1,
-                             SpanAt<uint16_t>(host, layer.norms[i], NormSize(norms_[i]))));
+      WALSH_RETURN_IF_ERROR(ReadNorm(LayerTensor(index, norms_[i].suffix),
+                                     SpanAt<float>(host, layer.norms[i], NormSize(norms_[i]))));
     }
     return layer.n_bytes;
   }
@@ -254,9 +261,12 @@ class Loader {
       }
       layer.down.rotation_block = artifact_.online().down_input.block;
       for (size_t i = 0; i < norms_.size(); ++i) {
+        DeviceBuffer<float>& norm = layer.*norms_[i].buffer;
         WALSH_ASSIGN_OR_RETURN(
-            layer.*norms_[i].buffer,
-            Floats(reinterpret_cast<const bf16*>(stored + placed.norms[i]), NormSize(norms_[i])));
+            norm, DeviceBuffer<float>::Allocate(NormSize(norms_[i]), context_.stream()));
+        WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(norm.data(), stored + placed.norms[i],
+                                                   static_cast<size_t>(norm.size_bytes()),
+                                                   cudaMemcpyDeviceToDevice, context_.stream()));
       }
       weights.layers.push_back(std::move(layer));
     }
@@ -335,17 +345,19 @@ class Loader {
     return ops::Upload<int32_t>(context_, std::vector<int32_t>(order.begin(), order.end()));
   }
 
-  absl::StatusOr<DeviceBuffer<float>> Floats(const bf16* stored, int64_t n) {
-    WALSH_ASSIGN_OR_RETURN(auto values, DeviceBuffer<float>::Allocate(n, context_.stream()));
-    WALSH_RETURN_IF_ERROR((ops::Convert<bf16, float>(context_, n, stored, values.data())));
-    return values;
+  // What the norm multiplies by, which some families store less 1.
+  absl::Status ReadNorm(const std::string& name, std::span<float> into) const {
+    std::vector<uint16_t> stored(into.size());
+    WALSH_RETURN_IF_ERROR(artifact_.ReadStoredBf16(name, 0, 1, stored));
+    std::transform(stored.begin(), stored.end(), into.begin(),
+                   [this](uint16_t value) { return config_.norm_offset + Bf16ToFloat(value); });
+    return absl::OkStatus();
   }
 
   absl::StatusOr<DeviceBuffer<float>> LoadNorm(const std::string& name) {
-    std::vector<uint16_t> norm(static_cast<size_t>(config_.hidden));
-    WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(name, 0, 1, norm));
-    WALSH_ASSIGN_OR_RETURN(const auto stored, ops::Upload<bf16>(context_, norm));
-    return Floats(stored.data(), stored.size());
+    std::vector<float> norm(static_cast<size_t>(config_.hidden));
+    WALSH_RETURN_IF_ERROR(ReadNorm(name, norm));
+    return ops::Upload<float>(context_, norm);
   }
 
   // [vocab, hidden] as it is stored.
@@ -438,9 +450,6 @@ absl::Status CheckServable(const ArtifactReader& artifact) {
     return NotServed(absl::StrCat("a rotation of down_proj's input in blocks of ", block,
                                   "; served are 16, 32, 64 and 128"));
   }
-  if (config.has_output_norms) return NotServed("norms of what attention and MLP put out");
-  if (config.norm_offset != 0) return NotServed("norms that multiply by 1 + γ");
-  if (config.activation != MlpActivation::kSilu) return NotServed("an MLP with GELU");
   if (!ops::IsPagedHeadDim(config.head_dim)) {
     return NotServed(absl::StrCat("heads of ", config.head_dim));
   }

@@ -57,6 +57,8 @@ struct Product {
 struct LayerWeights {
   DeviceBuffer<float> input_norm, post_attention_norm;  // [hidden]
   DeviceBuffer<float> q_norm, k_norm;                   // [head_dim] or empty
+  // Of what a sublayer adds to the residual stream, [hidden]; empty where the family has none.
+  DeviceBuffer<float> attention_output_norm, mlp_output_norm;
   Product qkv, o, gate_up, down;
 };
 

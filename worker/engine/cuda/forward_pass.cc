@@ -60,6 +60,7 @@ absl::Status ForwardPass::Allocate() {
   // Zeros, as rows of no sequence are computed with what lies there.
   WALSH_RETURN_IF_ERROR(AllocateZeros(hidden_, n * c.hidden, stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(qkv_, n * QkvRows(c), stream));
+  if (c.has_output_norms) WALSH_RETURN_IF_ERROR(AllocateZeros(output_, n * c.hidden, stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(q_, n * c.q_width(), stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(attended_, n * c.q_width(), stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(activation_, n * c.intermediate, stream));
@@ -122,10 +123,11 @@ absl::Status ForwardPass::Layer(int64_t index, const Rows& rows) {
   const LayerWeights& layer = weights_->layers[static_cast<size_t>(index)];
   WALSH_RETURN_IF_ERROR(Project(layer.qkv, layer.input_norm, rows.n, qkv_.data()));
   WALSH_RETURN_IF_ERROR(Attend(index, rows));
-  WALSH_RETURN_IF_ERROR(AddTo(layer.o, attended_.data(), rows.n, hidden_.data()));
+  WALSH_RETURN_IF_ERROR(
+      AddTo(layer.o, layer.attention_output_norm, attended_.data(), rows.n, hidden_.data()));
   WALSH_RETURN_IF_ERROR(
       GateUp(layer.gate_up, layer.post_attention_norm, rows.n, activation_.data()));
-  return AddTo(layer.down, activation_.data(), rows.n, hidden_.data());
+  return AddTo(layer.down, layer.mlp_output_norm, activation_.data(), rows.n, hidden_.data());
 }
 
 absl::Status ForwardPass::Attend(int64_t index, const Rows& rows) {
@@ -279,12 +281,26 @@ absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<flo
   });
 }
 
-absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n_rows,
-                                float* hidden) {
+absl::Status ForwardPass::AddTo(const Product& product, const DeviceBuffer<float>& output_norm,
+                                const bf16* x, int64_t n_rows, float* hidden) {
+  if (output_norm.size() == 0) return Output(product, x, n_rows, hidden, /*accumulate=*/true);
+  WALSH_RETURN_IF_ERROR(Output(product, x, n_rows, output_.data(), /*accumulate=*/false));
+  return ops::AddNormedRows({.n_rows = n_rows,
+                             .dim = config_->hidden,
+                             .x = output_.data(),
+                             .weight = output_norm.data(),
+                             .eps = static_cast<float>(config_->rms_norm_eps),
+                             .hidden = hidden,
+                             .overlap_previous = true,
+                             .stream = context_->stream()});
+}
+
+absl::Status ForwardPass::Output(const Product& product, const bf16* x, int64_t n_rows, float* y,
+                                 bool accumulate) {
   if (AreMany(n_rows)) {
-    WALSH_RETURN_IF_ERROR(MultiplyMany(product, x, n_rows, hidden, /*accumulate=*/true));
+    WALSH_RETURN_IF_ERROR(MultiplyMany(product, x, n_rows, y, accumulate));
     if (product.bias.size() == 0) return absl::OkStatus();
-    return ops::AddBias<float>(*context_, n_rows, product.rows, product.bias.data(), hidden);
+    return ops::AddBias<float>(*context_, n_rows, product.rows, product.bias.data(), y);
   }
   return InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
     for (const Product::Part& part : product.parts) {
@@ -292,8 +308,8 @@ absl::Status ForwardPass::AddTo(const Product& product, const bf16* x, int64_t n
       params.x = x + first * product.cols;
       params.shared_part = ops::SharedPart::kLarger;  // Project's and GateUp's is the smaller
       params.bias = product.BiasOf(part);
-      params.output = LowBitOutput::kAdd;
-      params.y_float = hidden + first * product.rows + part.first_row;
+      params.output = accumulate ? LowBitOutput::kAdd : LowBitOutput::kStore;
+      params.y_float = y + first * product.rows + part.first_row;
       params.y_stride = product.rows;
       WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
     }
@@ -306,6 +322,9 @@ absl::Status ForwardPass::GateUp(const Product& product, const DeviceBuffer<floa
   if (AreMany(n_rows)) return GateUpOfMany(product, norm, n_rows, y);
   const int64_t width = product.rows / 2;
   const bool is_pair = product.parts.size() == 1;  // whose rows are interleaved
+  const LowBitOutput of_pairs = config_->activation == MlpActivation::kGeluTanh
+                                    ? LowBitOutput::kGeluMul
+                                    : LowBitOutput::kSiluMul;
   const std::array<bf16*, 2> to = {is_pair ? y : gate_.data(), up_.data()};
   const absl::Status status = InChunks(n_rows, [&](int64_t first, int64_t n) -> absl::Status {
     for (size_t i = 0; i < product.parts.size(); ++i) {
@@ -313,14 +332,14 @@ absl::Status ForwardPass::GateUp(const Product& product, const DeviceBuffer<floa
       ops::LowBitMatmulParams params =
           MultiplyNormed(product, part, norm, hidden_.data() + first * product.cols, n);
       params.bias = product.BiasOf(part);
-      params.output = is_pair ? LowBitOutput::kSiluMul : LowBitOutput::kStore;
+      params.output = is_pair ? of_pairs : LowBitOutput::kStore;
       params.y_bf16 = to[i] + first * width;
       WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
     }
     return absl::OkStatus();
   });
   if (!status.ok() || is_pair) return status;
-  return ops::SiluMultiply<bf16>(*context_, n_rows * width, gate_.data(), up_.data(), y);
+  return Activate(n_rows * width, y);
 }
 
 absl::Status ForwardPass::GateUpOfMany(const Product& product, const DeviceBuffer<float>& norm,
@@ -349,7 +368,13 @@ absl::Status ForwardPass::GateUpOfMany(const Product& product, const DeviceBuffe
     }
     row += width;
   }
-  return ops::SiluMultiply<bf16>(*context_, n_rows * width, gate_.data(), up_.data(), y);
+  return Activate(n_rows * width, y);
+}
+
+absl::Status ForwardPass::Activate(int64_t n, bf16* y) {
+  return config_->activation == MlpActivation::kGeluTanh
+             ? ops::GeluMultiply<bf16>(*context_, n, gate_.data(), up_.data(), y)
+             : ops::SiluMultiply<bf16>(*context_, n, gate_.data(), up_.data(), y);
 }
 
 absl::StatusOr<const bf16*> ForwardPass::Dequantized(const Product& product) {

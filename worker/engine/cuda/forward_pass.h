@@ -3,6 +3,7 @@
 //   h = embedding of the rows' tokens
 //   each layer:  q, k, v = norm(h) · W;  rotary embedding; k, v to the pool;  h += attention · W
 //                h += (SiLU(norm(h) · W) ⊙ (norm(h) · W)) · W
+//                (Gemma 3: GELU for SiLU, and a norm of each of the two before it is added)
 //   logits = norm(h) · head, of the rows that are asked for
 //
 // Up to kChunkedRowsMax rows the quantized weights are multiplied as they are (low_bit_matmul.h),
@@ -103,13 +104,19 @@ class ForwardPass {
   // y = norm(hidden) · Wᵀ without bias.
   absl::Status Project(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
                        float* y);
-  // hidden += x · Wᵀ + bias
-  absl::Status AddTo(const Product& product, const bf16* x, int64_t n_rows, float* hidden);
-  // y = SiLU(norm(hidden) · gateᵀ) ⊙ (norm(hidden) · upᵀ)
+  // hidden += x · Wᵀ + bias, through `output_norm` where the family has one
+  absl::Status AddTo(const Product& product, const DeviceBuffer<float>& output_norm, const bf16* x,
+                     int64_t n_rows, float* hidden);
+  // y (+)= x · Wᵀ + bias
+  absl::Status Output(const Product& product, const bf16* x, int64_t n_rows, float* y,
+                      bool accumulate);
+  // y = act(norm(hidden) · gateᵀ) ⊙ (norm(hidden) · upᵀ)
   absl::Status GateUp(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
                       bf16* y);
   absl::Status GateUpOfMany(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
                             bf16* y);
+  // y = act(gate) ⊙ up of what lies in gate_ and up_
+  absl::Status Activate(int64_t n, bf16* y);
   // The product's weights in bf16, [rows, cols], valid until the next call.
   absl::StatusOr<const bf16*> Dequantized(const Product& product);
 
@@ -120,6 +127,7 @@ class ForwardPass {
 
   DeviceBuffer<bf16> pool_;  // [n_layers, …], a layer as paged_kv.h has it
   DeviceBuffer<float> hidden_, qkv_;
+  DeviceBuffer<float> output_;  // of a sublayer, before its norm; empty where there is none
   DeviceBuffer<bf16> normed_, q_, attended_, gate_, up_, activation_;
   DeviceBuffer<bf16> bf16_weights_;  // of the largest product; empty where no pass has so many rows
   DeviceBuffer<bf16> transformed_;   // of the widest input that is; empty likewise

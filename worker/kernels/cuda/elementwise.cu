@@ -75,6 +75,16 @@ __global__ void SiluMultiplyKernel(int64_t n, const T* gate, const T* up, T* y) 
 }
 
 template <typename T>
+__global__ void GeluMultiplyKernel(int64_t n, const T* gate, const T* up, T* y) {
+  const int64_t i = GlobalIndex();
+  if (i >= n) return;
+  const float g = ToFloat(gate[i]);
+  constexpr float kSqrtTwoOverPi = 0.7978845608f;
+  const float inner = kSqrtTwoOverPi * (g + 0.044715f * g * g * g);
+  y[i] = FromFloat<T>(0.5f * g * (1.0f + tanhf(inner)) * ToFloat(up[i]));
+}
+
+template <typename T>
 __global__ void EmbedKernel(int64_t dim, const int32_t* ids, const T* embedding, float* hidden) {
   const int64_t token = blockIdx.x;
   const T* row = embedding + static_cast<int64_t>(ids[token]) * dim;
@@ -266,6 +276,13 @@ absl::Status SiluMultiply(Context& context, int64_t n, const T* gate, const T* u
 }
 
 template <typename T>
+absl::Status GeluMultiply(Context& context, int64_t n, const T* gate, const T* up, T* y) {
+  if (n == 0) return absl::OkStatus();
+  GeluMultiplyKernel<T><<<BlocksFor(n), kThreads, 0, context.stream()>>>(n, gate, up, y);
+  return LaunchStatus("GeluMultiply", context.stream());
+}
+
+template <typename T>
 absl::Status Embed(Context& context, int64_t n_tokens, int64_t dim, const int32_t* ids,
                    const T* embedding, float* hidden) {
   if (n_tokens == 0) return absl::OkStatus();
@@ -308,6 +325,8 @@ template absl::Status Rope<float>(Context&, int64_t, int64_t, int64_t, int64_t, 
                                   float*);
 template absl::Status SiluMultiply<bf16>(Context&, int64_t, const bf16*, const bf16*, bf16*);
 template absl::Status SiluMultiply<float>(Context&, int64_t, const float*, const float*, float*);
+template absl::Status GeluMultiply<bf16>(Context&, int64_t, const bf16*, const bf16*, bf16*);
+template absl::Status GeluMultiply<float>(Context&, int64_t, const float*, const float*, float*);
 template absl::Status Embed<bf16>(Context&, int64_t, int64_t, const int32_t*, const bf16*, float*);
 template absl::Status Embed<float>(Context&, int64_t, int64_t, const int32_t*, const float*,
                                    float*);

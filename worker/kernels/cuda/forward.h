@@ -108,6 +108,9 @@ absl::Status WindowAttention(Context& context, const WindowAttentionParams<float
 // y = silu(gate) · up
 template <typename T>
 absl::Status SiluMultiply(Context& context, int64_t n, const T* gate, const T* up, T* y);
+// y = gelu(gate) · up, by the tanh formula
+template <typename T>
+absl::Status GeluMultiply(Context& context, int64_t n, const T* gate, const T* up, T* y);
 
 // hidden[i, :] = embedding[ids[i], :]
 template <typename T>

@@ -377,14 +377,20 @@ __device__ __forceinline__ void AddGroup(const RowGrid<F>& row,
   }
 }
 
+// (1 + tanh(z)) / 2 is the logistic function of 2 z: what GELU's tanh formula multiplies v by is
+// that of 2 · sqrt(2 / π) · (v + 0.044715 v³).
+__device__ __forceinline__ float GeluGate(float v) {
+  return 1.5957691216f * __fmaf_rn(0.044715f * v * v, v, v);
+}
+
 // The end of a pass over `n_tiles` tiles: adds up the warps' sums and writes. A thread has one row
 // and some tokens; what it adds to for the first is on its way while the warps are waited for.
 template <typename F>
 __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, int n_tiles,
                                        int token_first, int n_tokens, const float* square_sums,
                                        const float* sums) {
-  const bool is_silu = p.output == LowBitOutput::kSiluMul;
-  const int tile_shift = is_silu ? 3 : 4;  // outputs of a tile: 8 or 16
+  const bool is_pair = p.output >= LowBitOutput::kSiluMul;
+  const int tile_shift = is_pair ? 3 : 4;  // outputs of a tile: 8 or 16
   const auto n_outputs = static_cast<unsigned>(n_tiles << tile_shift);
   int i = static_cast<int>(threadIdx.x);
   int token = threadIdx.x < n_outputs ? 0 : n_tokens;
@@ -398,7 +404,7 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, in
   const int tile = first_tile + (i >> tile_shift);
   int row = (tile << tile_shift) + slot;
   bool is_there = row < p.n_rows;
-  if (p.is_interleaved && !is_silu) {
+  if (p.is_interleaved && !is_pair) {
     row = tile * (kServingTileRows / 2) + slot % 8;
     is_there = row < p.n_rows;
     if (slot >= 8) row += p.n_rows;
@@ -413,7 +419,7 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, in
   float bias[2] = {0, 0};
   if (p.bias != nullptr && is_there) {
     bias[0] = p.bias[row];
-    if (is_silu) bias[1] = p.bias[p.n_rows + row];
+    if (is_pair) bias[1] = p.bias[p.n_rows + row];
   }
   const auto sum_of_pairs = [&](const float* first) {
     float pairs[kPairs];
@@ -446,9 +452,11 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, in
     }
     const float* first = of_row + token * F::kTokenStride;
     float v = __fmaf_rn(sum_of_pairs(first), factor, bias[0]);
-    if (is_silu) {
+    if (is_pair) {
       const float up = __fmaf_rn(sum_of_pairs(first + F::PlaceOfSum(0, 8)), factor, bias[1]);
-      v = v / (1.0f + expf(-v)) * up;
+      float gate = v;
+      if (p.output == LowBitOutput::kGeluMul) gate = GeluGate(v);
+      v = v / (1.0f + expf(-gate)) * up;
     }
     if (p.y_bf16 != nullptr) {
       p.y_bf16[at] = __float2bfloat16_rn(v);

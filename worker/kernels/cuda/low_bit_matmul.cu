@@ -165,9 +165,10 @@ absl::Status Validate(const LowBitMatmulParams& p, int64_t x_stride, int64_t y_c
   if (p.output == LowBitOutput::kAdd && p.y_float == nullptr) {
     return absl::InvalidArgumentError("LowBitMatmul: what is added to must be fp32");
   }
-  if (p.output == LowBitOutput::kSiluMul && shape.order != ServingRows::kInterleaved) {
+  if (IsOfPairs(p.output) && shape.order != ServingRows::kInterleaved) {
     return absl::InvalidArgumentError(
-        "LowBitMatmul: SiLU · up takes the rows of gate and up interleaved, these are stacked");
+        "LowBitMatmul: act(gate) · up takes the rows of gate and up interleaved, these are "
+        "stacked");
   }
   const LowBitTuning& t = p.tuning;
   const int tiles = t.row_tiles;
@@ -201,10 +202,9 @@ int64_t LowBitWorkspaceBytes(int64_t n_tokens, int64_t cols) {
 
 absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   const ServingShape& shape = p.weights->shape();
-  const bool is_silu = p.output == LowBitOutput::kSiluMul;
   const bool is_interleaved = shape.order == ServingRows::kInterleaved;
   const int64_t x_stride = p.x_stride == 0 ? shape.cols : p.x_stride;
-  const int64_t y_cols = is_silu ? shape.rows / 2 : shape.rows;
+  const int64_t y_cols = IsOfPairs(p.output) ? shape.rows / 2 : shape.rows;
   const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
   WALSH_RETURN_IF_ERROR(Validate(p, x_stride, y_cols, y_stride));
   if (p.n_tokens == 0) return absl::OkStatus();

@@ -55,7 +55,12 @@ enum class LowBitOutput {
   kAdd,      // y += v, for the residual stream; fp32 only
   kSiluMul,  // y[:, i] = SiLU(v of row i of the first linear) · (that of the second); the matrix'
              // rows must be interleaved
+  kGeluMul,  // the same with GELU by its tanh formula
 };
+// Whether outputs are made of pairs of rows.
+constexpr bool IsOfPairs(LowBitOutput output) {
+  return output == LowBitOutput::kSiluMul || output == LowBitOutput::kGeluMul;
+}
 
 // How the work is cut, which changes no bit of the result. Zero takes what was measured to be best
 // for the shape.
@@ -90,7 +95,7 @@ struct LowBitMatmulParams {
   int64_t rotation_block = 0;
   const float* bias = nullptr;  // [rows] in the stacked order, or null; added to v first
   LowBitOutput output = LowBitOutput::kStore;
-  // One of the two, [n_tokens, rows], with kSiluMul [n_tokens, rows / 2].
+  // One of the two, [n_tokens, rows], of pairs [n_tokens, rows / 2].
   float* y_float = nullptr;
   __nv_bfloat16* y_bf16 = nullptr;
   int64_t y_stride = 0;  // 0: as many as y has columns

@@ -45,6 +45,35 @@ __global__ void __launch_bounds__(kEmbedThreads) EmbedRowsKernel(const EmbedRows
   to[1] = {values[4], values[5], values[6], values[7]};
 }
 
+// A CTA takes a row.
+__global__ void __launch_bounds__(kThreads) AddNormedRowsKernel(const AddNormedRowsParams p) {
+  __shared__ float scratch[kThreads / kWarpSize];
+  WaitForPreviousKernel();
+  LetNextKernelStart();
+  const int64_t row = blockIdx.x * p.dim;
+  const auto* x = reinterpret_cast<const float4*>(p.x + row);
+  const auto* weight = reinterpret_cast<const float4*>(p.weight);
+  auto* hidden = reinterpret_cast<float4*>(p.hidden + row);
+  const int64_t n = p.dim / kAtOnce;
+  float sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    const float4 v = x[i];
+    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+  }
+  sum = BlockReduce<Sum>(sum, scratch);
+  const float factor = rsqrtf(sum / static_cast<float>(p.dim) + p.eps);
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) {
+    const float4 v = x[i];
+    const float4 w = weight[i];
+    float4 h = hidden[i];
+    h.x += v.x * factor * w.x;
+    h.y += v.y * factor * w.y;
+    h.z += v.z * factor * w.z;
+    h.w += v.w * factor * w.w;
+    hidden[i] = h;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) ArgMaxKernel(const ArgMaxParams p, int64_t stride) {
   __shared__ PeakKey scratch[kThreads / kWarpSize];
   WaitForPreviousKernel();
@@ -112,6 +141,25 @@ absl::Status EmbedRows(const EmbedRowsParams& p) {
                       {.grid = dim3(static_cast<unsigned>((p.dim + kColumns - 1) / kColumns),
                                     static_cast<unsigned>(p.n_rows)),
                        .threads = kEmbedThreads,
+                       .overlap_previous = p.overlap_previous,
+                       .stream = p.stream},
+                      p);
+}
+
+absl::Status AddNormedRows(const AddNormedRowsParams& p) {
+  WALSH_RETURN_IF_ERROR(CheckRowCount("AddNormedRows", p.n_rows));
+  if (p.dim <= 0 || p.dim % kAtOnce != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("AddNormedRows: dim ", p.dim, ", must be a positive multiple of ", kAtOnce));
+  }
+  if (!IsAligned(p.x) || !IsAligned(p.weight) || !IsAligned(p.hidden)) {
+    return absl::InvalidArgumentError(
+        "AddNormedRows: x, weight and hidden must begin at multiples of 16 bytes");
+  }
+  if (p.n_rows == 0) return absl::OkStatus();
+  return LaunchKernel("AddNormedRows", AddNormedRowsKernel,
+                      {.grid = dim3(static_cast<unsigned>(p.n_rows)),
+                       .threads = kThreads,
                        .overlap_previous = p.overlap_previous,
                        .stream = p.stream},
                       p);

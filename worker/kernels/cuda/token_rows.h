@@ -1,5 +1,6 @@
 // Both ends of a forward pass: tokens to rows of the residual stream, logits to tokens. With both
-// on the device a step's tokens go into the next step without the host.
+// on the device a step's tokens go into the next step without the host. And what some families do
+// to rows on their way into that stream.
 //
 // Bound:   memory
 // Errors:  INVALID_ARGUMENT  sizes that do not fit, named with their limit
@@ -32,6 +33,21 @@ struct EmbedRowsParams {
   cudaStream_t stream = nullptr;
 };
 absl::Status EmbedRows(const EmbedRowsParams& params);
+
+// hidden[i, :] += weight * x[i, :] / sqrt(mean(x[i, :]^2) + eps): the output of a sublayer through
+// a norm of its own. The same bits for a row whatever the others are.
+struct AddNormedRowsParams {
+  int64_t n_rows = 0;
+  int64_t dim = 0;                // a multiple of 4
+  const float* x = nullptr;       // [n_rows, dim], aligned to 16 bytes like the others
+  const float* weight = nullptr;  // [dim]
+  float eps = 0;
+  float* hidden = nullptr;  // [n_rows, dim]
+  // Programmatic dependent launch: see dependent_launch.cuh.
+  bool overlap_previous = false;
+  cudaStream_t stream = nullptr;
+};
+absl::Status AddNormedRows(const AddNormedRowsParams& params);
 
 // ids[i] = the position of the largest of logits[i, :], the lowest of equal ones; −1 where there is
 // a NaN or none above −infinity, as engine::ArgMax has it.
