@@ -339,7 +339,9 @@ class ElementwiseGpuTest : public GpuTest {
  protected:
   void CheckRmsNorm(int64_t n, int64_t dim, bool has_weight);
   void CheckRope(int64_t n_windows, int64_t window, int64_t heads, int64_t head_dim, double limit);
-  void CheckSiluMultiply(int64_t n);
+  template <typename Params>
+  void CheckGated(int64_t n, absl::Status (*reference)(const Params&, const Stream&),
+                  absl::Status (*operation)(Context&, int64_t, const T*, const T*, T*));
   void CheckEmbed(int64_t n, int64_t dim);
 };
 using ElementTypes = ::testing::Types<float, bf16>;
@@ -536,30 +538,43 @@ TEST_F(AttentionGpuTest, RefusesWhatItDoesNotTake) {
 TEST_F(AttentionGpuTest, LargestWindowOfTheFp32Form) { Check<float>({1, 12284, 1, 1, 1}); }
 
 template <typename T>
-void ElementwiseGpuTest<T>::CheckSiluMultiply(int64_t n) {
+template <typename Params>
+void ElementwiseGpuTest<T>::CheckGated(int64_t n,
+                                       absl::Status (*reference)(const Params&, const Stream&),
+                                       absl::Status (*operation)(Context&, int64_t, const T*,
+                                                                 const T*, T*)) {
   const std::vector<T> gate = FromFloat<T>(RandomNormal(n, 1, 3.0f));
   const std::vector<T> up = FromFloat<T>(RandomNormal(n, 2));
   const std::vector<float> gate_float = ToFloat(gate);
   const std::vector<float> up_float = ToFloat(up);
   std::vector<float> expected(gate.size());
-  ASSERT_OK(ref::SiluMultiply({.n_tokens = 1,
-                               .dim = n,
-                               .gate = gate_float.data(),
-                               .gate_stride = n,
-                               .up = up_float.data(),
-                               .up_stride = n,
-                               .y = expected.data(),
-                               .y_stride = n},
-                              kReference));
-  const auto dg = Upload(gate);
-  const auto du = Upload(up);
-  auto y = Poisoned<T>(n + kBehind);
-  ASSERT_OK(SiluMultiply<T>(context(), n, dg.data(), du.data(), y.data()));
-  EXPECT_LE(NormalizedSquaredError(ToFloat(RowsOf(Download(y), 1, n)), expected), kLimitOf<T>) << n;
+  Params params;
+  params.n_tokens = 1;
+  params.dim = n;
+  params.gate = gate_float.data();
+  params.gate_stride = n;
+  params.up = up_float.data();
+  params.up_stride = n;
+  params.y = expected.data();
+  params.y_stride = n;
+  ASSERT_OK(reference(params, kReference));
+  const auto dg = this->Upload(gate);
+  const auto du = this->Upload(up);
+  auto y = this->template Poisoned<T>(n + kBehind);
+  ASSERT_OK(operation(this->context(), n, dg.data(), du.data(), y.data()));
+  EXPECT_LE(NormalizedSquaredError(ToFloat(RowsOf(this->Download(y), 1, n)), expected), kLimitOf<T>)
+      << n;
 }
 
 TYPED_TEST(ElementwiseGpuTest, SiluMultiplySweep) {
-  for (const int64_t n : {0, 1, 255, 256, 257, 1009, 4099}) this->CheckSiluMultiply(n);
+  for (const int64_t n : {0, 1, 255, 256, 257, 1009, 4099}) {
+    this->template CheckGated<SiluMultiplyParams>(n, ref::SiluMultiply, SiluMultiply<TypeParam>);
+  }
+}
+TYPED_TEST(ElementwiseGpuTest, GeluMultiplySweep) {
+  for (const int64_t n : {0, 1, 255, 256, 257, 1009, 4099}) {
+    this->template CheckGated<GeluMultiplyParams>(n, ref::GeluMultiply, GeluMultiply<TypeParam>);
+  }
 }
 
 template <typename T>

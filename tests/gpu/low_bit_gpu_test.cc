@@ -631,6 +631,7 @@ TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
       std::vector<double> v_gate = Reference(gate, x.host, n);
       std::vector<double> v_up = Reference(up, x.host, n);
       std::vector<double> silu;
+      std::vector<double> gelu;
       std::vector<double> plain;
       for (int64_t t = 0; t < n; ++t) {
         for (int64_t r = 0; r < 104; ++r) {
@@ -638,6 +639,9 @@ TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
           v_gate[i] += static_cast<double>(bias[static_cast<size_t>(r)]);
           v_up[i] += static_cast<double>(bias[static_cast<size_t>(104 + r)]);
           silu.push_back(v_gate[i] / (1 + std::exp(-v_gate[i])) * v_up[i]);
+          const double inner = std::sqrt(2 / std::acos(-1.0)) *
+                               (v_gate[i] + 0.044715 * v_gate[i] * v_gate[i] * v_gate[i]);
+          gelu.push_back(0.5 * v_gate[i] * (1 + std::tanh(inner)) * v_up[i]);
         }
         for (int64_t r = 0; r < 104; ++r) plain.push_back(v_gate[static_cast<size_t>(t * 104 + r)]);
         for (int64_t r = 0; r < 104; ++r) plain.push_back(v_up[static_cast<size_t>(t * 104 + r)]);
@@ -646,27 +650,31 @@ TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
                                 .weights = &pairs,
                                 .x = x.device.data(),
                                 .bias = device_bias.data(),
-                                .output = LowBitOutput::kSiluMul,
                                 .y_stride = kStride,
                                 .workspace = has_workspace ? workspace.data() : nullptr,
                                 .workspace_bytes = workspace.size_bytes(),
                                 .stream = context().stream()};
-      auto y_bf16 = Poisoned<uint16_t>(n * kStride);
-      params.y_bf16 = reinterpret_cast<__nv_bfloat16*>(y_bf16.data());
-      ASSERT_OK(LowBitMatmul(params));
-      const std::vector<uint16_t> stored = Download(y_bf16);
       std::vector<float> actual;
-      int64_t n_touched = 0;
-      for (int64_t i = 0; i < n * kStride; ++i) {
-        const uint16_t bits = stored[static_cast<size_t>(i)];
-        if (i % kStride < 104) {
-          actual.push_back(Bf16ToFloat(bits));
-        } else {
-          n_touched += bits != kBf16Poison ? 1 : 0;
+      for (const LowBitOutput output : {LowBitOutput::kSiluMul, LowBitOutput::kGeluMul}) {
+        auto y_bf16 = Poisoned<uint16_t>(n * kStride);
+        params.output = output;
+        params.y_bf16 = reinterpret_cast<__nv_bfloat16*>(y_bf16.data());
+        ASSERT_OK(LowBitMatmul(params));
+        const std::vector<uint16_t> stored = Download(y_bf16);
+        actual.clear();
+        int64_t n_touched = 0;
+        for (int64_t i = 0; i < n * kStride; ++i) {
+          const uint16_t bits = stored[static_cast<size_t>(i)];
+          if (i % kStride < 104) {
+            actual.push_back(Bf16ToFloat(bits));
+          } else {
+            n_touched += bits != kBf16Poison ? 1 : 0;
+          }
         }
+        EXPECT_LT(RelativeError(actual, output == LowBitOutput::kSiluMul ? silu : gelu),
+                  kBf16Limit);
+        EXPECT_EQ(n_touched, 0) << "beyond the columns of y";
       }
-      EXPECT_LT(RelativeError(actual, silu), kBf16Limit);
-      EXPECT_EQ(n_touched, 0) << "beyond the columns of y";
 
       params.output = LowBitOutput::kAdd;
       params.y_bf16 = nullptr;
@@ -1036,6 +1044,7 @@ TEST_F(LowBitGpuTest, RefusesProductsThatDoNotFit) {
               }),
               invalid("fp32"));
   EXPECT_THAT(with([](P& p) { p.output = LowBitOutput::kSiluMul; }), invalid("interleaved"));
+  EXPECT_THAT(with([](P& p) { p.output = LowBitOutput::kGeluMul; }), invalid("interleaved"));
   EXPECT_THAT(with([](P& p) { p.tuning.row_tiles = 3; }), invalid("3 row tiles"));
   EXPECT_THAT(with([](P& p) { p.rotation_block = 8; }), invalid("blocks of 8 of 192 columns"));
   EXPECT_THAT(with([](P& p) { p.rotation_block = 128; }), invalid("blocks of 128 of 192 columns"));

@@ -883,6 +883,56 @@ TEST_F(TokenRowsGpuTest, ArgMaxRefusesWhatItDoesNotTake) {
               StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("vocabulary of 0")));
 }
 
+TEST_F(TokenRowsGpuTest, NormedRowsAreAdded) {
+  constexpr float kEps = 1e-2f;  // so large that it is seen
+  for (const int64_t n : {0, 1, 33}) {
+    for (const int64_t dim : {4, 288, 640, 1152, 5376}) {
+      SCOPED_TRACE(std::to_string(n) + " x " + std::to_string(dim));
+      const std::vector<float> x = RandomNormal(n * dim, 41, 0.2f);
+      const std::vector<float> weight = RandomNormal(dim, 42);
+      std::vector<float> hidden = RandomNormal(n * dim + kBehind, 43);
+      const auto d_x = Upload(x);
+      const auto d_weight = Upload(weight);
+      auto d_hidden = Upload(hidden);
+      ASSERT_OK(AddNormedRows({.n_rows = n,
+                               .dim = dim,
+                               .x = d_x.data(),
+                               .weight = d_weight.data(),
+                               .eps = kEps,
+                               .hidden = d_hidden.data(),
+                               .stream = context().stream()}));
+      std::vector<double> expected(hidden.begin(), hidden.end());
+      for (int64_t row = 0; row < n; ++row) {
+        double squares = 0;
+        for (int64_t i = 0; i < dim; ++i) {
+          const auto v = static_cast<double>(x[static_cast<size_t>(row * dim + i)]);
+          squares += v * v;
+        }
+        const double factor =
+            1 / std::sqrt(squares / static_cast<double>(dim) + static_cast<double>(kEps));
+        for (int64_t i = 0; i < dim; ++i) {
+          const auto at = static_cast<size_t>(row * dim + i);
+          expected[at] += factor * static_cast<double>(x[at]) *
+                          static_cast<double>(weight[static_cast<size_t>(i)]);
+        }
+      }
+      const std::vector<float> actual = Download(d_hidden);
+      EXPECT_LT(NormalizedSquaredError(actual, expected), 1e-12);
+      EXPECT_TRUE(std::equal(actual.end() - kBehind, actual.end(), hidden.end() - kBehind));
+    }
+  }
+}
+
+TEST_F(TokenRowsGpuTest, AddNormedRowsRefusesWhatItDoesNotTake) {
+  EXPECT_THAT(AddNormedRows({.n_rows = 1, .dim = 6}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("dim 6")));
+  EXPECT_THAT(AddNormedRows({.n_rows = 70000, .dim = 8}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("70000 rows")));
+  const auto x = Upload(RandomNormal(16, 44));
+  EXPECT_THAT(AddNormedRows({.n_rows = 1, .dim = 8, .x = x.data() + 1}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("multiples of 16 bytes")));
+}
+
 TEST_F(TokenRowsGpuTest, EmbedRowsSweep) {
   constexpr int64_t kVocab = 13;
   for (const int64_t n : {0, 1, 31}) {
