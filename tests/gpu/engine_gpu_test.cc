@@ -209,6 +209,11 @@ TinyArtifactOptions WithOrder(std::vector<std::pair<std::string, int64_t>> steps
             return order;
           }};
 }
+TinyArtifactOptions WithOrderAndFloats() {
+  TinyArtifactOptions options = WithOrder({{"down_proj", 37}});
+  options.bits_of = {{"model.layers.0.mlp.gate_proj", 0}};
+  return options;
+}
 TinyArtifactOptions WithDownRotation(const char* matrix, int64_t block) {
   return {.bits = 4,
           .quantization_config = {{"checkpoint_format", "walsh"},
@@ -245,6 +250,17 @@ TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
         .bits_of = {{"model.layers.0.self_attn.v_proj", 8},
                     {"model.layers.0.mlp.up_proj", 8},
                     {"model.layers.1.mlp.down_proj", 2}}}},
+      {"some in floats",
+       {.has_attention_bias = true, .has_mlp_bias = true},
+       {.bits = 4,
+        .bits_of = {{"model.layers.0.self_attn.k_proj", 0},
+                    {"model.layers.0.self_attn.o_proj", 0},
+                    {"model.layers.0.mlp.up_proj", 0},
+                    {"model.layers.1.mlp.down_proj", 0}}}},
+      {"a pair in floats",
+       {},
+       {.bits = 4,
+        .bits_of = {{"model.layers.0.mlp.gate_proj", 0}, {"model.layers.0.mlp.up_proj", 0}}}},
       {"Walsh, 128", {.has_mlp_bias = true}, WithDownRotation("walsh", 128)},
       {"Walsh, 64", {}, WithDownRotation("walsh", 64)},
       {"Walsh, 32", {.intermediate = 160}, WithDownRotation("walsh", 32)},
@@ -253,6 +269,7 @@ TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
       {"float zeros, 2 bits", {}, WithFloatZeros(2)},
       {"float zeros, 3 bits", {}, WithFloatZeros(3)},
       {"order of down_proj", {.has_mlp_bias = true}, WithOrder({{"down_proj", 37}})},
+      {"order of down_proj, gate in floats", {.has_mlp_bias = true}, WithOrderAndFloats()},
       {"one order for q, k and v", {}, WithOrder({{"_proj", 37}})},
       {"another order for each",
        {.has_attention_bias = true},
@@ -280,6 +297,8 @@ TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
 TEST_F(CudaEngineTest, LongChunksAreCloseToShortOnes) {
   for (const TinyArtifactOptions& options :
        {TinyArtifactOptions{.bits = 4, .bits_of = {{"model.layers.0.mlp.up_proj", 8}}},
+        TinyArtifactOptions{.bits = 4,
+        .bits_of = {{"model.layers.0.self_attn.v_proj", 0}, {"model.layers.1.mlp.down_proj", 0}}},
         WithDownRotation("walsh", 64), WithCodebook(), WithOrder({{"_proj", 37}}),
         WithOrder({{"k_proj", 11}, {"o_proj", 7}, {"gate_proj", 9}, {"down_proj", 5}})}) {
     ASSERT_NO_FATAL_FAILURE(
@@ -512,9 +531,10 @@ TEST_F(CudaEngineTest, WhatNoKernelTakesIsNamed) {
   both.quantization_config["desc_act"] = true;
   EXPECT_THAT(load({}, both), StatusIs(absl::StatusCode::kUnimplemented,
                                        HasSubstr("'model.layers.1.mlp.down_proj': a rotated")));
-  EXPECT_THAT(load({}, {.bits_of = {{"model.layers.1.mlp.up_proj", 0}}}),
-              StatusIs(absl::StatusCode::kUnimplemented,
-                       HasSubstr("'model.layers.1.mlp.up_proj' unquantized")));
+  TinyArtifactOptions floats = WithDownRotation("walsh", 64);
+  floats.bits_of = {{"model.layers.1.mlp.down_proj", 0}};
+  EXPECT_THAT(load({}, floats), StatusIs(absl::StatusCode::kUnimplemented,
+                                         HasSubstr("'model.layers.1.mlp.down_proj': a rotated")));
 }
 
 }  // namespace

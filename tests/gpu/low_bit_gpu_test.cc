@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "tests/gpu/gpu_fixture.h"
 #include "worker/io/gptq_packing.h"
+#include "worker/kernels/cuda/dense_matmul.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/serving_layout.h"
 #include "worker/kernels/cuda/transform_activations.h"
@@ -716,6 +717,134 @@ TEST_F(LowBitGpuTest, ActivationsWithAStride) {
     rows.insert(rows.end(), x.host.begin() + t * 600, x.host.begin() + t * 600 + 576);
   }
   EXPECT_LT(RelativeError(Download(y), Reference(m, rows, 4)), kFloatLimit);
+}
+
+// Linears that are not quantized: norm, bias and residual as above, and the same bits in every
+// batch.
+TEST_F(LowBitGpuTest, DenseProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
+  constexpr float kEps = 1e-2f;
+  constexpr int64_t kTokens = 70;
+  struct Dense {
+    int64_t rows, cols;
+  };
+  for (const Dense& d : std::vector<Dense>{{1, 8}, {33, 896}, {256, 200}, {64, 4864}}) {
+    const std::vector<float> normal = RandomNormal(d.rows * d.cols, 63, 0.05f);
+    std::vector<__nv_bfloat16> weights;
+    std::vector<float> weight_values;
+    for (const float v : normal) {
+      weights.push_back(__float2bfloat16(v));
+      weight_values.push_back(__bfloat162float(weights.back()));
+    }
+    const auto d_weights = Upload(weights);
+    const Activations x = RandomActivations(kTokens, d.cols, 64);
+    const std::vector<float> values = RandomNormal(kTokens * d.cols, 65);
+    const auto x_float = Upload(values);
+    const std::vector<float> norm = RandomNormal(d.cols, 66);
+    const auto d_norm = Upload(norm);
+    const std::vector<float> bias = RandomNormal(d.rows, 67);
+    const auto d_bias = Upload(bias);
+    const std::vector<float> before = RandomNormal(kTokens * d.rows, 68);
+    for (const bool has_norm : {false, true}) {
+      SCOPED_TRACE(absl::StrCat(d.rows, " x ", d.cols, has_norm ? ", norm" : ""));
+      std::vector<float> input = has_norm ? values : x.host;
+      std::vector<double> factors(kTokens, 1.0);
+      for (int64_t t = 0; has_norm && t < kTokens; ++t) {
+        double squares = 0;
+        for (int64_t c = 0; c < d.cols; ++c) {
+          float& v = input[static_cast<size_t>(t * d.cols + c)];
+          squares += static_cast<double>(v) * static_cast<double>(v);
+          v *= norm[static_cast<size_t>(c)];
+        }
+        factors[static_cast<size_t>(t)] =
+            1 / std::sqrt(squares / static_cast<double>(d.cols) + static_cast<double>(kEps));
+      }
+      std::vector<double> expected = Reference(weight_values, d.rows, d.cols, input, kTokens);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        const size_t row = i % static_cast<size_t>(d.rows);
+        expected[i] *= factors[i / static_cast<size_t>(d.rows)];
+        expected[i] += static_cast<double>(bias[row]) + static_cast<double>(before[i]);
+      }
+      std::vector<float> all;
+      for (const int64_t n : {kTokens, int64_t{1}, int64_t{3}, int64_t{4}, int64_t{9}}) {
+        auto y = Upload(before);
+        ASSERT_OK(DenseMatmul({.n_tokens = n,
+                               .rows = d.rows,
+                               .cols = d.cols,
+                               .weights = d_weights.data(),
+                               .x = has_norm ? nullptr : x.device.data(),
+                               .x_float = has_norm ? x_float.data() : nullptr,
+                               .has_norm = has_norm,
+                               .norm_weight = has_norm ? d_norm.data() : nullptr,
+                               .eps = kEps,
+                               .bias = d_bias.data(),
+                               .accumulate = true,
+                               .y_float = y.data(),
+                               .stream = context().stream()}));
+        const std::vector<float> some = Download(y);
+        if (all.empty()) all = some;
+        EXPECT_EQ(FirstDifference(some, all, static_cast<size_t>(n * d.rows)), -1) << n;
+      }
+      EXPECT_LT(RelativeError(all, expected), 1e-5);
+    }
+    constexpr int64_t kStride = 264;
+    auto y = Poisoned<uint16_t>(2 * kStride);
+    ASSERT_OK(DenseMatmul({.n_tokens = 2,
+                           .rows = d.rows,
+                           .cols = d.cols,
+                           .weights = d_weights.data(),
+                           .x = x.device.data(),
+                           .y_bf16 = reinterpret_cast<__nv_bfloat16*>(y.data()),
+                           .y_stride = kStride,
+                           .stream = context().stream()}));
+    std::vector<float> actual;
+    int64_t n_touched = 0;
+    const std::vector<uint16_t> stored = Download(y);
+    for (int64_t i = 0; i < 2 * kStride; ++i) {
+      const uint16_t bits = stored[static_cast<size_t>(i)];
+      if (i % kStride < d.rows) {
+        actual.push_back(Bf16ToFloat(bits));
+      } else {
+        n_touched += bits != kBf16Poison ? 1 : 0;
+      }
+    }
+    EXPECT_LT(RelativeError(actual, Reference(weight_values, d.rows, d.cols, x.host, 2)),
+              kBf16Limit);
+    EXPECT_EQ(n_touched, 0) << "beyond the columns of y";
+  }
+}
+
+TEST_F(LowBitGpuTest, RefusesDenseProductsThatDoNotFit) {
+  auto memory = Poisoned<float>(1024);
+  const auto* bf16 = reinterpret_cast<const __nv_bfloat16*>(memory.data());
+  const DenseMatmulParams good{.n_tokens = 1,
+                               .rows = 8,
+                               .cols = 16,
+                               .weights = bf16,
+                               .x = bf16,
+                               .y_float = memory.data() + 512,
+                               .stream = context().stream()};
+  const auto with = [&](auto change) {
+    DenseMatmulParams params = good;
+    change(params);
+    return DenseMatmul(params);
+  };
+  const auto invalid = [](const char* what) {
+    return StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what));
+  };
+  using P = DenseMatmulParams;
+  EXPECT_OK(with([](P&) {}));
+  EXPECT_THAT(with([](P& p) { p.n_tokens = -1; }), invalid("-1 tokens"));
+  EXPECT_THAT(with([](P& p) { p.cols = 12; }), invalid("12 columns"));
+  EXPECT_THAT(with([](P& p) { p.x = nullptr; }), invalid("x_float"));
+  EXPECT_THAT(with([](P& p) { p.y_float = nullptr; }), invalid("y_float"));
+  EXPECT_THAT(with([](P& p) { p.y_stride = 7; }), invalid("stride 7"));
+  EXPECT_THAT(with([](P& p) { p.x += 1; }), invalid("x must be aligned to 16 bytes, is 2"));
+  EXPECT_THAT(with([&](P& p) {
+                p.accumulate = true;
+                p.y_float = nullptr;
+                p.y_bf16 = reinterpret_cast<__nv_bfloat16*>(memory.data());
+              }),
+              invalid("fp32"));
 }
 
 // What products in bf16 are given instead.

@@ -14,6 +14,7 @@
 #include "common/status_macros.h"
 #include "worker/io/gptq_packing.h"
 #include "worker/kernels/counter_rng.h"
+#include "worker/kernels/cuda/dense_matmul.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/qkv_to_cache.h"
@@ -318,6 +319,35 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
         p.y_bf16[at] = __float2bfloat16(y);
       } else {
         p.y_float[at] = p.output == LowBitOutput::kAdd ? p.y_float[at] + y : y;
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DenseMatmul(const DenseMatmulParams& p) {
+  const int64_t y_stride = p.y_stride == 0 ? p.rows : p.y_stride;
+  for (int64_t t = 0; t < p.n_tokens; ++t) {
+    const auto x = [&](int64_t c) {
+      const int64_t at = t * p.cols + c;
+      return static_cast<double>(p.x != nullptr ? __bfloat162float(p.x[at]) : p.x_float[at]);
+    };
+    double squares = 0;
+    for (int64_t c = 0; c < p.cols; ++c) squares += x(c) * x(c);
+    const double factor =
+        p.has_norm ? 1 / std::sqrt(squares / static_cast<double>(p.cols) + p.eps) : 1;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      double sum = 0;
+      for (int64_t c = 0; c < p.cols; ++c) {
+        sum += __bfloat162float(p.weights[r * p.cols + c]) * x(c) *
+               (p.norm_weight == nullptr ? 1 : p.norm_weight[c]);
+      }
+      const auto y = static_cast<float>(sum * factor + (p.bias == nullptr ? 0 : p.bias[r]));
+      const int64_t at = t * y_stride + r;
+      if (p.y_bf16 != nullptr) {
+        p.y_bf16[at] = __float2bfloat16(y);
+      } else {
+        p.y_float[at] = p.accumulate ? p.y_float[at] + y : y;
       }
     }
   }

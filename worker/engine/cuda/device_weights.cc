@@ -67,6 +67,17 @@ std::vector<int32_t> WalshInputOrder(int64_t width, int64_t block) {
   return order;
 }
 
+// Rows and columns of a linear of kLayerLinears.
+GptqShape DenseShape(const ModelConfig& config, size_t index) {
+  const std::array<int64_t, kLinears> rows = {
+      config.q_width(),    config.kv_width(),   config.kv_width(), config.hidden,
+      config.intermediate, config.intermediate, config.hidden};
+  const int64_t cols = index == 3       ? config.q_width()
+                       : index == kDown ? config.intermediate
+                                        : config.hidden;
+  return {.rows = rows[index], .cols = cols};
+}
+
 absl::Status NotServed(const std::string& what) {
   return absl::UnimplementedError(absl::StrCat("no CUDA kernels for ", what));
 }
@@ -129,19 +140,23 @@ class Loader {
     std::string name;
     GptqShape shape;
     int64_t qweight = 0, qzeros = 0, scales = 0, zeros = 0, levels = 0;
-    int64_t bias = -1;  // −1: none
-    int64_t weight_words() const { return shape.weight_words() * shape.rows; }
+    int64_t dense = -1;  // −1: it is quantized; else there is none of the above
+    int64_t bias = -1;   // −1: none
+    int64_t weight_words() const { return is_dense() ? 0 : shape.weight_words() * shape.rows; }
     // Of the tensors of its grid; 0 where it has no such tensor.
     int64_t zero_words() const {
-      return shape.grid == StoredGrid::kGptq ? shape.groups() * shape.zero_words() : 0;
+      return shape.grid == StoredGrid::kGptq && !is_dense() ? shape.groups() * shape.zero_words()
+                                                            : 0;
     }
     int64_t n_scales() const { return has_codebook() ? 0 : n_grids(); }
     int64_t n_zeros() const { return shape.grid == StoredGrid::kFloatZeros ? n_grids() : 0; }
     int64_t n_levels() const { return has_codebook() ? n_grids() << shape.bits : 0; }
+    int64_t n_dense() const { return is_dense() ? shape.rows * shape.cols : 0; }
+    bool is_dense() const { return dense >= 0; }
 
    private:
     bool has_codebook() const { return shape.grid == StoredGrid::kCodebook; }
-    int64_t n_grids() const { return shape.groups() * shape.rows; }
+    int64_t n_grids() const { return is_dense() ? 0 : shape.groups() * shape.rows; }
   };
   struct PlacedLayer {
     std::array<PlacedLinear, kLinears> linears;  // in kLayerLinears' order
@@ -167,7 +182,12 @@ class Loader {
     for (size_t i = 0; i < kLinears; ++i) {
       PlacedLinear& linear = layer.linears[i];
       linear.name = LayerTensor(index, kLayerLinears[i].name);
-      WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
+      if (artifact_.IsQuantized(linear.name)) {
+        WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
+      } else {
+        linear.shape = DenseShape(config_, i);
+        linear.dense = place(linear.shape.rows * linear.shape.cols * kHalf);
+      }
       linear.qweight = place(linear.weight_words() * kWord);
       linear.qzeros = place(linear.zero_words() * kWord);
       linear.scales = place(linear.n_scales() * kHalf);
@@ -200,6 +220,7 @@ class Loader {
   // bias at once.
   absl::Status ReadLinear(const PlacedLinear& linear, std::span<const int32_t> row_order,
                           std::span<std::byte> host) const {
+    if (linear.is_dense()) return ReadDense(linear, row_order, host);
     WALSH_RETURN_IF_ERROR(artifact_.ReadPacked(
         linear.name, {.qweight = SpanAt<uint32_t>(host, linear.qweight, linear.weight_words()),
                       .qzeros = SpanAt<uint32_t>(host, linear.qzeros, linear.zero_words()),
@@ -207,6 +228,26 @@ class Loader {
                       .zeros = SpanAt<uint16_t>(host, linear.zeros, linear.n_zeros()),
                       .levels = SpanAt<uint16_t>(host, linear.levels, linear.n_levels()),
                       .in_any_order = true}));
+    return ReadBias(linear, row_order, host);
+  }
+
+  absl::Status ReadDense(const PlacedLinear& linear, std::span<const int32_t> row_order,
+                         std::span<std::byte> host) const {
+    const std::span<uint16_t> weights = SpanAt<uint16_t>(host, linear.dense, linear.n_dense());
+    const std::string name = linear.name + ".weight";
+    if (row_order.empty()) {
+      WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(name, 0, linear.shape.rows, weights));
+    }
+    const auto cols = static_cast<size_t>(linear.shape.cols);
+    for (size_t row = 0; row < row_order.size(); ++row) {
+      WALSH_RETURN_IF_ERROR(
+          artifact_.ReadBf16(name, row_order[row], 1, weights.subspan(row * cols, cols)));
+    }
+    return ReadBias(linear, row_order, host);
+  }
+
+  absl::Status ReadBias(const PlacedLinear& linear, std::span<const int32_t> row_order,
+                        std::span<std::byte> host) const {
     if (linear.bias < 0) return absl::OkStatus();
     const std::span<uint16_t> bias = SpanAt<uint16_t>(host, linear.bias, linear.shape.rows);
     WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(linear.name + ".bias", 0, 1, bias));
@@ -228,6 +269,7 @@ class Loader {
       auto& orders = input_orders_[static_cast<size_t>(l)];
       for (size_t i = 0; i < kLinears; ++i) {
         const std::string name = LayerTensor(l, kLayerLinears[i].name);
+        if (!artifact_.IsQuantized(name)) continue;
         WALSH_ASSIGN_OR_RETURN(orders[i], artifact_.ReadInputOrder(name));
       }
       if (rotation.block == 0 || orders[kDown].empty()) continue;
@@ -283,12 +325,17 @@ class Loader {
       WALSH_ASSIGN_OR_RETURN(row_order, UploadOrder(RowOrder(index)));
     }
     for (size_t first = set.first; first <= set.last;) {
+      if (placed.linears[first].is_dense()) {
+        WALSH_RETURN_IF_ERROR(AddDensePart(placed.linears[first], stored, product));
+        ++first;
+        continue;
+      }
       // As many as have one form lie in one matrix.
       std::vector<ops::StoredLinear> linears;
       const GptqShape& shape = placed.linears[first].shape;
       size_t next = first;
-      for (; next <= set.last && HaveOneForm(placed.linears[next].shape, shape) &&
-             orders[next] == orders[first];
+      for (; next <= set.last && !placed.linears[next].is_dense() &&
+             HaveOneForm(placed.linears[next].shape, shape) && orders[next] == orders[first];
            ++next) {
         linears.push_back(LinearAt(placed.linears[next], stored));
         linears.back().row_order = OrNull(row_order);
@@ -307,7 +354,8 @@ class Loader {
                             context_.stream()));
       // The rows of gate and up have seen to it.
       if (set.first == kDown) part.input_order.Reset();
-      product.rows += part.weights.shape().rows;
+      part.rows = part.weights.shape().rows;
+      product.rows += part.rows;
       product.parts.push_back(std::move(part));
       first = next;
     }
@@ -323,6 +371,18 @@ class Loader {
       row += linear.shape.rows;
     }
     return product;
+  }
+
+  absl::Status AddDensePart(const PlacedLinear& linear, const std::byte* stored, Product& product) {
+    Product::Part part{.first_row = product.rows, .rows = linear.shape.rows};
+    WALSH_ASSIGN_OR_RETURN(part.dense,
+                           DeviceBuffer<bf16>::Allocate(linear.n_dense(), context_.stream()));
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(part.dense.data(), stored + linear.dense,
+                                               static_cast<size_t>(part.dense.size_bytes()),
+                                               cudaMemcpyDeviceToDevice, context_.stream()));
+    product.rows += part.rows;
+    product.parts.push_back(std::move(part));
+    return absl::OkStatus();
   }
 
   static ops::StoredLinear LinearAt(const PlacedLinear& linear, const std::byte* stored) {
@@ -424,7 +484,7 @@ bool Product::has_transform() const {
 
 int64_t Product::size_bytes() const {
   int64_t bytes = 0;
-  for (const Part& part : parts) bytes += part.weights.size_bytes();
+  for (const Part& part : parts) bytes += part.weights.size_bytes() + part.dense.size_bytes();
   return bytes;
 }
 
@@ -456,7 +516,10 @@ absl::Status CheckServable(const ArtifactReader& artifact) {
   for (int64_t l = 0; l < config.n_layers; ++l) {
     for (const LayerLinear& linear : kLayerLinears) {
       const std::string name = LayerTensor(l, linear.name);
-      if (!artifact.IsQuantized(name)) return NotServed(absl::StrCat("'", name, "' unquantized"));
+      if (!artifact.IsQuantized(name)) {
+        if (block == 0 || linear.linear != &DecoderLayer::down_proj) continue;
+        return NotServed(absl::StrCat("'", name, "': a rotated input and unquantized weights"));
+      }
       WALSH_ASSIGN_OR_RETURN(const GptqShape shape, artifact.ShapeOf(name));
       const absl::Status status =
           ops::ValidateServingShape({.rows = shape.rows,

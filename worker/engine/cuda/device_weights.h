@@ -1,7 +1,8 @@
 // A model's weights on the device, in the layout that its products read.
 //
 // Linears with one input are one product: q, k and v; gate and up. Where their widths, groups or
-// grids differ, or the order of their columns, a product has several parts.
+// grids differ, or the order of their columns, a product has several parts; a linear that was left
+// unquantized is one of its own.
 //
 // What is done to a product's input first costs as little as can be: a Walsh matrix is a Hadamard
 // matrix whose input is in another order, and down_proj's input is in whatever order the rows of
@@ -36,7 +37,9 @@ using kernels::cuda::ServingMatrix;
 struct Product {
   struct Part {
     ServingMatrix weights;
-    int64_t first_row = 0;              // of the product's outputs
+    DeviceBuffer<bf16> dense;  // [rows, cols] instead, of a linear left unquantized
+    int64_t first_row = 0;     // of the product's outputs
+    int64_t rows = 0;
     DeviceBuffer<int32_t> input_order;  // [cols]: column c multiplies input_order[c]; empty: c
   };
   std::vector<Part> parts;

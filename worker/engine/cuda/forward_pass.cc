@@ -7,6 +7,7 @@
 
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/dense_matmul.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/qkv_to_cache.h"
 #include "worker/kernels/cuda/token_rows.h"
@@ -222,6 +223,26 @@ ops::LowBitMatmulParams ForwardPass::MultiplyNormed(const Product& product,
   return params;
 }
 
+absl::Status ForwardPass::Run(const Product::Part& part, const ops::LowBitMatmulParams& params) {
+  if (part.dense.size() == 0) return ops::LowBitMatmul(params);
+  return ops::DenseMatmul({.n_tokens = params.n_tokens,
+                           .rows = part.rows,
+                           .cols = part.dense.size() / part.rows,
+                           .weights = part.dense.data(),
+                           .x = params.x,
+                           .x_float = params.x_float,
+                           .has_norm = params.has_norm,
+                           .norm_weight = params.norm_weight,
+                           .eps = params.eps,
+                           .bias = params.bias,
+                           .accumulate = params.output == LowBitOutput::kAdd,
+                           .y_float = params.y_float,
+                           .y_bf16 = params.y_bf16,
+                           .y_stride = params.y_stride,
+                           .overlap_previous = params.overlap_previous,
+                           .stream = params.stream});
+}
+
 absl::StatusOr<const bf16*> ForwardPass::Transformed(const Product& product,
                                                      const Product::Part& part, const bf16* x,
                                                      int64_t n_rows) {
@@ -244,10 +265,10 @@ absl::Status ForwardPass::MultiplyMany(const Product& product, const bf16* x, in
   for (size_t i = 0; i < parts.size();) {
     // As many as take the input as it is are one.
     const Product::Part& part = parts[i];
-    int64_t rows = part.weights.shape().rows;
+    int64_t rows = part.rows;
     for (++i; i < parts.size() && part.input_order.size() == 0 && parts[i].input_order.size() == 0;
          ++i) {
-      rows += parts[i].weights.shape().rows;
+      rows += parts[i].rows;
     }
     WALSH_ASSIGN_OR_RETURN(const bf16* transformed, Transformed(product, part, x, n_rows));
     WALSH_RETURN_IF_ERROR(ops::Gemm(
@@ -275,7 +296,7 @@ absl::Status ForwardPass::Project(const Product& product, const DeviceBuffer<flo
           MultiplyNormed(product, part, norm, hidden_.data() + first * product.cols, n);
       params.y_float = y + first * product.rows + part.first_row;
       params.y_stride = product.rows;
-      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
+      WALSH_RETURN_IF_ERROR(Run(part, params));
     }
     return absl::OkStatus();
   });
@@ -311,7 +332,7 @@ absl::Status ForwardPass::Output(const Product& product, const bf16* x, int64_t 
       params.output = accumulate ? LowBitOutput::kAdd : LowBitOutput::kStore;
       params.y_float = y + first * product.rows + part.first_row;
       params.y_stride = product.rows;
-      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
+      WALSH_RETURN_IF_ERROR(Run(part, params));
     }
     return absl::OkStatus();
   });
@@ -334,7 +355,7 @@ absl::Status ForwardPass::GateUp(const Product& product, const DeviceBuffer<floa
       params.bias = product.BiasOf(part);
       params.output = is_pair ? of_pairs : LowBitOutput::kStore;
       params.y_bf16 = to[i] + first * width;
-      WALSH_RETURN_IF_ERROR(ops::LowBitMatmul(params));
+      WALSH_RETURN_IF_ERROR(Run(part, params));
     }
     return absl::OkStatus();
   });
@@ -379,8 +400,14 @@ absl::Status ForwardPass::Activate(int64_t n, bf16* y) {
 
 absl::StatusOr<const bf16*> ForwardPass::Dequantized(const Product& product) {
   for (const Product::Part& part : product.parts) {
-    WALSH_RETURN_IF_ERROR(part.weights.Dequantize(
-        bf16_weights_.data() + part.first_row * product.cols, context_->stream()));
+    bf16* to = bf16_weights_.data() + part.first_row * product.cols;
+    if (part.dense.size() == 0) {
+      WALSH_RETURN_IF_ERROR(part.weights.Dequantize(to, context_->stream()));
+      continue;
+    }
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to, part.dense.data(),
+                                               static_cast<size_t>(part.dense.size_bytes()),
+                                               cudaMemcpyDeviceToDevice, context_->stream()));
   }
   return bf16_weights_.data();
 }

@@ -93,6 +93,8 @@ class ForwardPass {
                                                    const Product::Part& part,
                                                    const DeviceBuffer<float>& norm,
                                                    const float* hidden, int64_t n);
+  // The product of a part, quantized or not.
+  absl::Status Run(const Product::Part& part, const kernels::cuda::LowBitMatmulParams& params);
   void AddNorm(const DeviceBuffer<float>& norm, const float* hidden,
                kernels::cuda::LowBitMatmulParams& params) const;
   // y (+)= x · Wᵀ of many rows, by cuBLAS, without bias.
