@@ -324,6 +324,26 @@ absl::Status Client::DeleteModel(const std::string& name, bool force, Cancellati
       options_.load_timeout, cancellation);
 }
 
+absl::StatusOr<v1::ModelAlias> Client::SetModelAlias(const std::string& alias,
+                                                     const std::string& model, bool force) {
+  v1::SetModelAliasRequest request;
+  request.set_alias(FullAliasName(alias));
+  request.set_model(FullModelName(model));
+  request.set_force(force);
+  return Unary(&Connection::models, &ModelStub::SetModelAlias, request, options_.timeout);
+}
+
+absl::Status Client::DeleteModelAlias(const std::string& alias) {
+  v1::DeleteModelAliasRequest request;
+  request.set_alias(FullAliasName(alias));
+  return RetryDelete(
+      [&](Connection& connection, grpc::ClientContext* context) {
+        google::protobuf::Empty response;
+        return connection.models->DeleteModelAlias(context, request, &response);
+      },
+      options_.timeout);
+}
+
 template <typename Response, typename Request>
 absl::StatusOr<Response> Client::Convert(
     std::unique_ptr<grpc::ClientReader<Response>> (ModelStub::*method)(grpc::ClientContext*,

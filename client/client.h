@@ -84,6 +84,10 @@ class Client {
                                         Cancellation* cancellation = nullptr);
   absl::Status DeleteModel(const std::string& name, bool force,
                            Cancellation* cancellation = nullptr);
+  // `alias` with or without "aliases/". With `force` also a model that is not READY.
+  absl::StatusOr<v1::ModelAlias> SetModelAlias(const std::string& alias, const std::string& model,
+                                               bool force);
+  absl::Status DeleteModelAlias(const std::string& alias);
   // Conversions have no deadline but the service's; `on_progress` may be empty. One that broke
   // before its first message is tried again; an export or import that is cancelled leaves nothing
   // behind.

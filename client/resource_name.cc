@@ -16,6 +16,8 @@ std::string FullJobName(std::string_view id) { return WithCollection(kJobCollect
 
 std::string FullModelName(std::string_view id) { return WithCollection(kModelCollection, id); }
 
+std::string FullAliasName(std::string_view id) { return WithCollection(kAliasCollection, id); }
+
 std::string ResourceId(std::string_view name) {
   const size_t slash = name.rfind('/');
   return std::string(slash == std::string_view::npos ? name : name.substr(slash + 1));

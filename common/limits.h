@@ -76,6 +76,8 @@ inline constexpr int kEvaluationWindowsMax = 8192;
 inline constexpr int kOverridesMax = 64;
 inline constexpr int kOverridePatternBytesMax = 256;
 inline constexpr int kPresetNameBytesMax = 64;
+// Names of models that operators made; each request looks one up, each list of models shows all.
+inline constexpr int kAliasesMax = 1000;
 // Artifacts that quality gates refused, kept on a worker's disk; the oldest goes for a newer one.
 inline constexpr int kRejectedArtifactsMax = 4;
 // Of what is rounded at run time: a grid that reaches less of the largest value keeps nothing of

@@ -39,11 +39,16 @@ bool IsJobId(std::string_view id) {
 }
 
 std::string ModelName(std::string_view id) { return Join(kModelCollection, id); }
+std::string AliasName(std::string_view id) { return Join(kAliasCollection, id); }
 std::string JobName(std::string_view id) { return Join(kJobCollection, id); }
 std::string WorkerName(std::string_view id) { return Join(kWorkerCollection, id); }
 
 absl::StatusOr<std::string> ParseModelName(std::string_view field, std::string_view name) {
   return Parse(field, name, kModelCollection, IsModelId, "models/[a-z0-9][a-z0-9._-]{0,63}");
+}
+
+absl::StatusOr<std::string> ParseAliasName(std::string_view field, std::string_view name) {
+  return Parse(field, name, kAliasCollection, IsModelId, "aliases/[a-z0-9][a-z0-9._-]{0,63}");
 }
 
 absl::StatusOr<std::string> ParseJobName(std::string_view field, std::string_view name) {

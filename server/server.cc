@@ -220,6 +220,12 @@ void Server::Impl::UpdateModelHealth() {
   for (const auto& [id, state] : states) {
     if (state == v1::Model::READY) ready.insert(id);
   }
+  for (const auto& [alias, id] : catalog->Aliases()) {
+    const auto state = states.find(id);
+    const bool is_ready = state != states.end() && state->second == v1::Model::READY;
+    // Its name means this model, whatever else has it.
+    is_ready ? void(ready.insert(alias)) : void(ready.erase(alias));
+  }
   grpc::HealthCheckServiceInterface* health = public_server->GetHealthCheckService();
   for (const std::string& id : ready) {
     if (!ready_models.contains(id)) health->SetServingStatus("model/" + id, true);

@@ -23,6 +23,7 @@ namespace {
 
 struct ModelsFlags {
   std::string name;
+  std::string model;  // that an alias points at
   bool force = false;
   std::string format;
   std::string dtype = "bf16";
@@ -139,12 +140,14 @@ std::string ModelTable(const v1::ListModelsResponse& response) {
                {"SIZE", Align::kRight},
                {"PERPLEXITY", Align::kRight},
                {"BEFORE", Align::kRight},
-               {"WORKER"}});
+               {"WORKER"},
+               {"ALIASES"}});
   for (const auto& model : response.models()) {
     table.AddRow({ResourceId(model.name()), v1::Model::State_Name(model.state()), BitsText(model),
                   GroupText(model.group_size()), model.rotation(), model.method(),
                   BytesText(model.size_bytes()), PerplexityText(model.perplexity_after()),
-                  PerplexityText(model.perplexity_before()), ResourceId(model.worker())});
+                  PerplexityText(model.perplexity_before()), ResourceId(model.worker()),
+                  absl::StrJoin(model.aliases(), ", ")});
   }
   return table.Text();
 }
@@ -155,6 +158,7 @@ std::string ModelPage(const v1::Model& model) {
   const auto fact = [&text](const char* label, const std::string& value) {
     if (!value.empty()) absl::StrAppendFormat(&text, "  %-14s %s\n", label, value);
   };
+  fact("aliases", absl::StrJoin(model.aliases(), ", "));
   fact("architecture", model.architecture());
   fact("bits", RecipeText(model));
   fact("at run time", RunTimeText(model));
@@ -223,6 +227,22 @@ int RunLoad(const ModelsFlags& flags, const GlobalFlags& global) {
 
 int RunUnload(const ModelsFlags& flags, const GlobalFlags& global) {
   return PrintModel(Move(flags, global, &Client::UnloadModel), global);
+}
+
+int RunAlias(const ModelsFlags& flags, const GlobalFlags& global) {
+  Client client(MakeClientOptions(global));
+  const auto alias = client.SetModelAlias(flags.name, flags.model, flags.force);
+  if (!alias.ok()) return Fail(alias.status());
+  PrintOut(global.json() ? JsonText(*alias)
+                         : SafeText(absl::StrCat("alias ", ResourceId(alias->name()), ": ",
+                                                 ResourceId(alias->model()), "\n")));
+  return kExitOk;
+}
+
+int RunUnalias(const ModelsFlags& flags, const GlobalFlags& global) {
+  Client client(MakeClientOptions(global));
+  const absl::Status status = client.DeleteModelAlias(flags.name);
+  return status.ok() ? kExitOk : Fail(status);
 }
 
 int RunDelete(const ModelsFlags& flags, const GlobalFlags& global) {
@@ -304,6 +324,18 @@ void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) 
       ->required();
   add("unload", "Unload a model; running requests have the worker's --shutdown-timeout to finish",
       RunUnload)
+      .add_option("NAME", flags->name)
+      ->required();
+  CLI::App& alias = add("alias", "Point an alias at a model, from the next request on", RunAlias);
+  alias.add_option("NAME", flags->name, "Of the alias, which is made if there is none")->required();
+  alias.add_option("MODEL", flags->model, "That requests to NAME are answered by")->required();
+  alias.add_flag("--force", flags->force,
+                 "Also at a model that is not READY: requests are refused until it is");
+  alias.footer(
+      "Requests that were accepted before end with the model that they began with. An alias stands "
+      "wherever a\nmodel is used (generate, chat, tokenize, bench, eval, get, export); load, unload "
+      "and delete take models.");
+  add("unalias", "Remove an alias; the model stays", RunUnalias)
       .add_option("NAME", flags->name)
       ->required();
   CLI::App& remove = add("delete", "Delete a model's files", RunDelete);

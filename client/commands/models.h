@@ -1,4 +1,4 @@
-// walsh models list|get|load|unload|delete
+// walsh models list|get|load|unload|alias|unalias|delete|export|import
 #pragma once
 
 #include "client/commands/command.h"

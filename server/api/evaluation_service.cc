@@ -20,12 +20,12 @@ using v1::EvaluateModelResponse;
 
 constexpr char kMethod[] = "EvaluateModel";
 
-absl::StatusOr<WorkerAddress> Route(const Core& core, const v1::EvaluateModelRequest& request) {
+// The model that the request means.
+absl::StatusOr<std::string> Resolve(const Core& core, const v1::EvaluateModelRequest& request) {
   WALSH_RETURN_IF_ERROR(ValidateEvaluation(request));
-  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", request.model()));
+  WALSH_ASSIGN_OR_RETURN(const std::string name, ParseModelName("model", request.model()));
   if (core.is_stopping) return Stopping();
-  if (!core.catalog->Knows(id)) return NotFound("model", id);
-  return fleet::ChooseForEvaluation(id, core.registry->Replicas(id));
+  return core.catalog->Resolve(name);
 }
 
 // An evaluation on its way to a worker; alive until it ends.
@@ -43,12 +43,15 @@ struct Forwarded {
 grpc::ServerWriteReactor<EvaluateModelResponse>* EvaluationServiceImpl::EvaluateModel(
     grpc::CallbackServerContext* context, const v1::EvaluateModelRequest* request) {
   const std::string request_id = EchoRequestId(context);
-  const absl::StatusOr<WorkerAddress> worker = Route(*core_, *request);
+  const absl::StatusOr<std::string> id = Resolve(*core_, *request);
+  const absl::StatusOr<WorkerAddress> worker =
+      id.ok() ? fleet::ChooseForEvaluation(*id, core_->registry->Replicas(*id)) : id.status();
   if (!worker.ok()) {
     LogEnd(kMethod, request_id, worker.status());
     return new FailedStream<EvaluateModelResponse>(worker.status());
   }
   auto call = std::make_shared<Forwarded>(*request, core_->clients->Get(*worker));
+  call->request.set_model(*id);
   if (call->request.request_id().empty()) call->request.set_request_id(request_id);
   const fleet::StartStream<EvaluateModelResponse> start =
       [call](grpc::ClientContext* client_context,

@@ -19,11 +19,19 @@ namespace {
 using fleet::WorkerAddress;
 using v1::GenerateStreamResponse;
 
-absl::StatusOr<WorkerAddress> Route(const Core& core, const std::string& model) {
-  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", model));
+// Where a request goes, and the model that it means there.
+struct Destination {
+  WorkerAddress worker;
+  std::string model_id;
+};
+
+// The request counts as sent from now on, if this succeeds.
+absl::StatusOr<Destination> Route(const Core& core, const std::string& model) {
+  WALSH_ASSIGN_OR_RETURN(const std::string name, ParseModelName("model", model));
   if (core.is_stopping) return Stopping();
-  if (!core.catalog->Knows(id)) return NotFound("model", id);
-  return fleet::ChooseForGeneration(id, core.registry->Replicas(id));
+  WALSH_ASSIGN_OR_RETURN(const std::string id, core.catalog->Resolve(name));
+  WALSH_ASSIGN_OR_RETURN(WorkerAddress worker, core.registry->BeginRequest(id));
+  return Destination{.worker = std::move(worker), .model_id = id};
 }
 
 // Those requests that carry an id for logs get the call's when they have none. The id that counts.
@@ -58,15 +66,16 @@ absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(Core* core, const ch
                                                             const std::string& request_id,
                                                             OnEnd* done) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
-  WALSH_ASSIGN_OR_RETURN(const WorkerAddress worker, Route(*core, request.model()));
-  auto call = std::make_shared<Forwarded<Request>>(request, core->clients->Get(worker));
-  core->registry->BeginRequest(worker.worker_id);
+  WALSH_ASSIGN_OR_RETURN(const Destination to, Route(*core, request.model()));
+  auto call = std::make_shared<Forwarded<Request>>(request, core->clients->Get(to.worker));
   const std::string log_id = SetRequestId(request_id, &call->request);
-  *done = [=, id = worker.worker_id, model = request.model(),
+  call->request.set_model(to.model_id);
+  *done = [=, asked = request.model(),
            start = core->clock->Monotonic()](const absl::Status& status) {
-    core->registry->EndRequest(id);
-    WALSH_LOG(Info, "call ended", {"method", method}, {"request_id", log_id}, {"model", model},
-              {"worker", WorkerName(id)}, {"status", status},
+    core->registry->EndRequest(to.worker.worker_id, to.model_id);
+    WALSH_LOG(Info, "call ended", {"method", method}, {"request_id", log_id}, {"model", asked},
+              {"served_by", ModelName(to.model_id)}, {"worker", WorkerName(to.worker.worker_id)},
+              {"status", status},
               {"seconds", absl::ToDoubleSeconds(core->clock->Monotonic() - start)});
   };
   return call;

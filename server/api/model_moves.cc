@@ -16,6 +16,10 @@ namespace {
 
 using fleet::Replica;
 
+// A request that was sent to a worker of the same network has arrived by then.
+constexpr absl::Duration kArrivalMax = absl::Seconds(1);
+constexpr absl::Duration kArrivalCheck = absl::Milliseconds(10);
+
 // Goes on with `next` on the executor; a full executor is an error like any other.
 void Continue(Core* core, const Done& done, std::function<void()> next) {
   if (!core->executor->Post(std::move(next))) {
@@ -36,6 +40,18 @@ void RestoreState(Core* core, const Replica& replica, const std::string& id,
   core->registry->ReplaceModelState(replica.worker.worker_id, id, moving, replica.model.state());
 }
 
+// Waits until no request to a closed model can still be on its way to the worker: until all that
+// were sent have ended, or have had the time to arrive. The worker lets them end, and would refuse
+// what came after.
+void AfterArrival(Core* core, const std::string& worker_id, const std::string& id,
+                  absl::Duration until, std::function<void()> next) {
+  if (core->registry->RequestsOf(worker_id, id) == 0 || core->clock->Monotonic() >= until) {
+    return next();
+  }
+  core->executor->PostAfter(
+      kArrivalCheck, [=, next = std::move(next)] { AfterArrival(core, worker_id, id, until, next); });
+}
+
 // What is done to one replica: starts a call to its worker.
 using Step = std::function<void(const Replica&, Done)>;
 
@@ -53,17 +69,22 @@ void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> repl
                     const MoveLimits& limits, const Done& done) {
   std::erase_if(replicas, [](const Replica& r) { return !fleet::IsLoaded(r.model.state()); });
   const Step unload = [=](const Replica& replica, const Done& unloaded) {
-    core->registry->SetModelState(replica.worker.worker_id, id, v1::Model::DRAINING);
-    core->clients->Get(replica.worker)
-        ->UnloadModel(ModelName(id), limits.timeout, limits.cancellation,
-                      [=](const absl::StatusOr<v1::Model>& model) {
-                        if (model.ok()) {
-                          core->registry->SetModel(replica.worker.worker_id, *model);
-                        } else {
-                          RestoreState(core, replica, id, v1::Model::DRAINING, model.status());
-                        }
-                        unloaded(model.status());
-                      });
+    const std::string& worker_id = replica.worker.worker_id;
+    core->registry->CloseModel(worker_id, id);
+    core->registry->SetModelState(worker_id, id, v1::Model::DRAINING);
+    const auto answered = [=](const absl::StatusOr<v1::Model>& model) {
+      if (model.ok()) {
+        core->registry->SetModel(replica.worker.worker_id, *model);
+      } else {
+        RestoreState(core, replica, id, v1::Model::DRAINING, model.status());
+      }
+      core->registry->OpenModel(replica.worker.worker_id, id);
+      unloaded(model.status());
+    };
+    AfterArrival(core, worker_id, id, core->clock->Monotonic() + kArrivalMax, [=] {
+      core->clients->Get(replica.worker)
+          ->UnloadModel(ModelName(id), limits.timeout, limits.cancellation, answered);
+    });
   };
   ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, unload, done);
 }
@@ -98,7 +119,7 @@ absl::Status ModelNotHere(const std::string& id) {
 }
 
 void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
-  if (!core->catalog->Knows(id)) return done(NotFound("model", id));
+  if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
   const std::vector<Replica> replicas = core->registry->Replicas(id);
   const Replica* chosen = fleet::ChooseForLoad(replicas);
   if (chosen == nullptr) return done(ModelNotHere(id));
@@ -118,13 +139,13 @@ void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done
 }
 
 void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
-  if (!core->catalog->Knows(id)) return done(NotFound("model", id));
+  if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
   UnloadReplicas(core, id, core->registry->Replicas(id), limits, done);
 }
 
 void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits& limits,
                  Done done) {
-  if (!core->catalog->Knows(id)) return done(NotFound("model", id));
+  if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
   const std::vector<Replica> replicas = core->registry->Replicas(id);
   if (replicas.empty() && !force) {
     absl::Status status = absl::FailedPreconditionError(
@@ -144,9 +165,14 @@ void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits
                            v1::Model::State_Name(replica.model.state()));
     return done(status);
   }
+  if (absl::Status begun = core->catalog->BeginDelete(id); !begun.ok()) return done(begun);
+  const Done ended = [=](const absl::Status& status) {
+    core->catalog->EndDelete(id);
+    done(status);
+  };
   UnloadReplicas(core, id, replicas, limits, [=](const absl::Status& status) {
-    if (!status.ok()) return done(status);
-    Continue(core, done, [=] { DeleteReplicas(core, id, replicas, limits, done); });
+    if (!status.ok()) return ended(status);
+    Continue(core, ended, [=] { DeleteReplicas(core, id, replicas, limits, ended); });
   });
 }
 

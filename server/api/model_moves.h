@@ -3,9 +3,9 @@
 // Nothing here blocks; `done` is called once, on a thread that may wait for the disk. A cancelled
 // move no longer waits for the worker, which still ends what it has begun: its heartbeats tell.
 //
-// Errors:  NOT_FOUND an unknown model; UNAVAILABLE (NO_WORKER) no connected worker has it;
-//          FAILED_PRECONDITION deleting a loaded model without force; CANCELLED; those of the
-//          worker.
+// Errors:  NOT_FOUND an unknown model, or an alias of one (IS_ALIAS); UNAVAILABLE (NO_WORKER) no
+//          connected worker has it; FAILED_PRECONDITION deleting a loaded model without force, or
+//          one that an alias points at; CANCELLED; those of the worker.
 #pragma once
 
 #include <functional>
@@ -32,7 +32,8 @@ absl::Status ModelNotHere(const std::string& id);
 
 // Loads the model on one worker; OK at once where one has it READY.
 void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done);
-// Unloads it on every worker.
+// Unloads it on every worker. None is asked before the requests that went there have had the time
+// to arrive: what was accepted is answered.
 void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done);
 // Removes the artifact on every connected worker, then the record. With `force` it is unloaded
 // first, and a model that no connected worker has loses its record.

@@ -37,11 +37,15 @@ Done AnswerWithModel(Core* core, const Call& call, std::string id, v1::Model* re
   };
 }
 
-// The worker that exports: any that has the model, the least busy first.
-absl::StatusOr<fleet::WorkerAddress> WorkerWith(const Core& core, const std::string& name) {
+// The id of the model that a request names, maybe by an alias.
+absl::StatusOr<std::string> Resolve(const Core& core, const std::string& name) {
   WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("name", name));
+  return core.catalog->Resolve(id);
+}
+
+// The worker that exports: any that has the model, the least busy first.
+absl::StatusOr<fleet::WorkerAddress> WorkerWith(const Core& core, const std::string& id) {
   if (core.is_stopping) return Stopping();
-  if (!core.catalog->Knows(id)) return NotFound("model", id);
   const std::vector<fleet::Replica> replicas = core.registry->Replicas(id);
   const fleet::Replica* chosen = fleet::ChooseForLoad(replicas);
   if (chosen == nullptr) return ModelNotHere(id);
@@ -53,8 +57,9 @@ absl::StatusOr<fleet::WorkerAddress> WorkerFor(const Core& core,
                                                const v1::ImportModelRequest& request) {
   WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model_name", request.model_name()));
   if (core.is_stopping) return Stopping();
-  if (core.catalog->Knows(id)) {
-    absl::Status status = absl::AlreadyExistsError(absl::StrCat(ModelName(id), " exists already"));
+  if (core.catalog->Resolve(id).ok()) {
+    absl::Status status = absl::AlreadyExistsError(absl::StrCat(
+        ModelName(id), core.catalog->Knows(id) ? " exists already" : " is the name of an alias"));
     SetResourceInfo(status, "model", ModelName(id), "exists already");
     return status;
   }
@@ -122,7 +127,7 @@ grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext
                                                      v1::Model* response) {
   const Call call(context, "GetModel");
   return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
-    WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("name", request->name()));
+    WALSH_ASSIGN_OR_RETURN(const std::string id, Resolve(*core, request->name()));
     WALSH_ASSIGN_OR_RETURN(*response, core->catalog->Get(id));
     return absl::OkStatus();
   });
@@ -167,8 +172,15 @@ grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModel(grpc::CallbackServerCont
 
 grpc::ServerWriteReactor<v1::ExportModelResponse>* ModelServiceImpl::ExportModel(
     grpc::CallbackServerContext* context, const v1::ExportModelRequest* request) {
-  return ForwardConversion<v1::ExportModelResponse>(context, core_, "ExportModel",
-                                                    WorkerWith(*core_, request->name()), *request,
+  v1::ExportModelRequest forwarded = *request;
+  absl::StatusOr<fleet::WorkerAddress> worker;
+  if (const absl::StatusOr<std::string> id = Resolve(*core_, request->name()); id.ok()) {
+    forwarded.set_name(*id);
+    worker = WorkerWith(*core_, *id);
+  } else {
+    worker = id.status();
+  }
+  return ForwardConversion<v1::ExportModelResponse>(context, core_, "ExportModel", worker, forwarded,
                                                     &fleet::WorkerClient::ExportModel);
 }
 
@@ -177,6 +189,28 @@ grpc::ServerWriteReactor<v1::ImportModelResponse>* ModelServiceImpl::ImportModel
   return ForwardConversion<v1::ImportModelResponse>(context, core_, "ImportModel",
                                                     WorkerFor(*core_, *request), *request,
                                                     &fleet::WorkerClient::ImportModel);
+}
+
+grpc::ServerUnaryReactor* ModelServiceImpl::SetModelAlias(grpc::CallbackServerContext* context,
+                                                          const v1::SetModelAliasRequest* request,
+                                                          v1::ModelAlias* response) {
+  const Call call(context, "SetModelAlias");
+  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const std::string alias, ParseAliasName("alias", request->alias()));
+    WALSH_ASSIGN_OR_RETURN(const std::string model, ParseModelName("model", request->model()));
+    WALSH_ASSIGN_OR_RETURN(*response, core->catalog->SetAlias(alias, model, request->force()));
+    return absl::OkStatus();
+  });
+}
+
+grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModelAlias(
+    grpc::CallbackServerContext* context, const v1::DeleteModelAliasRequest* request,
+    google::protobuf::Empty*) {
+  const Call call(context, "DeleteModelAlias");
+  return call.Run(core_->executor, [core = core_, request]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const std::string alias, ParseAliasName("alias", request->alias()));
+    return core->catalog->DeleteAlias(alias);
+  });
 }
 
 grpc::ServerUnaryReactor* ModelServiceImpl::ListWorkers(grpc::CallbackServerContext* context,

@@ -30,6 +30,12 @@ class ModelServiceImpl final : public v1::ModelService::CallbackService {
       grpc::CallbackServerContext* context, const v1::ExportModelRequest* request) override;
   grpc::ServerWriteReactor<v1::ImportModelResponse>* ImportModel(
       grpc::CallbackServerContext* context, const v1::ImportModelRequest* request) override;
+  grpc::ServerUnaryReactor* SetModelAlias(grpc::CallbackServerContext* context,
+                                          const v1::SetModelAliasRequest* request,
+                                          v1::ModelAlias* response) override;
+  grpc::ServerUnaryReactor* DeleteModelAlias(grpc::CallbackServerContext* context,
+                                             const v1::DeleteModelAliasRequest* request,
+                                             google::protobuf::Empty* response) override;
   grpc::ServerUnaryReactor* ListWorkers(grpc::CallbackServerContext* context,
                                         const v1::ListWorkersRequest* request,
                                         v1::ListWorkersResponse* response) override;

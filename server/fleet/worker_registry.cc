@@ -29,6 +29,12 @@ absl::Status Unknown(const std::string& worker_id) {
   return status;
 }
 
+// A worker that was forgotten and came back has counted nothing of what began before.
+void CountDown(const std::string& id, std::map<std::string, int>* counts) {
+  const auto it = counts->find(id);
+  if (it != counts->end() && --it->second == 0) counts->erase(it);
+}
+
 }  // namespace
 
 void WorkerRegistry::See(Entry* entry) {
@@ -148,19 +154,21 @@ std::vector<v1::Worker> WorkerRegistry::List() const {
 // The larger of what the worker said and what we know: its figure is up to a heartbeat old, and it
 // may have other clients.
 int WorkerRegistry::Load(const Entry& entry) {
-  return std::max(entry.worker.requests_running() + entry.worker.requests_waiting(),
-                  entry.requests_sent);
+  int n_sent = 0;
+  for (const auto& [model_id, n] : entry.requests_sent) n_sent += n;
+  return std::max(entry.worker.requests_running() + entry.worker.requests_waiting(), n_sent);
 }
 
 Replica WorkerRegistry::ToReplica(const std::string& worker_id, const Entry& entry,
-                                  const v1::Model& model) {
+                                  const std::string& model_id, const v1::Model& model) {
   Replica replica = {.worker = {.worker_id = worker_id, .address = entry.address},
                      .model = model,
                      .load = Load(entry),
                      .evaluations = entry.evaluations_sent,
                      .is_draining = entry.worker.state() == v1::Worker::DRAINING};
-  // A draining worker finishes what it has and takes nothing new.
-  if (replica.is_draining && model.state() == v1::Model::READY) {
+  // A draining worker finishes what it has and takes nothing new; so does a closed model.
+  const bool is_closed = replica.is_draining || entry.closed.contains(model_id);
+  if (is_closed && model.state() == v1::Model::READY) {
     replica.model.set_state(v1::Model::DRAINING);
   }
   return replica;
@@ -168,11 +176,15 @@ Replica WorkerRegistry::ToReplica(const std::string& worker_id, const Entry& ent
 
 std::vector<Replica> WorkerRegistry::Replicas(const std::string& model_id) const {
   const absl::MutexLock lock(&mu_);
+  return ReplicasOf(model_id);
+}
+
+std::vector<Replica> WorkerRegistry::ReplicasOf(const std::string& model_id) const {
   std::vector<Replica> replicas;
   for (const auto& [id, entry] : workers_) {
     if (entry.worker.state() == v1::Worker::OFFLINE) continue;
     const auto it = entry.models.find(model_id);
-    if (it != entry.models.end()) replicas.push_back(ToReplica(id, entry, it->second));
+    if (it != entry.models.end()) replicas.push_back(ToReplica(id, entry, model_id, it->second));
   }
   return replicas;
 }
@@ -183,7 +195,7 @@ std::map<std::string, std::vector<Replica>> WorkerRegistry::AllReplicas() const 
   for (const auto& [id, entry] : workers_) {
     if (entry.worker.state() == v1::Worker::OFFLINE) continue;
     for (const auto& [model_id, model] : entry.models) {
-      replicas[model_id].push_back(ToReplica(id, entry, model));
+      replicas[model_id].push_back(ToReplica(id, entry, model_id, model));
     }
   }
   return replicas;
@@ -270,11 +282,37 @@ void WorkerRegistry::SetRunningJob(const std::string& worker_id, const std::stri
   if (it != workers_.end()) it->second.worker.set_running_job(job_name);
 }
 
-void WorkerRegistry::AddRequests(const std::string& worker_id, int n) {
+absl::StatusOr<WorkerAddress> WorkerRegistry::BeginRequest(const std::string& model_id) {
+  const absl::MutexLock lock(&mu_);
+  absl::StatusOr<WorkerAddress> worker = ChooseForGeneration(model_id, ReplicasOf(model_id));
+  if (worker.ok()) ++workers_[worker->worker_id].requests_sent[model_id];
+  return worker;
+}
+
+void WorkerRegistry::EndRequest(const std::string& worker_id, const std::string& model_id) {
   const absl::MutexLock lock(&mu_);
   const auto it = workers_.find(worker_id);
-  if (it == workers_.end()) return;
-  it->second.requests_sent = std::max(0, it->second.requests_sent + n);
+  if (it != workers_.end()) CountDown(model_id, &it->second.requests_sent);
+}
+
+int WorkerRegistry::RequestsOf(const std::string& worker_id, const std::string& model_id) const {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it == workers_.end()) return 0;
+  const auto sent = it->second.requests_sent.find(model_id);
+  return sent == it->second.requests_sent.end() ? 0 : sent->second;
+}
+
+void WorkerRegistry::CloseModel(const std::string& worker_id, const std::string& model_id) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it != workers_.end()) ++it->second.closed[model_id];
+}
+
+void WorkerRegistry::OpenModel(const std::string& worker_id, const std::string& model_id) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it != workers_.end()) CountDown(model_id, &it->second.closed);
 }
 
 void WorkerRegistry::AddEvaluations(const std::string& worker_id, int n) {

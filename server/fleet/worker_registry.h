@@ -71,9 +71,17 @@ class WorkerRegistry {
                          v1::Model::State from, v1::Model::State to);
   void RemoveModel(const std::string& worker_id, const std::string& model_id);
   void SetRunningJob(const std::string& worker_id, const std::string& job_name);
-  // Requests that this coordinator has sent to the worker and that are not answered.
-  void BeginRequest(const std::string& worker_id) { AddRequests(worker_id, 1); }
-  void EndRequest(const std::string& worker_id) { AddRequests(worker_id, -1); }
+  // The worker that ChooseForGeneration gives for a request that is sent there at once; each that
+  // succeeds is ended by EndRequest. Choosing and counting are one step, so that whoever closes the
+  // model sees the request or is seen by it.
+  absl::StatusOr<WorkerAddress> BeginRequest(const std::string& model_id);
+  void EndRequest(const std::string& worker_id, const std::string& model_id);
+  // Requests to the model that this coordinator has sent to the worker and that have not ended.
+  int RequestsOf(const std::string& worker_id, const std::string& model_id) const;
+  // Between these two no new request goes to the model there, whatever heartbeats say: it is about
+  // to be unloaded.
+  void CloseModel(const std::string& worker_id, const std::string& model_id);
+  void OpenModel(const std::string& worker_id, const std::string& model_id);
   // Evaluations, likewise.
   void BeginEvaluation(const std::string& worker_id) { AddEvaluations(worker_id, 1); }
   void EndEvaluation(const std::string& worker_id) { AddEvaluations(worker_id, -1); }
@@ -83,7 +91,8 @@ class WorkerRegistry {
     v1::Worker worker;
     std::string address;
     absl::Duration last_seen;  // monotonic
-    int requests_sent = 0;
+    std::map<std::string, int> requests_sent;  // by model id, above 0
+    std::map<std::string, int> closed;         // by model id, how often
     int evaluations_sent = 0;
     std::map<std::string, v1::Model> models;  // by id
   };
@@ -92,14 +101,15 @@ class WorkerRegistry {
   v1::Model* FindModel(const std::string& worker_id, const std::string& model_id)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void AddRequests(const std::string& worker_id, int n);
+  std::vector<Replica> ReplicasOf(const std::string& model_id) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void AddEvaluations(const std::string& worker_id, int n);
   // Takes what a heartbeat lists, but for models of which something newer is known.
   static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
                         int64_t revision, Entry* entry);
   static int Load(const Entry& entry);
   static Replica ToReplica(const std::string& worker_id, const Entry& entry,
-                           const v1::Model& model);
+                           const std::string& model_id, const v1::Model& model);
 
   const Clock* const clock_;
   const Options options_;

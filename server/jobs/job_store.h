@@ -1,4 +1,4 @@
-// Where jobs, their events and published models survive the process.
+// Where jobs, their events, published models and their aliases survive the process.
 //
 // What a call stored is on disk when it returns OK, all of it or nothing. Ids here are bare ("a",
 // not "quantizationJobs/a").
@@ -42,7 +42,7 @@ class JobStore {
   virtual ~JobStore() = default;
 
   // Stores a new job with its first event. ALREADY_EXISTS when the id, or the model name of a live
-  // job or a published model, is taken.
+  // job, a published model or an alias, is taken.
   virtual absl::Status Insert(const JobRecord& record, const QuantizationJobEvent& event,
                               const RequestKey& key) = 0;
   // Whether Insert would take these names: ALREADY_EXISTS. An empty id is always free.
@@ -71,6 +71,12 @@ class JobStore {
   virtual absl::Status PutModel(const v1::Model& model) = 0;
   virtual absl::Status DeleteModel(const std::string& id) = 0;
   virtual absl::StatusOr<std::vector<v1::Model>> Models() const = 0;
+
+  // Aliases by id. Put replaces; one that is new gets ALREADY_EXISTS when a published model or a
+  // live job's has the name. The model that it points at is stored.
+  virtual absl::Status PutAlias(const v1::ModelAlias& alias) = 0;
+  virtual absl::Status DeleteAlias(const std::string& id) = 0;
+  virtual absl::StatusOr<std::vector<v1::ModelAlias>> Aliases() const = 0;
 };
 
 }  // namespace walsh::jobs

@@ -47,6 +47,13 @@ CREATE TABLE models (
 ) WITHOUT ROWID;
 CREATE INDEX requests_by_time ON requests (create_us);
 )sql"},
+    {3, "aliases of models", R"sql(
+CREATE TABLE aliases (
+  id        TEXT PRIMARY KEY,
+  model     TEXT NOT NULL REFERENCES models (id),
+  update_us INTEGER NOT NULL                          -- Unix time
+) WITHOUT ROWID;
+)sql"},
 };
 
 }  // namespace

@@ -69,20 +69,35 @@ absl::Status AlreadyExists(std::string_view type, const std::string& name, std::
   return status;
 }
 
+// Of models and of the jobs that are to make one. `field` is the request's, for the error.
+absl::Status CheckNoModelIsCalled(const Connection& connection, std::string_view field,
+                                  const std::string& model_name) {
+  WALSH_ASSIGN_OR_RETURN(Statement published,
+                         connection.Prepare("SELECT 1 FROM models WHERE id = ?"));
+  WALSH_ASSIGN_OR_RETURN(const bool is_published, published.Bind(model_name).Step());
+  if (is_published) return AlreadyExists(field, model_name, "a published model");
+  WALSH_ASSIGN_OR_RETURN(
+      Statement live,
+      connection.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
+  WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model_name).Step());
+  if (is_live) return AlreadyExists(field, model_name, JobName(live.Text(0)));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> IsAlias(const Connection& connection, const std::string& id) {
+  WALSH_ASSIGN_OR_RETURN(Statement select,
+                         connection.Prepare("SELECT 1 FROM aliases WHERE id = ?"));
+  return select.Bind(id).Step();
+}
+
 absl::Status CheckNames(const Connection& connection, const std::string& id,
                         const std::string& model_name) {
   WALSH_ASSIGN_OR_RETURN(Statement by_id, connection.Prepare("SELECT 1 FROM jobs WHERE id = ?"));
   WALSH_ASSIGN_OR_RETURN(const bool id_taken, by_id.Bind(id).Step());
   if (id_taken) return AlreadyExists("job", JobName(id), "another job");
-  WALSH_ASSIGN_OR_RETURN(Statement published,
-                         connection.Prepare("SELECT 1 FROM models WHERE id = ?"));
-  WALSH_ASSIGN_OR_RETURN(const bool is_published, published.Bind(model_name).Step());
-  if (is_published) return AlreadyExists("model_name", model_name, "a published model");
-  WALSH_ASSIGN_OR_RETURN(
-      Statement live,
-      connection.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
-  WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model_name).Step());
-  if (is_live) return AlreadyExists("model_name", model_name, JobName(live.Text(0)));
+  WALSH_RETURN_IF_ERROR(CheckNoModelIsCalled(connection, "model_name", model_name));
+  WALSH_ASSIGN_OR_RETURN(const bool is_alias, IsAlias(connection, model_name));
+  if (is_alias) return AlreadyExists("model_name", model_name, "an alias");
   return absl::OkStatus();
 }
 
@@ -303,6 +318,47 @@ absl::StatusOr<std::vector<v1::Model>> SqliteJobStore::Models() const {
     if (!models.emplace_back().ParseFromString(select.Blob(1))) {
       return absl::DataLossError(absl::StrCat("job store: model ", select.Text(0), " is damaged"));
     }
+  }
+}
+
+absl::Status SqliteJobStore::PutAlias(const v1::ModelAlias& alias) {
+  const std::string id = alias.name().substr(kAliasCollection.size());
+  const absl::MutexLock lock(&write_mu_);
+  WALSH_ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(&writer_));
+  WALSH_ASSIGN_OR_RETURN(const bool is_known, IsAlias(writer_, id));
+  if (!is_known) WALSH_RETURN_IF_ERROR(CheckNoModelIsCalled(writer_, "alias", id));
+  WALSH_ASSIGN_OR_RETURN(
+      Statement put,
+      writer_.Prepare("INSERT INTO aliases (id, model, update_us) VALUES (?, ?, ?) ON CONFLICT "
+                      "(id) DO UPDATE SET model = excluded.model, update_us = excluded.update_us"));
+  const absl::Time update_time = absl::FromUnixSeconds(alias.update_time().seconds()) +
+                                 absl::Nanoseconds(alias.update_time().nanos());
+  WALSH_RETURN_IF_ERROR(put.Bind(id)
+                            .Bind(alias.model().substr(kModelCollection.size()))
+                            .Bind(absl::ToUnixMicros(update_time))
+                            .Run());
+  return transaction.Commit();
+}
+
+absl::Status SqliteJobStore::DeleteAlias(const std::string& id) {
+  const absl::MutexLock lock(&write_mu_);
+  WALSH_ASSIGN_OR_RETURN(Statement remove, writer_.Prepare("DELETE FROM aliases WHERE id = ?"));
+  return remove.Bind(id).Run();
+}
+
+absl::StatusOr<std::vector<v1::ModelAlias>> SqliteJobStore::Aliases() const {
+  const absl::MutexLock lock(&read_mu_);
+  WALSH_ASSIGN_OR_RETURN(Statement select,
+                         reader_.Prepare("SELECT id, model, update_us FROM aliases ORDER BY id"));
+  std::vector<v1::ModelAlias> aliases;
+  while (true) {
+    WALSH_ASSIGN_OR_RETURN(const bool has_row, select.Step());
+    if (!has_row) return aliases;
+    v1::ModelAlias& alias = aliases.emplace_back();
+    alias.set_name(AliasName(select.Text(0)));
+    alias.set_model(ModelName(select.Text(1)));
+    alias.mutable_update_time()->set_seconds(select.Int(2) / 1'000'000);
+    alias.mutable_update_time()->set_nanos(static_cast<int32_t>(select.Int(2) % 1'000'000 * 1000));
   }
 }
 

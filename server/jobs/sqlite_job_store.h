@@ -37,6 +37,9 @@ class SqliteJobStore : public JobStore {
   absl::Status PutModel(const v1::Model& model) override;
   absl::Status DeleteModel(const std::string& id) override;
   absl::StatusOr<std::vector<v1::Model>> Models() const override;
+  absl::Status PutAlias(const v1::ModelAlias& alias) override;
+  absl::Status DeleteAlias(const std::string& id) override;
+  absl::StatusOr<std::vector<v1::ModelAlias>> Aliases() const override;
 
  private:
   SqliteJobStore(Connection writer, Connection reader, const Clock* clock);

@@ -560,8 +560,8 @@ absl::StatusOr<int64_t> FitToMemory(const ServedModel& model, const Options& opt
   const std::optional<int64_t> device_bytes = model.free_device_bytes();
   const std::optional<int64_t> free_bytes = device_bytes ? device_bytes : options.free_bytes;
   if (!free_bytes) return n_wanted;
-  // A tenth is left to the buffers of steps and to the rest of the machine.
-  const int64_t usable_bytes = *free_bytes / 10 * 9;
+  const auto usable_bytes =
+      static_cast<int64_t>(static_cast<double>(*free_bytes) * options.kv_memory_fraction);
   const int64_t token_bytes = model.kv_token_bytes();
   const int64_t n_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
   const int64_t n_least = std::min(n_wanted, UsualTokens(model.config()));
@@ -597,9 +597,24 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<ServedMod
                                                    ", at least the ", limits.max_sequences,
                                                    " sequences at once, so that each advances"));
   }
-  const int64_t n_wanted = options.kv_cache_tokens != 0
-                               ? options.kv_cache_tokens
-                               : limits.max_sequences * UsualTokens(model->config());
+  if (!(options.kv_memory_fraction > 0 && options.kv_memory_fraction <= 1) ||
+      options.kv_cache_bytes < 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the KV cache's part of the free memory is ", options.kv_memory_fraction,
+        " (above 0, at most 1), its bytes at most ", options.kv_cache_bytes, " (at least 0)"));
+  }
+  int64_t n_wanted = options.kv_cache_tokens != 0
+                         ? options.kv_cache_tokens
+                         : limits.max_sequences * UsualTokens(model->config());
+  if (options.kv_cache_bytes > 0) {
+    const int64_t n_fitting = WholeBlocks(options.kv_cache_bytes / model->kv_token_bytes());
+    if (n_fitting < kKvBlockTokens) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a KV cache of ", options.kv_cache_bytes, " bytes holds no block of ", kKvBlockTokens,
+          " tokens, which needs ", kKvBlockTokens * model->kv_token_bytes()));
+    }
+    n_wanted = std::min(n_wanted, n_fitting);
+  }
   if (n_wanted < kKvBlockTokens) {
     return absl::InvalidArgumentError(
         absl::StrCat("the KV cache has ", n_wanted, " tokens, at least ", kKvBlockTokens));

@@ -104,14 +104,16 @@ struct Options {
   int64_t max_waiting_tokens = 65536;
   int64_t max_batch_tokens = 512;  // of one step, prompts cut into chunks; ≥ max_sequences
   int64_t kv_cache_tokens = 0;     // over all sequences; 0: max_sequences × min(context, 2048)
+  int64_t kv_cache_bytes = 0;      // at most, whatever tokens are asked for; 0: no such limit
   bool prefix_cache = true;        // beginnings that prompts share are computed once
   int n_threads = 0;               // 0: the machine's
   // Called where a step broke its device (worker/kernels/device_failure.h), from the engine's
   // thread; returns what its requests fail with. Empty: they fail with the device's own status.
   std::function<absl::Status(const absl::Status& cause)> on_device_broken = {};
   // What may still be allocated, once the weights are loaded; unset: not known. A KV cache that
-  // would not fit is made smaller.
+  // would not fit into this part of it is made smaller.
   std::optional<int64_t> free_bytes = {};
+  double kv_memory_fraction = 0.9;  // the rest is for buffers of steps and other models
   // Counts this engine's requests beside those of others; may be null.
   std::shared_ptr<RequestCount> requests = nullptr;
 };
