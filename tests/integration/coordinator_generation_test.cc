@@ -61,6 +61,20 @@ class CoordinatorGenerationTest : public CoordinatorFixture {
     request.set_force(force);
     return Send<google::protobuf::Empty>(models_.get(), &ModelStub::DeleteModel, request).status();
   }
+  absl::StatusOr<v1::ModelAlias> SetAlias(const std::string& alias, const std::string& model,
+                                          bool force = false) {
+    v1::SetModelAliasRequest request;
+    request.set_alias(alias);
+    request.set_model(model);
+    request.set_force(force);
+    return Send<v1::ModelAlias>(models_.get(), &ModelStub::SetModelAlias, request);
+  }
+  absl::Status DeleteAlias(const std::string& alias) {
+    v1::DeleteModelAliasRequest request;
+    request.set_alias(alias);
+    return Send<google::protobuf::Empty>(models_.get(), &ModelStub::DeleteModelAlias, request)
+        .status();
+  }
   // The text of all deltas, and the status.
   absl::Status ReadAll(const v1::GenerateRequest& request, std::string* text) {
     grpc::ClientContext context;
@@ -550,6 +564,118 @@ TEST_F(CoordinatorGenerationTest, ListModelsPages) {
             (std::vector<std::string>{"models/a", "models/b", "models/c", "models/d", "models/e"}));
 }
 
+// -- Aliases
+
+TEST_F(CoordinatorGenerationTest, AnAliasIsServedByTheModelThatItPointsAt) {
+  const auto worker = NewWorkerWithModel("w1", "a");
+  worker->SetModel("models/b", Model::READY);
+  ASSERT_OK(worker->Heartbeat());
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("b").ok(); }));
+  worker->on_generate = [](auto*, const auto& request, auto* response) {
+    response->set_model(request.model());
+    return grpc::Status::OK;
+  };
+  worker->on_stream = [](auto*, const auto& request, auto* writer) {
+    writer->Write(Delta(request.model()));
+    return grpc::Status::OK;
+  };
+  EXPECT_THAT(Generate(Prompt("prod")), HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK_AND_ASSIGN(const v1::ModelAlias alias, SetAlias("aliases/prod", "models/a"));
+  EXPECT_EQ(alias.name(), "aliases/prod");
+  EXPECT_EQ(Generate(Prompt("prod"))->model(), "a");
+  EXPECT_EQ(Generate(Prompt("models/prod"))->model(), "a");
+  ASSERT_OK(SetAlias("prod", "b"));
+  std::string text;
+  ASSERT_OK(ReadAll(Prompt("prod"), &text));
+  EXPECT_EQ(text, "b");
+  EXPECT_EQ(GetModel("prod")->name(), "models/b");
+  v1::TokenizeRequest tokenize;
+  tokenize.set_model("prod");
+  tokenize.set_text("ab");
+  EXPECT_OK(Send<v1::TokenizeResponse>(generation_.get(), &GenerationStub::Tokenize, tokenize));
+  ASSERT_OK_AND_ASSIGN(
+      const auto listed,
+      Send<v1::ListModelsResponse>(models_.get(), &ModelStub::ListModels, v1::ListModelsRequest()));
+  ASSERT_EQ(listed.models_size(), 2);
+  EXPECT_EQ(listed.models(0).aliases_size(), 0);
+  ASSERT_EQ(listed.models(1).aliases_size(), 1);
+  EXPECT_EQ(listed.models(1).aliases(0), "prod");
+  Restart();
+  EXPECT_EQ(GetModel("prod")->name(), "models/b") << "it is stored";
+  ASSERT_OK(DeleteAlias("aliases/prod"));
+  EXPECT_THAT(GetModel("prod"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_OK(GetModel("b"));
+}
+
+TEST_F(CoordinatorGenerationTest, BadAliasesAreRefusedByName) {
+  const auto worker = NewWorkerWithModel("w1", "a");
+  worker->SetModel("models/b", Model::UNLOADED);
+  ASSERT_OK(worker->Heartbeat());
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("b").ok(); }));
+  ASSERT_OK(SetAlias("prod", "a"));
+  for (const std::string& bad : {std::string(), std::string("Prod"), std::string("a/b"),
+                                 std::string("x..y"), std::string(65, 'x')}) {
+    EXPECT_THAT(SetAlias(bad, "a"),
+                StatusIs(absl::StatusCode::kInvalidArgument,
+                         ::testing::AllOf(HasSubstr("alias"), HasSubstr("'" + bad + "'"),
+                                          HasSubstr("[a-z0-9][a-z0-9._-]{0,63}"))));
+    EXPECT_THAT(DeleteAlias(bad), HasCode(absl::StatusCode::kInvalidArgument));
+  }
+  EXPECT_THAT(SetAlias("x", "B!"), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("'B!'")));
+  EXPECT_THAT(SetAlias("x", "nobody"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(SetAlias("a", "a"), HasCode(absl::StatusCode::kAlreadyExists));
+  EXPECT_THAT(SetAlias("x", "prod"), HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_THAT(DeleteAlias("nobody"),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("alias 'nobody'")));
+  const absl::Status unloaded = SetAlias("prod", "b").status();
+  EXPECT_THAT(unloaded,
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("walsh models load b")));
+  EXPECT_EQ(GetModel("prod")->name(), "models/a");
+  ASSERT_OK(SetAlias("prod", "b", /*force=*/true));
+  EXPECT_EQ(ErrorReason(Generate(Prompt("prod")).status()), "MODEL_NOT_LOADED");
+  // What moves a model takes the model.
+  for (const absl::Status& moved :
+       {Load("prod").status(), Unload("prod").status(), Delete("prod", /*force=*/true)}) {
+    EXPECT_THAT(moved, StatusIs(absl::StatusCode::kNotFound, HasSubstr("alias of model 'b'")));
+  }
+  for (const bool force : {false, true}) {
+    const absl::Status kept = Delete("b", force);
+    EXPECT_THAT(kept, StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("alias 'prod'")));
+    EXPECT_EQ(ErrorReason(kept), "MODEL_HAS_ALIAS");
+  }
+  v1::CreateQuantizationJobRequest job = NewJob("j");
+  job.mutable_quantization_job()->set_model_name("prod");
+  EXPECT_THAT(Create(job), HasCode(absl::StatusCode::kAlreadyExists));
+  ASSERT_OK(DeleteAlias("prod"));
+  EXPECT_OK(Delete("b", /*force=*/false));
+}
+
+// A request that was accepted may still be on its way when its model is unloaded.
+TEST_F(CoordinatorGenerationTest, AnUnloadComesAfterTheRequestsThatWereSentBefore) {
+  const auto worker = NewWorkerWithModel("w1", "a");
+  std::atomic<bool> is_sent = false, may_end = false, is_unloaded = false;
+  worker->on_generate = [&](auto*, const auto&, auto*) {
+    is_sent = true;
+    WaitUntil([&] { return may_end.load(); });
+    EXPECT_FALSE(is_unloaded);
+    return grpc::Status::OK;
+  };
+  worker->on_unload = [&](const auto&) {
+    is_unloaded = true;
+    return grpc::Status::OK;
+  };
+  std::thread client([&] { EXPECT_OK(Generate(Prompt("a"))); });
+  ASSERT_TRUE(WaitUntil([&] { return is_sent.load(); }));
+  std::thread unload([&] { EXPECT_OK(Unload("a")); });
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("a")->state() == Model::DRAINING; }));
+  EXPECT_OK(worker->Heartbeat()) << "which still says READY";
+  EXPECT_EQ(ErrorReason(Generate(Prompt("a")).status()), "MODEL_DRAINING");
+  may_end = true;
+  client.join();
+  unload.join();
+  EXPECT_TRUE(is_unloaded);
+}
+
 // -- Health, request ids, reflection
 
 TEST_F(CoordinatorGenerationTest, HealthPerServiceAndModel) {
@@ -569,9 +695,12 @@ TEST_F(CoordinatorGenerationTest, HealthPerServiceAndModel) {
   EXPECT_EQ(check("model/m"), -1) << "unknown";
   const auto worker = NewWorkerWithModel("w1", "m");
   EXPECT_TRUE(WaitUntil([&] { return check("model/m") == 1; }));
+  ASSERT_OK(SetAlias("prod", "m"));
+  EXPECT_TRUE(WaitUntil([&] { return check("model/prod") == 1; }));
   worker->SetModel("models/m", Model::UNLOADED);
   ASSERT_OK(worker->Heartbeat());
   EXPECT_TRUE(WaitUntil([&] { return check("model/m") == 2; }));
+  EXPECT_TRUE(WaitUntil([&] { return check("model/prod") == 2; }));
 }
 
 TEST_F(CoordinatorGenerationTest, RequestIdIsEchoed) {
@@ -611,9 +740,10 @@ TEST_F(CoordinatorGenerationTest, EveryForwardedCallLeavesALineInTheLog) {
   std::string text;
   EXPECT_THAT(ReadAll(Prompt("m"), &text), HasCode(absl::StatusCode::kDataLoss));
   const std::string log = ::testing::internal::GetCapturedStderr();
-  EXPECT_THAT(
-      log, ::testing::ContainsRegex("call ended.*method=Generate .*request_id=id-of-the-request.*"
-                                    "model=models/m.*worker=workers/w1.*status=OK.*seconds="));
+  EXPECT_THAT(log,
+              ::testing::ContainsRegex(
+                  "call ended.*method=Generate .*request_id=id-of-the-request.*"
+                  "model=models/m.*served_by=models/m.*worker=workers/w1.*status=OK.*seconds="));
   EXPECT_THAT(log, ::testing::ContainsRegex("method=GenerateStream .*bad weights"));
 }
 

@@ -214,6 +214,8 @@ absl::Status WorkerDaemon::OpenStore() {
   options.engine.max_waiting = options_.max_num_queued_reqs;
   options.engine.max_waiting_tokens = options_.max_num_queued_tokens;
   options.engine.kv_cache_tokens = options_.kv_cache_tokens;
+  options.engine.kv_cache_bytes = static_cast<int64_t>(options_.kv_cache_memory_bytes);
+  options.engine.kv_memory_fraction = options_.kv_cache_free_memory_fraction;
   options.engine.prefix_cache = !options_.no_prefix_cache;
   options.engine.n_threads = options_.threads;
   options.drain_timeout = absl::Seconds(options_.shutdown_timeout_seconds);

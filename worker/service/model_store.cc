@@ -27,6 +27,8 @@ using v1::Model;
 constexpr std::string_view kBuildPrefix = ".tmp-";
 constexpr std::string_view kDeletedPrefix = ".deleted-";
 constexpr char kOrigins[] = "/.origins";
+// Of those that a message names, which has no place for all.
+constexpr size_t kNamedModelsMax = 4;
 
 absl::Status UnknownModel(const std::string& id) { return NotFound("model", ModelName(id)); }
 
@@ -167,6 +169,7 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
   const absl::Duration start = clock_->Monotonic();
   absl::StatusOr<Hosted> hosted = StartEngine(id);
   const absl::Duration elapsed = clock_->Monotonic() - start;
+  if (absl::IsResourceExhausted(hosted.status())) hosted = ExplainShortage(hosted.status());
   if (!hosted.ok()) {
     ReturnFreedMemory();
     CountModelLoadFailure(id, hosted.status().code());
@@ -203,14 +206,8 @@ absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id
     options.model_name = id;
     options.free_bytes = UnpromisedBytes();
     options.requests = requests_;
-    absl::StatusOr<std::unique_ptr<engine::Engine>> created =
-        engine::Engine::Create(std::move(model), options, clock_);
-    if (!created.ok()) {
-      absl::Status status = created.status();
-      if (absl::IsResourceExhausted(status)) SetErrorInfo(status, "INSUFFICIENT_MEMORY");
-      return status;
-    }
-    std::unique_ptr<engine::Engine> engine = *std::move(created);
+    WALSH_ASSIGN_OR_RETURN(std::unique_ptr<engine::Engine> engine,
+                           engine::Engine::Create(std::move(model), options, clock_));
     auto gone = std::make_shared<std::promise<void>>();
     std::shared_future<void> is_gone = gone->get_future().share();
     return Hosted{.engine = {engine.release(),
@@ -222,6 +219,29 @@ absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError(absl::StrCat("no memory to load ", ModelName(id)));
   }
+}
+
+absl::Status ModelStore::ExplainShortage(const absl::Status& shortage) const {
+  std::string message(shortage.message());
+  const auto engines = Engines();
+  if (!engines.empty()) {
+    message += "; loaded here are ";
+    for (size_t i = 0; i < engines.size() && i < kNamedModelsMax; ++i) {
+      const engine::Engine& engine = *engines[i].second;
+      absl::StrAppend(&message, i == 0 ? "" : ", ", ModelName(engines[i].first), " (weights ",
+                      engine.model().memory_bytes(), ", KV cache ", engine.kv_cache_bytes(),
+                      " bytes)");
+    }
+    if (engines.size() > kNamedModelsMax) {
+      absl::StrAppend(&message, " and ", engines.size() - kNamedModelsMax, " more");
+    }
+    message +=
+        ": unload one, or start the worker with smaller KV caches (--kv-cache-memory-bytes, "
+        "--kv-cache-free-memory-fraction)";
+  }
+  absl::Status status(shortage.code(), message);
+  SetErrorInfo(status, "INSUFFICIENT_MEMORY");
+  return status;
 }
 
 std::optional<int64_t> ModelStore::UnpromisedBytes() const {

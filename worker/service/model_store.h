@@ -9,9 +9,12 @@
 //         FAILED with the reason and leaves nothing in memory. Loads and unloads run one at a
 //         time, so that two never need the memory of both. UNLOADED means that the engine is gone:
 //         an unload waits for calls that found it before, which are refused at their next step.
-// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), those of reading artifacts and
-// of
-//         ExclusiveUse, which leave a model as it was
+// Several models share the worker's memory: each KV cache takes what engine::Options says of what
+// is free when its model is loaded, less what the caches before it may still come to take.
+//
+// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), RESOURCE_EXHAUSTED with reason
+//         INSUFFICIENT_MEMORY, those of reading artifacts and of ExclusiveUse, which leave a model
+//         as it was
 // Threads: safe. Load and Unload block; the rest does not wait for them.
 #pragma once
 
@@ -121,6 +124,9 @@ class ModelStore {
   std::string OriginPath(const std::string& id) const;
   void RemoveTemporaries();
   absl::StatusOr<v1::Model> ReadArtifact(const std::string& id) const;
+  // A load's shortage of memory, with what the models of this worker hold and what an operator can
+  // do about it.
+  absl::Status ExplainShortage(const absl::Status& shortage) const;
   // A model that BeginModel was asked for is gone, or was not loaded.
   void EndModel() const;
   absl::StatusOr<Hosted> StartEngine(const std::string& id) const;

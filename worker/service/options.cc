@@ -18,6 +18,8 @@ constexpr int kThreadsMax = 1024;
 constexpr int kSequencesMax = 1024;
 constexpr int kBatchTokensMax = 65536;
 constexpr int kQueueMax = 100'000;
+constexpr uint64_t kKvBytesMax = uint64_t{1} << 50;
+constexpr double kKvFractionMin = 0.01;
 // A device's steps cost their weights' bytes whether few sequences share them or many, and a
 // prompt's chunk pays for dequantizing them.
 constexpr StepLimits kCpuLimits = {.max_sequences = 16, .max_batch_tokens = 512};
@@ -78,6 +80,18 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
          "Tokens of a model's KV cache; 0: 2048 for each sequence. Fewer where memory is short")
       ->capture_default_str()
       ->check(CLI::Range(int64_t{0}, int64_t{limits::kContextMax} * kSequencesMax));
+  app.add_option("--kv-cache-memory-bytes", options.kv_cache_memory_bytes,
+                 "Memory of a model's KV cache at most, such as 4GiB or 500MB, so that other "
+                 "models find theirs; 0: as --kv-cache-tokens says")
+      ->capture_default_str()
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->check(CLI::Range(uint64_t{0}, kKvBytesMax));
+  app.add_option("--kv-cache-free-memory-fraction", options.kv_cache_free_memory_fraction,
+                 "Part of the memory that is free when a model is loaded, of the device or of the "
+                 "host where it is served, that its KV cache may take at most; less leaves more to "
+                 "the models that are loaded after it")
+      ->capture_default_str()
+      ->check(CLI::Range(kKvFractionMin, 1.0));
   app.add_flag("--no-prefix-cache", options.no_prefix_cache,
                "Compute every prompt from its beginning, and keep nothing of those that ended");
   app.add_flag(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct WorkerOptions {
   int max_num_queued_reqs = 64;
   int64_t max_num_queued_tokens = 65536;
   int64_t kv_cache_tokens = 0;
+  uint64_t kv_cache_memory_bytes = 0;  // 0: no limit but that of tokens and of free memory
+  double kv_cache_free_memory_fraction = 0.9;
   bool no_prefix_cache = false;
   bool batch_invariant = false;
   double stream_interval_ms = limits::kStreamIntervalMsDefault;

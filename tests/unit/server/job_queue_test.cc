@@ -125,6 +125,9 @@ class EarlyReadStore : public JobStore {
   absl::Status PutModel(const v1::Model& model) override { return store_->PutModel(model); }
   absl::Status DeleteModel(const std::string& id) override { return store_->DeleteModel(id); }
   absl::StatusOr<std::vector<v1::Model>> Models() const override { return store_->Models(); }
+  absl::Status PutAlias(const v1::ModelAlias& alias) override { return store_->PutAlias(alias); }
+  absl::Status DeleteAlias(const std::string& id) override { return store_->DeleteAlias(id); }
+  absl::StatusOr<std::vector<v1::ModelAlias>> Aliases() const override { return store_->Aliases(); }
 
  private:
   JobStore* const store_;

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "common/grpc_status.h"
+#include "common/limits.h"
 #include "server/jobs/sqlite_job_store.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
@@ -12,10 +14,12 @@
 namespace walsh::fleet {
 namespace {
 
+using ::testing::HasSubstr;
 using v1::Model;
 using ::walsh::testing::FaultyDisk;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::IsOk;
+using ::walsh::testing::StatusIs;
 
 class ModelCatalogTest : public ::testing::Test {
  protected:
@@ -91,6 +95,97 @@ TEST_F(ModelCatalogTest, FullDiskLearnsLater) {
     EXPECT_FALSE(catalog_->Knows("a"));
   }
   EXPECT_OK(catalog_->Learn(Models({"a"})));
+}
+
+// -- Aliases
+
+TEST_F(ModelCatalogTest, AnAliasMeansTheModelThatItPointsAtAcrossARestart) {
+  ASSERT_OK(catalog_->Learn(Models({"a", "b"})));
+  EXPECT_THAT(catalog_->Resolve("prod"), HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK_AND_ASSIGN(const v1::ModelAlias alias, catalog_->SetAlias("prod", "a", true));
+  EXPECT_EQ(alias.name(), "aliases/prod");
+  EXPECT_EQ(alias.model(), "models/a");
+  EXPECT_EQ(*catalog_->Resolve("prod"), "a");
+  EXPECT_EQ(*catalog_->Resolve("b"), "b");
+  EXPECT_EQ(catalog_->Get("a")->aliases(0), "prod");
+  ASSERT_OK(catalog_->SetAlias("prod", "b", true));
+  ASSERT_OK(catalog_->SetAlias("best", "b", true));
+  Restart();
+  EXPECT_EQ(*catalog_->Resolve("prod"), "b");
+  EXPECT_EQ(catalog_->Get("a")->aliases_size(), 0);
+  const std::vector<Model> models = catalog_->List("", 9);
+  EXPECT_EQ(models[0].aliases_size(), 0);
+  ASSERT_EQ(models[1].aliases_size(), 2);
+  EXPECT_EQ(models[1].aliases(0), "best");
+  EXPECT_EQ(models[1].aliases(1), "prod");
+  ASSERT_OK(catalog_->DeleteAlias("prod"));
+  EXPECT_THAT(catalog_->Resolve("prod"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(catalog_->DeleteAlias("prod"),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("alias 'prod'")));
+}
+
+TEST_F(ModelCatalogTest, AliasesThatCannotBeAreRefused) {
+  ASSERT_OK(catalog_->Learn(Models({"a", "b"})));
+  ASSERT_OK(catalog_->SetAlias("prod", "a", true));
+  const auto refusal = [&](const std::string& alias, const std::string& model) {
+    return catalog_->SetAlias(alias, model, true).status();
+  };
+  EXPECT_THAT(refusal("x", "nobody"),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("model 'nobody'")));
+  EXPECT_THAT(refusal("a", "b"), StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("'a'")));
+  EXPECT_THAT(refusal("x", "prod"),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("an alias of model 'a'")));
+  EXPECT_EQ(ErrorReason(refusal("prod", "prod")), "ALIAS_OF_ALIAS");
+  const absl::Status unloaded = catalog_->SetAlias("prod", "b", false).status();
+  EXPECT_THAT(unloaded, StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("UNLOADED")));
+  EXPECT_EQ(*catalog_->Resolve("prod"), "a") << "as before";
+  EXPECT_THAT(catalog_->CheckIsModel("prod"),
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("alias of model 'a'")));
+  EXPECT_OK(catalog_->CheckIsModel("a"));
+}
+
+TEST_F(ModelCatalogTest, AModelIsDeletedOrPointedAtNeverBoth) {
+  ASSERT_OK(catalog_->Learn(Models({"a", "b"})));
+  ASSERT_OK(catalog_->SetAlias("prod", "a", true));
+  EXPECT_THAT(catalog_->BeginDelete("a"),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("alias 'prod'")));
+  ASSERT_OK(catalog_->BeginDelete("b"));
+  EXPECT_EQ(ErrorReason(catalog_->SetAlias("prod", "b", true).status()), "MODEL_DELETING");
+  catalog_->EndDelete("b");
+  ASSERT_OK(catalog_->SetAlias("prod", "b", true));
+  ASSERT_OK(catalog_->BeginDelete("a"));
+}
+
+TEST_F(ModelCatalogTest, AnAliasThatIsNotStoredIsNotThere) {
+  ASSERT_OK(catalog_->Learn(Models({"a", "b"})));
+  ASSERT_OK(catalog_->SetAlias("prod", "a", true));
+  FaultyDisk disk;
+  disk.FailWrites(ENOSPC);
+  EXPECT_FALSE(catalog_->SetAlias("prod", "b", true).ok());
+  EXPECT_FALSE(catalog_->DeleteAlias("prod").ok());
+  EXPECT_EQ(*catalog_->Resolve("prod"), "a");
+}
+
+TEST_F(ModelCatalogTest, AliasesAreLimited) {
+  ASSERT_OK(catalog_->Learn(Models({"a"})));
+  for (int i = 0; i < limits::kAliasesMax; ++i) {
+    ASSERT_OK(catalog_->SetAlias("x" + std::to_string(i), "a", true));
+  }
+  EXPECT_THAT(catalog_->SetAlias("y", "a", true),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("1000")));
+  EXPECT_OK(catalog_->SetAlias("x7", "a", true)) << "it is there";
+}
+
+// A worker's data folder may come from elsewhere.
+TEST_F(ModelCatalogTest, AnAliasGoesBeforeAModelThatCameLater) {
+  ASSERT_OK(catalog_->Learn(Models({"a"})));
+  ASSERT_OK(catalog_->SetAlias("prod", "a", true));
+  ASSERT_OK(catalog_->Learn(Models({"prod"})));
+  EXPECT_EQ(*catalog_->Resolve("prod"), "a");
+  EXPECT_EQ(ErrorReason(catalog_->SetAlias("x", "prod", true).status()), "ALIAS_OF_ALIAS");
+  EXPECT_OK(catalog_->CheckIsModel("prod")) << "it can be deleted";
+  ASSERT_OK(catalog_->DeleteAlias("prod"));
+  EXPECT_EQ(*catalog_->Resolve("prod"), "prod");
 }
 
 }  // namespace

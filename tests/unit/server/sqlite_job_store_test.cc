@@ -228,6 +228,54 @@ TEST_F(SqliteJobStoreTest, Models) {
   EXPECT_EQ(models[0].bits(), 2);
 }
 
+v1::ModelAlias Alias(const std::string& alias, const std::string& model, int64_t seconds = 7) {
+  v1::ModelAlias row;
+  row.set_name("aliases/" + alias);
+  row.set_model("models/" + model);
+  row.mutable_update_time()->set_seconds(seconds);
+  row.mutable_update_time()->set_nanos(123'456'000);
+  return row;
+}
+
+TEST_F(SqliteJobStoreTest, Aliases) {
+  for (const char* name : {"models/m", "models/n"}) {
+    v1::Model model;
+    model.set_name(name);
+    ASSERT_OK(store_->PutModel(model));
+  }
+  ASSERT_OK(store_->PutAlias(Alias("prod", "m")));
+  ASSERT_OK(store_->PutAlias(Alias("dev", "m")));
+  ASSERT_OK(store_->PutAlias(Alias("prod", "n", 8)));
+  Reopen();
+  ASSERT_OK_AND_ASSIGN(std::vector<v1::ModelAlias> aliases, store_->Aliases());
+  ASSERT_EQ(aliases.size(), 2u);
+  EXPECT_EQ(aliases[0].DebugString(), Alias("dev", "m").DebugString());
+  EXPECT_EQ(aliases[1].DebugString(), Alias("prod", "n", 8).DebugString());
+  EXPECT_FALSE(store_->DeleteModel("n").ok()) << "an alias points at it";
+  ASSERT_OK(store_->DeleteAlias("prod"));
+  EXPECT_OK(store_->DeleteModel("n"));
+  EXPECT_OK(store_->DeleteAlias("prod"));
+  ASSERT_OK_AND_ASSIGN(aliases, store_->Aliases());
+  EXPECT_EQ(aliases.size(), 1u);
+}
+
+TEST_F(SqliteJobStoreTest, ANameIsAModelsOrAnAliass) {
+  v1::Model model;
+  model.set_name("models/m");
+  ASSERT_OK(store_->PutModel(model));
+  EXPECT_THAT(store_->PutAlias(Alias("m", "m")),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("published model")));
+  ASSERT_OK(Insert(SomeNewJob("a")));
+  EXPECT_THAT(store_->PutAlias(Alias("a-model", "m")),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("quantizationJobs/a")));
+  ASSERT_OK(store_->PutAlias(Alias("prod", "m")));
+  EXPECT_THAT(store_->CheckNamesAreFree("b", "prod"),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("an alias")));
+  Transition taken = SomeNewJob("b");
+  taken.next.job.set_model_name("prod");
+  EXPECT_THAT(Insert(taken), HasCode(absl::StatusCode::kAlreadyExists));
+}
+
 // -- Schema
 
 Connection OpenFile(const std::string& path) {
@@ -255,6 +303,7 @@ TEST_F(SqliteJobStoreTest, EveryOldVersionIsMigratedAndKeepsItsJobs) {
       EXPECT_EQ(record.fencing_token, 3);
     }
     EXPECT_OK(store->Models());
+    EXPECT_OK(store->Aliases());
   }
 }
 

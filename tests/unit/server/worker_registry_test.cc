@@ -194,16 +194,34 @@ TEST_F(WorkerRegistryTest, WhoTakesJobsCannotBeToldWhileAWorkerMayBeRestarting) 
 
 TEST_F(WorkerRegistryTest, LoadIsWhatIsReportedOrSentWhicheverIsMore) {
   ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
-  for (int i = 0; i < 3; ++i) registry_.BeginRequest("w1");
+  for (int i = 0; i < 3; ++i) EXPECT_OK(registry_.BeginRequest("m"));
   EXPECT_EQ(registry_.Replicas("m")[0].load, 3);
+  EXPECT_EQ(registry_.RequestsOf("w1", "m"), 3);
+  EXPECT_EQ(registry_.RequestsOf("w1", "another"), 0);
   EXPECT_OK(Beat("w1", Model::READY, 5));
   EXPECT_EQ(registry_.Replicas("m")[0].load, 5);
   EXPECT_OK(Beat("w1", Model::READY, 0));
-  for (int i = 0; i < 3; ++i) registry_.EndRequest("w1");
+  for (int i = 0; i < 3; ++i) registry_.EndRequest("w1", "m");
   EXPECT_EQ(registry_.Replicas("m")[0].load, 0);
-  registry_.EndRequest("w1");
-  registry_.EndRequest("nobody");
+  registry_.EndRequest("w1", "m");
+  registry_.EndRequest("nobody", "m");
   EXPECT_EQ(registry_.Replicas("m")[0].load, 0) << "never below none";
+  EXPECT_EQ(registry_.RequestsOf("nobody", "m"), 0);
+}
+
+TEST_F(WorkerRegistryTest, AClosedModelTakesNothingNewWhateverHeartbeatsSay) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  ASSERT_OK(registry_.BeginRequest("m"));
+  registry_.CloseModel("w1", "m");
+  registry_.CloseModel("w1", "m");
+  EXPECT_OK(Beat("w1", Model::READY));
+  EXPECT_EQ(ErrorReason(registry_.BeginRequest("m").status()), "MODEL_DRAINING");
+  EXPECT_EQ(registry_.RequestsOf("w1", "m"), 1);
+  registry_.OpenModel("w1", "m");
+  EXPECT_FALSE(registry_.BeginRequest("m").ok()) << "closed by another, too";
+  registry_.OpenModel("w1", "m");
+  registry_.OpenModel("nobody", "m");
+  EXPECT_OK(registry_.BeginRequest("m"));
 }
 
 TEST_F(WorkerRegistryTest, ModelsFollowHeartbeatsAndCalls) {
@@ -270,11 +288,11 @@ TEST_F(WorkerRegistryTest, Threads) {
       for (int i = 0; i < 200; ++i) {
         EXPECT_OK(registry_.Register(Registration(id, "h:" + id)));
         EXPECT_OK(Beat(id));
-        registry_.BeginRequest(id);
+        const absl::StatusOr<WorkerAddress> worker = registry_.BeginRequest("m");
         registry_.AllReplicas();
         registry_.Tick();
         registry_.List();
-        registry_.EndRequest(id);
+        if (worker.ok()) registry_.EndRequest(worker->worker_id, "m");
         registry_.Deregister(id);
       }
     });

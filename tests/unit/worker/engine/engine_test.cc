@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <future>
 #include <limits>
@@ -473,6 +474,25 @@ TEST(EngineTest, KvCacheFitsTheFreeMemory) {
   EXPECT_FALSE(create(64, 2000).ok());
 }
 
+// 32 bytes for a token of the fake model.
+TEST(EngineTest, KvCacheKeepsToItsPartOfTheFreeMemoryAndItsLimit) {
+  const auto tokens = [](double fraction, int64_t kv_cache_bytes, std::optional<int64_t> free) {
+    Options options = SmallOptions();
+    options.kv_cache_bytes = kv_cache_bytes;
+    options.kv_memory_fraction = fraction;
+    options.free_bytes = free;
+    const auto engine =
+        Engine::Create(FakeModel::Create({.max_position = 4096}), options, Clock::Real());
+    EXPECT_OK(engine);
+    return engine.ok() ? (*engine)->stats().kv_tokens_total : 0;
+  };
+  EXPECT_EQ(tokens(0.5, 0, 200000), 100000 / 32 / 16 * 16);
+  EXPECT_EQ(tokens(1.0, 0, 200000), 200000 / 32 / 16 * 16);
+  EXPECT_EQ(tokens(0.9, 10000, 200000), 10000 / 32 / 16 * 16);
+  EXPECT_EQ(tokens(0.9, 10000, std::nullopt), 10000 / 32 / 16 * 16);
+  EXPECT_EQ(tokens(0.9, 1 << 30, std::nullopt), 4 * 2048) << "a limit asks for nothing";
+}
+
 TEST(EngineTest, BadOptionsAreRefused) {
   const auto create = [](Options options) {
     return Engine::Create(FakeModel::Create({}), options, Clock::Real()).status();
@@ -486,6 +506,16 @@ TEST(EngineTest, BadOptionsAreRefused) {
   options = SmallOptions();
   options.kv_cache_tokens = 8;
   EXPECT_THAT(create(options), StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("8 tokens")));
+  options = SmallOptions();
+  options.kv_cache_bytes = 511;  // a block of the fake model has 512
+  EXPECT_THAT(create(options), StatusIs(absl::StatusCode::kInvalidArgument,
+                                        AllOf(HasSubstr("511 bytes"), HasSubstr("512"))));
+  for (const double fraction : {0.0, 1.01, std::nan("")}) {
+    options = SmallOptions();
+    options.kv_memory_fraction = fraction;
+    EXPECT_THAT(create(options),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("free memory")));
+  }
 }
 
 TEST(EngineTest, FullQueueRefusesWhileOthersRun) {

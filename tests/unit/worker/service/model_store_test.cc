@@ -17,6 +17,7 @@ namespace walsh::service {
 namespace {
 
 namespace fs = std::filesystem;
+using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using v1::Model;
@@ -222,6 +223,94 @@ TEST_F(ModelStoreTest, KvCacheIsBoundedByTheMemoryThatIsLeft) {
   EXPECT_OK(store_->Load("c"));
   free_bytes = 0;  // the system does not tell
   EXPECT_OK(store_->Load("a"));
+}
+
+// What takes the memory, and what helps.
+TEST_F(ModelStoreTest, AShortageNamesWhatIsLoadedAndTheFlags) {
+  AddArtifact("a");
+  AddArtifact("b");
+  behaviour_.memory_bytes = 65536;
+  free_memory_ = [] { return int64_t{40000}; };
+  OpenStore();
+  ASSERT_OK(store_->Load("a"));
+  const absl::Status refused = store_->Load("b").status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted,
+                                AllOf(HasSubstr("models/a (weights 65536, KV cache 32768 bytes)"),
+                                      HasSubstr("--kv-cache-memory-bytes"),
+                                      HasSubstr("--kv-cache-free-memory-fraction"))));
+  EXPECT_EQ(ErrorReason(refused), "INSUFFICIENT_MEMORY");
+}
+
+// Memory of a device that all its models share: what one has taken, the next does not find.
+class DeviceModel final : public engine::ServedModel {
+ public:
+  static constexpr int64_t kWeightBytes = 10000;
+  explicit DeviceModel(int64_t* free_bytes) : free_bytes_(free_bytes) {
+    *free_bytes_ -= kWeightBytes;
+  }
+  ~DeviceModel() override { *free_bytes_ += kWeightBytes + kv_bytes_; }
+  const ModelConfig& config() const override { return host_->config(); }
+  const ArtifactInfo& info() const override { return host_->info(); }
+  const Tokenizer& tokenizer() const override { return host_->tokenizer(); }
+  const ChatTemplate* chat_template() const override { return nullptr; }
+  int64_t memory_bytes() const override { return kWeightBytes; }
+  int64_t packed_bytes_per_token() const override { return 0; }
+  absl::StatusOr<std::unique_ptr<engine::ModelRunner>> MakeRunner(
+      const RunnerLimits& limits) const override {
+    auto runner = host_->MakeRunner(limits);
+    if (runner.ok()) {
+      kv_bytes_ = (*runner)->kv_cache_bytes();
+      *free_bytes_ -= kv_bytes_;
+    }
+    return runner;
+  }
+  int64_t kv_token_bytes() const override { return host_->kv_token_bytes(); }
+  std::optional<int64_t> free_device_bytes() const override { return *free_bytes_; }
+
+ private:
+  const std::shared_ptr<testing::FakeModel> host_ = testing::FakeModel::Create({});
+  int64_t* const free_bytes_;
+  mutable int64_t kv_bytes_ = 0;
+};
+
+// By default the first model's KV cache takes nine tenths of what its weights leave; with either
+// flag a second one finds its place, and unloading brings all of it back.
+TEST_F(ModelStoreTest, TwoModelsShareADevice) {
+  constexpr int64_t kDeviceBytes = 80000;
+  AddArtifact("a");
+  AddArtifact("b");
+  engine_options_.kv_cache_tokens = 100000;
+  const auto load_both = [&](const engine::Options& options) {
+    int64_t free_bytes = kDeviceBytes;
+    engine_options_ = options;
+    loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::ServedModel>> {
+      if (free_bytes < DeviceModel::kWeightBytes) {
+        return absl::ResourceExhaustedError("10000 bytes of the device");
+      }
+      return std::make_shared<DeviceModel>(&free_bytes);
+    };
+    OpenStore();
+    EXPECT_OK(store_->Load("a"));
+    const absl::Status second = store_->Load("b").status();
+    if (second.ok()) {
+      EXPECT_OK(store_->Unload("b"));
+    }
+    EXPECT_OK(store_->Unload("a"));
+    EXPECT_EQ(free_bytes, kDeviceBytes);
+    store_.reset();
+    return second;
+  };
+  engine::Options options = engine_options_;
+  const absl::Status refused = load_both(options);
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted,
+                                AllOf(HasSubstr("10000 bytes of the device"), HasSubstr("models/a"),
+                                      HasSubstr("--kv-cache-memory-bytes"))));
+  EXPECT_EQ(ErrorReason(refused), "INSUFFICIENT_MEMORY");
+  options.kv_cache_bytes = 16384;
+  EXPECT_OK(load_both(options));
+  options.kv_cache_bytes = 0;
+  options.kv_memory_fraction = 0.4;
+  EXPECT_OK(load_both(options));
 }
 
 int64_t ResidentBytes() {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "tests/testing/status_matchers.h"
@@ -52,6 +54,32 @@ TEST(WorkerOptionsTest, ServingWhileQuantizingIsOneOfThree) {
   EXPECT_THAT(
       CheckWorkerOptions({.serve_while_quantizing = "never"}),
       StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--serve-while-quantizing 'never'")));
+}
+
+TEST(WorkerOptionsTest, KvCachesAreLimitedInBytesAndInParts) {
+  const auto parse = [](const std::string& flags) -> std::optional<WorkerOptions> {
+    CLI::App app;
+    WorkerOptions options;
+    AddWorkerFlags(app, options);
+    try {
+      app.parse(flags);
+    } catch (const CLI::ParseError&) {
+      return std::nullopt;
+    }
+    return options;
+  };
+  EXPECT_EQ(parse("")->kv_cache_memory_bytes, 0u);
+  EXPECT_EQ(parse("")->kv_cache_free_memory_fraction, 0.9);
+  EXPECT_EQ(parse("--kv-cache-memory-bytes 1048576")->kv_cache_memory_bytes, 1u << 20);
+  EXPECT_EQ(parse("--kv-cache-memory-bytes 4GiB")->kv_cache_memory_bytes, uint64_t{4} << 30);
+  EXPECT_EQ(parse("--kv-cache-memory-bytes 500MB")->kv_cache_memory_bytes, 500'000'000u);
+  EXPECT_EQ(parse("--kv-cache-free-memory-fraction 0.4")->kv_cache_free_memory_fraction, 0.4);
+  for (const char* bad :
+       {"--kv-cache-memory-bytes -1", "--kv-cache-memory-bytes much",
+        "--kv-cache-memory-bytes 9000PB", "--kv-cache-free-memory-fraction 0",
+        "--kv-cache-free-memory-fraction 1.1", "--kv-cache-free-memory-fraction nan"}) {
+    EXPECT_FALSE(parse(bad).has_value()) << bad;
+  }
 }
 
 TEST(WorkerOptionsTest, StepsHoldWhatFlagsSayOrTheDeviceSuits) {
