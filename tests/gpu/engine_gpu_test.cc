@@ -17,6 +17,7 @@
 #include "tests/testing/tiny_artifact.h"
 #include "tests/testing/tiny_model.h"
 #include "worker/engine/cuda/cuda_model.h"
+#include "worker/engine/engine.h"
 #include "worker/engine/loaded_model.h"
 #include "worker/engine/sampler.h"
 #include "worker/kernels/cuda/device_buffer.h"
@@ -515,6 +516,34 @@ TEST_F(CudaEngineTest, MemoryComesBack) {
   }
   kernels::cuda::FailAllocationForTest(0);
   EXPECT_GT(n_failed, 30);
+}
+
+// Each model's KV cache stays within its limit, and what one has taken the next does not count on.
+TEST_F(CudaEngineTest, SeveralModelsShareTheDevice) {
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
+  constexpr int64_t kLimitBytes = 1 << 20;
+  Options options{.max_sequences = 64, .n_threads = 1};
+  std::vector<std::unique_ptr<Engine>> engines;
+  for (int i = 0; i < 3; ++i) {
+    auto model = LoadCudaModel(dir_ / "artifact", {.use_graphs = kHasGraphs});
+    if (absl::IsFailedPrecondition(model.status())) {
+      GTEST_SKIP() << "no GPU: " << model.status().message();
+    }
+    ASSERT_OK(model);
+    const int64_t free_bytes = (*model)->free_device_bytes().value();
+    options.kv_cache_bytes = i == 2 ? 0 : kLimitBytes;
+    options.kv_memory_fraction = i == 2 ? static_cast<double>(kLimitBytes) / free_bytes : 0.9;
+    const int64_t token_bytes = (*model)->kv_token_bytes();
+    ASSERT_GT(64 * kContext * token_bytes, 2 * kLimitBytes) << "or nothing limits it";
+    auto engine = Engine::Create(*std::move(model), options, Clock::Real());
+    ASSERT_OK(engine);
+    EXPECT_LE((*engine)->kv_cache_bytes(), kLimitBytes);
+    EXPECT_GT((*engine)->kv_cache_bytes(), kLimitBytes - 2 * kKvBlockTokens * token_bytes);
+    engines.push_back(*std::move(engine));
+#ifdef WALSH_HOST_DEVICE  // a GPU's own account moves in larger steps
+    EXPECT_LE(engines[i]->model().free_device_bytes(), free_bytes - engines[i]->kv_cache_bytes());
+#endif
+  }
 }
 
 TEST_F(CudaEngineTest, WhatNoKernelTakesIsNamed) {

@@ -5,7 +5,9 @@
 // buffers have exactly their size there, and what is used after it was freed is found. What it
 // cannot find is a missing dependency between streams; compute-sanitizer and tests/gpu can.
 #include <cuda_runtime_api.h>
+#include <malloc.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -14,6 +16,7 @@
 namespace {
 
 constexpr size_t kTotalBytes = size_t{64} << 30;
+std::atomic<size_t> used_bytes = 0;
 
 int64_t& NanosecondsOf(cudaEvent_t event) {
   return *static_cast<int64_t*>(static_cast<void*>(event));
@@ -29,15 +32,18 @@ const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheHost"; }
 const char* cudaGetErrorString(cudaError_t) { return "error of the host's device"; }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
-  *free_bytes = kTotalBytes;
+  *free_bytes = kTotalBytes - used_bytes;
   *total_bytes = kTotalBytes;
   return cudaSuccess;
 }
 cudaError_t cudaMallocAsync(void** pointer, size_t n_bytes, cudaStream_t) {
   // The pool's alignment, which vectorized loads rely on.
-  return posix_memalign(pointer, 256, n_bytes) == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+  if (posix_memalign(pointer, 256, n_bytes) != 0) return cudaErrorMemoryAllocation;
+  used_bytes += malloc_usable_size(*pointer);
+  return cudaSuccess;
 }
 cudaError_t cudaFreeAsync(void* pointer, cudaStream_t) {
+  used_bytes -= malloc_usable_size(pointer);
   std::free(pointer);
   return cudaSuccess;
 }
