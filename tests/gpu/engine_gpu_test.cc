@@ -532,7 +532,8 @@ TEST_F(CudaEngineTest, SeveralModelsShareTheDevice) {
     ASSERT_OK(model);
     const int64_t free_bytes = (*model)->free_device_bytes().value();
     options.kv_cache_bytes = i == 2 ? 0 : kLimitBytes;
-    options.kv_memory_fraction = i == 2 ? static_cast<double>(kLimitBytes) / free_bytes : 0.9;
+    options.kv_memory_fraction =
+        i == 2 ? static_cast<double>(kLimitBytes) / static_cast<double>(free_bytes) : 0.9;
     const int64_t token_bytes = (*model)->kv_token_bytes();
     ASSERT_GT(64 * kContext * token_bytes, 2 * kLimitBytes) << "or nothing limits it";
     auto engine = Engine::Create(*std::move(model), options, Clock::Real());

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <atomic>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -44,6 +45,8 @@ constexpr int64_t kLeakMax = 24 << 20;
 class AliasTest : public ::testing::Test {
  protected:
   void SetUp() override {
+    const std::string models = service_.worker_data_dir() + "/models/";
+    std::filesystem::create_directories(models);
     for (size_t i = 0; i < kModels.size(); ++i) {
       const std::string source = dir_ / kModels[i];
       TinyModel({.seed = i + 1,
@@ -55,13 +58,17 @@ class AliasTest : public ::testing::Test {
                  .head_dim = 32})
           .WriteHf(source);
       ASSERT_OK_AND_ASSIGN(const auto checkpoint, Checkpoint::Open(source));
-      ASSERT_OK(testing::WriteTinyArtifact(*checkpoint,
-                                           service_.worker_data_dir() + "/models/" + kModels[i]));
+      ASSERT_OK(testing::WriteTinyArtifact(*checkpoint, models + kModels[i]));
     }
     ASSERT_OK(service_.Start());
     client::ClientOptions options{.address = service_.endpoint("coordinator", "grpc")};
     options.attempts_max = 1;
     client_ = std::make_unique<client::Client>(options);
+    // A registered worker's models are stored a moment later.
+    ASSERT_TRUE(WaitUntil([&] {
+      const auto models = client_->ListModels();
+      return models.ok() && models->models_size() == static_cast<int>(kModels.size());
+    }));
   }
 
   static v1::GenerateRequest Prompt(const std::string& model) {

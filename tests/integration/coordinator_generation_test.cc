@@ -656,7 +656,7 @@ TEST_F(CoordinatorGenerationTest, AnUnloadComesAfterTheRequestsThatWereSentBefor
   std::atomic<bool> is_sent = false, may_end = false, is_unloaded = false;
   worker->on_generate = [&](auto*, const auto&, auto*) {
     is_sent = true;
-    WaitUntil([&] { return may_end.load(); });
+    EXPECT_TRUE(WaitUntil([&] { return may_end.load(); }));
     EXPECT_FALSE(is_unloaded);
     return grpc::Status::OK;
   };

@@ -1,6 +1,7 @@
 #include "worker/service/options.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "common/device_choice.h"
@@ -128,6 +129,11 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
   log::Configure("worker", format, level);
   WALSH_RETURN_IF_ERROR(ParseDeviceChoice(options.device).status());
   WALSH_RETURN_IF_ERROR(ParseServeWhileQuantizing(options.serve_while_quantizing).status());
+  // The parser's range takes NaN.
+  if (std::isnan(options.kv_cache_free_memory_fraction)) {
+    return absl::InvalidArgumentError(absl::StrCat("--kv-cache-free-memory-fraction must be from ",
+                                                   kKvFractionMin, " to 1, is no number"));
+  }
   if (options.max_num_batched_tokens > 0 && options.max_num_batched_tokens < options.max_num_seqs) {
     return absl::InvalidArgumentError(
         absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,

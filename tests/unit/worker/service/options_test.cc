@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <utility>
@@ -74,12 +75,14 @@ TEST(WorkerOptionsTest, KvCachesAreLimitedInBytesAndInParts) {
   EXPECT_EQ(parse("--kv-cache-memory-bytes 4GiB")->kv_cache_memory_bytes, uint64_t{4} << 30);
   EXPECT_EQ(parse("--kv-cache-memory-bytes 500MB")->kv_cache_memory_bytes, 500'000'000u);
   EXPECT_EQ(parse("--kv-cache-free-memory-fraction 0.4")->kv_cache_free_memory_fraction, 0.4);
-  for (const char* bad :
-       {"--kv-cache-memory-bytes -1", "--kv-cache-memory-bytes much",
-        "--kv-cache-memory-bytes 9000PB", "--kv-cache-free-memory-fraction 0",
-        "--kv-cache-free-memory-fraction 1.1", "--kv-cache-free-memory-fraction nan"}) {
+  for (const char* bad : {"--kv-cache-memory-bytes -1", "--kv-cache-memory-bytes much",
+                          "--kv-cache-memory-bytes 9000PB", "--kv-cache-free-memory-fraction 0",
+                          "--kv-cache-free-memory-fraction 1.1"}) {
     EXPECT_FALSE(parse(bad).has_value()) << bad;
   }
+  EXPECT_THAT(
+      CheckWorkerOptions({.kv_cache_free_memory_fraction = std::nan("")}),
+      StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--kv-cache-free-memory-fraction")));
 }
 
 TEST(WorkerOptionsTest, StepsHoldWhatFlagsSayOrTheDeviceSuits) {
