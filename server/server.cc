@@ -224,7 +224,8 @@ void Server::Impl::UpdateModelHealth() {
     const auto state = states.find(id);
     const bool is_ready = state != states.end() && state->second == v1::Model::READY;
     // Its name means this model, whatever else has it.
-    is_ready ? void(ready.insert(alias)) : void(ready.erase(alias));
+    ready.erase(alias);
+    if (is_ready) ready.insert(alias);
   }
   grpc::HealthCheckServiceInterface* health = public_server->GetHealthCheckService();
   for (const std::string& id : ready) {

@@ -333,7 +333,8 @@ void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) 
                  "Also at a model that is not READY: requests are refused until it is");
   alias.footer(
       "Requests that were accepted before end with the model that they began with. An alias stands "
-      "wherever a\nmodel is used (generate, chat, tokenize, bench, eval, get, export); load, unload "
+      "wherever a\nmodel is used (generate, chat, tokenize, bench, eval, get, export); load, "
+      "unload "
       "and delete take models.");
   add("unalias", "Remove an alias; the model stays", RunUnalias)
       .add_option("NAME", flags->name)

@@ -1,5 +1,6 @@
-// walsh.v1.GenerationService: checks a request, finds the model that its name stands for and a worker
-// where that is READY, and passes the call on under the model's own name, which the answer tells.
+// walsh.v1.GenerationService: checks a request, finds the model that its name stands for and a
+// worker where that is READY, and passes the call on under the model's own name, which the answer
+// tells.
 #pragma once
 
 #include "server/api/call.h"

@@ -48,8 +48,9 @@ void AfterArrival(Core* core, const std::string& worker_id, const std::string& i
   if (core->registry->RequestsOf(worker_id, id) == 0 || core->clock->Monotonic() >= until) {
     return next();
   }
-  core->executor->PostAfter(
-      kArrivalCheck, [=, next = std::move(next)] { AfterArrival(core, worker_id, id, until, next); });
+  core->executor->PostAfter(kArrivalCheck, [=, next = std::move(next)] {
+    AfterArrival(core, worker_id, id, until, next);
+  });
 }
 
 // What is done to one replica: starts a call to its worker.

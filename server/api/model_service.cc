@@ -180,8 +180,8 @@ grpc::ServerWriteReactor<v1::ExportModelResponse>* ModelServiceImpl::ExportModel
   } else {
     worker = id.status();
   }
-  return ForwardConversion<v1::ExportModelResponse>(context, core_, "ExportModel", worker, forwarded,
-                                                    &fleet::WorkerClient::ExportModel);
+  return ForwardConversion<v1::ExportModelResponse>(context, core_, "ExportModel", worker,
+                                                    forwarded, &fleet::WorkerClient::ExportModel);
 }
 
 grpc::ServerWriteReactor<v1::ImportModelResponse>* ModelServiceImpl::ImportModel(

@@ -115,10 +115,10 @@ absl::Status ModelCatalog::CheckAlias(const std::string& alias, const std::strin
   {
     const absl::MutexLock lock(&mu_);
     if (const auto target = aliases_.find(model); target != aliases_.end()) {
-      return NotPossible(absl::StrCat("alias '", alias, "' cannot point at '", model,
-                                      "', an alias of model '", target->second,
-                                      "': name the model"),
-                         "ALIAS_OF_ALIAS", AliasName(model), "is an alias");
+      return NotPossible(
+          absl::StrCat("alias '", alias, "' cannot point at '", model, "', an alias of model '",
+                       target->second, "': name the model"),
+          "ALIAS_OF_ALIAS", AliasName(model), "is an alias");
     }
     if (!rows_.contains(model)) return NotFound("model", model);
     const bool is_new = !aliases_.contains(alias);
@@ -139,8 +139,8 @@ absl::Status ModelCatalog::CheckAlias(const std::string& alias, const std::strin
   if (target.state() == v1::Model::READY) return absl::OkStatus();
   return NotPossible(
       absl::StrCat("model '", model, "' is ", v1::Model::State_Name(target.state()),
-                   ", requests to alias '", alias, "' would fail: load it first (`walsh models load ",
-                   model, "`), or use force"),
+                   ", requests to alias '", alias,
+                   "' would fail: load it first (`walsh models load ", model, "`), or use force"),
       "MODEL_NOT_LOADED", ModelName(model), v1::Model::State_Name(target.state()));
 }
 

@@ -3,9 +3,9 @@
 // A model is known from the moment that its job has succeeded, or that a worker shows up with it,
 // and until it is deleted; where it is loaded is the workers' word alone.
 //
-// An alias points at one model, which is in the catalog for as long as it does. What is asked for by
-// an alias goes to the model that it points at in that moment: a request is resolved once, when it
-// is accepted, so that a switch changes nothing of those before it.
+// An alias points at one model, which is in the catalog for as long as it does. What is asked for
+// by an alias goes to the model that it points at in that moment: a request is resolved once, when
+// it is accepted, so that a switch changes nothing of those before it.
 //
 // Errors:  NOT_FOUND; those of the store.
 // Threads: safe. Learn, Forget, SetAlias and DeleteAlias may block on the disk, BeginDelete for

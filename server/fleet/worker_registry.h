@@ -90,7 +90,7 @@ class WorkerRegistry {
   struct Entry {
     v1::Worker worker;
     std::string address;
-    absl::Duration last_seen;  // monotonic
+    absl::Duration last_seen;                  // monotonic
     std::map<std::string, int> requests_sent;  // by model id, above 0
     std::map<std::string, int> closed;         // by model id, how often
     int evaluations_sent = 0;
