@@ -66,8 +66,8 @@ class AliasTest : public ::testing::Test {
     client_ = std::make_unique<client::Client>(options);
     // A registered worker's models are stored a moment later.
     ASSERT_TRUE(WaitUntil([&] {
-      const auto models = client_->ListModels();
-      return models.ok() && models->models_size() == static_cast<int>(kModels.size());
+      const auto known = client_->ListModels();
+      return known.ok() && known->models_size() == static_cast<int>(kModels.size());
     }));
   }
 
