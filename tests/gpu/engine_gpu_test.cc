@@ -425,19 +425,19 @@ TEST_F(CudaEngineTest, DrawnTokensAreThoseOfTheSampler) {
   ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));
   ModelRunner* runner = CudaRunner();
   if (runner == nullptr) return;
-  ASSERT_TRUE(runner->can_draw());
+  ASSERT_TRUE(runner->can_choose({}));
   Text text = MakeText(0, Tokens(40, 1));
   Step(*runner, {&text}, {20});
   // The last row again: as a row that decodes, and with one more as a prompt, of which the logits
   // differ in the last bits.
-  const auto last_rows = [&](int64_t n_rows, Wanted wanted, const Draw& draw) {
+  const auto last_rows = [&](int64_t n_rows, Wanted wanted, const Choice& choice) {
     StepBatch batch;
     batch.tokens = {text.tokens.begin() + 20 - n_rows, text.tokens.begin() + 20};
     batch.sequences = {{.n_rows = n_rows,
                         .n_past = 20 - n_rows,
                         .blocks = text.blocks,
                         .wanted = wanted,
-                        .draw = draw}};
+                        .choice = choice}};
     return batch;
   };
   std::set<int32_t> seen;
@@ -450,7 +450,8 @@ TEST_F(CudaEngineTest, DrawnTokensAreThoseOfTheSampler) {
                                     .top_k = seed % 3 == 0 ? 0 : 40,
                                     .min_p = seed % 5 == 0 ? 0.02 : 0.0,
                                     .seed = seed};
-      ASSERT_OK(runner->Run(last_rows(n_rows, Wanted::kDrawn, Sampler(options, {}, {}).DrawOf(0))));
+      ASSERT_OK(
+          runner->Run(last_rows(n_rows, Wanted::kChosen, Sampler(options, {}, {}).ChoiceOf(0))));
       std::vector<float> row = logits;
       EXPECT_EQ(runner->best(0), Sampler(options, {}, {}).Sample(row)->token) << seed;
       seen.insert(runner->best(0));

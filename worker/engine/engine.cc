@@ -374,7 +374,7 @@ std::optional<BatchingEngine::Flight> BatchingEngine::FlightAhead(const Flight& 
     return std::nullopt;
   }
   for (const Active& item : flight.active) {
-    // The token of a sequence that needs its logits is chosen here.
+    // The token of a sequence that needs its logits is chosen on the host.
     const bool is_of_device =
         item.sequence != nullptr && item.sequence->WantedOf(*runner_) != Wanted::kLogits;
     if (!is_of_device) return std::nullopt;
@@ -403,21 +403,28 @@ void BatchingEngine::StartAll(const std::vector<Start>& starts) {
 }
 
 void BatchingEngine::StartModel(Flight& flight, const Flight* before) {
+  std::unordered_map<SequenceId, size_t> index_before;
+  if (before != nullptr) {
+    index_before.reserve(before->active.size());
+    for (size_t i = 0; i < before->active.size(); ++i) {
+      index_before.emplace(before->active[i].chunk.id, i);
+    }
+  }
+  const uint64_t n_ahead = before == nullptr ? 0 : 1;
   StepBatch batch;
   for (const Active& item : flight.active) {
-    const bool samples = item.chunk.samples;
+    const Wanted wanted =
+        item.chunk.samples ? item.sequence->WantedOf(*runner_, n_ahead) : Wanted::kNothing;
     batch.sequences.push_back(
         {.first_row = static_cast<int64_t>(batch.tokens.size()),
          .n_rows = item.chunk.n_tokens,
          .n_past = item.chunk.first,
          .blocks = item.chunk.blocks,
-         .wanted = samples ? item.sequence->WantedOf(*runner_) : Wanted::kNothing,
-         .draw = item.sequence->DrawOf(before == nullptr ? 0 : 1)});
+         .wanted = wanted,
+         .choice = wanted == Wanted::kChosen ? item.sequence->ChoiceOf(n_ahead) : Choice{},
+         .id = item.chunk.id});
     if (before != nullptr) {
-      const auto is_same = [&](const Active& other) { return other.chunk.id == item.chunk.id; };
-      const auto it = std::find_if(before->active.begin(), before->active.end(), is_same);
-      batch.tokens.push_back(
-          StepBatch::FromStepBefore(static_cast<size_t>(it - before->active.begin())));
+      batch.tokens.push_back(StepBatch::FromStepBefore(index_before.at(item.chunk.id)));
       continue;
     }
     for (int64_t i = 0; i < item.chunk.n_tokens; ++i) {
@@ -507,12 +514,12 @@ void BatchingEngine::EndAll(std::unique_lock<std::mutex>& lock,
     stopped_.erase(ending.id);
     auto node = sequences_.extract(ending.id);
     ids_.erase(node.mapped()->request().id);
-    if (ahead_) {
-      for (Active& item : ahead_->active) {
-        if (item.chunk.id == ending.id) item.sequence = nullptr;
-      }
-    }
     ended.push_back(std::move(node.mapped()));
+  }
+  if (ahead_) {
+    for (Active& item : ahead_->active) {
+      if (!sequences_.contains(item.chunk.id)) item.sequence = nullptr;
+    }
   }
   const std::vector<BlockId> unused = scheduler_.TakeUnusedBlocks();
   lock.unlock();

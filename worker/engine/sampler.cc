@@ -41,7 +41,7 @@ Sampler::Sampler(const SamplingOptions& options, std::span<const int32_t> prompt
     : options_(options), ends_(options.stop_tokens) {
   if (!options.ignore_eos) ends_.insert(ends_.end(), eos.begin(), eos.end());
   if (wants_penalties()) {
-    for (const int32_t token : prompt) n_output_.try_emplace(token, 0);
+    for (const int32_t token : prompt) PlaceOf(token);
   }
 }
 
@@ -50,38 +50,62 @@ bool Sampler::wants_penalties() const {
          options_.frequency_penalty != 0.0;
 }
 
-absl::Status Sampler::NotFinite() const {
+absl::Status Sampler::Failure(int32_t code) const {
+  if (code == kNoTokenLeft) {
+    return absl::InternalError(
+        absl::StrCat("no token is left to choose for new token ", n_generated_));
+  }
   return absl::InternalError(
       absl::StrCat("the model's logits for new token ", n_generated_, " are not finite"));
 }
 
-bool Sampler::needs_logits() const {
-  return options_.temperature != 0.0 || options_.logprobs || wants_penalties() || excludes_ends();
+size_t Sampler::PlaceOf(int32_t token) {
+  const auto [it, is_new] = places_.try_emplace(token, seen_.size());
+  if (is_new) seen_.push_back({.token = token});
+  return it->second;
 }
 
-bool Sampler::only_draws() const {
-  return options_.temperature > 0.0 && !options_.logprobs && !wants_penalties() && !excludes_ends();
-}
-
-Draw Sampler::DrawOf(uint64_t n_ahead) const {
-  return {.temperature = options_.temperature,
-          .top_p = options_.top_p,
-          .min_p = options_.min_p,
-          .top_k = options_.top_k,
-          .seed = options_.seed,
-          .position = static_cast<uint64_t>(n_generated_) + n_ahead};
-}
-
-absl::StatusOr<TokenLogprob> Sampler::TakeBest(int32_t best) {
-  if (best < 0) return NotFinite();
+void Sampler::Count(int32_t token) {
+  if (wants_penalties()) {
+    last_place_ = PlaceOf(token);
+    ++seen_[last_place_].n_output;
+  }
   ++n_generated_;
-  return TokenLogprob{.token = best};
+}
+
+bool Sampler::needs_logits(uint64_t n_ahead) const {
+  return options_.temperature != 0.0 || options_.logprobs || wants_penalties() ||
+         excludes_ends(n_ahead);
+}
+
+Choice Sampler::ChoiceOf(uint64_t n_ahead) const {
+  Choice choice{.temperature = options_.temperature,
+                .top_p = options_.top_p,
+                .min_p = options_.min_p,
+                .repetition_penalty = options_.repetition_penalty,
+                .presence_penalty = options_.presence_penalty,
+                .frequency_penalty = options_.frequency_penalty,
+                .seed = options_.seed,
+                .position = static_cast<uint64_t>(n_generated_) + n_ahead,
+                .top_k = options_.top_k,
+                .n_top_logprobs = options_.logprobs ? options_.top_logprobs : -1,
+                .seen = seen_,
+                .n_counted = static_cast<uint64_t>(n_generated_),
+                .last_counted = last_place_};
+  if (excludes_ends(n_ahead)) choice.excluded = ends_;
+  return choice;
+}
+
+absl::StatusOr<TokenLogprob> Sampler::Take(TokenLogprob chosen) {
+  if (chosen.token < 0) return Failure(chosen.token);
+  Count(chosen.token);
+  return chosen;
 }
 
 absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
   TokenLogprob result;
   const int64_t raw_best = ArgMax(logits);
-  if (raw_best < 0 || std::isinf(logits[raw_best])) return NotFinite();
+  if (raw_best < 0 || std::isinf(logits[raw_best])) return Failure(kNotFinite);
   double log_sum_exp = 0;
   std::vector<float> raw;
   if (options_.logprobs) {
@@ -95,20 +119,16 @@ absl::StatusOr<TokenLogprob> Sampler::Sample(std::span<float> logits) {
   Penalize(logits);
   if (excludes_ends()) ExcludeEnds(logits);
   const int64_t best = wants_penalties() || excludes_ends() ? ArgMax(logits) : raw_best;
-  if (best < 0) {
-    return absl::InternalError(
-        absl::StrCat("no token is left to choose for new token ", n_generated_));
-  }
+  if (best < 0) return Failure(kNoTokenLeft);
   result.token = options_.temperature == 0.0 ? static_cast<int32_t>(best) : Choose(logits, best);
   if (options_.logprobs) result.logprob = raw[result.token] - log_sum_exp;
-  if (wants_penalties()) ++n_output_[result.token];
-  ++n_generated_;
+  Count(result.token);
   return result;
 }
 
 void Sampler::Penalize(std::span<float> logits) const {
   const auto repetition = static_cast<float>(options_.repetition_penalty);
-  for (const auto& [token, n_output] : n_output_) {
+  for (const auto& [token, n_output] : seen_) {
     if (token < 0 || static_cast<size_t>(token) >= logits.size()) continue;
     float& logit = logits[token];
     logit = logit > 0 ? logit / repetition : logit * repetition;

@@ -34,16 +34,14 @@ class Sampler {
   Sampler(const SamplingOptions& options, std::span<const int32_t> prompt,
           std::span<const int32_t> eos);
 
-  // Whether the next token takes more than the position of the largest logit: false for plain
-  // greedy sampling.
-  bool needs_logits() const;
-  // Whether all that it takes beside the logits is a draw: no penalties, exclusions or
-  // log-probabilities.
-  bool only_draws() const;
-  // The draw of the token that is `n_ahead` behind the next.
-  Draw DrawOf(uint64_t n_ahead) const;
-  // Takes that position, or what was drawn, as the next token; −1 is an error as below.
-  absl::StatusOr<TokenLogprob> TakeBest(int32_t best);
+  // Whether the token that is `n_ahead` behind the next takes more than the position of the largest
+  // logit: false for plain greedy sampling.
+  bool needs_logits(uint64_t n_ahead = 0) const;
+  // How a runner chooses that token. Valid until the next token is taken or sampled.
+  Choice ChoiceOf(uint64_t n_ahead) const;
+  // Takes what a runner chose as the next token, or the position of the largest logit where that is
+  // all that it needs; kNotFinite and kNoTokenLeft are errors as below.
+  absl::StatusOr<TokenLogprob> Take(TokenLogprob chosen);
   // Chooses a token from one row of logits, which it overwrites, and counts it as generated.
   // `logprob` and `top` (most probable first) are set when the options ask for log-probabilities.
   absl::StatusOr<TokenLogprob> Sample(std::span<float> logits);
@@ -63,8 +61,15 @@ class Sampler {
   };
 
   bool wants_penalties() const;
-  bool excludes_ends() const { return n_generated_ < options_.min_tokens; }
-  absl::Status NotFinite() const;
+  bool excludes_ends(uint64_t n_ahead = 0) const {
+    return n_generated_ + static_cast<int64_t>(n_ahead) < options_.min_tokens;
+  }
+  // Why there is no token.
+  absl::Status Failure(int32_t code) const;
+  // Counts a token as generated.
+  void Count(int32_t token);
+  // Where in seen_ a token is.
+  size_t PlaceOf(int32_t token);
   void Penalize(std::span<float> logits) const;
   void ExcludeEnds(std::span<float> logits) const;
   // `best`: the position of the largest logit.
@@ -77,8 +82,10 @@ class Sampler {
 
   SamplingOptions options_;
   std::vector<int32_t> ends_;  // EOS and stop tokens, excluded below min_tokens
-  // Tokens of prompt and output with their number in the output; empty without penalties.
-  std::unordered_map<int32_t, int> n_output_;
+  // Tokens of prompt and output, each once, and where they are; empty without penalties.
+  std::vector<SeenToken> seen_;
+  std::unordered_map<int32_t, size_t> places_;
+  size_t last_place_ = 0;  // of the token that was generated last
   int n_generated_ = 0;
   // Reused between calls.
   std::vector<Candidate> candidates_;

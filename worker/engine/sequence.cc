@@ -31,7 +31,7 @@ int32_t Sequence::TokenAt(int64_t position) const {
 absl::StatusOr<Sequence::Emission> Sequence::Sample(ModelRunner& runner, size_t index) {
   absl::StatusOr<TokenLogprob> sampled = WantedOf(runner) == Wanted::kLogits
                                              ? sampler_.Sample(runner.logits(index))
-                                             : sampler_.TakeBest(runner.best(index));
+                                             : sampler_.Take(runner.chosen(index));
   if (!sampled.ok()) return sampled.status();
   const int32_t token = sampled->token;
   output_.push_back(token);

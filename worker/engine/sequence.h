@@ -35,13 +35,14 @@ class Sequence {
     Delta delta;
     std::optional<FinishReason> finish;
   };
-  // What a step of this runner must make of this sequence for the next token.
-  Wanted WantedOf(const ModelRunner& runner) const {
-    if (!sampler_.needs_logits()) return Wanted::kBest;
-    return runner.can_draw() && sampler_.only_draws() ? Wanted::kDrawn : Wanted::kLogits;
+  // What a step of this runner must make of this sequence for the token that is `n_ahead` behind
+  // the next.
+  Wanted WantedOf(const ModelRunner& runner, uint64_t n_ahead = 0) const {
+    if (!sampler_.needs_logits(n_ahead)) return Wanted::kBest;
+    return runner.can_choose(ChoiceOf(n_ahead)) ? Wanted::kChosen : Wanted::kLogits;
   }
-  // The draw of the token that is `n_ahead` behind the next.
-  Draw DrawOf(uint64_t n_ahead) const { return sampler_.DrawOf(n_ahead); }
+  // How that token is chosen. Valid until the next Sample.
+  Choice ChoiceOf(uint64_t n_ahead) const { return sampler_.ChoiceOf(n_ahead); }
   // Samples from what the runner's last step made of it, as WantedOf said. An error concerns this
   // sequence alone.
   absl::StatusOr<Emission> Sample(ModelRunner& runner, size_t index);

@@ -17,6 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/engine/block_manager.h"
+#include "worker/engine/engine.h"
 #include "worker/io/artifact.h"
 #include "worker/io/model_config.h"
 #include "worker/kernels/thread_pool.h"
@@ -29,18 +30,45 @@ namespace walsh::engine {
 enum class Wanted {
   kNothing,
   kBest,    // the position of the largest logit of its last row
-  kDrawn,   // a token drawn by these logits; of a runner that can_draw()
+  kChosen,  // a token as its Choice says, of a runner that can_choose() by it
   kLogits,  // the logits, and the position of the largest
 };
 
-// How a token is drawn, as worker/engine/sampler.h has it without penalties and exclusions.
-struct Draw {
-  double temperature = 1;  // above 0
+// In place of a token.
+inline constexpr int32_t kNotFinite = -1;    // a NaN, +infinity, or nothing above −infinity
+inline constexpr int32_t kNoTokenLeft = -2;  // nothing above −infinity after the exclusions
+
+// A token of a sequence's prompt or output.
+struct SeenToken {
+  int32_t token = 0;
+  int32_t n_output = 0;  // how often it is in the output
+};
+
+// How a token is chosen: what worker/engine/sampler.h needs beside the logits.
+struct Choice {
+  double temperature = 1;  // 0: the largest logit
   double top_p = 1;
   double min_p = 0;
-  int32_t top_k = 0;  // 0: off
+  double repetition_penalty = 1;
+  double presence_penalty = 0;
+  double frequency_penalty = 0;
   uint64_t seed = 0;
   uint64_t position = 0;  // tokens generated before
+  int32_t top_k = 0;      // 0: off
+  // −1: no log-probabilities; otherwise the token's, and of so many of the most probable.
+  int32_t n_top_logprobs = -1;
+  // Must not be chosen: the same in all choices of a sequence that have any.
+  std::span<const int32_t> excluded = {};
+  // Where there are penalties, the tokens of the prompt and of the first n_counted of the output.
+  // Each is there once and keeps its place; new ones come at the end. A step that is still on its
+  // way may make the one that is missing from the output.
+  std::span<const SeenToken> seen = {};
+  uint64_t n_counted = 0;   // position, or one less
+  size_t last_counted = 0;  // where in `seen` the last of them is
+
+  bool has_penalties() const {
+    return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
+  }
 };
 
 // Rows of several sequences in one pass.
@@ -49,7 +77,10 @@ struct StepBatch {
     int64_t first_row = 0, n_rows = 0, n_past = 0;
     std::span<const BlockId> blocks;  // of the runner's KV memory, for n_past + n_rows tokens
     Wanted wanted = Wanted::kNothing;
-    Draw draw = {};  // where one is wanted
+    Choice choice = {};  // where a chosen token is wanted; valid until Start returns
+    // Its own among all sequences of the runner: by it the runner finds again what it keeps of the
+    // choices before.
+    uint64_t id = 0;
   };
   // [n_rows]; those of a sequence follow one another. FromStepBefore where a step that is still on
   // its way makes the token.
@@ -73,7 +104,8 @@ class ModelRunner {
  public:
   virtual ~ModelRunner() = default;
   virtual bool can_run_ahead() const { return false; }
-  virtual bool can_draw() const { return false; }
+  // Whether a chosen token of this choice may be wanted.
+  virtual bool can_choose(const Choice&) const { return false; }
   // INVALID_ARGUMENT for a batch that does not fit the model or its memory. Of a device that fails,
   // what worker/kernels/device_failure.h calls broken. Only a step that was started is waited for.
   virtual absl::Status Start(const StepBatch& batch) = 0;
@@ -86,8 +118,10 @@ class ModelRunner {
   }
   // What the step that was waited for last made of `batch.sequences[index]`, until the next Wait.
   // Several threads may ask, each for another sequence.
-  // The drawn token where one was wanted; −1 where the largest logit is not finite or one is NaN.
+  // The chosen token where one was wanted; kNotFinite or kNoTokenLeft where there is none.
   virtual int32_t best(size_t index) const = 0;
+  // That token with the log-probabilities that its choice asked for.
+  virtual TokenLogprob chosen(size_t index) const { return {.token = best(index)}; }
   virtual std::span<float> logits(size_t index) = 0;  // [vocab]; the caller may overwrite them
   // What the block holds is lost; its memory may go back to the system.
   virtual void Discard(BlockId block) = 0;

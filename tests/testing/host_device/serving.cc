@@ -144,13 +144,24 @@ std::vector<int32_t> MostProbable(std::span<const float> logits, int64_t n) {
 
 void ChangeLogits(const SampleRowsParams& p, const SampleRow& row, std::span<float> logits) {
   const auto is_token = [&](int32_t id) { return id >= 0 && id < p.vocab; };
-  for (int32_t i = row.first_seen; i < row.first_seen + row.n_seen; ++i) {
-    if (!is_token(p.seen[i].token)) continue;
-    float& logit = logits[p.seen[i].token];
+  std::vector<SeenToken> seen(p.seen + row.first_seen, p.seen + row.first_seen + row.n_seen);
+  if (row.uncounted >= 0) {
+    const int32_t token = p.made[row.uncounted];
+    const auto it = std::find_if(seen.begin(), seen.end(),
+                                 [&](const SeenToken& entry) { return entry.token == token; });
+    if (it == seen.end()) {
+      seen.push_back({.token = token, .n_output = 1});
+    } else {
+      ++it->n_output;
+    }
+  }
+  for (const SeenToken& entry : seen) {
+    if (!is_token(entry.token)) continue;
+    float& logit = logits[entry.token];
     const auto repetition = static_cast<float>(row.repetition_penalty);
     logit = logit > 0 ? logit / repetition : logit * repetition;
-    if (p.seen[i].n_output == 0) continue;
-    logit -= static_cast<float>(row.presence_penalty + row.frequency_penalty * p.seen[i].n_output);
+    if (entry.n_output == 0) continue;
+    logit -= static_cast<float>(row.presence_penalty + row.frequency_penalty * entry.n_output);
   }
   for (int32_t i = row.first_excluded; i < row.first_excluded + row.n_excluded; ++i) {
     if (is_token(p.excluded[i])) logits[p.excluded[i]] = -kInfinity;
@@ -184,6 +195,7 @@ int32_t Draw(const SampleRow& row, std::span<const float> logits, float largest)
 
 int32_t SampleOneRow(const SampleRowsParams& p, int64_t index, std::span<float> logits) {
   const SampleRow& row = p.rows[index];
+  if (row.changed_seen >= 0) p.seen[row.first_seen + row.changed_seen] = row.changed;
   const std::vector<float> raw(logits.begin(), logits.end());
   const int32_t raw_best = BestOf(raw);
   if (raw_best < 0 || std::isinf(raw[raw_best])) return kNotFinite;

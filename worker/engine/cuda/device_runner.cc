@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <map>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "common/status_macros.h"
 #include "worker/engine/cuda/captured_graph.h"
 #include "worker/engine/cuda/forward_pass.h"
+#include "worker/engine/cuda/token_chooser.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/event.h"
 #include "worker/kernels/cuda/pinned_buffer.h"
@@ -33,21 +35,6 @@ int64_t DecodeSize(int64_t n_sequences) {
   }
   constexpr int64_t kStep = 64;  // as many as one product takes
   return AlignedTo(n_sequences, kStep);
-}
-
-constexpr int64_t kDrawVocabMax = int64_t{1} << 20;  // of SampleRows
-
-// How the token of a sequence is chosen; true where it is drawn.
-bool SetDraw(const StepBatch::Sequence& sequence, ops::SampleRow& row) {
-  row = {};
-  if (sequence.wanted != Wanted::kDrawn) return false;
-  row.temperature = sequence.draw.temperature;
-  row.top_p = sequence.draw.top_p;
-  row.min_p = sequence.draw.min_p;
-  row.top_k = sequence.draw.top_k;
-  row.seed = sequence.draw.seed;
-  row.position = sequence.draw.position;
-  return true;
 }
 
 // What a pass knows of its rows, on the host and on the device: their tokens, then the KvBatch.
@@ -74,9 +61,10 @@ struct Image {
                                                cudaMemcpyHostToDevice, stream));
     return absl::OkStatus();
   }
-  ForwardPass::Rows Rows(const KvBatchLayout& layout, bool is_decode) const {
+  ForwardPass::Rows Rows(const KvBatchLayout& layout, const int32_t* made, bool is_decode) const {
     return {.n = layout.n_rows,
             .tokens = device.data(),
+            .made = made,
             .kv = layout.View(device.data() + AlignedTo(layout.n_rows, ops::kTableAlignment)),
             .is_decode = is_decode};
   }
@@ -85,23 +73,25 @@ struct Image {
 class DeviceRunner final : public ModelRunner {
  public:
   DeviceRunner(Context* context, const ModelConfig* config, const ServedModel::RunnerLimits& limits,
-               ForwardPass pass, bool use_graphs)
+               ForwardPass pass, TokenChooser chooser, bool use_graphs)
       : context_(*context),
         config_(*config),
         limits_(limits),
         use_graphs_(use_graphs),
-        pass_(std::move(pass)) {}
+        pass_(std::move(pass)),
+        chooser_(std::move(chooser)) {}
   ~DeviceRunner() override { context_.Synchronize().IgnoreError(); }
 
   absl::Status Prepare();
   bool can_run_ahead() const override { return true; }
-  bool can_draw() const override { return config_.vocab <= kDrawVocabMax; }
+  bool can_choose(const Choice& choice) const override { return chooser_.CanChoose(choice); }
   absl::Status Start(const StepBatch& batch) override;
   absl::Status Wait() override;
   int32_t best(size_t index) const override {
     Flight& flight = *flights_[done_];
     return flight.best()[static_cast<size_t>(flight.slots[index])];
   }
+  TokenLogprob chosen(size_t index) const override;
   std::span<float> logits(size_t index) override { return LogitsOf(*flights_[done_], index); }
   void Discard(BlockId) override {}  // the pool stays as it is
   int64_t kv_cache_bytes() const override { return pass_.kv_bytes(); }
@@ -111,11 +101,13 @@ class DeviceRunner final : public ModelRunner {
   // while another runs.
   struct Flight {
     Image decode_image, prefill_image;
-    PinnedBuffer best_host;    // [n_slots]
-    PinnedBuffer logits_host;  // [rows wanted in a step so far, vocab]
-    PinnedBuffer draws_host;   // [n_slots] SampleRow
-    DeviceBuffer<ops::SampleRow> draws;
-    // By DecodeSize, and whether tokens are drawn.
+    DeviceBuffer<int32_t> made;  // [n_slots], the tokens
+    PinnedBuffer best_host;      // likewise
+    PinnedBuffer logits_host;    // [rows wanted in a step so far, vocab]
+    PinnedBuffer choices_host;   // [n_slots] SampleRow
+    DeviceBuffer<ops::SampleRow> choices;
+    TokenChooser::Logprobs logprobs;  // [n_slots]
+    // By DecodeSize, and whether tokens are chosen other than as the largest logit's.
     std::map<std::pair<int64_t, bool>, CapturedGraph> graphs;
     ops::Event done;
     bool is_started = false;
@@ -123,14 +115,16 @@ class DeviceRunner final : public ModelRunner {
     std::vector<size_t> decoding, prefilling;
     std::vector<int64_t> slots;
     std::vector<int64_t> logits_rows;
+    std::vector<int32_t> n_top_logprobs;  // that its token has; −1: none
 
-    ops::SampleRow& draw(int64_t slot) {
-      return reinterpret_cast<ops::SampleRow*>(draws_host.span().data())[slot];
+    ops::SampleRow& choice(int64_t slot) {
+      return reinterpret_cast<ops::SampleRow*>(choices_host.span().data())[slot];
     }
     int32_t* best() { return reinterpret_cast<int32_t*>(best_host.span().data()); }
   };
 
-  absl::Status PrepareFlight(Flight& flight, const KvBatchLayout& largest);
+  absl::Status AllocateFlight(Flight& flight, const KvBatchLayout& largest);
+  absl::Status PrepareGraphs(Flight& flight);
   absl::Status CheckBatch(const StepBatch& batch) const;
   KvBatchLayout DecodeLayout(int64_t n_sequences) const;
   // Where the step before made the token, or the token.
@@ -138,11 +132,21 @@ class DeviceRunner final : public ModelRunner {
   // Writes what a pass over these sequences of the batch knows of its rows.
   absl::Status Fill(const StepBatch& batch, std::span<const size_t> sequences,
                     const KvBatchLayout& layout, Image& image) const;
-  // Where the tokens of sequences are drawn: sends how, from `first` on. Null: nowhere.
-  absl::StatusOr<const ops::SampleRow*> SendDraws(Flight& flight, bool draws, int64_t first,
-                                                  int64_t n);
+  // The tokens of the other step on its way.
+  const int32_t* MadeBefore(const Flight& flight) const {
+    return flights_[&flight == flights_[0].get() ? 1 : 0]->made.data();
+  }
+  // How the token of batch.sequences[index] is chosen; true where not as the largest logit's.
+  absl::StatusOr<bool> SetChoice(const StepBatch& batch, size_t index, Flight& flight);
+  // Logits of rows of `hidden` and their tokens, in slots from `first` on; where they are chosen,
+  // by what is sent first.
+  absl::Status QueueHead(Flight& flight, const float* hidden, int64_t n, int64_t first,
+                         bool chooses);
   // All of a decoding pass, as it is captured.
-  absl::Status QueueDecode(Flight& flight, const KvBatchLayout& layout, bool draws);
+  absl::Status QueueDecode(Flight& flight, const KvBatchLayout& layout, bool chooses);
+  // Log-probabilities of these sequences' tokens, whose n rows have slots from `first` on.
+  absl::Status FetchLogprobs(Flight& flight, std::span<const size_t> sequences, int64_t first,
+                             int64_t n);
   absl::Status Queue(const StepBatch& batch, Flight& flight);
   absl::Status Decode(const StepBatch& batch, Flight& flight);
   absl::Status Prefill(const StepBatch& batch, Flight& flight);
@@ -157,8 +161,9 @@ class DeviceRunner final : public ModelRunner {
   const ServedModel::RunnerLimits limits_;
   const bool use_graphs_;
   ForwardPass pass_;
+  TokenChooser chooser_;
   DeviceBuffer<float> last_rows_;  // [n_sequences, hidden], of sequences that are prefilled
-  // Places of logits and best tokens: first those of the largest decoding pass.
+  // Places of logits and tokens: first those of the largest decoding pass.
   int64_t n_decode_slots_ = 0;
   int64_t n_slots_ = 0;
   const std::array<std::unique_ptr<Flight>, 2> flights_ = {std::make_unique<Flight>(),
@@ -179,37 +184,52 @@ absl::Status DeviceRunner::Prepare() {
   WALSH_ASSIGN_OR_RETURN(
       last_rows_, DeviceBuffer<float>::Allocate(limits_.n_sequences * config_.hidden, stream));
   for (const std::unique_ptr<Flight>& flight : flights_) {
-    WALSH_RETURN_IF_ERROR(PrepareFlight(*flight, largest));
+    WALSH_RETURN_IF_ERROR(AllocateFlight(*flight, largest));
+  }
+  for (const std::unique_ptr<Flight>& flight : flights_) {
+    if (use_graphs_) WALSH_RETURN_IF_ERROR(PrepareGraphs(*flight));
   }
   return context_.Synchronize();
 }
 
-absl::Status DeviceRunner::PrepareFlight(Flight& flight, const KvBatchLayout& largest) {
+absl::Status DeviceRunner::AllocateFlight(Flight& flight, const KvBatchLayout& largest) {
   const cudaStream_t stream = context_.stream();
   WALSH_ASSIGN_OR_RETURN(flight.decode_image, Image::Allocate(Image::Size(largest), stream));
   WALSH_ASSIGN_OR_RETURN(flight.prefill_image, Image::Allocate(Image::Size(largest), stream));
-  WALSH_ASSIGN_OR_RETURN(flight.best_host,
-                         PinnedBuffer::Allocate(n_slots_ * static_cast<int64_t>(sizeof(int32_t))));
-  WALSH_ASSIGN_OR_RETURN(
-      flight.draws_host,
-      PinnedBuffer::Allocate(n_slots_ * static_cast<int64_t>(sizeof(ops::SampleRow))));
-  for (int64_t slot = 0; slot < n_slots_; ++slot) flight.draw(slot) = {};
-  WALSH_ASSIGN_OR_RETURN(flight.draws, DeviceBuffer<ops::SampleRow>::Allocate(n_slots_, stream));
-  if (!use_graphs_) return absl::OkStatus();
+  WALSH_ASSIGN_OR_RETURN(flight.made, DeviceBuffer<int32_t>::Allocate(n_slots_, stream));
+  WALSH_ASSIGN_OR_RETURN(flight.best_host, PinnedBuffer::Allocate(flight.made.size_bytes()));
+  WALSH_ASSIGN_OR_RETURN(flight.choices, DeviceBuffer<ops::SampleRow>::Allocate(n_slots_, stream));
+  WALSH_ASSIGN_OR_RETURN(flight.choices_host, PinnedBuffer::Allocate(flight.choices.size_bytes()));
+  for (int64_t slot = 0; slot < n_slots_; ++slot) flight.choice(slot) = {};
+  WALSH_ASSIGN_OR_RETURN(flight.logprobs, TokenChooser::Logprobs::Allocate(n_slots_));
+  return absl::OkStatus();
+}
+
+absl::Status DeviceRunner::PrepareGraphs(Flight& flight) {
+  const cudaStream_t stream = context_.stream();
   for (int64_t size = 1; size <= n_decode_slots_; size = DecodeSize(size + 1)) {
     const KvBatchLayout layout = DecodeLayout(size);
     WALSH_RETURN_IF_ERROR(Fill({}, {}, layout, flight.decode_image));
-    // Loads what it launches; graphs that draw are captured when they are first needed.
-    for (const bool draws : {false, size == 1 && can_draw()}) {
-      WALSH_RETURN_IF_ERROR(QueueDecode(flight, layout, draws));
+    // Loads what it launches; graphs that choose are captured when they are first needed.
+    for (const bool chooses : {false, size == 1 && can_choose({})}) {
+      WALSH_RETURN_IF_ERROR(QueueDecode(flight, layout, chooses));
       // Before the image is filled again.
       WALSH_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream));
     }
     WALSH_ASSIGN_OR_RETURN((flight.graphs[{size, false}]), CapturedGraph::Capture(stream, [&] {
-                             return QueueDecode(flight, layout, /*draws=*/false);
+                             return QueueDecode(flight, layout, /*chooses=*/false);
                            }));
   }
   return absl::OkStatus();
+}
+
+TokenLogprob DeviceRunner::chosen(size_t index) const {
+  TokenLogprob token{.token = best(index)};
+  const Flight& flight = *flights_[done_];
+  if (const int32_t n_top = flight.n_top_logprobs[index]; n_top >= 0 && token.token >= 0) {
+    flight.logprobs.Fill(flight.slots[index], n_top, token);
+  }
+  return token;
 }
 
 KvBatchLayout DeviceRunner::DecodeLayout(int64_t n_sequences) const {
@@ -272,44 +292,78 @@ absl::Status DeviceRunner::Fill(const StepBatch& batch, std::span<const size_t> 
                      values.subspan(static_cast<size_t>(n_token_places)));
 }
 
-absl::StatusOr<const ops::SampleRow*> DeviceRunner::SendDraws(Flight& flight, bool draws,
-                                                              int64_t first, int64_t n) {
-  if (!draws) return nullptr;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.draws.data() + first, &flight.draw(first),
-                                             static_cast<size_t>(n) * sizeof(ops::SampleRow),
-                                             cudaMemcpyHostToDevice, context_.stream()));
-  return flight.draws.data() + first;
+absl::StatusOr<bool> DeviceRunner::SetChoice(const StepBatch& batch, size_t index, Flight& flight) {
+  const StepBatch::Sequence& sequence = batch.sequences[index];
+  ops::SampleRow& row = flight.choice(flight.slots[index]);
+  row = {};
+  if (sequence.wanted != Wanted::kChosen) return false;
+  const int32_t last = batch.tokens[static_cast<size_t>(sequence.first_row + sequence.n_rows - 1)];
+  std::optional<int64_t> made_at;
+  if (last < 0) made_at = flights_[1 - next_]->slots[StepBatch::IndexBefore(last)];
+  WALSH_ASSIGN_OR_RETURN(row, chooser_.RowOf(sequence, made_at));
+  flight.n_top_logprobs[index] =
+      static_cast<int32_t>(std::min<int64_t>(row.n_top_logprobs, config_.vocab));
+  return true;
 }
 
-absl::Status DeviceRunner::QueueDecode(Flight& flight, const KvBatchLayout& layout, bool draws) {
-  WALSH_RETURN_IF_ERROR(flight.decode_image.Send(layout, context_.stream()));
-  WALSH_ASSIGN_OR_RETURN(const ops::SampleRow* rows, SendDraws(flight, draws, 0, layout.n_rows));
-  WALSH_RETURN_IF_ERROR(pass_.Layers(flight.decode_image.Rows(layout, /*is_decode=*/true)));
-  WALSH_RETURN_IF_ERROR(pass_.Head(pass_.hidden(), layout.n_rows, 0, rows));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.best(), pass_.best(),
-                                             static_cast<size_t>(layout.n_rows) * sizeof(int32_t),
+absl::Status DeviceRunner::QueueHead(Flight& flight, const float* hidden, int64_t n, int64_t first,
+                                     bool chooses) {
+  ops::SampleRowsParams choice = chooser_.Params(first);
+  if (chooses) {
+    choice.rows = flight.choices.data() + first;
+    WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.choices.data() + first, &flight.choice(first),
+                                               static_cast<size_t>(n) * sizeof(ops::SampleRow),
+                                               cudaMemcpyHostToDevice, context_.stream()));
+  }
+  choice.made = MadeBefore(flight);
+  choice.ids = flight.made.data() + first;
+  WALSH_RETURN_IF_ERROR(pass_.Head(hidden, n, first, choice));
+  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(flight.best() + first, choice.ids,
+                                             static_cast<size_t>(n) * sizeof(int32_t),
                                              cudaMemcpyDeviceToHost, context_.stream()));
   return absl::OkStatus();
 }
 
+absl::Status DeviceRunner::QueueDecode(Flight& flight, const KvBatchLayout& layout, bool chooses) {
+  WALSH_RETURN_IF_ERROR(flight.decode_image.Send(layout, context_.stream()));
+  WALSH_RETURN_IF_ERROR(
+      pass_.Layers(flight.decode_image.Rows(layout, MadeBefore(flight), /*is_decode=*/true)));
+  return QueueHead(flight, pass_.hidden(), layout.n_rows, 0, chooses);
+}
+
+absl::Status DeviceRunner::FetchLogprobs(Flight& flight, std::span<const size_t> sequences,
+                                         int64_t first, int64_t n) {
+  const bool has_any = std::any_of(sequences.begin(), sequences.end(),
+                                   [&](size_t index) { return flight.n_top_logprobs[index] >= 0; });
+  return has_any ? chooser_.Fetch(first, n, flight.logprobs) : absl::OkStatus();
+}
+
 absl::Status DeviceRunner::Decode(const StepBatch& batch, Flight& flight) {
-  const int64_t size = DecodeSize(static_cast<int64_t>(flight.decoding.size()));
+  const auto n_sequences = static_cast<int64_t>(flight.decoding.size());
+  const int64_t size = DecodeSize(n_sequences);
   const KvBatchLayout layout = DecodeLayout(size);
   WALSH_RETURN_IF_ERROR(Fill(batch, flight.decoding, layout, flight.decode_image));
-  bool draws = false;
-  for (size_t i = 0; i < flight.decoding.size(); ++i) {
-    const auto slot = static_cast<int64_t>(i);
-    flight.slots[flight.decoding[i]] = slot;
-    draws |= SetDraw(batch.sequences[flight.decoding[i]], flight.draw(slot));
+  bool chooses = false;
+  for (int64_t slot = 0; slot < n_sequences; ++slot) {
+    const size_t index = flight.decoding[static_cast<size_t>(slot)];
+    flight.slots[index] = slot;
+    WALSH_ASSIGN_OR_RETURN(const bool is_chosen, SetChoice(batch, index, flight));
+    chooses |= is_chosen;
   }
-  if (!use_graphs_) return QueueDecode(flight, layout, draws);
-  CapturedGraph& graph = flight.graphs[{size, draws}];
-  if (graph.is_empty()) {
-    WALSH_ASSIGN_OR_RETURN(graph, CapturedGraph::Capture(context_.stream(), [&] {
-                             return QueueDecode(flight, layout, draws);
-                           }));
+  // Rows of no sequence must not change a list of one that was there before.
+  for (int64_t slot = n_sequences; slot < size; ++slot) flight.choice(slot) = {};
+  if (use_graphs_) {
+    CapturedGraph& graph = flight.graphs[{size, chooses}];
+    if (graph.is_empty()) {
+      WALSH_ASSIGN_OR_RETURN(graph, CapturedGraph::Capture(context_.stream(), [&] {
+                               return QueueDecode(flight, layout, chooses);
+                             }));
+    }
+    WALSH_RETURN_IF_ERROR(graph.Launch(context_.stream()));
+  } else {
+    WALSH_RETURN_IF_ERROR(QueueDecode(flight, layout, chooses));
   }
-  return graph.Launch(context_.stream());
+  return FetchLogprobs(flight, flight.decoding, 0, n_sequences);
 }
 
 absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
@@ -328,11 +382,12 @@ absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
   }
   WALSH_RETURN_IF_ERROR(Fill(batch, flight.prefilling, layout, flight.prefill_image));
   WALSH_RETURN_IF_ERROR(flight.prefill_image.Send(layout, stream));
-  WALSH_RETURN_IF_ERROR(pass_.Layers(flight.prefill_image.Rows(layout, /*is_decode=*/false)));
+  WALSH_RETURN_IF_ERROR(
+      pass_.Layers(flight.prefill_image.Rows(layout, MadeBefore(flight), /*is_decode=*/false)));
 
   int64_t row = 0;
   int64_t n_wanted = 0;
-  bool draws = false;
+  bool chooses = false;
   for (const size_t index : flight.prefilling) {
     const StepBatch::Sequence& sequence = batch.sequences[index];
     row += sequence.n_rows;
@@ -341,16 +396,12 @@ absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
         last_rows_.data() + n_wanted * config_.hidden, pass_.hidden() + (row - 1) * config_.hidden,
         static_cast<size_t>(config_.hidden) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
     flight.slots[index] = n_decode_slots_ + n_wanted++;
-    draws |= SetDraw(sequence, flight.draw(flight.slots[index]));
+    WALSH_ASSIGN_OR_RETURN(const bool is_chosen, SetChoice(batch, index, flight));
+    chooses |= is_chosen;
   }
   if (n_wanted == 0) return absl::OkStatus();
-  WALSH_ASSIGN_OR_RETURN(const ops::SampleRow* rows,
-                         SendDraws(flight, draws, n_decode_slots_, n_wanted));
-  WALSH_RETURN_IF_ERROR(pass_.Head(last_rows_.data(), n_wanted, n_decode_slots_, rows));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
-      flight.best() + n_decode_slots_, pass_.best() + n_decode_slots_,
-      static_cast<size_t>(n_wanted) * sizeof(int32_t), cudaMemcpyDeviceToHost, stream));
-  return absl::OkStatus();
+  WALSH_RETURN_IF_ERROR(QueueHead(flight, last_rows_.data(), n_wanted, n_decode_slots_, chooses));
+  return FetchLogprobs(flight, flight.prefilling, n_decode_slots_, n_wanted);
 }
 
 absl::Status DeviceRunner::FetchLogits(const StepBatch& batch, Flight& flight) {
@@ -391,12 +442,15 @@ absl::Status DeviceRunner::Start(const StepBatch& batch) {
   flight.prefilling.clear();
   flight.slots.assign(batch.sequences.size(), 0);
   flight.logits_rows.assign(batch.sequences.size(), 0);
+  flight.n_top_logprobs.assign(batch.sequences.size(), -1);
+  chooser_.BeginStep();
   for (size_t i = 0; i < batch.sequences.size(); ++i) {
     (batch.sequences[i].n_rows == 1 ? flight.decoding : flight.prefilling).push_back(i);
   }
   if (absl::Status status = Queue(batch, flight); !status.ok()) {
     // What was queued reads this flight's memory, which the next step may be written to.
     context_.Synchronize().IgnoreError();
+    chooser_.Forget();
     return status;
   }
   flight.is_started = true;
@@ -425,8 +479,14 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
                                               .n_logits = n_decode + limits.n_sequences,
                                               .n_blocks = limits.n_blocks,
                                               .batch_invariant = options.batch_invariant}));
-  auto runner =
-      std::make_unique<DeviceRunner>(context, config, limits, std::move(pass), options.use_graphs);
+  WALSH_ASSIGN_OR_RETURN(TokenChooser chooser,
+                         TokenChooser::Create({.n_sequences = limits.n_sequences,
+                                               .n_context = limits.n_context,
+                                               .n_rows = n_decode + limits.n_sequences,
+                                               .vocab = config->vocab},
+                                              context->stream()));
+  auto runner = std::make_unique<DeviceRunner>(context, config, limits, std::move(pass),
+                                               std::move(chooser), options.use_graphs);
   WALSH_RETURN_IF_ERROR(runner->Prepare());
   return runner;
 }

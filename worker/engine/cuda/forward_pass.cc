@@ -97,7 +97,6 @@ absl::Status ForwardPass::Allocate() {
   constexpr int64_t kLogitsAlignment = 4;  // of ArgMax
   logits_stride_ = (c.vocab + kLogitsAlignment - 1) / kLogitsAlignment * kLogitsAlignment;
   WALSH_RETURN_IF_ERROR(AllocateZeros(logits_, limits_.n_logits * logits_stride_, stream));
-  WALSH_RETURN_IF_ERROR(AllocateZeros(best_, limits_.n_logits, stream));
   return AllocateZeros(arg_max_workspace_, 2 * limits_.n_logits, stream);
 }
 
@@ -111,7 +110,7 @@ absl::Status ForwardPass::Layers(const Rows& rows) {
                                         .dim = config_->hidden,
                                         .vocab = config_->vocab,
                                         .ids = rows.tokens,
-                                        .made = best_.data(),
+                                        .made = rows.made,
                                         .table = weights_->embedding.data(),
                                         .scale = static_cast<float>(config_->embedding_scale),
                                         .hidden = hidden_.data(),
@@ -413,7 +412,7 @@ absl::StatusOr<const bf16*> ForwardPass::Dequantized(const Product& product) {
 }
 
 absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first,
-                               const ops::SampleRow* draws) {
+                               ops::SampleRowsParams choice) {
   WALSH_RETURN_IF_ERROR(InChunks(n, [&](int64_t row, int64_t n_chunk) {
     ops::LowBitMatmulParams params = MultiplyNormed(weights_->head, weights_->final_norm,
                                                     hidden + row * config_->hidden, n_chunk);
@@ -421,21 +420,21 @@ absl::Status ForwardPass::Head(const float* hidden, int64_t n, int64_t first,
     params.y_stride = logits_stride_;
     return ops::LowBitMatmul(params);
   }));
-  if (draws != nullptr) {
-    return ops::SampleRows({.n_rows = n,
-                            .vocab = config_->vocab,
-                            .logits = logits_.data() + first * logits_stride_,
-                            .stride = logits_stride_,
-                            .rows = draws,
-                            .ids = best_.data() + first,
-                            .overlap_previous = true,
-                            .stream = context_->stream()});
+  float* logits = logits_.data() + first * logits_stride_;
+  if (choice.rows != nullptr) {
+    choice.n_rows = n;
+    choice.vocab = config_->vocab;
+    choice.logits = logits;
+    choice.stride = logits_stride_;
+    choice.overlap_previous = true;
+    choice.stream = context_->stream();
+    return ops::SampleRows(choice);
   }
   return ops::ArgMax({.n_rows = n,
                       .vocab = config_->vocab,
-                      .logits = logits_.data() + first * logits_stride_,
+                      .logits = logits,
                       .stride = logits_stride_,
-                      .ids = best_.data() + first,
+                      .ids = choice.ids,
                       .workspace = arg_max_workspace_.data() + 2 * first,
                       .overlap_previous = true,
                       .stream = context_->stream()});

@@ -47,22 +47,22 @@ class ForwardPass {
 
   struct Rows {
     int64_t n = 0;
-    // [n] on the device; −1 − i: the token that best() has at i.
+    // [n] on the device; −1 − i: the token at made[i].
     const int32_t* tokens = nullptr;
+    const int32_t* made = nullptr;
     kernels::cuda::KvBatch kv;  // all n rows
     bool is_decode = false;     // a row for each sequence
   };
   absl::Status Layers(const Rows& rows);
-  // Logits of rows of `hidden` [n, hidden] and their tokens: the positions of their largest, or
-  // what `draws` [n] on the device says. Rows and places are those of logits() and best() from
-  // `first` on.
+  // Logits of rows of `hidden` [n, hidden], in logits() from `first` on, and their tokens in
+  // choice.ids: the positions of their largest, or where choice.rows is set what SampleRows makes
+  // of it. Logits and their sizes are filled in here.
   absl::Status Head(const float* hidden, int64_t n, int64_t first,
-                    const kernels::cuda::SampleRow* draws);
+                    kernels::cuda::SampleRowsParams choice);
 
   // What Layers left.
   const float* hidden() const { return hidden_.data(); }
   const float* logits(int64_t row) const { return logits_.data() + row * logits_stride_; }
-  const int32_t* best() const { return best_.data(); }
   int64_t kv_bytes() const { return pool_.size_bytes(); }
 
   // Three products of as many rows as LowBitMatmul takes.
@@ -136,7 +136,6 @@ class ForwardPass {
   DeviceBuffer<std::byte> workspace_;  // of products
   DeviceBuffer<float> logits_;
   int64_t logits_stride_ = 0;
-  DeviceBuffer<int32_t> best_;
   DeviceBuffer<unsigned long long> arg_max_workspace_;
 };
 

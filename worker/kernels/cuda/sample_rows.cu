@@ -95,6 +95,7 @@ struct Shared {
   Cut cut;
   int located;
   float raw_logit;
+  float unlisted_logit;
   // In the first CTA: the most probable tokens, in any order.
   unsigned n_top;
   PeakKey top[kTopLogprobsMax];
@@ -465,16 +466,39 @@ __device__ __forceinline__ void WriteTop(const Shared& shared, const Logprobs& l
   values[place] = logprobs.Of(PeakValue(key));
 }
 
-__device__ __forceinline__ void Penalize(const RowCluster& cluster, const SampleRowsParams& p,
-                                         const SampleRow& row) {
+// Entry i of a row's seen tokens. What changes is read from the row, as nobody waits until it is
+// written.
+__device__ __forceinline__ SeenToken SeenAt(const SampleRowsParams& p, const SampleRow& row,
+                                            int i) {
+  return i == row.changed_seen ? row.changed : p.seen[row.first_seen + i];
+}
+
+// Returns the token that is not counted yet where it is this CTA's and not in the list either,
+// otherwise −1.
+__device__ __forceinline__ int Penalize(const RowCluster& cluster, Shared& shared,
+                                        const SampleRowsParams& p, const SampleRow& row) {
+  const int uncounted = row.uncounted < 0 ? -1 : p.made[row.uncounted];
+  bool is_listed = false;
   for (int i = static_cast<int>(threadIdx.x); i < row.n_seen; i += kThreads) {
-    const SeenToken seen = p.seen[row.first_seen + i];
+    SeenToken seen = SeenAt(p, row, i);
     if (!cluster.Has(seen.token)) continue;
+    if (seen.token == uncounted) {
+      is_listed = true;
+      ++seen.n_output;
+    }
     float& logit = cluster.logit(seen.token);
     if (row.n_top_logprobs >= 0) p.seen_logits[row.first_seen + i] = logit;
     logit = Penalized(logit, seen.n_output, row);
   }
+  const bool is_in_list = __syncthreads_or(is_listed ? 1 : 0) != 0;
+  if (is_in_list || !cluster.Has(uncounted)) return -1;
+  if (threadIdx.x == 0) {
+    float& logit = cluster.logit(uncounted);
+    shared.unlisted_logit = logit;
+    logit = Penalized(logit, 1, row);
+  }
   __syncthreads();
+  return uncounted;
 }
 
 __device__ __forceinline__ void Exclude(const RowCluster& cluster, const SampleRowsParams& p,
@@ -486,15 +510,18 @@ __device__ __forceinline__ void Exclude(const RowCluster& cluster, const SampleR
   __syncthreads();
 }
 
-// The logit of a token of this CTA before it was penalized.
+// The logit of a token of this CTA before it was penalized; `unlisted` as Penalize returned it.
 __device__ __forceinline__ float RawLogit(const RowCluster& cluster, Shared& shared,
                                           const SampleRowsParams& p, const SampleRow& row,
-                                          int token) {
-  if (threadIdx.x == 0) shared.raw_logit = cluster.logit(token);
+                                          int unlisted, int token) {
+  if (threadIdx.x == 0) {
+    shared.raw_logit = token == unlisted ? shared.unlisted_logit : cluster.logit(token);
+  }
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < row.n_seen; i += kThreads) {
-    const int at = row.first_seen + i;
-    if (p.seen[at].token == token) shared.raw_logit = p.seen_logits[at];
+    if (SeenAt(p, row, i).token == token) {
+      shared.raw_logit = p.seen_logits[row.first_seen + i];
+    }
   }
   __syncthreads();
   return shared.raw_logit;
@@ -510,6 +537,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
   LetNextKernelStart();
   const SampleRow& row = p.rows[blockIdx.y];
   const bool is_writer = cluster.IsFirst() && threadIdx.x == 0;
+  if (is_writer && row.changed_seen >= 0) p.seen[row.first_seen + row.changed_seen] = row.changed;
 
   const PeakKey raw_peak = cluster.FindPeak();
   if (PeakPosition(raw_peak) < 0 || isinf(PeakValue(raw_peak))) {
@@ -528,8 +556,9 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
   }
 
   PeakKey peak = raw_peak;
-  if (row.n_seen > 0 || row.n_excluded > 0) {
-    Penalize(cluster, p, row);
+  int unlisted = -1;
+  if (row.n_seen > 0 || row.uncounted >= 0 || row.n_excluded > 0) {
+    unlisted = Penalize(cluster, shared, p, row);
     Exclude(cluster, p, row);
     peak = cluster.FindPeak();
   }
@@ -544,7 +573,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads)
   }
   if (is_writer) p.ids[blockIdx.y] = token;
   if (n_top >= 0 && cluster.Has(token)) {
-    const float logit = RawLogit(cluster, shared, p, row, token);
+    const float logit = RawLogit(cluster, shared, p, row, unlisted, token);
     if (threadIdx.x == 0) p.logprobs[blockIdx.y] = logprobs.Of(logit);
   }
 }

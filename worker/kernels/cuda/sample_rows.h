@@ -39,8 +39,14 @@ struct SampleRow {
   uint64_t position = 0;  // tokens generated so far
   int32_t top_k = 0;      // 0: off
   // The penalized tokens, each once, in SampleRowsParams::seen.
-  int32_t first_seen = 0;
+  int64_t first_seen = 0;
   int32_t n_seen = 0;
+  // Of these, the one that becomes `changed` first, and stays it; −1: none.
+  int32_t changed_seen = -1;
+  SeenToken changed = {};
+  // Where SampleRowsParams::made has a token that is in the output once more than `seen` says; −1:
+  // nowhere. `seen` stays as it is.
+  int32_t uncounted = -1;
   // Tokens that must not be chosen, in SampleRowsParams::excluded.
   int32_t first_excluded = 0;
   int32_t n_excluded = 0;
@@ -61,9 +67,10 @@ struct SampleRowsParams {
   float* logits = nullptr;
   int64_t stride = 0;                 // 0: vocab; a multiple of 4
   const SampleRow* rows = nullptr;    // [n_rows]
-  const SeenToken* seen = nullptr;    // ids outside the vocabulary are passed over, here and below
+  SeenToken* seen = nullptr;          // ids outside the vocabulary are passed over, here and below
   const int32_t* excluded = nullptr;  // or null where no row has any, as `seen`
   float* seen_logits = nullptr;       // a place for each of `seen`, for rows with log-probabilities
+  const int32_t* made = nullptr;      // tokens of a launch before; apart from ids
   int32_t* ids = nullptr;             // [n_rows]
   // Of the logits before the penalties, where a row asks for them; otherwise nothing is written.
   float* logprobs = nullptr;   // [n_rows], of the token

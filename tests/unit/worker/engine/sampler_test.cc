@@ -290,9 +290,9 @@ TEST(SamplerTest, TheBestTokenCountsAsGenerated) {
   std::vector<float> logits = {9, 3, 5};
   EXPECT_EQ(sampler.Sample(logits)->token, 2);
   ASSERT_FALSE(sampler.needs_logits());
-  EXPECT_EQ(sampler.TakeBest(1)->token, 1);
+  EXPECT_EQ(sampler.Take({.token = 1})->token, 1);
   EXPECT_EQ(sampler.n_generated(), 2);
-  EXPECT_THAT(sampler.TakeBest(-1),
+  EXPECT_THAT(sampler.Take({.token = kNotFinite}),
               StatusIs(absl::StatusCode::kInternal, HasSubstr("new token 2 are not finite")));
 }
 
