@@ -2,6 +2,7 @@
 //
 // What is behind a row is NaN, as are outputs before a call.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -34,6 +35,7 @@ struct Batch {
   std::vector<SampleRow> rows = {};
   std::vector<SeenToken> seen = {};
   std::vector<int32_t> excluded = {};
+  std::vector<int32_t> made = {};
 
   explicit Batch(int64_t vocab_size) : vocab(vocab_size), stride((vocab_size + 3) / 4 * 4 + 4) {}
   void Add(const std::vector<float>& row_logits, SampleRow row,
@@ -69,6 +71,7 @@ struct DeviceBatch {
   DeviceBuffer<SeenToken> seen;
   DeviceBuffer<int32_t> excluded;
   DeviceBuffer<float> seen_logits;
+  DeviceBuffer<int32_t> made;
   DeviceBuffer<int32_t> ids;
   DeviceBuffer<float> logprobs;
   DeviceBuffer<int32_t> top_ids;
@@ -85,6 +88,7 @@ class SampleRowsGpuTest : public GpuTest {
                   .seen = Upload(b.seen),
                   .excluded = Upload(b.excluded),
                   .seen_logits = Poisoned<float>(static_cast<int64_t>(b.seen.size())),
+                  .made = Upload(b.made),
                   .ids = Poisoned<int32_t>(n),
                   .logprobs = Poisoned<float>(n),
                   .top_ids = Poisoned<int32_t>(n * kTopLogprobsMax),
@@ -98,6 +102,7 @@ class SampleRowsGpuTest : public GpuTest {
                 .seen = d.seen.data(),
                 .excluded = d.excluded.data(),
                 .seen_logits = d.seen_logits.data(),
+                .made = d.made.data(),
                 .ids = d.ids.data(),
                 .logprobs = d.logprobs.data(),
                 .top_ids = d.top_ids.data(),
@@ -504,6 +509,86 @@ TEST_F(SampleRowsGpuTest, SameTokensAloneAndInABatch) {
               {run.batch.excluded.begin() + row.first_excluded,
                run.batch.excluded.begin() + row.first_excluded + row.n_excluded});
     EXPECT_EQ(Run(alone).ids.front(), together.ids[i]) << i;
+  }
+}
+
+// However a row is told of its seen tokens, it is the same as when all are in the list; and what
+// has changed is in the list from then on.
+TEST_F(SampleRowsGpuTest, ChangedAndUncountedTokensAreAsIfTheyWereListed) {
+  for (const int64_t vocab : {40, 5003, 40000}) {
+    SCOPED_TRACE(vocab);
+    CpuRun run = RunOnCpu(vocab, 1.0f, 20, 6);
+    std::vector<int> n_of_kind(6);
+    Batch told(vocab);
+    for (size_t i = 0; i < run.batch.rows.size(); ++i) {
+      run.batch.rows[i].n_top_logprobs = static_cast<int32_t>(i % 3) - 1;
+      SampleRow row = run.batch.rows[i];
+      const auto listed = run.batch.seen.begin() + row.first_seen;
+      std::vector<SeenToken> seen(listed, listed + row.n_seen);
+      const auto kind = static_cast<int32_t>((i + i / 6) % 6);
+      // 0: as it is. 1: another number. 2: a new entry. 3: one more of a token in the list.
+      // 4: a token that is not there. 5: one that changes and is made once more.
+      int32_t place = kind == 0 ? row.n_seen : row.n_seen - 1;
+      if (kind >= 3) {
+        const auto is_made = [&](SeenToken s) {
+          return kind == 4 ? s.n_output == 1 : s.n_output > 0;
+        };
+        place =
+            static_cast<int32_t>(std::find_if(seen.begin(), seen.end(), is_made) - seen.begin());
+      }
+      if (place < row.n_seen) {
+        ++n_of_kind[static_cast<size_t>(kind)];
+        SeenToken& entry = seen[static_cast<size_t>(place)];
+        if (kind >= 3) {
+          row.uncounted = static_cast<int32_t>(told.made.size());
+          told.made.push_back(entry.token);
+          --entry.n_output;
+        }
+        if (kind == 1 || kind == 2 || kind == 5) {
+          row.changed_seen = place;
+          row.changed = entry;
+          entry = kind == 2 ? SeenToken{-7, 99} : SeenToken{entry.token, entry.n_output + 3};
+        }
+        if (kind == 4) seen.erase(seen.begin() + place);
+      }
+      const auto excluded = run.batch.excluded.begin() + row.first_excluded;
+      told.Add(run.batch.RowLogits(i), row, seen, {excluded, excluded + row.n_excluded});
+    }
+    told.made.push_back(-1);
+    for (size_t kind = 1; kind < 6; ++kind) EXPECT_GT(n_of_kind[kind], 5) << kind;
+
+    const DeviceBatch d = Send(told);
+    EXPECT_OK(SampleRows(d.params));
+    const Result actual = Fetch(d);
+    const Result expected = Run(run.batch);
+    EXPECT_EQ(actual.ids, expected.ids);
+    EXPECT_EQ(actual.top_ids, expected.top_ids);
+    const auto bits = [](const std::vector<float>& values) {
+      std::vector<uint32_t> result;
+      for (const float value : values) result.push_back(std::bit_cast<uint32_t>(value));
+      return result;
+    };
+    EXPECT_EQ(bits(actual.logprobs), bits(expected.logprobs));
+    const std::vector<SeenToken> seen = Download(d.seen);
+    for (const SampleRow& row : told.rows) {
+      for (int32_t i = 0; i < row.n_seen; ++i) {
+        const auto at = static_cast<size_t>(row.first_seen + i);
+        const SeenToken& is = i == row.changed_seen ? row.changed : told.seen[at];
+        EXPECT_EQ(seen[at].token, is.token);
+        EXPECT_EQ(seen[at].n_output, is.n_output);
+      }
+    }
+  }
+}
+
+// A sequence whose last token is none.
+TEST_F(SampleRowsGpuTest, WhatIsNoTokenIsNotCounted) {
+  for (const int32_t none : {kNotFinite, kNoTokenLeft}) {
+    Batch batch(8);
+    batch.made = {none};
+    batch.Add({1, 5, 3, 4, 0, 0, 0, 0},
+              {.presence_penalty = 1.5, .uncounted = 0, .n_top_logprobs = 0}, {{1, 1}});
+    EXPECT_EQ(Run(batch).ids.front(), 3);
   }
 }
 

@@ -125,7 +125,7 @@ void AttendRow(const PagedAttentionParams& p, int64_t sequence, int64_t row, int
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// As ArgMax has it.
+// −1 where there is a NaN, or none above −infinity.
 int32_t BestOf(std::span<const float> logits) {
   if (std::any_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); })) return -1;
   const auto best = std::max_element(logits.begin(), logits.end());
@@ -462,9 +462,11 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& p) {
 
 absl::Status EmbedRows(const EmbedRowsParams& p) {
   for (int64_t row = 0; row < p.n_rows; ++row) {
+    const int32_t id = p.ids[row] < 0 ? p.made[-1 - p.ids[row]] : p.ids[row];
+    const bool is_token = id >= 0 && id < p.vocab;
     for (int64_t i = 0; i < p.dim; ++i) {
-      const int32_t id = p.ids[row] < 0 ? p.made[-1 - p.ids[row]] : p.ids[row];
-      p.hidden[row * p.dim + i] = p.scale * __bfloat162float(p.table[id * p.dim + i]);
+      p.hidden[row * p.dim + i] = is_token ? p.scale * __bfloat162float(p.table[id * p.dim + i])
+                                           : std::numeric_limits<float>::quiet_NaN();
     }
   }
   return absl::OkStatus();
@@ -486,7 +488,8 @@ absl::Status ArgMax(const ArgMaxParams& p) {
   const int64_t stride = p.stride == 0 ? p.vocab : p.stride;
   for (int64_t row = 0; row < p.n_rows; ++row) {
     const float* logits = p.logits + row * stride;
-    p.ids[row] = BestOf({logits, static_cast<size_t>(p.vocab)});
+    const int32_t best = BestOf({logits, static_cast<size_t>(p.vocab)});
+    p.ids[row] = best >= 0 && std::isinf(logits[best]) ? -1 : best;
   }
   return absl::OkStatus();
 }

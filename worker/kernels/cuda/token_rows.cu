@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) ArgMaxKernel(const ArgMaxParams p, i
   __threadfence();
   if (atomicAdd(n_done, 1ull) != gridDim.x - 1) return;
   __threadfence();
-  p.ids[blockIdx.y] = PeakPosition(atomicExch(best, kNoPeak));
+  const PeakKey of_row = atomicExch(best, kNoPeak);
+  p.ids[blockIdx.y] = isinf(PeakValue(of_row)) ? -1 : PeakPosition(of_row);
   *n_done = 0;
 }
 

@@ -50,7 +50,7 @@ struct AddNormedRowsParams {
 absl::Status AddNormedRows(const AddNormedRowsParams& params);
 
 // ids[i] = the position of the largest of logits[i, :], the lowest of equal ones; −1 where there is
-// a NaN or none above −infinity, as engine::ArgMax has it.
+// a NaN, +infinity or none above −infinity: a model's fault, not a token.
 //
 // Several CTAs share a row; the order in which they come does not matter to a maximum of (value,
 // position).

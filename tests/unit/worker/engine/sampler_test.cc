@@ -294,6 +294,50 @@ TEST(SamplerTest, TheBestTokenCountsAsGenerated) {
   EXPECT_EQ(sampler.n_generated(), 2);
   EXPECT_THAT(sampler.Take({.token = kNotFinite}),
               StatusIs(absl::StatusCode::kInternal, HasSubstr("new token 2 are not finite")));
+  EXPECT_THAT(sampler.Take({.token = kNoTokenLeft}),
+              StatusIs(absl::StatusCode::kInternal,
+                       HasSubstr("no token is left to choose for new token 2")));
+}
+
+// What a runner is told, token by token, is what the sampler itself goes by.
+TEST(SamplerTest, ChoicesTellWhatHasBeenSeenAndWhatIsExcluded) {
+  Sampler sampler({.min_tokens = 2,
+                   .temperature = 0.5,
+                   .frequency_penalty = 0.25,
+                   .seed = 11,
+                   .stop_tokens = {6},
+                   .logprobs = true,
+                   .top_logprobs = 4},
+                  std::vector<int32_t>{5, 3, 5}, std::vector<int32_t>{1});
+  const auto seen = [&] {
+    std::vector<std::pair<int32_t, int32_t>> pairs;
+    for (const auto& [token, n] : sampler.ChoiceOf(0).seen) pairs.emplace_back(token, n);
+    return pairs;
+  };
+  using Pairs = std::vector<std::pair<int32_t, int32_t>>;
+  const Choice first = sampler.ChoiceOf(0);
+  EXPECT_EQ(first.position, 0u);
+  EXPECT_EQ(first.n_counted, 0u);
+  EXPECT_EQ(first.seed, 11u);
+  EXPECT_EQ(first.n_top_logprobs, 4);
+  EXPECT_TRUE(first.has_penalties());
+  EXPECT_EQ(std::vector<int32_t>(first.excluded.begin(), first.excluded.end()),
+            (std::vector<int32_t>{6, 1}));
+  EXPECT_EQ(seen(), (Pairs{{5, 0}, {3, 0}}));
+  EXPECT_EQ(sampler.ChoiceOf(1).excluded.size(), 2u);
+  EXPECT_EQ(sampler.ChoiceOf(1).position, 1u);
+  EXPECT_EQ(sampler.ChoiceOf(1).n_counted, 0u) << "the one before is not known yet";
+  EXPECT_TRUE(sampler.ChoiceOf(2).excluded.empty());
+  EXPECT_OK(sampler.Take({.token = 9}));
+  EXPECT_EQ(seen(), (Pairs{{5, 0}, {3, 0}, {9, 1}}));
+  EXPECT_EQ(sampler.ChoiceOf(0).last_counted, 2u);
+  EXPECT_OK(sampler.Take({.token = 3}));
+  EXPECT_EQ(seen(), (Pairs{{5, 0}, {3, 1}, {9, 1}}));
+  EXPECT_EQ(sampler.ChoiceOf(0).last_counted, 1u);
+  EXPECT_EQ(sampler.ChoiceOf(0).n_counted, 2u);
+  EXPECT_TRUE(sampler.ChoiceOf(0).excluded.empty());
+  EXPECT_EQ(Sampler({.temperature = 1}, {}, {}).ChoiceOf(0).n_top_logprobs, -1);
+  EXPECT_TRUE(Sampler({.temperature = 1}, std::vector<int32_t>{4}, {}).ChoiceOf(0).seen.empty());
 }
 
 }  // namespace
