@@ -8,7 +8,7 @@
 // sequence that was away for some steps, or comes back after others took its place, is sent whole.
 //
 // Memory:  allocated by Create: 12 bytes for each token of a context (or of the vocabulary, if that
-//          is smaller) and 1 KiB, for each sequence; 172 bytes for each row
+//          is smaller) and 1 KiB, for each sequence; 164 bytes for each row
 // Errors:  RESOURCE_EXHAUSTED from Create; INVALID_ARGUMENT for what CanChoose denies; the device's
 // Threads: used by one thread; asynchronous on the stream that it was created with
 #pragma once
