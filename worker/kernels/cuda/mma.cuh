@@ -48,10 +48,14 @@ __device__ __forceinline__ unsigned PackBf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const unsigned*>(&pair);
 }
-__device__ __forceinline__ void CopyAsync16(unsigned to, const __nv_bfloat16* from, bool valid) {
+__device__ __forceinline__ void CopyAsync16(unsigned to, const void* from, bool valid) {
   // A source size of 0 fills the 16 bytes with zeros.
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(valid ? 16 : 0));
+}
+__device__ __forceinline__ void CopyAsync4(unsigned to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 4 : 0));
 }
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;" ::: "memory");

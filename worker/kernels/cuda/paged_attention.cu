@@ -1,3 +1,4 @@
+#include <bit>
 #include <limits>
 
 #include "common/status_macros.h"
@@ -9,6 +10,11 @@ namespace walsh::kernels::cuda {
 namespace {
 
 constexpr int64_t kAlignment = 16;
+
+int GroupSizeLog2(const KvPoolShape& shape) {
+  return std::countr_zero(
+      static_cast<uint64_t>(shape.head_dim / shape.form.n_groups(shape.head_dim)));
+}
 
 absl::Status CheckRows(const char* name, const char* what, const bf16* rows, int64_t stride,
                        int64_t width) {
@@ -37,6 +43,13 @@ absl::Status CheckPool(const char* name, const KvBatch& batch, const KvPoolLayer
                                                    " blocks, ", shape.n_kv_heads,
                                                    " kv heads and a head_dim of ", shape.head_dim));
   }
+  if (const absl::Status status = CheckKvForm(shape.form, shape.head_dim); !status.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(name, ": ", status.message()));
+  }
+  if (!(shape.form.clip > 0 && shape.form.clip <= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": clip ratio ", shape.form.clip, ", must be above 0 and at most 1"));
+  }
   if (reinterpret_cast<uintptr_t>(pool.data) % kAlignment != 0 ||
       reinterpret_cast<uintptr_t>(batch.tables) % kAlignment != 0) {
     return absl::InvalidArgumentError(
@@ -56,7 +69,14 @@ absl::Status CheckPool(const char* name, const KvBatch& batch, const KvPoolLayer
   return absl::OkStatus();
 }
 
-absl::Status CheckTransform(const char* name, const QkvTransform& transform) {
+absl::Status CheckTransform(const char* name, const QkvTransform& transform,
+                            const KvPoolShape& shape) {
+  if (transform.heads != HeadTransform::kNone &&
+      (!shape.form.is_quantized() || !std::has_single_bit(static_cast<uint64_t>(shape.head_dim)))) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        name, ": a Hadamard transform of heads of ", shape.head_dim, " in a pool of ",
+        shape.form.bits, " bits, it is for heads of a power of two in quantized pools"));
+  }
   for (const float* vector :
        {transform.bias, transform.q_norm, transform.k_norm, transform.inverse_frequencies}) {
     if (reinterpret_cast<uintptr_t>(vector) % sizeof(float2) != 0) {
@@ -87,8 +107,11 @@ absl::Status MakeArguments(const char* name, const PagedAttentionParams& p,
   WALSH_RETURN_IF_ERROR(CheckRows(name, "q", p.q, q_stride, width));
   WALSH_RETURN_IF_ERROR(CheckRows(name, "y", p.y, y_stride, width));
   *arguments = {.batch = p.batch,
-                .pool = p.pool.data,
-                .block_stride = shape.block_stride(),
+                .pool = static_cast<const unsigned char*>(p.pool.data),
+                .block_bytes = shape.block_bytes(),
+                .head_bytes = shape.head_bytes(),
+                .n_groups = static_cast<int>(shape.form.n_groups(shape.head_dim)),
+                .group_size_log2 = GroupSizeLog2(shape),
                 .n_kv_heads = static_cast<int>(shape.n_kv_heads),
                 .queries_per_key = static_cast<int>(p.n_heads / shape.n_kv_heads),
                 .window = static_cast<int>(p.window),

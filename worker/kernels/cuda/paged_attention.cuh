@@ -15,8 +15,11 @@ namespace walsh::kernels::cuda {
 // As kernels get them.
 struct PagedAttentionArguments {
   KvBatch batch;
-  const bf16* pool;
-  int64_t block_stride;
+  const unsigned char* pool;
+  int64_t block_bytes;
+  int64_t head_bytes;
+  int n_groups;         // of a head, that have a grid each
+  int group_size_log2;  // where a head has several
   int n_kv_heads;
   int queries_per_key;  // query heads of a kv head
   int window;           // 0: none
@@ -34,13 +37,14 @@ struct PagedAttentionArguments {
 
 // INVALID_ARGUMENT for what no operation on the pool takes; `name` is the operation's.
 absl::Status CheckPool(const char* name, const KvBatch& batch, const KvPoolLayer& pool);
-// INVALID_ARGUMENT for vectors that are not aligned.
-absl::Status CheckTransform(const char* name, const QkvTransform& transform);
+// INVALID_ARGUMENT for vectors that are not aligned, and for what the pool's heads cannot have.
+absl::Status CheckTransform(const char* name, const QkvTransform& transform,
+                            const KvPoolShape& shape);
 // The arguments, checked.
 absl::Status MakeArguments(const char* name, const PagedAttentionParams& params,
                            PagedAttentionArguments* arguments);
 
-// Calls launch.operator()<kDim>() for the pool's head_dim.
+// Calls launch.operator()<kDim>() for the head_dim of a pool in bf16.
 template <typename Launch>
 absl::Status ForHeadDim(const char* name, int64_t head_dim, const Launch& launch) {
   switch (head_dim) {
@@ -61,6 +65,23 @@ absl::Status ForHeadDim(const char* name, int64_t head_dim, const Launch& launch
     default:
       return absl::InvalidArgumentError(absl::StrCat(name, ": head_dim ", head_dim,
                                                      ", it takes 16, 32, 48, 64, 96, 128 and 256"));
+  }
+}
+
+// The same for a quantized pool, which CheckPool has taken.
+template <typename Launch>
+absl::Status ForQuantizedHeadDim(int64_t head_dim, const Launch& launch) {
+  switch (head_dim) {
+    case 32:
+      return launch.template operator()<32>();
+    case 64:
+      return launch.template operator()<64>();
+    case 96:
+      return launch.template operator()<96>();
+    case 128:
+      return launch.template operator()<128>();
+    default:
+      return launch.template operator()<256>();
   }
 }
 

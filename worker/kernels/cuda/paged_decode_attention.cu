@@ -12,6 +12,11 @@
 // columns, unused ones zero: the tensor cores are far from busy, and one form serves groups from 1
 // to 8. Where a group has more heads, it is taken in parts.
 //
+// Codes of a quantized pool go from shared memory to operands in registers (kv_codes.cuh). Each
+// lane takes the neighbours that its words have, which is another order of the head's elements than
+// that of bf16: the queries are loaded in the order of the keys, and results go where the values'
+// order says. Scales multiply the scores, and the weights of values, in fp32.
+//
 // What is known before the kernel before this one is done is done by then: numbers of the sequence,
 // its table, the first keys and values, the angles of its position. Behind it lie one load of the
 // row, its transform, the products and two exchanges of partial results, of the CTA's warps and of
@@ -24,6 +29,7 @@
 #include "worker/kernels/cuda/cluster.cuh"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
+#include "worker/kernels/cuda/kv_codes.cuh"
 #include "worker/kernels/cuda/mma.cuh"
 #include "worker/kernels/cuda/paged_attention.cuh"
 #include "worker/kernels/cuda/qkv_head.cuh"
@@ -54,32 +60,51 @@ HeadParts PartsOf(int64_t queries_per_key) {
 
 struct DecodeArguments {
   PagedAttentionArguments attention;  // but for q
-  bf16* pool;
+  unsigned char* pool;
+  float clip;  // of its grids
   HeadParts parts;
   const float* qkv;
   int64_t qkv_stride;
   QkvTransform transform;
 };
 
+// kBits: of the pool. kInGroups: a head has several grids, of 32 elements or more each.
 // `kIsSmall`: where a multiprocessor has two of many CTAs and a context's blocks are dealt to so
 // many warps, one stage of each is enough, and both CTAs fit beside a product's that still runs
 // (SharedPart): what a CTA does before it waits would be late otherwise.
-template <int kDim, bool kIsSmall>
+template <int kDimOfHead, int kBitsOfPool, bool kHasGroups, bool kHasOneStage>
 struct DecodeForm {
+  static constexpr int kDim = kDimOfHead;
+  static constexpr int kBits = kBitsOfPool;
+  static constexpr bool kInGroups = kHasGroups;
+  static constexpr bool kIsSmall = kHasOneStage;
+  static constexpr bool kIsQuantized = kBits != KvForm::kBf16;
   static constexpr int kPairs = HeadPairsOf(kDim);
-  static constexpr int kPieces = kDim / 8;     // of 16 bytes, of a token
-  static constexpr int kVectors = kDim / 4;    // of fp32, of a head
-  static constexpr int kSumStride = kDim + 4;  // lanes that write meet no bank twice
+  static constexpr int kRowBytes = kDim * kBits / 8;  // of a token
+  static constexpr int kPieces = kRowBytes / 16;      // of 16 bytes, of a token
+  static constexpr int kVectors = kDim / 4;           // of fp32, of a head
+  static constexpr int kSumStride = kDim + 4;         // lanes that write meet no bank twice
+  // Tokens of a tile, which is padded as those of mma.cuh are: 16 bytes a row.
+  static constexpr int kTileStride = kRowBytes + 16;
+  static constexpr int kGroupsMax = !kIsQuantized ? 0 : kInGroups ? kDim / 32 : 1;
   // Blocks of a warp that are under way at once.
-  static constexpr int kStages = kDim <= 64 ? (kIsSmall ? 2 : 4) : kDim <= 128 && !kIsSmall ? 2 : 1;
+  static constexpr int kStages = kDim <= 64                 ? (kIsSmall ? 2 : 4)
+                                 : kDim <= 128 && !kIsSmall ? (kBits == 4 ? 3 : 2)
+                                                            : 1;
   static constexpr int kCtasOfMultiprocessor = kDim <= 128 ? (kIsSmall ? 4 : 3) : 2;
-  // The last row needs no padding behind it.
-  static constexpr unsigned kTileBytes = TileBytes<kDim>(kPoolBlockTokens - 1, kDim);
-  static_assert(kTileBytes >= kHeadColumns * kSumStride * sizeof(float));
+  // The last row needs no padding behind it. Grids follow, [token][group].
+  static constexpr int kGridsAt = kTileStride * kPoolBlockTokens - 16;
+  static constexpr int kGridBytes = kGroupsMax * static_cast<int>(sizeof(uint32_t));
+  static constexpr int kTileBytes = kGridsAt + kPoolBlockTokens * kGridBytes;
+  static constexpr int kSumBytes = kHeadColumns * kSumStride * static_cast<int>(sizeof(float));
 
   struct Shared {
-    // Of a warp and stage, keys and values. A warp's sums take the place of a leaf's last values.
-    alignas(16) unsigned char tiles[kWarps][kStages][2][kTileBytes];
+    // Of a warp and stage. A warp's sums take the place of a leaf's last values.
+    struct Tiles {
+      alignas(16) unsigned char keys[kTileBytes];
+      alignas(16) unsigned char values[kTileBytes > kSumBytes ? kTileBytes : kSumBytes];
+    };
+    Tiles tiles[kWarps][kStages];
     union {
       alignas(16) bf16 q[kHeadColumns][kDim + kTilePad];
       // What the cluster's CTAs have for this one to add up. None sends it before all have read q.
@@ -87,15 +112,23 @@ struct DecodeForm {
     };
     float2 received_softmax[kLeaves][kHeadColumns];  // maximum (of log2) and sum of weights
     float2 softmax[kWarps][kHeadColumns];
-    int sums_stage[kWarps];           // where a warp's sums are
-    uint64_t barrier;                 // of what is received
-    alignas(16) bf16 token[2][kDim];  // the new one's key and value
+    int sums_stage[kWarps];  // where a warp's sums are
+    uint64_t barrier;        // of what is received
+    // The new one's key and value, and their grids.
+    alignas(16) unsigned char token[2][kRowBytes];
+    uint32_t token_grids[2][kGroupsMax > 0 ? kGroupsMax : 1];
+    // To sort heads by sequency, a warp each.
+    float scratch[kInGroups ? kWarps : 1][kInGroups ? kDim : 1];
 
+    __device__ __forceinline__ unsigned char* TileOf(int warp, int stage, int is_value) {
+      Tiles& both = tiles[warp][stage];
+      return is_value == 0 ? both.keys : both.values;
+    }
     __device__ __forceinline__ const float* SumsOf(int warp, int stage) const {
-      return reinterpret_cast<const float*>(tiles[warp][stage][1]);
+      return reinterpret_cast<const float*>(tiles[warp][stage].values);
     }
     __device__ __forceinline__ float* SumsOf(int warp, int stage) {
-      return reinterpret_cast<float*>(tiles[warp][stage][1]);
+      return reinterpret_cast<float*>(tiles[warp][stage].values);
     }
   };
   static constexpr int kSharedOfMultiprocessor = 228 * 1024;  // 1 KiB of it is lost for each CTA
@@ -110,10 +143,10 @@ struct WarpSums {
   float weights[2] = {0.0f, 0.0f};            // this lane's, added up
   float out[kDim / 16][4] = {};
 
-  // Takes in a block's scores, of which those that are not seen are −infinity. `weights_of_block`:
-  // for the product with its values.
+  // Takes in a block's scores, of which those that are not seen are −infinity. `weight`: for the
+  // product with its values.
   __device__ __forceinline__ void AddScores(const float (&score)[4], float scale_log2,
-                                            unsigned (&weights_of_block)[2]) {
+                                            float (&weight)[4]) {
     float correction[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -126,13 +159,11 @@ struct WarpSums {
       correction[h] = Exp2(highest[h] - largest);
       highest[h] = largest;
     }
-    float weight[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) weight[e] = Exp2(fmaf(score[e], scale_log2, -highest[e % 2]));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       weights[h] = fmaf(weights[h], correction[h], weight[h] + weight[h + 2]);
-      weights_of_block[h] = TransposeMatrix(PackBf16(weight[2 * h], weight[2 * h + 1]));
     }
 #pragma unroll
     for (int d = 0; d < kDim / 16; ++d) {
@@ -141,6 +172,14 @@ struct WarpSums {
     }
   }
 };
+
+// As the operand of the product with the values, which has them as columns.
+__device__ __forceinline__ void PackWeights(const float (&weight)[4], unsigned (&packed)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    packed[h] = TransposeMatrix(PackBf16(weight[2 * h], weight[2 * h + 1]));
+  }
+}
 
 // Scores of a block's tokens.
 template <int kDim>
@@ -165,6 +204,149 @@ __device__ __forceinline__ void MultiplyValues(unsigned tile, const unsigned (&w
     unsigned values[4];
     LoadMatrix4Transposed(values, tile + TileBytes<kDim>(0, d * 16));
     Mma(out[d], values, weights[0], weights[1]);
+  }
+}
+
+// -- The same for codes --------------------------------------------------------------------------
+//
+// Of the elements 32c to 32c + 31 of a token, products 2c and 2c + 1 take 4 each of a lane's.
+
+// Where the two neighbours lie that are register `i` of the operand `query[d]`, in pairs.
+template <int kBits>
+__device__ __forceinline__ int QueryPair(int d, int i, int lane) {
+  if constexpr (kBits == 8) return d * 8 + lane % 4 * 2 + i;
+  if constexpr (kBits == 4) return d / 2 * 16 + lane % 4 * 4 + d % 2 * 2 + i;
+  return d * 8 + lane % 4 + i * 4;
+}
+// The head's element that out[d] has of this lane, its first two numbers or (h = 1) its last.
+template <int kBits>
+__device__ __forceinline__ int OutElement(int d, int h, int lane) {
+  const int row = lane / 4;
+  if constexpr (kBits == 8) return d / 2 * 32 + row * 4 + d % 2 * 2 + h;
+  if constexpr (kBits == 4) return d / 2 * 32 + row / 2 * 8 + row % 2 + d % 2 * 4 + h * 2;
+  return d * 16 + row + h * 8;
+}
+
+// A tile of codes and the grids behind it.
+template <typename Form>
+struct CodeTile {
+  const unsigned char* bytes;
+  int n_groups;
+  int group_size_log2;
+
+  template <typename Word>
+  __device__ __forceinline__ Word WordAt(int token, int byte) const {
+    return *reinterpret_cast<const Word*>(bytes + token * Form::kTileStride + byte);
+  }
+  // Of elements 32c to 32c + 31.
+  __device__ __forceinline__ uint32_t GridAt(int token, int c) const {
+    const auto* grids = reinterpret_cast<const uint32_t*>(bytes + Form::kGridsAt);
+    if constexpr (!Form::kInGroups) return grids[token];
+    return grids[token * n_groups + (c * 32 >> group_size_log2)];
+  }
+};
+
+template <typename Form>
+__device__ __forceinline__ void MultiplyKeyCodes(const CodeTile<Form>& tile,
+                                                 const unsigned (&query)[Form::kDim / 16][2],
+                                                 float (&score)[4]) {
+  constexpr int kChunks = Form::kDim / 32;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int tokens[2] = {lane / 4, lane / 4 + 8};
+  uint32_t grid[2];
+  float sum[2][4] = {};  // of even and of odd products
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (Form::kInGroups || c == 0) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) grid[t] = tile.GridAt(tokens[t], c);
+    }
+    unsigned keys[2][4];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      if constexpr (Form::kBits == 8) {
+        using Pairs = CodePairs<8>;
+        const float magic = Pairs::MagicOf(ZeroOf(grid[t]));
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const auto word =
+              tile.template WordAt<uint32_t>(tokens[t], c * 32 + m * 16 + lane % 4 * 4);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            keys[m][i * 2 + t] =
+                PackBf16(Pairs::Value(word, i * 2, magic), Pairs::Value(word, i * 2 + 1, magic));
+          }
+        }
+      } else {
+        using Pairs = CodePairs<4>;
+        const uint32_t magic = Pairs::MagicOf(ZeroOf(grid[t]), ZeroOf(grid[t]));
+        const auto word = tile.template WordAt<uint32_t>(tokens[t], c * 16 + lane % 4 * 4);
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) keys[m][i * 2 + t] = Pairs::Pair(word, m * 2 + i, magic);
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) Mma(sum[m], keys[m], query[c * 2 + m][0], query[c * 2 + m][1]);
+    if (Form::kInGroups || c + 1 == kChunks) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        score[e] = fmaf(ScaleOf(grid[e / 2]), sum[0][e] + sum[1][e], score[e]);
+        sum[0][e] = sum[1][e] = 0.0f;
+      }
+    }
+  }
+}
+
+template <typename Form>
+__device__ __forceinline__ void MultiplyValueCodes(const CodeTile<Form>& tile,
+                                                   const float (&weight)[4],
+                                                   float (&out)[Form::kDim / 16][4]) {
+  constexpr int kChunks = Form::kDim / 32;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int first = lane % 4 * 2;  // of the tokens first, first + 1, first + 8, first + 9
+  const int row = lane / 4;
+  unsigned weights[2];
+  int zero[4];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    if (Form::kInGroups || c == 0) {
+      const float scale[2] = {ScaleOf(tile.GridAt(row, c)), ScaleOf(tile.GridAt(row + 8, c))};
+      const float scaled[4] = {weight[0] * scale[0], weight[1] * scale[0], weight[2] * scale[1],
+                               weight[3] * scale[1]};
+      PackWeights(scaled, weights);
+#pragma unroll
+      for (int t = 0; t < 4; ++t) zero[t] = ZeroOf(tile.GridAt(first + t % 2 + t / 2 * 8, c));
+    }
+    unsigned values[2][4];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {  // pairs of tokens
+      const int token = first + t * 8;
+      if constexpr (Form::kBits == 8) {
+        using Pairs = CodePairs<8>;
+        const auto low = tile.template WordAt<uint32_t>(token, c * 32 + row * 4);
+        const auto high = tile.template WordAt<uint32_t>(token + 1, c * 32 + row * 4);
+        const float magic_of_low = Pairs::MagicOf(zero[t * 2]);
+        const float magic_of_high = Pairs::MagicOf(zero[t * 2 + 1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          values[i / 2][t * 2 + i % 2] =
+              PackBf16(Pairs::Value(low, i, magic_of_low), Pairs::Value(high, i, magic_of_high));
+        }
+      } else {
+        using Pairs = CodePairs<4>;
+        const auto low = tile.template WordAt<uint16_t>(token, c * 16 + row * 2);
+        const auto high = tile.template WordAt<uint16_t>(token + 1, c * 16 + row * 2);
+        const uint32_t word = low | static_cast<uint32_t>(high) << 16;
+        const uint32_t magic = Pairs::MagicOf(zero[t * 2], zero[t * 2 + 1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) values[i / 2][t * 2 + i % 2] = Pairs::Pair(word, i, magic);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) Mma(out[c * 2 + m], values[m], weights[0], weights[1]);
   }
 }
 
@@ -212,20 +394,19 @@ __device__ __forceinline__ Partial MergeWarps(const typename Form::Shared& share
   return all;
 }
 
-template <int kDim, int kCtas, bool kIsSmall>
-__global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfMultiprocessor)
+template <typename Form, int kCtas>
+__global__ void __launch_bounds__(kThreads, Form::kCtasOfMultiprocessor)
     DecodeKernel(const __grid_constant__ DecodeArguments p) {
-  using Form = DecodeForm<kDim, kIsSmall>;
+  constexpr int kDim = Form::kDim;
   constexpr int kHalf = kDim / 2;
   constexpr int kStages = Form::kStages;
   constexpr int kVectors = Form::kVectors;
-  constexpr int kHeadStride = kPoolBlockTokens * kDim;
   constexpr int kCtaLeaves = kLeaves / kCtas;
   constexpr int kSlots = kLeaves * kVectors / kCtas;  // of a CTA, for as many heads as can be
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Form::Shared*>(shared_bytes);
   // With many sequences the next kernel's CTAs would take room that this one's need.
-  constexpr bool kIsOfFew = kCtas == kLeaves || kIsSmall;
+  constexpr bool kIsOfFew = kCtas == kLeaves || Form::kIsSmall;
   if (kIsOfFew) LetNextKernelStart();
 
   const PagedAttentionArguments& a = p.attention;
@@ -278,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
 
   // -- Copies of keys and values, in groups: 2i and 2i + 1 of the warp's i-th block --------------
   const auto tile_of = [&](int i, int is_value) {
-    return SharedAddress(shared.tiles[warp][i % kStages][is_value]);
+    return SharedAddress(shared.TileOf(warp, i % kStages, is_value));
   };
   // The next block to be copied.
   int leaf_ahead = 0;
@@ -296,31 +477,43 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
     }
   };
   skip_empty_leaves();
-  const bf16* keys_ahead = nullptr;
-  const auto copy = [&](unsigned tile, const bf16* from) {
+  const unsigned char* keys_ahead = nullptr;
+  const auto copy = [&](unsigned tile, const unsigned char* from) {
+    constexpr int kPiecesOfBlock = kPoolBlockTokens * Form::kPieces;
     const int first = (run_ahead.first + index_ahead * kTreeWarps) * kPoolBlockTokens;
+    // The new token is not in the pool yet; zeros where none is seen.
+    const auto is_seen = [&](int token) { return token >= first_seen && token < position; };
 #pragma unroll
-    for (int c = 0; c < kPoolBlockTokens * Form::kPieces / kWarpSize; ++c) {
+    for (int c = 0; c < (kPiecesOfBlock + kWarpSize - 1) / kWarpSize; ++c) {
       const int piece = c * kWarpSize + lane;
+      if (kPiecesOfBlock % kWarpSize != 0 && piece >= kPiecesOfBlock) continue;
       const int token_of_block = piece / Form::kPieces;
       const int token = first + token_of_block;
-      // The new token is not in the pool yet; zeros where none is seen.
       if (token == position) continue;
-      CopyAsync16(tile + TileBytes<kDim>(token_of_block, piece % Form::kPieces * 8),
-                  from + piece * 8, token >= first_seen && token < position);
+      CopyAsync16(tile + token_of_block * Form::kTileStride + piece % Form::kPieces * 16,
+                  from + piece * 16, is_seen(token));
+    }
+    if constexpr (Form::kIsQuantized) {
+      const int n_groups = Form::kInGroups ? a.n_groups : 1;
+      for (int i = lane; i < kPoolBlockTokens * n_groups; i += kWarpSize) {
+        const int token = first + i / n_groups;
+        if (token == position) continue;
+        CopyAsync4(tile + Form::kGridsAt + i * 4, from + kPiecesOfBlock * 16 + i * 4,
+                   is_seen(token));
+      }
     }
   };
   const auto copy_keys = [&] {
     if (leaf_ahead < kCtaLeaves) {
       const int64_t place = __shfl_sync(~0u, places, index_ahead % kWarpSize);
-      keys_ahead = p.pool + place * a.block_stride + kv_head * kHeadStride;
+      keys_ahead = p.pool + place * a.block_bytes + kv_head * a.head_bytes;
       copy(tile_of(n_copied, 0), keys_ahead);
     }
     CommitCopies();
   };
   const auto copy_values = [&] {
     if (leaf_ahead < kCtaLeaves) {
-      copy(tile_of(n_copied, 1), keys_ahead + a.block_stride / 2);
+      copy(tile_of(n_copied, 1), keys_ahead + a.block_bytes / 2);
       ++n_copied;
       ++index_ahead;
       if (index_ahead % kWarpSize == 0 && index_ahead < run_ahead.n) {
@@ -361,10 +554,10 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
     }
     if (h <= n_heads && norm_of(h) != nullptr) norm[i] = LoadHead<Form::kPairs>(norm_of(h), kHalf);
   }
-  bf16* token_in_pool = nullptr;
+  unsigned char* head_in_pool = nullptr;
   if (has_token) {
-    token_in_pool = p.pool + static_cast<int64_t>(table[last_block]) * a.block_stride +
-                    kv_head * kHeadStride + position % kPoolBlockTokens * kDim;
+    head_in_pool =
+        p.pool + static_cast<int64_t>(table[last_block]) * a.block_bytes + kv_head * a.head_bytes;
   }
   for (int i = thread; i < (kHeadColumns - n_heads) * (kDim + kTilePad); i += kThreads) {
     shared.q[n_heads][i] = __float2bfloat16_rn(0.0f);
@@ -394,20 +587,53 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
     if (h <= n_heads) {
       if (norm_of(h) != nullptr) NormalizeHead(x[i], norm[i], kDim, transform.eps);
       RotateHead(x[i], rotation);
+      if constexpr (Form::kIsQuantized) {
+        if (transform.heads != HeadTransform::kNone) {
+          HadamardHead(x[i], kHalf);
+          if constexpr (Form::kInGroups) {
+            if (transform.heads == HeadTransform::kWalsh) {
+              SortBySequency(x[i], kHalf, shared.scratch[warp]);
+            }
+          }
+        }
+      }
+    }
+    if (h < n_heads) {
+      StoreHead(shared.q[h], x[i], kHalf);
+      continue;
     }
     const int is_value = h - n_heads;
-    StoreHead(h < n_heads ? shared.q[h] : shared.token[is_value], x[i], kHalf);
-    if (h >= n_heads && part == 0) {
-      StoreHead(token_in_pool + is_value * (a.block_stride / 2), x[i], kHalf);
+    unsigned char* head = head_in_pool + is_value * (a.block_bytes / 2);
+    if constexpr (!Form::kIsQuantized) {
+      StoreHead(reinterpret_cast<bf16*>(shared.token[is_value]), x[i], kHalf);
+      if (part == 0) {
+        StoreHead(reinterpret_cast<bf16*>(head) + position % kPoolBlockTokens * kDim, x[i], kHalf);
+      }
+    } else {
+      const int n_groups = Form::kInGroups ? a.n_groups : 1;
+      const int group = Form::kInGroups ? 1 << a.group_size_log2 : kDim;
+      StoreHeadCodes<Form::kBits>(shared.token[is_value], shared.token_grids[is_value], x[i], kHalf,
+                                  group, p.clip);
+      __syncwarp();
+      if (part == 0) {
+        if (lane < Form::kPieces) {
+          reinterpret_cast<uint4*>(head + position % kPoolBlockTokens * Form::kRowBytes)[lane] =
+              reinterpret_cast<const uint4*>(shared.token[is_value])[lane];
+        }
+        if (lane < n_groups) {
+          auto* grids = reinterpret_cast<uint32_t*>(head + kPoolBlockTokens * Form::kRowBytes);
+          grids[position % kPoolBlockTokens * n_groups + lane] = shared.token_grids[is_value][lane];
+        }
+      }
     }
   }
   __syncthreads();
   unsigned query[kDim / 16][2];
-  const auto* q = reinterpret_cast<const unsigned*>(shared.q[lane / 4]) + lane % 4;
+  const auto* q = reinterpret_cast<const unsigned*>(shared.q[lane / 4]);
 #pragma unroll
   for (int d = 0; d < kDim / 16; ++d) {
-    query[d][0] = q[d * 8];
-    query[d][1] = q[d * 8 + 4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) query[d][i] = q[QueryPair<Form::kBits>(d, i, lane)];
   }
   ArriveAtCluster();
 
@@ -416,11 +642,23 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
   const unsigned k_lane = TileBytes<kDim>(lane % 16, lane / 16 * 8);
   const unsigned v_lane = TileBytes<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8);
   const auto put_token = [&](int i, int is_value) {
+    unsigned char* tile = shared.TileOf(warp, i % kStages, is_value);
+    const int token = position % kPoolBlockTokens;
     if (lane < Form::kPieces) {
-      unsigned char* tile = shared.tiles[warp][i % kStages][is_value];
-      *reinterpret_cast<uint4*>(tile + TileBytes<kDim>(position % kPoolBlockTokens, lane * 8)) =
+      *reinterpret_cast<uint4*>(tile + token * Form::kTileStride + lane * 16) =
           reinterpret_cast<const uint4*>(shared.token[is_value])[lane];
     }
+    if constexpr (Form::kIsQuantized) {
+      const int n_groups = Form::kInGroups ? a.n_groups : 1;
+      if (lane < n_groups) {
+        reinterpret_cast<uint32_t*>(tile + Form::kGridsAt)[token * n_groups + lane] =
+            shared.token_grids[is_value][lane];
+      }
+    }
+  };
+  const auto codes_of = [&](int i, int is_value) {
+    return CodeTile<Form>{shared.TileOf(warp, i % kStages, is_value), a.n_groups,
+                          a.group_size_log2};
   };
   Partial partial[kVectorsOfThread];  // of the leaves so far, where their number is a power of two
   Partial of_two[kVectorsOfThread];   // of pairs of leaves that wait for their neighbours
@@ -437,7 +675,11 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
       if (is_last) put_token(n_seen, 0);
       __syncwarp();
       float score[4] = {};
-      MultiplyKeys<kDim>(tile_of(n_seen, 0) + k_lane, query, score);
+      if constexpr (Form::kIsQuantized) {
+        MultiplyKeyCodes(codes_of(n_seen, 0), query, score);
+      } else {
+        MultiplyKeys<kDim>(tile_of(n_seen, 0) + k_lane, query, score);
+      }
       __syncwarp();  // the keys are done with
       copy_keys();
 #pragma unroll
@@ -445,13 +687,19 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
         const int token = block * kPoolBlockTokens + lane / 4 + e / 2 * 8;
         if (token < first_seen || token > position) score[e] = -INFINITY;
       }
-      unsigned weights[2];
-      sums.AddScores(score, a.scale_log2, weights);
+      float weight[4];
+      sums.AddScores(score, a.scale_log2, weight);
 
       WaitForCopies<2 * kStages - 1>();
       if (is_last) put_token(n_seen, 1);
       __syncwarp();
-      MultiplyValues<kDim>(tile_of(n_seen, 1) + v_lane, weights, sums.out);
+      if constexpr (Form::kIsQuantized) {
+        MultiplyValueCodes(codes_of(n_seen, 1), weight, sums.out);
+      } else {
+        unsigned weights[2];
+        PackWeights(weight, weights);
+        MultiplyValues<kDim>(tile_of(n_seen, 1) + v_lane, weights, sums.out);
+      }
       __syncwarp();  // the values are done with
       ++n_seen;
       if (i + 1 < run.n) copy_values();
@@ -473,9 +721,11 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
       for (int e = 0; e < 4; ++e) {
         const int head = lane % 4 * 2 + e % 2;
         if (head >= n_heads) continue;
-        float* to = shared.SumsOf(warp, stage) + head * Form::kSumStride + lane / 4 + e / 2 * 8;
+        float* to = shared.SumsOf(warp, stage) + head * Form::kSumStride;
 #pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) to[d * 16] = sums.out[d][e];
+        for (int d = 0; d < kDim / 16; ++d) {
+          to[OutElement<Form::kBits>(d, e / 2, lane)] = sums.out[d][e];
+        }
       }
     }
     __syncthreads();
@@ -542,17 +792,17 @@ __global__ void __launch_bounds__(kThreads, DecodeForm<kDim, kIsSmall>::kCtasOfM
   }
 }
 
-template <int kDim, int kCtas, bool kIsSmall>
+template <typename Form, int kCtas>
 absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& arguments) {
-  constexpr int kShared = static_cast<int>(sizeof(typename DecodeForm<kDim, kIsSmall>::Shared));
+  constexpr int kShared = static_cast<int>(sizeof(typename Form::Shared));
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      DecodeKernel<kDim, kCtas, kIsSmall>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+      DecodeKernel<Form, kCtas>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
   // As the products before and behind want it (low_bit_kernel.cuh).
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(DecodeKernel<kDim, kCtas, kIsSmall>,
+  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(DecodeKernel<Form, kCtas>,
                                                   cudaFuncAttributePreferredSharedMemoryCarveout,
                                                   cudaSharedmemCarveoutMaxShared));
   const int64_t n_units = params.pool.shape.n_kv_heads * arguments.parts.n_parts;
-  return LaunchKernel("PagedDecodeAttention", DecodeKernel<kDim, kCtas, kIsSmall>,
+  return LaunchKernel("PagedDecodeAttention", DecodeKernel<Form, kCtas>,
                       {.grid = dim3(static_cast<unsigned>(n_units * kCtas),
                                     static_cast<unsigned>(params.batch.n_sequences)),
                        .threads = kThreads,
@@ -584,6 +834,25 @@ absl::StatusOr<ClusterShape> ShapeOf(int64_t n_clusters) {
   return shape;
 }
 
+template <int kDim, int kBits, bool kInGroups>
+absl::Status LaunchForm(const PagedDecodeParams& params, const DecodeArguments& arguments,
+                        const ClusterShape& shape) {
+  using Usual = DecodeForm<kDim, kBits, kInGroups, false>;
+  // With groups a small one would have too few registers.
+  constexpr bool kCanBeSmall =
+      !kInGroups && DecodeForm<kDim, kBits, kInGroups, true>::kStages < Usual::kStages;
+  using Small = DecodeForm<kDim, kBits, kInGroups, kCanBeSmall>;
+  const bool is_small = kCanBeSmall && shape.is_small;
+  switch (shape.n_ctas) {
+    case 8:
+      return is_small ? Launch<Small, 8>(params, arguments) : Launch<Usual, 8>(params, arguments);
+    case 4:
+      return is_small ? Launch<Small, 4>(params, arguments) : Launch<Usual, 4>(params, arguments);
+    default:
+      return Launch<Usual, 2>(params, arguments);
+  }
+}
+
 }  // namespace
 
 absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
@@ -598,7 +867,7 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
                                        .y = params.y,
                                        .y_stride = params.y_stride},
                                       &arguments.attention));
-  WALSH_RETURN_IF_ERROR(CheckTransform(kName, params.transform));
+  WALSH_RETURN_IF_ERROR(CheckTransform(kName, params.transform, params.pool.shape));
   const KvPoolShape& pool = params.pool.shape;
   const int64_t width = (params.n_heads + 2 * pool.n_kv_heads) * pool.head_dim;
   arguments.qkv = params.qkv;
@@ -616,26 +885,34 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
                                                    " sequences, the limit is ", kSequencesMax));
   }
   if (params.batch.n_sequences == 0) return absl::OkStatus();
-  arguments.pool = params.pool.data;
+  arguments.pool = static_cast<unsigned char*>(params.pool.data);
+  arguments.clip = pool.form.clip;
   arguments.parts = PartsOf(arguments.attention.queries_per_key);
   arguments.transform = params.transform;
   WALSH_ASSIGN_OR_RETURN(
       const ClusterShape shape,
       ShapeOf(params.batch.n_sequences * pool.n_kv_heads * arguments.parts.n_parts));
-  return ForHeadDim(kName, pool.head_dim, [&]<int kDim>() {
-    constexpr bool kCanBeSmall = DecodeForm<kDim, true>::kStages < DecodeForm<kDim, false>::kStages;
-    const bool is_small = kCanBeSmall && shape.is_small;
-    switch (shape.n_ctas) {
-      case 8:
-        return is_small ? Launch<kDim, 8, kCanBeSmall>(params, arguments)
-                        : Launch<kDim, 8, false>(params, arguments);
-      case 4:
-        return is_small ? Launch<kDim, 4, kCanBeSmall>(params, arguments)
-                        : Launch<kDim, 4, false>(params, arguments);
-      default:
-        return Launch<kDim, 2, false>(params, arguments);
-    }
-  });
+  const auto launch_codes = [&]<int kBits>() {
+    return ForQuantizedHeadDim(pool.head_dim, [&]<int kDim>() {
+      // CheckKvForm's groups are at least 32 and at most half a head.
+      if constexpr (kDim == 64 || kDim == 128 || kDim == 256) {
+        if (arguments.attention.n_groups > 1) {
+          return LaunchForm<kDim, kBits, true>(params, arguments, shape);
+        }
+      }
+      return LaunchForm<kDim, kBits, false>(params, arguments, shape);
+    });
+  };
+  switch (pool.form.bits) {
+    case 8:
+      return launch_codes.template operator()<8>();
+    case 4:
+      return launch_codes.template operator()<4>();
+    default:
+      return ForHeadDim(kName, pool.head_dim, [&]<int kDim>() {
+        return LaunchForm<kDim, KvForm::kBf16, false>(params, arguments, shape);
+      });
+  }
 }
 
 }  // namespace walsh::kernels::cuda

@@ -1,6 +1,7 @@
 #include "worker/kernels/cuda/paged_kv.h"
 
 #include <algorithm>
+#include <array>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -38,6 +39,28 @@ absl::Status CheckSequence(const KvSequence& s, size_t index, const KvBatchLayou
 }
 
 }  // namespace
+
+absl::Status CheckKvForm(const KvForm& form, int64_t head_dim) {
+  if (!form.is_quantized()) return absl::OkStatus();
+  if (form.bits != 8 && form.bits != 4) {
+    return absl::UnimplementedError(
+        absl::StrCat("a KV cache of ", form.bits, " bits, kernels take 16, 8 and 4"));
+  }
+  constexpr std::array<int64_t, 5> kHeadDims = {32, 64, 96, 128, 256};
+  if (std::find(kHeadDims.begin(), kHeadDims.end(), head_dim) == kHeadDims.end()) {
+    return absl::UnimplementedError(absl::StrCat("a KV cache of ", form.bits,
+                                                 " bits with heads of ", head_dim,
+                                                 ", it takes 32, 64, 96, 128 and 256"));
+  }
+  const int64_t group = form.group_size;
+  if (group == KvForm::kHead) return absl::OkStatus();
+  if ((group != 32 && group != 64 && group != 128) || head_dim / 2 % group != 0) {
+    return absl::UnimplementedError(
+        absl::StrCat("a KV cache in groups of ", group, " with heads of ", head_dim,
+                     ", a group is a head, or 32, 64 or 128 values that divide half of it"));
+  }
+  return absl::OkStatus();
+}
 
 KvBatch KvBatch::Sequences(int64_t first, int64_t n) const {
   KvBatch part = *this;

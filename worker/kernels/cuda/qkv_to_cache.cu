@@ -2,6 +2,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
+#include "worker/kernels/cuda/kv_codes.cuh"
 #include "worker/kernels/cuda/paged_attention.cuh"
 #include "worker/kernels/cuda/qkv_head.cuh"
 #include "worker/kernels/cuda/qkv_to_cache.h"
@@ -15,18 +16,22 @@ constexpr int kPairs = HeadPairsOf(static_cast<int>(kCacheHeadDimMax));
 
 struct QkvArguments {
   KvBatch batch;
-  bf16* pool;
-  int64_t block_stride;
+  unsigned char* pool;
+  int64_t block_bytes;
+  int64_t head_bytes;
   int n_heads;
   int n_kv_heads;
   int head_dim;
+  int group;   // values of a head that share a grid
+  float clip;  // of the grid
   int64_t qkv_stride;
   QkvTransform transform;
   bf16* q;
   int64_t q_stride;
 };
 
-template <typename In>
+// kBits: of the pool.
+template <typename In, int kBits>
 __global__ void __launch_bounds__(kThreads) QkvToCacheKernel(const QkvArguments p, const In* qkv) {
   WaitForPreviousKernel();
   LetNextKernelStart();
@@ -53,16 +58,33 @@ __global__ void __launch_bounds__(kThreads) QkvToCacheKernel(const QkvArguments 
   }
   if (!is_value) RotateHead(x, RotationAt<kPairs>(position, transform.inverse_frequencies, half));
 
-  bf16* y = p.q + row * p.q_stride + column;
-  if (head >= p.n_heads) {
-    const int kv_head = is_value ? head - p.n_heads - p.n_kv_heads : head - p.n_heads;
-    const int64_t block =
-        p.batch.tables[sequence * p.batch.max_blocks + position / kPoolBlockTokens];
-    y = p.pool + block * p.block_stride + (is_value ? p.block_stride / 2 : 0) +
-        (static_cast<int64_t>(kv_head) * kPoolBlockTokens + position % kPoolBlockTokens) *
-            p.head_dim;
+  if constexpr (kBits != KvForm::kBf16) {
+    if (!is_value && transform.heads != HeadTransform::kNone) {
+      __shared__ float scratch[kWarps][kCacheHeadDimMax];
+      HadamardHead(x, half);
+      if (transform.heads == HeadTransform::kWalsh && p.group != p.head_dim) {
+        SortBySequency(x, half, scratch[threadIdx.x / kWarpSize]);
+      }
+    }
   }
-  StoreHead(y, x, half);
+
+  if (head < p.n_heads) {
+    StoreHead(p.q + row * p.q_stride + column, x, half);
+    return;
+  }
+  const int kv_head = is_value ? head - p.n_heads - p.n_kv_heads : head - p.n_heads;
+  const int64_t block = p.batch.tables[sequence * p.batch.max_blocks + position / kPoolBlockTokens];
+  const int token = position % kPoolBlockTokens;
+  unsigned char* y =
+      p.pool + block * p.block_bytes + (is_value ? p.block_bytes / 2 : 0) + kv_head * p.head_bytes;
+  if constexpr (kBits == KvForm::kBf16) {
+    StoreHead(reinterpret_cast<bf16*>(y) + token * p.head_dim, x, half);
+  } else {
+    const int token_bytes = p.head_dim * kBits / 8;
+    auto* grids = reinterpret_cast<uint32_t*>(y + kPoolBlockTokens * token_bytes);
+    StoreHeadCodes<kBits>(y + token * token_bytes, grids + token * (p.head_dim / p.group), x, half,
+                          p.group, p.clip);
+  }
 }
 
 absl::Status Validate(const QkvToCacheParams& p, int64_t width, int64_t qkv_stride,
@@ -81,7 +103,7 @@ absl::Status Validate(const QkvToCacheParams& p, int64_t width, int64_t qkv_stri
   if ((p.qkv_float == nullptr) == (p.qkv_bf16 == nullptr)) {
     return absl::InvalidArgumentError("QkvToCache: one of qkv_float and qkv_bf16 must be given");
   }
-  WALSH_RETURN_IF_ERROR(CheckTransform("QkvToCache", p.transform));
+  WALSH_RETURN_IF_ERROR(CheckTransform("QkvToCache", p.transform, shape));
   const int64_t q_width = p.n_heads * shape.head_dim;
   if (qkv_stride < width || qkv_stride % 2 != 0 || q_stride < q_width || q_stride % 2 != 0) {
     return absl::InvalidArgumentError(absl::StrCat("QkvToCache: strides ", qkv_stride, " and ",
@@ -103,25 +125,40 @@ absl::Status QkvToCache(const QkvToCacheParams& p) {
   const int64_t q_stride = p.q_stride == 0 ? p.n_heads * shape.head_dim : p.q_stride;
   WALSH_RETURN_IF_ERROR(Validate(p, width, qkv_stride, q_stride));
   if (p.batch.n_rows == 0) return absl::OkStatus();
-  const QkvArguments arguments{.batch = p.batch,
-                               .pool = p.pool.data,
-                               .block_stride = shape.block_stride(),
-                               .n_heads = static_cast<int>(p.n_heads),
-                               .n_kv_heads = static_cast<int>(shape.n_kv_heads),
-                               .head_dim = static_cast<int>(shape.head_dim),
-                               .qkv_stride = qkv_stride,
-                               .transform = p.transform,
-                               .q = p.q,
-                               .q_stride = q_stride};
+  const QkvArguments arguments{
+      .batch = p.batch,
+      .pool = static_cast<unsigned char*>(p.pool.data),
+      .block_bytes = shape.block_bytes(),
+      .head_bytes = shape.head_bytes(),
+      .n_heads = static_cast<int>(p.n_heads),
+      .n_kv_heads = static_cast<int>(shape.n_kv_heads),
+      .head_dim = static_cast<int>(shape.head_dim),
+      .group = static_cast<int>(shape.head_dim / shape.form.n_groups(shape.head_dim)),
+      .clip = shape.form.clip,
+      .qkv_stride = qkv_stride,
+      .transform = p.transform,
+      .q = p.q,
+      .q_stride = q_stride};
   const LaunchShape launch{
       .grid = dim3(static_cast<unsigned>((p.batch.n_rows * n_row_heads + kWarps - 1) / kWarps)),
       .threads = kThreads,
       .overlap_previous = p.overlap_previous,
       .stream = p.stream};
-  if (p.qkv_float != nullptr) {
-    return LaunchKernel("QkvToCache", QkvToCacheKernel<float>, launch, arguments, p.qkv_float);
+  const auto run = [&]<int kBits>() {
+    if (p.qkv_float != nullptr) {
+      return LaunchKernel("QkvToCache", QkvToCacheKernel<float, kBits>, launch, arguments,
+                          p.qkv_float);
+    }
+    return LaunchKernel("QkvToCache", QkvToCacheKernel<bf16, kBits>, launch, arguments, p.qkv_bf16);
+  };
+  switch (shape.form.bits) {
+    case 8:
+      return run.template operator()<8>();
+    case 4:
+      return run.template operator()<4>();
+    default:
+      return run.template operator()<KvForm::kBf16>();
   }
-  return LaunchKernel("QkvToCache", QkvToCacheKernel<bf16>, launch, arguments, p.qkv_bf16);
 }
 
 }  // namespace walsh::kernels::cuda
