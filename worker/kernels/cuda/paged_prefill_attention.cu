@@ -6,11 +6,15 @@
 // fill the tiles. Keys come 64 at a time from multiples of 64 of the sequence on. What a row does
 // not see of them changes none of its bits: its maximum stays, the correction is 1, the weights are
 // 0.
+//
+// Of a quantized pool the codes of a step are copied to a place of their own, and become a tile in
+// bf16 when they are there: two more barriers of the CTA, and one rounding.
 #include <cmath>
 
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
+#include "worker/kernels/cuda/kv_codes.cuh"
 #include "worker/kernels/cuda/mma.cuh"
 #include "worker/kernels/cuda/paged_attention.cuh"
 #include "worker/kernels/cuda/paged_kv.cuh"
@@ -26,15 +30,25 @@ constexpr int kBlocksOfStep = kKeys / kPoolBlockTokens;
 static_assert(kBlocksOfStep == kTableAlignment, "a step's blocks are one load from the table");
 constexpr int64_t kCtasMax = (int64_t{1} << 31) - 1;
 
-template <int kDim>
+// kBits: of the pool.
+template <int kDimOfHead, int kBitsOfPool>
 struct PrefillForm {
+  static constexpr int kDim = kDimOfHead;
+  static constexpr int kBits = kBitsOfPool;
+  static constexpr bool kIsQuantized = kBits != KvForm::kBf16;
   static constexpr int kTiles = kDim > 128 ? 1 : 2;     // of a warp, as registers allow
   static constexpr int kWarpRows = kTiles * kTileRows;  // follow one another
   static constexpr int kRows = kWarps * kWarpRows;      // of a CTA
   static constexpr int kPieces = kDim / 8;              // of 16 bytes, of a row
-  static constexpr int kShared =
+  static constexpr int kCodesAt =                       // behind the tiles
       (kRows + 2 * kKeys) * (kDim + kTilePad) * static_cast<int>(sizeof(bf16));
-  static constexpr int kCtas = kDim <= 64 ? 3 : 2;
+  // Of a step, and what a token has in the pool: codes, and grids of 32 values or more.
+  static constexpr int kTokenBytes = kIsQuantized ? kDim * kBits / 8 : 0;
+  static constexpr int kGridsMax = kIsQuantized ? kDim / 32 : 0;
+  static constexpr int kGridsAt = kCodesAt + kKeys * kTokenBytes;
+  static constexpr int kShared = kGridsAt + kKeys * kGridsMax * static_cast<int>(sizeof(uint32_t));
+  // As shared memory and registers allow.
+  static constexpr int kCtas = kDim <= 64 ? 3 : kDim <= 128 || !kIsQuantized ? 2 : 1;
 };
 
 // What a CTA works on: rows [first, first + kRows) of the sequence's pairs of row and head.
@@ -48,9 +62,8 @@ struct Work {
   int keys_end;   // behind the last
 };
 
-template <int kDim>
+template <int kRows>
 __device__ __forceinline__ bool FindWork(const PagedAttentionArguments& p, Work* work) {
-  constexpr int kRows = PrefillForm<kDim>::kRows;
   const auto n_tiles = [&](int s) {
     return (p.batch.n_sequence_rows[s] * p.queries_per_key + kRows - 1) / kRows;
   };
@@ -75,9 +88,10 @@ __device__ __forceinline__ bool FindWork(const PagedAttentionArguments& p, Work*
 // Starts the copy of the keys (or values) of a step, zeros where no row sees them. `pool` is where
 // those of the kv head in block 0 begin.
 template <int kDim>
-__device__ __forceinline__ void CopyKeys(unsigned tile, const bf16* pool, int64_t block_stride,
-                                         const int4& blocks, int key0, const Work& work) {
-  constexpr int kPieces = PrefillForm<kDim>::kPieces;
+__device__ __forceinline__ void CopyKeys(unsigned tile, const unsigned char* pool,
+                                         int64_t block_bytes, const int4& blocks, int key0,
+                                         const Work& work) {
+  constexpr int kPieces = kDim / 8;
   constexpr int kPiecesOfBlock = kPoolBlockTokens * kPieces;
 #pragma unroll
   for (int i = 0; i < kKeys * kPieces / kThreads; ++i) {
@@ -88,8 +102,59 @@ __device__ __forceinline__ void CopyKeys(unsigned tile, const bf16* pool, int64_
     const int block = b < 2 ? (b == 0 ? blocks.x : blocks.y) : (b == 2 ? blocks.z : blocks.w);
     const int key = key0 + row;
     const bool is_seen = key >= work.keys_seen && key < work.keys_end;
-    const bf16* from = pool + block * block_stride + (piece - b * kPiecesOfBlock) * 8;
+    const unsigned char* from = pool + block * block_bytes + (piece - b * kPiecesOfBlock) * 16;
     CopyAsync16(tile + TileBytes<kDim>(row, piece % kPieces * 8), is_seen ? from : pool, is_seen);
+  }
+}
+
+// The same for codes and their grids, which go to where the form has them behind `shared`.
+template <typename Form>
+__device__ __forceinline__ void CopyCodes(unsigned shared, const unsigned char* pool,
+                                          int64_t block_bytes, int n_groups, const int4& blocks,
+                                          int key0, const Work& work) {
+  constexpr int kPieces = Form::kTokenBytes / 16;
+  const auto copy = [&](int row, int byte_of_block, auto copy_piece) {
+    const int b = row / kPoolBlockTokens;
+    const int block = b < 2 ? (b == 0 ? blocks.x : blocks.y) : (b == 2 ? blocks.z : blocks.w);
+    const int key = key0 + row;
+    const bool is_seen = key >= work.keys_seen && key < work.keys_end;
+    copy_piece(is_seen ? pool + block * block_bytes + byte_of_block : pool, is_seen);
+  };
+#pragma unroll
+  for (int i = 0; i < (kKeys * kPieces + kThreads - 1) / kThreads; ++i) {
+    const int piece = i * kThreads + static_cast<int>(threadIdx.x);
+    const int row = piece / kPieces;
+    if (row >= kKeys) continue;
+    const int of_block = piece - row / kPoolBlockTokens * kPoolBlockTokens * kPieces;
+    copy(row, of_block * 16, [&](const unsigned char* from, bool is_seen) {
+      CopyAsync16(shared + Form::kCodesAt + piece * 16, from, is_seen);
+    });
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < kKeys * n_groups; i += kThreads) {
+    const int row = i / n_groups;
+    const int of_block = i - row / kPoolBlockTokens * kPoolBlockTokens * n_groups;
+    copy(row, kPoolBlockTokens * Form::kTokenBytes + of_block * 4,
+         [&](const unsigned char* from, bool is_seen) {
+           CopyAsync4(shared + Form::kGridsAt + i * 4, from, is_seen);
+         });
+  }
+}
+
+// Makes a tile of what CopyCodes has brought.
+template <typename Form>
+__device__ __forceinline__ void DequantizeTile(const unsigned char* shared, unsigned char* tile,
+                                               int n_groups, int group_size_log2) {
+  constexpr int kPieces = Form::kPieces;  // of 8 elements
+  const auto* grids = reinterpret_cast<const uint32_t*>(shared + Form::kGridsAt);
+#pragma unroll
+  for (int i = 0; i < kKeys * kPieces / kThreads; ++i) {
+    const int piece = i * kThreads + static_cast<int>(threadIdx.x);
+    const int row = piece / kPieces;
+    const int column = piece % kPieces * 8;
+    const int group = n_groups == 1 ? 0 : column >> group_size_log2;
+    *reinterpret_cast<uint4*>(tile + TileBytes<Form::kDim>(row, column)) =
+        DequantizeCodes<Form::kBits>(shared + Form::kCodesAt + piece * Form::kBits,
+                                     grids[row * n_groups + group]);
   }
 }
 
@@ -102,23 +167,23 @@ __device__ __forceinline__ int64_t PairOffset(const PagedAttentionArguments& p, 
   return (first_row + row) * stride + head * head_dim;
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(kThreads, PrefillForm<kDim>::kCtas)
+template <typename Form>
+__global__ void __launch_bounds__(kThreads, Form::kCtas)
     PrefillKernel(const PagedAttentionArguments p) {
-  using Form = PrefillForm<kDim>;
+  constexpr int kDim = Form::kDim;
   constexpr int kTiles = Form::kTiles;
   constexpr int kStride = kDim + kTilePad;
   extern __shared__ __align__(16) unsigned char shared[];
   WaitForPreviousKernel();
   LetNextKernelStart();
   Work work;
-  if (!FindWork<kDim>(p, &work)) return;
+  if (!FindWork<Form::kRows>(p, &work)) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   // A shuffle's result is known to be the same in all lanes, and what follows is computed once.
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpSize, 0);
   const int64_t first_row = p.batch.first_row[work.sequence];
-  const bf16* keys = p.pool + work.kv_head * (kPoolBlockTokens * kDim);
-  const bf16* values = keys + p.block_stride / 2;
+  const unsigned char* keys = p.pool + work.kv_head * p.head_bytes;
+  const unsigned char* values = keys + p.block_bytes / 2;
   const auto* table =
       reinterpret_cast<const int4*>(p.batch.tables + work.sequence * p.batch.max_blocks);
 
@@ -142,8 +207,23 @@ __global__ void __launch_bounds__(kThreads, PrefillForm<kDim>::kCtas)
         is_there ? PairOffset(p, work, first_row, p.q_stride, work.first + row, kDim) + column : 0;
     CopyAsync16(q_address + TileBytes<kDim>(row, column), p.q + offset, is_there);
   }
-  CopyKeys<kDim>(k_tile, keys, p.block_stride, table[key0 / kKeys], key0, work);
-  CommitCopies();
+  // Keys or values of a step come to the tile, or their codes to where they become it.
+  const auto copy = [&](unsigned tile, const unsigned char* pool, const int4& blocks, int first) {
+    if constexpr (Form::kIsQuantized) {
+      CopyCodes<Form>(q_address, pool, p.block_bytes, p.n_groups, blocks, first, work);
+    } else {
+      CopyKeys<kDim>(tile, pool, p.block_bytes, blocks, first, work);
+    }
+    CommitCopies();
+  };
+  // By all threads, once they have what was copied last.
+  const auto dequantize = [&](unsigned tile) {
+    if constexpr (Form::kIsQuantized) {
+      DequantizeTile<Form>(shared, shared + (tile - q_address), p.n_groups, p.group_size_log2);
+      __syncthreads();  // the tile is there, and the codes are done with
+    }
+  };
+  copy(k_tile, keys, table[key0 / kKeys], key0);
 
   // Of the warp's first row and its last.
   const int first_position = work.n_past + (work.first + warp_row) / p.queries_per_key;
@@ -167,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, PrefillForm<kDim>::kCtas)
     const bool sees_all = key0 + kKeys - 1 <= first_position && key0 >= p.FirstSeen(last_position);
     WaitForCopies();
     __syncthreads();  // the keys are there, and the values of the step before are done with
-    CopyKeys<kDim>(v_tile, values, p.block_stride, blocks, key0, work);
-    CommitCopies();
+    dequantize(k_tile);
+    copy(v_tile, values, blocks, key0);
 
     float score[kTiles][kKeys / 8][4] = {};
     if (sees_any) {
@@ -193,10 +273,8 @@ __global__ void __launch_bounds__(kThreads, PrefillForm<kDim>::kCtas)
     }
     WaitForCopies();
     __syncthreads();  // the values are there, and the keys are done with
-    if (!is_last) {
-      CopyKeys<kDim>(k_tile, keys, p.block_stride, next_blocks, key0 + kKeys, work);
-      CommitCopies();
-    }
+    dequantize(v_tile);
+    if (!is_last) copy(k_tile, keys, next_blocks, key0 + kKeys);
     if (!sees_any) continue;
 
     if (!sees_all) {
@@ -306,11 +384,10 @@ __global__ void __launch_bounds__(kThreads, PrefillForm<kDim>::kCtas)
   }
 }
 
-template <int kDim>
+template <typename Form>
 absl::Status Launch(const PagedAttentionParams& params, const PagedAttentionArguments& arguments) {
-  using Form = PrefillForm<kDim>;
   WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      PrefillKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, Form::kShared));
+      PrefillKernel<Form>, cudaFuncAttributeMaxDynamicSharedMemorySize, Form::kShared));
   // Each sequence's last tile may be short.
   const int64_t n_tiles =
       params.batch.n_rows * arguments.queries_per_key / Form::kRows + params.batch.n_sequences;
@@ -321,7 +398,7 @@ absl::Status Launch(const PagedAttentionParams& params, const PagedAttentionArgu
                      params.batch.n_sequences, " sequences and ", params.n_heads, " heads take ",
                      n_ctas, " CTAs, the limit is ", kCtasMax));
   }
-  return LaunchKernel("PagedPrefillAttention", PrefillKernel<kDim>,
+  return LaunchKernel("PagedPrefillAttention", PrefillKernel<Form>,
                       {.grid = dim3(static_cast<unsigned>(n_ctas)),
                        .threads = kThreads,
                        .shared_bytes = Form::kShared,
@@ -336,8 +413,22 @@ absl::Status PagedPrefillAttention(const PagedAttentionParams& params) {
   PagedAttentionArguments arguments{};
   WALSH_RETURN_IF_ERROR(MakeArguments("PagedPrefillAttention", params, &arguments));
   if (params.batch.n_sequences == 0) return absl::OkStatus();
-  return ForHeadDim("PagedPrefillAttention", params.pool.shape.head_dim,
-                    [&]<int kDim>() { return Launch<kDim>(params, arguments); });
+  const KvPoolShape& pool = params.pool.shape;
+  const auto launch = [&]<int kBits>() {
+    return ForQuantizedHeadDim(pool.head_dim, [&]<int kDim>() {
+      return Launch<PrefillForm<kDim, kBits>>(params, arguments);
+    });
+  };
+  switch (pool.form.bits) {
+    case 8:
+      return launch.template operator()<8>();
+    case 4:
+      return launch.template operator()<4>();
+    default:
+      return ForHeadDim("PagedPrefillAttention", pool.head_dim, [&]<int kDim>() {
+        return Launch<PrefillForm<kDim, KvForm::kBf16>>(params, arguments);
+      });
+  }
 }
 
 }  // namespace walsh::kernels::cuda
