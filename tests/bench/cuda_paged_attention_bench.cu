@@ -2,15 +2,19 @@
 // the read bandwidth that the same run measures, prefill in TFLOP/s.
 //
 //   cuda_paged_attention_bench [--contexts=64,256,512,1024,2048,8192] [--batches=1,16,64]
+//                              [--kv-bits=16,8,4]
 //
-// Protocol: random keys, values and queries, shuffled tables; as many layers of a pool as exceed
-// 300 MB, so that none is in the L2 when its turn comes, as many as fit where one alone is larger;
-// a CUDA graph of 32 or more launches, each with the next layer; after a warm-up the median, least
-// and most of 5 rounds, in which the ways to launch take turns. "Overlapped" launches are
-// programmatic dependent ones. "In a chain" is what a launch adds to a chain of dependent launches
-// that write the rows, one behind each: the latency that a layer sees of it. GB/s counts the keys
-// and values that are seen once, TFLOP/s four for each element of a head and each pair of a query
-// and a key that it sees. Prints Markdown.
+// Keys and values are in bf16, or codes with a grid for each token and head; with codes, queries
+// and keys have their Hadamard transform.
+//
+// Protocol: random keys, values (or codes) and queries, shuffled tables; as many layers of a pool
+// as exceed 300 MB, so that none is in the L2 when its turn comes, as many as fit where one alone
+// is larger; a CUDA graph of 32 or more launches, each with the next layer; after a warm-up the
+// median, least and most of 5 rounds, in which the ways to launch take turns. "Overlapped" launches
+// are programmatic dependent ones. "In a chain" is what a launch adds to a chain of dependent
+// launches that write the rows, one behind each: the latency that a layer sees of it. GB/s counts
+// the keys and values that are seen once, TFLOP/s four for each element of a head and each pair of
+// a query and a key that it sees. Prints Markdown.
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
@@ -186,6 +190,7 @@ constexpr Model kModels[] = {
 struct Options {
   std::vector<int64_t> contexts = {64, 256, 512, 1024, 2048, 8192};
   std::vector<int64_t> batches = {1, 16, 64};
+  std::vector<int64_t> kv_bits = {16, 8, 4};
 };
 
 std::vector<int64_t> Numbers(std::string_view text) {
@@ -211,6 +216,8 @@ Options Parse(int argc, char** argv) {
       options.contexts = Numbers(contexts);
     } else if (const auto batches = value("--batches="); !batches.empty()) {
       options.batches = Numbers(batches);
+    } else if (const auto kv_bits = value("--kv-bits="); !kv_bits.empty()) {
+      options.kv_bits = Numbers(kv_bits);
     } else {
       std::fprintf(stderr,
                    "cuda_paged_attention_bench: %s is unknown; see the head of its source\n",
@@ -225,7 +232,7 @@ Options Parse(int argc, char** argv) {
 struct Setup {
   KvPoolShape shape;
   int64_t n_layers = 0;
-  DeviceBuffer<bf16> pool;
+  DeviceBuffer<bf16> pool;  // of whatever form
   DeviceBuffer<int32_t> image;
   DeviceBuffer<bf16> q, y;
   PagedAttentionParams params;  // of prefill
@@ -238,23 +245,35 @@ class Bench {
   void Run() {
     MeasureRead();
     std::printf(
-        "| decode | context | batch | us (range) | overlapped us (range) | GB/s | share of read | "
-        "in a chain, us |\n| --- | ---: | ---: | --- | --- | ---: | ---: | ---: |\n");
+        "| decode | KV bits | context | batch | us (range) | overlapped us (range) | GB/s | share "
+        "of "
+        "read | in a chain, us |\n| --- | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: |\n");
     for (const Model& model : kModels) {
       for (const int64_t context : options_.contexts) {
-        for (const int64_t batch : options_.batches) Decode(model, context, batch);
+        for (const int64_t batch : options_.batches) {
+          for (const KvForm& form : Forms()) Decode(model, form, context, batch);
+        }
       }
     }
     std::printf(
-        "\n| prefill | cached | rows | us (range) | TFLOP/s |\n| --- | ---: | ---: | --- | ---: "
-        "|\n");
+        "\n| prefill | KV bits | cached | rows | us (range) | TFLOP/s |\n| --- | ---: | ---: | "
+        "---: "
+        "| --- | ---: |\n");
     for (const Model& model : kModels) {
-      Prefill(model, 0, 2048);
-      Prefill(model, 2048, 512);
+      for (const KvForm& form : Forms()) {
+        Prefill(model, form, 0, 2048);
+        Prefill(model, form, 2048, 512);
+      }
     }
   }
 
  private:
+  std::vector<KvForm> Forms() const {
+    std::vector<KvForm> forms;
+    for (const int64_t bits : options_.kv_bits) forms.push_back({.bits = static_cast<int>(bits)});
+    return forms;
+  }
+
   void MeasureRead() {
     constexpr int64_t kBytes = int64_t{1} << 31;
     const auto data = RandomNumbers(context_, kBytes / 2, 1);
@@ -272,16 +291,18 @@ class Bench {
                 n_multiprocessors, read_gb_s_);
   }
 
-  Setup Make(const Model& model, int64_t n_sequences, int64_t n_past, int64_t n_rows) {
+  Setup Make(const Model& model, const KvForm& form, int64_t n_sequences, int64_t n_past,
+             int64_t n_rows) {
     Setup s;
     const int64_t n_tokens = n_past + n_rows;
     const int64_t n_blocks = (n_tokens + kPoolBlockTokens - 1) / kPoolBlockTokens;
     s.shape = {.n_blocks = n_blocks * n_sequences,
                .n_kv_heads = model.n_kv_heads,
-               .head_dim = model.head_dim};
-    const int64_t layer_bytes = s.shape.size() * 2;
+               .head_dim = model.head_dim,
+               .form = form};
+    const int64_t layer_bytes = s.shape.size_bytes();
     s.n_layers = (kBytesBeyondL2 + layer_bytes - 1) / layer_bytes;
-    s.pool = RandomNumbers(context_, s.n_layers * s.shape.size(), 2);
+    s.pool = RandomNumbers(context_, s.n_layers * layer_bytes / 2, 2);
     std::vector<int32_t> blocks(static_cast<size_t>(s.shape.n_blocks));
     std::iota(blocks.begin(), blocks.end(), 0);
     std::shuffle(blocks.begin(), blocks.end(), std::mt19937(3));
@@ -320,7 +341,7 @@ class Bench {
     return (kLaunchesMin + n - 1) / n * n;
   }
   static KvPoolLayer Layer(const Setup& s, int i) {
-    return {.data = const_cast<bf16*>(s.pool.data()) + i % s.n_layers * s.shape.size(),
+    return {.data = const_cast<bf16*>(s.pool.data()) + i % s.n_layers * s.shape.size_bytes() / 2,
             .shape = s.shape};
   }
 
@@ -330,22 +351,24 @@ class Bench {
     return values;
   }
 
-  void Decode(const Model& model, int64_t context, int64_t batch) {
-    const Setup s = Make(model, batch, context - 1, 1);
+  void Decode(const Model& model, const KvForm& form, int64_t context, int64_t batch) {
+    const Setup s = Make(model, form, batch, context - 1, 1);
     const int64_t qkv_size = batch * (model.n_heads + 2 * model.n_kv_heads) * model.head_dim;
     const auto rows = RandomFloats(qkv_size, 1.0f);
     auto qkv = RandomFloats(qkv_size, 1.0f);
     const auto frequencies = RandomFloats(model.head_dim / 2, 0.25f);
+    const HeadTransform heads = form.is_quantized() ? HeadTransform::kWalsh : HeadTransform::kNone;
     const auto attend = [&](int i, bool overlap) {
-      CheckOk(PagedDecodeAttention({.batch = s.params.batch,
-                                    .pool = Layer(s, i),
-                                    .n_heads = model.n_heads,
-                                    .scale = s.params.scale,
-                                    .qkv = qkv.data(),
-                                    .transform = {.inverse_frequencies = frequencies.data()},
-                                    .y = s.params.y,
-                                    .overlap_previous = overlap,
-                                    .stream = context_.stream()}));
+      CheckOk(PagedDecodeAttention(
+          {.batch = s.params.batch,
+           .pool = Layer(s, i),
+           .n_heads = model.n_heads,
+           .scale = s.params.scale,
+           .qkv = qkv.data(),
+           .transform = {.inverse_frequencies = frequencies.data(), .heads = heads},
+           .y = s.params.y,
+           .overlap_previous = overlap,
+           .stream = context_.stream()}));
     };
     const auto produce = [&] {
       CheckOk(LaunchKernel(
@@ -371,12 +394,13 @@ class Bench {
       graphs.insert(graphs.end(), {producers.get(), chain.get()});
     }
     const std::vector<Timing> us = TakeTurns(graphs);
-    const auto bytes = static_cast<double>(4 * batch * context * model.n_kv_heads * model.head_dim);
+    const int64_t token_bytes = s.shape.block_bytes() / kPoolBlockTokens;
+    const auto bytes = static_cast<double>(batch * context * token_bytes);
     const double gb_s = bytes / us[1].median_us / 1e3;
-    std::printf("| %s | %lld | %lld | %.2f (%.2f-%.2f) | %.2f (%.2f-%.2f) | %.0f | %.1f %% | ",
-                model.name, static_cast<long long>(context), static_cast<long long>(batch),
-                us[0].median_us, us[0].min_us, us[0].max_us, us[1].median_us, us[1].min_us,
-                us[1].max_us, gb_s, 100 * gb_s / read_gb_s_);
+    std::printf("| %s | %d | %lld | %lld | %.2f (%.2f-%.2f) | %.2f (%.2f-%.2f) | %.0f | %.1f %% | ",
+                model.name, form.bits, static_cast<long long>(context),
+                static_cast<long long>(batch), us[0].median_us, us[0].min_us, us[0].max_us,
+                us[1].median_us, us[1].min_us, us[1].max_us, gb_s, 100 * gb_s / read_gb_s_);
     if (batch == 1) {
       std::printf("%.2f (of %.2f) |\n", us[3].median_us - us[2].median_us, us[3].median_us);
     } else {
@@ -385,8 +409,8 @@ class Bench {
     std::fflush(stdout);
   }
 
-  void Prefill(const Model& model, int64_t n_past, int64_t n_rows) {
-    const Setup s = Make(model, 1, n_past, n_rows);
+  void Prefill(const Model& model, const KvForm& form, int64_t n_past, int64_t n_rows) {
+    const Setup s = Make(model, form, 1, n_past, n_rows);
     Graph graph(context_.stream(), Launches(s), [&](int i) {
       PagedAttentionParams params = s.params;
       params.pool = Layer(s, i);
@@ -396,7 +420,7 @@ class Bench {
     const double pairs = static_cast<double>(n_rows) * static_cast<double>(n_past) +
                          0.5 * static_cast<double>(n_rows) * static_cast<double>(n_rows + 1);
     const double flop = 4.0 * pairs * static_cast<double>(model.n_heads * model.head_dim);
-    std::printf("| %s | %lld | %lld | %.1f (%.1f-%.1f) | %.0f |\n", model.name,
+    std::printf("| %s | %d | %lld | %lld | %.1f (%.1f-%.1f) | %.0f |\n", model.name, form.bits,
                 static_cast<long long>(n_past), static_cast<long long>(n_rows), us.median_us,
                 us.min_us, us.max_us, flop / us.median_us / 1e6);
     std::fflush(stdout);

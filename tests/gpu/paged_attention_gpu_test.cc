@@ -1,6 +1,7 @@
 // Attention against the paged pool, what fills the pool, and the ends of a forward pass, against
-// double on the host over the same bf16 inputs. Those of decoding are what QkvToCache makes of the
-// rows, which is held to double by itself, and the pool must end with the same bits.
+// double on the host over the same inputs: queries in bf16, keys and values as the pool has them,
+// in bf16 or as codes. Those of decoding are what QkvToCache makes of the rows, which is held to
+// double by itself, and the pool must end with the same bits.
 //
 // All of the pool that no row sees is NaN, as are outputs before a call and what lies behind them:
 // whatever is read or written beside a sequence shows. Block tables are shuffled.
@@ -17,6 +18,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "tests/gpu/gpu_fixture.h"
+#include "tests/testing/host_device/pooled_head.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/paged_kv.h"
 #include "worker/kernels/cuda/qkv_to_cache.h"
@@ -26,14 +28,18 @@ namespace walsh::kernels::cuda {
 namespace {
 
 using ::testing::HasSubstr;
+using ::walsh::testing::PooledHead;
 using ::walsh::testing::StatusIs;
 
 constexpr double kLimit = 1e-5;  // NMSE of bf16 results accumulated in fp32
 // Of one row: where one token has nearly all the weight, that weight's rounding to bf16 and the
 // result's are both up to 2^-9 of the result.
 constexpr double kRowLimit = 1.6e-5;
+// Where codes become a tile in bf16: keys and values have a rounding more.
+constexpr double kTileRowLimit = 4e-5;
 constexpr int64_t kBehind = 64;  // elements of poison behind an output
 constexpr uint16_t kPoison = 0xffff;
+constexpr uint8_t kPoisonByte = 0xff;
 
 using Bits = std::vector<uint16_t>;
 
@@ -81,17 +87,35 @@ constexpr Heads kManyQueries{"ManyQueries", 40, 2, 32};
 constexpr Heads kTiny{"Tiny", 4, 2, 16};
 constexpr Heads kStories{"Stories", 6, 6, 48};
 
+// Forms of a pool's heads in codes, all that there are for heads of this size.
+std::vector<KvForm> FormsOfCodes(int64_t head_dim) {
+  std::vector<KvForm> forms;
+  for (const int bits : {8, 4}) {
+    for (const int64_t group : {KvForm::kHead, int64_t{32}, int64_t{64}, int64_t{128}}) {
+      const KvForm form{.bits = bits, .group_size = group, .clip = bits == 8 ? 1.0f : 0.95f};
+      if (CheckKvForm(form, head_dim).ok()) forms.push_back(form);
+    }
+  }
+  return forms;
+}
+std::string NameOf(const KvForm& form) {
+  if (!form.is_quantized()) return "bf16";
+  return absl::StrCat(form.bits, " bits in groups of ", form.group_size);
+}
+
 struct Length {
   int64_t n_past = 0;
   int64_t n_rows = 1;
 };
+
+using Bytes = std::vector<uint8_t>;
 
 // A pool and a batch of sequences in it. Sequence i always has the same keys and values for the
 // same `seeds[i]`, wherever it is.
 class PagedBatch {
  public:
   PagedBatch(const Heads& heads, const std::vector<Length>& lengths, int64_t window,
-             std::vector<uint32_t> seeds = {}, uint32_t shuffle = 1)
+             std::vector<uint32_t> seeds = {}, uint32_t shuffle = 1, const KvForm& form = {})
       : heads_(heads), lengths_(lengths), window_(window), seeds_(std::move(seeds)) {
     if (seeds_.empty()) {
       seeds_.resize(lengths.size());
@@ -107,12 +131,15 @@ class PagedBatch {
     }
     layout_.n_sequences = static_cast<int64_t>(lengths.size());
     layout_.max_blocks = (longest + kTableAlignment - 1) / kTableAlignment * kTableAlignment;
-    shape_ = {.n_blocks = n_blocks, .n_kv_heads = heads.n_kv_heads, .head_dim = heads.head_dim};
+    shape_ = {.n_blocks = n_blocks,
+              .n_kv_heads = heads.n_kv_heads,
+              .head_dim = heads.head_dim,
+              .form = form};
     std::vector<int32_t> blocks(static_cast<size_t>(n_blocks));
     std::iota(blocks.begin(), blocks.end(), 0);
     std::shuffle(blocks.begin(), blocks.end(), std::mt19937(shuffle));
 
-    pool_ = PoisonOnHost(shape_.size());
+    pool_ = Bytes(static_cast<size_t>(shape_.size_bytes()), kPoisonByte);
     int64_t row = 0;
     auto next = blocks.begin();
     for (size_t i = 0; i < lengths.size(); ++i) {
@@ -120,8 +147,8 @@ class PagedBatch {
       const int64_t n = (n_tokens + kPoolBlockTokens - 1) / kPoolBlockTokens;
       tables_.emplace_back(next, next + n);
       next += n;
-      keys_.push_back(Random(seeds_[i], 0, n_tokens * KvWidth()));
-      values_.push_back(Random(seeds_[i] + 1000, 0, n_tokens * KvWidth()));
+      keys_.push_back(Floats(Random(seeds_[i], 0, n_tokens * KvWidth())));
+      values_.push_back(Floats(Random(seeds_[i] + 1000, 0, n_tokens * KvWidth())));
       const std::vector<bf16> q =
           Random(seeds_[i] + 2000, lengths[i].n_past * QWidth(), lengths[i].n_rows * QWidth());
       q_.insert(q_.end(), q.begin(), q.end());
@@ -131,8 +158,9 @@ class PagedBatch {
       }
       const int64_t seen = window > 0 ? std::max<int64_t>(0, lengths[i].n_past + 1 - window) : 0;
       for (int64_t t = seen; t < n_tokens; ++t) {
-        ForToken(i, t, [&](const bf16* from, int64_t place) {
-          std::copy_n(from, heads.head_dim, pool_.begin() + place);
+        ForToken(pool_, i, t, [&](float* values, PooledHead head) {
+          head.Store({values, static_cast<size_t>(heads.head_dim)});
+          for (int64_t d = 0; d < heads.head_dim; ++d) values[d] = head[d];
         });
       }
       first_rows_.push_back(row);
@@ -155,27 +183,37 @@ class PagedBatch {
   const KvBatchLayout& layout() const { return layout_; }
   const KvPoolShape& shape() const { return shape_; }
   const std::vector<int32_t>& image() const { return image_; }
-  const std::vector<bf16>& pool() const { return pool_; }
+  const Bytes& pool() const { return pool_; }
   const std::vector<bf16>& q() const { return q_; }
   const std::vector<float>& qkv() const { return qkv_; }
   const std::vector<int32_t>& table(size_t sequence) const { return tables_[sequence]; }
   int64_t first_row(size_t sequence) const { return first_rows_[sequence]; }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(heads_.head_dim)); }
   // The pool without the rows' own tokens.
-  std::vector<bf16> PoolBeforeRows() {
-    std::vector<bf16> pool = pool_;
-    const std::vector<bf16> poison = PoisonOnHost(heads_.head_dim);
-    ForRowTokens([&](bf16*, int64_t place) {
-      std::copy(poison.begin(), poison.end(), pool.begin() + place);
+  Bytes PoolBeforeRows() {
+    Bytes pool = pool_;
+    ForRowTokens(pool, [&](float*, const PooledHead& head) {
+      std::fill(head.codes().begin(), head.codes().end(), kPoisonByte);
+      std::fill(head.grids().begin(), head.grids().end(), kPoisonByte);
     });
     return pool;
   }
   // Takes queries, keys and values of the rows from what QkvToCache made of them.
-  void TakeRows(const std::vector<bf16>& q, const std::vector<bf16>& pool) {
+  void TakeRows(const std::vector<bf16>& q, const Bytes& pool) {
     q_ = q;
     pool_ = pool;
-    ForRowTokens(
-        [&](bf16* to, int64_t place) { std::copy_n(pool.begin() + place, heads_.head_dim, to); });
+    ForRowTokens(pool_, [&](float* to, const PooledHead& head) {
+      for (int64_t d = 0; d < heads_.head_dim; ++d) to[d] = head[d];
+    });
+  }
+  // In a pool of this batch's shape.
+  PooledHead HeadIn(Bytes& pool, size_t sequence, int64_t token, int64_t kv_head,
+                    bool is_value) const {
+    return {{.data = pool.data(), .shape = shape_},
+            tables_[sequence][token / kPoolBlockTokens],
+            token,
+            kv_head,
+            is_value};
   }
 
   // Row `row` of sequence `sequence` by the definition, all heads.
@@ -190,18 +228,18 @@ class PagedBatch {
       std::vector<double> weights;
       double largest = -std::numeric_limits<double>::infinity();
       for (int64_t t = first; t <= position; ++t) {
-        const bf16* k = keys_[sequence].data() + t * KvWidth() + kv;
+        const float* k = keys_[sequence].data() + t * KvWidth() + kv;
         double score = 0;
-        for (int64_t d = 0; d < dim; ++d) score += Value(q[d]) * Value(k[d]);
+        for (int64_t d = 0; d < dim; ++d) score += Value(q[d]) * static_cast<double>(k[d]);
         weights.push_back(score * scale());
         largest = std::max(largest, weights.back());
       }
       double sum = 0;
       for (double& w : weights) sum += w = std::exp(w - largest);
       for (int64_t t = first; t <= position; ++t) {
-        const bf16* v = values_[sequence].data() + t * KvWidth() + kv;
+        const float* v = values_[sequence].data() + t * KvWidth() + kv;
         const double weight = weights[t - first] / sum;
-        for (int64_t d = 0; d < dim; ++d) y[h * dim + d] += weight * Value(v[d]);
+        for (int64_t d = 0; d < dim; ++d) y[h * dim + d] += weight * static_cast<double>(v[d]);
       }
     }
     return y;
@@ -209,6 +247,11 @@ class PagedBatch {
 
  private:
   static double Value(bf16 x) { return static_cast<double>(__bfloat162float(x)); }
+  static std::vector<float> Floats(const std::vector<bf16>& x) {
+    std::vector<float> y(x.size());
+    std::transform(x.begin(), x.end(), y.begin(), [](bf16 v) { return __bfloat162float(v); });
+    return y;
+  }
   // Sums of four uniform numbers, near a normal distribution of 1.5, each from its place alone
   // (splitmix64): rows of q belong to positions, so that a sequence's chunks have those of the
   // whole.
@@ -225,27 +268,23 @@ class PagedBatch {
     }
     return values;
   }
-  // Calls visit(values, place) for each head of a token's key and value: where it lies in keys_ or
+  // Calls visit(values, head) for each head of a token's key and value: where it lies in keys_ or
   // values_ and in the pool.
   template <typename Visit>
-  void ForToken(size_t sequence, int64_t token, const Visit& visit) {
-    const int64_t dim = heads_.head_dim;
-    const int64_t block = tables_[sequence][token / kPoolBlockTokens];
+  void ForToken(Bytes& pool, size_t sequence, int64_t token, const Visit& visit) {
     for (int64_t h = 0; h < heads_.n_kv_heads; ++h) {
-      for (const int64_t is_value : {0, 1}) {
-        std::vector<bf16>& values = is_value == 0 ? keys_[sequence] : values_[sequence];
-        visit(values.data() + token * KvWidth() + h * dim,
-              (((block * 2 + is_value) * heads_.n_kv_heads + h) * kPoolBlockTokens +
-               token % kPoolBlockTokens) *
-                  dim);
+      for (const bool is_value : {false, true}) {
+        std::vector<float>& values = is_value ? values_[sequence] : keys_[sequence];
+        visit(values.data() + token * KvWidth() + h * heads_.head_dim,
+              HeadIn(pool, sequence, token, h, is_value));
       }
     }
   }
   template <typename Visit>
-  void ForRowTokens(const Visit& visit) {
+  void ForRowTokens(Bytes& pool, const Visit& visit) {
     for (size_t i = 0; i < lengths_.size(); ++i) {
       for (int64_t row = 0; row < lengths_[i].n_rows; ++row) {
-        ForToken(i, lengths_[i].n_past + row, visit);
+        ForToken(pool, i, lengths_[i].n_past + row, visit);
       }
     }
   }
@@ -257,8 +296,10 @@ class PagedBatch {
   KvBatchLayout layout_;
   KvPoolShape shape_;
   std::vector<std::vector<int32_t>> tables_;
-  std::vector<std::vector<bf16>> keys_, values_;  // [n_tokens, kv_width] of each sequence
-  std::vector<bf16> q_, pool_;
+  // [n_tokens, kv_width] of each sequence, as the pool has them.
+  std::vector<std::vector<float>> keys_, values_;
+  std::vector<bf16> q_;
+  Bytes pool_;
   std::vector<float> qkv_;
   std::vector<int64_t> first_rows_;
   std::vector<KvSequence> sequences_;
@@ -272,6 +313,7 @@ class PagedAttentionGpuTest : public GpuTest {
   struct With {
     bool bias = false;
     bool norm = false;
+    HeadTransform heads = HeadTransform::kNone;
   };
 
   // y of the batch's rows; what lies behind them must stay poison.
@@ -294,7 +336,7 @@ class PagedAttentionGpuTest : public GpuTest {
   }
   Bits RunDecode(const Heads& heads, PagedBatch& b, int64_t window, const With& with) {
     const Transform transform(*this, heads, with);
-    const std::vector<bf16> before = b.PoolBeforeRows();
+    const Bytes before = b.PoolBeforeRows();
     TakeRows(heads, b, transform.params());
 
     auto pool = Upload(before);
@@ -303,9 +345,7 @@ class PagedAttentionGpuTest : public GpuTest {
     auto y = Poisoned<bf16>(b.n_rows() * b.QWidth() + kBehind);
     EXPECT_OK(PagedDecodeAttention(
         DecodeParams(heads, b, window, transform.params(), pool, image, qkv, y)));
-    const std::vector<bf16> pool_of_fused = Download(pool);
-    EXPECT_EQ(std::memcmp(pool_of_fused.data(), b.pool().data(), b.pool().size() * 2), 0)
-        << "the pool is not as QkvToCache leaves it";
+    EXPECT_TRUE(Download(pool) == b.pool()) << "the pool is not as QkvToCache leaves it";
     return RowBits(b, y);
   }
 
@@ -336,10 +376,10 @@ class PagedAttentionGpuTest : public GpuTest {
   }
 
   PagedAttentionParams Params(const Heads& heads, const PagedBatch& b, int64_t window,
-                              const DeviceBuffer<bf16>& pool, const DeviceBuffer<int32_t>& image,
+                              const DeviceBuffer<uint8_t>& pool, const DeviceBuffer<int32_t>& image,
                               const DeviceBuffer<bf16>& q, DeviceBuffer<bf16>& y) {
     return {.batch = b.layout().View(image.data()),
-            .pool = {.data = const_cast<bf16*>(pool.data()), .shape = b.shape()},
+            .pool = {.data = const_cast<uint8_t*>(pool.data()), .shape = b.shape()},
             .n_heads = heads.n_heads,
             .window = window,
             .scale = b.scale(),
@@ -348,7 +388,7 @@ class PagedAttentionGpuTest : public GpuTest {
             .stream = context().stream()};
   }
   PagedDecodeParams DecodeParams(const Heads& heads, const PagedBatch& b, int64_t window,
-                                 const QkvTransform& transform, DeviceBuffer<bf16>& pool,
+                                 const QkvTransform& transform, DeviceBuffer<uint8_t>& pool,
                                  const DeviceBuffer<int32_t>& image, const DeviceBuffer<float>& qkv,
                                  DeviceBuffer<bf16>& y) {
     return {.batch = b.layout().View(image.data()),
@@ -376,7 +416,8 @@ class PagedAttentionGpuTest : public GpuTest {
               .q_norm = with_.norm ? q_norm_.data() : nullptr,
               .k_norm = with_.norm ? k_norm_.data() : nullptr,
               .eps = 1e-6f,
-              .inverse_frequencies = frequencies_.data()};
+              .inverse_frequencies = frequencies_.data(),
+              .heads = with_.heads};
     }
 
    private:
@@ -385,7 +426,8 @@ class PagedAttentionGpuTest : public GpuTest {
   };
 
   static void ExpectClose(const PagedBatch& b, const std::vector<Length>& lengths, const Bits& y,
-                          const std::string& what, int64_t rows_compared = 16) {
+                          const std::string& what, int64_t rows_compared = 16,
+                          double limit = kRowLimit) {
     for (size_t i = 0; i < lengths.size(); ++i) {
       const int64_t n = lengths[i].n_rows;
       const int64_t step = std::max<int64_t>(1, n / rows_compared);
@@ -398,7 +440,7 @@ class PagedAttentionGpuTest : public GpuTest {
           std::memcpy(&value, &bits, sizeof(value));
           actual.push_back(static_cast<double>(value));
         }
-        EXPECT_LE(NormalizedSquaredError(actual, expected), kRowLimit)
+        EXPECT_LE(NormalizedSquaredError(actual, expected), limit)
             << what << ", sequence " << i << " of " << lengths[i].n_past << " + " << n
             << " tokens, row " << row;
       }
@@ -582,7 +624,7 @@ TEST_F(PagedAttentionGpuTest, PartsOfABatch) {
   const std::vector<Length> lengths = {{99, 1}, {300, 1}, {40, 70}, {0, 33}};
   PagedBatch b(kLlama3, lengths, 0);
   const Transform transform(*this, kLlama3, {});
-  const std::vector<bf16> before = b.PoolBeforeRows();
+  const Bytes before = b.PoolBeforeRows();
   TakeRows(kLlama3, b, transform.params());
   auto pool = Upload(before);
   const auto image = Upload(b.image());
@@ -604,6 +646,132 @@ TEST_F(PagedAttentionGpuTest, PartsOfABatch) {
   prefill.batch = all.Sequences(2, 2);
   EXPECT_OK(PagedPrefillAttention(prefill));
   ExpectClose(b, lengths, BitsOf(Download(y)), "decode and prefill");
+}
+
+// Codes in the place of bf16.
+class CodesGpuTest : public PagedAttentionGpuTest, public ::testing::WithParamInterface<Heads> {};
+INSTANTIATE_TEST_SUITE_P(Shapes, CodesGpuTest,
+                         ::testing::Values(kLlama2, kLlama3, kQwen, kSmolLm2, kGemma3, kPhi,
+                                           kManyQueries),
+                         kNameOfHeads);
+
+bool HasHadamard(const Heads& heads) { return (heads.head_dim & (heads.head_dim - 1)) == 0; }
+
+TEST_P(CodesGpuTest, DecodingIsCloseToDouble) {
+  const std::vector<Length> lengths = DecodeLengths(kContexts);
+  for (const KvForm& form : FormsOfCodes(GetParam().head_dim)) {
+    for (const int64_t window : {0, 1, 100}) {
+      PagedBatch b(GetParam(), lengths, window, {}, 1, form);
+      const Bits y = RunDecode(GetParam(), b, window, {.bias = window == 0, .norm = window == 100});
+      ExpectClose(b, lengths, y, absl::StrCat(NameOf(form), ", window ", window));
+    }
+  }
+}
+
+TEST_P(CodesGpuTest, DecodingRotatesHeadsAsQkvToCache) {
+  if (!HasHadamard(GetParam())) GTEST_SKIP() << "heads of " << GetParam().head_dim;
+  const std::vector<Length> lengths = DecodeLengths({1, 40, 257});
+  for (const KvForm& form : FormsOfCodes(GetParam().head_dim)) {
+    for (const HeadTransform heads : {HeadTransform::kHadamard, HeadTransform::kWalsh}) {
+      PagedBatch b(GetParam(), lengths, 0, {}, 1, form);
+      const Bits y = RunDecode(GetParam(), b, 0, {.norm = true, .heads = heads});
+      ExpectClose(b, lengths, y,
+                  absl::StrCat(NameOf(form), heads == HeadTransform::kWalsh ? ", Walsh" : ""));
+    }
+  }
+}
+
+TEST_P(CodesGpuTest, DecodingHasTheSameBitsAloneAndInABatch) {
+  std::vector<int64_t> contexts;
+  std::vector<uint32_t> seeds;
+  for (int64_t i = 0; i < 32; ++i) {
+    contexts.push_back(kContexts[static_cast<size_t>(i) % kContexts.size()] + i / 9);
+    seeds.push_back(static_cast<uint32_t>(500 + i));
+  }
+  for (const KvForm& form : FormsOfCodes(GetParam().head_dim)) {
+    PagedBatch b(GetParam(), DecodeLengths(contexts), 0, seeds, 2, form);
+    const Bits y = RunDecode(GetParam(), b, 0);
+    EXPECT_EQ(y, RunDecode(GetParam(), b, 0)) << NameOf(form) << ", another run";
+    for (size_t i = 0; i < contexts.size(); i += 5) {
+      PagedBatch alone(GetParam(), DecodeLengths({contexts[i]}), 0, {seeds[i]}, 3, form);
+      EXPECT_EQ(RunDecode(GetParam(), alone, 0), RowsOf(b, y, i, 1))
+          << NameOf(form) << ", context " << contexts[i];
+    }
+  }
+}
+
+TEST_P(CodesGpuTest, PrefillIsCloseToDouble) {
+  const std::vector<Length> lengths = {{0, 1},   {0, 15},    {5, 17},   {16, 64},  {100, 129},
+                                       {0, 300}, {1000, 65}, {4090, 7}, {4096, 1}, {63, 128}};
+  for (const KvForm& form : FormsOfCodes(GetParam().head_dim)) {
+    for (const int64_t window : {0, 1, 100}) {
+      const PagedBatch b(GetParam(), lengths, window, {}, 1, form);
+      ExpectClose(b, lengths, RunPrefill(GetParam(), b, window),
+                  absl::StrCat(NameOf(form), ", window ", window), 8, kTileRowLimit);
+    }
+  }
+}
+
+TEST_P(CodesGpuTest, PrefillHasTheSameBitsWhereverChunksAreCut) {
+  constexpr int64_t kTokens = 450;
+  for (const KvForm& form : FormsOfCodes(GetParam().head_dim)) {
+    const PagedBatch whole(GetParam(), {{.n_past = 0, .n_rows = kTokens}}, 90, {7}, 1, form);
+    const Bits y = RunPrefill(GetParam(), whole, 90);
+    std::vector<Length> chunks;
+    const std::vector<int64_t> cuts = {0, 1, 17, 64, 100, 228, 229, kTokens};
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      chunks.push_back({.n_past = cuts[i], .n_rows = cuts[i + 1] - cuts[i]});
+    }
+    const PagedBatch together(GetParam(), chunks, 90, std::vector<uint32_t>(chunks.size(), 7), 11,
+                              form);
+    EXPECT_EQ(RunPrefill(GetParam(), together, 90), y) << NameOf(form);
+  }
+}
+
+TEST_F(PagedAttentionGpuTest, LongContextsOfCodes) {
+  const std::vector<Length> lengths = DecodeLengths({16384, 16417, 40000});
+  for (const KvForm& form : FormsOfCodes(kManyQueries.head_dim)) {
+    PagedBatch b(kManyQueries, lengths, 0, {}, 1, form);
+    ExpectClose(b, lengths, RunDecode(kManyQueries, b, 0), NameOf(form));
+  }
+}
+
+TEST_F(PagedAttentionGpuTest, RefusesFormsThatItDoesNotTake) {
+  const PagedBatch b(kLlama3, {{.n_past = 3, .n_rows = 1}}, 0, {}, 1, {.bits = 8});
+  auto pool = Upload(b.pool());
+  const auto image = Upload(b.image());
+  const auto q = Upload(b.q());
+  const auto qkv = Upload(b.qkv());
+  const Transform transform(*this, kLlama3, {});
+  auto y = Poisoned<bf16>(b.n_rows() * b.QWidth());
+  const PagedAttentionParams params = Params(kLlama3, b, 0, pool, image, q, y);
+  const PagedDecodeParams decode =
+      DecodeParams(kLlama3, b, 0, transform.params(), pool, image, qkv, y);
+  const auto expect = [&](const KvForm& form, int64_t head_dim, const char* what) {
+    PagedAttentionParams bad = params;
+    PagedDecodeParams bad_decode = decode;
+    bad.pool.shape.form = bad_decode.pool.shape.form = form;
+    bad.pool.shape.head_dim = bad_decode.pool.shape.head_dim = head_dim;
+    EXPECT_THAT(PagedPrefillAttention(bad),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what)));
+    EXPECT_THAT(PagedDecodeAttention(bad_decode),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(what)));
+  };
+  expect({.bits = 2}, 128, "2 bits");
+  expect({.bits = 8}, 48, "heads of 48");
+  expect({.bits = 4, .group_size = 128}, 128, "groups of 128");
+  expect({.bits = 4, .group_size = 48}, 96, "groups of 48");
+  expect({.bits = 4, .clip = 0}, 128, "clip ratio 0");
+  PagedDecodeParams bad = decode;
+  bad.pool.shape.form = {};
+  bad.transform.heads = HeadTransform::kWalsh;
+  EXPECT_THAT(PagedDecodeAttention(bad),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("a pool of 16 bits")));
+  bad = decode;
+  bad.pool.shape.head_dim = 96;
+  bad.transform.heads = HeadTransform::kHadamard;
+  EXPECT_THAT(PagedDecodeAttention(bad),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("heads of 96")));
 }
 
 TEST_F(PagedAttentionGpuTest, RefusesWhatItDoesNotTake) {
@@ -675,17 +843,46 @@ TEST(KvBatchLayoutTest, RefusesWhatDoesNotFit) {
   expect({}, "it takes");
 }
 
-// Every element of q and of the pool: what it should be, or poison.
+// Every element of q and of the pool: what it should be, or poison. Values of a grid are less than
+// half a step off, after what lies beyond the grid was cut off, and the grid is that of the group.
 class QkvToCacheGpuTest : public GpuTest {
  protected:
   struct With {
     bool bias = false;
     bool norm = false;
     bool is_bf16 = true;
+    KvForm form = {};
+    HeadTransform heads = HeadTransform::kNone;
   };
 
+  // The value and its grid, of a group of `x` that begins at `first`.
+  static void ExpectOnGrid(const std::vector<double>& x, const PooledHead& head, const KvForm& form,
+                           const std::string& what) {
+    const auto dim = static_cast<int64_t>(x.size());
+    const int64_t group = dim / form.n_groups(dim);
+    const double levels = std::ldexp(1.0, form.bits) - 1;
+    for (int64_t first = 0; first < dim; first += group) {
+      const auto clip = static_cast<double>(form.clip);
+      const auto begin = x.begin() + first;
+      const double high = clip * std::max(0.0, *std::max_element(begin, begin + group));
+      const double low = clip * std::min(0.0, *std::min_element(begin, begin + group));
+      const double scale = (high - low) / levels;
+      EXPECT_NEAR(static_cast<double>(head.scale(first)), scale, scale * 0x1p-14) << what;
+      const int zero = head.zero(first);
+      EXPECT_NEAR(zero, -low / scale, 0.51) << what;
+      for (int64_t d = first; d < first + group; ++d) {
+        const double nearest = std::clamp(x[d], -zero * scale, (levels - zero) * scale);
+        EXPECT_NEAR(static_cast<double>(head[d]), nearest, 0.51 * scale) << what << " " << d;
+      }
+    }
+  }
+
   void Check(const Heads& heads, const std::vector<Length>& lengths, const With& with) {
-    const PagedBatch b(heads, lengths, 0);
+    const PagedBatch b(heads, lengths, 0, {}, 1, with.form);
+    const std::string what =
+        absl::StrCat(heads.name, with.bias ? ", bias" : "", with.norm ? ", norms" : "",
+                     with.is_bf16 ? ", bf16 to " : ", float to ", NameOf(with.form), ", heads ",
+                     static_cast<int>(with.heads));
     const int64_t dim = heads.head_dim;
     const int64_t n_row_heads = heads.n_heads + 2 * heads.n_kv_heads;
     const int64_t width = n_row_heads * dim;
@@ -702,7 +899,7 @@ class QkvToCacheGpuTest : public GpuTest {
     const auto d_k_norm = Upload(k_norm);
     const auto d_frequencies = Upload(frequencies);
     const auto image = Upload(b.image());
-    auto pool = Poisoned<bf16>(b.shape().size());
+    auto pool = Poisoned<uint8_t>(b.shape().size_bytes());
     auto q = Poisoned<bf16>(b.n_rows() * b.QWidth() + kBehind);
     constexpr float kEps = 1e-6f;
     ASSERT_OK(QkvToCache({.batch = b.layout().View(image.data()),
@@ -714,12 +911,13 @@ class QkvToCacheGpuTest : public GpuTest {
                                         .q_norm = with.norm ? d_q_norm.data() : nullptr,
                                         .k_norm = with.norm ? d_k_norm.data() : nullptr,
                                         .eps = kEps,
-                                        .inverse_frequencies = d_frequencies.data()},
+                                        .inverse_frequencies = d_frequencies.data(),
+                                        .heads = with.heads},
                           .q = q.data(),
                           .stream = context().stream()}));
     const std::vector<bf16> actual_q = Download(q);
-    const std::vector<bf16> actual_pool = Download(pool);
-    std::vector<bool> is_written(actual_pool.size(), false);
+    Bytes actual_pool = Download(pool);
+    Bytes beside = actual_pool;  // poison where it was to be written
     std::vector<double> actual;
     std::vector<double> expected;
     for (size_t s = 0; s < lengths.size(); ++s) {
@@ -753,34 +951,37 @@ class QkvToCacheGpuTest : public GpuTest {
             x[d] = low * std::cos(angle) - high * std::sin(angle);
             x[d + dim / 2] = high * std::cos(angle) + low * std::sin(angle);
           }
-          for (int64_t d = 0; d < dim; ++d) {
-            expected.push_back(x[d]);
-            if (is_query) {
+          if (!is_value) {
+            testing::TransformHead(with.heads, with.form.n_groups(dim) > 1, x);
+          }
+          if (is_query) {
+            for (int64_t d = 0; d < dim; ++d) {
+              expected.push_back(x[d]);
               actual.push_back(static_cast<double>(
                   __bfloat162float(actual_q[row * b.QWidth() + head * dim + d])));
-              continue;
             }
-            const int64_t kv_head = (head - heads.n_heads) % heads.n_kv_heads;
-            const int64_t block = b.table(s)[position / kPoolBlockTokens];
-            const int64_t at = (((block * 2 + (is_value ? 1 : 0)) * heads.n_kv_heads + kv_head) *
-                                    kPoolBlockTokens +
-                                position % kPoolBlockTokens) *
-                                   dim +
-                               d;
-            actual.push_back(static_cast<double>(__bfloat162float(actual_pool[at])));
-            is_written[at] = true;
+            continue;
+          }
+          const int64_t kv_head = (head - heads.n_heads) % heads.n_kv_heads;
+          const PooledHead in_pool = b.HeadIn(actual_pool, s, position, kv_head, is_value);
+          const PooledHead in_beside = b.HeadIn(beside, s, position, kv_head, is_value);
+          std::fill(in_beside.codes().begin(), in_beside.codes().end(), kPoisonByte);
+          std::fill(in_beside.grids().begin(), in_beside.grids().end(), kPoisonByte);
+          if (with.form.is_quantized()) {
+            ExpectOnGrid(x, in_pool, with.form, what);
+            continue;
+          }
+          for (int64_t d = 0; d < dim; ++d) {
+            expected.push_back(x[d]);
+            actual.push_back(static_cast<double>(in_pool[d]));
           }
         }
       }
     }
-    EXPECT_LE(NormalizedSquaredError(actual, expected), kLimit)
-        << heads.name << (with.bias ? ", bias" : "") << (with.norm ? ", norms" : "")
-        << (with.is_bf16 ? ", bf16" : ", float");
-    int64_t n_beside = 0;
-    for (size_t i = 0; i < actual_pool.size(); ++i) {
-      if (!is_written[i] && BitsOf(actual_pool[i]) != kPoison) ++n_beside;
-    }
-    EXPECT_EQ(n_beside, 0) << "written beside the rows' tokens";
+    EXPECT_LE(NormalizedSquaredError(actual, expected), kLimit) << what;
+    EXPECT_EQ(std::count(beside.begin(), beside.end(), kPoisonByte),
+              static_cast<int64_t>(beside.size()))
+        << what << ": written beside the rows' tokens";
     for (int64_t i = b.n_rows() * b.QWidth(); i < static_cast<int64_t>(actual_q.size()); ++i) {
       EXPECT_EQ(BitsOf(actual_q[i]), kPoison);
     }
@@ -792,6 +993,59 @@ TEST_F(QkvToCacheGpuTest, RowsOfSeveralSequences) {
   for (const Heads& heads : {kLlama2, kLlama3, kQwen, kSmolLm2, kGemma3, kPhi, kTiny, kStories}) {
     for (const bool bias : {false, true}) {
       for (const bool norm : {false, true}) Check(heads, lengths, {bias, norm, bias == norm});
+    }
+  }
+}
+
+TEST_F(QkvToCacheGpuTest, RowsAsCodes) {
+  const std::vector<Length> lengths = {{0, 1}, {15, 2}, {1000, 1}, {0, 5}, {40, 0}};
+  for (const Heads& heads : {kLlama3, kQwen, kGemma3, kPhi, kManyQueries}) {
+    for (const KvForm& form : FormsOfCodes(heads.head_dim)) {
+      for (const HeadTransform transform :
+           {HeadTransform::kNone, HeadTransform::kHadamard, HeadTransform::kWalsh}) {
+        if (transform != HeadTransform::kNone && !HasHadamard(heads)) continue;
+        Check(
+            heads, lengths,
+            {.norm = form.bits == 8, .is_bf16 = form.bits == 8, .form = form, .heads = transform});
+      }
+    }
+  }
+}
+
+// A head of zeros stays one, and what is not finite is seen.
+TEST_F(QkvToCacheGpuTest, CodesOfWhatHasNoGrid) {
+  constexpr Heads kOne{"One", 1, 1, 64};
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const KvForm& form : FormsOfCodes(kOne.head_dim)) {
+    PagedBatch b(kOne, {{.n_past = 0, .n_rows = 4}}, 0, {}, 1, form);
+    std::vector<float> rows(static_cast<size_t>(b.n_rows() * b.QkvWidth()), 0.0f);
+    // Of the values: all zero, one NaN, one infinite, all tiny.
+    const int64_t value = 2 * kOne.head_dim;
+    rows[b.QkvWidth() + value + 63] = std::nanf("");
+    rows[2 * b.QkvWidth() + value + 63] = -kInfinity;
+    std::fill_n(rows.begin() + 3 * b.QkvWidth() + value, kOne.head_dim, 0x1p-120f);
+    const auto qkv = Upload(rows);
+    const auto frequencies = Upload(InverseFrequencies(kOne.head_dim));
+    const auto image = Upload(b.image());
+    auto pool = Poisoned<uint8_t>(b.shape().size_bytes());
+    auto q = Poisoned<bf16>(b.n_rows() * b.QWidth());
+    ASSERT_OK(QkvToCache({.batch = b.layout().View(image.data()),
+                          .pool = {.data = pool.data(), .shape = b.shape()},
+                          .n_heads = 1,
+                          .qkv_float = qkv.data(),
+                          .transform = {.inverse_frequencies = frequencies.data()},
+                          .q = q.data(),
+                          .stream = context().stream()}));
+    Bytes written = Download(pool);
+    for (int64_t d = 0; d < kOne.head_dim; ++d) {
+      for (const int64_t token : {0, 3}) {
+        EXPECT_EQ(b.HeadIn(written, 0, token, 0, true)[d], 0.0f) << NameOf(form) << " " << d;
+      }
+      for (const int64_t token : {1, 2}) {
+        const bool is_bad = form.group_size != 32 || d >= 32;
+        EXPECT_EQ(std::isnan(b.HeadIn(written, 0, token, 0, true)[d]), is_bad)
+            << NameOf(form) << " " << d;
+      }
     }
   }
 }

@@ -494,9 +494,9 @@ __global__ void __launch_bounds__(kThreads, Form::kCtasOfMultiprocessor)
                   from + piece * 16, is_seen(token));
     }
     if constexpr (Form::kIsQuantized) {
-      const int n_groups = Form::kInGroups ? a.n_groups : 1;
-      for (int i = lane; i < kPoolBlockTokens * n_groups; i += kWarpSize) {
-        const int token = first + i / n_groups;
+      const int groups_log2 = Form::kInGroups ? __ffs(kDim) - 1 - a.group_size_log2 : 0;
+      for (int i = lane; i < kPoolBlockTokens << groups_log2; i += kWarpSize) {
+        const int token = first + (i >> groups_log2);
         if (token == position) continue;
         CopyAsync4(tile + Form::kGridsAt + i * 4, from + kPiecesOfBlock * 16 + i * 4,
                    is_seen(token));
