@@ -143,6 +143,8 @@ std::vector<std::string> Supervisor::WorkerArguments() const {
       options_.device,
       "--serve-while-quantizing",
       options_.serve_while_quantizing,
+      "--kv-cache-dtype",
+      options_.kv_cache_dtype,
       "--shutdown-timeout",
       absl::StrCat(absl::ToDoubleSeconds(options_.shutdown_timeout))};
   for (const std::string& root : options_.model_roots) {

@@ -32,6 +32,7 @@ struct SupervisorOptions {
   std::string data_dir;
   std::string device = "auto";
   std::string serve_while_quantizing = "share";
+  std::string kv_cache_dtype = "auto";
   std::vector<std::string> model_roots;
   std::string config_path;  // of a file that both daemons read, too; empty: none
   int port = 50051;         // public gRPC; 0 takes free ports for everything

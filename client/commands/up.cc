@@ -9,6 +9,7 @@
 #include "client/supervisor.h"
 #include "common/command_line.h"
 #include "common/device_choice.h"
+#include "common/kv_cache_dtype.h"
 #include "common/serve_while_quantizing.h"
 
 namespace walsh::client {
@@ -17,6 +18,7 @@ namespace {
 struct UpFlags {
   std::string device = "auto";
   std::string serve_while_quantizing = "share";
+  std::string kv_cache_dtype = "auto";
   std::vector<std::string> model_roots;
   int port = 50051;
   int n_threads = 0;
@@ -58,6 +60,7 @@ int RunUp(const UpFlags& flags, const GlobalFlags& global, const std::string& co
   options.data_dir = AbsolutePath(global.data_dir);
   options.device = flags.device;
   options.serve_while_quantizing = flags.serve_while_quantizing;
+  options.kv_cache_dtype = flags.kv_cache_dtype;
   for (const std::string& root : flags.model_roots) {
     options.model_roots.push_back(AbsolutePath(root));
   }
@@ -95,6 +98,14 @@ void AddUpCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) {
                   "while a model is loaded, and no model is loaded while a job runs)")
       ->check([](const std::string& text) {
         return std::string(ParseServeWhileQuantizing(text).status().message());
+      })
+      ->capture_default_str();
+  command
+      .add_option("--kv-cache-dtype", flags->kv_cache_dtype,
+                  "How keys and values are stored on a CUDA device: auto (as the model's job said, "
+                  "else bf16), bf16, int8 or int4. The CPU keeps floats, rounded to the same grid")
+      ->check([](const std::string& text) {
+        return std::string(ParseKvCacheDtype(text).status().message());
       })
       ->capture_default_str();
   command.add_option("--model-root", flags->model_roots,

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <set>
 #include <string>
@@ -116,8 +117,9 @@ class CudaEngineTest : public ::testing::Test {
   // Null without a device: the test has been skipped then.
   ModelRunner* CudaRunner(ServedModel::RunnerLimits limits = {}, bool use_graphs = kHasGraphs,
                           bool batch_invariant = false) {
-    auto model = LoadCudaModel(dir_ / "artifact",
-                               {.batch_invariant = batch_invariant, .use_graphs = use_graphs});
+    auto model = LoadCudaModel(dir_ / "artifact", {.batch_invariant = batch_invariant,
+                                                   .kv_cache_dtype = kv_cache_dtype_,
+                                                   .use_graphs = use_graphs});
     if (absl::IsFailedPrecondition(model.status())) {
       [&] { GTEST_SKIP() << "no GPU: " << model.status().message(); }();
       return nullptr;
@@ -126,7 +128,7 @@ class CudaEngineTest : public ::testing::Test {
     return model.ok() ? MakeRunner(*std::move(model), limits) : nullptr;
   }
   ModelRunner* CpuRunner(ServedModel::RunnerLimits limits = {}) {
-    auto model = LoadedModel::LoadArtifact(dir_ / "artifact", {});
+    auto model = LoadedModel::LoadArtifact(dir_ / "artifact", {.kv_cache_dtype = kv_cache_dtype_});
     EXPECT_OK(model);
     return model.ok() ? MakeRunner(*std::move(model), limits) : nullptr;
   }
@@ -149,6 +151,7 @@ class CudaEngineTest : public ::testing::Test {
 #else
   static constexpr bool kHasGraphs = true;
 #endif
+  KvCacheDtype kv_cache_dtype_ = KvCacheDtype::kAuto;  // of runners
   TempDir dir_;
   ThreadPool pool_{2};
   std::vector<std::shared_ptr<ServedModel>> models_;
@@ -294,6 +297,95 @@ TEST_F(CudaEngineTest, LogitsAreThoseOfTheCpu) {
   }
 }
 
+// Members of a quantization_config that ask for a KV cache of codes.
+nlohmann::json KvCacheConfig(int bits, int64_t group, const char* matrix = nullptr,
+                             int64_t block = 0) {
+  nlohmann::json online = {{"kv_cache",
+                            {{"bits", bits},
+                             {"group_size", group},
+                             {"symmetric", false},
+                             {"clip_ratio", bits == 8 ? 1.0 : 0.95}}}};
+  if (matrix != nullptr) online["query_key"] = {{"matrix", matrix}, {"block", block}};
+  return {{"online_transforms", online}, {"quant_method", nullptr}, {"checkpoint_format", "walsh"}};
+}
+
+// Keys and values are on the same grids, of heads or of groups in the order of R3.
+TEST_F(CudaEngineTest, KeysAndValuesAreRoundedAsOnTheCpu) {
+  struct Case {
+    const char* name;
+    int64_t head_dim;
+    nlohmann::json config;
+    KvCacheDtype kv_cache_dtype = KvCacheDtype::kAuto;
+    double limit = 0.05;
+  };
+  // Where the CPU's rounding of activations moves a value to the next of 16 codes.
+  constexpr double kLimitOf4Bits = 0.2;
+  const std::vector<Case> cases = {
+      {"int8", 64, {}, KvCacheDtype::kInt8},
+      {"int8, no R3", 96, {}, KvCacheDtype::kInt8},
+      {"int4", 32, {}, KvCacheDtype::kInt4, kLimitOf4Bits},
+      {"8 bits by head", 32, KvCacheConfig(8, 32)},
+      {"8 bits by group, R3", 128, KvCacheConfig(8, 32, "walsh", 128)},
+      {"4 bits by group", 64, KvCacheConfig(4, 32), KvCacheDtype::kAuto, kLimitOf4Bits},
+      {"4 bits by group, R3", 128, KvCacheConfig(4, 64, "walsh", 128), KvCacheDtype::kAuto,
+       kLimitOf4Bits},
+      {"4 bits, R3 in natural order", 64, KvCacheConfig(4, 32, "hadamard", 64), KvCacheDtype::kAuto,
+       kLimitOf4Bits},
+      {"an artifact's 4 bits as 8", 64, KvCacheConfig(4, 64), KvCacheDtype::kInt8},
+      {"an artifact's 2 bits as bf16", 64, KvCacheConfig(2, 64), KvCacheDtype::kBf16},
+  };
+  for (const Case& c : cases) {
+    SCOPED_TRACE(c.name);
+    ASSERT_NO_FATAL_FAILURE(
+        MakeArtifact({.head_dim = c.head_dim}, {.quantization_config = c.config}));
+    kv_cache_dtype_ = c.kv_cache_dtype;
+    ModelRunner* device = CudaRunner();
+    if (device == nullptr) return;
+    ModelRunner* host = CpuRunner();
+    ASSERT_NE(host, nullptr);
+    std::vector<Text> on_device = {MakeText(0, Tokens(60, 1)), MakeText(1, Tokens(40, 2))};
+    std::vector<Text> on_host = on_device;
+    const std::vector<std::vector<int64_t>> steps = {{30, 17}, {17, 1}, {1, 1}, {1, 1}, {1, 1}};
+    double largest = 0;
+    for (const std::vector<int64_t>& step : steps) {
+      const auto actual = Step(*device, {&on_device[0], &on_device[1]}, step);
+      const auto expected = Step(*host, {&on_host[0], &on_host[1]}, step);
+      for (size_t i = 0; i < 2; ++i) largest = std::max(largest, Distance(actual[i], expected[i]));
+    }
+    EXPECT_LT(largest, c.limit);
+  }
+}
+
+// Codes change the answers a little, and a cache of them takes the memory that it says.
+TEST_F(CudaEngineTest, ACacheOfCodesIsSmaller) {
+  constexpr int64_t kHeads = 2;
+  constexpr int64_t kHeadDim = 64;
+  constexpr int64_t kGridBytes = 4;
+  ASSERT_NO_FATAL_FAILURE(MakeArtifact({.n_kv_heads = kHeads, .head_dim = kHeadDim}, {}));
+  std::vector<std::vector<float>> logits;
+  for (const auto& [dtype, head_bytes] :
+       {std::pair(KvCacheDtype::kBf16, 2 * kHeadDim),
+        std::pair(KvCacheDtype::kInt8, kHeadDim + kGridBytes),
+        std::pair(KvCacheDtype::kInt4, kHeadDim / 2 + kGridBytes)}) {
+    kv_cache_dtype_ = dtype;
+    ModelRunner* runner = CudaRunner();
+    if (runner == nullptr) return;
+    constexpr int64_t kLayers = 2;
+    EXPECT_EQ(models_.back()->kv_token_bytes(), kLayers * 2 * kHeads * head_bytes);
+    EXPECT_EQ(runner->kv_cache_bytes(),
+              4 * KvBlocks(kContext) * kKvBlockTokens * models_.back()->kv_token_bytes());
+    Text text = MakeText(0, Tokens(60, 1));
+    Step(*runner, {&text}, {50});
+    logits.push_back(Step(*runner, {&text}, {1})[0]);
+  }
+  const double of_8_bits = Distance(logits[1], logits[0]);
+  const double of_4_bits = Distance(logits[2], logits[0]);
+  EXPECT_GT(of_8_bits, 0);
+  EXPECT_LT(of_8_bits, 0.02);
+  EXPECT_GT(of_4_bits, 3 * of_8_bits);
+  EXPECT_LT(of_4_bits, 0.2);
+}
+
 // More rows than quantized products take are multiplied in bf16.
 TEST_F(CudaEngineTest, LongChunksAreCloseToShortOnes) {
   for (const TinyArtifactOptions& options :
@@ -332,9 +424,18 @@ TEST_F(CudaEngineTest, InvariantPromptsHaveTheSameBitsHoweverTheyAreCut) {
 // The same bits, whatever runs beside a sequence and however a step is launched.
 TEST_F(CudaEngineTest, DecodingDoesNotDependOnTheBatchOrOnGraphs) {
   constexpr int kMany = 32;
-  for (const int bits : {2, 3, 4}) {
-    SCOPED_TRACE(bits);
-    ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {.bits = bits}));
+  struct Case {
+    const char* name;
+    int bits;
+    int64_t head_dim = 16;
+    KvCacheDtype kv_cache_dtype = KvCacheDtype::kAuto;
+  };
+  for (const Case& c : {Case{"2 bits", 2}, Case{"3 bits", 3}, Case{"4 bits", 4},
+                        Case{"8 bits of keys and values", 4, 64, KvCacheDtype::kInt8},
+                        Case{"4 bits of keys and values", 4, 32, KvCacheDtype::kInt4}}) {
+    SCOPED_TRACE(c.name);
+    ASSERT_NO_FATAL_FAILURE(MakeArtifact({.head_dim = c.head_dim}, {.bits = c.bits}));
+    kv_cache_dtype_ = c.kv_cache_dtype;
     std::vector<std::vector<float>> expected;
     for (const bool use_graphs : {false, true}) {
       if (use_graphs && !kHasGraphs) continue;
@@ -566,6 +667,19 @@ TEST_F(CudaEngineTest, WhatNoKernelTakesIsNamed) {
   floats.bits_of = {{"model.layers.1.mlp.down_proj", 0}};
   EXPECT_THAT(load({}, floats), StatusIs(absl::StatusCode::kUnimplemented,
                                          HasSubstr("'model.layers.1.mlp.down_proj': a rotated")));
+  const auto load_kv = [&](int64_t head_dim, const nlohmann::json& config) {
+    return load({.head_dim = head_dim}, {.quantization_config = config});
+  };
+  EXPECT_THAT(load_kv(64, KvCacheConfig(2, 64)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("a KV cache of 2 bits")));
+  EXPECT_THAT(load_kv(16, KvCacheConfig(8, 16)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("8 bits with heads of 16")));
+  EXPECT_THAT(load_kv(64, KvCacheConfig(8, 128)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("in groups of 128")));
+  EXPECT_THAT(load_kv(96, KvCacheConfig(8, 32)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("in groups of 32")));
+  EXPECT_THAT(load_kv(96, KvCacheConfig(4, 96, "hadamard", 96)),
+              StatusIs(absl::StatusCode::kUnimplemented, HasSubstr("R3 in blocks of 96")));
 }
 
 }  // namespace

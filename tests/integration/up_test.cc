@@ -125,10 +125,12 @@ TEST_F(UpTest, AnIgnoredHangupStaysIgnored) {
   EXPECT_EQ(client::ExitCode(*status), 0) << Err();
 }
 
-// The daemons have so long, and `up` waits for them; how jobs and requests share is the worker's.
+// The daemons have so long, and `up` waits for them; how jobs and requests share and how the KV
+// cache is stored are the worker's.
 TEST_F(UpTest, TheShutdownTimeoutReachesTheDaemons) {
   ASSERT_OK_AND_ASSIGN(client::ChildProcess up, Up({{"WALSH_SHUTDOWN_TIMEOUT", "77"},
-                                                    {"WALSH_SERVE_WHILE_QUANTIZING", "preempt"}}));
+                                                    {"WALSH_SERVE_WHILE_QUANTIZING", "preempt"},
+                                                    {"WALSH_KV_CACHE_DTYPE", "int8"}}));
   ASSERT_TRUE(WaitForBanner()) << Out() << Err();
   for (const char* daemon : {"coordinator", "worker"}) {
     const std::string path = absl::StrCat("/proc/", DaemonPid(daemon), "/cmdline");
@@ -137,6 +139,8 @@ TEST_F(UpTest, TheShutdownTimeoutReachesTheDaemons) {
     EXPECT_EQ(
         arguments.find(std::string("--serve-while-quantizing\0preempt", 32)) != std::string::npos,
         std::string(daemon) == "worker");
+    EXPECT_EQ(arguments.find(std::string("--kv-cache-dtype\0int8", 21)) != std::string::npos,
+              std::string(daemon) == "worker");
   }
   up.Signal(SIGTERM);
   EXPECT_TRUE(up.Wait(kPatience).has_value());

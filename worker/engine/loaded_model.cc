@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
 #include "common/status_macros.h"
+#include "worker/engine/kv_cache_transforms.h"
 #include "worker/engine/model_text.h"
 #include "worker/kernels/packed_matrix.h"
 #include "worker/model/linear.h"
@@ -256,8 +257,10 @@ absl::StatusOr<std::shared_ptr<LoadedModel>> LoadedModel::LoadArtifact(const std
   weights.config = reader->config();
   weights.info = reader->info();
   WALSH_ASSIGN_OR_RETURN(weights.text, LoadText(reader->tokenizer()));
-  WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online,
-                         OnlineForward::Create(reader->online(), weights.config));
+  WALSH_ASSIGN_OR_RETURN(
+      std::shared_ptr<const OnlineForward> online,
+      OnlineForward::Create(WithKvCache(reader->online(), options.kv_cache_dtype, weights.config),
+                            weights.config));
   const ArtifactLoader loader(reader.get(), std::move(online));
   {
     WALSH_ASSIGN_OR_RETURN(const Matrix embedding, reader->ReadDense(kEmbeddingTensor));

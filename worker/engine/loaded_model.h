@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "common/kv_cache_dtype.h"
 #include "worker/engine/kv_pool.h"
 #include "worker/engine/served_model.h"
 #include "worker/io/artifact.h"
@@ -28,6 +29,8 @@ class LoadedModel : public ServedModel {
     int n_threads = 1;
     bool verify = true;     // check walsh.json's digests
     bool head_8bit = true;  // lm_head at 8 bits; false keeps 32-bit floats
+    // Keys and values are rounded to its grid and kept as floats all the same.
+    KvCacheDtype kv_cache_dtype = KvCacheDtype::kAuto;
   };
   // DATA_LOSS when a file differs from its digest, UNIMPLEMENTED for what this backend cannot
   // serve.

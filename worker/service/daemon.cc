@@ -224,10 +224,13 @@ absl::Status WorkerDaemon::OpenStore() {
     OnDeviceBroken(cause);
     return DeviceBrokenError(device_.name, cause);
   };
-  options.loader =
-      MakeModelLoader(device_, surroundings_.cuda,
-                      {.n_threads = n_threads, .batch_invariant = options_.batch_invariant},
-                      [this](const absl::Status& cause) { OnDeviceBroken(cause); });
+  WALSH_ASSIGN_OR_RETURN(const KvCacheDtype kv_cache_dtype,
+                         ParseKvCacheDtype(options_.kv_cache_dtype));
+  options.loader = MakeModelLoader(device_, surroundings_.cuda,
+                                   {.n_threads = n_threads,
+                                    .batch_invariant = options_.batch_invariant,
+                                    .kv_cache_dtype = kv_cache_dtype},
+                                   [this](const absl::Status& cause) { OnDeviceBroken(cause); });
   options.free_memory = [] { return ReadHostMemory().free_bytes; };
   options.exclusive = exclusive();
   WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));

@@ -23,7 +23,8 @@ ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& c
     if (device.cuda_device.has_value() && load) {
       LoadResult model = load(directory, {.device = *device.cuda_device,
                                           .n_threads = options.n_threads,
-                                          .batch_invariant = options.batch_invariant});
+                                          .batch_invariant = options.batch_invariant,
+                                          .kv_cache_dtype = options.kv_cache_dtype});
       if (IsDeviceBroken(model.status())) {
         on_device_broken(model.status());
         return DeviceBrokenError(device.name, model.status());
@@ -32,7 +33,15 @@ ModelStore::Loader MakeModelLoader(const JobDevice& device, const CudaDevices& c
       WALSH_LOG(Warning, "the CPU serves a model that the device cannot", {"device", device.name},
                 {"reason", model.status()});
     }
-    return engine::LoadedModel::LoadArtifact(directory, {.n_threads = options.n_threads});
+    if (options.kv_cache_dtype == KvCacheDtype::kInt8 ||
+        options.kv_cache_dtype == KvCacheDtype::kInt4) {
+      WALSH_LOG(Warning,
+                "the CPU rounds keys and values as --kv-cache-dtype says, and keeps them as 32-bit "
+                "floats: no memory is saved",
+                {"artifact", directory.substr(directory.rfind('/') + 1)});
+    }
+    return engine::LoadedModel::LoadArtifact(
+        directory, {.n_threads = options.n_threads, .kv_cache_dtype = options.kv_cache_dtype});
   };
 }
 

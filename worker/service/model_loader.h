@@ -9,6 +9,7 @@
 #include <functional>
 
 #include "absl/status/status.h"
+#include "common/kv_cache_dtype.h"
 #include "worker/service/job_device.h"
 #include "worker/service/model_store.h"
 
@@ -17,6 +18,7 @@ namespace walsh::service {
 struct ModelLoaderOptions {
   int n_threads = 1;
   bool batch_invariant = false;  // as in engine::CudaModelOptions
+  KvCacheDtype kv_cache_dtype = KvCacheDtype::kAuto;
 };
 // `device` outlives what is returned. `on_device_broken` is called with a status that
 // IsDeviceBroken (worker/kernels/device_failure.h).

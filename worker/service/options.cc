@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/device_choice.h"
 #include "common/endpoints.h"
+#include "common/kv_cache_dtype.h"
 #include "common/limits.h"
 #include "common/resource_name.h"
 #include "common/serve_while_quantizing.h"
@@ -93,6 +94,10 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
                  "the models that are loaded after it")
       ->capture_default_str()
       ->check(CLI::Range(kKvFractionMin, 1.0));
+  app.add_option("--kv-cache-dtype", options.kv_cache_dtype,
+                 "How keys and values are stored on a CUDA device: auto (as the model's job said, "
+                 "else bf16), bf16, int8 or int4. The CPU keeps floats, rounded to the same grid")
+      ->capture_default_str();
   app.add_flag("--no-prefix-cache", options.no_prefix_cache,
                "Compute every prompt from its beginning, and keep nothing of those that ended");
   app.add_flag(
@@ -134,6 +139,7 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat("--kv-cache-free-memory-fraction must be from ",
                                                    kKvFractionMin, " to 1, is no number"));
   }
+  WALSH_RETURN_IF_ERROR(ParseKvCacheDtype(options.kv_cache_dtype).status());
   if (options.max_num_batched_tokens > 0 && options.max_num_batched_tokens < options.max_num_seqs) {
     return absl::InvalidArgumentError(
         absl::StrCat("--max-num-batched-tokens ", options.max_num_batched_tokens,

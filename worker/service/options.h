@@ -33,6 +33,7 @@ struct WorkerOptions {
   double kv_cache_free_memory_fraction = 0.9;
   bool no_prefix_cache = false;
   bool batch_invariant = false;
+  std::string kv_cache_dtype = "auto";  // as ParseKvCacheDtype takes it
   double stream_interval_ms = limits::kStreamIntervalMsDefault;
   std::vector<std::string> load_models;
   double shutdown_timeout_seconds = 30;

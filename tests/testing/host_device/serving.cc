@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/status_macros.h"
+#include "tests/testing/host_device/pooled_head.h"
 #include "worker/io/gptq_packing.h"
 #include "worker/kernels/counter_rng.h"
 #include "worker/kernels/cuda/dense_matmul.h"
@@ -86,12 +87,12 @@ float Activated(LowBitOutput output, float gate) {
   return static_cast<float>(0.5 * g * (1 + std::tanh(inner)));
 }
 
-// Where a sequence's token lies in a layer of the pool, for a kv head.
-int64_t PlaceOf(const KvBatch& batch, const KvPoolShape& shape, int64_t sequence, int64_t token,
-                int64_t kv_head) {
-  const int64_t block = batch.tables[sequence * batch.max_blocks + token / kPoolBlockTokens];
-  return block * shape.block_stride() + kv_head * shape.head_stride() +
-         token % kPoolBlockTokens * shape.head_dim;
+using testing::PooledHead;
+using testing::TransformHead;
+
+// The one that has a sequence's token.
+int64_t BlockOf(const KvBatch& batch, int64_t sequence, int64_t token) {
+  return batch.tables[sequence * batch.max_blocks + token / kPoolBlockTokens];
 }
 
 void AttendRow(const PagedAttentionParams& p, int64_t sequence, int64_t row, int64_t position) {
@@ -103,9 +104,9 @@ void AttendRow(const PagedAttentionParams& p, int64_t sequence, int64_t row, int
     const bf16* q = p.q + (row * p.n_heads + h) * dim;
     std::vector<double> scores;
     for (int64_t t = first; t <= position; ++t) {
-      const bf16* k = p.pool.data + PlaceOf(p.batch, shape, sequence, t, kv_head);
+      const PooledHead k(p.pool, BlockOf(p.batch, sequence, t), t, kv_head, false);
       double score = 0;
-      for (int64_t i = 0; i < dim; ++i) score += __bfloat162float(q[i]) * __bfloat162float(k[i]);
+      for (int64_t i = 0; i < dim; ++i) score += __bfloat162float(q[i]) * k[i];
       scores.push_back(score * p.scale);
     }
     const double largest = *std::max_element(scores.begin(), scores.end());
@@ -114,9 +115,8 @@ void AttendRow(const PagedAttentionParams& p, int64_t sequence, int64_t row, int
     for (int64_t i = 0; i < dim; ++i) {
       double y = 0;
       for (int64_t t = first; t <= position; ++t) {
-        const bf16* v =
-            p.pool.data + PlaceOf(p.batch, shape, sequence, t, kv_head) + shape.block_stride() / 2;
-        y += scores[static_cast<size_t>(t - first)] / sum * __bfloat162float(v[i]);
+        const PooledHead v(p.pool, BlockOf(p.batch, sequence, t), t, kv_head, true);
+        y += scores[static_cast<size_t>(t - first)] / sum * v[i];
       }
       p.y[(row * p.n_heads + h) * dim + i] = __float2bfloat16(static_cast<float>(y));
     }
@@ -418,14 +418,16 @@ absl::Status QkvToCache(const QkvToCacheParams& p) {
         const auto cosine = static_cast<float>(std::cos(angle));
         std::tie(a, b) = std::pair(a * cosine - b * sine, b * cosine + a * sine);
       }
-      bf16* to = p.q + (row * p.n_heads + h) * dim;
-      if (h >= n_rotated) {
-        to = p.pool.data + shape.block_stride() / 2 +
-             PlaceOf(p.batch, shape, s, position, h - n_rotated);
-      } else if (h >= p.n_heads) {
-        to = p.pool.data + PlaceOf(p.batch, shape, s, position, h - p.n_heads);
+      if (h < n_rotated) TransformHead(p.transform.heads, shape.form.n_groups(dim) > 1, x);
+      if (h < p.n_heads) {
+        std::transform(x.begin(), x.end(), p.q + (row * p.n_heads + h) * dim,
+                       [](float value) { return __float2bfloat16(value); });
+      } else {
+        const bool is_value = h >= n_rotated;
+        PooledHead(p.pool, BlockOf(p.batch, s, position), position,
+                   h - (is_value ? n_rotated : p.n_heads), is_value)
+            .Store(x);
       }
-      std::transform(x.begin(), x.end(), to, [](float value) { return __float2bfloat16(value); });
     }
   }
   return absl::OkStatus();

@@ -8,6 +8,8 @@
 #include "common/status_macros.h"
 #include "worker/engine/cuda/device_runner.h"
 #include "worker/engine/cuda/device_weights.h"
+#include "worker/engine/cuda/kv_storage.h"
+#include "worker/engine/kv_cache_transforms.h"
 #include "worker/engine/model_text.h"
 #include "worker/io/artifact.h"
 #include "worker/kernels/cuda/cuda_status.h"
@@ -20,12 +22,14 @@ constexpr int kComputeMin = 9;  // clusters, bulk copies, programmatic dependent
 class CudaModel final : public ServedModel {
  public:
   CudaModel(std::unique_ptr<cuda::Context> context, ModelConfig config, ArtifactInfo info,
-            ModelText text, cuda::DeviceWeights weights, const CudaModelOptions& options)
+            ModelText text, cuda::DeviceWeights weights, const cuda::KvStorage& kv,
+            const CudaModelOptions& options)
       : context_(std::move(context)),
         config_(std::move(config)),
         info_(std::move(info)),
         text_(std::move(text)),
         weights_(std::move(weights)),
+        kv_(kv),
         options_(options) {}
   ~CudaModel() override {
     if (!context_->MakeCurrent().ok()) return;
@@ -41,13 +45,12 @@ class CudaModel final : public ServedModel {
   int64_t packed_bytes_per_token() const override { return weights_.packed_bytes(); }
   absl::StatusOr<std::unique_ptr<ModelRunner>> MakeRunner(
       const RunnerLimits& limits) const override {
-    return cuda::MakeDeviceRunner(
-        context_.get(), &config_, &weights_, limits,
-        {.use_graphs = options_.use_graphs, .batch_invariant = options_.batch_invariant});
+    return cuda::MakeDeviceRunner(context_.get(), &config_, &weights_, limits,
+                                  {.use_graphs = options_.use_graphs,
+                                   .batch_invariant = options_.batch_invariant,
+                                   .kv = kv_});
   }
-  int64_t kv_token_bytes() const override {
-    return 2 * config_.n_layers * config_.kv_width() * static_cast<int64_t>(sizeof(cuda::bf16));
-  }
+  int64_t kv_token_bytes() const override { return kv_.token_bytes(config_); }
   std::optional<int64_t> free_device_bytes() const override {
     size_t free_bytes = 0;
     size_t total_bytes = 0;
@@ -63,6 +66,7 @@ class CudaModel final : public ServedModel {
   const ArtifactInfo info_;
   const ModelText text_;
   cuda::DeviceWeights weights_;
+  const cuda::KvStorage kv_;
   const CudaModelOptions options_;
 };
 
@@ -73,6 +77,9 @@ absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& di
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactReader> reader,
                          ArtifactReader::Open(directory, options.verify, options.n_threads));
   WALSH_RETURN_IF_ERROR(cuda::CheckServable(*reader));
+  const OnlineTransforms online =
+      WithKvCache(reader->online(), options.kv_cache_dtype, reader->config());
+  WALSH_ASSIGN_OR_RETURN(const cuda::KvStorage kv, cuda::KvStorageOf(online, reader->config()));
   WALSH_ASSIGN_OR_RETURN(ModelText text, LoadText(reader->tokenizer()));
   WALSH_ASSIGN_OR_RETURN(std::unique_ptr<cuda::Context> context,
                          cuda::Context::Create(options.device, kernels::cuda::Priority::kServing));
@@ -84,7 +91,7 @@ absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& di
   WALSH_ASSIGN_OR_RETURN(cuda::DeviceWeights weights, cuda::LoadWeights(*context, *reader));
   WALSH_RETURN_IF_ERROR(context->ReleaseUnusedMemory());  // what was stored, once it is laid out
   return std::make_shared<CudaModel>(std::move(context), reader->config(), reader->info(),
-                                     std::move(text), std::move(weights), options);
+                                     std::move(text), std::move(weights), kv, options);
 }
 
 }  // namespace walsh::engine

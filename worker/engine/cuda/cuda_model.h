@@ -14,6 +14,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "common/kv_cache_dtype.h"
 #include "worker/engine/served_model.h"
 
 namespace walsh::engine {
@@ -25,6 +26,7 @@ struct CudaModelOptions {
   // Prompts, too, have the same bits in any batch and however they are cut: their rows are never
   // multiplied in bf16 by cuBLAS, which costs a long prompt several times its time.
   bool batch_invariant = false;
+  KvCacheDtype kv_cache_dtype = KvCacheDtype::kAuto;
   bool use_graphs = true;  // false launches every kernel of a step by itself, as tests compare
 };
 absl::StatusOr<std::shared_ptr<ServedModel>> LoadCudaModel(const std::string& directory,

@@ -478,6 +478,7 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
                                              {.n_rows = std::max(limits.n_rows, n_decode),
                                               .n_logits = n_decode + limits.n_sequences,
                                               .n_blocks = limits.n_blocks,
+                                              .kv = options.kv,
                                               .batch_invariant = options.batch_invariant}));
   WALSH_ASSIGN_OR_RETURN(TokenChooser chooser,
                          TokenChooser::Create({.n_sequences = limits.n_sequences,

@@ -14,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "worker/engine/cuda/device_weights.h"
+#include "worker/engine/cuda/kv_storage.h"
 #include "worker/engine/served_model.h"
 
 namespace walsh::engine::cuda {
@@ -21,6 +22,7 @@ namespace walsh::engine::cuda {
 struct DeviceRunnerOptions {
   bool use_graphs = true;
   bool batch_invariant = false;  // as in CudaModelOptions
+  KvStorage kv;
 };
 // All but limits and options outlive the runner.
 absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(

@@ -500,10 +500,8 @@ int64_t DeviceWeights::size_bytes() const { return packed_bytes() + embedding.si
 
 absl::Status CheckServable(const ArtifactReader& artifact) {
   const ModelConfig& config = artifact.config();
+  // Keys and values: kv_storage.h.
   const OnlineTransforms& online = artifact.online();
-  if (online.query_key.block != 0 || online.kv_cache.is_on()) {
-    return NotServed("rotation and rounding of the KV cache at run time");
-  }
   if (online.activations.is_on()) return NotServed("rounding of activations at run time");
   const int64_t block = online.down_input.block;
   if (block != 0 && !ops::IsLowBitRotation(block)) {

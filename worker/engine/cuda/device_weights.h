@@ -77,7 +77,8 @@ struct DeviceWeights {
   int64_t size_bytes() const;
 };
 
-// Whether the kernels serve it: UNIMPLEMENTED names the first thing that they do not.
+// Whether the kernels serve it, but for its KV cache (kv_storage.h): UNIMPLEMENTED names the first
+// thing that they do not.
 absl::Status CheckServable(const ArtifactReader& artifact);
 // Returns when all is there.
 absl::StatusOr<DeviceWeights> LoadWeights(Context& context, const ArtifactReader& artifact);

@@ -21,10 +21,6 @@ using ops::LowBitOutput;
 
 int64_t QkvRows(const ModelConfig& config) { return config.q_width() + 2 * config.kv_width(); }
 
-ops::KvPoolShape PoolShape(const ModelConfig& config, int64_t n_blocks) {
-  return {.n_blocks = n_blocks, .n_kv_heads = config.n_kv_heads, .head_dim = config.head_dim};
-}
-
 // Calls multiply(first, n) for pieces of rows that LowBitMatmul takes at once.
 template <typename Multiply>
 absl::Status InChunks(int64_t n_rows, const Multiply& multiply) {
@@ -55,9 +51,10 @@ absl::StatusOr<ForwardPass> ForwardPass::Create(Context* context, const ModelCon
 absl::Status ForwardPass::Allocate() {
   const cudaStream_t stream = context_->stream();
   const ModelConfig& c = *config_;
-  const ops::KvPoolShape pool = PoolShape(c, limits_.n_blocks);
+  const ops::KvPoolShape pool = limits_.kv.PoolShape(c, limits_.n_blocks);
   const int64_t n = limits_.n_rows;
-  WALSH_ASSIGN_OR_RETURN(pool_, DeviceBuffer<bf16>::Allocate(c.n_layers * pool.size(), stream));
+  WALSH_ASSIGN_OR_RETURN(pool_,
+                         DeviceBuffer<std::byte>::Allocate(c.n_layers * pool.size_bytes(), stream));
   // Zeros, as rows of no sequence are computed with what lies there.
   WALSH_RETURN_IF_ERROR(AllocateZeros(hidden_, n * c.hidden, stream));
   WALSH_RETURN_IF_ERROR(AllocateZeros(qkv_, n * QkvRows(c), stream));
@@ -101,8 +98,8 @@ absl::Status ForwardPass::Allocate() {
 }
 
 ops::KvPoolLayer ForwardPass::PoolOf(int64_t layer) {
-  const ops::KvPoolShape shape = PoolShape(*config_, limits_.n_blocks);
-  return {.data = pool_.data() + layer * shape.size(), .shape = shape};
+  const ops::KvPoolShape shape = limits_.kv.PoolShape(*config_, limits_.n_blocks);
+  return {.data = pool_.data() + layer * shape.size_bytes(), .shape = shape};
 }
 
 absl::Status ForwardPass::Layers(const Rows& rows) {
@@ -142,7 +139,8 @@ absl::Status ForwardPass::Attend(int64_t index, const Rows& rows) {
                                     .q_norm = or_null(layer.q_norm),
                                     .k_norm = or_null(layer.k_norm),
                                     .eps = static_cast<float>(c.rms_norm_eps),
-                                    .inverse_frequencies = frequencies.data()};
+                                    .inverse_frequencies = frequencies.data(),
+                                    .heads = limits_.kv.heads};
   const auto scale = static_cast<float>(c.attention_scale());
   if (rows.is_decode) {
     return ops::PagedDecodeAttention({.batch = rows.kv,

@@ -25,6 +25,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/engine/cuda/device_weights.h"
+#include "worker/engine/cuda/kv_storage.h"
 #include "worker/io/model_config.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
@@ -39,6 +40,7 @@ class ForwardPass {
     int64_t n_rows = 0;            // of a pass
     int64_t n_logits = 0;          // rows of logits at once
     int64_t n_blocks = 0;          // of the KV pool
+    KvStorage kv;                  // how it stores
     bool batch_invariant = false;  // no row is multiplied by cuBLAS
   };
   // All outlive the pass.
@@ -127,7 +129,7 @@ class ForwardPass {
   const DeviceWeights* weights_;
   Limits limits_;
 
-  DeviceBuffer<bf16> pool_;  // [n_layers, …], a layer as paged_kv.h has it
+  DeviceBuffer<std::byte> pool_;  // [n_layers, …], a layer as paged_kv.h has it
   DeviceBuffer<float> hidden_, qkv_;
   DeviceBuffer<float> output_;  // of a sublayer, before its norm; empty where there is none
   DeviceBuffer<bf16> normed_, q_, attended_, gate_, up_, activation_;

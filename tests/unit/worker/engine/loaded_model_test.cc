@@ -155,6 +155,27 @@ TEST_F(LoadedModelTest, EightBitsAreCloseToTheSource) {
   }
 }
 
+// The memory of a token stays: grids of integers, kept as floats.
+TEST_F(LoadedModelTest, KeysAndValuesAreRoundedWhereItIsAsked) {
+  MakeTiny({.head_dim = 32});
+  const auto logits_of = [&](KvCacheDtype dtype) {
+    const auto model = Load({.kv_cache_dtype = dtype});
+    EXPECT_EQ(model->kv_token_bytes(), 2 * 2 * 2 * 32 * 4);
+    Trial trial = MakeTrial(*model, {3, 99, 250, 17, 4, 4, 181});
+    return Row(Step(*model, {&trial}, {7}), 0);
+  };
+  const std::vector<float> plain = logits_of(KvCacheDtype::kAuto);
+  EXPECT_EQ(logits_of(KvCacheDtype::kBf16), plain);
+  const std::vector<float> of_8_bits = logits_of(KvCacheDtype::kInt8);
+  EXPECT_NE(of_8_bits, plain);
+  EXPECT_THAT(CompareTensors(of_8_bits, plain, {.max_abs = 0.3, .max_rel = 10, .nmse = 2e-3}),
+              IsClose());
+  const std::vector<float> of_4_bits = logits_of(KvCacheDtype::kInt4);
+  EXPECT_NE(of_4_bits, of_8_bits);
+  EXPECT_THAT(CompareTensors(of_4_bits, plain, {.max_abs = 1, .max_rel = 100, .nmse = 5e-2}),
+              IsClose());
+}
+
 TEST_F(LoadedModelTest, CheckpointAt8BitsIsCloseToItsFloatsAndSmaller) {
   for (const bool is_tied : {false, true}) {
     SCOPED_TRACE(is_tied);

@@ -28,6 +28,7 @@ class ModelLoaderTest : public ::testing::Test {
         -> absl::StatusOr<std::shared_ptr<engine::ServedModel>> {
       EXPECT_EQ(options.device, 1);
       EXPECT_TRUE(options.batch_invariant);
+      EXPECT_EQ(options.kv_cache_dtype, KvCacheDtype::kInt4);
       ++n_device_loads_;
       if (!on_device_.ok()) return on_device_;
       return std::make_shared<testing::FakeModel>();
@@ -35,7 +36,8 @@ class ModelLoaderTest : public ::testing::Test {
   }
   absl::StatusOr<std::shared_ptr<engine::ServedModel>> Load() {
     return MakeModelLoader(
-        device_, cuda_, {.n_threads = 2, .batch_invariant = true},
+        device_, cuda_,
+        {.n_threads = 2, .batch_invariant = true, .kv_cache_dtype = KvCacheDtype::kInt4},
         [this](const absl::Status& status) { broken_ = status; })(dir_ / "artifact");
   }
   bool IsFake(const engine::ServedModel& model) { return model.config().vocab == 258; }

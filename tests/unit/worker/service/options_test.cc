@@ -85,6 +85,15 @@ TEST(WorkerOptionsTest, KvCachesAreLimitedInBytesAndInParts) {
       StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--kv-cache-free-memory-fraction")));
 }
 
+TEST(WorkerOptionsTest, TheKvCacheIsOfAKnownType) {
+  EXPECT_EQ(WorkerOptions().kv_cache_dtype, "auto");
+  for (const char* dtype : {"auto", "bf16", "int8", "int4"}) {
+    EXPECT_OK(CheckWorkerOptions({.kv_cache_dtype = dtype}));
+  }
+  EXPECT_THAT(CheckWorkerOptions({.kv_cache_dtype = "fp8"}),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--kv-cache-dtype 'fp8'")));
+}
+
 TEST(WorkerOptionsTest, StepsHoldWhatFlagsSayOrTheDeviceSuits) {
   const auto limits = [](int n_sequences, int n_tokens, bool on_cuda) {
     const StepLimits l =
