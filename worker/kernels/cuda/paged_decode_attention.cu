@@ -69,15 +69,11 @@ struct DecodeArguments {
 };
 
 // kBits: of the pool. kInGroups: a head has several grids, of 32 elements or more each.
-// `kIsSmall`: where a multiprocessor has two of many CTAs and a context's blocks are dealt to so
-// many warps, one stage of each is enough, and both CTAs fit beside a product's that still runs
-// (SharedPart): what a CTA does before it waits would be late otherwise.
-template <int kDimOfHead, int kBitsOfPool, bool kHasGroups, bool kHasOneStage>
+template <int kDimOfHead, int kBitsOfPool, bool kHasGroups>
 struct DecodeForm {
   static constexpr int kDim = kDimOfHead;
   static constexpr int kBits = kBitsOfPool;
   static constexpr bool kInGroups = kHasGroups;
-  static constexpr bool kIsSmall = kHasOneStage;
   static constexpr bool kIsQuantized = kBits != KvForm::kBf16;
   static constexpr int kPairs = HeadPairsOf(kDim);
   static constexpr int kRowBytes = kDim * kBits / 8;  // of a token
@@ -88,10 +84,8 @@ struct DecodeForm {
   static constexpr int kTileStride = kRowBytes + 16;
   static constexpr int kGroupsMax = !kIsQuantized ? 0 : kInGroups ? kDim / 32 : 1;
   // Blocks of a warp that are under way at once.
-  static constexpr int kStages = kDim <= 64                 ? (kIsSmall ? 2 : 4)
-                                 : kDim <= 128 && !kIsSmall ? (kBits == 4 ? 3 : 2)
-                                                            : 1;
-  static constexpr int kCtasOfMultiprocessor = kDim <= 128 ? (kIsSmall ? 4 : 3) : 2;
+  static constexpr int kStages = kDim <= 64 ? 4 : kDim <= 128 ? (kBits == 4 ? 3 : 2) : 1;
+  static constexpr int kCtasOfMultiprocessor = kDim <= 128 ? 3 : 2;
   // The last row needs no padding behind it. Grids follow, [token][group].
   static constexpr int kGridsAt = kTileStride * kPoolBlockTokens - 16;
   static constexpr int kGridBytes = kGroupsMax * static_cast<int>(sizeof(uint32_t));
@@ -406,8 +400,7 @@ __global__ void __launch_bounds__(kThreads, Form::kCtasOfMultiprocessor)
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Form::Shared*>(shared_bytes);
   // With many sequences the next kernel's CTAs would take room that this one's need.
-  constexpr bool kIsOfFew = kCtas == kLeaves || Form::kIsSmall;
-  if (kIsOfFew) LetNextKernelStart();
+  if (kCtas == kLeaves) LetNextKernelStart();
 
   const PagedAttentionArguments& a = p.attention;
   const int thread = static_cast<int>(threadIdx.x);
@@ -746,7 +739,7 @@ __global__ void __launch_bounds__(kThreads, Form::kCtasOfMultiprocessor)
     }
   }
 
-  if (!kIsOfFew) LetNextKernelStart();
+  if (kCtas < kLeaves) LetNextKernelStart();
 
   // -- The tree above the CTA's leaves: four vectors to each CTA of the cluster in turn -----------
   WaitForCluster();  // all have begun, and read their queries
@@ -813,43 +806,30 @@ absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& argu
                       arguments);
 }
 
-struct ClusterShape {
-  int n_ctas;
-  bool is_small;  // DecodeForm's
-};
-// For so many clusters: as many CTAs as are at work at once, and begin while the product before
-// still runs. Beside it a multiprocessor has room for two small ones, but not all of this room can
-// be had: a cluster's CTAs lie in one GPC.
-absl::StatusOr<ClusterShape> ShapeOf(int64_t n_clusters) {
+// CTAs of a cluster for so many clusters: as many as are at work at once, two on each
+// multiprocessor.
+absl::StatusOr<int> ClusterCtas(int64_t n_clusters) {
   int device = 0;
   int n_multiprocessors = 0;
   WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
   WALSH_CUDA_RETURN_IF_ERROR(
       cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  ClusterShape shape{.n_ctas = kLeaves, .is_small = false};
-  const int64_t n_ctas_max = n_multiprocessors + n_multiprocessors / 2;
-  while (shape.n_ctas > kCtasMin && n_clusters * shape.n_ctas > n_ctas_max) shape.n_ctas /= 2;
-  const int64_t n_ctas = n_clusters * shape.n_ctas;
-  shape.is_small = 2 * n_ctas > n_multiprocessors && n_ctas <= n_ctas_max;
-  return shape;
+  int n_ctas = kLeaves;
+  while (n_ctas > kCtasMin && n_clusters * n_ctas > 2 * n_multiprocessors) n_ctas /= 2;
+  return n_ctas;
 }
 
 template <int kDim, int kBits, bool kInGroups>
 absl::Status LaunchForm(const PagedDecodeParams& params, const DecodeArguments& arguments,
-                        const ClusterShape& shape) {
-  using Usual = DecodeForm<kDim, kBits, kInGroups, false>;
-  // With groups a small one would have too few registers.
-  constexpr bool kCanBeSmall =
-      !kInGroups && DecodeForm<kDim, kBits, kInGroups, true>::kStages < Usual::kStages;
-  using Small = DecodeForm<kDim, kBits, kInGroups, kCanBeSmall>;
-  const bool is_small = kCanBeSmall && shape.is_small;
-  switch (shape.n_ctas) {
+                        int n_ctas) {
+  using Form = DecodeForm<kDim, kBits, kInGroups>;
+  switch (n_ctas) {
     case 8:
-      return is_small ? Launch<Small, 8>(params, arguments) : Launch<Usual, 8>(params, arguments);
+      return Launch<Form, 8>(params, arguments);
     case 4:
-      return is_small ? Launch<Small, 4>(params, arguments) : Launch<Usual, 4>(params, arguments);
+      return Launch<Form, 4>(params, arguments);
     default:
-      return Launch<Usual, 2>(params, arguments);
+      return Launch<Form, 2>(params, arguments);
   }
 }
 
@@ -889,18 +869,17 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
   arguments.clip = pool.form.clip;
   arguments.parts = PartsOf(arguments.attention.queries_per_key);
   arguments.transform = params.transform;
-  WALSH_ASSIGN_OR_RETURN(
-      const ClusterShape shape,
-      ShapeOf(params.batch.n_sequences * pool.n_kv_heads * arguments.parts.n_parts));
+  WALSH_ASSIGN_OR_RETURN(const int n_ctas, ClusterCtas(params.batch.n_sequences * pool.n_kv_heads *
+                                                       arguments.parts.n_parts));
   const auto launch_codes = [&]<int kBits>() {
     return ForQuantizedHeadDim(pool.head_dim, [&]<int kDim>() {
       // CheckKvForm's groups are at least 32 and at most half a head.
       if constexpr (kDim == 64 || kDim == 128 || kDim == 256) {
         if (arguments.attention.n_groups > 1) {
-          return LaunchForm<kDim, kBits, true>(params, arguments, shape);
+          return LaunchForm<kDim, kBits, true>(params, arguments, n_ctas);
         }
       }
-      return LaunchForm<kDim, kBits, false>(params, arguments, shape);
+      return LaunchForm<kDim, kBits, false>(params, arguments, n_ctas);
     });
   };
   switch (pool.form.bits) {
@@ -910,7 +889,7 @@ absl::Status PagedDecodeAttention(const PagedDecodeParams& params) {
       return launch_codes.template operator()<4>();
     default:
       return ForHeadDim(kName, pool.head_dim, [&]<int kDim>() {
-        return LaunchForm<kDim, KvForm::kBf16, false>(params, arguments, shape);
+        return LaunchForm<kDim, KvForm::kBf16, false>(params, arguments, n_ctas);
       });
   }
 }
