@@ -35,8 +35,10 @@ constexpr double kLimit = 1e-5;  // NMSE of bf16 results accumulated in fp32
 // Of one row: where one token has nearly all the weight, that weight's rounding to bf16 and the
 // result's are both up to 2^-9 of the result.
 constexpr double kRowLimit = 1.6e-5;
-// Where codes become a tile in bf16: keys and values have a rounding more.
-constexpr double kTileRowLimit = 4e-5;
+// Where codes become a tile in bf16: a key's rounding, up to 2^-9 of each element, moves a score of
+// these tests by 0.0025 (one standard deviation; 0.03 at the very most), and its weight by as much
+// of itself. On an H200 one row in 100 was beyond 4e-5, the largest was 1.8e-4 with four heads.
+constexpr double kTileRowLimit = 4e-4;
 constexpr int64_t kBehind = 64;  // elements of poison behind an output
 constexpr uint16_t kPoison = 0xffff;
 constexpr uint8_t kPoisonByte = 0xff;
