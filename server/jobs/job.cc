@@ -316,6 +316,10 @@ Transition NewJob(QuantizationJob job, absl::Time now) {
   return Enter(std::move(record), QuantizationJob::QUEUED, now, "queued");
 }
 
+absl::Time ToTime(const google::protobuf::Timestamp& time) {
+  return absl::FromUnixSeconds(time.seconds()) + absl::Nanoseconds(time.nanos());
+}
+
 bool IsTerminal(QuantizationJob::State state) {
   return state == QuantizationJob::SUCCEEDED || state == QuantizationJob::FAILED ||
          state == QuantizationJob::CANCELLED;

@@ -103,6 +103,7 @@ absl::StatusOr<Transition> Apply(JobRecord record, const JobEvent& event, absl::
 // A job as it is first stored, QUEUED, and its first event. `job` is validated.
 Transition NewJob(QuantizationJob job, absl::Time now);
 
+absl::Time ToTime(const google::protobuf::Timestamp& time);
 bool IsTerminal(QuantizationJob::State state);
 // RUNNING or CANCELLING.
 bool IsLeased(QuantizationJob::State state);

@@ -56,6 +56,7 @@ absl::StatusOr<std::unique_ptr<JobQueue>> JobQueue::Open(JobStore* store, const 
     if (IsLeased(record.job.state())) {
       WALSH_LOG(Info, "job found running", {"job", record.job.name()},
                 {"worker", record.job.worker()}, {"token", record.fencing_token});
+      if (metrics != nullptr) metrics->OnFoundLeased(record);
     }
     queue->Adopt(id, record);
   }
@@ -226,6 +227,17 @@ bool JobQueue::HasNewlyDue() {
   });
 }
 
+absl::Duration JobQueue::OldestQueuedAge() const {
+  // Wall time, which a restart keeps.
+  const absl::Time now = clock_->Now();
+  absl::Time since = now;
+  const absl::MutexLock lock(&mu_);
+  for (const auto& [order, id] : queued_) {
+    since = std::min(since, ToTime(live_.at(id).record.job.update_time()));
+  }
+  return now - since;
+}
+
 JobQueue::LeaseState JobQueue::Renew(const std::string& worker, const std::string& id,
                                      int64_t token) {
   const absl::Duration now = clock_->Monotonic();
@@ -306,6 +318,7 @@ absl::Status JobQueue::Tick() {
   WALSH_RETURN_IF_ERROR(LoseExpiredLeases());
   WALSH_RETURN_IF_ERROR(StoreHeldBackProgress());
   if (HasNewlyDue()) work_subscriptions_.NotifyAll();
+  if (metrics_ != nullptr) metrics_->SetOldestQueued(OldestQueuedAge());
   return absl::OkStatus();
 }
 

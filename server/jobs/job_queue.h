@@ -110,7 +110,7 @@ class JobQueue {
   absl::Status FailRefusedByAll(const std::set<std::string>& workers);
 
   // To be called a few times a second: takes expired leases, stores progress that was held back,
-  // wakes workers for jobs whose pause is over.
+  // wakes workers for jobs whose pause is over, tells the metrics how old the queue is.
   absl::Status Tick();
 
  private:
@@ -147,6 +147,8 @@ class JobQueue {
   std::optional<std::string> NextDue(const std::string& worker) const ABSL_LOCKS_EXCLUDED(mu_);
   // Whether a queued job has become due since this was last asked.
   bool HasNewlyDue() ABSL_LOCKS_EXCLUDED(mu_);
+  // Since the job that has waited longest was created or came back.
+  absl::Duration OldestQueuedAge() const ABSL_LOCKS_EXCLUDED(mu_);
   std::string NewId() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
 
   JobStore* const store_;
