@@ -2,6 +2,7 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 namespace walsh::engine {
 namespace {
@@ -10,25 +11,13 @@ using metrics::Counter;
 using metrics::Gauge;
 using metrics::Histogram;
 
-auto& RunningFamily() {
-  static auto& family =
-      Gauge("walsh_num_requests_running", "Requests that hold a sequence of the engine.");
-  return family;
-}
-auto& WaitingFamily() {
-  static auto& family = Gauge("walsh_num_requests_waiting", "Accepted requests that wait.");
-  return family;
-}
-auto& KvUsageFamily() {
-  static auto& family =
-      Gauge("walsh_kv_cache_usage_perc", "Share of the KV cache that requests hold, 0 to 1.");
-  return family;
-}
-auto& HeartbeatFamily() {
-  static auto& family = Gauge("walsh_scheduler_heartbeat_age_seconds",
-                              "Time since the engine's loop last turned; idle turns count.");
-  return family;
-}
+using GaugeFamily = prometheus::Family<prometheus::Gauge>;
+
+constexpr const char* kRejectionReasons[] = {"queue_full", "context_length", "draining", "invalid"};
+// Of outcomes that count as a success.
+constexpr FinishReason kSuccesses[] = {FinishReason::kStopToken, FinishReason::kLength,
+                                       FinishReason::kEos, FinishReason::kStopString,
+                                       FinishReason::kDeadline};
 
 // Prometheus has one gauge for equal labels, whoever adds it, and frees it for all at once.
 std::mutex& UsersMutex() {
@@ -36,15 +25,25 @@ std::mutex& UsersMutex() {
   return mu;
 }
 // Guarded by UsersMutex.
-std::map<prometheus::Labels, int>& Users() {
-  static std::map<prometheus::Labels, int> users;
-  return users;
+int& NumUsers(const GaugeFamily& family, const prometheus::Labels& labels) {
+  static auto* const users = new std::map<std::pair<const GaugeFamily*, prometheus::Labels>, int>;
+  return (*users)[{&family, labels}];
 }
 
+auto& RejectionsFamily() {
+  static auto& family = Counter("walsh_admission_rejections_total",
+                                "Requests refused before they were queued, by reason.");
+  return family;
+}
 auto& CancelledFamily() {
   static auto& family = Counter("walsh_request_cancelled_total",
                                 "Requests that their client cancelled before the end.");
   return family;
+}
+prometheus::Counter& Successes(const std::string& model_name, FinishReason reason) {
+  static auto& family =
+      Counter("walsh_request_success_total", "Requests that ended, by finished_reason.");
+  return family.Add({{"model_name", model_name}, {"finished_reason", FinishReasonName(reason)}});
 }
 
 }  // namespace
@@ -67,9 +66,22 @@ const char* FinishReasonName(FinishReason reason) {
   return "unknown";
 }
 
-EngineMetrics::EngineMetrics(const std::string& model_name)
+EngineMetrics::EngineMetrics(const std::string& model_name, const CacheConfig& cache)
     : labels_{{"model_name", model_name}},
-      load_(labels_),
+      running_(Gauge("walsh_num_requests_running", "Requests that hold a sequence of the engine."),
+               labels_),
+      waiting_(Gauge("walsh_num_requests_waiting", "Accepted requests that wait."), labels_),
+      kv_usage_(
+          Gauge("walsh_kv_cache_usage_perc", "Share of the KV cache that requests hold, 0 to 1."),
+          labels_),
+      heartbeat_age_(Gauge("walsh_scheduler_heartbeat_age_seconds",
+                           "Time since the engine's loop last turned; idle turns count."),
+                     labels_),
+      cache_config_(Gauge("walsh_kv_cache_config_info", "What the KV cache is made of; always 1."),
+                    {{"model_name", model_name},
+                     {"block_size", std::to_string(cache.block_tokens)},
+                     {"num_blocks", std::to_string(cache.n_blocks)},
+                     {"prefix_cache", cache.has_prefix_cache ? "true" : "false"}}),
       prompt_tokens_(
           Counter("walsh_prompt_tokens_total", "Prompt tokens of admitted requests.").Add(labels_)),
       prefix_hits_(Counter("walsh_prefix_cache_hit_tokens_total",
@@ -107,40 +119,38 @@ EngineMetrics::EngineMetrics(const std::string& model_name)
           Histogram("walsh_request_generation_tokens", "Tokens generated for a request.")
               .Add(labels_, metrics::TokenCountBuckets())),
       iteration_tokens_(Histogram("walsh_iteration_tokens", "Tokens of one step of the engine.")
-                            .Add(labels_, metrics::TokenCountBuckets())) {}
-
-EngineMetrics::LoadGauges::LoadGauges(const prometheus::Labels& labels) : labels_(labels) {
-  const std::lock_guard lock(UsersMutex());
-  ++Users()[labels_];
-  running_ = &RunningFamily().Add(labels_);
-  waiting_ = &WaitingFamily().Add(labels_);
-  kv_usage_ = &KvUsageFamily().Add(labels_);
-  heartbeat_age_ = &HeartbeatFamily().Add(labels_);
+                            .Add(labels_, metrics::TokenCountBuckets())) {
+  cache_config_.Set(1);
+  // A counter that appears with its first event looks to rate() as if it had always had that value.
+  for (const char* reason : kRejectionReasons) {
+    RejectionsFamily().Add({{"model_name", model_name}, {"reason", reason}});
+  }
+  for (const FinishReason reason : kSuccesses) Successes(model_name, reason);
 }
 
-EngineMetrics::LoadGauges::~LoadGauges() {
+EngineMetrics::SharedGauge::SharedGauge(GaugeFamily& family, const prometheus::Labels& labels)
+    : family_(family), labels_(labels), gauge_([&]() -> prometheus::Gauge& {
+        const std::lock_guard lock(UsersMutex());
+        ++NumUsers(family, labels);
+        return family.Add(labels);
+      }()) {}
+
+EngineMetrics::SharedGauge::~SharedGauge() {
   const std::lock_guard lock(UsersMutex());
-  if (--Users()[labels_] > 0) return;
-  Users().erase(labels_);
-  RunningFamily().Remove(running_);
-  WaitingFamily().Remove(waiting_);
-  KvUsageFamily().Remove(kv_usage_);
-  HeartbeatFamily().Remove(heartbeat_age_);
+  if (--NumUsers(family_, labels_) == 0) family_.Remove(&gauge_);
 }
 
-void EngineMetrics::LoadGauges::Set(const Stats& stats) {
-  running_->Set(stats.running);
-  waiting_->Set(stats.waiting);
-  kv_usage_->Set(stats.kv_tokens_total == 0
-                     ? 0
-                     : ToDouble(stats.kv_tokens_used) / ToDouble(stats.kv_tokens_total));
-  heartbeat_age_->Set(stats.heartbeat_age_seconds);
+void EngineMetrics::SetLoad(const Stats& stats) {
+  running_.Set(stats.running);
+  waiting_.Set(stats.waiting);
+  kv_usage_.Set(stats.kv_tokens_total == 0
+                    ? 0
+                    : ToDouble(stats.kv_tokens_used) / ToDouble(stats.kv_tokens_total));
+  heartbeat_age_.Set(stats.heartbeat_age_seconds);
 }
 
 void CountRejection(const std::string& model_name, std::string_view reason) {
-  static auto& family = Counter("walsh_admission_rejections_total",
-                                "Requests refused before they were queued, by reason.");
-  family.Add({{"model_name", model_name}, {"reason", std::string(reason)}}).Increment();
+  RejectionsFamily().Add({{"model_name", model_name}, {"reason", std::string(reason)}}).Increment();
 }
 
 void CountCancellation(const std::string& model_name) {
@@ -176,12 +186,7 @@ void EngineMetrics::ObserveOutcome(const Outcome& outcome, absl::Duration since_
     CountFailure(absl::StatusCode::kDeadlineExceeded);
     return;
   }
-  static auto& success =
-      Counter("walsh_request_success_total", "Requests that ended, by finished_reason.");
-  success
-      .Add({{"model_name", labels_.at("model_name")},
-            {"finished_reason", FinishReasonName(outcome.reason)}})
-      .Increment();
+  Successes(labels_.at("model_name"), outcome.reason).Increment();
   e2e_latency_.Observe(absl::ToDoubleSeconds(since_arrival));
   prompt_length_.Observe(outcome.prompt_tokens);
   generation_length_.Observe(outcome.completion_tokens);

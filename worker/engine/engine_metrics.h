@@ -18,7 +18,12 @@ namespace walsh::engine {
 
 class EngineMetrics {
  public:
-  explicit EngineMetrics(const std::string& model_name);
+  struct CacheConfig {
+    int64_t block_tokens = 0;
+    int64_t n_blocks = 0;
+    bool has_prefix_cache = false;
+  };
+  EngineMetrics(const std::string& model_name, const CacheConfig& cache);
   // Gauges vanish with the last object of their model; counters and histograms stay, as rates need
   // them.
   EngineMetrics(const EngineMetrics&) = delete;
@@ -36,30 +41,32 @@ class EngineMetrics {
   // A deadline that came before the first token is a failure, as its client is told.
   void ObserveOutcome(const Outcome& outcome, absl::Duration since_arrival);
   void CountFailure(absl::StatusCode code);
-  void SetLoad(const Stats& stats) { load_.Set(stats); }
+  void SetLoad(const Stats& stats);
 
  private:
   // Two objects of one model share its gauges.
-  class LoadGauges {
+  class SharedGauge {
    public:
-    explicit LoadGauges(const prometheus::Labels& labels);
-    ~LoadGauges();
-    LoadGauges(const LoadGauges&) = delete;
-    LoadGauges& operator=(const LoadGauges&) = delete;
-    void Set(const Stats& stats);
+    SharedGauge(prometheus::Family<prometheus::Gauge>& family, const prometheus::Labels& labels);
+    ~SharedGauge();
+    SharedGauge(const SharedGauge&) = delete;
+    SharedGauge& operator=(const SharedGauge&) = delete;
+    void Set(double value) { gauge_.Set(value); }
 
    private:
+    prometheus::Family<prometheus::Gauge>& family_;
     const prometheus::Labels labels_;
-    prometheus::Gauge* running_;
-    prometheus::Gauge* waiting_;
-    prometheus::Gauge* kv_usage_;
-    prometheus::Gauge* heartbeat_age_;
+    prometheus::Gauge& gauge_;
   };
 
   static double ToDouble(int64_t n) { return static_cast<double>(n); }
 
   const prometheus::Labels labels_;
-  LoadGauges load_;
+  SharedGauge running_;
+  SharedGauge waiting_;
+  SharedGauge kv_usage_;
+  SharedGauge heartbeat_age_;
+  SharedGauge cache_config_;
   prometheus::Counter& prompt_tokens_;
   prometheus::Counter& prefix_hits_;
   prometheus::Counter& preemptions_;

@@ -40,6 +40,7 @@
 #include "worker/service/exclusive_use.h"
 #include "worker/service/generation_service.h"
 #include "worker/service/host_memory.h"
+#include "worker/service/job_metrics.h"
 #include "worker/service/job_runner.h"
 #include "worker/service/memory_check.h"
 #include "worker/service/model_conversions.h"
@@ -170,6 +171,7 @@ class WorkerDaemon final : public Daemon {
 
 absl::Status WorkerDaemon::Start() {
   metrics::RegisterBuildInfo();
+  RegisterJobMetrics();
   WALSH_RETURN_IF_ERROR(OpenDevice());
   WALSH_RETURN_IF_ERROR(OpenStore());
   WALSH_RETURN_IF_ERROR(StartServer());

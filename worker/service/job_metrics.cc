@@ -36,31 +36,62 @@ std::string LinearKind(const pipeline::LinearReport& linear) {
   return known->count(kind) > 0 ? kind : "other";
 }
 
-void ObserveLinear(const pipeline::LinearReport& linear) {
-  static auto& error = Histogram(
+struct Families {
+  prometheus::Histogram& layer_seconds =
+      Histogram("walsh_quantization_layer_seconds", "From one finished layer to the next.")
+          .Add({}, metrics::JobDurationBuckets());
+  prometheus::Family<prometheus::Histogram>& layer_error = Histogram(
       "walsh_quantization_layer_error",
       "tr(dW H dWt) / tr(W H Wt) of each quantized linear over the calibration inputs, by "
       "kind of linear.");
-  static auto& fallbacks = Counter("walsh_quantization_fallbacks_total",
-                                   "Linears that were rounded to nearest instead, by reason.");
-  error.Add({{"linear", LinearKind(linear)}}, ErrorBuckets()).Observe(linear.relative_error);
   // The only reason there is; the report tells the details of each.
-  if (!linear.fallback.empty()) fallbacks.Add({{"reason", "factorization"}}).Increment();
+  prometheus::Counter& fallbacks =
+      Counter("walsh_quantization_fallbacks_total",
+              "Linears that were rounded to nearest instead, by reason.")
+          .Add({{"reason", "factorization"}});
+  prometheus::Counter& damp_retries =
+      Counter("walsh_quantization_damp_retries_total",
+              "Linears whose Hessian needed more than the damping asked for.")
+          .Add({});
+  prometheus::Counter& calibration_tokens =
+      Counter("walsh_quantization_calibration_tokens_total", "Tokens that calibration ran on.")
+          .Add({});
+  prometheus::Counter& yield_seconds =
+      Counter("walsh_quantization_yield_seconds_total",
+              "Time that jobs stood still for the requests of models.")
+          .Add({});
+  prometheus::Counter& artifact_bytes =
+      Counter("walsh_artifact_bytes_total", "Bytes of artifacts, by operation.")
+          .Add({{"op", "write"}});
+  prometheus::Counter& artifact_errors =
+      Counter("walsh_artifact_errors_total", "Operations on artifacts that failed.")
+          .Add({{"op", "write"}});
+};
+
+Families& GetFamilies() {
+  static auto* const families = new Families;
+  return *families;
+}
+
+void ObserveLinear(const pipeline::LinearReport& linear) {
+  GetFamilies()
+      .layer_error.Add({{"linear", LinearKind(linear)}}, ErrorBuckets())
+      .Observe(linear.relative_error);
+  if (!linear.fallback.empty()) GetFamilies().fallbacks.Increment();
 }
 
 }  // namespace
 
+void RegisterJobMetrics() { GetFamilies(); }
+
 void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Duration now) {
-  static auto& layer_seconds =
-      Histogram("walsh_quantization_layer_seconds", "From one finished layer to the next.")
-          .Add({}, metrics::JobDurationBuckets());
   for (const pipeline::LinearReport& linear : progress.linears) ObserveLinear(linear);
   if (progress.layers_done > layers_done_) {
     // Fast layers are reported several at a time.
     const int64_t n_layers = progress.layers_done - layers_done_;
     const double seconds = absl::ToDoubleSeconds(now - layer_start_);
     for (int64_t i = 0; i < n_layers; ++i) {
-      layer_seconds.Observe(seconds / static_cast<double>(n_layers));
+      GetFamilies().layer_seconds.Observe(seconds / static_cast<double>(n_layers));
     }
     layers_done_ = progress.layers_done;
     layer_start_ = now;
@@ -70,37 +101,20 @@ void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Du
 }
 
 void ObserveJobReport(const pipeline::JobReport& report, double damp_asked) {
-  static auto& calibration_tokens =
-      Counter("walsh_quantization_calibration_tokens_total", "Tokens that calibration ran on.")
-          .Add({});
-  static auto& damp_retries =
-      Counter("walsh_quantization_damp_retries_total",
-              "Linears whose Hessian needed more than the damping asked for.")
-          .Add({});
-  calibration_tokens.Increment(static_cast<double>(report.calibration_tokens));
+  GetFamilies().calibration_tokens.Increment(static_cast<double>(report.calibration_tokens));
   for (const pipeline::LinearReport& linear : report.linears) {
-    if (linear.damp > damp_asked) damp_retries.Increment();
+    if (linear.damp > damp_asked) GetFamilies().damp_retries.Increment();
   }
 }
 
 void CountYield(absl::Duration waited) {
-  static auto& seconds = Counter("walsh_quantization_yield_seconds_total",
-                                 "Time that jobs stood still for the requests of models.")
-                             .Add({});
-  seconds.Increment(absl::ToDoubleSeconds(waited));
+  GetFamilies().yield_seconds.Increment(absl::ToDoubleSeconds(waited));
 }
 
 void CountArtifactWritten(int64_t bytes) {
-  static auto& written = Counter("walsh_artifact_bytes_total", "Bytes of artifacts, by operation.")
-                             .Add({{"op", "write"}});
-  written.Increment(static_cast<double>(bytes));
+  GetFamilies().artifact_bytes.Increment(static_cast<double>(bytes));
 }
 
-void CountArtifactError() {
-  static auto& errors =
-      Counter("walsh_artifact_errors_total", "Operations on artifacts that failed.")
-          .Add({{"op", "write"}});
-  errors.Increment();
-}
+void CountArtifactError() { GetFamilies().artifact_errors.Increment(); }
 
 }  // namespace walsh::service

@@ -10,6 +10,10 @@
 
 namespace walsh::service {
 
+// Registers all of them, so that they are there before their first event: a counter that appears
+// with it looks to rate() and increase() as if it had always had that value.
+void RegisterJobMetrics();
+
 // Follows a job's progress and observes each layer's time and errors as they come.
 class JobProgressMetrics {
  public:

@@ -26,6 +26,7 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::ElementsAreArray;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using walsh::testing::ByteTokens;
 using walsh::testing::FakeModel;
 using walsh::testing::kFakeEos;
@@ -942,6 +943,29 @@ TEST(EngineMetricsTest, EveryRefusalIsCountedByItsReason) {
   gate.Permit(1);
   running->WaitForEnd();
   EXPECT_EQ(Rejections("refusals", "context_length"), 1);
+}
+
+// increase() of a counter that appears with its first event is 0.
+TEST(EngineMetricsTest, SeriesAreThereBeforeTheirFirstEvent) {
+  const auto engine = MakeEngine({}, CountedAs("quiet"));
+  for (const char* series :
+       {"walsh_admission_rejections_total{model_name=\"quiet\",reason=\"queue_full\"} 0",
+        "walsh_admission_rejections_total{model_name=\"quiet\",reason=\"draining\"} 0",
+        "walsh_request_success_total{finished_reason=\"stop_sequence\",model_name=\"quiet\"} 0",
+        "walsh_request_cancelled_total{model_name=\"quiet\"} 0"}) {
+    EXPECT_THAT(metrics::Render(), HasSubstr(series));
+  }
+}
+
+TEST(EngineMetricsTest, TheKvCacheIsDescribedWhileItIsThere) {
+  Options options = CountedAs("cached");
+  options.kv_cache_tokens = 160;
+  auto engine = MakeEngine({}, options);
+  EXPECT_THAT(metrics::Render(),
+              HasSubstr("walsh_kv_cache_config_info{block_size=\"16\",model_name=\"cached\","
+                        "num_blocks=\"10\",prefix_cache=\"true\"} 1"));
+  engine.reset();
+  EXPECT_THAT(metrics::Render(), Not(HasSubstr("num_blocks=\"10\"")));
 }
 
 // As where a call still holds the engine of a model that is loaded again.

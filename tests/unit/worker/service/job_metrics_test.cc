@@ -1,5 +1,6 @@
 #include "worker/service/job_metrics.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <string>
@@ -10,6 +11,8 @@
 namespace walsh::service {
 namespace {
 
+using ::testing::HasSubstr;
+
 double NumErrors(const std::string& kind) {
   return testing::MetricValue("walsh_quantization_layer_error_count",
                               {absl::StrCat("linear=\"", kind, "\"")});
@@ -19,6 +22,19 @@ pipeline::JobProgress Linear(const std::string& name, int64_t layer) {
   pipeline::JobProgress progress;
   progress.linears.push_back({.name = name, .layer = layer, .bits = 4, .relative_error = 0.01});
   return progress;
+}
+
+// increase() of a counter that appears with its first event is 0.
+TEST(JobMetricsTest, SeriesAreThereBeforeTheirFirstEvent) {
+  RegisterJobMetrics();
+  for (const char* series :
+       {"walsh_quantization_layer_seconds_count ",
+        "walsh_quantization_fallbacks_total{reason=\"factorization\"} ",
+        "walsh_quantization_damp_retries_total ", "walsh_quantization_calibration_tokens_total ",
+        "walsh_quantization_yield_seconds_total ", "walsh_artifact_bytes_total{op=\"write\"} ",
+        "walsh_artifact_errors_total{op=\"write\"} "}) {
+    EXPECT_THAT(metrics::Render(), HasSubstr(absl::StrCat("\n", series)));
+  }
 }
 
 // Layers of one kind share a series, and a model of many kinds does not make many.
