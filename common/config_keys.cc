@@ -29,7 +29,7 @@ constexpr std::string_view kConfigKeys[] = {
     "shutdown-timeout",
     "skip-special-tokens", "stats", "stop", "stop-at-eos", "stream-interval-ms", "stride",
     "symmetric", "system", "tasks", "temperature", "text", "text-format", "threads", "timeout",
-    "top-k", "top-p", "validate-only", "warmup", "window", "windows", "zero-point",
+    "top-k", "top-p", "validate-only", "vllm-metrics-compat", "warmup", "window", "windows", "zero-point",
 };
 // clang-format on
 

@@ -59,7 +59,9 @@ Response Answer(const HttpServer::Options& options, std::string_view method,
   if (path == "/livez") return FromProbe(options.live);
   if (path == "/readyz" || path == "/health") return FromProbe(options.ready);
   if (path == "/version") return {.type = "application/json", .body = VersionJson()};
-  if (path == "/metrics") return {.type = kPrometheusType, .body = metrics::Render()};
+  if (path == "/metrics") {
+    return {.type = kPrometheusType, .body = metrics::Render({.vllm_names = options.vllm_metrics})};
+  }
   return {.code = 404, .body = "no such page\n"};
 }
 

@@ -20,6 +20,7 @@ class HttpServer {
     // OK answers 200; anything else 503 with the message. Must not block.
     std::function<absl::Status()> live;
     std::function<absl::Status()> ready;
+    bool vllm_metrics = false;  // /metrics has vLLM's names, too
   };
   // UNAVAILABLE when the port is taken; UNIMPLEMENTED for an IPv6 host where civetweb was built
   // without (Debian's is).

@@ -2,7 +2,12 @@
 
 #include <prometheus/text_serializer.h>
 
+#include <algorithm>
+#include <iterator>
+#include <vector>
+
 #include "common/version.h"
+#include "common/vllm_metrics.h"
 
 namespace walsh::metrics {
 
@@ -13,7 +18,14 @@ std::shared_ptr<prometheus::Registry> Registry() {
   return *registry;
 }
 
-std::string Render() { return prometheus::TextSerializer().Serialize(Registry()->Collect()); }
+std::string Render(const RenderOptions& options) {
+  std::vector<prometheus::MetricFamily> families = Registry()->Collect();
+  if (options.vllm_names) {
+    std::vector<prometheus::MetricFamily> aliases = VllmAliases(families);
+    std::move(aliases.begin(), aliases.end(), std::back_inserter(families));
+  }
+  return prometheus::TextSerializer().Serialize(families);
+}
 
 void RegisterBuildInfo() {
   Gauge("walsh_build_info", "What this process was built from; always 1.")

@@ -20,8 +20,11 @@ namespace walsh::metrics {
 // Process-wide; handed to the HTTP server that exposes it.
 std::shared_ptr<prometheus::Registry> Registry();
 
+struct RenderOptions {
+  bool vllm_names = false;  // beside ours (vllm_metrics.h)
+};
 // Text exposition of everything registered.
-std::string Render();
+std::string Render(const RenderOptions& options = {});
 
 // Registers walsh_build_info{version,revision,cuda} = 1.
 void RegisterBuildInfo();

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The repository's test of itself: dependency arrows, banned calls, machine paths, large files,
-and pages of docs/ that list what the code has.
+pages of docs/ that list what the code has.
 
 Prints each finding as path:line: what, and what to do instead. The rules themselves are tried first,
 on lines that they must refuse and lines that they must not.
@@ -176,6 +176,13 @@ def check_metrics_page(root):
         yield f"docs/metrics.md: {name} is missing"
     for name in sorted(in_page - in_code):
         yield f"docs/metrics.md: {name} is not in the code"
+    # Of vLLM's names the pairs.
+    pairs_in_code = re.findall(r'\{"(vllm:\w+)", "(\w+)"\}', read(root, "common/vllm_metrics.cc"))
+    pairs_in_page = re.findall(r"^\| `(vllm:\w+)` \| `(\w+)`", read(root, "docs/metrics.md"), re.M)
+    if pairs_in_code != pairs_in_page:
+        yield "docs/metrics.md: vLLM's names are not those of common/vllm_metrics.cc, in its order"
+    for name in sorted({ours for _, ours in pairs_in_code} - in_page):
+        yield f"common/vllm_metrics.cc: there is no {name}"
 
 
 SELF_TEST = [

@@ -289,7 +289,8 @@ absl::Status WorkerDaemon::StartHttp() {
   WALSH_ASSIGN_OR_RETURN(http_, HttpServer::Start({.host = options_.host,
                                                    .port = options_.metrics_port,
                                                    .live = [this] { return CheckLive(); },
-                                                   .ready = [this] { return CheckReady(); }}));
+                                                   .ready = [this] { return CheckReady(); },
+                                                   .vllm_metrics = options_.vllm_metrics_compat}));
   return absl::OkStatus();
 }
 

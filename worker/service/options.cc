@@ -119,6 +119,10 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
                  "Seconds that running requests have after SIGTERM")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 86400.0));
+  app.add_flag(
+      "--vllm-metrics-compat", options.vllm_metrics_compat,
+      "Serve the metrics under vLLM's names, too, for dashboards and autoscalers that were "
+      "made for it");
   app.add_option("--log-format", options.log_format, "text or json")->capture_default_str();
   app.add_option("--log-level", options.log_level, "debug, info, warning or error")
       ->capture_default_str();

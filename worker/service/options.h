@@ -38,6 +38,7 @@ struct WorkerOptions {
   std::vector<std::string> load_models;
   double shutdown_timeout_seconds = 30;
   std::string serve_while_quantizing = "share";  // as ParseServeWhileQuantizing takes it
+  bool vllm_metrics_compat = false;
   std::string log_format = "text";
   std::string log_level = "info";
   bool describe = false;

@@ -91,6 +91,15 @@ TEST(HttpServerTest, ProbesFollowTheCallbacks) {
   EXPECT_THAT(Get(server->port(), "/readyz"), EndsWith("\r\n\r\nok\n"));
 }
 
+TEST(HttpServerTest, MetricsHaveVllmsNamesWhereTheyAreAskedFor) {
+  metrics::Gauge("walsh_num_requests_running", "Running.").Add({{"model_name", "m"}}).Set(2);
+  constexpr char kSeries[] = "\nvllm:num_requests_running{model_name=\"m\",engine=\"0\"} 2\n";
+  ASSERT_OK_AND_ASSIGN(const auto plain, HttpServer::Start({}));
+  EXPECT_THAT(Get(plain->port(), "/metrics"), Not(HasSubstr("vllm:")));
+  ASSERT_OK_AND_ASSIGN(const auto compatible, HttpServer::Start({.vllm_metrics = true}));
+  EXPECT_THAT(Get(compatible->port(), "/metrics"), HasSubstr(kSeries));
+}
+
 TEST(HttpServerTest, ListensOnIpv6WithAndWithoutBrackets) {
   if (!HasIpv6()) GTEST_SKIP() << "no IPv6 loopback here";
   for (const char* host : {"::1", "[::1]"}) {
