@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """The repository's test of itself: dependency arrows, banned calls, machine paths, large files,
-pages of docs/ that list what the code has.
+pages of docs/ that list what the code has, and what watches it.
 
 Prints each finding as path:line: what, and what to do instead. The rules themselves are tried first,
 on lines that they must refuse and lines that they must not.
@@ -185,6 +185,42 @@ def check_metrics_page(root):
         yield f"common/vllm_metrics.cc: there is no {name}"
 
 
+RULES = "deploy/prometheus/rules/"
+
+
+def check_watching(root):
+    """Rules and dashboards name metrics that exist; each alert has its entry in the runbook and no other
+    has; promtool tests each alert silent and firing, and each recording rule."""
+    paths = [path for path in repository_files(root)
+             if path.startswith((RULES, "deploy/grafana/dashboards/"))]
+    metrics = set(re.findall(r"^\| `(\w+)` \|", read(root, "docs/metrics.md"), re.M))
+    for path in paths:
+        used = set(re.findall(r"(?<![:\w])(?:walsh|grpc_server)_\w+", read(root, path)))
+        for name in sorted(used):
+            if name not in metrics and re.sub(r"_(bucket|sum|count)$", "", name) not in metrics:
+                yield f"{path}: there is no metric {name}"
+
+    rules = "".join(read(root, path) for path in paths if path.startswith(RULES))
+    alerts = re.findall(r"- alert: (\w+)", rules)
+    links = re.findall(r"runbook_url: (\S+)", rules)
+    if links != [f"docs/runbook.md#{alert.lower()}" for alert in alerts]:
+        yield f"{RULES}: an alert's runbook_url is not docs/runbook.md# and its name in small letters"
+    entries = re.findall(r"^## (\w+)$", read(root, "docs/runbook.md"), re.M)
+    for name in sorted(set(alerts) ^ set(entries)):
+        yield f"docs/runbook.md: {name} is {'not in it' if name in alerts else 'no alert'}"
+
+    tests = read(root, "deploy/prometheus/tests/alerts_test.yml")
+    expected = re.findall(r"- alertname: (\w+)\n\s+eval_time: \S+\n\s+exp_alerts:( \[\])?", tests)
+    for name in alerts:
+        for silent, what in ((" []", "silent"), ("", "firing")):
+            if (name, silent) not in expected:
+                yield f"deploy/prometheus/tests/alerts_test.yml: {name} is not tested {what}"
+    tests = read(root, "deploy/prometheus/tests/recording_test.yml")
+    for name in re.findall(r"- record: (\S+)", rules):
+        if not re.search(f"expr: .*{re.escape(name)}", tests):
+            yield f"deploy/prometheus/tests/recording_test.yml: {name} is not tested"
+
+
 SELF_TEST = [
     # path, line, refused?
     ("worker/tensor/a.cc", '#include "worker/kernels/kernels.h"', True),
@@ -227,7 +263,7 @@ def self_test():
 def main():
     root = sys.argv[1] if len(sys.argv) > 1 else os.getcwd()
     findings = [*self_test(), *check_repository(root), *check_limits_page(root),
-                *check_metrics_page(root)]
+                *check_metrics_page(root), *check_watching(root)]
     for finding in findings:
         print(finding)
     print(f"{len(findings)} findings")
