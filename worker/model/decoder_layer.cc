@@ -80,6 +80,18 @@ absl::Status AddOutput(const ForwardContext& context, const Linear& linear,
 
 }  // namespace
 
+std::vector<LinearShape> LinearShapes(const ModelConfig& config) {
+  return {
+      {"self_attn.q_proj", config.hidden, config.q_width()},
+      {"self_attn.k_proj", config.hidden, config.kv_width()},
+      {"self_attn.v_proj", config.hidden, config.kv_width()},
+      {"self_attn.o_proj", config.q_width(), config.hidden},
+      {"mlp.gate_proj", config.hidden, config.intermediate},
+      {"mlp.up_proj", config.hidden, config.intermediate},
+      {"mlp.down_proj", config.intermediate, config.hidden},
+  };
+}
+
 std::vector<LayerNorm> LayerNorms(const ModelConfig& config) {
   std::vector<LayerNorm> norms = {{"input_layernorm.weight", &DecoderLayer::input_norm}};
   if (config.has_output_norms) {

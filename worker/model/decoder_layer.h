@@ -64,6 +64,15 @@ inline constexpr std::array<LayerLinear, 7> kLayerLinears = {{
     {"mlp.up_proj", &DecoderLayer::up_proj},
     {"mlp.down_proj", &DecoderLayer::down_proj},
 }};
+// Their sizes, which are the same in every layer.
+struct LinearShape {
+  std::string_view name;
+  int64_t in = 0;
+  int64_t out = 0;
+};
+// In kLayerLinears' order.
+std::vector<LinearShape> LinearShapes(const ModelConfig& config);
+
 struct LayerNorm {
   std::string_view name;  // "input_layernorm.weight"
   std::vector<float> DecoderLayer::*weights;

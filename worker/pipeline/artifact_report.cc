@@ -15,6 +15,7 @@
 #include "common/version.h"
 #include "worker/io/artifact.h"
 #include "worker/io/artifact_config.h"
+#include "worker/model/decoder_layer.h"
 #include "worker/pipeline/quality_errors.h"
 
 namespace walsh::pipeline {
@@ -99,7 +100,7 @@ json Quantization(const JobSpec& spec, const ResolvedJob& job, const JobReport& 
 
 // What readers that fuse linears call them, beside the names of the parts.
 struct FusedLinears {
-  std::vector<std::string_view> parts;  // suffixes of LinearShapes()
+  std::vector<std::string_view> parts;  // names of LinearShapes()
   const char* modules;                  // a regular expression of all their names
 };
 const std::vector<FusedLinears>& Fusions() {
@@ -116,7 +117,7 @@ std::vector<std::pair<std::string, int>> OtherBits(const std::vector<LinearShape
                                                    const std::vector<int>& bits, int model_bits) {
   std::map<std::string_view, int> left;
   for (size_t i = 0; i < shapes.size(); ++i) {
-    if (bits[i] != model_bits) left[shapes[i].suffix] = bits[i];
+    if (bits[i] != model_bits) left[shapes[i].name] = bits[i];
   }
   std::vector<std::pair<std::string, int>> modules;
   for (const FusedLinears& fusion : Fusions()) {
@@ -131,8 +132,8 @@ std::vector<std::pair<std::string, int>> OtherBits(const std::vector<LinearShape
     modules.emplace_back(fusion.modules, common);
     for (std::string_view part : fusion.parts) left.erase(part);
   }
-  for (const auto& [suffix, n] : left) {
-    modules.emplace_back(absl::StrReplaceAll(std::string(suffix), {{".", "\\."}}), n);
+  for (const auto& [name, n] : left) {
+    modules.emplace_back(absl::StrReplaceAll(std::string(name), {{".", "\\."}}), n);
   }
   return modules;
 }

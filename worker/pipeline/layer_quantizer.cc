@@ -338,7 +338,7 @@ absl::Status LayerQuantizer::Quantize(int64_t layer_index, const std::vector<Par
                                       InputStatistics inputs, JobReport& report) {
   WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kQuantizing, layer_index));
   const auto name_of = [&](const Part& part) {
-    return absl::StrCat("layers.", layer_index, ".", std::string(part.suffix));
+    return absl::StrCat("layers.", layer_index, ".", std::string(part.name));
   };
   const int64_t in = inputs.hessian.rows();
   const gptq::Options shared = job_.OptionsFor(in);

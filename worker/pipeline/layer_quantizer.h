@@ -57,7 +57,7 @@ class LayerQuantizer {
  private:
   // One linear's place in a layer.
   struct Part {
-    std::string_view suffix;
+    std::string_view name;
     std::unique_ptr<Linear>* linear;
   };
   // Rows of some whole windows.

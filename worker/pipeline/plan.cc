@@ -14,6 +14,7 @@
 #include "worker/evaluate/perplexity.h"
 #include "worker/gptq/tile.h"
 #include "worker/io/named_file.h"
+#include "worker/model/decoder_layer.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/rotation_gate.h"
@@ -45,7 +46,7 @@ absl::StatusOr<int64_t> ResolveGroup(int64_t asked, const std::vector<LinearShap
   for (const LinearShape& shape : shapes) {
     if (shape.in % kPackingUnit != 0 || shape.out % kPackingUnit != 0) {
       return absl::InvalidArgumentError(
-          absl::StrCat(std::string(shape.suffix), " is ", shape.out, " x ", shape.in,
+          absl::StrCat(std::string(shape.name), " is ", shape.out, " x ", shape.in,
                        ": both must be multiples of ", kPackingUnit, " to be packed"));
     }
   }
@@ -63,7 +64,7 @@ absl::StatusOr<int64_t> ResolveGroup(int64_t asked, const std::vector<LinearShap
     if (shape.in % asked != 0) {
       return absl::InvalidArgumentError(absl::StrCat("group size ", asked, " does not divide the ",
                                                      shape.in, " inputs of ",
-                                                     std::string(shape.suffix)));
+                                                     std::string(shape.name)));
     }
   }
   return asked;
@@ -389,7 +390,7 @@ int64_t DiskBytes(const ModelConfig& config, const ResolvedJob& job) {
 
 // "layers.3.mlp.down_proj", as reports name a linear.
 std::string LinearName(int64_t layer, const LinearShape& shape) {
-  return absl::StrCat("layers.", layer, ".", std::string(shape.suffix));
+  return absl::StrCat("layers.", layer, ".", std::string(shape.name));
 }
 
 absl::Status CheckBits(std::string_view name, int bits) {
@@ -431,18 +432,6 @@ absl::StatusOr<std::vector<std::vector<int>>> ResolveBits(const JobSpec& spec,
 }
 
 }  // namespace
-
-std::vector<LinearShape> LinearShapes(const ModelConfig& config) {
-  return {
-      {"self_attn.q_proj", config.hidden, config.q_width()},
-      {"self_attn.k_proj", config.hidden, config.kv_width()},
-      {"self_attn.v_proj", config.hidden, config.kv_width()},
-      {"self_attn.o_proj", config.q_width(), config.hidden},
-      {"mlp.gate_proj", config.hidden, config.intermediate},
-      {"mlp.up_proj", config.hidden, config.intermediate},
-      {"mlp.down_proj", config.intermediate, config.hidden},
-  };
-}
 
 gptq::Options ResolvedJob::OptionsFor(int64_t in) const {
   gptq::Options options = quantizer;

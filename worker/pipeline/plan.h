@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -20,15 +19,6 @@
 #include "worker/rotate/rotation.h"
 
 namespace walsh::pipeline {
-
-// One quantized linear of every layer.
-struct LinearShape {
-  std::string_view suffix;  // "mlp.down_proj"
-  int64_t in = 0;
-  int64_t out = 0;
-};
-// In the order in which they are quantized: q, k, v, o, gate, up, down.
-std::vector<LinearShape> LinearShapes(const ModelConfig& config);
 
 // At most this much memory.
 struct MemoryNeeds {

@@ -17,6 +17,7 @@
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "worker/evaluate/layer_source.h"
+#include "worker/model/decoder_layer.h"
 #include "worker/pipeline/artifact_report.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/job_texts.h"

@@ -247,8 +247,8 @@ class QuantizeRun {
     int64_t first_row = 0;
     for (size_t i = 0; i < parts.size(); ++i) {
       const LinearShape& part = parts[i].shape;
-      ReportLinear(index, part.suffix, set, first_row, packed[i]);
-      const std::string name = LayerTensor(index, part.suffix);
+      ReportLinear(index, part.name, set, first_row, packed[i]);
+      const std::string name = LayerTensor(index, part.name);
       const auto n_bytes = static_cast<int64_t>(
           sizeof(uint32_t) * (packed[i].qweight.size() + packed[i].qzeros.size()) +
           sizeof(uint16_t) * packed[i].scales.size());
@@ -315,10 +315,10 @@ class QuantizeRun {
     return Fetch(downloads);
   }
 
-  void ReportLinear(int64_t index, std::string_view suffix, const QuantizedSet& set,
+  void ReportLinear(int64_t index, std::string_view name, const QuantizedSet& set,
                     int64_t first_row, const PackedTensors& packed) {
     LinearReport linear;
-    linear.name = absl::StrCat("layers.", index, ".", std::string(suffix));
+    linear.name = absl::StrCat("layers.", index, ".", std::string(name));
     linear.layer = index;
     linear.bits = packed.bits;
     double error = 0, output = 0;

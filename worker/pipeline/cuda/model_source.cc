@@ -17,7 +17,7 @@
 #include "worker/kernels/cuda/stored_weights.h"
 #include "worker/kernels/cuda/transfer.h"
 #include "worker/kernels/thread_pool.h"
-#include "worker/pipeline/plan.h"
+#include "worker/model/decoder_layer.h"
 
 namespace walsh::pipeline::cuda {
 
@@ -203,7 +203,7 @@ class ArtifactModel final : public ModelSource {
     int64_t n_scales() const { return shape.groups() * shape.rows; }
   };
   struct PlacedLayer {
-    std::array<PlacedLinear, 7> linears;  // in LinearShapes' order
+    std::array<PlacedLinear, kLayerLinears.size()> linears;
     int64_t input_norm = 0, post_attention_norm = 0;
     int64_t n_bytes = 0;
   };
@@ -216,7 +216,7 @@ class ArtifactModel final : public ModelSource {
     const std::vector<LinearShape> linears = LinearShapes(config_);
     for (size_t i = 0; i < linears.size(); ++i) {
       PlacedLinear& linear = layer.linears[i];
-      linear.name = LayerTensor(index, linears[i].suffix);
+      linear.name = LayerTensor(index, linears[i].name);
       WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
       if (linear.shape.grid != StoredGrid::kGptq) {
         return absl::UnimplementedError(absl::StrCat(
@@ -227,7 +227,7 @@ class ArtifactModel final : public ModelSource {
       linear.qweight = place(linear.weight_words() * static_cast<int64_t>(sizeof(uint32_t)));
       linear.qzeros = place(linear.zero_words() * static_cast<int64_t>(sizeof(uint32_t)));
       linear.scales = place(linear.n_scales() * static_cast<int64_t>(sizeof(uint16_t)));
-      if (config_.has_bias(linears[i].suffix)) {
+      if (config_.has_bias(linears[i].name)) {
         linear.bias = place(linear.shape.rows * static_cast<int64_t>(sizeof(uint16_t)));
       }
     }
@@ -239,16 +239,16 @@ class ArtifactModel final : public ModelSource {
 
   absl::StatusOr<int64_t> FillLayer(int64_t index, std::span<std::byte> host) {
     WALSH_ASSIGN_OR_RETURN(const PlacedLayer layer, PlaceLayer(index));
-    std::array<absl::Status, 7> statuses;
+    std::array<absl::Status, kLayerLinears.size()> statuses;
     readers_.ParallelFor(static_cast<int64_t>(statuses.size()), [&](int64_t i) {
       const auto at = static_cast<size_t>(i);
       statuses[at] = ReadLinear(layer.linears[at], host);
     });
     for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
-    for (const auto& [suffix, offset] :
+    for (const auto& [name, offset] :
          {std::pair("input_layernorm.weight", layer.input_norm),
           std::pair("post_attention_layernorm.weight", layer.post_attention_norm)}) {
-      WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(LayerTensor(index, suffix), 0, 1,
+      WALSH_RETURN_IF_ERROR(artifact_.ReadBf16(LayerTensor(index, name), 0, 1,
                                                SpanAt<uint16_t>(host, offset, config_.hidden)));
     }
     return layer.n_bytes;

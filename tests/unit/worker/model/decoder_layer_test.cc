@@ -51,6 +51,19 @@ DecoderLayer RandomLayer(const ModelConfig& c, bool packed) {
   return layer;
 }
 
+TEST(LinearShapesTest, AreThoseOfTheLayersLinears) {
+  const ModelConfig config = SmallConfig();
+  const DecoderLayer layer = RandomLayer(config, /*packed=*/false);
+  const std::vector<LinearShape> shapes = LinearShapes(config);
+  ASSERT_EQ(shapes.size(), kLayerLinears.size());
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    EXPECT_EQ(shapes[i].name, kLayerLinears[i].name);
+    const Linear& linear = *(layer.*kLayerLinears[i].linear);
+    EXPECT_EQ(shapes[i].in, linear.in()) << shapes[i].name;
+    EXPECT_EQ(shapes[i].out, linear.out()) << shapes[i].name;
+  }
+}
+
 // A sequence that is fed some rows at a time.
 struct TestSequence {
   explicit TestSequence(const ModelConfig& config, uint64_t stream)
