@@ -93,17 +93,22 @@ std::vector<LinearShape> LinearShapes(const ModelConfig& config) {
 }
 
 std::vector<LayerNorm> LayerNorms(const ModelConfig& config) {
-  std::vector<LayerNorm> norms = {{"input_layernorm.weight", &DecoderLayer::input_norm}};
+  const int64_t hidden = config.hidden;
+  std::vector<LayerNorm> norms = {{"input_layernorm.weight", &DecoderLayer::input_norm, hidden}};
+  const auto add = [&norms](std::string_view name, std::vector<float> DecoderLayer::*weights,
+                            int64_t width) {
+    norms.push_back({name, weights, width});
+  };
   if (config.has_output_norms) {
-    norms.push_back({"post_attention_layernorm.weight", &DecoderLayer::attention_output_norm});
-    norms.push_back({"pre_feedforward_layernorm.weight", &DecoderLayer::post_attention_norm});
-    norms.push_back({"post_feedforward_layernorm.weight", &DecoderLayer::mlp_output_norm});
+    add("post_attention_layernorm.weight", &DecoderLayer::attention_output_norm, hidden);
+    add("pre_feedforward_layernorm.weight", &DecoderLayer::post_attention_norm, hidden);
+    add("post_feedforward_layernorm.weight", &DecoderLayer::mlp_output_norm, hidden);
   } else {
-    norms.push_back({"post_attention_layernorm.weight", &DecoderLayer::post_attention_norm});
+    add("post_attention_layernorm.weight", &DecoderLayer::post_attention_norm, hidden);
   }
   if (config.has_qk_norm) {
-    norms.push_back({"self_attn.q_norm.weight", &DecoderLayer::q_norm});
-    norms.push_back({"self_attn.k_norm.weight", &DecoderLayer::k_norm});
+    add("self_attn.q_norm.weight", &DecoderLayer::q_norm, config.head_dim);
+    add("self_attn.k_norm.weight", &DecoderLayer::k_norm, config.head_dim);
   }
   return norms;
 }

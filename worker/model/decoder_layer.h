@@ -76,6 +76,7 @@ std::vector<LinearShape> LinearShapes(const ModelConfig& config);
 struct LayerNorm {
   std::string_view name;  // "input_layernorm.weight"
   std::vector<float> DecoderLayer::*weights;
+  int64_t width = 0;
 };
 std::vector<LayerNorm> LayerNorms(const ModelConfig& config);
 

@@ -406,9 +406,8 @@ absl::Status LayerQuantizer::WriteLayer(int64_t index, const DecoderLayer& layer
   quantized_.clear();
   for (const LayerNorm& norm : LayerNorms(source_.config())) {
     const std::vector<float>& weights = layer.*norm.weights;
-    WALSH_RETURN_IF_ERROR(
-        writer_.WriteDense(LayerTensor(index, norm.name),
-                           weights.empty() ? Ones(source_.config().hidden) : ToRow(weights), true));
+    WALSH_RETURN_IF_ERROR(writer_.WriteDense(
+        LayerTensor(index, norm.name), weights.empty() ? Ones(norm.width) : ToRow(weights), true));
   }
   return absl::OkStatus();
 }

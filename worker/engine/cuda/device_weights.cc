@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/check.h"
 #include "common/status_macros.h"
 #include "worker/io/checkpoint.h"
 #include "worker/kernels/cuda/cuda_status.h"
@@ -22,6 +23,7 @@
 #include "worker/kernels/cuda/transfer.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/model/decoder_layer.h"
+#include "worker/rotate/walsh_matrix.h"
 #include "worker/tensor/half.h"
 
 namespace walsh::engine::cuda {
@@ -50,42 +52,44 @@ bool HaveOneForm(const GptqShape& a, const GptqShape& b) {
          (a.grid == StoredGrid::kCodebook) == (b.grid == StoredGrid::kCodebook);
 }
 
+// Where a layer's norms go.
+struct NormBuffer {
+  std::vector<float> DecoderLayer::*weights;
+  DeviceBuffer<float> LayerWeights::*buffer;
+};
+constexpr std::array<NormBuffer, 6> kNormBuffers = {{
+    {&DecoderLayer::input_norm, &LayerWeights::input_norm},
+    {&DecoderLayer::post_attention_norm, &LayerWeights::post_attention_norm},
+    {&DecoderLayer::q_norm, &LayerWeights::q_norm},
+    {&DecoderLayer::k_norm, &LayerWeights::k_norm},
+    {&DecoderLayer::attention_output_norm, &LayerWeights::attention_output_norm},
+    {&DecoderLayer::mlp_output_norm, &LayerWeights::mlp_output_norm},
+}};
+DeviceBuffer<float>& BufferOf(const LayerNorm& norm, LayerWeights& layer) {
+  const auto it =
+      std::find_if(kNormBuffers.begin(), kNormBuffers.end(),
+                   [&norm](const NormBuffer& entry) { return entry.weights == norm.weights; });
+  WALSH_CHECK(it != kNormBuffers.end());
+  return layer.*it->buffer;
+}
+
 // order[i]: what must be at i of each block for the Hadamard matrix in natural order to make what
-// the Walsh matrix makes. Walsh's row s is Hadamard's row n(s), the bit-reversed Gray code of s,
-// which is linear in the bits of s and symmetric; so W[s, j] = H[n(s), j] = H[s, n(j)].
-std::vector<int32_t> WalshInputOrder(int64_t width, int64_t block) {
+// the Walsh matrix makes: both are symmetric, so W[s, j] = H[n(s), j] = H[s, n(j)], where row s of
+// Walsh's is row n(s) of Hadamard's.
+std::vector<int32_t> WalshInputOrder(int64_t width, const rotate::HadamardOrder& block) {
+  const std::vector<int32_t> natural = rotate::WalshRowOrder(block);
   std::vector<int32_t> order(static_cast<size_t>(width));
-  for (int64_t first = 0; first < width; first += block) {
-    for (int64_t s = 0; s < block; ++s) {
-      int64_t natural = 0;
-      for (int64_t bit = 1, mirrored = block / 2; bit < block; bit *= 2, mirrored /= 2) {
-        if (((s ^ s >> 1) & bit) != 0) natural |= mirrored;
-      }
-      order[static_cast<size_t>(first + natural)] = static_cast<int32_t>(first + s);
+  for (int64_t first = 0; first < width; first += block.n()) {
+    for (int64_t s = 0; s < block.n(); ++s) {
+      order[static_cast<size_t>(first + natural[static_cast<size_t>(s)])] =
+          static_cast<int32_t>(first + s);
     }
   }
   return order;
 }
 
-// Rows and columns of a linear of kLayerLinears.
-GptqShape DenseShape(const ModelConfig& config, size_t index) {
-  const std::array<int64_t, kLinears> rows = {
-      config.q_width(),    config.kv_width(),   config.kv_width(), config.hidden,
-      config.intermediate, config.intermediate, config.hidden};
-  const int64_t cols = index == 3       ? config.q_width()
-                       : index == kDown ? config.intermediate
-                                        : config.hidden;
-  return {.rows = rows[index], .cols = cols};
-}
-
 absl::Status NotServed(const std::string& what) {
   return absl::UnimplementedError(absl::StrCat("no CUDA kernels for ", what));
-}
-
-// A buffer's memory, or null where it is empty.
-template <typename T>
-const T* OrNull(const DeviceBuffer<T>& buffer) {
-  return buffer.size() == 0 ? nullptr : buffer.data();
 }
 
 template <typename T>
@@ -93,31 +97,15 @@ std::span<T> SpanAt(std::span<std::byte> memory, int64_t offset, int64_t n) {
   return {reinterpret_cast<T*>(memory.data() + offset), static_cast<size_t>(n)};
 }
 
-struct NormTensor {
-  const char* suffix;
-  DeviceBuffer<float> LayerWeights::*buffer;
-};
-
 class Loader {
  public:
   Loader(Context* context, const ArtifactReader& artifact)
       : context_(*context),
         artifact_(artifact),
         config_(artifact.config()),
-        readers_(std::min(ops::kReaders, ThreadPool::HardwareThreads())) {
-    norms_ = {{"input_layernorm.weight", &LayerWeights::input_norm}};
-    if (config_.has_output_norms) {
-      norms_.push_back({"post_attention_layernorm.weight", &LayerWeights::attention_output_norm});
-      norms_.push_back({"pre_feedforward_layernorm.weight", &LayerWeights::post_attention_norm});
-      norms_.push_back({"post_feedforward_layernorm.weight", &LayerWeights::mlp_output_norm});
-    } else {
-      norms_.push_back({"post_attention_layernorm.weight", &LayerWeights::post_attention_norm});
-    }
-    if (config_.has_qk_norm) {
-      norms_.push_back({"self_attn.q_norm.weight", &LayerWeights::q_norm});
-      norms_.push_back({"self_attn.k_norm.weight", &LayerWeights::k_norm});
-    }
-  }
+        shapes_(LinearShapes(config_)),
+        norms_(LayerNorms(config_)),
+        readers_(std::min(ops::kReaders, ThreadPool::HardwareThreads())) {}
 
   absl::StatusOr<DeviceWeights> Load() {
     DeviceWeights weights;
@@ -164,13 +152,6 @@ class Loader {
     int64_t n_bytes = 0;
   };
 
-  // Elements of a norm of norms_: those of heads, or of the residual stream.
-  int64_t NormSize(const NormTensor& norm) const {
-    const bool is_of_heads =
-        norm.buffer == &LayerWeights::q_norm || norm.buffer == &LayerWeights::k_norm;
-    return is_of_heads ? config_.head_dim : config_.hidden;
-  }
-
   absl::StatusOr<PlacedLayer> PlaceLayer(int64_t index) const {
     PlacedLayer layer;
     const auto place = [&layer](int64_t n_bytes) {
@@ -185,7 +166,7 @@ class Loader {
       if (artifact_.IsQuantized(linear.name)) {
         WALSH_ASSIGN_OR_RETURN(linear.shape, artifact_.ShapeOf(linear.name));
       } else {
-        linear.shape = DenseShape(config_, i);
+        linear.shape = {.rows = shapes_[i].out, .cols = shapes_[i].in};
         linear.dense = place(linear.shape.rows * linear.shape.cols * kHalf);
       }
       linear.qweight = place(linear.weight_words() * kWord);
@@ -195,7 +176,7 @@ class Loader {
       linear.levels = place(linear.n_levels() * kHalf);
       if (config_.has_bias(kLayerLinears[i].name)) linear.bias = place(linear.shape.rows * kHalf);
     }
-    for (const NormTensor& norm : norms_) layer.norms.push_back(place(NormSize(norm) * kFloat));
+    for (const LayerNorm& norm : norms_) layer.norms.push_back(place(norm.width * kFloat));
     return layer;
   }
 
@@ -210,8 +191,8 @@ class Loader {
     });
     for (const absl::Status& status : statuses) WALSH_RETURN_IF_ERROR(status);
     for (size_t i = 0; i < norms_.size(); ++i) {
-      WALSH_RETURN_IF_ERROR(ReadNorm(LayerTensor(index, norms_[i].suffix),
-                                     SpanAt<float>(host, layer.norms[i], NormSize(norms_[i]))));
+      WALSH_RETURN_IF_ERROR(ReadNorm(LayerTensor(index, norms_[i].name),
+                                     SpanAt<float>(host, layer.norms[i], norms_[i].width)));
     }
     return layer.n_bytes;
   }
@@ -262,7 +243,9 @@ class Loader {
   absl::Status ReadOrders() {
     const OnlineTransforms::BlockRotation& rotation = artifact_.online().down_input;
     if (rotation.block != 0 && rotation.sequency) {
-      walsh_order_ = WalshInputOrder(config_.intermediate, rotation.block);
+      WALSH_ASSIGN_OR_RETURN(const rotate::HadamardOrder block,
+                             rotate::FactorHadamardOrder(rotation.block));
+      walsh_order_ = WalshInputOrder(config_.intermediate, block);
     }
     input_orders_.resize(static_cast<size_t>(config_.n_layers));
     for (int64_t l = 0; l < config_.n_layers; ++l) {
@@ -300,9 +283,9 @@ class Loader {
       }
       layer.down.rotation_block = artifact_.online().down_input.block;
       for (size_t i = 0; i < norms_.size(); ++i) {
-        DeviceBuffer<float>& norm = layer.*norms_[i].buffer;
-        WALSH_ASSIGN_OR_RETURN(
-            norm, DeviceBuffer<float>::Allocate(NormSize(norms_[i]), context_.stream()));
+        DeviceBuffer<float>& norm = BufferOf(norms_[i], layer);
+        WALSH_ASSIGN_OR_RETURN(norm,
+                               DeviceBuffer<float>::Allocate(norms_[i].width, context_.stream()));
         WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(norm.data(), stored + placed.norms[i],
                                                    static_cast<size_t>(norm.size_bytes()),
                                                    cudaMemcpyDeviceToDevice, context_.stream()));
@@ -335,7 +318,7 @@ class Loader {
              HaveOneForm(placed.linears[next].shape, shape) && orders[next] == orders[first];
            ++next) {
         linears.push_back(LinearAt(placed.linears[next], stored));
-        linears.back().row_order = OrNull(row_order);
+        linears.back().row_order = row_order.data();
       }
       const bool is_pair = set.first == kGate && linears.size() == 2;
       Product::Part part{.first_row = product.rows};
@@ -347,7 +330,7 @@ class Loader {
                              .bits = shape.bits,
                              .group_size = shape.group_size,
                              .order = is_pair ? ServingRows::kInterleaved : ServingRows::kStacked,
-                             .column_order = OrNull(part.input_order)},
+                             .column_order = part.input_order.data()},
                             context_.stream()));
       // The rows of gate and up have seen to it.
       if (set.first == kDown) part.input_order.Reset();
@@ -463,7 +446,8 @@ class Loader {
   Context& context_;
   const ArtifactReader& artifact_;
   const ModelConfig& config_;
-  std::vector<NormTensor> norms_;
+  const std::vector<LinearShape> shapes_;
+  const std::vector<LayerNorm> norms_;
   // Of each layer's linears, in kLayerLinears' order; empty ones are in order.
   std::vector<std::array<std::vector<int32_t>, kLinears>> input_orders_;
   std::vector<int32_t> walsh_order_;  // of down_proj's input; empty: no Walsh matrix

@@ -50,7 +50,7 @@ struct Product {
 
   // Of a part's outputs, or null.
   const float* BiasOf(const Part& part) const {
-    return bias.size() == 0 ? nullptr : bias.data() + part.first_row;
+    return bias.data() == nullptr ? nullptr : bias.data() + part.first_row;
   }
   // Whether anything is done to the input.
   bool has_transform() const;

@@ -132,12 +132,9 @@ absl::Status ForwardPass::Attend(int64_t index, const Rows& rows) {
   const ModelConfig& c = *config_;
   const DeviceBuffer<float>& frequencies =
       c.is_sliding(index) ? weights_->sliding_inverse_frequencies : weights_->inverse_frequencies;
-  const auto or_null = [](const DeviceBuffer<float>& values) {
-    return values.size() == 0 ? nullptr : values.data();
-  };
-  const ops::QkvTransform transform{.bias = or_null(layer.qkv.bias),
-                                    .q_norm = or_null(layer.q_norm),
-                                    .k_norm = or_null(layer.k_norm),
+  const ops::QkvTransform transform{.bias = layer.qkv.bias.data(),
+                                    .q_norm = layer.q_norm.data(),
+                                    .k_norm = layer.k_norm.data(),
                                     .eps = static_cast<float>(c.rms_norm_eps),
                                     .inverse_frequencies = frequencies.data(),
                                     .heads = limits_.kv.heads};
@@ -206,7 +203,7 @@ void ForwardPass::AddNorm(const DeviceBuffer<float>& norm, const float* hidden,
 ops::LowBitMatmulParams ForwardPass::Multiply(const Product& product, const Product::Part& part,
                                               int64_t n) {
   ops::LowBitMatmulParams params = Multiply(part.weights, n);
-  params.input_order = part.input_order.size() == 0 ? nullptr : part.input_order.data();
+  params.input_order = part.input_order.data();
   params.rotation_block = product.rotation_block;
   return params;
 }
@@ -243,7 +240,7 @@ absl::Status ForwardPass::Run(const Product::Part& part, const ops::LowBitMatmul
 absl::StatusOr<const bf16*> ForwardPass::Transformed(const Product& product,
                                                      const Product::Part& part, const bf16* x,
                                                      int64_t n_rows) {
-  const int32_t* order = part.input_order.size() == 0 ? nullptr : part.input_order.data();
+  const int32_t* order = part.input_order.data();
   if (order == nullptr && product.rotation_block == 0) return x;
   WALSH_RETURN_IF_ERROR(ops::TransformActivations({.n_tokens = n_rows,
                                                    .cols = product.cols,

@@ -1,6 +1,5 @@
 #include "worker/kernels/cuda/device_buffer.h"
 
-#include <algorithm>
 #include <atomic>
 
 #include "worker/kernels/cuda/cuda_status.h"
@@ -30,9 +29,7 @@ absl::StatusOr<void*> AllocateDevice(int64_t n_bytes, cudaStream_t stream) {
     return OutOfMemory("allocation (failed by a test)", n_bytes);
   }
   void* pointer = nullptr;
-  // The pool cannot give empty pieces.
-  const auto size = static_cast<size_t>(std::max<int64_t>(n_bytes, 16));
-  const cudaError_t error = cudaMallocAsync(&pointer, size, stream);
+  const cudaError_t error = cudaMallocAsync(&pointer, static_cast<size_t>(n_bytes), stream);
   if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     return OutOfMemory("cudaMallocAsync", n_bytes);

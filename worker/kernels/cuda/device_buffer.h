@@ -26,15 +26,17 @@ void ResetDeviceMemoryPeak();
 // Makes the n-th allocation from now fail as if memory were out, for tests; 0 turns it off.
 void FailAllocationForTest(int64_t nth);
 
-// Allocates from the pool in the order of `stream`; frees in that order too.
+// At least one byte, from the pool in the order of `stream`; frees in that order too.
 absl::StatusOr<void*> AllocateDevice(int64_t n_bytes, cudaStream_t stream);
 void FreeDevice(void* pointer, int64_t n_bytes, cudaStream_t stream);
 
+// `data` is null where there are no elements.
 template <typename T>
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
   static absl::StatusOr<DeviceBuffer> Allocate(int64_t n, cudaStream_t stream) {
+    if (n == 0) return DeviceBuffer();
     absl::StatusOr<void*> pointer = AllocateDevice(n * static_cast<int64_t>(sizeof(T)), stream);
     if (!pointer.ok()) return pointer.status();
     return DeviceBuffer(static_cast<T*>(*pointer), n, stream);
