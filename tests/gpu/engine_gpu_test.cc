@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/testing/tiny_artifact.h"
@@ -667,6 +668,17 @@ TEST_F(CudaEngineTest, WhatNoKernelTakesIsNamed) {
   floats.bits_of = {{"model.layers.1.mlp.down_proj", 0}};
   EXPECT_THAT(load({}, floats), StatusIs(absl::StatusCode::kUnimplemented,
                                          HasSubstr("'model.layers.1.mlp.down_proj': a rotated")));
+  // Of the MLP's linears, since others have widths that are multiples of their 32 rows.
+  TinyArtifactOptions odd_width;
+  for (const char* layer : {"model.layers.0.mlp.", "model.layers.1.mlp."}) {
+    for (const char* linear : {"gate_proj", "up_proj", "down_proj"}) {
+      odd_width.bits_of[absl::StrCat(layer, linear)] = 0;
+    }
+  }
+  EXPECT_THAT(
+      load({.intermediate = 132}, odd_width),
+      StatusIs(absl::StatusCode::kUnimplemented,
+               HasSubstr("'model.layers.0.mlp.down_proj': unquantized weights of 132 columns")));
   const auto load_kv = [&](int64_t head_dim, const nlohmann::json& config) {
     return load({.head_dim = head_dim}, {.quantization_config = config});
   };

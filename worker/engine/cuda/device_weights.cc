@@ -15,6 +15,7 @@
 #include "common/status_macros.h"
 #include "worker/io/checkpoint.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/dense_matmul.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/pinned_pool.h"
@@ -492,14 +493,23 @@ absl::Status CheckServable(const ArtifactReader& artifact) {
   if (!ops::IsPagedHeadDim(config.head_dim)) {
     return NotServed(absl::StrCat("heads of ", config.head_dim));
   }
+  const std::vector<LinearShape> shapes = LinearShapes(config);
   for (int64_t l = 0; l < config.n_layers; ++l) {
-    for (const LayerLinear& linear : kLayerLinears) {
-      const std::string name = LayerTensor(l, linear.name);
+    for (size_t i = 0; i < kLinears; ++i) {
+      const std::string name = LayerTensor(l, shapes[i].name);
+      const bool is_rotated = block != 0 && i == kDown;
       if (!artifact.IsQuantized(name)) {
-        if (block == 0 || linear.linear != &DecoderLayer::down_proj) continue;
-        return NotServed(absl::StrCat("'", name, "': a rotated input and unquantized weights"));
+        if (is_rotated) {
+          return NotServed(absl::StrCat("'", name, "': a rotated input and unquantized weights"));
+        }
+        if (shapes[i].in % ops::kDenseColsMultiple != 0) {
+          return NotServed(absl::StrCat("'", name, "': unquantized weights of ", shapes[i].in,
+                                        " columns, must be a multiple of ",
+                                        ops::kDenseColsMultiple));
+        }
+        continue;
       }
-      if (block != 0 && linear.linear == &DecoderLayer::down_proj) {
+      if (is_rotated) {
         WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> order, artifact.ReadInputOrder(name));
         if (!order.empty()) {
           return NotServed(

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kWarps = 8;  // of a CTA: rows
 constexpr int kTokens = 4;
-constexpr int kAtOnce = 8;  // columns of a lane: 16 bytes of bf16
+constexpr int kAtOnce = kDenseColsMultiple;  // columns of a lane
 constexpr int64_t kGridYMax = 65535;
 constexpr int64_t kVectorBytes = 16;
 

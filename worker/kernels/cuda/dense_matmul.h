@@ -20,10 +20,13 @@
 
 namespace walsh::kernels::cuda {
 
+// A lane reads 16 bytes of bf16 at once.
+inline constexpr int64_t kDenseColsMultiple = 8;
+
 struct DenseMatmulParams {
   int64_t n_tokens = 0;
   int64_t rows = 0;  // outputs
-  int64_t cols = 0;  // a multiple of 8
+  int64_t cols = 0;  // a multiple of kDenseColsMultiple
   const __nv_bfloat16* weights =
       nullptr;  // [rows, cols], aligned to 16 bytes like x and the norm's
   // One of the two, [n_tokens, cols].
