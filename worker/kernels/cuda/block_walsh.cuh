@@ -30,6 +30,7 @@ template <int kBlock>
 struct BlockWalshLayout {
   static_assert(kBlock >= 16 && kBlock <= 256 && (kBlock & (kBlock - 1)) == 0,
                 "a block is 4 to 64 quads of one warp");
+  static constexpr int kLog2Block = 31 - __builtin_clz(kBlock);
   static constexpr int kQuadsPerBlock = kBlock <= 4 * kWarpLanes ? 1 : 2;  // in each of its lanes
   static constexpr int kLanesPerBlock = kBlock / (4 * kQuadsPerBlock);
   static constexpr int kBlocksPerRow = kWarpLanes / kLanesPerBlock;  // side by side in a warp
@@ -79,11 +80,9 @@ __device__ __forceinline__ void WarpButterflies(float4& q, int lane) {
   }
 }
 
-// Where natural row n stands in sequency order.
-template <int kBlock>
-__device__ __forceinline__ int SequencyIndex(int n) {
-  constexpr int kBits = 31 - __builtin_clz(kBlock);
-  unsigned s = __brev(static_cast<unsigned>(n)) >> (32 - kBits);
+// Where natural row n of a matrix of order 2^log2_order, at most 256, stands in sequency order.
+__device__ __forceinline__ int SequencyIndex(int n, int log2_order) {
+  unsigned s = __brev(static_cast<unsigned>(n)) >> (32 - log2_order);
   s ^= s >> 1;
   s ^= s >> 2;
   s ^= s >> 4;
@@ -157,10 +156,10 @@ __global__ void __launch_bounds__(kWarpLanes* kWarpsPerCta)
 #pragma unroll
       for (int k = 0; k < kQuadsPerLane; ++k) {
         float* const out = warp_shared + in_warp[k] * (kBlock + Layout::kPadding);
-        out[SequencyIndex<kBlock>(in_block[k])] = quads[k].x;
-        out[SequencyIndex<kBlock>(in_block[k] + 1)] = quads[k].y;
-        out[SequencyIndex<kBlock>(in_block[k] + 2)] = quads[k].z;
-        out[SequencyIndex<kBlock>(in_block[k] + 3)] = quads[k].w;
+        out[SequencyIndex(in_block[k], Layout::kLog2Block)] = quads[k].x;
+        out[SequencyIndex(in_block[k] + 1, Layout::kLog2Block)] = quads[k].y;
+        out[SequencyIndex(in_block[k] + 2, Layout::kLog2Block)] = quads[k].z;
+        out[SequencyIndex(in_block[k] + 3, Layout::kLog2Block)] = quads[k].w;
       }
       __syncwarp();
 #pragma unroll

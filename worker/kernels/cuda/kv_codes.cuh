@@ -93,14 +93,8 @@ __device__ __forceinline__ void HadamardHead(HeadPairs<kPairs>& head, int half) 
 // Moves elements from natural order to that of sequency, through `scratch` [2 · half] of this warp.
 template <int kPairs>
 __device__ __forceinline__ void SortBySequency(HeadPairs<kPairs>& head, int half, float* scratch) {
-  const int shift = __clz(2 * half) + 1;
-  const auto place = [&](int n) {
-    unsigned s = __brev(static_cast<unsigned>(n)) >> shift;
-    s ^= s >> 1;
-    s ^= s >> 2;
-    s ^= s >> 4;
-    return s;
-  };
+  const int log2_width = 31 - __clz(2 * half);
+  const auto place = [&](int n) { return SequencyIndex(n, log2_width); };
   ForHeadPairs<kPairs>(half, [&](int i, int at) {
     scratch[place(at)] = head.low[i].x;
     scratch[place(at + 1)] = head.low[i].y;
