@@ -127,10 +127,7 @@ absl::Status DenseMatmul(const DenseMatmulParams& p) {
   const int64_t y_stride = p.y_stride == 0 ? p.rows : p.y_stride;
   WALSH_RETURN_IF_ERROR(Validate(p, y_stride));
   if (p.n_tokens == 0) return absl::OkStatus();
-  // As the products before and behind want it (low_bit_kernel.cuh).
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(DenseMatmulKernel,
-                                                  cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                  cudaSharedmemCarveoutMaxShared));
+  WALSH_RETURN_IF_ERROR(PrepareOnce<DenseMatmulKernel>());
   return LaunchKernel("DenseMatmul", DenseMatmulKernel,
                       {.grid = dim3(static_cast<unsigned>((p.rows + kWarps - 1) / kWarps),
                                     static_cast<unsigned>((p.n_tokens + kTokens - 1) / kTokens)),

@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdint>
 #include <type_traits>
 
 #include "absl/status/status.h"
@@ -24,6 +26,26 @@ __device__ __forceinline__ void LetNextKernelStart() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Lets a kernel have so much dynamic shared memory, and asks for the split of L1 and shared memory
+// that all kernels of a chain want: another one would have to wait until a multiprocessor is empty.
+// Does so once for each device; safe from several threads.
+template <auto kKernel>
+absl::Status PrepareOnce(int shared_bytes_max = 0) {
+  static std::atomic<uint64_t> prepared{0};  // a bit for each device, of which there are few
+  int device = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+  const uint64_t device_bit = uint64_t{1} << (device % 64);
+  if ((prepared.load(std::memory_order_acquire) & device_bit) != 0) return absl::OkStatus();
+  if (shared_bytes_max > 0) {
+    WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_max));
+  }
+  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+      kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+  prepared.fetch_or(device_bit, std::memory_order_release);
+  return absl::OkStatus();
 }
 
 struct LaunchShape {

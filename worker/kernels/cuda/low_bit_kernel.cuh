@@ -24,9 +24,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <atomic>
 
-#include "worker/kernels/cuda/cuda_status.h"
+#include "common/status_macros.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/fixed_point.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
@@ -1090,7 +1089,6 @@ struct LaunchPlan {
   int grids_in_block = 1;
   int token_tiles = 1;
   int row_tiles = 2;
-  int device = 0;
   int n_multiprocessors = 0;
   int ctas_per_sm = 1;
   bool overlap_previous = false;
@@ -1135,22 +1133,12 @@ int PlaceShared(int budget, int warp_stages, int n_records, KernelParams& p) {
   return p.sums_at + sums_bytes;
 }
 
-template <typename F>
-absl::Status Launch(const LaunchPlan& plan, void (*kernel)(KernelParams), int ctas,
-                    int token_chunks, int shared_bytes, const KernelParams& p) {
-  static std::atomic<uint64_t> prepared{0};  // devices
-  const uint64_t device_bit = uint64_t{1} << (plan.device % 64);
-  if ((prepared.load(std::memory_order_relaxed) & device_bit) == 0) {
-    WALSH_CUDA_RETURN_IF_ERROR(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedMax));
-    // All kernels of a chain want one split of L1 and shared memory: another one would have to wait
-    // until a multiprocessor is empty.
-    WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    prepared.fetch_or(device_bit, std::memory_order_relaxed);
-  }
+template <typename F, auto kKernel>
+absl::Status Launch(const LaunchPlan& plan, int ctas, int token_chunks, int shared_bytes,
+                    const KernelParams& p) {
+  WALSH_RETURN_IF_ERROR(PrepareOnce<kKernel>(kSharedMax));
   return LaunchKernel(
-      "LowBitMatmul", kernel,
+      "LowBitMatmul", kKernel,
       {.grid = dim3(static_cast<unsigned>(ctas), static_cast<unsigned>(token_chunks)),
        .threads = F::kThreads,
        .shared_bytes = shared_bytes,
@@ -1186,7 +1174,7 @@ absl::Status LaunchFew(const LaunchPlan& plan) {
   const int budget = SharedOf(plan) / plan.ctas_per_sm;
   const int shared_bytes =
       std::max(PlaceShared<F>(budget, warp_stages, p.n_blocks * n_tokens, p), budget);
-  return Launch<F>(plan, FewTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
+  return Launch<F, FewTokensKernel<F>>(plan, ctas, token_chunks, shared_bytes, p);
 }
 
 template <typename F>
@@ -1199,7 +1187,7 @@ absl::Status LaunchMany(const LaunchPlan& plan) {
       std::min(n_row_groups, std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1));
   p.sums_stride = std::min(p.n_tokens, F::kTokens) * F::kTokenStride;
   const int shared_bytes = PlaceShared<F>(kSharedMax / plan.ctas_per_sm, kStagesMax, 0, p);
-  return Launch<F>(plan, ManyTokensKernel<F>, ctas, token_chunks, shared_bytes, p);
+  return Launch<F, ManyTokensKernel<F>>(plan, ctas, token_chunks, shared_bytes, p);
 }
 
 // The most row tiles up to kWanted whose stages fit twice beside the sums.

@@ -18,7 +18,6 @@ constexpr int64_t kStrideMultiple = 8;  // kVectorBytes of bf16
 constexpr int kDevicesMax = 64;
 
 struct Device {
-  int index = 0;
   int compute_major = 0;
   int n_multiprocessors = 0;
 };
@@ -27,17 +26,18 @@ absl::StatusOr<Device> CurrentDevice() {
   static std::atomic<int> compute_majors[kDevicesMax];
   static std::atomic<int> multiprocessors[kDevicesMax];
   Device device;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device.index));
-  const int known = device.index % kDevicesMax;
+  int index = 0;
+  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&index));
+  const int known = index % kDevicesMax;
   device.compute_major = compute_majors[known].load(std::memory_order_acquire);
   if (device.compute_major != 0) {
     device.n_multiprocessors = multiprocessors[known].load(std::memory_order_relaxed);
     return device;
   }
-  WALSH_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&device.n_multiprocessors,
-                                                    cudaDevAttrMultiProcessorCount, device.index));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(
-      &device.compute_major, cudaDevAttrComputeCapabilityMajor, device.index));
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&device.n_multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&device.compute_major, cudaDevAttrComputeCapabilityMajor, index));
   multiprocessors[known].store(device.n_multiprocessors, std::memory_order_relaxed);
   compute_majors[known].store(device.compute_major, std::memory_order_release);
   return device;
@@ -254,7 +254,6 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
       .row_tiles = p.tuning.row_tiles > 0
                        ? p.tuning.row_tiles
                        : DefaultRowTiles(shape, token_tiles, n_tokens, device.n_multiprocessors),
-      .device = device.index,
       .n_multiprocessors = device.n_multiprocessors,
       .ctas_per_sm = p.tuning.ctas_per_sm > 0 ? p.tuning.ctas_per_sm : 1,
       .overlap_previous = p.overlap_previous,

@@ -788,12 +788,7 @@ __global__ void __launch_bounds__(kThreads, Form::kCtasOfMultiprocessor)
 template <typename Form, int kCtas>
 absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& arguments) {
   constexpr int kShared = static_cast<int>(sizeof(typename Form::Shared));
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-      DecodeKernel<Form, kCtas>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  // As the products before and behind want it (low_bit_kernel.cuh).
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(DecodeKernel<Form, kCtas>,
-                                                  cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                  cudaSharedmemCarveoutMaxShared));
+  WALSH_RETURN_IF_ERROR((PrepareOnce<DecodeKernel<Form, kCtas>>(kShared)));
   const int64_t n_units = params.pool.shape.n_kv_heads * arguments.parts.n_parts;
   return LaunchKernel("PagedDecodeAttention", DecodeKernel<Form, kCtas>,
                       {.grid = dim3(static_cast<unsigned>(n_units * kCtas),

@@ -158,10 +158,7 @@ absl::Status AddNormedRows(const AddNormedRowsParams& p) {
         "AddNormedRows: x, weight and hidden must begin at multiples of 16 bytes");
   }
   if (p.n_rows == 0) return absl::OkStatus();
-  // As the products before and behind want it (low_bit_kernel.cuh).
-  WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(AddNormedRowsKernel,
-                                                  cudaFuncAttributePreferredSharedMemoryCarveout,
-                                                  cudaSharedmemCarveoutMaxShared));
+  WALSH_RETURN_IF_ERROR(PrepareOnce<AddNormedRowsKernel>());
   return LaunchKernel("AddNormedRows", AddNormedRowsKernel,
                       {.grid = dim3(static_cast<unsigned>(p.n_rows)),
                        .threads = kThreads,
