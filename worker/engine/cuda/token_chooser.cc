@@ -11,7 +11,6 @@ namespace {
 
 namespace ops = kernels::cuda;
 
-constexpr int64_t kVocabMax = int64_t{1} << 20;  // of SampleRows
 // A request's stop tokens and the ends of a model.
 constexpr size_t kExcludedMax = 256;
 static_assert(ops::kNotFinite == kNotFinite && ops::kNoTokenLeft == kNoTokenLeft);
@@ -62,7 +61,7 @@ absl::Status TokenChooser::Allocate() {
 }
 
 bool TokenChooser::CanChoose(const Choice& choice) const {
-  return limits_.vocab <= kVocabMax && choice.excluded.size() <= kExcludedMax &&
+  return limits_.vocab <= ops::kSampleVocabMax && choice.excluded.size() <= kExcludedMax &&
          choice.n_top_logprobs <= ops::kTopLogprobsMax &&
          static_cast<int64_t>(choice.seen.size()) <= n_seen_max();
 }
@@ -74,8 +73,8 @@ absl::StatusOr<ops::SampleRow> TokenChooser::RowOf(const StepBatch::Sequence& se
     return absl::InvalidArgumentError(
         absl::StrCat("a choice among ", limits_.vocab, " tokens with ", choice.seen.size(),
                      " seen, ", choice.excluded.size(), " excluded and ", choice.n_top_logprobs,
-                     " log-probabilities, the limits are ", kVocabMax, ", ", n_seen_max(), ", ",
-                     kExcludedMax, " and ", ops::kTopLogprobsMax));
+                     " log-probabilities, the limits are ", ops::kSampleVocabMax, ", ",
+                     n_seen_max(), ", ", kExcludedMax, " and ", ops::kTopLogprobsMax));
   }
   ops::SampleRow row{.temperature = choice.temperature,
                      .top_p = choice.top_p,

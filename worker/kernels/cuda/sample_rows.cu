@@ -26,8 +26,7 @@ static_assert(kWarps == kWarpSize, "one warp reduces what the warps of a CTA hav
 // vocabulary's lowest bits, which are cut off, are together 2^-25 of the largest weight.
 using Mass = unsigned long long;
 constexpr int kMassBits = 42;
-constexpr int64_t kVocabMax = int64_t{1} << 20;
-static_assert(kVocabMax <= int64_t{1} << (63 - kMassBits), "the sum of a row fits 63 bits");
+static_assert(kSampleVocabMax <= int64_t{1} << (63 - kMassBits), "the sum of a row fits 63 bits");
 
 constexpr int kFractionBits = 23;  // of a float
 constexpr int kExponentOfOne = 127;
@@ -585,9 +584,9 @@ absl::Status SampleRows(const SampleRowsParams& p) {
     return absl::InvalidArgumentError(
         absl::StrCat("SampleRows: ", p.n_rows, " rows, the limit is ", kGridYMax));
   }
-  if (p.vocab <= 0 || p.vocab > kVocabMax) {
+  if (p.vocab <= 0 || p.vocab > kSampleVocabMax) {
     return absl::InvalidArgumentError(
-        absl::StrCat("SampleRows: a vocabulary of ", p.vocab, ", the limit is ", kVocabMax));
+        absl::StrCat("SampleRows: a vocabulary of ", p.vocab, ", the limit is ", kSampleVocabMax));
   }
   const int64_t stride = p.stride == 0 ? p.vocab : p.stride;
   if (stride < p.vocab || (stride % kAtOnce != 0 && p.n_rows > 1) ||

@@ -55,6 +55,7 @@ struct SampleRow {
   int32_t n_top_logprobs = -1;
 };
 
+inline constexpr int64_t kSampleVocabMax = int64_t{1} << 20;
 inline constexpr int32_t kTopLogprobsMax = 20;
 // In place of an id.
 inline constexpr int32_t kNotFinite = -1;    // a NaN, +infinity, or nothing above −infinity
@@ -62,7 +63,7 @@ inline constexpr int32_t kNoTokenLeft = -2;  // nothing above −infinity after 
 
 struct SampleRowsParams {
   int64_t n_rows = 0;
-  int64_t vocab = 0;  // at most 2^20
+  int64_t vocab = 0;  // at most kSampleVocabMax
   // Rows with seen or excluded tokens are overwritten. Aligned to 16 bytes.
   float* logits = nullptr;
   int64_t stride = 0;                 // 0: vocab; a multiple of 4
