@@ -576,6 +576,25 @@ TEST_P(LowBitWidthGpuTest, SeveralGroupsOfRowsForACta) {
   }
 }
 
+// As many columns as a CTA holds records of, and so many tokens that it has many rows: its sums
+// must fit beside them.
+TEST_P(LowBitWidthGpuTest, SumsFitBesideTheMostRecords) {
+  constexpr int64_t kTokens = 64;
+  const QuantizedMatrix m = RandomQuantized(256, 53248, 32, GetParam(), 61);
+  const ServingMatrix serving = Build({m});
+  const Activations x = RandomActivations(kTokens, m.cols, 62);
+  const std::vector<float> y = Multiply(serving, x.device, kTokens);
+  const std::vector<float> alone = Multiply(serving, x.device, kTokens, {}, false);
+  EXPECT_EQ(FirstDifference(alone, y, y.size()), -1);
+  for (const int64_t n_tokens : {1, 2}) {
+    for (const int row_tiles : {2, 4}) {
+      const std::vector<float> few =
+          Multiply(serving, x.device, n_tokens, {.row_tiles = row_tiles}, false);
+      EXPECT_EQ(FirstDifference(few, y, few.size()), -1) << n_tokens << ", " << row_tiles;
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Widths, LowBitWidthGpuTest,
     ::testing::Values(Width{2, StoredGrid::kGptq}, Width{3, StoredGrid::kGptq},

@@ -1112,24 +1112,42 @@ inline int SharedOf(const LaunchPlan& plan) {
   return plan.shared_part == SharedPart::kLarger ? kSharedLarger : kSharedSmaller;
 }
 
+// Of a stage of every warp, with its barriers.
+template <typename F>
+constexpr int StageOfAll() {
+  return F::kWarps * (F::kStageBytes + 8);
+}
+template <typename F>
+constexpr int SquareSumsBytes() {
+  return kParts * F::kTokens * static_cast<int>(sizeof(float));
+}
+// Of the records' sums of squares, in whole float2: so the sums behind them are read.
+constexpr int SquaresBytes(int n_records) { return (n_records + 1) / 2 * 8; }
+// What there is beside the ring and the sums.
+template <typename F>
+constexpr int HeldBytes(int n_records) {
+  return n_records * F::kRecordBytes + SquaresBytes(n_records) + SquareSumsBytes<F>();
+}
+// What a ring of the fewest stages leaves for the sums.
+template <typename F>
+constexpr int SumsRoom(int n_records) {
+  return kSharedMax - kStagesMin * StageOfAll<F>() - HeldBytes<F>(n_records);
+}
+
 // Places rings, records and sums in shared memory; returns its size, at most `budget` or what the
-// least ring needs. A warp has `warp_stages` stages to multiply.
+// least ring needs. A warp has `warp_stages` stages to multiply. The sums are within SumsRoom.
 template <typename F>
 int PlaceShared(int budget, int warp_stages, int n_records, KernelParams& p) {
-  const int record_bytes = n_records * F::kRecordBytes;
-  const int squares_bytes = n_records * static_cast<int>(sizeof(float));
-  constexpr int kSquareSumsBytes = kParts * F::kTokens * static_cast<int>(sizeof(float));
   const int sums_bytes = F::kWarps * p.sums_stride * static_cast<int>(sizeof(float));
-  const int fixed_bytes = sums_bytes + record_bytes + squares_bytes + kSquareSumsBytes + 8;
+  const int fixed_bytes = sums_bytes + HeldBytes<F>(n_records);
   budget = std::min(std::max(budget, fixed_bytes + kRingMin), kSharedMax);
-  constexpr int kStageOfAll = F::kWarps * (F::kStageBytes + 8);
-  p.n_stages = std::clamp((budget - fixed_bytes) / kStageOfAll, kStagesMin, kStagesMax);
+  p.n_stages = std::clamp((budget - fixed_bytes) / StageOfAll<F>(), kStagesMin, kStagesMax);
   p.n_stages = std::min(p.n_stages, warp_stages);
   p.barriers_at = F::kWarps * p.n_stages * F::kStageBytes;
-  p.records_at = p.barriers_at + F::kWarps * p.n_stages * 8;
-  p.squares_at = p.records_at + record_bytes;
-  p.square_sums_at = p.squares_at + squares_bytes;
-  p.sums_at = (p.square_sums_at + kSquareSumsBytes + 7) / 8 * 8;  // of float2
+  p.records_at = p.n_stages * StageOfAll<F>();
+  p.squares_at = p.records_at + n_records * F::kRecordBytes;
+  p.square_sums_at = p.squares_at + SquaresBytes(n_records);
+  p.sums_at = p.square_sums_at + SquareSumsBytes<F>();
   return p.sums_at + sums_bytes;
 }
 
@@ -1159,22 +1177,30 @@ absl::Status LaunchFew(const LaunchPlan& plan) {
   // room for two CTAs of the next kernel.
   const int ctas = std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1);
   const int cta_tiles = (p.n_row_tiles + ctas - 1) / ctas;
+  const int n_tokens = std::min(p.n_tokens, p.chunk_tokens);
+  const int n_records = p.n_blocks * n_tokens;
   constexpr int kUnitBytes = F::kWarps * F::kUnitFloats * static_cast<int>(sizeof(float));
+  static_assert(
+      std::min(kSumsMax, SumsRoom<F>(kRecordsMax / RecordBytes(4))) >= F::kUnits * kUnitBytes,
+      "the row tiles of a stage have room for their sums beside the most records");
   // Passes of one size.
-  const int tiles_max =
-      std::max(kSumsMax / kUnitBytes * F::kSlots / F::kRowTiles, 1) * F::kRowTiles;
+  const int sums_max = std::min(kSumsMax, SumsRoom<F>(n_records));
+  const int tiles_max = sums_max / kUnitBytes * F::kSlots / F::kRowTiles * F::kRowTiles;
   const int n_passes = (cta_tiles + tiles_max - 1) / tiles_max;
   const int pass_tiles = (cta_tiles + n_passes - 1) / n_passes;
   p.pass_tiles = (pass_tiles + F::kRowTiles - 1) / F::kRowTiles * F::kRowTiles;
   p.sums_stride = (std::min(p.pass_tiles, cta_tiles) + F::kSlots - 1) / F::kSlots * F::kUnitFloats;
-  const int n_tokens = std::min(p.n_tokens, p.chunk_tokens);
   const int part_blocks = (p.n_blocks + kParts - 1) / kParts;
   const int warp_stages =
       part_blocks * ((p.pass_tiles + F::kRowTiles - 1) / F::kRowTiles) * n_passes;
   const int budget = SharedOf(plan) / plan.ctas_per_sm;
-  const int shared_bytes =
-      std::max(PlaceShared<F>(budget, warp_stages, p.n_blocks * n_tokens, p), budget);
+  const int shared_bytes = std::max(PlaceShared<F>(budget, warp_stages, n_records, p), budget);
   return Launch<F, FewTokensKernel<F>>(plan, ctas, token_chunks, shared_bytes, p);
+}
+
+template <typename F>
+constexpr int SumsBytesOfMany() {
+  return F::kWarps * F::kTokens * F::kTokenStride * static_cast<int>(sizeof(float));
 }
 
 template <typename F>
@@ -1185,6 +1211,7 @@ absl::Status LaunchMany(const LaunchPlan& plan) {
   const int n_row_groups = (p.n_row_tiles + F::kRowTiles - 1) / F::kRowTiles;
   const int ctas =
       std::min(n_row_groups, std::max(plan.ctas_per_sm * plan.n_multiprocessors / token_chunks, 1));
+  static_assert(SumsRoom<F>(0) >= SumsBytesOfMany<F>());
   p.sums_stride = std::min(p.n_tokens, F::kTokens) * F::kTokenStride;
   const int shared_bytes = PlaceShared<F>(kSharedMax / plan.ctas_per_sm, kStagesMax, 0, p);
   return Launch<F, ManyTokensKernel<F>>(plan, ctas, token_chunks, shared_bytes, p);
@@ -1194,10 +1221,8 @@ absl::Status LaunchMany(const LaunchPlan& plan) {
 template <int kBits, bool kCodebook, int kGrids, int kTokenTiles, int kWanted>
 constexpr int RowTilesThatFit() {
   using F = ManyForm<kBits, kCodebook, kGrids, kTokenTiles, kWanted>;
-  constexpr int kBytes =
-      F::kWarps * (kStagesMin * (F::kStageBytes + 8) + F::kTokens * F::kTokenStride * 4) +
-      kParts * F::kTokens * 4;
-  if constexpr (kWanted > 1 && (kBytes > kSharedMax || (kCodebook && kWanted > 2))) {
+  constexpr bool kFits = SumsRoom<F>(0) >= SumsBytesOfMany<F>();
+  if constexpr (kWanted > 1 && (!kFits || (kCodebook && kWanted > 2))) {
     return RowTilesThatFit<kBits, kCodebook, kGrids, kTokenTiles, kWanted / 2>();
   } else {
     return kWanted;
@@ -1224,13 +1249,13 @@ absl::Status LaunchGrids(const LaunchPlan& plan) {
   // Stages of about 2 KB.
   if constexpr (kBits == 8) {
     return LaunchFew<FewForm<kBits, kCodebook, kGrids, 1, 1>>(plan);
-  } else if constexpr (kBits == 2 && !kCodebook) {
-    if (plan.params.n_tokens <= 2 && has_many_rows) {
-      return LaunchFew<FewForm<kBits, kCodebook, kGrids, 4, 2>>(plan);
+  } else {
+    if (plan.params.n_tokens > 2) return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 1>>(plan);
+    if constexpr (kBits == 2 && !kCodebook) {
+      if (has_many_rows) return LaunchFew<FewForm<kBits, kCodebook, kGrids, 4, 2>>(plan);
     }
+    return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 2>>(plan);
   }
-  if (plan.params.n_tokens <= 2) return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 2>>(plan);
-  return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 1>>(plan);
 }
 
 template <int kBits, bool kCodebook>
