@@ -4,11 +4,6 @@
 #include <cstdint>
 
 namespace walsh::engine {
-namespace {
-
-constexpr double kClipOf4Bits = 0.95;
-
-}  // namespace
 
 OnlineTransforms WithKvCache(const OnlineTransforms& artifact, KvCacheDtype dtype,
                              const ModelConfig& config) {
@@ -19,11 +14,11 @@ OnlineTransforms WithKvCache(const OnlineTransforms& artifact, KvCacheDtype dtyp
     online.query_key = {};
     return online;
   }
-  const bool is_narrow = dtype == KvCacheDtype::kInt4;
-  online.kv_cache = {.bits = is_narrow ? 4 : 8,
+  const int bits = dtype == KvCacheDtype::kInt4 ? 4 : 8;
+  online.kv_cache = {.bits = bits,
                      .group_size = config.head_dim,
                      .symmetric = false,
-                     .clip_ratio = is_narrow ? kClipOf4Bits : 1.0};
+                     .clip_ratio = DefaultKvClip(bits)};
   if (online.query_key.block == 0 && std::has_single_bit(static_cast<uint64_t>(config.head_dim))) {
     online.query_key = {.block = config.head_dim, .sequency = true};
   }

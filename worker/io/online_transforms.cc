@@ -19,6 +19,7 @@ using BlockRotation = OnlineTransforms::BlockRotation;
 using Rounding = OnlineTransforms::Rounding;
 
 constexpr char kMember[] = "online_transforms";
+constexpr int kClippedBitsMax = 4;
 
 absl::Status CheckRotation(std::string_view what, const BlockRotation& rotation, int64_t width) {
   if (rotation.block >= 0 && (rotation.block == 0 || width % rotation.block == 0)) {
@@ -114,6 +115,9 @@ json RoundingJson(const Rounding& rounding) {
 }
 
 }  // namespace
+
+double DefaultActivationClip(int bits) { return bits <= kClippedBitsMax ? 0.9 : 1.0; }
+double DefaultKvClip(int bits) { return bits <= kClippedBitsMax ? 0.95 : 1.0; }
 
 absl::Status CheckOnlineTransforms(const OnlineTransforms& online, const ModelConfig& config) {
   WALSH_RETURN_IF_ERROR(

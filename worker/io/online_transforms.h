@@ -53,6 +53,11 @@ struct OnlineTransforms {
   bool operator==(const OnlineTransforms&) const = default;
 };
 
+// The clip ratios of values of so many bits where none is asked for: QuaRot's at its 4 bits; at 8
+// what is cut off costs more than the finer grid gains.
+double DefaultActivationClip(int bits);
+double DefaultKvClip(int bits);
+
 // Whether a model of this shape can do it, but for the existence of the Hadamard matrices.
 absl::Status CheckOnlineTransforms(const OnlineTransforms& online, const ModelConfig& config);
 

@@ -118,16 +118,6 @@ absl::Status ResolveRotation(const JobSpec& spec, const ModelConfig& config, Res
   return ResolveHeadRotation(spec, config, job);
 }
 
-constexpr double kActivationClip = 0.9;
-constexpr double kKvClip = 0.95;
-constexpr int kClippedBitsMax = 4;
-
-// QuaRot's clip ratios at its 4 bits; at 8 what is cut off costs more than the finer grid gains.
-double ClipRatio(double asked, int bits, double narrow) {
-  if (asked != 0) return asked;
-  return bits <= kClippedBitsMax ? narrow : 1.0;
-}
-
 absl::Status ResolveDownRotation(const OnlineSpec& spec, const ModelConfig& config,
                                  ResolvedJob& job) {
   const std::string name(rotate::KindName(spec.down_rotation));
@@ -218,13 +208,15 @@ absl::Status ResolveOnline(const JobSpec& spec, const ModelConfig& config, Resol
         .group_size =
             online.activation_group == 0 ? OnlineTransforms::kWholeRow : online.activation_group,
         .symmetric = online.activations_symmetric,
-        .clip_ratio = ClipRatio(online.activation_clip, online.activation_bits, kActivationClip)};
+        .clip_ratio = online.activation_clip != 0 ? online.activation_clip
+                                                  : DefaultActivationClip(online.activation_bits)};
   }
   if (online.kv_bits != OnlineTransforms::Rounding::kOff) {
-    job.online.kv_cache = {.bits = online.kv_bits,
-                           .group_size = online.kv_group == 0 ? config.head_dim : online.kv_group,
-                           .symmetric = false,
-                           .clip_ratio = ClipRatio(online.kv_clip, online.kv_bits, kKvClip)};
+    job.online.kv_cache = {
+        .bits = online.kv_bits,
+        .group_size = online.kv_group == 0 ? config.head_dim : online.kv_group,
+        .symmetric = false,
+        .clip_ratio = online.kv_clip != 0 ? online.kv_clip : DefaultKvClip(online.kv_bits)};
   }
   WarnOfLocalRotation(spec, config, job);
   WALSH_RETURN_IF_ERROR(ResolveQueryKeyRotation(spec, config, job));
