@@ -29,9 +29,13 @@ struct Destination {
 absl::StatusOr<Destination> Route(const Core& core, const std::string& model) {
   WALSH_ASSIGN_OR_RETURN(const std::string name, ParseModelName("model", model));
   if (core.is_stopping) return Stopping();
-  WALSH_ASSIGN_OR_RETURN(const std::string id, core.catalog->Resolve(name));
-  WALSH_ASSIGN_OR_RETURN(WorkerAddress worker, core.registry->BeginRequest(id));
-  return Destination{.worker = std::move(worker), .model_id = id};
+  Destination to;
+  WALSH_RETURN_IF_ERROR(core.catalog->ForModel(name, [&](const std::string& id) -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(to.worker, core.registry->BeginRequest(id));
+    to.model_id = id;
+    return absl::OkStatus();
+  }));
+  return to;
 }
 
 // Those requests that carry an id for logs get the call's when they have none. The id that counts.

@@ -209,11 +209,22 @@ void ModelCatalog::EndDelete(const std::string& id) {
   if (--deletions_[id] == 0) deletions_.erase(id);
 }
 
-absl::StatusOr<std::string> ModelCatalog::Resolve(const std::string& name) const {
-  const absl::MutexLock lock(&mu_);
+absl::StatusOr<std::string> ModelCatalog::ResolveLocked(const std::string& name) const {
   if (const auto alias = aliases_.find(name); alias != aliases_.end()) return alias->second;
   if (!rows_.contains(name)) return NotFound("model", name);
   return name;
+}
+
+absl::StatusOr<std::string> ModelCatalog::Resolve(const std::string& name) const {
+  const absl::MutexLock lock(&mu_);
+  return ResolveLocked(name);
+}
+
+absl::Status ModelCatalog::ForModel(
+    const std::string& name, absl::FunctionRef<absl::Status(const std::string& id)> use) const {
+  const absl::MutexLock lock(&mu_);
+  WALSH_ASSIGN_OR_RETURN(const std::string id, ResolveLocked(name));
+  return use(id);
 }
 
 absl::Status ModelCatalog::CheckIsModel(const std::string& id) const {

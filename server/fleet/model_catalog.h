@@ -5,19 +5,20 @@
 //
 // An alias points at one model, which is in the catalog for as long as it does. What is asked for
 // by an alias goes to the model that it points at in that moment: a request is resolved once, when
-// it is accepted, so that a switch changes nothing of those before it.
+// it is accepted, so that a switch changes nothing of those before it. Resolving and sending are
+// one step (ForModel): once SetAlias has returned, no request goes to the model of before.
 //
 // Errors:  NOT_FOUND; those of the store.
 // Threads: safe. Learn, Forget, SetAlias and DeleteAlias may block on the disk, BeginDelete for
 //          these two.
 #pragma once
 
-#include <functional>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
@@ -66,6 +67,10 @@ class ModelCatalog {
   // The id of the model that a request means: that of an alias, else `name` itself. A model that a
   // worker brought under an alias's name is not reached by it.
   absl::StatusOr<std::string> Resolve(const std::string& name) const;
+  // Calls `use` with that id while no alias can be pointed elsewhere; its status, or NOT_FOUND.
+  // `use` must not wait, nor call the catalog.
+  absl::Status ForModel(const std::string& name,
+                        absl::FunctionRef<absl::Status(const std::string& id)> use) const;
   // OK for a model, by its own name; NOT_FOUND says so of an alias.
   absl::Status CheckIsModel(const std::string& id) const;
   bool Knows(const std::string& id) const;
@@ -84,6 +89,8 @@ class ModelCatalog {
   // The model's id when it is new, or "".
   std::string NewsOf(const v1::Model& model) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
+  absl::StatusOr<std::string> ResolveLocked(const std::string& name) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What an alias's row would break; then its name or its target is refused.
   absl::Status CheckAlias(const std::string& alias, const std::string& model, bool force) const;
   // Ids of the aliases of each model.

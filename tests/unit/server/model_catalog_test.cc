@@ -2,8 +2,10 @@
 
 #include <cerrno>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "server/jobs/sqlite_job_store.h"
@@ -122,6 +124,31 @@ TEST_F(ModelCatalogTest, AnAliasMeansTheModelThatItPointsAtAcrossARestart) {
   EXPECT_THAT(catalog_->Resolve("prod"), HasCode(absl::StatusCode::kNotFound));
   EXPECT_THAT(catalog_->DeleteAlias("prod"),
               StatusIs(absl::StatusCode::kNotFound, HasSubstr("alias 'prod'")));
+}
+
+// Whoever switches an alias may unload the model of before at once: no request is on its way there.
+TEST_F(ModelCatalogTest, AnAliasMovesBeforeARequestIsSentOrAfter) {
+  ASSERT_OK(catalog_->Learn(Models({"a", "b"})));
+  ASSERT_OK(catalog_->SetAlias("prod", "a", true));
+  absl::Notification is_moved;
+  std::thread mover;
+  std::string sent_to;
+  ASSERT_OK(catalog_->ForModel("prod", [&](const std::string& id) {
+    mover = std::thread([&] {
+      EXPECT_OK(catalog_->SetAlias("prod", "b", true));
+      is_moved.Notify();
+    });
+    EXPECT_FALSE(is_moved.WaitForNotificationWithTimeout(absl::Milliseconds(100)));
+    sent_to = id;
+    return absl::OkStatus();
+  }));
+  mover.join();
+  EXPECT_EQ(sent_to, "a");
+  EXPECT_EQ(*catalog_->Resolve("prod"), "b");
+  EXPECT_THAT(catalog_->ForModel("nobody", [](const std::string&) { return absl::OkStatus(); }),
+              HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(catalog_->ForModel("a", [](const auto&) { return absl::AbortedError("full"); }),
+              HasCode(absl::StatusCode::kAborted));
 }
 
 TEST_F(ModelCatalogTest, AliasesThatCannotBeAreRefused) {
