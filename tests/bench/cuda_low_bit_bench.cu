@@ -2,12 +2,12 @@
 // the same run measures, and beside cuBLAS in bf16.
 //
 //   cuda_low_bit_bench [--shapes="7B o,8B"] [--bits=2,2c,3,4,8] [--tokens=1,16] [--group=128]
-//   [--norm] [--tune | --large]
+//   [--norm] [--tune] [--large]
 //
 // --shapes takes parts of names. 2c is the codebook of 2 bits. With --tune every cut of the work is
 // timed instead. With --norm the activations are fp32 and RMSNorm is part of the product. With
-// --large batches are those of prompts, whose weights are dequantized to bf16 and multiplied by
-// cuBLAS; beside it cuBLAS with weights that are bf16 already.
+// --large it is LowBitGemm's products that are timed, beside those of weights that are dequantized
+// to bf16 and multiplied by cuBLAS, and cuBLAS with weights that are bf16 already.
 //
 // Protocol: seeded random codes, scales and activations, never zeros; as many matrices of a shape
 // as exceed 300 MB, so that none is in the L2 when its turn comes; a CUDA graph of 50 or more
@@ -33,8 +33,10 @@
 #include "worker/kernels/cuda/context.h"
 #include "worker/kernels/cuda/device_buffer.h"
 #include "worker/kernels/cuda/forward.h"
+#include "worker/kernels/cuda/low_bit_gemm.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/serving_layout.h"
+#include "worker/kernels/cuda/token_tiles.h"
 
 namespace walsh::kernels::cuda {
 namespace {
@@ -235,8 +237,9 @@ Options Parse(int argc, char** argv) {
     }
   }
   if (options.tokens.empty()) {
-    options.tokens = options.large ? std::vector<int64_t>{512, 1024, 2048, 4096}
-                                   : std::vector<int64_t>{1, 4, 8, 16, 32, 64};
+    options.tokens = options.large
+                         ? std::vector<int64_t>{16, 32, 64, 128, 256, 512, 1024, 2048, 4096}
+                         : std::vector<int64_t>{1, 4, 8, 16, 32, 64};
   }
   return options;
 }
@@ -247,14 +250,19 @@ class Bench {
 
   void Run() {
     MeasureRead();
-    if (options_.tune) {
+    if (options_.tune && options_.large) {
+      std::printf(
+          "| shape | bits | tokens | tokens of a tile | split | overlapped us |\n"
+          "| --- | --- | ---: | ---: | ---: | ---: |\n");
+    } else if (options_.tune) {
       std::printf(
           "| shape | bits | tokens | row tiles | CTAs an SM | us | share | overlapped us | share "
           "|\n| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
     } else if (options_.large) {
       std::printf(
-          "| shape | rows x cols | bits | tokens | us (range) | TFLOP/s | cuBLAS bf16 us | longer "
-          "|\n| --- | --- | --- | ---: | --- | ---: | ---: | ---: |\n");
+          "| shape | rows x cols | bits | tokens | us (range) | TFLOP/s | dequantized, cuBLAS us | "
+          "cuBLAS bf16 us | longer |\n"
+          "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: |\n");
     } else {
       std::printf(
           "| shape | rows x cols | bits | tokens | us (range) | GB/s | share of read | "
@@ -366,12 +374,30 @@ class Bench {
   void RunLarge(const Shape& shape, const std::string& form,
                 const std::vector<ServingMatrix>& weights, const std::vector<double>& cublas) {
     const auto copies = static_cast<int>(weights.size());
-    const auto x = RandomNumbers<bf16>(context_, TokensMax() * shape.cols, 9, 0.5f);
+    const int64_t capacity = TokenTilesCapacity(TokensMax());
+    const auto x = RandomNumbers<bf16>(context_, TokenTilesSize(capacity, shape.cols), 9, 0.5f);
     auto y = RandomNumbers<bf16>(context_, TokensMax() * shape.rows, 10, 1.0f);
     auto dense = RandomNumbers<bf16>(context_, shape.rows * shape.cols, 11, 0.5f);
     for (size_t t = 0; t < options_.tokens.size(); ++t) {
       const int64_t n_tokens = options_.tokens[t];
-      Graph graph(context_.stream(), Launches(copies), [&](int i) {
+      const auto graph_of = [&](const LowBitGemmTuning& tuning) {
+        return std::make_unique<Graph>(context_.stream(), Launches(copies), [&, tuning](int i) {
+          CheckOk(LowBitGemm(
+              {.n_tokens = n_tokens,
+               .weights = &weights[static_cast<size_t>(i % copies)],
+               .x = {.data = const_cast<bf16*>(x.data()), .capacity = capacity, .cols = shape.cols},
+               .y_bf16 = y.data(),
+               .overlap_previous = true,
+               .tuning = tuning,
+               .stream = context_.stream()}));
+        });
+      };
+      if (options_.tune) {
+        TuneLarge(shape, form, n_tokens, graph_of);
+        continue;
+      }
+      const auto graph = graph_of({});
+      Graph dequantized(context_.stream(), Launches(copies), [&](int i) {
         CheckOk(
             weights[static_cast<size_t>(i % copies)].Dequantize(dense.data(), context_.stream()));
         CheckOk(Gemm(context_, GemmParams<bf16>{.n_tokens = n_tokens,
@@ -381,14 +407,32 @@ class Bench {
                                                 .weights = dense.data(),
                                                 .y = y.data()}));
       });
-      const Timing us = TakeTurns({&graph})[0];
-      std::printf("| %s | %lld x %lld | %s | %lld | %.1f (%.1f-%.1f) | %.0f | %.1f | %.1f %% |\n",
-                  shape.name, static_cast<long long>(shape.rows),
-                  static_cast<long long>(shape.cols), form.c_str(),
-                  static_cast<long long>(n_tokens), us.median_us, us.min_us, us.max_us,
-                  2e-6 * static_cast<double>(n_tokens * shape.rows * shape.cols) / us.median_us,
-                  cublas[t], 100.0 * (us.median_us / cublas[t] - 1));
+      const std::vector<Timing> us = TakeTurns({graph.get(), &dequantized});
+      std::printf(
+          "| %s | %lld x %lld | %s | %lld | %.1f (%.1f-%.1f) | %.0f | %.1f | %.1f | %+.1f %% |\n",
+          shape.name, static_cast<long long>(shape.rows), static_cast<long long>(shape.cols),
+          form.c_str(), static_cast<long long>(n_tokens), us[0].median_us, us[0].min_us,
+          us[0].max_us,
+          2e-6 * static_cast<double>(n_tokens * shape.rows * shape.cols) / us[0].median_us,
+          us[1].median_us, cublas[t], 100.0 * (us[0].median_us / cublas[t] - 1));
       std::fflush(stdout);
+    }
+  }
+
+  template <typename GraphOf>
+  void TuneLarge(const Shape& shape, const std::string& form, int64_t n_tokens,
+                 const GraphOf& graph_of) {
+    for (const int tile_tokens : {16, 32, 64, 128, 256}) {
+      if (tile_tokens > 16 && tile_tokens >= 2 * n_tokens) continue;
+      if (n_tokens > 8 * tile_tokens && tile_tokens < 128) continue;
+      for (const int split : {1, 2, 3, 4, 5, 6, 8}) {
+        if (split > 1 && n_tokens >= 1024) continue;
+        const auto graph = graph_of({.tile_tokens = tile_tokens, .split = split});
+        const Timing us = TakeTurns({graph.get()})[0];
+        std::printf("| %s | %s | %lld | %d | %d | %.2f |\n", shape.name, form.c_str(),
+                    static_cast<long long>(n_tokens), tile_tokens, split, us.median_us);
+        std::fflush(stdout);
+      }
     }
   }
 

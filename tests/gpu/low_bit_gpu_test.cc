@@ -14,8 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "tests/gpu/gpu_fixture.h"
-#include "worker/io/gptq_packing.h"
+#include "tests/gpu/low_bit_fixture.h"
 #include "worker/kernels/cuda/dense_matmul.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/serving_layout.h"
@@ -29,7 +28,6 @@ namespace {
 using ::testing::HasSubstr;
 using ::walsh::testing::StatusIs;
 
-constexpr int64_t kWholeRow = 0;
 // ‖y − reference‖ / ‖reference‖. Activations are rounded to 16 bits of the largest of 128 columns:
 // of normal ones next to nothing is lost where they are bf16; where they are fp32, a tenth of what
 // rounding to bf16 loses at most. One that is fifty times the others costs those of its block.
@@ -39,180 +37,8 @@ constexpr double kFloatLimit = 2e-4;
 constexpr double kBf16Limit = 3e-3;  // half a unit in the last place is 2^-9 of a number
 constexpr uint16_t kBf16Poison = 0xffff;
 
-struct Width {
-  int bits;
-  StoredGrid grid;
-  bool symmetric = false;
-};
-std::string NameOf(const ::testing::TestParamInfo<Width>& info) {
-  const Width& w = info.param;
-  return absl::StrCat("Bits", w.bits,
-                      w.grid == StoredGrid::kCodebook     ? "Codebook"
-                      : w.grid == StoredGrid::kFloatZeros ? "FloatZeros"
-                      : w.symmetric                       ? "Symmetric"
-                                                          : "Asymmetric");
-}
-
-QuantizedMatrix RandomQuantized(int64_t rows, int64_t cols, int64_t group_size, const Width& width,
-                                uint32_t seed) {
-  QuantizedMatrix m{.rows = rows,
-                    .cols = cols,
-                    .bits = width.bits,
-                    .group_size = group_size == kWholeRow ? cols : group_size,
-                    .symmetric = width.symmetric};
-  std::mt19937 generator(seed);
-  std::uniform_real_distribution<float> uniform(0.25f, 1.0f);
-  const auto half = [](float v) { return HalfToFloat(FloatToHalf(v)); };
-  const int n_codes = 1 << m.bits;
-  m.codes.resize(static_cast<size_t>(rows * cols));
-  for (uint8_t& c : m.codes) c = static_cast<uint8_t>(generator() % n_codes);
-  const auto n_grids = static_cast<size_t>(rows * m.groups());
-  const float step = 0.04f / static_cast<float>(n_codes);
-  if (width.grid == StoredGrid::kCodebook) {
-    m.levels.resize(n_grids * static_cast<size_t>(n_codes));
-    for (float& level : m.levels) level = half(0.04f * (uniform(generator) - 0.625f));
-    return m;
-  }
-  m.scales.resize(n_grids);
-  for (float& scale : m.scales) scale = half(step * uniform(generator));
-  if (width.grid == StoredGrid::kFloatZeros) {
-    m.float_zeros.resize(n_grids);
-    for (float& zero : m.float_zeros) {
-      zero = half(static_cast<float>(n_codes) * (uniform(generator) - 0.25f));
-    }
-    return m;
-  }
-  m.zeros.resize(n_grids);
-  for (uint8_t& zero : m.zeros) {
-    zero = static_cast<uint8_t>(width.symmetric ? n_codes / 2 : generator() % n_codes);
-  }
-  return m;
-}
-
-// A matrix as the artifact has it, on the device.
-struct Stored {
-  DeviceBuffer<uint32_t> qweight;
-  DeviceBuffer<uint32_t> qzeros;
-  DeviceBuffer<uint16_t> scales;
-  DeviceBuffer<uint16_t> zeros;
-  DeviceBuffer<uint16_t> levels;
-  StoredLinear linear;
-};
-
-class LowBitGpuTest : public GpuTest {
+class LowBitProductGpuTest : public LowBitGpuTest {
  protected:
-  Stored Store(const QuantizedMatrix& m) {
-    GptqTensors tensors;
-    if (m.rows % 32 == 0) {
-      tensors = *PackGptq(m);
-    } else {
-      // The artifact has no such matrix; the layout takes what needs no packed zeros.
-      tensors.qweight.resize(static_cast<size_t>(m.cols / 32 * m.bits * m.rows));
-      std::vector<uint32_t> words(static_cast<size_t>(m.bits));
-      const auto transposed = [&](const std::vector<float>& values, int64_t width) {
-        if (values.empty()) return std::vector<uint16_t>();
-        std::vector<uint16_t> halves(values.size());
-        for (int64_t r = 0; r < m.rows; ++r) {
-          for (int64_t g = 0; g < m.groups(); ++g) {
-            for (int64_t k = 0; k < width; ++k) {
-              halves[static_cast<size_t>((g * m.rows + r) * width + k)] =
-                  FloatToHalf(values[static_cast<size_t>((r * m.groups() + g) * width + k)]);
-            }
-          }
-        }
-        return halves;
-      };
-      for (int64_t r = 0; r < m.rows; ++r) {
-        for (int64_t run = 0; run < m.cols / 32; ++run) {
-          PackValues(std::span(m.codes).subspan(static_cast<size_t>(r * m.cols + run * 32), 32),
-                     m.bits, words);
-          for (int k = 0; k < m.bits; ++k) {
-            tensors.qweight[static_cast<size_t>((run * m.bits + k) * m.rows + r)] =
-                words[static_cast<size_t>(k)];
-          }
-        }
-      }
-      tensors.scales = transposed(m.scales, 1);
-      tensors.zeros = transposed(m.float_zeros, 1);
-      tensors.levels = transposed(m.levels, 4);
-    }
-    Stored stored;
-    stored.linear.rows = m.rows;
-    stored.qweight = Upload(tensors.qweight);
-    stored.linear.qweight = stored.qweight.data();
-    if (!tensors.qzeros.empty()) {
-      stored.qzeros = Upload(tensors.qzeros);
-      stored.linear.qzeros = stored.qzeros.data();
-    }
-    const auto upload = [&](const std::vector<uint16_t>& bits, DeviceBuffer<uint16_t>& buffer,
-                            const __half*& pointer) {
-      if (bits.empty()) return;
-      buffer = Upload(bits);
-      pointer = reinterpret_cast<const __half*>(buffer.data());
-    };
-    upload(tensors.scales, stored.scales, stored.linear.scales);
-    upload(tensors.zeros, stored.zeros, stored.linear.zeros);
-    upload(tensors.levels, stored.levels, stored.linear.levels);
-    return stored;
-  }
-
-  // All of `matrices` stacked (or two interleaved).
-  ServingMatrix Build(const std::vector<QuantizedMatrix>& matrices,
-                      ServingRows order = ServingRows::kStacked) {
-    std::vector<Stored> stored;
-    std::vector<StoredLinear> linears;
-    for (const QuantizedMatrix& m : matrices) {
-      stored.push_back(Store(m));
-      linears.push_back(stored.back().linear);
-    }
-    absl::StatusOr<ServingMatrix> built =
-        ServingMatrix::Build({.linears = linears,
-                              .cols = matrices[0].cols,
-                              .bits = matrices[0].bits,
-                              .group_size = matrices[0].group_size,
-                              .order = order},
-                             context().stream());
-    EXPECT_OK(built.status());
-    EXPECT_OK(context().Synchronize());
-    return *std::move(built);
-  }
-
-  // A matrix whose rows and columns are taken in another order.
-  ServingMatrix BuildOrdered(const QuantizedMatrix& m, const std::vector<int32_t>& row_order,
-                             const std::vector<int32_t>& column_order) {
-    Stored stored = Store(m);
-    const auto rows = Upload(row_order);
-    const auto columns = Upload(column_order);
-    stored.linear.row_order = rows.data();
-    absl::StatusOr<ServingMatrix> built = ServingMatrix::Build({.linears = {&stored.linear, 1},
-                                                                .cols = m.cols,
-                                                                .bits = m.bits,
-                                                                .group_size = m.group_size,
-                                                                .column_order = columns.data()},
-                                                               context().stream());
-    EXPECT_OK(built.status());
-    EXPECT_OK(context().Synchronize());
-    return *std::move(built);
-  }
-
-  struct Activations {
-    DeviceBuffer<__nv_bfloat16> device;
-    std::vector<float> host;
-  };
-  // Normal, with a column that is much larger, as models have them.
-  Activations RandomActivations(int64_t n_tokens, int64_t cols, uint32_t seed, float outlier = 50) {
-    Activations x;
-    x.host = RandomNormal(n_tokens * cols, seed);
-    std::vector<__nv_bfloat16> bf16(x.host.size());
-    for (size_t i = 0; i < bf16.size(); ++i) {
-      if (static_cast<int64_t>(i) % cols == cols / 3) x.host[i] *= outlier;
-      bf16[i] = __float2bfloat16(x.host[i]);
-      x.host[i] = __bfloat162float(bf16[i]);
-    }
-    x.device = Upload(bf16);
-    return x;
-  }
-
   // `params` lacks the result, the workspace and the stream.
   std::vector<float> Multiply(LowBitMatmulParams params, bool has_workspace = true) {
     auto y = Poisoned<float>(params.n_tokens * params.weights->shape().rows);
@@ -236,65 +62,6 @@ class LowBitGpuTest : public GpuTest {
   }
 };
 
-// x · Wᵀ in double.
-std::vector<double> Reference(const std::vector<float>& weights, int64_t rows, int64_t cols,
-                              const std::vector<float>& x, int64_t n_tokens) {
-  std::vector<double> y(static_cast<size_t>(n_tokens * rows));
-  for (int64_t t = 0; t < n_tokens; ++t) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* w = weights.data() + r * cols;
-      const float* a = x.data() + t * cols;
-      double sum = 0;
-      for (int64_t c = 0; c < cols; ++c)
-        sum += static_cast<double>(w[c]) * static_cast<double>(a[c]);
-      y[static_cast<size_t>(t * rows + r)] = sum;
-    }
-  }
-  return y;
-}
-std::vector<double> Reference(const QuantizedMatrix& m, const std::vector<float>& x,
-                              int64_t n_tokens) {
-  const Matrix dense = Dequantize(m);
-  std::vector<float> weights;
-  for (int64_t r = 0; r < m.rows; ++r) {
-    for (int64_t c = 0; c < m.cols; ++c) weights.push_back(dense(r, c));
-  }
-  return Reference(weights, m.rows, m.cols, x, n_tokens);
-}
-
-std::vector<int32_t> RandomOrder(int64_t n, uint32_t seed) {
-  std::vector<int32_t> order(static_cast<size_t>(n));
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-  return order;
-}
-
-// Rows of `cols` with columns in that order (empty: theirs), then each block of them (0: none)
-// times the orthonormal Hadamard matrix, whose entry (i, j) has the sign of the parity of i & j.
-std::vector<double> TransformedRows(const std::vector<float>& x, int64_t cols,
-                                    const std::vector<int32_t>& order, int64_t block) {
-  std::vector<double> y(x.begin(), x.end());
-  for (size_t row = 0; row < x.size(); row += static_cast<size_t>(cols)) {
-    for (size_t c = 0; c < order.size(); ++c) y[row + c] = x[row + static_cast<size_t>(order[c])];
-  }
-  if (block == 0) return y;
-  const auto n = static_cast<size_t>(block);
-  for (size_t first = 0; first < y.size(); first += n) {
-    const std::vector<double> in(y.begin() + static_cast<std::ptrdiff_t>(first),
-                                 y.begin() + static_cast<std::ptrdiff_t>(first + n));
-    for (size_t i = 0; i < n; ++i) {
-      double sum = 0;
-      for (size_t j = 0; j < n; ++j) sum += std::popcount(i & j) % 2 != 0 ? -in[j] : in[j];
-      y[first + i] = sum / std::sqrt(static_cast<double>(n));
-    }
-  }
-  return y;
-}
-
-double RelativeError(const std::vector<float>& actual, const std::vector<double>& expected) {
-  return std::sqrt(NormalizedSquaredError(actual, expected));
-}
-
 // The least row and token where two results differ in a bit; −1: none.
 int64_t FirstDifference(const std::vector<float>& a, const std::vector<float>& b, size_t n) {
   for (size_t i = 0; i < n; ++i) {
@@ -303,25 +70,8 @@ int64_t FirstDifference(const std::vector<float>& a, const std::vector<float>& b
   return -1;
 }
 
-class LowBitWidthGpuTest : public LowBitGpuTest, public ::testing::WithParamInterface<Width> {};
-
-struct Shape {
-  int64_t rows, cols, group_size;
-};
-// What the grid can have: packed zeros need rows in multiples of 32.
-std::vector<Shape> ShapesOf(const Width& width) {
-  std::vector<Shape> shapes = {{32, 32, 32},     {32, 64, kWholeRow}, {64, 576, 64},
-                               {96, 896, 128},   {96, 896, 32},       {32, 1536, kWholeRow},
-                               {160, 1536, 64},  {96, 1536, 256},     {64, 4864, 128},
-                               {32, 11008, 128}, {32, 11008, 32},     {64, 576, kWholeRow},
-                               {4352, 256, 128}};
-  if (width.grid != StoredGrid::kGptq) {
-    shapes.push_back({1, 64, 32});
-    shapes.push_back({17, 896, 128});
-    shapes.push_back({33, 1536, 64});
-  }
-  return shapes;
-}
+class LowBitWidthGpuTest : public LowBitProductGpuTest,
+                           public ::testing::WithParamInterface<Width> {};
 
 TEST_P(LowBitWidthGpuTest, LayoutGivesBackEveryCodeAndWeight) {
   for (const Shape& s : ShapesOf(GetParam())) {
@@ -608,7 +358,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 constexpr Width kFourBits{4, StoredGrid::kGptq};
 
-TEST_F(LowBitGpuTest, StackedLinears) {
+TEST_F(LowBitProductGpuTest, StackedLinears) {
   const QuantizedMatrix q = RandomQuantized(96, 896, 128, kFourBits, 8);
   const QuantizedMatrix k = RandomQuantized(32, 896, 128, kFourBits, 9);
   const QuantizedMatrix v = RandomQuantized(64, 896, 128, kFourBits, 10);
@@ -628,7 +378,7 @@ TEST_F(LowBitGpuTest, StackedLinears) {
   }
 }
 
-TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
+TEST_F(LowBitProductGpuTest, WhatIsDoneWithTheProduct) {
   // 104 rows each are 13 tiles of eight of both, the last without another beside it.
   const Width width{3, StoredGrid::kFloatZeros};
   const QuantizedMatrix gate = RandomQuantized(104, 1536, 128, width, 12);
@@ -720,7 +470,7 @@ TEST_F(LowBitGpuTest, WhatIsDoneWithTheProduct) {
   }
 }
 
-TEST_F(LowBitGpuTest, ActivationsWithAStride) {
+TEST_F(LowBitProductGpuTest, ActivationsWithAStride) {
   const QuantizedMatrix m = RandomQuantized(64, 576, 64, kFourBits, 17);
   const ServingMatrix serving = Build({m});
   const Activations x = RandomActivations(4, 600, 18);
@@ -740,7 +490,7 @@ TEST_F(LowBitGpuTest, ActivationsWithAStride) {
 
 // Linears that are not quantized: norm, bias and residual as above, and the same bits in every
 // batch.
-TEST_F(LowBitGpuTest, DenseProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
+TEST_F(LowBitProductGpuTest, DenseProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
   constexpr float kEps = 1e-2f;
   constexpr int64_t kTokens = 70;
   struct Dense {
@@ -833,7 +583,7 @@ TEST_F(LowBitGpuTest, DenseProductsAreThoseOfDoubleAndTheSameInEveryBatch) {
   }
 }
 
-TEST_F(LowBitGpuTest, RefusesDenseProductsThatDoNotFit) {
+TEST_F(LowBitProductGpuTest, RefusesDenseProductsThatDoNotFit) {
   auto memory = Poisoned<float>(1024);
   const auto* bf16 = reinterpret_cast<const __nv_bfloat16*>(memory.data());
   const DenseMatmulParams good{.n_tokens = 1,
@@ -868,7 +618,7 @@ TEST_F(LowBitGpuTest, RefusesDenseProductsThatDoNotFit) {
 }
 
 // What products in bf16 are given instead.
-TEST_F(LowBitGpuTest, TransformsActivationsInMemory) {
+TEST_F(LowBitProductGpuTest, TransformsActivationsInMemory) {
   struct Case {
     int64_t n_tokens, cols;
     bool has_order;
@@ -905,7 +655,7 @@ TEST_F(LowBitGpuTest, TransformsActivationsInMemory) {
   }
 }
 
-TEST_F(LowBitGpuTest, RefusesTransformsThatDoNotFit) {
+TEST_F(LowBitProductGpuTest, RefusesTransformsThatDoNotFit) {
   auto x = Poisoned<__nv_bfloat16>(256);
   const auto order = Upload(RandomOrder(128, 61));
   const TransformActivationsParams good{
@@ -937,7 +687,7 @@ TEST_F(LowBitGpuTest, RefusesTransformsThatDoNotFit) {
 
 // A token's activations that are no numbers make its outputs NaN, and nobody else's; those that are
 // next to nothing are zeros.
-TEST_F(LowBitGpuTest, ActivationsThatAreNoNumbers) {
+TEST_F(LowBitProductGpuTest, ActivationsThatAreNoNumbers) {
   const QuantizedMatrix m = RandomQuantized(64, 896, 128, kFourBits, 38);
   const ServingMatrix serving = Build({m});
   for (const int64_t n : {4, 12}) {
@@ -965,7 +715,7 @@ TEST_F(LowBitGpuTest, ActivationsThatAreNoNumbers) {
 }
 
 // What fills up the last block meets activations of zero, whatever lies beyond the row.
-TEST_F(LowBitGpuTest, ReadsNothingBeyondARow) {
+TEST_F(LowBitProductGpuTest, ReadsNothingBeyondARow) {
   const QuantizedMatrix m = RandomQuantized(64, 160, kWholeRow, kFourBits, 19);
   const ServingMatrix serving = Build({m});
   constexpr int64_t kStride = 256;
@@ -989,7 +739,7 @@ TEST_F(LowBitGpuTest, ReadsNothingBeyondARow) {
 }
 
 // A chain in which each product reads what the one before wrote, in buffers that are used again.
-TEST_F(LowBitGpuTest, OverlapChangesNothing) {
+TEST_F(LowBitProductGpuTest, OverlapChangesNothing) {
   constexpr int64_t kDim = 1536;
   constexpr int kLinks = 24;
   std::vector<ServingMatrix> weights;
@@ -1027,7 +777,7 @@ TEST_F(LowBitGpuTest, OverlapChangesNothing) {
   }
 }
 
-TEST_F(LowBitGpuTest, DenseIsRoundedToEightBits) {
+TEST_F(LowBitProductGpuTest, DenseIsRoundedToEightBits) {
   struct Dense {
     int64_t rows, cols;
   };
@@ -1073,7 +823,7 @@ TEST_F(LowBitGpuTest, DenseIsRoundedToEightBits) {
   }
 }
 
-TEST_F(LowBitGpuTest, DenseNamesTheFirstThatIsNotFinite) {
+TEST_F(LowBitProductGpuTest, DenseNamesTheFirstThatIsNotFinite) {
   std::vector<__nv_bfloat16> weights(40 * 264, __float2bfloat16(0.5f));
   weights[9000] = __float2bfloat16(INFINITY);
   weights[7001] = __float2bfloat16(NAN);
@@ -1086,7 +836,7 @@ TEST_F(LowBitGpuTest, DenseNamesTheFirstThatIsNotFinite) {
   EXPECT_EQ(Download(first_bad)[0], 7001);
 }
 
-TEST_F(LowBitGpuTest, RefusesMatricesThatDoNotFit) {
+TEST_F(LowBitProductGpuTest, RefusesMatricesThatDoNotFit) {
   const Stored stored = Store(RandomQuantized(32, 192, 96, kFourBits, 27));
   const Stored codebook = Store(RandomQuantized(32, 192, 64, Width{2, StoredGrid::kCodebook}, 28));
   const auto build = [&](const std::vector<StoredLinear>& linears, int64_t cols, int bits,
@@ -1138,7 +888,7 @@ TEST_F(LowBitGpuTest, RefusesMatricesThatDoNotFit) {
   FailAllocationForTest(0);
 }
 
-TEST_F(LowBitGpuTest, RefusesProductsThatDoNotFit) {
+TEST_F(LowBitProductGpuTest, RefusesProductsThatDoNotFit) {
   const ServingMatrix weights = Build({RandomQuantized(64, 192, 64, kFourBits, 29)});
   const Activations x = RandomActivations(2, 192, 30);
   auto y = Poisoned<float>(2 * 64);

@@ -47,6 +47,13 @@ __device__ __forceinline__ void WaitForCluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Both, and what was written before is seen by all.
+__device__ __forceinline__ void SyncCluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Where `p` of this CTA's shared memory lies in that of the cluster's CTA `rank`.
 __device__ __forceinline__ unsigned AddressInCta(const void* p, int rank) {
   unsigned address;

@@ -1,7 +1,7 @@
 // Device memory that frees itself, from the stream-ordered pool of CUDA.
 //
 // The pool keeps what is freed, so that a layer's buffers cost nothing after the first layer.
-// Memory is not cleared.
+// Memory is not cleared, but by AllocateZeros.
 //
 // Errors:  RESOURCE_EXHAUSTED with bytes needed and free
 // Threads: a buffer is used by one thread at a time; allocation is safe from several
@@ -9,10 +9,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
 #include "absl/status/statusor.h"
+#include "common/status_macros.h"
+#include "worker/kernels/cuda/cuda_status.h"
 
 namespace walsh::kernels::cuda {
 
@@ -40,6 +43,12 @@ class DeviceBuffer {
     absl::StatusOr<void*> pointer = AllocateDevice(n * static_cast<int64_t>(sizeof(T)), stream);
     if (!pointer.ok()) return pointer.status();
     return DeviceBuffer(static_cast<T*>(*pointer), n, stream);
+  }
+  static absl::StatusOr<DeviceBuffer> AllocateZeros(int64_t n, cudaStream_t stream) {
+    WALSH_ASSIGN_OR_RETURN(DeviceBuffer buffer, Allocate(n, stream));
+    WALSH_CUDA_RETURN_IF_ERROR(
+        cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(buffer.size_bytes()), stream));
+    return buffer;
   }
   ~DeviceBuffer() { Reset(); }
   DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }

@@ -26,8 +26,10 @@
 #include <algorithm>
 
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/bulk_copy.cuh"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/fixed_point.cuh"
+#include "worker/kernels/cuda/gated_unit.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/mma.cuh"
 #include "worker/kernels/cuda/serving_codes.h"
@@ -139,57 +141,6 @@ __device__ __forceinline__ void Mma(int (&d)[4], const uint32_t (&a)[4], const u
       : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c[0]), "r"(c[1]),
         "r"(c[2]), "r"(c[3]));
-}
-
-// One lane of a warp whose lanes are all there. The compiler knows that it is one.
-__device__ __forceinline__ bool IsElected() {
-  uint32_t is_elected;
-  asm volatile("{.reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p;}"
-               : "=r"(is_elected));
-  return is_elected != 0;
-}
-__device__ __forceinline__ void InitBarrier(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void FenceBarriers() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void ExpectBytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void WaitBarrier(uint32_t barrier, uint32_t parity) {
-  uint32_t is_done;
-  do {
-    asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
-        "p;}"
-        : "=r"(is_done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (is_done == 0);
-}
-__device__ __forceinline__ void CopyBulk(uint32_t to, const uint8_t* from, uint32_t bytes,
-                                         uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-// Weights are read once: they shall not push activations out of the L2.
-__device__ __forceinline__ uint64_t EvictFirst() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void CopyBulkOnce(uint32_t to, const uint8_t* from, uint32_t bytes,
-                                             uint32_t barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
 }
 
 __device__ __forceinline__ float2 HalvesToFloats(uint32_t halves) {
@@ -376,12 +327,6 @@ __device__ __forceinline__ void AddGroup(const RowGrid<F>& row,
   }
 }
 
-// (1 + tanh(z)) / 2 is the logistic function of 2 z: what GELU's tanh formula multiplies v by is
-// that of 2 · sqrt(2 / π) · (v + 0.044715 v³).
-__device__ __forceinline__ float GeluGate(float v) {
-  return 1.5957691216f * __fmaf_rn(0.044715f * v * v, v, v);
-}
-
 // The end of a pass over `n_tiles` tiles: adds up the warps' sums and writes. A thread has one row
 // and some tokens; what it adds to for the first is on its way while the warps are waited for.
 template <typename F>
@@ -453,9 +398,7 @@ __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, in
     float v = __fmaf_rn(sum_of_pairs(first), factor, bias[0]);
     if (is_pair) {
       const float up = __fmaf_rn(sum_of_pairs(first + F::PlaceOfSum(0, 8)), factor, bias[1]);
-      float gate = v;
-      if (p.output == LowBitOutput::kGeluMul) gate = GeluGate(v);
-      v = v / (1.0f + expf(-gate)) * up;
+      v = (p.output == LowBitOutput::kGeluMul ? Gelu(v) : Silu(v)) * up;
     }
     if (p.y_bf16 != nullptr) {
       p.y_bf16[at] = __float2bfloat16_rn(v);

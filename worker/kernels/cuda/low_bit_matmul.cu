@@ -1,10 +1,10 @@
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/current_device.h"
 #include "worker/kernels/cuda/low_bit_kernel.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 
@@ -14,34 +14,6 @@ namespace {
 constexpr int kComputeMin = 9;  // programmatic dependent launch
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kStrideMultiple = 8;  // kVectorBytes of bf16
-
-constexpr int kDevicesMax = 64;
-
-struct Device {
-  int compute_major = 0;
-  int n_multiprocessors = 0;
-};
-// The attributes are asked for once a device: an engine launches thousands of products a second.
-absl::StatusOr<Device> CurrentDevice() {
-  static std::atomic<int> compute_majors[kDevicesMax];
-  static std::atomic<int> multiprocessors[kDevicesMax];
-  Device device;
-  int index = 0;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&index));
-  const int known = index % kDevicesMax;
-  device.compute_major = compute_majors[known].load(std::memory_order_acquire);
-  if (device.compute_major != 0) {
-    device.n_multiprocessors = multiprocessors[known].load(std::memory_order_relaxed);
-    return device;
-  }
-  WALSH_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&device.n_multiprocessors, cudaDevAttrMultiProcessorCount, index));
-  WALSH_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&device.compute_major, cudaDevAttrComputeCapabilityMajor, index));
-  multiprocessors[known].store(device.n_multiprocessors, std::memory_order_relaxed);
-  compute_majors[known].store(device.compute_major, std::memory_order_release);
-  return device;
-}
 
 // Eight lanes make the record of a block of a token.
 constexpr int kQuantizeThreads = 128;
@@ -208,7 +180,7 @@ absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
   const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
   WALSH_RETURN_IF_ERROR(Validate(p, x_stride, y_cols, y_stride));
   if (p.n_tokens == 0) return absl::OkStatus();
-  WALSH_ASSIGN_OR_RETURN(const Device device, CurrentDevice());
+  WALSH_ASSIGN_OR_RETURN(const CurrentDevice device, GetCurrentDevice());
   if (device.compute_major < kComputeMin) {
     return absl::UnimplementedError(absl::StrCat("LowBitMatmul on a device of compute ",
                                                  device.compute_major, ".x, it needs at least ",

@@ -467,6 +467,7 @@ absl::StatusOr<ServingMatrix> ServingMatrix::Build(const Source& source, cudaStr
                      .bits = source.bits,
                      .group_size = source.group_size,
                      .has_codebook = source.linears[0].levels != nullptr,
+                     .has_float_zeros = source.linears[0].zeros != nullptr,
                      .order = source.order};
   Linears linears;
   for (const StoredLinear& linear : source.linears) {

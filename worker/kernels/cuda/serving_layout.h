@@ -54,6 +54,7 @@ struct ServingShape {
   // Columns of a group: 32, 64 or a multiple of 128; or cols. The last may be shorter.
   int64_t group_size = 128;
   bool has_codebook = false;
+  bool has_float_zeros = false;  // they may be no integers
   ServingRows order = ServingRows::kStacked;
 
   int64_t row_tiles() const;
