@@ -1,22 +1,30 @@
-// Steps of a served model on one GPU, without engine, scheduler and gRPC: what `walsh bench` can
-// reach at best.
+// Steps of a served model on one GPU, without engine, scheduler and gRPC, and with --streams the
+// engine without gRPC: what `walsh bench` can reach at best.
 //
 //   cuda_engine_bench ARTIFACT [--batches=1,4,16,64] [--contexts=32,512] [--prompts=512,2048]
+//   [--streams=64]
 //
 // Protocol: each sequence has a context of so many tokens in the KV pool (random ones, prefilled),
 // then decodes greedily, its token fed back by the host as the engine does; after 8 steps the
 // median, least and most of 64. Packed bytes are what a step reads of the weights; the KV cache is
-// beside them. Prompts: one pass over so many tokens, median of 5. Prints Markdown.
+// beside them. Prompts: one pass over so many tokens, median of 5. Streams: as `walsh bench` asks
+// the service for it, so many requests at a time until twice as many are answered, prompts of 512
+// random tokens, 256 greedy ones of each. Prints Markdown.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
+#include <random>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "absl/synchronization/mutex.h"
 #include "worker/engine/cuda/cuda_model.h"
+#include "worker/engine/engine.h"
 #include "worker/kernels/thread_pool.h"
 
 namespace walsh::engine {
@@ -38,6 +46,7 @@ struct Options {
   std::vector<int64_t> batches = {1, 4, 16, 64};
   std::vector<int64_t> contexts = {32, 512};
   std::vector<int64_t> prompts = {512, 2048};
+  std::vector<int64_t> streams;
 };
 
 std::vector<int64_t> Numbers(std::string_view text) {
@@ -62,6 +71,8 @@ Options Parse(int argc, char** argv) {
       options.contexts = Numbers(arg.substr(11));
     } else if (arg.starts_with("--prompts=")) {
       options.prompts = Numbers(arg.substr(10));
+    } else if (arg.starts_with("--streams=")) {
+      options.streams = Numbers(arg.substr(10));
     } else {
       options.artifact = arg;
     }
@@ -187,6 +198,68 @@ class Bench {
   std::unique_ptr<ModelRunner> runner_;
 };
 
+// Ends with its request.
+class CountingSink final : public Sink {
+ public:
+  explicit CountingSink(absl::Mutex* mu, int* running) : mu_(*mu), running_(*running) {}
+  void OnStarted(double) override {}
+  void OnDelta(Delta) override {}
+  void OnFinished(const Outcome&) override {
+    const absl::MutexLock lock(&mu_);
+    --running_;
+  }
+  void OnFailed(const absl::Status& status) override { CheckOk(status); }
+
+ private:
+  absl::Mutex& mu_;
+  int& running_;
+};
+
+void RunStreams(const std::shared_ptr<ServedModel>& model, int64_t streams) {
+  constexpr int kPrompt = 512;
+  constexpr int kGenerated = 256;
+  const auto n_streams = static_cast<int>(streams);
+  auto engine = Engine::Create(model,
+                               {.max_sequences = n_streams,
+                                .max_waiting = n_streams,
+                                .max_batch_tokens = kChunk,
+                                .kv_cache_tokens = streams * (kPrompt + kGenerated + kKvBlockTokens)},
+                               Clock::Real());
+  CheckOk(engine.status());
+  absl::Mutex mu;
+  int running = 0;
+  uint32_t seed = 1;
+  const auto serve = [&](int n_requests) {
+    for (int i = 0; i < n_requests; ++i) {
+      {
+        const absl::MutexLock lock(&mu);
+        const auto has_room = [&] { return running < n_streams; };
+        mu.Await(absl::Condition(&has_room));
+        ++running;
+      }
+      std::vector<int32_t> prompt;
+      std::mt19937 generator(seed++);
+      for (int k = 0; k < kPrompt; ++k) {
+        prompt.push_back(static_cast<int32_t>(generator() % model->config().vocab));
+      }
+      CheckOk((*engine)->Submit(
+          {.id = std::to_string(seed),
+           .prompt = std::move(prompt),
+           .sampling = {.max_tokens = kGenerated, .temperature = 0, .ignore_eos = true}},
+          std::make_shared<CountingSink>(&mu, &running)));
+    }
+    const absl::MutexLock lock(&mu);
+    const auto is_idle = [&] { return running == 0; };
+    mu.Await(absl::Condition(&is_idle));
+  };
+  serve(n_streams);  // warm-up
+  const double begin = Seconds();
+  serve(2 * n_streams);
+  const double seconds = Seconds() - begin;
+  std::printf("| %d | %.2f | %.0f |\n", n_streams, seconds, 2.0 * n_streams * kGenerated / seconds);
+  std::fflush(stdout);
+}
+
 int Main(int argc, char** argv) {
   const Options options = Parse(argc, argv);
   const double begin = Seconds();
@@ -195,6 +268,9 @@ int Main(int argc, char** argv) {
   std::printf("%s: %d bits, loaded in %.2f s\n", options.artifact.c_str(), (*model)->info().bits,
               Seconds() - begin);
   Bench(**model, options).Run();
+  if (options.streams.empty()) return 0;
+  std::printf("\n| streams | s | output tok/s |\n| ---: | ---: | ---: |\n");
+  for (const int64_t streams : options.streams) RunStreams(*model, streams);
   return 0;
 }
 

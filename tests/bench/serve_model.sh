@@ -46,7 +46,7 @@ start_up
   --bits "$bits" --group-size 128 --no-eval --no-load < /dev/null
 stop_up
 if [[ -x $bin/cuda_engine_bench && $device == cuda* ]]; then
-  "$bin/cuda_engine_bench" "$data/models/served" > "$out/engine.md"
+  "$bin/cuda_engine_bench" "$data/models/served" --streams=64 > "$out/engine.md"
 fi
 
 begin=$(date +%s.%N)

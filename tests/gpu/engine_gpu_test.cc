@@ -422,8 +422,10 @@ TEST_F(CudaEngineTest, InvariantPromptsHaveTheSameBitsHoweverTheyAreCut) {
   EXPECT_EQ(Step(*runner, {&cut, &other}, {140, 80})[0], expected[0]);
 }
 
-// The same bits, whatever runs beside a sequence and however a step is launched.
+// The same bits, whatever runs beside a sequence and however a step is launched: where batches must
+// not matter, and elsewhere among a few. Among many they are close, and the same every time.
 TEST_F(CudaEngineTest, DecodingDoesNotDependOnTheBatchOrOnGraphs) {
+  constexpr int kFew = 12;
   constexpr int kMany = 32;
   struct Case {
     const char* name;
@@ -437,27 +439,40 @@ TEST_F(CudaEngineTest, DecodingDoesNotDependOnTheBatchOrOnGraphs) {
     SCOPED_TRACE(c.name);
     ASSERT_NO_FATAL_FAILURE(MakeArtifact({.head_dim = c.head_dim}, {.bits = c.bits}));
     kv_cache_dtype_ = c.kv_cache_dtype;
-    std::vector<std::vector<float>> expected;
-    for (const bool use_graphs : {false, true}) {
-      if (use_graphs && !kHasGraphs) continue;
-      for (const int n : {1, 3, kMany}) {
-        SCOPED_TRACE(n);
-        ModelRunner* runner = CudaRunner({.n_rows = 1024, .n_sequences = kMany}, use_graphs);
-        if (runner == nullptr) return;
-        std::vector<Text> texts;
-        std::vector<Text*> all;
-        for (int i = 0; i < n; ++i) texts.push_back(MakeText(i, Tokens(40 + i, i)));
-        for (Text& text : texts) all.push_back(&text);
-        for (Text& text : texts) Step(*runner, {&text}, {20});
-        std::vector<std::vector<float>> actual;
-        for (int step = 0; step < 4; ++step) {
-          std::vector<int64_t> n_rows(all.size(), 1);
-          // Others are prefilled meanwhile.
-          if (n == kMany && step % 2 == 1) n_rows.back() = 5;
-          actual.push_back(Step(*runner, all, n_rows).front());
+    for (const bool batch_invariant : {false, true}) {
+      SCOPED_TRACE(batch_invariant ? "batch-invariant" : "as it is fastest");
+      std::vector<std::vector<float>> expected;
+      std::vector<std::vector<float>> expected_of_many;
+      for (const bool use_graphs : {false, true}) {
+        if (use_graphs && !kHasGraphs) continue;
+        for (const int n : {1, 3, kFew, kMany}) {
+          SCOPED_TRACE(n);
+          ModelRunner* runner =
+              CudaRunner({.n_rows = 1024, .n_sequences = kMany}, use_graphs, batch_invariant);
+          if (runner == nullptr) return;
+          std::vector<Text> texts;
+          std::vector<Text*> all;
+          for (int i = 0; i < n; ++i) texts.push_back(MakeText(i, Tokens(40 + i, i)));
+          for (Text& text : texts) all.push_back(&text);
+          for (Text& text : texts) Step(*runner, {&text}, {20});
+          std::vector<std::vector<float>> actual;
+          for (int step = 0; step < 4; ++step) {
+            std::vector<int64_t> n_rows(all.size(), 1);
+            // Others are prefilled meanwhile.
+            if (n == kMany && step % 2 == 1) n_rows.back() = 5;
+            actual.push_back(Step(*runner, all, n_rows).front());
+          }
+          if (expected.empty()) expected = actual;
+          if (n < kMany || batch_invariant) {
+            EXPECT_EQ(actual, expected);
+            continue;
+          }
+          for (size_t i = 0; i < actual.size(); ++i) {
+            EXPECT_LT(Distance(actual[i], expected[i]), 0.05);
+          }
+          if (expected_of_many.empty()) expected_of_many = actual;
+          EXPECT_EQ(actual, expected_of_many);
         }
-        if (expected.empty()) expected = actual;
-        EXPECT_EQ(actual, expected);
       }
     }
   }

@@ -16,12 +16,14 @@
 #include "worker/io/gptq_packing.h"
 #include "worker/kernels/counter_rng.h"
 #include "worker/kernels/cuda/dense_matmul.h"
+#include "worker/kernels/cuda/low_bit_gemm.h"
 #include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/qkv_to_cache.h"
 #include "worker/kernels/cuda/sample_rows.h"
 #include "worker/kernels/cuda/serving_layout.h"
 #include "worker/kernels/cuda/token_rows.h"
+#include "worker/kernels/cuda/token_tiles.h"
 #include "worker/kernels/cuda/transform_activations.h"
 #include "worker/tensor/half.h"
 
@@ -91,6 +93,55 @@ using testing::PooledHead;
 using testing::TransformHead;
 
 // The one that has a sequence's token.
+// What a product multiplies: the row of `params` whose first column is at `first`, behind its norm,
+// in the order that is asked for, and rotated.
+template <typename Params>
+std::vector<double> InputRow(const Params& p, int64_t first, int64_t cols) {
+  std::vector<double> x(static_cast<size_t>(cols));
+  double squares = 0;
+  for (int64_t c = 0; c < cols; ++c) {
+    const int64_t from = p.input_order == nullptr ? c : p.input_order[c];
+    const double value =
+        p.x != nullptr ? __bfloat162float(p.x[first + from]) : p.x_float[first + from];
+    squares += value * value;
+    x[static_cast<size_t>(c)] = value * (p.norm_weight == nullptr ? 1 : p.norm_weight[from]);
+  }
+  RotateBlocks(p.rotation_block, x);
+  if (p.has_norm) {
+    const double factor = 1 / std::sqrt(squares / static_cast<double>(cols) + p.eps);
+    for (double& value : x) value *= factor;
+  }
+  return x;
+}
+// A row of a product, pairs of them made one.
+std::vector<float> OutputRow(const ServingMatrix& weights, const std::vector<double>& x,
+                             LowBitOutput output, const float* bias) {
+  const int64_t rows = weights.shape().rows;
+  std::vector<float> y;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = FloatsOf(weights) + r * weights.shape().cols;
+    double sum = bias == nullptr ? 0 : bias[r];
+    for (size_t c = 0; c < x.size(); ++c) sum += row[c] * x[c];
+    y.push_back(static_cast<float>(sum));
+  }
+  if (!IsOfPairs(output)) return y;
+  const auto half = static_cast<size_t>(rows / 2);
+  for (size_t r = 0; r < half; ++r) y[r] = Activated(output, y[r]) * y[r + half];
+  y.resize(half);
+  return y;
+}
+void WriteRow(const std::vector<float>& y, LowBitOutput output, int64_t at, float* y_float,
+              __nv_bfloat16* y_bf16) {
+  for (const float value : y) {
+    if (y_bf16 != nullptr) {
+      y_bf16[at] = __float2bfloat16(value);
+    } else {
+      y_float[at] = output == LowBitOutput::kAdd ? y_float[at] + value : value;
+    }
+    ++at;
+  }
+}
+
 int64_t BlockOf(const KvBatch& batch, int64_t sequence, int64_t token) {
   return batch.tables[sequence * batch.max_blocks + token / kPoolBlockTokens];
 }
@@ -291,48 +342,43 @@ absl::Status ServingMatrix::Dequantize(__nv_bfloat16* weights, cudaStream_t) con
 int64_t LowBitWorkspaceBytes(int64_t, int64_t) { return 1; }
 
 absl::Status LowBitMatmul(const LowBitMatmulParams& p) {
-  const ServingShape& shape = p.weights->shape();
-  const float* weights = FloatsOf(*p.weights);
-  const int64_t x_stride = p.x_stride == 0 ? shape.cols : p.x_stride;
-  const bool is_pair = IsOfPairs(p.output);
-  const int64_t y_cols = is_pair ? shape.rows / 2 : shape.rows;
-  const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
-  std::vector<double> x(static_cast<size_t>(shape.cols));
-  double norm_factor = 1;
-  const auto load = [&](int64_t token) {
-    double squares = 0;
-    for (int64_t c = 0; c < shape.cols; ++c) {
-      const int64_t from = p.input_order == nullptr ? c : p.input_order[c];
-      const int64_t at = token * x_stride + from;
-      const double value = p.x != nullptr ? __bfloat162float(p.x[at]) : p.x_float[at];
-      squares += value * value;
-      x[static_cast<size_t>(c)] = value * (p.norm_weight == nullptr ? 1 : p.norm_weight[from]);
-    }
-    if (p.has_norm) {
-      norm_factor = 1 / std::sqrt(squares / static_cast<double>(shape.cols) + p.eps);
-    }
-    RotateBlocks(p.rotation_block, x);
-  };
-  const auto value = [&](int64_t row) {
-    double sum = 0;
-    for (int64_t c = 0; c < shape.cols; ++c) {
-      sum += weights[row * shape.cols + c] * x[static_cast<size_t>(c)];
-    }
-    sum = sum * norm_factor + (p.bias == nullptr ? 0 : p.bias[row]);
-    return static_cast<float>(sum);
-  };
+  const int64_t cols = p.weights->shape().cols;
   for (int64_t t = 0; t < p.n_tokens; ++t) {
-    load(t);
-    for (int64_t r = 0; r < y_cols; ++r) {
-      float y = value(r);
-      if (is_pair) y = Activated(p.output, y) * value(r + y_cols);
-      const int64_t at = t * y_stride + r;
-      if (p.y_bf16 != nullptr) {
-        p.y_bf16[at] = __float2bfloat16(y);
-      } else {
-        p.y_float[at] = p.output == LowBitOutput::kAdd ? p.y_float[at] + y : y;
-      }
+    const std::vector<double> x = InputRow(p, t * (p.x_stride == 0 ? cols : p.x_stride), cols);
+    const std::vector<float> y = OutputRow(*p.weights, x, p.output, p.bias);
+    const auto n = static_cast<int64_t>(y.size());
+    WriteRow(y, p.output, t * (p.y_stride == 0 ? n : p.y_stride), p.y_float, p.y_bf16);
+  }
+  return absl::OkStatus();
+}
+
+// Tiles are plain rows here.
+int64_t TokenTilesCapacity(int64_t n_tokens) { return n_tokens; }
+int64_t TokenTilesSize(int64_t capacity, int64_t cols) { return capacity * cols; }
+
+absl::Status MakeTokenTiles(const MakeTokenTilesParams& p) {
+  const int64_t cols = p.tiles.cols;
+  for (int64_t t = 0; t < p.n_tokens; ++t) {
+    const std::vector<double> x = InputRow(p, t * cols, cols);
+    for (int64_t c = 0; c < cols; ++c) {
+      p.tiles.data[t * cols + c] = __float2bfloat16(static_cast<float>(x[static_cast<size_t>(c)]));
     }
+  }
+  return absl::OkStatus();
+}
+
+bool HasLowBitGemm() { return true; }
+
+absl::Status LowBitGemm(const LowBitGemmParams& p) {
+  for (int64_t t = 0; t < p.n_tokens; ++t) {
+    std::vector<double> x;
+    for (int64_t c = 0; c < p.x.cols; ++c) {
+      x.push_back(__bfloat162float(p.x.data[t * p.x.cols + c]));
+    }
+    const std::vector<float> y = OutputRow(*p.weights, x, p.output, p.bias);
+    const auto n = static_cast<int64_t>(y.size());
+    WriteRow(y, p.output, t * (p.y_stride == 0 ? n : p.y_stride), p.y_float,
+             p.y_tiles.data != nullptr ? p.y_tiles.data : p.y_bf16);
   }
   return absl::OkStatus();
 }

@@ -6,11 +6,7 @@
 //                (Gemma 3: GELU for SiLU, and a norm of each of the two before it is added)
 //   logits = norm(h) · head, of the rows that are asked for
 //
-// Up to kChunkedRowsMax rows the quantized weights are multiplied as they are (low_bit_matmul.h),
-// and a row's result has the same bits whatever the others are. More rows are multiplied by cuBLAS
-// with weights that are dequantized to bf16 for them: there are enough to pay for it. Not where
-// batches must not matter (Limits::batch_invariant), as cuBLAS' order of sums depends on their
-// size.
+// How products are made, products.h says.
 //
 // Shapes:  hidden [n_rows, hidden] in fp32; activations in bf16
 // Errors:  INVALID_ARGUMENT for what a kernel does not take; RESOURCE_EXHAUSTED; the device's
@@ -20,14 +16,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/engine/cuda/device_weights.h"
 #include "worker/engine/cuda/kv_storage.h"
+#include "worker/engine/cuda/products.h"
 #include "worker/io/model_config.h"
-#include "worker/kernels/cuda/low_bit_matmul.h"
 #include "worker/kernels/cuda/paged_attention.h"
 #include "worker/kernels/cuda/paged_kv.h"
 #include "worker/kernels/cuda/sample_rows.h"
@@ -41,7 +37,7 @@ class ForwardPass {
     int64_t n_logits = 0;          // rows of logits at once
     int64_t n_blocks = 0;          // of the KV pool
     KvStorage kv;                  // how it stores
-    bool batch_invariant = false;  // no row is multiplied by cuBLAS
+    bool batch_invariant = false;  // rows do not depend on others
   };
   // All outlive the pass.
   static absl::StatusOr<ForwardPass> Create(Context* context, const ModelConfig* config,
@@ -67,75 +63,35 @@ class ForwardPass {
   const float* logits(int64_t row) const { return logits_.data() + row * logits_stride_; }
   int64_t kv_bytes() const { return pool_.size_bytes(); }
 
-  // Three products of as many rows as LowBitMatmul takes.
-  static constexpr int64_t kChunkedRowsMax = 192;
-
  private:
   ForwardPass(Context* context, const ModelConfig* config, const DeviceWeights* weights,
-              const Limits& limits)
-      : context_(context), config_(config), weights_(weights), limits_(limits) {}
-  // Whether n rows are worth dequantizing the weights for.
-  bool AreMany(int64_t n) const { return n > kChunkedRowsMax && !limits_.batch_invariant; }
+              const Limits& limits, Products products)
+      : context_(context),
+        config_(config),
+        weights_(weights),
+        limits_(limits),
+        products_(std::move(products)) {}
   absl::Status Allocate();
   kernels::cuda::KvPoolLayer PoolOf(int64_t layer);
 
   absl::Status Layer(int64_t index, const Rows& rows);
   absl::Status Attend(int64_t index, const Rows& rows);
-  // normed = RMSNorm of what is in hidden
-  absl::Status Norm(const DeviceBuffer<float>& weight, int64_t n_rows);
-  // A product of n rows with what it needs of this pass; and one of the norm of `hidden`.
-  kernels::cuda::LowBitMatmulParams Multiply(const ServingMatrix& weights, int64_t n);
-  kernels::cuda::LowBitMatmulParams MultiplyNormed(const ServingMatrix& weights,
-                                                   const DeviceBuffer<float>& norm,
-                                                   const float* hidden, int64_t n);
-  // The same of a part of a product, whose input is transformed on the way.
-  kernels::cuda::LowBitMatmulParams Multiply(const Product& product, const Product::Part& part,
-                                             int64_t n);
-  kernels::cuda::LowBitMatmulParams MultiplyNormed(const Product& product,
-                                                   const Product::Part& part,
-                                                   const DeviceBuffer<float>& norm,
-                                                   const float* hidden, int64_t n);
-  // The product of a part, quantized or not.
-  absl::Status Run(const Product::Part& part, const kernels::cuda::LowBitMatmulParams& params);
-  void AddNorm(const DeviceBuffer<float>& norm, const float* hidden,
-               kernels::cuda::LowBitMatmulParams& params) const;
-  // y (+)= x · Wᵀ of many rows, by cuBLAS, without bias.
-  absl::Status MultiplyMany(const Product& product, const bf16* x, int64_t n_rows, float* y,
-                            bool accumulate);
-  // x as a part wants its columns; valid until the next call.
-  absl::StatusOr<const bf16*> Transformed(const Product& product, const Product::Part& part,
-                                          const bf16* x, int64_t n_rows);
-  // y = norm(hidden) · Wᵀ without bias.
-  absl::Status Project(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
-                       float* y);
-  // hidden += x · Wᵀ + bias, through `output_norm` where the family has one
-  absl::Status AddTo(const Product& product, const DeviceBuffer<float>& output_norm, const bf16* x,
-                     int64_t n_rows, float* hidden);
-  // y (+)= x · Wᵀ + bias
-  absl::Status Output(const Product& product, const bf16* x, int64_t n_rows, float* y,
-                      bool accumulate);
-  // y = act(norm(hidden) · gateᵀ) ⊙ (norm(hidden) · upᵀ)
-  absl::Status GateUp(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
-                      bf16* y);
-  absl::Status GateUpOfMany(const Product& product, const DeviceBuffer<float>& norm, int64_t n_rows,
-                            bf16* y);
-  // y = act(gate) ⊙ up of what lies in gate_ and up_
-  absl::Status Activate(int64_t n, bf16* y);
-  // The product's weights in bf16, [rows, cols], valid until the next call.
-  absl::StatusOr<const bf16*> Dequantized(const Product& product);
+  // Where sublayers write: into the residual stream, or beside it where they have norms of their
+  // own.
+  float* SublayerOutput();
+  // hidden += norm(output), in that case.
+  absl::Status AddOutput(const DeviceBuffer<float>& output_norm, int64_t n_rows);
 
   Context* context_;
   const ModelConfig* config_;
   const DeviceWeights* weights_;
   Limits limits_;
+  Products products_;
 
   DeviceBuffer<std::byte> pool_;  // [n_layers, …], a layer as paged_kv.h has it
   DeviceBuffer<float> hidden_, qkv_;
   DeviceBuffer<float> output_;  // of a sublayer, before its norm; empty where there is none
-  DeviceBuffer<bf16> normed_, q_, attended_, gate_, up_, activation_;
-  DeviceBuffer<bf16> bf16_weights_;  // of the largest product; empty where no pass has so many rows
-  DeviceBuffer<bf16> transformed_;   // of the widest input that is; empty likewise
-  DeviceBuffer<std::byte> workspace_;  // of products
+  DeviceBuffer<bf16> q_, attended_;
   DeviceBuffer<float> logits_;
   int64_t logits_stride_ = 0;
   DeviceBuffer<unsigned long long> arg_max_workspace_;
