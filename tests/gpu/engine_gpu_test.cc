@@ -636,6 +636,41 @@ TEST_F(CudaEngineTest, MemoryComesBack) {
   EXPECT_GT(n_failed, 30);
 }
 
+// What a KV cache leaves for steps is what they take: of few rows and of many, which have buffers
+// of their own.
+TEST_F(CudaEngineTest, StepBytesAreWhatARunnerAllocates) {
+  struct Case {
+    const char* name;
+    TinyModelOptions model;
+    TinyArtifactOptions artifact;
+    int64_t n_rows;
+  };
+  for (const Case& c : std::vector<Case>{
+           {"few rows", {}, {}, 16},
+           {"many rows", {}, {}, 240},
+           {"many rows, Gemma 3", {.architecture = "Gemma3ForCausalLM"}, {}, 240},
+           {"many rows, rotated", {}, WithDownRotation("walsh", 64), 240},
+           {"gate apart from up", {}, {.bits_of = {{"model.layers.0.mlp.up_proj", 8}}}, 16}}) {
+    SCOPED_TRACE(c.name);
+    ASSERT_NO_FATAL_FAILURE(MakeArtifact(c.model, c.artifact));
+    const auto model = LoadCudaModel(dir_ / "artifact", {.use_graphs = kHasGraphs});
+    if (absl::IsFailedPrecondition(model.status())) {
+      GTEST_SKIP() << "no GPU: " << model.status().message();
+    }
+    ASSERT_OK(model);
+    const ServedModel::RunnerLimits limits{.n_blocks = 16,
+                                           .n_rows = c.n_rows,
+                                           .n_sequences = 5,
+                                           .n_context = kContext,
+                                           .pool = &pool_};
+    const int64_t before = kernels::cuda::DeviceMemoryUse().bytes_now;
+    const auto runner = (*model)->MakeRunner(limits);
+    ASSERT_OK(runner);
+    EXPECT_EQ(kernels::cuda::DeviceMemoryUse().bytes_now - before - (*runner)->kv_cache_bytes(),
+              (*model)->step_bytes(limits));
+  }
+}
+
 // Each model's KV cache stays within its limit, and what one has taken the next does not count on.
 TEST_F(CudaEngineTest, SeveralModelsShareTheDevice) {
   ASSERT_NO_FATAL_FAILURE(MakeArtifact({}, {}));

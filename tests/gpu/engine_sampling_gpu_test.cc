@@ -150,6 +150,9 @@ class WatchedModel final : public ServedModel {
     return std::make_unique<WatchedRunner>(*std::move(runner), chooses_, &figures_);
   }
   int64_t kv_token_bytes() const override { return inner_->kv_token_bytes(); }
+  int64_t step_bytes(const RunnerLimits& limits) const override {
+    return inner_->step_bytes(limits);
+  }
 
  private:
   const std::shared_ptr<ServedModel> inner_;

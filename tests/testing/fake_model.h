@@ -31,6 +31,7 @@ class FakeModel final : public engine::LoadedModel {
     std::function<void(std::span<const int32_t> history, std::span<float> logits)> edit = {};
     bool runs_ahead = false;   // its runner takes two steps at once
     int64_t memory_bytes = 0;  // really allocated, in pieces of 64 KiB
+    int64_t step_bytes = 0;    // only said
     std::string chat_template = {};
     // Called when a chat is rendered, as a long one takes its time.
     std::function<void()> before_render = {};
@@ -46,6 +47,7 @@ class FakeModel final : public engine::LoadedModel {
   const ChatTemplate* chat_template() const override { return chat_template_.get(); }
   int64_t memory_bytes() const override { return behaviour_.memory_bytes; }
   int64_t packed_bytes_per_token() const override { return 0; }
+  int64_t step_bytes(const RunnerLimits&) const override { return behaviour_.step_bytes; }
   absl::StatusOr<std::unique_ptr<engine::ModelRunner>> MakeRunner(
       const RunnerLimits& limits) const override;
   absl::Status Forward(const Batch& batch, const kernels::Stream& stream, ForwardScratch& scratch,

@@ -73,4 +73,11 @@ absl::StatusOr<std::unique_ptr<ModelRunner>> LoadedModel::MakeRunner(
   return std::make_unique<CpuRunner>(this, limits.pool, std::move(kv));
 }
 
+int64_t LoadedModel::step_bytes(const RunnerLimits& limits) const {
+  const int64_t residual_stream = limits.n_rows * config().hidden;
+  const int64_t logits = limits.n_sequences * (config().hidden + config().vocab);
+  return ForwardScratch::SizeBytes(config(), limits.n_rows) +
+         (residual_stream + logits) * static_cast<int64_t>(sizeof(float));
+}
+
 }  // namespace walsh::engine

@@ -563,26 +563,30 @@ int64_t UsualTokens(const ModelConfig& config) {
 }
 
 // Memory is only promised until it is used: a cache that does not fit would be noticed by the
-// system's killer, in the middle of requests.
+// system's killer, in the middle of requests. `step_bytes` are those of a step's buffers, of which
+// the cache has no part.
 absl::StatusOr<int64_t> FitToMemory(const ServedModel& model, const Options& options,
-                                    int64_t n_wanted) {
+                                    int64_t step_bytes, int64_t n_wanted) {
   const std::optional<int64_t> device_bytes = model.free_device_bytes();
   const std::optional<int64_t> free_bytes = device_bytes ? device_bytes : options.free_bytes;
   if (!free_bytes) return n_wanted;
+  const int64_t left_bytes = std::max<int64_t>(0, *free_bytes - step_bytes);
   const auto usable_bytes =
-      static_cast<int64_t>(static_cast<double>(*free_bytes) * options.kv_memory_fraction);
+      static_cast<int64_t>(static_cast<double>(left_bytes) * options.kv_memory_fraction);
   const int64_t token_bytes = model.kv_token_bytes();
   const int64_t n_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
   const int64_t n_least = std::min(n_wanted, UsualTokens(model.config()));
   if (n_tokens < n_least) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "the KV cache of one sequence of ", n_least, " tokens needs ", n_least * token_bytes,
-        " bytes of memory, of the ", *free_bytes, " that are free it may take ", usable_bytes));
+        " bytes of memory, of the ", *free_bytes, " that are free it may take ", usable_bytes,
+        ": a step's buffers need ", step_bytes));
   }
   if (n_tokens < n_wanted) {
     WALSH_LOG(Warning, "the KV cache is made smaller to fit the free memory",
               {"model", options.model_name}, {"tokens_wanted", n_wanted}, {"tokens", n_tokens},
-              {"bytes", n_tokens * token_bytes}, {"bytes_free", *free_bytes});
+              {"bytes", n_tokens * token_bytes}, {"bytes_free", *free_bytes},
+              {"step_bytes", step_bytes});
   }
   return n_tokens;
 }
@@ -628,18 +632,21 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::shared_ptr<ServedMod
     return absl::InvalidArgumentError(
         absl::StrCat("the KV cache has ", n_wanted, " tokens, at least ", kKvBlockTokens));
   }
-  WALSH_ASSIGN_OR_RETURN(const int64_t n_tokens, FitToMemory(*model, options, n_wanted));
+  ServedModel::RunnerLimits runner_limits{
+      .n_rows = limits.max_batch_tokens,
+      .n_sequences = limits.max_sequences,
+      .n_context = std::min(model->config().max_position, WholeBlocks(n_wanted))};
+  WALSH_ASSIGN_OR_RETURN(const int64_t n_tokens,
+                         FitToMemory(*model, options, model->step_bytes(runner_limits), n_wanted));
   limits.kv_blocks = n_tokens / kKvBlockTokens;
   const int64_t n_context =
       std::min(model->config().max_position, limits.kv_blocks * kKvBlockTokens);
   auto pool = std::make_unique<ThreadPool>(options.n_threads > 0 ? options.n_threads
                                                                  : ThreadPool::HardwareThreads());
-  WALSH_ASSIGN_OR_RETURN(std::unique_ptr<ModelRunner> runner,
-                         model->MakeRunner({.n_blocks = limits.kv_blocks,
-                                            .n_rows = limits.max_batch_tokens,
-                                            .n_sequences = limits.max_sequences,
-                                            .n_context = n_context,
-                                            .pool = pool.get()}));
+  runner_limits.n_blocks = limits.kv_blocks;
+  runner_limits.n_context = n_context;
+  runner_limits.pool = pool.get();
+  WALSH_ASSIGN_OR_RETURN(std::unique_ptr<ModelRunner> runner, model->MakeRunner(runner_limits));
   return std::make_unique<BatchingEngine>(std::move(model), options, limits, n_context,
                                           std::move(pool), std::move(runner), clock);
 }

@@ -111,9 +111,9 @@ struct Options {
   // thread; returns what its requests fail with. Empty: they fail with the device's own status.
   std::function<absl::Status(const absl::Status& cause)> on_device_broken = {};
   // What may still be allocated, once the weights are loaded; unset: not known. A KV cache that
-  // would not fit into this part of it is made smaller.
+  // would not fit into this part of what a step's buffers leave of it is made smaller.
   std::optional<int64_t> free_bytes = {};
-  double kv_memory_fraction = 0.9;  // the rest is for buffers of steps and other models
+  double kv_memory_fraction = 0.9;  // the rest is for what nobody counts, and for other models
   // Counts this engine's requests beside those of others; may be null.
   std::shared_ptr<RequestCount> requests = nullptr;
 };

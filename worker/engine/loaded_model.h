@@ -48,6 +48,7 @@ class LoadedModel : public ServedModel {
   int64_t kv_token_bytes() const override {
     return KvPool::BytesPerToken(config().n_layers, config().kv_width());
   }
+  int64_t step_bytes(const RunnerLimits& limits) const override;
 
   // Rows of several sequences in one pass.
   struct Batch {

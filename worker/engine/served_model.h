@@ -155,6 +155,8 @@ class ServedModel {
       const RunnerLimits& limits) const = 0;
   // KV memory of a token.
   virtual int64_t kv_token_bytes() const = 0;
+  // Memory that a runner takes beside its KV cache, for the buffers of its steps.
+  virtual int64_t step_bytes(const RunnerLimits& limits) const = 0;
   // What is free of the memory that a runner's KV cache would take, where that is not the host's.
   virtual std::optional<int64_t> free_device_bytes() const { return std::nullopt; }
 };

@@ -258,6 +258,12 @@ absl::Status MlpOutput(const ForwardContext& context, const DecoderLayer& layer,
                    scratch);
 }
 
+int64_t ForwardScratch::SizeBytes(const ModelConfig& config, int64_t n_tokens) {
+  const int64_t width =
+      2 * (config.hidden + config.q_width() + config.kv_width() + config.intermediate);
+  return n_tokens * width * static_cast<int64_t>(sizeof(float));
+}
+
 void ForwardScratch::Reserve(const ModelConfig& config, int64_t n_tokens) {
   const auto grow = [n_tokens](Matrix& matrix, int64_t cols) {
     if (matrix.rows() < n_tokens || matrix.cols() != cols) matrix = Matrix(n_tokens, cols);

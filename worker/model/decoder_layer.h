@@ -147,6 +147,8 @@ absl::Status MlpOutput(const ForwardContext& context, const DecoderLayer& layer,
 class ForwardScratch {
  public:
   void Reserve(const ModelConfig& config, int64_t n_tokens);
+  // That Reserve takes.
+  static int64_t SizeBytes(const ModelConfig& config, int64_t n_tokens);
   Matrix normed, q, k, v, attended, gate, up, out;
 };
 

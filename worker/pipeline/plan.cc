@@ -286,10 +286,7 @@ class Memory {
   int64_t BatchRows(int64_t length, int64_t tokens) const {
     return std::min(evaluate::WindowsPerBatch(length) * length, std::max(length, tokens));
   }
-  int64_t Scratch(int64_t rows) const {
-    return rows * kFloat * 2 *
-           (config_.hidden + config_.q_width() + config_.kv_width() + config_.intermediate);
-  }
+  int64_t Scratch(int64_t rows) const { return ForwardScratch::SizeBytes(config_, rows); }
 
   // The embedding and the hidden states that are looked up in it.
   int64_t Embedding() const {

@@ -22,6 +22,8 @@ constexpr int kBatchTokensMax = 65536;
 constexpr int kQueueMax = 100'000;
 constexpr uint64_t kKvBytesMax = uint64_t{1} << 50;
 constexpr double kKvFractionMin = 0.01;
+// The rest is for CUDA graphs and what else is not counted.
+constexpr double kKvFractionMax = 0.95;
 // A device's steps cost their weights' bytes whether few sequences share them or many, and a
 // prompt's chunk pays for dequantizing them.
 constexpr StepLimits kCpuLimits = {.max_sequences = 16, .max_batch_tokens = 512};
@@ -90,10 +92,10 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
       ->check(CLI::Range(uint64_t{0}, kKvBytesMax));
   app.add_option("--kv-cache-free-memory-fraction", options.kv_cache_free_memory_fraction,
                  "Part of the memory that is free when a model is loaded, of the device or of the "
-                 "host where it is served, that its KV cache may take at most; less leaves more to "
-                 "the models that are loaded after it")
+                 "host where it is served, and that its steps do not need, that its KV cache may "
+                 "take at most; less leaves more to the models that are loaded after it")
       ->capture_default_str()
-      ->check(CLI::Range(kKvFractionMin, 1.0));
+      ->check(CLI::Range(kKvFractionMin, kKvFractionMax));
   app.add_option("--kv-cache-dtype", options.kv_cache_dtype,
                  "How keys and values are stored on a CUDA device: auto (as the model's job said, "
                  "else bf16), bf16, int8 or int4. The CPU keeps floats, rounded to the same grid")
@@ -141,7 +143,8 @@ absl::Status CheckWorkerOptions(const WorkerOptions& options) {
   // The parser's range takes NaN.
   if (std::isnan(options.kv_cache_free_memory_fraction)) {
     return absl::InvalidArgumentError(absl::StrCat("--kv-cache-free-memory-fraction must be from ",
-                                                   kKvFractionMin, " to 1, is no number"));
+                                                   kKvFractionMin, " to ", kKvFractionMax,
+                                                   ", is no number"));
   }
   WALSH_RETURN_IF_ERROR(ParseKvCacheDtype(options.kv_cache_dtype).status());
   if (options.max_num_batched_tokens > 0 && options.max_num_batched_tokens < options.max_num_seqs) {

@@ -45,12 +45,12 @@ class CudaModel final : public ServedModel {
   int64_t packed_bytes_per_token() const override { return weights_.packed_bytes(); }
   absl::StatusOr<std::unique_ptr<ModelRunner>> MakeRunner(
       const RunnerLimits& limits) const override {
-    return cuda::MakeDeviceRunner(context_.get(), &config_, &weights_, limits,
-                                  {.use_graphs = options_.use_graphs,
-                                   .batch_invariant = options_.batch_invariant,
-                                   .kv = kv_});
+    return cuda::MakeDeviceRunner(context_.get(), &config_, &weights_, limits, RunnerOptions());
   }
   int64_t kv_token_bytes() const override { return kv_.token_bytes(config_); }
+  int64_t step_bytes(const RunnerLimits& limits) const override {
+    return cuda::DeviceRunnerStepBytes(config_, weights_, limits, RunnerOptions());
+  }
   std::optional<int64_t> free_device_bytes() const override {
     size_t free_bytes = 0;
     size_t total_bytes = 0;
@@ -61,6 +61,11 @@ class CudaModel final : public ServedModel {
   }
 
  private:
+  cuda::DeviceRunnerOptions RunnerOptions() const {
+    return {
+        .use_graphs = options_.use_graphs, .batch_invariant = options_.batch_invariant, .kv = kv_};
+  }
+
   const std::unique_ptr<cuda::Context> context_;
   const ModelConfig config_;
   const ArtifactInfo info_;

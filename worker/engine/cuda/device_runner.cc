@@ -70,6 +70,41 @@ struct Image {
   }
 };
 
+// What a runner has room for, by its limits.
+struct Sizes {
+  explicit Sizes(const ServedModel::RunnerLimits& limits)
+      : n_decode_slots(DecodeSize(limits.n_sequences)),
+        n_slots(n_decode_slots + limits.n_sequences),
+        n_rows(std::max(limits.n_rows, n_decode_slots)),
+        max_blocks(AlignedTo(KvBlocks(limits.n_context), ops::kTableAlignment)) {}
+  KvBatchLayout LargestLayout() const {
+    return {.n_sequences = n_decode_slots, .n_rows = n_rows, .max_blocks = max_blocks};
+  }
+
+  // Places of logits and tokens: first those of the largest decoding pass.
+  int64_t n_decode_slots;
+  int64_t n_slots;
+  int64_t n_rows;      // of a pass
+  int64_t max_blocks;  // of a sequence
+};
+
+ForwardPass::Limits PassLimits(const ServedModel::RunnerLimits& limits,
+                               const DeviceRunnerOptions& options) {
+  const Sizes sizes(limits);
+  return {.n_rows = sizes.n_rows,
+          .n_logits = sizes.n_slots,
+          .n_blocks = limits.n_blocks,
+          .kv = options.kv,
+          .batch_invariant = options.batch_invariant};
+}
+TokenChooser::Limits ChooserLimits(const ServedModel::RunnerLimits& limits,
+                                   const ModelConfig& config) {
+  return {.n_sequences = limits.n_sequences,
+          .n_context = limits.n_context,
+          .n_rows = Sizes(limits).n_slots,
+          .vocab = config.vocab};
+}
+
 class DeviceRunner final : public ModelRunner {
  public:
   DeviceRunner(Context* context, const ModelConfig* config, const ServedModel::RunnerLimits& limits,
@@ -77,6 +112,7 @@ class DeviceRunner final : public ModelRunner {
       : context_(*context),
         config_(*config),
         limits_(limits),
+        sizes_(limits),
         use_graphs_(use_graphs),
         pass_(std::move(pass)),
         chooser_(std::move(chooser)) {}
@@ -123,7 +159,7 @@ class DeviceRunner final : public ModelRunner {
     int32_t* best() { return reinterpret_cast<int32_t*>(best_host.span().data()); }
   };
 
-  absl::Status AllocateFlight(Flight& flight, const KvBatchLayout& largest);
+  absl::Status AllocateFlight(Flight& flight);
   absl::Status PrepareGraphs(Flight& flight);
   absl::Status CheckBatch(const StepBatch& batch) const;
   KvBatchLayout DecodeLayout(int64_t n_sequences) const;
@@ -159,13 +195,11 @@ class DeviceRunner final : public ModelRunner {
   Context& context_;
   const ModelConfig& config_;
   const ServedModel::RunnerLimits limits_;
+  const Sizes sizes_;
   const bool use_graphs_;
   ForwardPass pass_;
   TokenChooser chooser_;
   DeviceBuffer<float> last_rows_;  // [n_sequences, hidden], of sequences that are prefilled
-  // Places of logits and tokens: first those of the largest decoding pass.
-  int64_t n_decode_slots_ = 0;
-  int64_t n_slots_ = 0;
   const std::array<std::unique_ptr<Flight>, 2> flights_ = {std::make_unique<Flight>(),
                                                            std::make_unique<Flight>()};
   // Of flights_: the next to start, the next to wait for, and the last that was waited for.
@@ -175,16 +209,10 @@ class DeviceRunner final : public ModelRunner {
 };
 
 absl::Status DeviceRunner::Prepare() {
-  const cudaStream_t stream = context_.stream();
-  n_decode_slots_ = DecodeSize(limits_.n_sequences);
-  n_slots_ = n_decode_slots_ + limits_.n_sequences;
-  const KvBatchLayout largest{.n_sequences = n_decode_slots_,
-                              .n_rows = std::max(limits_.n_rows, n_decode_slots_),
-                              .max_blocks = DecodeLayout(1).max_blocks};
-  WALSH_ASSIGN_OR_RETURN(
-      last_rows_, DeviceBuffer<float>::Allocate(limits_.n_sequences * config_.hidden, stream));
+  WALSH_ASSIGN_OR_RETURN(last_rows_, DeviceBuffer<float>::Allocate(
+                                         limits_.n_sequences * config_.hidden, context_.stream()));
   for (const std::unique_ptr<Flight>& flight : flights_) {
-    WALSH_RETURN_IF_ERROR(AllocateFlight(*flight, largest));
+    WALSH_RETURN_IF_ERROR(AllocateFlight(*flight));
   }
   for (const std::unique_ptr<Flight>& flight : flights_) {
     if (use_graphs_) WALSH_RETURN_IF_ERROR(PrepareGraphs(*flight));
@@ -192,22 +220,24 @@ absl::Status DeviceRunner::Prepare() {
   return context_.Synchronize();
 }
 
-absl::Status DeviceRunner::AllocateFlight(Flight& flight, const KvBatchLayout& largest) {
+absl::Status DeviceRunner::AllocateFlight(Flight& flight) {
   const cudaStream_t stream = context_.stream();
-  WALSH_ASSIGN_OR_RETURN(flight.decode_image, Image::Allocate(Image::Size(largest), stream));
-  WALSH_ASSIGN_OR_RETURN(flight.prefill_image, Image::Allocate(Image::Size(largest), stream));
-  WALSH_ASSIGN_OR_RETURN(flight.made, DeviceBuffer<int32_t>::Allocate(n_slots_, stream));
+  const int64_t image_size = Image::Size(sizes_.LargestLayout());
+  WALSH_ASSIGN_OR_RETURN(flight.decode_image, Image::Allocate(image_size, stream));
+  WALSH_ASSIGN_OR_RETURN(flight.prefill_image, Image::Allocate(image_size, stream));
+  WALSH_ASSIGN_OR_RETURN(flight.made, DeviceBuffer<int32_t>::Allocate(sizes_.n_slots, stream));
   WALSH_ASSIGN_OR_RETURN(flight.best_host, PinnedBuffer::Allocate(flight.made.size_bytes()));
-  WALSH_ASSIGN_OR_RETURN(flight.choices, DeviceBuffer<ops::SampleRow>::Allocate(n_slots_, stream));
+  WALSH_ASSIGN_OR_RETURN(flight.choices,
+                         DeviceBuffer<ops::SampleRow>::Allocate(sizes_.n_slots, stream));
   WALSH_ASSIGN_OR_RETURN(flight.choices_host, PinnedBuffer::Allocate(flight.choices.size_bytes()));
-  for (int64_t slot = 0; slot < n_slots_; ++slot) flight.choice(slot) = {};
-  WALSH_ASSIGN_OR_RETURN(flight.logprobs, TokenChooser::Logprobs::Allocate(n_slots_));
+  for (int64_t slot = 0; slot < sizes_.n_slots; ++slot) flight.choice(slot) = {};
+  WALSH_ASSIGN_OR_RETURN(flight.logprobs, TokenChooser::Logprobs::Allocate(sizes_.n_slots));
   return absl::OkStatus();
 }
 
 absl::Status DeviceRunner::PrepareGraphs(Flight& flight) {
   const cudaStream_t stream = context_.stream();
-  for (int64_t size = 1; size <= n_decode_slots_; size = DecodeSize(size + 1)) {
+  for (int64_t size = 1; size <= sizes_.n_decode_slots; size = DecodeSize(size + 1)) {
     const KvBatchLayout layout = DecodeLayout(size);
     WALSH_RETURN_IF_ERROR(Fill({}, {}, layout, flight.decode_image));
     // Loads what it launches; graphs that choose are captured when they are first needed.
@@ -233,9 +263,7 @@ TokenLogprob DeviceRunner::chosen(size_t index) const {
 }
 
 KvBatchLayout DeviceRunner::DecodeLayout(int64_t n_sequences) const {
-  return {.n_sequences = n_sequences,
-          .n_rows = n_sequences,
-          .max_blocks = AlignedTo(KvBlocks(limits_.n_context), ops::kTableAlignment)};
+  return {.n_sequences = n_sequences, .n_rows = n_sequences, .max_blocks = sizes_.max_blocks};
 }
 
 absl::Status DeviceRunner::CheckBatch(const StepBatch& batch) const {
@@ -395,13 +423,14 @@ absl::Status DeviceRunner::Prefill(const StepBatch& batch, Flight& flight) {
     WALSH_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
         last_rows_.data() + n_wanted * config_.hidden, pass_.hidden() + (row - 1) * config_.hidden,
         static_cast<size_t>(config_.hidden) * sizeof(float), cudaMemcpyDeviceToDevice, stream));
-    flight.slots[index] = n_decode_slots_ + n_wanted++;
+    flight.slots[index] = sizes_.n_decode_slots + n_wanted++;
     WALSH_ASSIGN_OR_RETURN(const bool is_chosen, SetChoice(batch, index, flight));
     chooses |= is_chosen;
   }
   if (n_wanted == 0) return absl::OkStatus();
-  WALSH_RETURN_IF_ERROR(QueueHead(flight, last_rows_.data(), n_wanted, n_decode_slots_, chooses));
-  return FetchLogprobs(flight, flight.prefilling, n_decode_slots_, n_wanted);
+  WALSH_RETURN_IF_ERROR(
+      QueueHead(flight, last_rows_.data(), n_wanted, sizes_.n_decode_slots, chooses));
+  return FetchLogprobs(flight, flight.prefilling, sizes_.n_decode_slots, n_wanted);
 }
 
 absl::Status DeviceRunner::FetchLogits(const StepBatch& batch, Flight& flight) {
@@ -468,24 +497,29 @@ absl::Status DeviceRunner::Wait() {
 
 }  // namespace
 
+int64_t DeviceRunnerStepBytes(const ModelConfig& config, const DeviceWeights& weights,
+                              const ServedModel::RunnerLimits& limits,
+                              const DeviceRunnerOptions& options) {
+  constexpr int64_t kFlights = 2;
+  constexpr auto kId = static_cast<int64_t>(sizeof(int32_t));
+  const Sizes sizes(limits);
+  const int64_t images = 2 * Image::Size(sizes.LargestLayout()) * kId;
+  const int64_t slots = sizes.n_slots * (kId + static_cast<int64_t>(sizeof(ops::SampleRow)));
+  const int64_t last_rows =
+      limits.n_sequences * config.hidden * static_cast<int64_t>(sizeof(float));
+  return ForwardPass::StepBytes(config, weights, PassLimits(limits, options)) +
+         TokenChooser::SizeBytes(ChooserLimits(limits, config)) + last_rows +
+         kFlights * (images + slots);
+}
+
 absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
     Context* context, const ModelConfig* config, const DeviceWeights* weights,
     const ServedModel::RunnerLimits& limits, const DeviceRunnerOptions& options) {
   WALSH_RETURN_IF_ERROR(context->MakeCurrent());
-  const int64_t n_decode = DecodeSize(limits.n_sequences);
-  WALSH_ASSIGN_OR_RETURN(ForwardPass pass,
-                         ForwardPass::Create(context, config, weights,
-                                             {.n_rows = std::max(limits.n_rows, n_decode),
-                                              .n_logits = n_decode + limits.n_sequences,
-                                              .n_blocks = limits.n_blocks,
-                                              .kv = options.kv,
-                                              .batch_invariant = options.batch_invariant}));
+  WALSH_ASSIGN_OR_RETURN(
+      ForwardPass pass, ForwardPass::Create(context, config, weights, PassLimits(limits, options)));
   WALSH_ASSIGN_OR_RETURN(TokenChooser chooser,
-                         TokenChooser::Create({.n_sequences = limits.n_sequences,
-                                               .n_context = limits.n_context,
-                                               .n_rows = n_decode + limits.n_sequences,
-                                               .vocab = config->vocab},
-                                              context->stream()));
+                         TokenChooser::Create(ChooserLimits(limits, *config), context->stream()));
   auto runner = std::make_unique<DeviceRunner>(context, config, limits, std::move(pass),
                                                std::move(chooser), options.use_graphs);
   WALSH_RETURN_IF_ERROR(runner->Prepare());

@@ -24,6 +24,10 @@ struct DeviceRunnerOptions {
   bool batch_invariant = false;  // as in CudaModelOptions
   KvStorage kv;
 };
+// Device memory of such a runner, but for its KV cache.
+int64_t DeviceRunnerStepBytes(const ModelConfig& config, const DeviceWeights& weights,
+                              const ServedModel::RunnerLimits& limits,
+                              const DeviceRunnerOptions& options);
 // All but limits and options outlive the runner.
 absl::StatusOr<std::unique_ptr<ModelRunner>> MakeDeviceRunner(
     Context* context, const ModelConfig* config, const DeviceWeights* weights,

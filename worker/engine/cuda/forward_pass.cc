@@ -19,38 +19,45 @@ int64_t QkvRows(const ModelConfig& config) { return config.q_width() + 2 * confi
 absl::StatusOr<ForwardPass> ForwardPass::Create(Context* context, const ModelConfig* config,
                                                 const DeviceWeights* weights,
                                                 const Limits& limits) {
-  WALSH_ASSIGN_OR_RETURN(
-      Products products,
-      Products::Create(context, config, weights,
-                       {.n_rows = limits.n_rows, .batch_invariant = limits.batch_invariant}));
-  ForwardPass pass(context, config, weights, limits, std::move(products));
+  ForwardPass pass(context, config, weights, limits);
   WALSH_RETURN_IF_ERROR(pass.Allocate());
   return pass;
 }
 
+template <typename Visit>
+void ForwardPass::ForEachBuffer(const Visit& visit) {
+  const ModelConfig& c = *config_;
+  const int64_t n = limits_.n_rows;
+  visit(hidden_, n * c.hidden);
+  visit(qkv_, n * QkvRows(c));
+  if (c.has_output_norms) visit(output_, n * c.hidden);
+  visit(q_, n * c.q_width());
+  visit(attended_, n * c.q_width());
+  visit(logits_, limits_.n_logits * logits_stride_);
+  visit(arg_max_workspace_, 2 * limits_.n_logits);
+}
+
+int64_t ForwardPass::StepBytes(const ModelConfig& config, const DeviceWeights& weights,
+                               const Limits& limits) {
+  ForwardPass pass(nullptr, &config, &weights, limits);
+  int64_t bytes = pass.products_.size_bytes();
+  pass.ForEachBuffer([&bytes]<typename T>(const DeviceBuffer<T>&, int64_t n) {
+    bytes += n * static_cast<int64_t>(sizeof(T));
+  });
+  return bytes;
+}
+
 absl::Status ForwardPass::Allocate() {
   const cudaStream_t stream = context_->stream();
-  const ModelConfig& c = *config_;
-  const ops::KvPoolShape pool = limits_.kv.PoolShape(c, limits_.n_blocks);
-  const int64_t n = limits_.n_rows;
-  WALSH_ASSIGN_OR_RETURN(pool_,
-                         DeviceBuffer<std::byte>::Allocate(c.n_layers * pool.size_bytes(), stream));
-  // Zeros, as rows of no sequence are computed with what lies there.
-  WALSH_ASSIGN_OR_RETURN(hidden_, DeviceBuffer<float>::AllocateZeros(n * c.hidden, stream));
-  WALSH_ASSIGN_OR_RETURN(qkv_, DeviceBuffer<float>::AllocateZeros(n * QkvRows(c), stream));
-  if (c.has_output_norms) {
-    WALSH_ASSIGN_OR_RETURN(output_, DeviceBuffer<float>::AllocateZeros(n * c.hidden, stream));
-  }
-  WALSH_ASSIGN_OR_RETURN(q_, DeviceBuffer<bf16>::AllocateZeros(n * c.q_width(), stream));
-  WALSH_ASSIGN_OR_RETURN(attended_, DeviceBuffer<bf16>::AllocateZeros(n * c.q_width(), stream));
-
-  constexpr int64_t kLogitsAlignment = 4;  // of ArgMax
-  logits_stride_ = (c.vocab + kLogitsAlignment - 1) / kLogitsAlignment * kLogitsAlignment;
+  const int64_t layer_bytes = limits_.kv.PoolShape(*config_, limits_.n_blocks).size_bytes();
   WALSH_ASSIGN_OR_RETURN(
-      logits_, DeviceBuffer<float>::AllocateZeros(limits_.n_logits * logits_stride_, stream));
-  WALSH_ASSIGN_OR_RETURN(arg_max_workspace_, DeviceBuffer<unsigned long long>::AllocateZeros(
-                                                 2 * limits_.n_logits, stream));
-  return absl::OkStatus();
+      pool_, DeviceBuffer<std::byte>::Allocate(config_->n_layers * layer_bytes, stream));
+  // Zeros, as rows of no sequence are computed with what lies there.
+  absl::Status status = products_.Allocate();
+  ForEachBuffer([&]<typename T>(DeviceBuffer<T>& buffer, int64_t n) {
+    if (status.ok()) status = ops::AllocateZeros(buffer, n, stream);
+  });
+  return status;
 }
 
 ops::KvPoolLayer ForwardPass::PoolOf(int64_t layer) {

@@ -16,7 +16,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -43,6 +42,10 @@ class ForwardPass {
   static absl::StatusOr<ForwardPass> Create(Context* context, const ModelConfig* config,
                                             const DeviceWeights* weights, const Limits& limits);
 
+  // Device memory that Create allocates beside the KV pool.
+  static int64_t StepBytes(const ModelConfig& config, const DeviceWeights& weights,
+                           const Limits& limits);
+
   struct Rows {
     int64_t n = 0;
     // [n] on the device; −1 − i: the token at made[i].
@@ -64,14 +67,22 @@ class ForwardPass {
   int64_t kv_bytes() const { return pool_.size_bytes(); }
 
  private:
+  static constexpr int64_t kLogitsAlignment = 4;  // of ArgMax
+
   ForwardPass(Context* context, const ModelConfig* config, const DeviceWeights* weights,
-              const Limits& limits, Products products)
+              const Limits& limits)
       : context_(context),
         config_(config),
         weights_(weights),
         limits_(limits),
-        products_(std::move(products)) {}
+        products_(context, config, weights,
+                  {.n_rows = limits.n_rows, .batch_invariant = limits.batch_invariant}),
+        logits_stride_((config->vocab + kLogitsAlignment - 1) / kLogitsAlignment *
+                       kLogitsAlignment) {}
   absl::Status Allocate();
+  // Calls visit(buffer, its elements) for all but the KV pool.
+  template <typename Visit>
+  void ForEachBuffer(const Visit& visit);
   kernels::cuda::KvPoolLayer PoolOf(int64_t layer);
 
   absl::Status Layer(int64_t index, const Rows& rows);
@@ -93,7 +104,7 @@ class ForwardPass {
   DeviceBuffer<float> output_;  // of a sublayer, before its norm; empty where there is none
   DeviceBuffer<bf16> q_, attended_;
   DeviceBuffer<float> logits_;
-  int64_t logits_stride_ = 0;
+  int64_t logits_stride_;
   DeviceBuffer<unsigned long long> arg_max_workspace_;
 };
 

@@ -41,22 +41,22 @@ std::array<const Product*, 4> ProductsOf(const LayerWeights& layer) {
 
 }  // namespace
 
-absl::StatusOr<Products> Products::Create(Context* context, const ModelConfig* config,
-                                          const DeviceWeights* weights, const Limits& limits) {
-  Products products(context, config, weights, limits);
-  WALSH_RETURN_IF_ERROR(products.Allocate());
-  return products;
-}
+Products::Products(Context* context, const ModelConfig* config, const DeviceWeights* weights,
+                   const Limits& limits)
+    : context_(context),
+      config_(config),
+      weights_(weights),
+      limits_(limits),
+      has_gemm_(ops::HasLowBitGemm()),
+      capacity_(ops::TokenTilesCapacity(limits.n_rows)) {}
 
-absl::Status Products::Allocate() {
-  const cudaStream_t stream = context_->stream();
+template <typename Visit>
+void Products::ForEachBuffer(const Visit& visit) {
   const ModelConfig& c = *config_;
   const int64_t n = limits_.n_rows;
-  has_gemm_ = ops::HasLowBitGemm();
   int64_t widest = c.hidden;
   int64_t largest_dequantized = 0;
   bool is_pair_apart = false;
-  const bool has_tiles = WayOf(n, /*is_quantized=*/true) == Way::kTiles;
   for (const LayerWeights& layer : weights_->layers) {
     is_pair_apart = is_pair_apart || layer.gate_up.parts.size() > 1;
     for (const Product* product : ProductsOf(layer)) {
@@ -65,33 +65,39 @@ absl::Status Products::Allocate() {
       largest_dequantized = std::max(largest_dequantized, product->rows * product->cols);
     }
   }
-  // Zeros, as rows of no sequence are computed with what lies there, and so do columns of tiles
-  // that nothing is written to.
-  WALSH_ASSIGN_OR_RETURN(activation_,
-                         DeviceBuffer<bf16>::AllocateZeros(n * c.intermediate, stream));
-  WALSH_ASSIGN_OR_RETURN(
-      workspace_,
-      DeviceBuffer<std::byte>::Allocate(
-          ops::LowBitWorkspaceBytes(std::min(n, ops::kLowBitTokensMax), widest), stream));
-  if (has_tiles) {
-    capacity_ = ops::TokenTilesCapacity(n);
-    WALSH_ASSIGN_OR_RETURN(
-        tiles_, DeviceBuffer<bf16>::AllocateZeros(ops::TokenTilesSize(capacity_, widest), stream));
-    WALSH_ASSIGN_OR_RETURN(
-        activation_tiles_,
-        DeviceBuffer<bf16>::AllocateZeros(ops::TokenTilesSize(capacity_, c.intermediate), stream));
+  visit(activation_, n * c.intermediate);
+  visit(workspace_, ops::LowBitWorkspaceBytes(std::min(n, ops::kLowBitTokensMax), widest));
+  if (WayOf(n, /*is_quantized=*/true) == Way::kTiles) {
+    visit(tiles_, ops::TokenTilesSize(capacity_, widest));
+    visit(activation_tiles_, ops::TokenTilesSize(capacity_, c.intermediate));
   }
   if (largest_dequantized > 0 || is_pair_apart) {
-    WALSH_ASSIGN_OR_RETURN(gate_, DeviceBuffer<bf16>::AllocateZeros(n * c.intermediate, stream));
-    WALSH_ASSIGN_OR_RETURN(up_, DeviceBuffer<bf16>::AllocateZeros(n * c.intermediate, stream));
+    visit(gate_, n * c.intermediate);
+    visit(up_, n * c.intermediate);
   }
   if (largest_dequantized > 0) {
-    WALSH_ASSIGN_OR_RETURN(normed_, DeviceBuffer<bf16>::AllocateZeros(n * c.hidden, stream));
-    WALSH_ASSIGN_OR_RETURN(transformed_, DeviceBuffer<bf16>::AllocateZeros(n * widest, stream));
-    WALSH_ASSIGN_OR_RETURN(bf16_weights_,
-                           DeviceBuffer<bf16>::Allocate(largest_dequantized, stream));
+    visit(normed_, n * c.hidden);
+    visit(transformed_, n * widest);
+    visit(bf16_weights_, largest_dequantized);
   }
-  return absl::OkStatus();
+}
+
+int64_t Products::size_bytes() {
+  int64_t bytes = 0;
+  ForEachBuffer([&bytes]<typename T>(const DeviceBuffer<T>&, int64_t n) {
+    bytes += n * static_cast<int64_t>(sizeof(T));
+  });
+  return bytes;
+}
+
+absl::Status Products::Allocate() {
+  // Zeros, as rows of no sequence are computed with what lies there, and as nothing is written to
+  // the columns that fill up tiles.
+  absl::Status status;
+  ForEachBuffer([&]<typename T>(DeviceBuffer<T>& buffer, int64_t n) {
+    if (status.ok()) status = ops::AllocateZeros(buffer, n, context_->stream());
+  });
+  return status;
 }
 
 Products::Way Products::WayOf(int64_t n_rows, bool is_quantized) const {

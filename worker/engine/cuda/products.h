@@ -10,7 +10,7 @@
 //
 // Shapes:  rows of activations and results, row-major
 // Errors:  INVALID_ARGUMENT for what a kernel does not take; RESOURCE_EXHAUSTED; the device's
-// Memory:  allocated by Create
+// Memory:  allocated by Allocate
 // Threads: used by one thread; asynchronous on the context's stream
 #pragma once
 
@@ -33,8 +33,12 @@ class Products {
     bool batch_invariant = false;
   };
   // All outlive this.
-  static absl::StatusOr<Products> Create(Context* context, const ModelConfig* config,
-                                         const DeviceWeights* weights, const Limits& limits);
+  Products(Context* context, const ModelConfig* config, const DeviceWeights* weights,
+           const Limits& limits);
+  // Before all that follows.
+  absl::Status Allocate();
+  // What it allocates.
+  int64_t size_bytes();
 
   // y = norm(hidden) · Wᵀ, without bias.
   absl::Status Project(const Product& product, const DeviceBuffer<float>& norm, const float* hidden,
@@ -59,10 +63,9 @@ class Products {
     kernels::cuda::TokenTiles tiles;
   };
 
-  Products(Context* context, const ModelConfig* config, const DeviceWeights* weights,
-           const Limits& limits)
-      : context_(context), config_(config), weights_(weights), limits_(limits) {}
-  absl::Status Allocate();
+  // Calls visit(buffer, its elements) for all.
+  template <typename Visit>
+  void ForEachBuffer(const Visit& visit);
   Way WayOf(int64_t n_rows, bool is_quantized) const;
   Way WayOf(const Product& product, int64_t n_rows) const;
   float eps() const { return static_cast<float>(config_->rms_norm_eps); }
@@ -111,12 +114,12 @@ class Products {
   const ModelConfig* config_;
   const DeviceWeights* weights_;
   Limits limits_;
-  bool has_gemm_ = false;
+  bool has_gemm_;
 
   DeviceBuffer<bf16> activation_;      // [n_rows, intermediate]
   DeviceBuffer<std::byte> workspace_;  // of products of few rows
   // Of the second way: tiles of an input, and of what gate and up make.
-  int64_t capacity_ = 0;
+  int64_t capacity_;
   DeviceBuffer<bf16> tiles_, activation_tiles_;
   // Of the third; empty where no pass has so many rows.
   DeviceBuffer<bf16> normed_, transformed_, bf16_weights_;

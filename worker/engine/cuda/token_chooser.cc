@@ -1,6 +1,7 @@
 #include "worker/engine/cuda/token_chooser.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
@@ -46,18 +47,35 @@ absl::StatusOr<TokenChooser> TokenChooser::Create(const Limits& limits, cudaStre
 
 int64_t TokenChooser::n_seen_max() const { return std::min(limits_.n_context, limits_.vocab); }
 
+template <typename Visit>
+void TokenChooser::ForEachBuffer(const Visit& visit) {
+  visit(seen_, limits_.n_sequences * n_seen_max());
+  visit(seen_logits_, limits_.n_sequences * n_seen_max());
+  visit(excluded_, limits_.n_sequences * static_cast<int64_t>(kExcludedMax));
+  visit(logprobs_, limits_.n_rows);
+  visit(top_ids_, limits_.n_rows * ops::kTopLogprobsMax);
+  visit(top_logprobs_, limits_.n_rows * ops::kTopLogprobsMax);
+}
+
+int64_t TokenChooser::SizeBytes(const Limits& limits) {
+  int64_t bytes = 0;
+  TokenChooser(limits, nullptr)
+      .ForEachBuffer([&bytes]<typename T>(const DeviceBuffer<T>&, int64_t n) {
+        bytes += n * static_cast<int64_t>(sizeof(T));
+      });
+  return bytes;
+}
+
 absl::Status TokenChooser::Allocate() {
-  const int64_t n = limits_.n_sequences;
-  histories_.resize(static_cast<size_t>(n));
-  WALSH_ASSIGN_OR_RETURN(seen_, DeviceBuffer<ops::SeenToken>::Allocate(n * n_seen_max(), stream_));
-  WALSH_ASSIGN_OR_RETURN(seen_logits_, DeviceBuffer<float>::Allocate(n * n_seen_max(), stream_));
-  WALSH_ASSIGN_OR_RETURN(
-      excluded_, DeviceBuffer<int32_t>::Allocate(n * static_cast<int64_t>(kExcludedMax), stream_));
-  WALSH_ASSIGN_OR_RETURN(logprobs_, DeviceBuffer<float>::Allocate(limits_.n_rows, stream_));
-  const int64_t n_top = limits_.n_rows * ops::kTopLogprobsMax;
-  WALSH_ASSIGN_OR_RETURN(top_ids_, DeviceBuffer<int32_t>::Allocate(n_top, stream_));
-  WALSH_ASSIGN_OR_RETURN(top_logprobs_, DeviceBuffer<float>::Allocate(n_top, stream_));
-  return absl::OkStatus();
+  histories_.resize(static_cast<size_t>(limits_.n_sequences));
+  absl::Status status;
+  ForEachBuffer([&]<typename T>(DeviceBuffer<T>& buffer, int64_t n) {
+    if (!status.ok()) return;
+    absl::StatusOr<DeviceBuffer<T>> allocated = DeviceBuffer<T>::Allocate(n, stream_);
+    status = allocated.status();
+    if (allocated.ok()) buffer = *std::move(allocated);
+  });
+  return status;
 }
 
 bool TokenChooser::CanChoose(const Choice& choice) const {

@@ -40,6 +40,8 @@ class TokenChooser {
     int64_t vocab = 0;
   };
   static absl::StatusOr<TokenChooser> Create(const Limits& limits, cudaStream_t stream);
+  // Device memory that Create allocates.
+  static int64_t SizeBytes(const Limits& limits);
 
   bool CanChoose(const Choice& choice) const;
   // How a row's token is chosen. What is known of its sequence goes to the device with the row,
@@ -87,6 +89,9 @@ class TokenChooser {
   explicit TokenChooser(const Limits& limits, cudaStream_t stream)
       : limits_(limits), stream_(stream) {}
   absl::Status Allocate();
+  // Calls visit(buffer, its elements) for all.
+  template <typename Visit>
+  void ForEachBuffer(const Visit& visit);
   // The place of a sequence: its own, or that of whom nobody has asked for the longest.
   int64_t PlaceOf(uint64_t id);
   absl::Status SetSeen(const Choice& choice, std::optional<int64_t> made_at, int64_t place,

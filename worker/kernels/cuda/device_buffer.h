@@ -44,12 +44,6 @@ class DeviceBuffer {
     if (!pointer.ok()) return pointer.status();
     return DeviceBuffer(static_cast<T*>(*pointer), n, stream);
   }
-  static absl::StatusOr<DeviceBuffer> AllocateZeros(int64_t n, cudaStream_t stream) {
-    WALSH_ASSIGN_OR_RETURN(DeviceBuffer buffer, Allocate(n, stream));
-    WALSH_CUDA_RETURN_IF_ERROR(
-        cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(buffer.size_bytes()), stream));
-    return buffer;
-  }
   ~DeviceBuffer() { Reset(); }
   DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
   DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
@@ -79,5 +73,14 @@ class DeviceBuffer {
   int64_t size_ = 0;
   cudaStream_t stream_ = nullptr;
 };
+
+// `buffer` becomes one of n zeros.
+template <typename T>
+absl::Status AllocateZeros(DeviceBuffer<T>& buffer, int64_t n, cudaStream_t stream) {
+  WALSH_ASSIGN_OR_RETURN(buffer, DeviceBuffer<T>::Allocate(n, stream));
+  WALSH_CUDA_RETURN_IF_ERROR(
+      cudaMemsetAsync(buffer.data(), 0, static_cast<size_t>(buffer.size_bytes()), stream));
+  return absl::OkStatus();
+}
 
 }  // namespace walsh::kernels::cuda

@@ -494,6 +494,30 @@ TEST(EngineTest, KvCacheKeepsToItsPartOfTheFreeMemoryAndItsLimit) {
   EXPECT_EQ(tokens(0.9, 1 << 30, std::nullopt), 4 * 2048) << "a limit asks for nothing";
 }
 
+// However large its part: a step that finds no memory would fail in the midst of requests.
+TEST(EngineTest, KvCacheLeavesTheMemoryThatStepsNeed) {
+  const auto create = [](double fraction, int64_t free_bytes) {
+    Options options = SmallOptions();
+    options.kv_memory_fraction = fraction;
+    options.free_bytes = free_bytes;
+    return Engine::Create(FakeModel::Create({.max_position = 4096, .step_bytes = 50000}), options,
+                          Clock::Real());
+  };
+  const auto tokens = [&](double fraction) {
+    const auto engine = create(fraction, 200000);
+    EXPECT_OK(engine);
+    return engine.ok() ? (*engine)->stats().kv_tokens_total : 0;
+  };
+  EXPECT_EQ(tokens(1.0), 150000 / 32 / 16 * 16);
+  EXPECT_EQ(tokens(0.5), 75000 / 32 / 16 * 16);
+  EXPECT_THAT(create(1.0, 100000).status(),
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr("65536 bytes"), HasSubstr("may take 50000"),
+                             HasSubstr("buffers need 50000"))));
+  EXPECT_THAT(create(1.0, 40000).status(),
+              StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("may take 0")));
+}
+
 TEST(EngineTest, BadOptionsAreRefused) {
   const auto create = [](Options options) {
     return Engine::Create(FakeModel::Create({}), options, Clock::Real()).status();

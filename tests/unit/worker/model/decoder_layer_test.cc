@@ -64,6 +64,18 @@ TEST(LinearShapesTest, AreThoseOfTheLayersLinears) {
   }
 }
 
+TEST(ForwardScratchTest, TakesTheMemoryThatItSays) {
+  const ModelConfig config = SmallConfig();
+  ForwardScratch scratch;
+  scratch.Reserve(config, 7);
+  int64_t n = 0;
+  for (const Matrix* matrix : {&scratch.normed, &scratch.q, &scratch.k, &scratch.v,
+                               &scratch.attended, &scratch.gate, &scratch.up, &scratch.out}) {
+    n += matrix->size();
+  }
+  EXPECT_EQ(ForwardScratch::SizeBytes(config, 7), n * static_cast<int64_t>(sizeof(float)));
+}
+
 // A sequence that is fed some rows at a time.
 struct TestSequence {
   explicit TestSequence(const ModelConfig& config, uint64_t stream)

@@ -265,6 +265,7 @@ class DeviceModel final : public engine::ServedModel {
     return runner;
   }
   int64_t kv_token_bytes() const override { return host_->kv_token_bytes(); }
+  int64_t step_bytes(const RunnerLimits&) const override { return 0; }
   std::optional<int64_t> free_device_bytes() const override { return *free_bytes_; }
 
  private:

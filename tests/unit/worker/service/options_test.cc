@@ -74,10 +74,11 @@ TEST(WorkerOptionsTest, KvCachesAreLimitedInBytesAndInParts) {
   EXPECT_EQ(parse("--kv-cache-memory-bytes 1048576")->kv_cache_memory_bytes, 1u << 20);
   EXPECT_EQ(parse("--kv-cache-memory-bytes 4GiB")->kv_cache_memory_bytes, uint64_t{4} << 30);
   EXPECT_EQ(parse("--kv-cache-memory-bytes 500MB")->kv_cache_memory_bytes, 500'000'000u);
+  EXPECT_EQ(parse("--kv-cache-free-memory-fraction 0.95")->kv_cache_free_memory_fraction, 0.95);
   EXPECT_EQ(parse("--kv-cache-free-memory-fraction 0.4")->kv_cache_free_memory_fraction, 0.4);
   for (const char* bad : {"--kv-cache-memory-bytes -1", "--kv-cache-memory-bytes much",
                           "--kv-cache-memory-bytes 9000PB", "--kv-cache-free-memory-fraction 0",
-                          "--kv-cache-free-memory-fraction 1.1"}) {
+                          "--kv-cache-free-memory-fraction 0.96"}) {
     EXPECT_FALSE(parse(bad).has_value()) << bad;
   }
   EXPECT_THAT(
