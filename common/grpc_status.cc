@@ -129,6 +129,15 @@ absl::Status NotFound(std::string_view type, std::string_view name) {
   return status;
 }
 
+absl::Status NameTaken(std::string_view type, std::string_view name, std::string_view by) {
+  const std::string taken = absl::StrCat("taken by ", std::string(by));
+  absl::Status status = absl::AlreadyExistsError(
+      absl::StrCat(std::string(type), " '", std::string(name), "' is ", taken));
+  SetErrorInfo(status, "NAME_TAKEN", {{"name", std::string(name)}});
+  SetResourceInfo(status, type, name, taken);
+  return status;
+}
+
 void SetResourceInfo(absl::Status& status, std::string_view type, std::string_view name,
                      std::string_view description) {
   google::rpc::ResourceInfo info;

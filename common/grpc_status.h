@@ -32,6 +32,8 @@ std::string ErrorReason(const absl::Status& status);
 absl::Status InvalidField(std::string_view field, std::string_view description);
 // ResourceInfo with NOT_FOUND: "model 'x' does not exist".
 absl::Status NotFound(std::string_view type, std::string_view name);
+// ALREADY_EXISTS (NAME_TAKEN) with ResourceInfo: "model 'x' is taken by an alias".
+absl::Status NameTaken(std::string_view type, std::string_view name, std::string_view by);
 // ResourceInfo beside ALREADY_EXISTS: what is there already.
 void SetResourceInfo(absl::Status& status, std::string_view type, std::string_view name,
                      std::string_view description);

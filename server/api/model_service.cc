@@ -52,19 +52,15 @@ absl::StatusOr<fleet::WorkerAddress> WorkerWith(const Core& core, const std::str
   return chosen->worker;
 }
 
-// The worker that imports: the least busy one.
-absl::StatusOr<fleet::WorkerAddress> WorkerFor(const Core& core,
-                                               const v1::ImportModelRequest& request) {
-  WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model_name", request.model_name()));
+// The worker that imports: the least busy one. The name is the import's from now on, if this
+// succeeds.
+absl::StatusOr<fleet::WorkerAddress> BeginImport(const Core& core,
+                                                 const absl::StatusOr<std::string>& id) {
+  WALSH_RETURN_IF_ERROR(id.status());
   if (core.is_stopping) return Stopping();
-  if (core.catalog->Resolve(id).ok()) {
-    absl::Status status = absl::AlreadyExistsError(absl::StrCat(
-        ModelName(id), core.catalog->Knows(id) ? " exists already" : " is the name of an alias"));
-    SetResourceInfo(status, "model", ModelName(id), "exists already");
-    return status;
-  }
   const std::vector<fleet::WorkerAddress> workers = core.registry->Online();
   if (workers.empty()) return fleet::NoWorker();
+  WALSH_RETURN_IF_ERROR(core.catalog->BeginImport(*id));
   return workers.front();
 }
 
@@ -75,11 +71,12 @@ struct Conversion {
   std::shared_ptr<fleet::WorkerClient> client;
 };
 
-// `method` is one of WorkerClient's.
+// `method` is one of WorkerClient's; `done` gets the status of a call to a worker.
 template <typename Response, typename Request, typename Method>
 fleet::StreamReactor<Response>* ForwardConversion(
     grpc::CallbackServerContext* context, Core* core, const char* name,
-    const absl::StatusOr<fleet::WorkerAddress>& worker, const Request& request, Method method) {
+    const absl::StatusOr<fleet::WorkerAddress>& worker, const Request& request, Method method,
+    Done done = [](const absl::Status&) {}) {
   const std::string request_id = EchoRequestId(context);
   if (!worker.ok()) {
     LogEnd(name, request_id, worker.status());
@@ -93,7 +90,8 @@ fleet::StreamReactor<Response>* ForwardConversion(
       [call, method](grpc::ClientContext* client_context, fleet::StreamReader<Response>* reader) {
         ((*call->client).*method)(client_context, &call->request, reader);
       },
-      [core, call, name, request_id](const absl::Status& status) {
+      [core, call, name, request_id, done = std::move(done)](const absl::Status& status) {
+        done(status);
         LogEnd(name, request_id, status);
         core->streams.End();
       });
@@ -186,9 +184,12 @@ grpc::ServerWriteReactor<v1::ExportModelResponse>* ModelServiceImpl::ExportModel
 
 grpc::ServerWriteReactor<v1::ImportModelResponse>* ModelServiceImpl::ImportModel(
     grpc::CallbackServerContext* context, const v1::ImportModelRequest* request) {
-  return ForwardConversion<v1::ImportModelResponse>(context, core_, "ImportModel",
-                                                    WorkerFor(*core_, *request), *request,
-                                                    &fleet::WorkerClient::ImportModel);
+  const absl::StatusOr<std::string> id = ParseModelName("model_name", request->model_name());
+  return ForwardConversion<v1::ImportModelResponse>(
+      context, core_, "ImportModel", BeginImport(*core_, id), *request,
+      &fleet::WorkerClient::ImportModel, [core = core_, id](const absl::Status& status) {
+        core->catalog->EndImport(*id, status.ok());
+      });
 }
 
 grpc::ServerUnaryReactor* ModelServiceImpl::SetModelAlias(grpc::CallbackServerContext* context,

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
@@ -14,6 +15,8 @@ namespace {
 
 // Longer than any heartbeat is on its way.
 constexpr absl::Duration kDeletedIgnored = absl::Minutes(1);
+// Longer than a worker's next heartbeat takes to come.
+constexpr absl::Duration kImportedReserved = absl::Minutes(1);
 
 absl::Status NotPossible(std::string_view message, std::string_view reason,
                          std::string_view subject, std::string_view description) {
@@ -88,6 +91,7 @@ absl::Status ModelCatalog::Learn(const Models& models) {
                 {"model", row.name()}, {"alias_of", ModelName(aliases_[id])});
     }
     rows_[id] = std::move(row);
+    reserved_.erase(id);
   }
   return absl::OkStatus();
 }
@@ -148,6 +152,17 @@ absl::StatusOr<v1::ModelAlias> ModelCatalog::SetAlias(const std::string& alias,
                                                       const std::string& model, bool force) {
   const absl::MutexLock writing(&alias_mu_);
   WALSH_RETURN_IF_ERROR(CheckAlias(alias, model, force));
+  bool is_new = false;
+  {
+    const absl::MutexLock lock(&mu_);
+    if (IsReserved(alias)) return NameTaken("alias", alias, "a model that is being imported");
+    is_new = !aliases_.contains(alias);
+    if (is_new) reserved_[alias] = absl::InfiniteDuration();
+  }
+  const absl::Cleanup release = [&] {
+    const absl::MutexLock lock(&mu_);
+    if (is_new) reserved_.erase(alias);
+  };
   v1::ModelAlias row;
   row.set_name(AliasName(alias));
   row.set_model(ModelName(model));
@@ -207,6 +222,31 @@ absl::Status ModelCatalog::BeginDelete(const std::string& id) {
 void ModelCatalog::EndDelete(const std::string& id) {
   const absl::MutexLock lock(&mu_);
   if (--deletions_[id] == 0) deletions_.erase(id);
+}
+
+bool ModelCatalog::IsReserved(const std::string& name) const {
+  const auto reserved = reserved_.find(name);
+  return reserved != reserved_.end() && clock_->Monotonic() < reserved->second;
+}
+
+absl::Status ModelCatalog::BeginImport(const std::string& id) {
+  const absl::MutexLock lock(&mu_);
+  if (rows_.contains(id)) return NameTaken("model", id, "a published model");
+  if (aliases_.contains(id)) return NameTaken("model", id, "an alias");
+  if (IsReserved(id)) return NameTaken("model", id, "another import or a new alias");
+  reserved_[id] = absl::InfiniteDuration();
+  return absl::OkStatus();
+}
+
+void ModelCatalog::EndImport(const std::string& id, bool is_published) {
+  const absl::Duration now = clock_->Monotonic();
+  const absl::MutexLock lock(&mu_);
+  std::erase_if(reserved_, [&](const auto& entry) { return now >= entry.second; });
+  if (is_published && !rows_.contains(id)) {
+    reserved_[id] = now + kImportedReserved;
+  } else {
+    reserved_.erase(id);
+  }
 }
 
 absl::StatusOr<std::string> ModelCatalog::ResolveLocked(const std::string& name) const {

@@ -50,7 +50,8 @@ class ModelCatalog {
 
   // Points an alias at a model and stores that before requests see it.
   //   NOT_FOUND            no such model
-  //   ALREADY_EXISTS       (NAME_TAKEN) a model, or the one that a job makes, has the alias's name
+  //   ALREADY_EXISTS       (NAME_TAKEN) a model, one that a job makes or one that is being imported
+  //                        has the alias's name
   //   FAILED_PRECONDITION  `model` is an alias itself (ALIAS_OF_ALIAS), is being deleted
   //                        (MODEL_DELETING), or is not READY (MODEL_NOT_LOADED) without `force`
   //   RESOURCE_EXHAUSTED   limits::kAliasesMax are there (TOO_MANY_ALIASES)
@@ -63,6 +64,12 @@ class ModelCatalog {
   // when one points at it already.
   absl::Status BeginDelete(const std::string& id);
   void EndDelete(const std::string& id);
+
+  // Between these two no alias and no other import gets the name. ALREADY_EXISTS (NAME_TAKEN): a
+  // model, an alias or an import has it. A model that was published keeps it until a heartbeat of
+  // its worker has brought it.
+  absl::Status BeginImport(const std::string& id);
+  void EndImport(const std::string& id, bool is_published);
 
   // The id of the model that a request means: that of an alias, else `name` itself. A model that a
   // worker brought under an alias's name is not reached by it.
@@ -91,6 +98,7 @@ class ModelCatalog {
 
   absl::StatusOr<std::string> ResolveLocked(const std::string& name) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool IsReserved(const std::string& name) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // What an alias's row would break; then its name or its target is refused.
   absl::Status CheckAlias(const std::string& alias, const std::string& model, bool force) const;
   // Ids of the aliases of each model.
@@ -107,6 +115,8 @@ class ModelCatalog {
   std::map<std::string, absl::Duration> deleted_ ABSL_GUARDED_BY(mu_);  // monotonic, by id
   std::map<std::string, std::string> aliases_ ABSL_GUARDED_BY(mu_);     // models, by alias
   std::map<std::string, int> deletions_ ABSL_GUARDED_BY(mu_);           // that go on, by id
+  // Names of imports and of the alias that is being stored, and until when they are (monotonic).
+  std::map<std::string, absl::Duration> reserved_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace walsh::fleet

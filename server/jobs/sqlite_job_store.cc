@@ -61,26 +61,18 @@ absl::StatusOr<JobRecord> ReadRecord(const Statement& row) {
   return record;
 }
 
-absl::Status AlreadyExists(std::string_view type, const std::string& name, std::string_view by) {
-  absl::Status status = absl::AlreadyExistsError(
-      absl::StrCat(std::string(type), " '", name, "' is taken by ", std::string(by)));
-  SetErrorInfo(status, "NAME_TAKEN", {{"name", name}});
-  SetResourceInfo(status, type, name, absl::StrCat("taken by ", std::string(by)));
-  return status;
-}
-
 // Of models and of the jobs that are to make one. `field` is the request's, for the error.
 absl::Status CheckNoModelIsCalled(const Connection& connection, std::string_view field,
                                   const std::string& model_name) {
   WALSH_ASSIGN_OR_RETURN(Statement published,
                          connection.Prepare("SELECT 1 FROM models WHERE id = ?"));
   WALSH_ASSIGN_OR_RETURN(const bool is_published, published.Bind(model_name).Step());
-  if (is_published) return AlreadyExists(field, model_name, "a published model");
+  if (is_published) return NameTaken(field, model_name, "a published model");
   WALSH_ASSIGN_OR_RETURN(
       Statement live,
       connection.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
   WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model_name).Step());
-  if (is_live) return AlreadyExists(field, model_name, JobName(live.Text(0)));
+  if (is_live) return NameTaken(field, model_name, JobName(live.Text(0)));
   return absl::OkStatus();
 }
 
@@ -94,10 +86,10 @@ absl::Status CheckNames(const Connection& connection, const std::string& id,
                         const std::string& model_name) {
   WALSH_ASSIGN_OR_RETURN(Statement by_id, connection.Prepare("SELECT 1 FROM jobs WHERE id = ?"));
   WALSH_ASSIGN_OR_RETURN(const bool id_taken, by_id.Bind(id).Step());
-  if (id_taken) return AlreadyExists("job", JobName(id), "another job");
+  if (id_taken) return NameTaken("job", JobName(id), "another job");
   WALSH_RETURN_IF_ERROR(CheckNoModelIsCalled(connection, "model_name", model_name));
   WALSH_ASSIGN_OR_RETURN(const bool is_alias, IsAlias(connection, model_name));
-  if (is_alias) return AlreadyExists("model_name", model_name, "an alias");
+  if (is_alias) return NameTaken("model_name", model_name, "an alias");
   return absl::OkStatus();
 }
 

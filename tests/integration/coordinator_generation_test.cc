@@ -676,6 +676,23 @@ TEST_F(CoordinatorGenerationTest, AnUnloadComesAfterTheRequestsThatWereSentBefor
   EXPECT_TRUE(is_unloaded);
 }
 
+TEST_F(CoordinatorGenerationTest, AnImportUnderATakenNameIsRefused) {
+  const auto worker = NewWorkerWithModel("w1", "a");
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("a").ok(); }));
+  ASSERT_OK(SetAlias("prod", "a"));
+  for (const char* name : {"a", "prod"}) {
+    v1::ImportModelRequest request;
+    request.set_model_name(name);
+    grpc::ClientContext context;
+    const auto reader = models_->ImportModel(&context, request);
+    v1::ImportModelResponse response;
+    EXPECT_FALSE(reader->Read(&response));
+    const absl::Status refused = FromGrpcStatus(reader->Finish());
+    EXPECT_THAT(refused, StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr(name)));
+    EXPECT_EQ(ErrorReason(refused), "NAME_TAKEN");
+  }
+}
+
 // -- Health, request ids, reflection
 
 TEST_F(CoordinatorGenerationTest, HealthPerServiceAndModel) {

@@ -104,7 +104,7 @@ TEST_F(InteropTest, RefusalsReachTheUser) {
   EXPECT_THAT(plain.err, HasSubstr("walsh quantize"));
   const client::Output taken = Walsh({"models", "import", dir_ / "source", "--name", "tiny"});
   EXPECT_EQ(taken.exit_code, 1);
-  EXPECT_THAT(taken.err, HasSubstr("exists already"));
+  EXPECT_THAT(taken.err, HasSubstr("is taken by a published model"));
 }
 
 TEST_F(InteropTest, AnExportThatItsCallerLeavesIsGone) {

@@ -183,6 +183,35 @@ TEST_F(ModelCatalogTest, AModelIsDeletedOrPointedAtNeverBoth) {
   ASSERT_OK(catalog_->BeginDelete("a"));
 }
 
+TEST_F(ModelCatalogTest, AnImportAndAnAliasNeverGetOneName) {
+  ASSERT_OK(catalog_->Learn(Models({"a"})));
+  ASSERT_OK(catalog_->SetAlias("prod", "a", true));
+  for (const char* taken : {"a", "prod"}) {
+    const absl::Status refused = catalog_->BeginImport(taken);
+    EXPECT_THAT(refused, StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("is taken by")));
+    EXPECT_EQ(ErrorReason(refused), "NAME_TAKEN");
+  }
+  ASSERT_OK(catalog_->BeginImport("b"));
+  EXPECT_EQ(ErrorReason(catalog_->BeginImport("b")), "NAME_TAKEN") << "another one";
+  EXPECT_THAT(catalog_->SetAlias("b", "a", true),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("being imported")));
+  catalog_->EndImport("b", /*is_published=*/true);
+  EXPECT_EQ(ErrorReason(catalog_->SetAlias("b", "a", true).status()), "NAME_TAKEN")
+      << "its worker has not told of it yet";
+  ASSERT_OK(catalog_->Learn(Models({"b"})));
+  EXPECT_EQ(ErrorReason(catalog_->SetAlias("b", "a", true).status()), "NAME_TAKEN") << "a model";
+
+  ASSERT_OK(catalog_->BeginImport("c"));
+  catalog_->EndImport("c", /*is_published=*/false);
+  EXPECT_OK(catalog_->SetAlias("c", "a", true)) << "nothing came of it";
+  ASSERT_OK(catalog_->BeginImport("d"));
+  catalog_->EndImport("d", /*is_published=*/true);
+  clock_.Advance(absl::Minutes(1));
+  EXPECT_OK(catalog_->SetAlias("d", "a", true)) << "its worker is gone, and the model with it";
+  ASSERT_OK(catalog_->DeleteAlias("d"));
+  EXPECT_OK(catalog_->BeginImport("d"));
+}
+
 TEST_F(ModelCatalogTest, AnAliasThatIsNotStoredIsNotThere) {
   ASSERT_OK(catalog_->Learn(Models({"a", "b"})));
   ASSERT_OK(catalog_->SetAlias("prod", "a", true));
