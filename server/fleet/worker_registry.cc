@@ -29,12 +29,6 @@ absl::Status Unknown(const std::string& worker_id) {
   return status;
 }
 
-// A worker that was forgotten and came back has counted nothing of what began before.
-void CountDown(const std::string& id, std::map<std::string, int>* counts) {
-  const auto it = counts->find(id);
-  if (it != counts->end() && --it->second == 0) counts->erase(it);
-}
-
 }  // namespace
 
 void WorkerRegistry::See(Entry* entry) {
@@ -153,21 +147,22 @@ std::vector<v1::Worker> WorkerRegistry::List() const {
 
 // The larger of what the worker said and what we know: its figure is up to a heartbeat old, and it
 // may have other clients.
-int WorkerRegistry::Load(const Entry& entry) {
+int WorkerRegistry::Load(const std::string& worker_id, const Entry& entry) const {
   int n_sent = 0;
-  for (const auto& [model_id, n] : entry.requests_sent) n_sent += n;
+  for (const auto& [model_id, n] : BegunWith(worker_id).requests) n_sent += n;
   return std::max(entry.worker.requests_running() + entry.worker.requests_waiting(), n_sent);
 }
 
 Replica WorkerRegistry::ToReplica(const std::string& worker_id, const Entry& entry,
-                                  const std::string& model_id, const v1::Model& model) {
+                                  const std::string& model_id, const v1::Model& model) const {
+  const Begun& begun = BegunWith(worker_id);
   Replica replica = {.worker = {.worker_id = worker_id, .address = entry.address},
                      .model = model,
-                     .load = Load(entry),
-                     .evaluations = entry.evaluations_sent,
+                     .load = Load(worker_id, entry),
+                     .evaluations = begun.evaluations,
                      .is_draining = entry.worker.state() == v1::Worker::DRAINING};
   // A draining worker finishes what it has and takes nothing new; so does a closed model.
-  const bool is_closed = replica.is_draining || entry.closed.contains(model_id);
+  const bool is_closed = replica.is_draining || begun.closings.contains(model_id);
   if (is_closed && model.state() == v1::Model::READY) {
     replica.model.set_state(v1::Model::DRAINING);
   }
@@ -206,7 +201,7 @@ std::vector<WorkerAddress> WorkerRegistry::Online() const {
   std::vector<std::pair<int, WorkerAddress>> by_load;
   for (const auto& [id, entry] : workers_) {
     if (entry.worker.state() != v1::Worker::ONLINE) continue;
-    by_load.emplace_back(Load(entry), WorkerAddress{.worker_id = id, .address = entry.address});
+    by_load.emplace_back(Load(id, entry), WorkerAddress{.worker_id = id, .address = entry.address});
   }
   std::stable_sort(by_load.begin(), by_load.end(),
                    [](const auto& a, const auto& b) { return a.first < b.first; });
@@ -285,41 +280,57 @@ void WorkerRegistry::SetRunningJob(const std::string& worker_id, const std::stri
 absl::StatusOr<WorkerAddress> WorkerRegistry::BeginRequest(const std::string& model_id) {
   const absl::MutexLock lock(&mu_);
   absl::StatusOr<WorkerAddress> worker = ChooseForGeneration(model_id, ReplicasOf(model_id));
-  if (worker.ok()) ++workers_[worker->worker_id].requests_sent[model_id];
+  if (worker.ok()) ++begun_[worker->worker_id].requests[model_id];
   return worker;
 }
 
 void WorkerRegistry::EndRequest(const std::string& worker_id, const std::string& model_id) {
   const absl::MutexLock lock(&mu_);
-  const auto it = workers_.find(worker_id);
-  if (it != workers_.end()) CountDown(model_id, &it->second.requests_sent);
+  CountDown(worker_id, &Begun::requests, model_id);
 }
 
 int WorkerRegistry::RequestsOf(const std::string& worker_id, const std::string& model_id) const {
   const absl::MutexLock lock(&mu_);
-  const auto it = workers_.find(worker_id);
-  if (it == workers_.end()) return 0;
-  const auto sent = it->second.requests_sent.find(model_id);
-  return sent == it->second.requests_sent.end() ? 0 : sent->second;
+  const std::map<std::string, int>& requests = BegunWith(worker_id).requests;
+  const auto of_model = requests.find(model_id);
+  return of_model == requests.end() ? 0 : of_model->second;
 }
 
 void WorkerRegistry::CloseModel(const std::string& worker_id, const std::string& model_id) {
   const absl::MutexLock lock(&mu_);
-  const auto it = workers_.find(worker_id);
-  if (it != workers_.end()) ++it->second.closed[model_id];
+  ++begun_[worker_id].closings[model_id];
 }
 
 void WorkerRegistry::OpenModel(const std::string& worker_id, const std::string& model_id) {
   const absl::MutexLock lock(&mu_);
-  const auto it = workers_.find(worker_id);
-  if (it != workers_.end()) CountDown(model_id, &it->second.closed);
+  CountDown(worker_id, &Begun::closings, model_id);
 }
 
-void WorkerRegistry::AddEvaluations(const std::string& worker_id, int n) {
+void WorkerRegistry::BeginEvaluation(const std::string& worker_id) {
   const absl::MutexLock lock(&mu_);
-  const auto it = workers_.find(worker_id);
-  if (it == workers_.end()) return;
-  it->second.evaluations_sent = std::max(0, it->second.evaluations_sent + n);
+  ++begun_[worker_id].evaluations;
+}
+
+void WorkerRegistry::EndEvaluation(const std::string& worker_id) {
+  const absl::MutexLock lock(&mu_);
+  Begun& begun = begun_[worker_id];
+  --begun.evaluations;
+  if (begun.empty()) begun_.erase(worker_id);
+}
+
+const WorkerRegistry::Begun& WorkerRegistry::BegunWith(const std::string& worker_id) const {
+  static const Begun& none = *new Begun;
+  const auto it = begun_.find(worker_id);
+  return it == begun_.end() ? none : it->second;
+}
+
+void WorkerRegistry::CountDown(const std::string& worker_id,
+                               std::map<std::string, int> Begun::*counts,
+                               const std::string& model_id) {
+  Begun& begun = begun_[worker_id];
+  int& count = (begun.*counts)[model_id];
+  if (--count == 0) (begun.*counts).erase(model_id);
+  if (begun.empty()) begun_.erase(worker_id);
 }
 
 }  // namespace walsh::fleet

@@ -83,18 +83,23 @@ class WorkerRegistry {
   void CloseModel(const std::string& worker_id, const std::string& model_id);
   void OpenModel(const std::string& worker_id, const std::string& model_id);
   // Evaluations, likewise.
-  void BeginEvaluation(const std::string& worker_id) { AddEvaluations(worker_id, 1); }
-  void EndEvaluation(const std::string& worker_id) { AddEvaluations(worker_id, -1); }
+  void BeginEvaluation(const std::string& worker_id);
+  void EndEvaluation(const std::string& worker_id);
 
  private:
   struct Entry {
     v1::Worker worker;
     std::string address;
-    absl::Duration last_seen;                  // monotonic
-    std::map<std::string, int> requests_sent;  // by model id, above 0
-    std::map<std::string, int> closed;         // by model id, how often
-    int evaluations_sent = 0;
+    absl::Duration last_seen;                 // monotonic
     std::map<std::string, v1::Model> models;  // by id
+  };
+  // What has been begun with a worker and not ended. It outlives the worker's entry, so that each
+  // end belongs to its begin when the worker was forgotten meanwhile and came back.
+  struct Begun {
+    std::map<std::string, int> requests;  // by model id, above 0
+    std::map<std::string, int> closings;  // of models, likewise
+    int evaluations = 0;
+    bool empty() const { return requests.empty() && closings.empty() && evaluations == 0; }
   };
 
   // Null when there is none.
@@ -103,13 +108,17 @@ class WorkerRegistry {
   void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::vector<Replica> ReplicasOf(const std::string& model_id) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void AddEvaluations(const std::string& worker_id, int n);
+  // Nothing for a worker with which nothing has been begun.
+  const Begun& BegunWith(const std::string& worker_id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void CountDown(const std::string& worker_id, std::map<std::string, int> Begun::*counts,
+                 const std::string& model_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Takes what a heartbeat lists, but for models of which something newer is known.
   static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
                         int64_t revision, Entry* entry);
-  static int Load(const Entry& entry);
-  static Replica ToReplica(const std::string& worker_id, const Entry& entry,
-                           const std::string& model_id, const v1::Model& model);
+  int Load(const std::string& worker_id, const Entry& entry) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Replica ToReplica(const std::string& worker_id, const Entry& entry, const std::string& model_id,
+                    const v1::Model& model) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const Clock* const clock_;
   const Options options_;
@@ -117,6 +126,7 @@ class WorkerRegistry {
   // Monotonic, of a worker that left, was replaced or became OFFLINE; at first of the start.
   absl::Duration last_departure_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, Entry> workers_ ABSL_GUARDED_BY(mu_);  // by id
+  std::map<std::string, Begun> begun_ ABSL_GUARDED_BY(mu_);    // by worker id, not empty
 };
 
 }  // namespace walsh::fleet

@@ -203,10 +203,27 @@ TEST_F(WorkerRegistryTest, LoadIsWhatIsReportedOrSentWhicheverIsMore) {
   EXPECT_OK(Beat("w1", Model::READY, 0));
   for (int i = 0; i < 3; ++i) registry_.EndRequest("w1", "m");
   EXPECT_EQ(registry_.Replicas("m")[0].load, 0);
-  registry_.EndRequest("w1", "m");
-  registry_.EndRequest("nobody", "m");
-  EXPECT_EQ(registry_.Replicas("m")[0].load, 0) << "never below none";
   EXPECT_EQ(registry_.RequestsOf("nobody", "m"), 0);
+}
+
+// Ends of requests from before a worker was forgotten are no ends of those that came after.
+TEST_F(WorkerRegistryTest, AWorkerThatComesBackHasAllThatRunsThere) {
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  ASSERT_OK(registry_.BeginRequest("m"));
+  registry_.CloseModel("w1", "m");
+  registry_.BeginEvaluation("w1");
+  registry_.Deregister("w1");
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  EXPECT_FALSE(registry_.BeginRequest("m").ok()) << "its unload goes on";
+  registry_.OpenModel("w1", "m");
+  ASSERT_OK(registry_.BeginRequest("m"));
+  registry_.BeginEvaluation("w1");
+  EXPECT_EQ(registry_.RequestsOf("w1", "m"), 2);
+  registry_.EndRequest("w1", "m");
+  registry_.EndEvaluation("w1");
+  EXPECT_EQ(registry_.RequestsOf("w1", "m"), 1);
+  EXPECT_EQ(registry_.Replicas("m")[0].load, 1);
+  EXPECT_EQ(registry_.Replicas("m")[0].evaluations, 1);
 }
 
 TEST_F(WorkerRegistryTest, AClosedModelTakesNothingNewWhateverHeartbeatsSay) {
@@ -220,7 +237,6 @@ TEST_F(WorkerRegistryTest, AClosedModelTakesNothingNewWhateverHeartbeatsSay) {
   registry_.OpenModel("w1", "m");
   EXPECT_FALSE(registry_.BeginRequest("m").ok()) << "closed by another, too";
   registry_.OpenModel("w1", "m");
-  registry_.OpenModel("nobody", "m");
   EXPECT_OK(registry_.BeginRequest("m"));
 }
 
