@@ -36,7 +36,9 @@ google::rpc::Status ToProtoStatus(const absl::Status& status) {
   proto.set_message(ClientMessage(status.message()));
   std::vector<std::pair<std::string, std::string>> details;
   status.ForEachPayload([&](absl::string_view type_url, const absl::Cord& payload) {
-    details.emplace_back(std::string(type_url), std::string(payload));
+    std::string url(type_url);
+    if (!url.starts_with(kTypePrefix)) return;  // a mark that is this process's
+    details.emplace_back(std::move(url), std::string(payload));
   });
   // Payloads have no order of their own; sorted, equal statuses give equal bytes, and the small
   // ones are kept when not all fit the metadata.

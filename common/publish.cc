@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/out_of_memory.h"
 #include "common/status_macros.h"
 
 namespace walsh {
@@ -134,8 +135,9 @@ absl::Status ErrnoStatus(int error, std::string_view what) {
     case EDQUOT:
     case EMFILE:
     case ENFILE:
-    case ENOMEM:
       return absl::ResourceExhaustedError(message);
+    case ENOMEM:
+      return OutOfMemoryError(message);
     case EACCES:
     case EPERM:
     case EROFS:

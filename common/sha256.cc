@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "common/check.h"
+#include "common/out_of_memory.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
 
@@ -124,7 +125,7 @@ absl::StatusOr<std::vector<std::string>> HashChunks(int fd, int n_threads,
     try {
       return HashRange(fd, i * kHashChunkBytes, std::min(n_bytes, (i + 1) * kHashChunkBytes));
     } catch (const std::bad_alloc&) {
-      return absl::ResourceExhaustedError("no memory left to hash a file");
+      return OutOfMemoryError("no memory left to hash a file");
     }
   };
   const auto work = [&](const KeepGoing& may_go_on) {

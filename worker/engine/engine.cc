@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/log.h"
+#include "common/out_of_memory.h"
 #include "common/status_macros.h"
 #include "worker/engine/engine_metrics.h"
 #include "worker/engine/scheduler.h"
@@ -577,7 +578,7 @@ absl::StatusOr<int64_t> FitToMemory(const ServedModel& model, const Options& opt
   const int64_t n_tokens = std::min(n_wanted, WholeBlocks(usable_bytes / token_bytes));
   const int64_t n_least = std::min(n_wanted, UsualTokens(model.config()));
   if (n_tokens < n_least) {
-    return absl::ResourceExhaustedError(absl::StrCat(
+    return OutOfMemoryError(absl::StrCat(
         "the KV cache of one sequence of ", n_least, " tokens needs ", n_least * token_bytes,
         " bytes of memory, of the ", *free_bytes, " that are free it may take ", usable_bytes,
         ": a step's buffers need ", step_bytes));

@@ -1,6 +1,7 @@
 #include "worker/engine/kv_pool.h"
 
 #include "absl/strings/str_cat.h"
+#include "common/out_of_memory.h"
 
 namespace walsh::engine {
 
@@ -12,9 +13,9 @@ absl::StatusOr<KvPool> KvPool::Create(const Shape& shape) {
   KvPool pool;
   pool.memory_ = MappedMemory::Create(static_cast<size_t>(n_bytes), kAlign);
   if (pool.memory_.empty()) {
-    return absl::ResourceExhaustedError(absl::StrCat("no memory for a KV cache of ",
-                                                     shape.n_blocks * kKvBlockTokens, " tokens (",
-                                                     n_bytes, " bytes)"));
+    return OutOfMemoryError(absl::StrCat("no memory for a KV cache of ",
+                                         shape.n_blocks * kKvBlockTokens, " tokens (", n_bytes,
+                                         " bytes)"));
   }
   pool.shape_ = shape;
   return pool;

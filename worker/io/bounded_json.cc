@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "common/out_of_memory.h"
 #include "common/status_macros.h"
 #include "common/utf8.h"
 
@@ -114,7 +115,7 @@ absl::StatusOr<json> ParseBoundedJson(const std::string& name, std::string_view 
     if (!json::sax_parse(text.begin(), text.end(), &builder)) return builder.status();
     return builder.TakeDocument();
   } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError(absl::StrCat(name, ": no memory left to parse it"));
+    return OutOfMemoryError(absl::StrCat(name, ": no memory left to parse it"));
   } catch (const std::exception& e) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": invalid JSON: ", e.what()));
   }

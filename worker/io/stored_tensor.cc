@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "common/out_of_memory.h"
 #include "common/status_macros.h"
 
 namespace walsh {
@@ -132,7 +133,7 @@ absl::StatusOr<Matrix> ReadStoredRows(const RandomAccessFile& file, const Stored
   try {
     out = Matrix(n, tensor.cols);
   } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError(
+    return OutOfMemoryError(
         absl::StrCat("tensor '", tensor.name, "': no memory for ", n, " rows of ", tensor.cols));
   }
   const bool is_permuted = tensor.n_interleaved_heads > 0;

@@ -10,6 +10,7 @@
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/log.h"
+#include "common/out_of_memory.h"
 #include "common/publish.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
@@ -169,7 +170,7 @@ absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
   const absl::Duration start = clock_->Monotonic();
   absl::StatusOr<Hosted> hosted = StartEngine(id);
   const absl::Duration elapsed = clock_->Monotonic() - start;
-  if (absl::IsResourceExhausted(hosted.status())) hosted = ExplainShortage(hosted.status());
+  if (IsOutOfMemory(hosted.status())) hosted = ExplainShortage(hosted.status());
   if (!hosted.ok()) {
     ReturnFreedMemory();
     CountModelLoadFailure(id, hosted.status().code());
@@ -217,7 +218,7 @@ absl::StatusOr<ModelStore::Hosted> ModelStore::StartEngine(const std::string& id
                              }},
                   .is_gone = std::move(is_gone)};
   } catch (const std::bad_alloc&) {
-    return absl::ResourceExhaustedError(absl::StrCat("no memory to load ", ModelName(id)));
+    return OutOfMemoryError(absl::StrCat("no memory to load ", ModelName(id)));
   }
 }
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/cord.h"
 #include "common/limits.h"
+#include "common/out_of_memory.h"
 #include "common/utf8.h"
 #include "google/rpc/error_details.pb.h"
 #include "tests/testing/status_matchers.h"
@@ -108,6 +109,17 @@ TEST(GrpcStatusTest, DetailsThatDoNotFitAreDroppedLargestFirst) {
   const grpc::Status wire = ToGrpcStatus(status);
   EXPECT_LE(wire.error_details().size(), static_cast<size_t>(limits::kStatusDetailsBytesMax));
   EXPECT_EQ(ErrorReason(FromGrpcStatus(wire)), "SMALL");
+}
+
+TEST(GrpcStatusTest, MarksOfAProcessStayInIt) {
+  absl::Status status = OutOfMemoryError("no memory left");
+  EXPECT_TRUE(IsOutOfMemory(status));
+  EXPECT_FALSE(IsOutOfMemory(absl::ResourceExhaustedError("too many open files")));
+  SetErrorInfo(status, "SMALL");
+  EXPECT_EQ(ToProtoStatus(status).details_size(), 1);
+  const absl::Status arrived = FromGrpcStatus(ToGrpcStatus(status));
+  EXPECT_FALSE(IsOutOfMemory(arrived));
+  EXPECT_EQ(ErrorReason(arrived), "SMALL");
 }
 
 TEST(GrpcStatusTest, WhatAPeerSendsIsNotTrusted) {

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/out_of_memory.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/libraries.h"
@@ -12,7 +13,7 @@ namespace walsh::kernels::cuda {
 absl::Status CublasStatus(cublasStatus_t status, std::string_view what) {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
   const std::string text = absl::StrCat(std::string(what), ": ", cublasGetStatusString(status));
-  if (status == CUBLAS_STATUS_ALLOC_FAILED) return absl::ResourceExhaustedError(text);
+  if (status == CUBLAS_STATUS_ALLOC_FAILED) return OutOfMemoryError(text);
   // An error of a kernel before it is told by the library first, as its own.
   if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
     return CudaStatus(error, text);

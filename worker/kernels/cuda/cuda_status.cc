@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/out_of_memory.h"
 #include "common/status_macros.h"
 #include "worker/kernels/device_failure.h"
 
@@ -40,8 +41,6 @@ bool LeavesProcessBroken(cudaError_t error) {
 
 absl::StatusCode CodeOf(cudaError_t error) {
   switch (error) {
-    case cudaErrorMemoryAllocation:
-      return absl::StatusCode::kResourceExhausted;
     case cudaErrorInsufficientDriver:  // also when there is no driver
     case cudaErrorStubLibrary:
     case cudaErrorNoKernelImageForDevice:
@@ -58,8 +57,10 @@ absl::StatusCode CodeOf(cudaError_t error) {
 absl::Status CudaStatus(cudaError_t error, std::string_view what) {
   if (error == cudaSuccess) return absl::OkStatus();
   cudaGetLastError();  // what is not sticky must not be reported by the next call
-  absl::Status status(CodeOf(error), absl::StrCat(std::string(what), ": ", cudaGetErrorName(error),
-                                                  " (", cudaGetErrorString(error), ")"));
+  const std::string message = absl::StrCat(std::string(what), ": ", cudaGetErrorName(error), " (",
+                                           cudaGetErrorString(error), ")");
+  if (error == cudaErrorMemoryAllocation) return OutOfMemoryError(message);
+  absl::Status status(CodeOf(error), message);
   return LeavesProcessBroken(error) ? MarkDeviceBroken(std::move(status)) : status;
 }
 
@@ -67,9 +68,8 @@ absl::Status OutOfMemory(std::string_view what, int64_t bytes_needed) {
   size_t free = 0;
   size_t total = 0;
   if (cudaMemGetInfo(&free, &total) != cudaSuccess) cudaGetLastError();
-  return absl::ResourceExhaustedError(
-      absl::StrCat(std::string(what), ": out of device memory: ", bytes_needed, " bytes needed, ",
-                   free, " of ", total, " free"));
+  return OutOfMemoryError(absl::StrCat(std::string(what), ": out of device memory: ", bytes_needed,
+                                       " bytes needed, ", free, " of ", total, " free"));
 }
 
 absl::Status LaunchStatus(std::string_view kernel, cudaStream_t stream) {

@@ -9,6 +9,7 @@
 
 #include "common/grpc_status.h"
 #include "common/metrics.h"
+#include "common/out_of_memory.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
@@ -241,6 +242,17 @@ TEST_F(ModelStoreTest, AShortageNamesWhatIsLoadedAndTheFlags) {
   EXPECT_EQ(ErrorReason(refused), "INSUFFICIENT_MEMORY");
 }
 
+TEST_F(ModelStoreTest, WhatElseIsExhaustedIsNoShortageOfMemory) {
+  AddArtifact("a");
+  loader_ = [](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::ServedModel>> {
+    return absl::ResourceExhaustedError("too many open files");
+  };
+  OpenStore();
+  const absl::Status refused = store_->Load("a").status();
+  EXPECT_THAT(refused, StatusIs(absl::StatusCode::kResourceExhausted, "too many open files"));
+  EXPECT_EQ(ErrorReason(refused), "");
+}
+
 // Memory of a device that all its models share: what one has taken, the next does not find.
 class DeviceModel final : public engine::ServedModel {
  public:
@@ -286,7 +298,7 @@ TEST_F(ModelStoreTest, TwoModelsShareADevice) {
     engine_options_ = options;
     loader_ = [&](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::ServedModel>> {
       if (free_bytes < DeviceModel::kWeightBytes) {
-        return absl::ResourceExhaustedError("10000 bytes of the device");
+        return OutOfMemoryError("10000 bytes of the device");
       }
       return std::make_shared<DeviceModel>(&free_bytes);
     };
