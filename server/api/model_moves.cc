@@ -42,15 +42,19 @@ void RestoreState(Core* core, const Replica& replica, const std::string& id,
 
 // Waits until no request to a closed model can still be on its way to the worker: until all that
 // were sent have ended, or have had the time to arrive. The worker lets them end, and would refuse
-// what came after.
+// what came after. `next` gets OK, or what ended the wait: CANCELLED, DEADLINE_EXCEEDED.
 void AfterArrival(Core* core, const std::string& worker_id, const std::string& id,
-                  absl::Duration until, std::function<void()> next) {
-  if (core->registry->RequestsOf(worker_id, id) == 0 || core->clock->Monotonic() >= until) {
-    return next();
+                  absl::Duration start, const MoveLimits& limits, const Done& next) {
+  if (limits.cancellation->cancelled()) return next(absl::CancelledError("nobody waits any more"));
+  const absl::Duration waited = core->clock->Monotonic() - start;
+  if (waited >= limits.timeout) {
+    return next(absl::DeadlineExceededError("requests to the model are still on their way"));
   }
-  core->executor->PostAfter(kArrivalCheck, [=, next = std::move(next)] {
-    AfterArrival(core, worker_id, id, until, next);
-  });
+  if (core->registry->RequestsOf(worker_id, id) == 0 || waited >= kArrivalMax) {
+    return next(absl::OkStatus());
+  }
+  core->executor->PostAfter(kArrivalCheck,
+                            [=] { AfterArrival(core, worker_id, id, start, limits, next); });
 }
 
 // What is done to one replica: starts a call to its worker.
@@ -82,9 +86,18 @@ void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> repl
       core->registry->OpenModel(replica.worker.worker_id, id);
       unloaded(model.status());
     };
-    AfterArrival(core, worker_id, id, core->clock->Monotonic() + kArrivalMax, [=] {
+    const Done not_asked = [=](const absl::Status& status) {
+      core->registry->ReplaceModelState(replica.worker.worker_id, id, v1::Model::DRAINING,
+                                        replica.model.state());
+      core->registry->OpenModel(replica.worker.worker_id, id);
+      unloaded(status);
+    };
+    const absl::Duration start = core->clock->Monotonic();
+    AfterArrival(core, worker_id, id, start, limits, [=](const absl::Status& arrived) {
+      if (!arrived.ok()) return not_asked(arrived);
+      const absl::Duration left = limits.timeout - (core->clock->Monotonic() - start);
       core->clients->Get(replica.worker)
-          ->UnloadModel(ModelName(id), limits.timeout, limits.cancellation, answered);
+          ->UnloadModel(ModelName(id), left, limits.cancellation, answered);
     });
   };
   ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, unload, done);

@@ -676,6 +676,32 @@ TEST_F(CoordinatorGenerationTest, AnUnloadComesAfterTheRequestsThatWereSentBefor
   EXPECT_TRUE(is_unloaded);
 }
 
+// Whoever does not wait for it any more has not unloaded the model.
+TEST_F(CoordinatorGenerationTest, AnUnloadThatIsLeftBeforeTheWorkerIsAskedChangesNothing) {
+  const auto worker = NewWorkerWithModel("w1", "a");
+  std::atomic<bool> is_sent = false, may_end = false, is_unloaded = false;
+  worker->on_generate = [&](auto*, const auto&, auto*) {
+    is_sent = true;
+    EXPECT_TRUE(WaitUntil([&] { return may_end.load(); }));
+    return grpc::Status::OK;
+  };
+  worker->on_unload = [&](const auto&) {
+    is_unloaded = true;
+    return grpc::Status::OK;
+  };
+  std::thread client([&] { EXPECT_OK(Generate(Prompt("a"))); });
+  ASSERT_TRUE(WaitUntil([&] { return is_sent.load(); }));
+  v1::UnloadModelRequest request;
+  request.set_name("a");
+  EXPECT_THAT(Send<Model>(models_.get(), &ModelStub::UnloadModel, request, absl::Milliseconds(300)),
+              HasCode(absl::StatusCode::kDeadlineExceeded));
+  EXPECT_TRUE(WaitUntil([&] { return GetModel("a")->state() == Model::READY; }));
+  may_end = true;
+  client.join();
+  EXPECT_OK(Generate(Prompt("a")));
+  EXPECT_FALSE(is_unloaded);
+}
+
 TEST_F(CoordinatorGenerationTest, AnImportUnderATakenNameIsRefused) {
   const auto worker = NewWorkerWithModel("w1", "a");
   ASSERT_TRUE(WaitUntil([&] { return GetModel("a").ok(); }));
