@@ -110,6 +110,7 @@ class WorkerRegistry {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Nothing for a worker with which nothing has been begun.
   const Begun& BegunWith(const std::string& worker_id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Ends one that was begun.
   void CountDown(const std::string& worker_id, std::map<std::string, int> Begun::*counts,
                  const std::string& model_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Takes what a heartbeat lists, but for models of which something newer is known.

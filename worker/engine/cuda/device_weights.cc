@@ -382,7 +382,6 @@ class Loader {
 
   // Empty where that is empty.
   absl::StatusOr<DeviceBuffer<int32_t>> UploadOrder(std::span<const int32_t> order) {
-    if (order.empty()) return DeviceBuffer<int32_t>();
     return ops::Upload<int32_t>(context_, std::vector<int32_t>(order.begin(), order.end()));
   }
 

@@ -18,9 +18,12 @@
 namespace walsh::kernels::cuda {
 
 // T may differ from the host's type in name only: 16 bits that the host holds as integers.
+//
+// Neither waits for anything where there is nothing to copy.
 template <typename T, typename Host = T>
 absl::StatusOr<DeviceBuffer<T>> Upload(Context& context, const std::vector<Host>& host) {
   static_assert(sizeof(T) == sizeof(Host));
+  if (host.empty()) return DeviceBuffer<T>();
   const cudaStream_t stream = context.stream();
   WALSH_ASSIGN_OR_RETURN(auto buffer,
                          DeviceBuffer<T>::Allocate(static_cast<int64_t>(host.size()), stream));
@@ -31,7 +34,6 @@ absl::StatusOr<DeviceBuffer<T>> Upload(Context& context, const std::vector<Host>
   return buffer;
 }
 
-// Nothing is waited for where there is nothing to copy.
 template <typename Host, typename T>
 absl::StatusOr<std::vector<Host>> Download(Context& context, const T* from, int64_t n) {
   static_assert(sizeof(T) == sizeof(Host));
