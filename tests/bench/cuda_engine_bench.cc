@@ -219,12 +219,13 @@ void RunStreams(const std::shared_ptr<ServedModel>& model, int64_t streams) {
   constexpr int kPrompt = 512;
   constexpr int kGenerated = 256;
   const auto n_streams = static_cast<int>(streams);
-  auto engine = Engine::Create(model,
-                               {.max_sequences = n_streams,
-                                .max_waiting = n_streams,
-                                .max_batch_tokens = kChunk,
-                                .kv_cache_tokens = streams * (kPrompt + kGenerated + kKvBlockTokens)},
-                               Clock::Real());
+  auto engine =
+      Engine::Create(model,
+                     {.max_sequences = n_streams,
+                      .max_waiting = n_streams,
+                      .max_batch_tokens = kChunk,
+                      .kv_cache_tokens = streams * (kPrompt + kGenerated + kKvBlockTokens)},
+                     Clock::Real());
   CheckOk(engine.status());
   absl::Mutex mu;
   int running = 0;

@@ -104,8 +104,8 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
                "Compute every prompt from its beginning, and keep nothing of those that ended");
   app.add_flag(
       "--batch-invariant", options.batch_invariant,
-      "On a CUDA device, too, tokens do not depend on what runs beside their request: steps of more "
-      "than 16 sequences and prompts take up to several times as long. The CPU always does so");
+      "On a CUDA device, too, tokens do not depend on what runs beside their request: prompts, and "
+      "steps of more than 16 sequences, take up to several times as long. The CPU always does so");
   app.add_option("--stream-interval-ms", options.stream_interval_ms,
                  "Tokens of one stream that come faster than this share a message; 0: each has its "
                  "own")
