@@ -1,0 +1,106 @@
+{{/* What follows takes a dict of `root`, the chart's scope, and `component`, coordinator or worker. */}}
+
+{{- define "walsh.selectorLabels" -}}
+app.kubernetes.io/name: walsh
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end }}
+
+{{- define "walsh.labels" -}}
+{{ include "walsh.selectorLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+{{- end }}
+
+{{- define "walsh.name" -}}
+{{ .root.Release.Name }}-{{ .component }}
+{{- end }}
+
+{{- define "walsh.metadata" -}}
+name: {{ include "walsh.name" . }}
+labels: {{- include "walsh.labels" . | nindent 2 }}
+{{- end }}
+
+{{- define "walsh.image" -}}
+{{- $image := .root.Values.image -}}
+{{- with $image.registry }}{{ . }}/{{ end -}}
+{{ (index .root.Values .component).image }}:{{ $image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+
+{{/* A pod's metadata and what both pods' specs have in common. */}}
+{{- define "walsh.podMetadata" -}}
+labels: {{- include "walsh.labels" . | nindent 2 }}
+annotations:
+  # A changed flag is a new pod.
+  checksum/flags: {{ include "walsh.flags" . | sha256sum }}
+{{- end }}
+
+{{- define "walsh.podSpec" -}}
+{{- $values := index .root.Values .component -}}
+# After SIGTERM: the calls' time, and a margin for last words.
+terminationGracePeriodSeconds: {{ add .root.Values.preStopSeconds $values.shutdownTimeoutSeconds 15 }}
+automountServiceAccountToken: false
+# Kubernetes' variables for Services would begin with WALSH_, as those for flags do.
+enableServiceLinks: false
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 10001
+  runAsGroup: 10001
+  fsGroup: 10001
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- with .root.Values.image.pullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* What both containers have in common. */}}
+{{- define "walsh.container" -}}
+{{- $values := index .root.Values .component -}}
+name: {{ .component }}
+image: {{ include "walsh.image" . }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+envFrom:
+  - configMapRef: {name: {{ include "walsh.name" . }}}
+lifecycle:
+  preStop:
+    sleep: {seconds: {{ .root.Values.preStopSeconds }}}
+resources: {{- toYaml $values.resources | nindent 2 }}
+{{- end }}
+
+{{- define "walsh.claimSpec" -}}
+accessModes: [ReadWriteOnce]
+{{- with .className }}
+storageClassName: {{ . }}
+{{- end }}
+resources: {requests: {storage: {{ .size }}}}
+{{- end }}
+
+{{/* Flags by their environment twins: a ConfigMap's data. */}}
+{{- define "walsh.flags" -}}
+{{- $values := index .root.Values .component -}}
+{{- $flags := dict "WALSH_DATA_DIR" "/var/lib/walsh" "WALSH_HOST" "0.0.0.0" -}}
+{{- $_ := set $flags "WALSH_SHUTDOWN_TIMEOUT" (toString $values.shutdownTimeoutSeconds) -}}
+{{- if eq .component "worker" -}}
+{{- $_ := set $flags "WALSH_COORDINATOR" (printf "%s-coordinator:50052" .root.Release.Name) -}}
+{{- with $values.requiredModel }}{{ $_ := set $flags "WALSH_LOAD_MODEL" . }}{{ end -}}
+{{- if $values.sources.existingClaim }}{{ $_ := set $flags "WALSH_MODEL_ROOT" "/models" }}{{ end -}}
+{{- end -}}
+{{- range $name, $value := $values.environment -}}
+{{- if hasKey $flags $name }}{{ fail (printf "%s.environment: %s is the chart's own" $.component $name) }}{{ end -}}
+{{- $_ := set $flags $name (toString $value) -}}
+{{- end -}}
+{{ toYaml $flags }}
+{{- end }}
