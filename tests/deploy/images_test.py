@@ -13,32 +13,32 @@ sys.path.insert(0, fetched.find("deploy-tools/python"))
 from ruamel.yaml import YAML  # noqa: E402
 
 DOCKER = os.path.join(service_settings.ROOT, "docker")
-COMPONENTS = ("coordinator", "worker")
 
 
 def check_dockerfile():
     dockerfile = service_settings.read("docker/Dockerfile")
-    for component in COMPONENTS:
-        stage = re.search(rf"^FROM \S+ AS {component}(?:-runtime)?\n(.*?)(?=^FROM|\Z)", dockerfile, re.M | re.S).group(1)
-        ports = service_settings.default_ports(component)
+    for daemon in service_settings.SOURCES:
+        pattern = rf"^FROM \S+ AS {daemon}(?:-runtime)?\n(.*?)(?=^FROM|\Z)"
+        stage = re.search(pattern, dockerfile, re.M | re.S).group(1)
+        ports = service_settings.default_ports(daemon)
         if sorted(re.search(r"^EXPOSE (.*)$", stage, re.M).group(1).split()) != sorted(map(str, ports.values())):
-            yield f"{component}: EXPOSE is not {ports}"
+            yield f"{daemon}: EXPOSE is not {ports}"
         if f'CMD ["healthcheck", "{ports["metrics"]}"]' not in stage:
-            yield f"{component}: HEALTHCHECK does not ask the metrics port"
+            yield f"{daemon}: HEALTHCHECK does not ask the metrics port"
         user = re.search(r"runAsUser: (\d+)", service_settings.read("deploy/kubernetes/base/walsh.yaml")).group(1)
         if f"\nUSER {user}:{user}\n" not in stage:
-            yield f"{component}: USER is not {user}, as in Kubernetes"
+            yield f"{daemon}: USER is not {user}, as in Kubernetes"
 
 
 def check_compose():
     services = YAML(typ="safe", pure=True).load(service_settings.read("docker/compose.yaml"))["services"]
-    for component in COMPONENTS:
-        service = services[component]
-        for name in sorted(service["environment"].keys() - service_settings.environment_names()):
-            yield f"compose: {component}: {name} is no flag"
+    for daemon in service_settings.SOURCES:
+        service = services[daemon]
+        for name in sorted(service["environment"].keys() - service_settings.environment_names(daemon)):
+            yield f"compose: {daemon}: {name} is none of its flags"
         grace = float(service["stop_grace_period"].removesuffix("s"))
         if grace <= float(service["environment"]["WALSH_SHUTDOWN_TIMEOUT"]):
-            yield f"compose: {component}: {grace:.0f} s are no time to stop"
+            yield f"compose: {daemon}: {grace:.0f} s are no time to stop"
     for name, service in services.items():
         for mount in service["volumes"]:
             source = mount.split(":")[0]
@@ -47,8 +47,8 @@ def check_compose():
 
 
 def main():
-    hadolint = subprocess.run([fetched.find("deploy-tools/bin/hadolint"), "--no-color", os.path.join(DOCKER, "Dockerfile")],
-                              capture_output=True, text=True, check=False)
+    command = [fetched.find("deploy-tools/bin/hadolint"), "--no-color", os.path.join(DOCKER, "Dockerfile")]
+    hadolint = subprocess.run(command, capture_output=True, text=True, check=False)
     faults = [*hadolint.stdout.splitlines(), *hadolint.stderr.splitlines(), *check_dockerfile(), *check_compose()]
     for fault in faults:
         print(fault)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The objects that the chart and the kustomize overlays make.
 
-Goal:   a Kubernetes 1.34 takes each, also in a namespace that is restricted; names that they refer to exist; their flags
-        and ports are the daemons'; a pod has the time that it needs to stop; chart and overlays make the same.
-Method: helm and kubectl render them, without a cluster; JSON schemas and the checks below judge them. The checks are tried
-        first, on objects that were damaged.
+Goal:   Kubernetes 1.34 takes each, also in a namespace that is restricted; names that they refer to exist; their
+        flags and ports are the daemons'; a pod has the time that it needs to stop; chart and overlays make the same.
+Method: helm and kubectl render them, without a cluster; JSON schemas and the checks below judge them. The checks are
+        tried first, on objects that were damaged.
 """
 
 import copy
@@ -28,7 +28,11 @@ EVERYTHING = [*GPU, "--set", "podMonitor.enabled=true,autoscaling.enabled=true,w
 WORKLOADS = ("Deployment", "StatefulSet")
 # What the pod security standard `restricted` asks for, and a root file system that nothing writes to.
 POD_SECURITY = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
-CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
 
 
 def run(tool, *arguments):
@@ -111,10 +115,14 @@ class Fleet:
         return values
 
 
-def container_ports(workload):
-    """{name: number} of the one container."""
+def container_of(workload):
     (container,) = workload["spec"]["template"]["spec"]["containers"]
-    return {port["name"]: port["containerPort"] for port in container["ports"]}
+    return container
+
+
+def container_ports(workload):
+    """{name: number}"""
+    return {port["name"]: port["containerPort"] for port in container_of(workload)["ports"]}
 
 
 def has(settings, wanted):
@@ -123,7 +131,7 @@ def has(settings, wanted):
 
 def check_container(fleet, workload):
     pod = workload["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
+    container = container_of(workload)
     if not has(pod["securityContext"], POD_SECURITY) or not has(container["securityContext"], CONTAINER_SECURITY):
         yield "is not restricted"
     if not container["resources"].get("requests") or "memory" not in container["resources"].get("limits", {}):
@@ -143,8 +151,8 @@ def check_container(fleet, workload):
         yield f"the daemon does not listen on {ports}"
 
     flags = fleet.flags(container)
-    for name in sorted(flags.keys() - service_settings.environment_names()):
-        yield f"{name} is no flag"
+    for name in sorted(flags.keys() - service_settings.environment_names(container["name"])):
+        yield f"{name} is none of its flags"
     seconds = container["lifecycle"]["preStop"]["sleep"]["seconds"] + float(flags["WALSH_SHUTDOWN_TIMEOUT"])
     if pod["terminationGracePeriodSeconds"] <= seconds:
         yield f"has {pod['terminationGracePeriodSeconds']} s to stop and needs more than {seconds:.0f} s"
@@ -171,16 +179,18 @@ def check_network_policy(fleet, policy):
     for rule in policy["spec"]["ingress"]:
         yield from check_selector(fleet, labels, [port["port"] for port in rule["ports"]])
     for rule in policy["spec"]["egress"]:
+        ports = [port["port"] for port in rule["ports"]]
         for peer in rule["to"]:
             if "podSelector" in peer:
-                yield from check_selector(fleet, peer["podSelector"]["matchLabels"], [port["port"] for port in rule["ports"]])
+                yield from check_selector(fleet, peer["podSelector"]["matchLabels"], ports)
 
 
 def check_references(fleet, found):
     spec = found.get("spec", {})
     if found["kind"] in WORKLOADS:
         yield from check_selector(fleet, spec["selector"]["matchLabels"], [])
-        if "serviceName" in spec and spec["serviceName"] not in [name["metadata"]["name"] for name in fleet.of_kind("Service")]:
+        services = [service["metadata"]["name"] for service in fleet.of_kind("Service")]
+        if found["kind"] == "StatefulSet" and spec["serviceName"] not in services:
             yield f"there is no Service {spec['serviceName']}"
     elif found["kind"] == "Service":
         yield from check_selector(fleet, spec["selector"], [port["targetPort"] for port in spec["ports"]])
@@ -226,34 +236,35 @@ def compare(overlay, made, wanted):
             yield f"overlay {overlay}: {name} is not what the chart makes"
 
 
-def damage(objects, kind, change):
-    """A copy in which `change` was done to the first object of a kind."""
-    damaged = copy.deepcopy(objects)
-    change(next(found for found in damaged if found["kind"] == kind))
-    return damaged
+# what: the kind of the object to damage, and how
+DAMAGES = {
+    "a field that does not exist": ("Service", lambda found: found["spec"].update(bogus=1)),
+    "no probe": ("StatefulSet", lambda found: container_of(found).pop("readinessProbe")),
+    "a probe of another port": (
+        "Deployment", lambda found: container_of(found)["readinessProbe"]["grpc"].update(port=1)),
+    "no limit": ("StatefulSet", lambda found: container_of(found)["resources"].pop("limits")),
+    "root's rights": (
+        "StatefulSet", lambda found: container_of(found)["securityContext"]["capabilities"].pop("drop")),
+    "a flag that does not exist": ("ConfigMap", lambda found: found["data"].update(WALSH_BOGUS="1")),
+    "the other daemon's flag": ("ConfigMap", lambda found: found["data"].update(WALSH_LOAD_MODEL="llama")),
+    "no time": ("ConfigMap", lambda found: found["data"].update(WALSH_SHUTDOWN_TIMEOUT="100")),
+    "another port": ("Deployment", lambda found: container_of(found)["ports"][0].update(containerPort=1)),
+    "a Service's other port": ("Service", lambda found: found["spec"]["ports"][0].update(targetPort="bogus")),
+    "another label": (
+        "PodDisruptionBudget", lambda found: found["spec"]["selector"]["matchLabels"].update(bogus="1")),
+    "a policy of another port": (
+        "NetworkPolicy", lambda found: found["spec"]["egress"][0]["ports"][0].update(port="bogus")),
+    "a metric that does not exist": (
+        "HorizontalPodAutoscaler",
+        lambda found: found["spec"]["metrics"][0]["pods"]["metric"].update(name="bogus")),
+}
 
 
 def self_test(objects, schemas):
-    def container(found):
-        return found["spec"]["template"]["spec"]["containers"][0]
-
-    damages = {
-        "a field that does not exist": ("Service", lambda found: found["spec"].update(bogus=1)),
-        "no probe": ("StatefulSet", lambda found: container(found).pop("readinessProbe")),
-        "a probe of another port": ("Deployment", lambda found: container(found)["readinessProbe"]["grpc"].update(port=1)),
-        "no limit": ("StatefulSet", lambda found: container(found)["resources"].pop("limits")),
-        "root's rights": ("StatefulSet", lambda found: container(found)["securityContext"]["capabilities"].pop("drop")),
-        "a flag that does not exist": ("ConfigMap", lambda found: found["data"].update(WALSH_BOGUS="1")),
-        "no time": ("ConfigMap", lambda found: found["data"].update(WALSH_SHUTDOWN_TIMEOUT="100")),
-        "another port": ("Deployment", lambda found: container(found)["ports"][0].update(containerPort=1)),
-        "a Service's other port": ("Service", lambda found: found["spec"]["ports"][0].update(targetPort="bogus")),
-        "another label": ("PodDisruptionBudget", lambda found: found["spec"]["selector"]["matchLabels"].update(bogus="1")),
-        "a policy of another port": ("NetworkPolicy", lambda found: found["spec"]["egress"][0]["ports"][0].update(port="bogus")),
-        "a metric that does not exist": (
-            "HorizontalPodAutoscaler", lambda found: found["spec"]["metrics"][0]["pods"]["metric"].update(name="bogus")),
-    }
-    for what, (kind, change) in damages.items():
-        if not list(check(damage(objects, kind, change), schemas)):
+    for what, (kind, change) in DAMAGES.items():
+        damaged = copy.deepcopy(objects)
+        change(next(found for found in damaged if found["kind"] == kind))
+        if not list(check(damaged, schemas)):
             yield f"self-test: {what} is not found"
 
 
@@ -266,7 +277,7 @@ def main():
         "overlay cpu": parse(kustomize("cpu")),
         "overlay gpu": parse(kustomize("gpu")),
     }
-    faults = [*self_test(rendered["helm, everything"], schemas)]
+    faults = list(self_test(rendered["helm, everything"], schemas))
     for where, objects in rendered.items():
         faults += [f"{where}: {fault}" for fault in check(objects, schemas)]
     faults += compare("cpu", rendered["overlay cpu"], rendered["helm"])

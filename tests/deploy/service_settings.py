@@ -11,13 +11,21 @@ def read(path):
         return file.read()
 
 
-def environment_names():
-    """The environment twins of all flags."""
+SOURCES = {
+    # daemon: where its flags are added, where their defaults are
+    "coordinator": ("server/coordinator_flags.cc", "server/server.h"),
+    "worker": ("worker/service/options.cc", "worker/service/options.h"),
+}
+
+
+def environment_names(daemon):
+    """The environment twins of its flags. Others are ignored by it without a word."""
+    flags = re.findall(r'add_(?:option|flag)\(\s*"--([a-z-]+)"', read(SOURCES[daemon][0]))
     keys = re.search(r"kConfigKeys\[\] = \{(.*?)\};", read("common/config_keys.cc"), re.S).group(1)
-    return {"WALSH_" + key.upper().replace("-", "_") for key in re.findall(r'"([a-z-]+)"', keys)}
+    assert set(flags) <= set(re.findall(r'"([a-z-]+)"', keys)), "a flag was misread"
+    return {"WALSH_" + flag.upper().replace("-", "_") for flag in flags}
 
 
-def default_ports(component):
-    """{name: port} of a coordinator or a worker that is told nothing else."""
-    header = {"coordinator": "server/server.h", "worker": "worker/service/options.h"}[component]
-    return {name: int(port) for name, port in re.findall(r"int (\w+)_port = (\d+);", read(header))}
+def default_ports(daemon):
+    """{name: port} of a daemon that is told nothing else."""
+    return {name: int(port) for name, port in re.findall(r"int (\w+)_port = (\d+);", read(SOURCES[daemon][1]))}
