@@ -23,8 +23,8 @@ struct CudaModelOptions {
   int device = 0;
   int n_threads = 1;   // that check digests
   bool verify = true;  // check walsh.json's digests
-  // Prompts, too, have the same bits in any batch and however they are cut: their rows are never
-  // multiplied in bf16 by cuBLAS, which costs a long prompt several times its time.
+  // Rows have the same bits in any batch and however prompts are cut: many of them, too, are
+  // multiplied as few are (worker/engine/cuda/products.h), which takes up to several times as long.
   bool batch_invariant = false;
   KvCacheDtype kv_cache_dtype = KvCacheDtype::kAuto;
   bool use_graphs = true;  // false launches every kernel of a step by itself, as tests compare
