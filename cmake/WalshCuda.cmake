@@ -19,6 +19,9 @@ if(NOT WALSH_CUDA STREQUAL "OFF")
     endif()
     set(CMAKE_CUDA_STANDARD 20)
     set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    # Debian's CMake 3.25.1 wants to mark this target as deprecated and stops where the toolkit has no such
+    # library, as CUDA 13. Nothing links it.
+    add_library(CUDA::nvToolsExt INTERFACE IMPORTED)
     find_package(CUDAToolkit REQUIRED)
     set(WALSH_HAVE_CUDA ON)
   elseif(WALSH_CUDA STREQUAL "ON")
