@@ -30,14 +30,19 @@ def check_dockerfile():
             yield f"{daemon}: USER is not {user}, as in Kubernetes"
 
 
+def services_of(path):
+    return YAML(typ="safe", pure=True).load(service_settings.read(path))["services"]
+
+
 def check_compose():
-    services = YAML(typ="safe", pure=True).load(service_settings.read("docker/compose.yaml"))["services"]
+    services = services_of("docker/compose.yaml")
     for daemon in service_settings.SOURCES:
-        service = services[daemon]
-        for name in sorted(service["environment"].keys() - service_settings.environment_names(daemon)):
+        environment = services[daemon]["environment"]
+        on_gpu = services_of("docker/compose.gpu.yaml").get(daemon, {}).get("environment", {})
+        for name in sorted({**environment, **on_gpu}.keys() - service_settings.environment_names(daemon)):
             yield f"compose: {daemon}: {name} is none of its flags"
-        grace = float(service["stop_grace_period"].removesuffix("s"))
-        if grace <= float(service["environment"]["WALSH_SHUTDOWN_TIMEOUT"]):
+        grace = float(services[daemon]["stop_grace_period"].removesuffix("s"))
+        if grace <= float(environment["WALSH_SHUTDOWN_TIMEOUT"]):
             yield f"compose: {daemon}: {grace:.0f} s are no time to stop"
     for name, service in services.items():
         for mount in service["volumes"]:
