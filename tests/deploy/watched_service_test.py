@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,11 @@ import urllib.parse
 import urllib.request
 
 import prometheus_tools
+from processes import ENVIRONMENT, Children, wait_until
 
 DEPLOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../deploy")
 BIN = os.environ["WALSH_BIN_DIR"]
 TOOLS = os.environ["WALSH_TEST_TOOLS_DIR"]
-# Without the session's own settings, which may be of another service.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("WALSH_")}
 
 # Series that this service does not have, and why. One that turns up all the same is to be taken off this list.
 MAY_BE_EMPTY = {
@@ -65,55 +63,6 @@ VLLM_QUERIES = [
     "rate(vllm:request_decode_time_seconds_sum[6s])",
     'vllm:cache_config_info{block_size="16"}',
 ]
-
-
-def wait_until(what, condition, timeout=60):
-    """The first true value of `condition`."""
-    deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {timeout} s")
-        time.sleep(0.1)
-    return value
-
-
-class Children:
-    """Processes that are stopped with this object, each with a log in `folder`."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.processes = {}
-
-    def start(self, name, *command):
-        with open(self.log(name), "wb") as log:
-            self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=ENVIRONMENT)
-
-    def log(self, name):
-        return os.path.join(self.folder, f"{name}.log")
-
-    def read_log(self, name):
-        with open(self.log(name), encoding="utf-8", errors="replace") as file:
-            return file.read()
-
-    def check(self, name):
-        code = self.processes[name].poll()
-        if code is not None:
-            raise RuntimeError(f"{name} has ended with {code}:\n{self.read_log(name)[-4000:]}")
-
-    def kill(self, name):
-        process = self.processes.pop(name)
-        process.kill()
-        process.wait()
-
-    def stop(self):
-        for process in reversed(self.processes.values()):
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes.values():
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 class Prometheus:
