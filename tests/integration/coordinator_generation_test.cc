@@ -651,55 +651,59 @@ TEST_F(CoordinatorGenerationTest, BadAliasesAreRefusedByName) {
 }
 
 // A request that was accepted may still be on its way when its model is unloaded.
-TEST_F(CoordinatorGenerationTest, AnUnloadComesAfterTheRequestsThatWereSentBefore) {
-  const auto worker = NewWorkerWithModel("w1", "a");
-  std::atomic<bool> is_sent = false, may_end = false, is_unloaded = false;
-  worker->on_generate = [&](auto*, const auto&, auto*) {
-    is_sent = true;
-    EXPECT_TRUE(WaitUntil([&] { return may_end.load(); }));
-    EXPECT_FALSE(is_unloaded);
-    return grpc::Status::OK;
-  };
-  worker->on_unload = [&](const auto&) {
-    is_unloaded = true;
-    return grpc::Status::OK;
-  };
-  std::thread client([&] { EXPECT_OK(Generate(Prompt("a"))); });
-  ASSERT_TRUE(WaitUntil([&] { return is_sent.load(); }));
+// Model a of a worker, with a request that ends when it is told to.
+class CoordinatorUnloadTest : public CoordinatorGenerationTest {
+ protected:
+  void SetUp() override {
+    CoordinatorGenerationTest::SetUp();
+    worker_ = NewWorkerWithModel("w1", "a");
+    worker_->on_generate = [this](auto*, const auto&, auto*) {
+      is_sent_ = true;
+      EXPECT_TRUE(WaitUntil([&] { return may_end_.load(); }));
+      EXPECT_FALSE(is_unloaded_);
+      return grpc::Status::OK;
+    };
+    worker_->on_unload = [this](const auto&) {
+      is_unloaded_ = true;
+      return grpc::Status::OK;
+    };
+    client_ = std::thread([this] { EXPECT_OK(Generate(Prompt("a"))); });
+    ASSERT_TRUE(WaitUntil([&] { return is_sent_.load(); }));
+  }
+  void TearDown() override {
+    EndRequest();
+    CoordinatorGenerationTest::TearDown();
+  }
+  void EndRequest() {
+    may_end_ = true;
+    if (client_.joinable()) client_.join();
+  }
+
+  std::atomic<bool> is_sent_ = false, may_end_ = false, is_unloaded_ = false;
+  std::unique_ptr<testing::FakeWorker> worker_;
+  std::thread client_;
+};
+
+TEST_F(CoordinatorUnloadTest, ComesAfterTheRequestsThatWereSentBefore) {
   std::thread unload([&] { EXPECT_OK(Unload("a")); });
-  ASSERT_TRUE(WaitUntil([&] { return GetModel("a")->state() == Model::DRAINING; }));
-  EXPECT_OK(worker->Heartbeat()) << "which still says READY";
+  EXPECT_TRUE(WaitUntil([&] { return GetModel("a")->state() == Model::DRAINING; }));
+  EXPECT_OK(worker_->Heartbeat()) << "which still says READY";
   EXPECT_EQ(ErrorReason(Generate(Prompt("a")).status()), "MODEL_DRAINING");
-  may_end = true;
-  client.join();
+  EndRequest();
   unload.join();
-  EXPECT_TRUE(is_unloaded);
+  EXPECT_TRUE(is_unloaded_);
 }
 
 // Whoever does not wait for it any more has not unloaded the model.
-TEST_F(CoordinatorGenerationTest, AnUnloadThatIsLeftBeforeTheWorkerIsAskedChangesNothing) {
-  const auto worker = NewWorkerWithModel("w1", "a");
-  std::atomic<bool> is_sent = false, may_end = false, is_unloaded = false;
-  worker->on_generate = [&](auto*, const auto&, auto*) {
-    is_sent = true;
-    EXPECT_TRUE(WaitUntil([&] { return may_end.load(); }));
-    return grpc::Status::OK;
-  };
-  worker->on_unload = [&](const auto&) {
-    is_unloaded = true;
-    return grpc::Status::OK;
-  };
-  std::thread client([&] { EXPECT_OK(Generate(Prompt("a"))); });
-  ASSERT_TRUE(WaitUntil([&] { return is_sent.load(); }));
+TEST_F(CoordinatorUnloadTest, ThatIsLeftBeforeTheWorkerIsAskedChangesNothing) {
   v1::UnloadModelRequest request;
   request.set_name("a");
   EXPECT_THAT(Send<Model>(models_.get(), &ModelStub::UnloadModel, request, absl::Milliseconds(300)),
               HasCode(absl::StatusCode::kDeadlineExceeded));
   EXPECT_TRUE(WaitUntil([&] { return GetModel("a")->state() == Model::READY; }));
-  may_end = true;
-  client.join();
+  EndRequest();
   EXPECT_OK(Generate(Prompt("a")));
-  EXPECT_FALSE(is_unloaded);
+  EXPECT_FALSE(is_unloaded_);
 }
 
 TEST_F(CoordinatorGenerationTest, AnImportUnderATakenNameIsRefused) {
