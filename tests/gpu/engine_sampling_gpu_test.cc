@@ -36,7 +36,7 @@ using testing::TempDir;
 using testing::TinyModel;
 using testing::TinyModelOptions;
 
-#ifdef WALSH_HOST_DEVICE
+#ifdef WALSH_DEVICE_IS_HOST
 constexpr bool kIsHost = true;
 #else
 constexpr bool kIsHost = false;

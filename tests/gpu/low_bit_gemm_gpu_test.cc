@@ -357,7 +357,13 @@ TEST_F(LowBitGemmGpuTest, WhatDoesNotFitIsRefused) {
   expect_refused(p, "6 parts (1 to 5)");
   p = good;
   p.x.data += 8;
-  expect_refused(p, "x must be aligned to 128 bytes, is 16 bytes off");
+  expect_refused(p, "token tiles must be aligned to 128 bytes, is 16 bytes off");
+  p = good;
+  p.x.data = nullptr;
+  expect_refused(p, "token tiles without data");
+  p = good;
+  p.x.capacity = 12;
+  expect_refused(p, "a capacity of 12, must be a multiple of 8");
   p = good;
   p.n_tokens = 0;
   EXPECT_OK(LowBitGemm(p));

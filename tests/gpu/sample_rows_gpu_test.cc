@@ -594,7 +594,7 @@ TEST_F(SampleRowsGpuTest, WhatIsNoTokenIsNotCounted) {
 
 // One graph for parameters that change between its replays.
 TEST_F(SampleRowsGpuTest, GraphIsReplayedWithOtherParameters) {
-#ifdef WALSH_HOST_DEVICE
+#ifdef WALSH_DEVICE_IS_HOST
   GTEST_SKIP() << "the host captures nothing";
 #endif
   const CpuRun first = RunOnCpu(5003, 1.0f, 8, 1);
@@ -630,7 +630,7 @@ TEST_F(SampleRowsGpuTest, GraphIsReplayedWithOtherParameters) {
 }
 
 TEST_F(SampleRowsGpuTest, RefusesWhatItDoesNotTake) {
-#ifdef WALSH_HOST_DEVICE
+#ifdef WALSH_DEVICE_IS_HOST
   GTEST_SKIP() << "the host takes everything";
 #endif
   EXPECT_THAT(SampleRows({.n_rows = 2, .vocab = 6}),

@@ -5,6 +5,7 @@
 #include "worker/kernels/cuda/block_walsh.cuh"
 #include "worker/kernels/cuda/block_walsh.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/current_device.h"
 #include "worker/kernels/validate.h"
 
 namespace walsh::kernels::cuda {
@@ -52,12 +53,8 @@ absl::Status BlockWalsh(const BlockWalshParams& p, cudaStream_t stream) {
                                 .n_row_blocks = p.cols / p.block,
                                 .n_blocks = p.rows * (p.cols / p.block)};
   if (p.x_stride == p.cols) arguments.n_row_blocks = arguments.n_blocks;
-  int device = 0;
-  int n_multiprocessors = 0;
-  WALSH_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device), "cudaGetDevice"));
-  WALSH_RETURN_IF_ERROR(
-      CudaStatus(cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                 "cudaDeviceGetAttribute"));
+  WALSH_ASSIGN_OR_RETURN(const CurrentDevice device, GetCurrentDevice());
+  const int n_multiprocessors = device.n_multiprocessors;
   switch (p.block) {
     case 16:
       LaunchBlock<16>(p, arguments, n_multiprocessors, stream);

@@ -22,6 +22,7 @@ __device__ __forceinline__ bool IsElected() {
 __device__ __forceinline__ void InitBarrier(uint32_t barrier, int arrivals = 1) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// Behind InitBarrier: the copy engine sees them, too.
 __device__ __forceinline__ void FenceBarriers() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -1,7 +1,7 @@
 // Thread block clusters (compute 9.0 and later): CTAs that run at once and write to one another's
 // shared memory.
 //
-// Who is written to says beforehand how many bytes will come (ExpectBytes) and waits for them
+// Who is written to says beforehand how many bytes will come (BeginExchange) and waits for them
 // (WaitForBytes) at a barrier of its own, which lasts for one such exchange. Nobody else waits, and
 // no fence stands in the way of other loads and stores. A CTA may write only when the other one has
 // begun and made its barrier: arrive and wait of all threads of all CTAs of the cluster see to it.
@@ -16,7 +16,7 @@
 namespace walsh::kernels::cuda {
 
 // By one thread, before ArriveAtCluster. `bytes` of the barrier's exchange, all writers together.
-__device__ __forceinline__ void ExpectBytes(uint64_t* barrier, int bytes) {
+__device__ __forceinline__ void BeginExchange(uint64_t* barrier, int bytes) {
   asm volatile(
       "mbarrier.init.shared::cta.b64 [%0], 1;\n"
       "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n"

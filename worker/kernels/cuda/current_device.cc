@@ -11,7 +11,6 @@
 namespace walsh::kernels::cuda {
 namespace {
 
-constexpr int kDevicesMax = 64;
 // In one word, so that it is whole when it is there.
 constexpr int kMajorShift = 32;
 constexpr int kMinorShift = 16;

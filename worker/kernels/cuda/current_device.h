@@ -5,6 +5,9 @@
 
 namespace walsh::kernels::cuda {
 
+// Devices that are told apart where something is kept for each.
+inline constexpr int kDevicesMax = 64;
+
 struct CurrentDevice {
   int index = 0;
   int compute_major = 0;

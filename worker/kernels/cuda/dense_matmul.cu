@@ -1,7 +1,6 @@
-#include <utility>
-
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/alignment.h"
 #include "worker/kernels/cuda/dense_matmul.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/reduce.cuh"
@@ -13,7 +12,6 @@ constexpr int kWarps = 8;  // of a CTA: rows
 constexpr int kTokens = 4;
 constexpr int kAtOnce = kDenseColsMultiple;  // columns of a lane
 constexpr int64_t kGridYMax = 65535;
-constexpr int64_t kVectorBytes = 16;
 
 struct Eight {
   float v[kAtOnce];
@@ -108,17 +106,9 @@ absl::Status Validate(const DenseMatmulParams& p, int64_t y_stride) {
     return absl::InvalidArgumentError(absl::StrCat(
         "DenseMatmul: stride ", y_stride, " of y, must be at least its columns, ", p.rows));
   }
-  for (const auto& [name, address] : {std::pair<const char*, const void*>("weights", p.weights),
-                                      {"x", p.x},
-                                      {"x_float", p.x_float},
-                                      {"norm_weight", p.norm_weight}}) {
-    const uintptr_t rest = reinterpret_cast<uintptr_t>(address) % kVectorBytes;
-    if (rest == 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("DenseMatmul: ", name, " must be aligned to ",
-                                                   kVectorBytes, " bytes, is ", rest,
-                                                   " bytes off"));
-  }
-  return absl::OkStatus();
+  return CheckAlignment(
+      "DenseMatmul",
+      {{"weights", p.weights}, {"x", p.x}, {"x_float", p.x_float}, {"norm_weight", p.norm_weight}});
 }
 
 }  // namespace

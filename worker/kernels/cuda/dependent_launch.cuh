@@ -14,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/current_device.h"
 
 namespace walsh::kernels::cuda {
 
@@ -33,10 +34,10 @@ __device__ __forceinline__ void LetNextKernelStart() {
 // Does so once for each device; safe from several threads.
 template <auto kKernel>
 absl::Status PrepareOnce(int shared_bytes_max = 0) {
-  static std::atomic<uint64_t> prepared{0};  // a bit for each device, of which there are few
+  static std::atomic<uint64_t> prepared{0};  // a bit for each device
   int device = 0;
   WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  const uint64_t device_bit = uint64_t{1} << (device % 64);
+  const uint64_t device_bit = uint64_t{1} << (device % kDevicesMax);
   if ((prepared.load(std::memory_order_acquire) & device_bit) != 0) return absl::OkStatus();
   if (shared_bytes_max > 0) {
     WALSH_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(

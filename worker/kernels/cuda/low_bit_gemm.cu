@@ -1,9 +1,8 @@
-#include <algorithm>
 #include <cstdint>
-#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/alignment.h"
 #include "worker/kernels/cuda/current_device.h"
 #include "worker/kernels/cuda/low_bit_gemm.h"
 #include "worker/kernels/cuda/low_bit_gemm_kernel.cuh"
@@ -18,14 +17,14 @@ constexpr bool kIsBuilt = false;
 #endif
 constexpr int kComputeMajor = 9;  // wgmma is of 9.0a alone
 constexpr int kComputeMinor = 0;
-constexpr int64_t kTokensMax = 1 << 20;
 constexpr int64_t kGridYMax = 65535;
 
 absl::Status Validate(const LowBitGemmParams& p, int64_t y_cols, int64_t y_stride) {
   const ServingShape& shape = p.weights->shape();
-  if (p.n_tokens < 0 || p.n_tokens > std::min(p.x.capacity, kTokensMax)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "LowBitGemm: ", p.n_tokens, " tokens, the limit is ", std::min(p.x.capacity, kTokensMax)));
+  WALSH_RETURN_IF_ERROR(CheckTokenTiles("LowBitGemm", p.x));
+  if (p.n_tokens < 0 || p.n_tokens > p.x.capacity) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("LowBitGemm: ", p.n_tokens, " tokens, the limit is ", p.x.capacity));
   }
   if (p.x.cols != shape.cols) {
     return absl::InvalidArgumentError(absl::StrCat("LowBitGemm: activations of ", p.x.cols,
@@ -42,6 +41,7 @@ absl::Status Validate(const LowBitGemmParams& p, int64_t y_cols, int64_t y_strid
   if (has_tiles && !IsOfPairs(p.output)) {
     return absl::InvalidArgumentError("LowBitGemm: tiles are made of pairs of rows only");
   }
+  if (has_tiles) WALSH_RETURN_IF_ERROR(CheckTokenTiles("LowBitGemm", p.y_tiles));
   if (has_tiles && (p.y_tiles.cols != y_cols || p.y_tiles.capacity < p.n_tokens)) {
     return absl::InvalidArgumentError(
         absl::StrCat("LowBitGemm: output tiles of ", p.y_tiles.capacity, " tokens and ",
@@ -55,23 +55,13 @@ absl::Status Validate(const LowBitGemmParams& p, int64_t y_cols, int64_t y_strid
     return absl::InvalidArgumentError(
         "LowBitGemm: act(gate) · up takes the rows of gate and up interleaved, these are stacked");
   }
-  for (const auto& [name, address, alignment] :
-       {std::tuple<const char*, const void*, int64_t>("x", p.x.data, 128),
-        {"y_float", p.y_float, 16},
-        {"y_bf16", p.y_bf16, 2},
-        {"y_tiles", p.y_tiles.data, 128}}) {
-    const auto rest = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) %
-                                           static_cast<uintptr_t>(alignment));
-    if (rest == 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("LowBitGemm: ", name, " must be aligned to ",
-                                                   alignment, " bytes, is ", rest, " bytes off"));
-  }
   if (shape.row_tiles() > kGridYMax * low_bit_gemm::Tile<16>::kRowTiles) {
     return absl::InvalidArgumentError(absl::StrCat("LowBitGemm: ", shape.rows,
                                                    " rows, the limit is ",
                                                    kGridYMax * low_bit_gemm::Tile<16>::kRows));
   }
-  return absl::OkStatus();
+  return CheckAlignment("LowBitGemm", {{"y_float", p.y_float, sizeof(float)},
+                                       {"y_bf16", p.y_bf16, sizeof(__nv_bfloat16)}});
 }
 
 absl::Status Launch(const ServingShape& shape, const low_bit_gemm::LaunchPlan& plan) {
@@ -88,12 +78,15 @@ absl::Status Launch(const ServingShape& shape, const low_bit_gemm::LaunchPlan& p
   }
 }
 
+bool RunsOn(const CurrentDevice& device) {
+  return kIsBuilt && device.compute_major == kComputeMajor && device.compute_minor == kComputeMinor;
+}
+
 }  // namespace
 
 bool HasLowBitGemm() {
   const absl::StatusOr<CurrentDevice> device = GetCurrentDevice();
-  return kIsBuilt && device.ok() && device->compute_major == kComputeMajor &&
-         device->compute_minor == kComputeMinor;
+  return device.ok() && RunsOn(*device);
 }
 
 absl::Status LowBitGemm(const LowBitGemmParams& p) {
@@ -103,31 +96,34 @@ absl::Status LowBitGemm(const LowBitGemmParams& p) {
   const int64_t y_stride = p.y_stride == 0 ? y_cols : p.y_stride;
   WALSH_RETURN_IF_ERROR(Validate(p, y_cols, y_stride));
   if (p.n_tokens == 0) return absl::OkStatus();
-  if (!HasLowBitGemm()) {
+  WALSH_ASSIGN_OR_RETURN(const CurrentDevice device, GetCurrentDevice());
+  if (!RunsOn(device)) {
     return absl::UnimplementedError(
         "LowBitGemm: it needs a device of compute 9.0 and a build for 90a");
   }
-  WALSH_ASSIGN_OR_RETURN(const CurrentDevice device, GetCurrentDevice());
+  constexpr int64_t kQuad = 4;
+  const bool has_quads = p.y_float != nullptr && y_stride % kQuad == 0 &&
+                         reinterpret_cast<uintptr_t>(p.y_float) % (kQuad * sizeof(float)) == 0;
   return Launch(
       shape, {.params = {.weights = p.weights->blocks(),
                          .n_row_tiles = static_cast<int>(shape.row_tiles()),
                          .n_blocks = static_cast<int>(shape.col_blocks()),
                          .block_bytes = static_cast<int>(shape.block_bytes()),
                          .grids = shape.grids_in_block(),
-                         .has_fractions = shape.has_float_zeros,
                          .tokens = p.x.data,
                          .capacity = p.x.capacity,
                          .n_tokens = static_cast<int>(p.n_tokens),
                          .n_rows = static_cast<int>(is_interleaved ? shape.rows / 2 : shape.rows),
                          .is_interleaved = is_interleaved,
                          .output = p.output,
-                         .is_pair = IsOfPairs(p.output),
                          .bias = p.bias,
                          .y_float = p.y_float,
                          .y_bf16 = p.y_bf16,
                          .y_stride = y_stride,
+                         .has_quads = has_quads,
                          .y_tiles = p.y_tiles.data,
                          .y_capacity = p.y_tiles.capacity},
+              .has_fractions = shape.has_float_zeros,
               .wanted = p.tuning,
               .device = device.index,
               .overlap_previous = p.overlap_previous,

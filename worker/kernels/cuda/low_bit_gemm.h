@@ -3,12 +3,12 @@
 //
 // What LowBitMatmul (worker/kernels/cuda/low_bit_matmul.h) is for a few tokens. Each weight is read
 // and expanded once for up to 256 tokens, in registers; activations come as bf16 (token_tiles.h).
-// Sums are fp32. Up to 128 tokens of a tile weights are exact, code − zero (zeros with fractions to
-// 2^-9), multiplied by the scale behind the sum of a group; those of 256 are rounded to bf16, to
-// 2^-9 of each.
+// Sums are fp32. In tiles of up to 128 tokens what is multiplied is code − zero, exactly, or to
+// 2^-9 of it where the zero is no integer from -128 to 128, and the sum of a group is multiplied by
+// its scale; in tiles of 256 it is the weight, to 2^-9 of it.
 //
-// A row of the result depends on its own token only. Its order of sums depends on how the work is
-// cut, and so on the number of tokens; from run to run it has the same bits.
+// A row of the result depends on no other token's values. Its order of sums depends on how the work
+// is cut, and so on the number of tokens and the device; from run to run it has the same bits.
 //
 // Bound:   tensor cores from some 128 tokens on, below that the expansion of the weights
 // Shapes:  row-major, rows of y are tokens
@@ -44,6 +44,8 @@ struct LowBitGemmParams {
   // One of the three, [n_tokens, rows], of pairs [n_tokens, rows / 2]; tiles only of pairs.
   float* y_float = nullptr;
   __nv_bfloat16* y_bf16 = nullptr;
+  // Of these the columns that fill up the last piece are written, and no further piece: what fills
+  // up tiles to a multiple of 128 columns must be zeros already.
   TokenTiles y_tiles;
   int64_t y_stride = 0;  // 0: as many as y has columns
   // Programmatic dependent launch: see dependent_launch.cuh. Weights are read before the kernel

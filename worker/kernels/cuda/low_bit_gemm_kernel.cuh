@@ -16,6 +16,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "absl/status/status.h"
@@ -37,10 +40,10 @@ namespace walsh::kernels::cuda::low_bit_gemm {
 
 inline constexpr int kPieces = kServingBlockCols / kTilePieceCols;  // of a stage
 inline constexpr int kStagesMax = 8;
-inline constexpr int kSplitMax = 8;  // CTAs of a cluster that any device takes
-inline constexpr int kDevicesMax = 64;
-inline constexpr int kSharedMax = 227 << 10;
-inline constexpr int kStageAlignment = 1024;  // of token tiles; kept for weights, too
+inline constexpr int kSplitMax = 8;              // CTAs of a cluster that any device takes
+inline constexpr int kSharedMax = 227 << 10;     // of a CTA
+inline constexpr int kSharedReserved = 1 << 10;  // beside it, by the system
+inline constexpr int kStageAlignment = 1024;     // of token tiles; kept for weights, too
 
 // What a CTA makes: kRows rows of W times kTokens tokens.
 template <int kTokens_>
@@ -85,8 +88,7 @@ struct KernelParams {
   int n_row_tiles = 0;
   int n_blocks = 0;  // of columns
   int block_bytes = 0;
-  int grids = 0;               // of a block: 1, 2 or 4
-  bool has_fractions = false;  // zeros may have them
+  int grids = 0;  // of a block: 1, 2 or 4
   const __nv_bfloat16* tokens = nullptr;
   int64_t capacity = 0;
   int n_tokens = 0;
@@ -99,17 +101,18 @@ struct KernelParams {
   int n_rows = 0;
   bool is_interleaved = false;
   LowBitOutput output = LowBitOutput::kStore;
-  bool is_pair = false;  // outputs are made of pairs of rows
   const float* bias = nullptr;
   float* y_float = nullptr;
   __nv_bfloat16* y_bf16 = nullptr;
   int64_t y_stride = 0;
+  bool has_quads = false;  // four of y_float, from a multiple of four on, are 16 aligned bytes
   __nv_bfloat16* y_tiles = nullptr;
   int64_t y_capacity = 0;
 };
 
 struct LaunchPlan {
   KernelParams params;
+  bool has_fractions = false;  // zeros may have them
   LowBitGemmTuning wanted;
   int device = 0;
   bool overlap_previous = false;
@@ -218,9 +221,10 @@ struct RowGrid {
       return __hsub2(AsPair(BiasedCodes(codes, (1u << kBits) - 1)), zero);
     }
   }
-  __device__ __forceinline__ uint32_t Steps(uint32_t codes, bool has_fractions) const {
+  template <bool kIntegerZeros>
+  __device__ __forceinline__ uint32_t Steps(uint32_t codes) const {
     const __nv_bfloat162 steps = IntegerSteps(codes);
-    return AsBits(has_fractions ? __hsub2(steps, fraction) : steps);
+    return AsBits(kIntegerZeros ? steps : __hsub2(steps, fraction));
   }
   __device__ __forceinline__ uint32_t Weights(uint32_t codes) const {
     const __nv_bfloat162 steps = IntegerSteps(codes);
@@ -249,8 +253,6 @@ struct RowGrid<2, true> {
     // Nibbles that select: low byte of the first, its high byte, those of the second.
     return __byte_perm(low_bytes, high_bytes, (adjacent * 0x11u & 0x3333u) | 0x4040u);
   }
-  __device__ __forceinline__ uint32_t Steps(uint32_t codes, bool) const { return Weights(codes); }
-  static constexpr float factor = 1;
 };
 
 // Of rows lane / 4 and 8 more of a row tile, in grid g of a block.
@@ -273,12 +275,16 @@ struct GridPair {
 
 // The A fragments of two products of 16 columns, step s of a block: weights, or steps of their
 // grids.
-template <bool kSteps, int kBits, bool kCodebook>
+template <bool kSteps, bool kIntegerZeros, int kBits, bool kCodebook>
 __device__ __forceinline__ void Dequantize(const Words<kBits>& words,
                                            const GridPair<kBits, kCodebook>& grids, int s,
-                                           bool has_fractions, uint32_t (&a)[8]) {
+                                           uint32_t (&a)[8]) {
   const auto of = [&](const RowGrid<kBits, kCodebook>& row, uint32_t codes) {
-    return kSteps ? row.Steps(codes, has_fractions) : row.Weights(codes);
+    if constexpr (kSteps) {
+      return row.template Steps<kIntegerZeros>(codes);
+    } else {
+      return row.Weights(codes);
+    }
   };
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -410,6 +416,7 @@ __device__ __forceinline__ void Multiply(const KernelParams& p, const Share<T>& 
   float lower_factor = 0;
   const auto end_group = [&] {
     WaitForProducts<0>();
+    PinRegisters(of_group.v);
 #pragma unroll
     for (int i = 0; i < T::kTokens / 2; i += 4) {
       acc.v[i] = __fmaf_rn(upper_factor, of_group.v[i], acc.v[i]);
@@ -435,11 +442,13 @@ __device__ __forceinline__ void Multiply(const KernelParams& p, const Share<T>& 
       if (s > 0 && begins_group) {
         grids = GridPair<kBits, kCodebook>::Load(weights, lane, s / steps_of_grid);
       }
-      Dequantize<kSteps>(words, grids, s, !kIntegerZeros, a[s % 2]);
-      if (kSteps && begins_group) {
-        if (s > 0 || previous >= 0) end_group();
-        upper_factor = grids.upper.factor;
-        lower_factor = grids.lower.factor;
+      Dequantize<kSteps, kIntegerZeros>(words, grids, s, a[s % 2]);
+      if constexpr (kSteps) {
+        if (begins_group) {
+          if (s > 0 || previous >= 0) end_group();
+          upper_factor = grids.upper.factor;
+          lower_factor = grids.lower.factor;
+        }
       }
       PinRegisters(a[s % 2]);
       BeginProducts();
@@ -465,6 +474,7 @@ __device__ __forceinline__ void Multiply(const KernelParams& p, const Share<T>& 
     end_group();
   } else {
     WaitForProducts<0>();
+    PinRegisters(acc.v);
   }
 }
 
@@ -500,7 +510,7 @@ __device__ __forceinline__ void WriteToken(const KernelParams& p, int64_t token,
     if (n <= 0) return;
     const float4 y = with_bias(v, row, n);
     const int64_t at = token * p.y_stride + row;
-    if (n < 4 || p.y_bf16 != nullptr || p.y_stride % 4 != 0) return write(row, n, y);
+    if (n < 4 || !p.has_quads) return write(row, n, y);
     auto* const to = reinterpret_cast<float4*>(p.y_float + at);
     if (p.output == LowBitOutput::kAdd) {
       const float4 old = *to;
@@ -516,7 +526,7 @@ __device__ __forceinline__ void WriteToken(const KernelParams& p, int64_t token,
   const int row = first_row / 2 + lane / 4 * 8 + lane % 2 * 4;
   const int n = min(p.n_rows - row, 4);
   const bool is_second = lane % 4 >= 2;
-  if (!p.is_pair) {
+  if (!IsOfPairs(p.output)) {
     if (n > 0) {
       const int64_t col = row + (is_second ? p.n_rows : 0);
       write(col, n, with_bias(v, col, n));
@@ -662,7 +672,7 @@ class Launcher {
     p.split = split;
     const int shared_bytes = PlaceShared(p);
     return LaunchKernel("LowBitGemm", kKernel,
-                        {.grid = dim3(static_cast<unsigned>(TokenTiles(p) * split),
+                        {.grid = dim3(static_cast<unsigned>(NumTokenTiles(p) * split),
                                       static_cast<unsigned>(RowGroups(p))),
                          .threads = T::kThreads,
                          .shared_bytes = shared_bytes,
@@ -680,12 +690,13 @@ class Launcher {
     const KernelParams& p = plan.params;
     for (int split = 1; split <= std::min(kSplitMax, p.n_blocks); ++split) {
       if (plan.wanted.split != 0 && plan.wanted.split != split) continue;
-      WALSH_ASSIGN_OR_RETURN(const int at_once, CtasAtOnce(plan, split));
+      WALSH_ASSIGN_OR_RETURN(const int at_once, CtasAtOnce(plan.device, split));
       if (at_once == 0) continue;
       // Fitted to what was measured on an H200 (docs/results); it need only order the cuts.
       constexpr double kCtaUs = 5;     // to begin and to end
       constexpr double kPartUs = 0.3;  // another CTA's sums
-      const double us = CeilDiv(TokenTiles(p) * RowGroups(p) * split, at_once) *
+      const double ctas = static_cast<double>(NumTokenTiles(p)) * RowGroups(p) * split;
+      const double us = std::ceil(ctas / at_once) *
                         (CeilDiv(p.n_blocks, split) * T::kBlockUs + kCtaUs + kPartUs * split);
       if (us < best.us) best = {.us = us, .launch = Launch, .split = split};
     }
@@ -696,70 +707,82 @@ class Launcher {
   static constexpr auto kKernel = LowBitGemmKernel<kBits, kCodebook, kIntegerZeros, T>;
 
   static int RowGroups(const KernelParams& p) { return CeilDiv(p.n_row_tiles, T::kRowTiles); }
-  static int TokenTiles(const KernelParams& p) { return CeilDiv(p.n_tokens, T::kTokens); }
+  static int NumTokenTiles(const KernelParams& p) { return CeilDiv(p.n_tokens, T::kTokens); }
+
+  static constexpr int kBarrierBytes = 16;  // full and empty
+  // Shared memory of a CTA, at most.
+  static constexpr int kSharedBudget =
+      (kSharedMax + kSharedReserved) / T::kCtasPerSm - kSharedReserved;
+  static_assert(T::kSumsBytes + kStagesMax * kBarrierBytes <= kSharedBudget);
 
   // Returns the bytes of a CTA.
   static int PlaceShared(KernelParams& p) {
-    constexpr int kBarrierBytes = 16;   // full and empty
-    constexpr int kReserved = 1 << 10;  // of a CTA, by the system
-    constexpr int kBudget = (kSharedMax + kReserved) / T::kCtasPerSm - kReserved;
     p.weights_stride = T::WeightBytes(p.block_bytes);
     const int stage_bytes = T::kTokenBytes + p.weights_stride;
-    p.n_stages = std::min((kBudget - kStagesMax * kBarrierBytes) / stage_bytes, kStagesMax);
+    p.n_stages = std::min((kSharedBudget - kStagesMax * kBarrierBytes) / stage_bytes, kStagesMax);
     p.weights_at = p.n_stages * T::kTokenBytes;
     p.barriers_at = std::max(p.n_stages * stage_bytes, T::kSumsBytes);
     return p.barriers_at + p.n_stages * kBarrierBytes;
   }
 
   // CTAs that the device runs at once, in clusters of `split`, which not all multiprocessors have
-  // room for. Asked for once.
-  static absl::StatusOr<int> CtasAtOnce(const LaunchPlan& plan, int split) {
+  // room for; 0 where it takes no such cluster. Asked for once, and the same for all matrices: the
+  // cut, and with it the bits of a result, must not depend on which came first.
+  static absl::StatusOr<int> CtasAtOnce(int device, int split) {
     static std::atomic<int> known[kDevicesMax][kSplitMax];  // and 1; 0: not asked yet
-    std::atomic<int>& slot = known[plan.device % kDevicesMax][split - 1];
+    std::atomic<int>& slot = known[device % kDevicesMax][split - 1];
     if (const int n = slot.load(std::memory_order_relaxed); n > 0) return n - 1;
     WALSH_RETURN_IF_ERROR(PrepareOnce<kKernel>(kSharedMax));
-    KernelParams p = plan.params;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(split), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(split));
     config.blockDim = dim3(T::kThreads);
-    config.dynamicSmemBytes = static_cast<size_t>(PlaceShared(p));
+    config.dynamicSmemBytes = kSharedBudget;
     config.attrs = &cluster;
     config.numAttrs = 1;
     int clusters = 0;
-    WALSH_CUDA_RETURN_IF_ERROR(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config));
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
+    if (error == cudaErrorInvalidClusterSize) {
+      cudaGetLastError();  // is not for others to find
+    } else {
+      WALSH_CUDA_RETURN_IF_ERROR(error);
+    }
     slot.store(clusters * split + 1, std::memory_order_relaxed);
     return clusters * split;
   }
 };
 
 template <int kBits, bool kCodebook, bool kIntegerZeros>
-absl::Status LaunchZeros(const LaunchPlan& plan) {
+absl::Status LaunchBest(const LaunchPlan& plan) {
   Cut best;
-  WALSH_RETURN_IF_ERROR(
-      (Launcher<kBits, kCodebook, kIntegerZeros, Tile<16>>::Consider(plan, best)));
-  WALSH_RETURN_IF_ERROR(
-      (Launcher<kBits, kCodebook, kIntegerZeros, Tile<32>>::Consider(plan, best)));
-  WALSH_RETURN_IF_ERROR(
-      (Launcher<kBits, kCodebook, kIntegerZeros, Tile<64>>::Consider(plan, best)));
-  WALSH_RETURN_IF_ERROR(
-      (Launcher<kBits, kCodebook, kIntegerZeros, Tile<128>>::Consider(plan, best)));
-  WALSH_RETURN_IF_ERROR(
-      (Launcher<kBits, kCodebook, kIntegerZeros, Tile<256>>::Consider(plan, best)));
-  if (best.launch == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "LowBitGemm: tuning of ", plan.wanted.tile_tokens, " tokens (16, 32, 64, 128 or 256) and ",
-        plan.wanted.split, " parts (1 to ", std::min(kSplitMax, plan.params.n_blocks), ")"));
+  absl::Status status;
+  const auto consider = [&]<int kTokens>() {
+    using Tiled = Launcher<kBits, kCodebook, kIntegerZeros, Tile<kTokens>>;
+    status.Update(Tiled::Consider(plan, best));
+  };
+  consider.template operator()<16>();
+  consider.template operator()<32>();
+  consider.template operator()<64>();
+  consider.template operator()<128>();
+  consider.template operator()<256>();
+  WALSH_RETURN_IF_ERROR(status);
+  if (best.launch != nullptr) return best.launch(plan, best.split);
+  if (plan.wanted.tile_tokens == 0 && plan.wanted.split == 0) {
+    return absl::UnimplementedError("LowBitGemm: the device runs no CTA of it");
   }
-  return best.launch(plan, best.split);
+  return absl::InvalidArgumentError(absl::StrCat(
+      "LowBitGemm: tuning of ", plan.wanted.tile_tokens, " tokens (16, 32, 64, 128 or 256) and ",
+      plan.wanted.split, " parts (1 to ", std::min(kSplitMax, plan.params.n_blocks), ")"));
 }
 
 template <int kBits, bool kCodebook>
 absl::Status LaunchWidth(const LaunchPlan& plan) {
-  return plan.params.has_fractions ? LaunchZeros<kBits, kCodebook, false>(plan)
-                                   : LaunchZeros<kBits, kCodebook, true>(plan);
+  if constexpr (!kCodebook) {
+    if (plan.has_fractions) return LaunchBest<kBits, kCodebook, false>(plan);
+  }
+  return LaunchBest<kBits, kCodebook, true>(plan);
 }
 
 // Each in a file of its own, low_bit_gemm_*.cu.

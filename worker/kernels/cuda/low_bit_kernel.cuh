@@ -333,7 +333,7 @@ template <typename F>
 __device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, int n_tiles,
                                        int token_first, int n_tokens, const float* square_sums,
                                        const float* sums) {
-  const bool is_pair = p.output >= LowBitOutput::kSiluMul;
+  const bool is_pair = IsOfPairs(p.output);
   const int tile_shift = is_pair ? 3 : 4;  // outputs of a tile: 8 or 16
   const auto n_outputs = static_cast<unsigned>(n_tiles << tile_shift);
   int i = static_cast<int>(threadIdx.x);

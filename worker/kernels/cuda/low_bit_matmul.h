@@ -39,6 +39,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "worker/kernels/cuda/serving_codes.h"
 #include "worker/kernels/cuda/serving_layout.h"
 
 namespace walsh::kernels::cuda {
@@ -58,7 +59,7 @@ enum class LowBitOutput {
   kGeluMul,  // the same with GELU by its tanh formula
 };
 // Whether outputs are made of pairs of rows.
-constexpr bool IsOfPairs(LowBitOutput output) {
+WALSH_HOST_DEVICE constexpr bool IsOfPairs(LowBitOutput output) {
   return output == LowBitOutput::kSiluMul || output == LowBitOutput::kGeluMul;
 }
 

@@ -28,6 +28,7 @@
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/cluster.cuh"
 #include "worker/kernels/cuda/cuda_status.h"
+#include "worker/kernels/cuda/current_device.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/kv_codes.cuh"
 #include "worker/kernels/cuda/mma.cuh"
@@ -561,8 +562,8 @@ __global__ void __launch_bounds__(kThreads, Form::kCtasOfMultiprocessor)
     // Of each CTA, vectors in turns of kVectorsTogether, and all heads' softmax.
     const int n_turns = n_vectors / kVectorsTogether;
     const int n_received = (n_turns / kCtas + (rank < n_turns % kCtas ? 1 : 0)) * kVectorsTogether;
-    ExpectBytes(&shared.barrier, kCtas * (n_received * static_cast<int>(sizeof(float4)) +
-                                          n_heads * static_cast<int>(sizeof(float2))));
+    BeginExchange(&shared.barrier, kCtas * (n_received * static_cast<int>(sizeof(float4)) +
+                                            n_heads * static_cast<int>(sizeof(float2))));
   }
   WaitForPreviousKernel();
   HeadPairs<Form::kPairs> x[kHeadsOfWarp];
@@ -804,13 +805,9 @@ absl::Status Launch(const PagedDecodeParams& params, const DecodeArguments& argu
 // CTAs of a cluster for so many clusters: as many as are at work at once, two on each
 // multiprocessor.
 absl::StatusOr<int> ClusterCtas(int64_t n_clusters) {
-  int device = 0;
-  int n_multiprocessors = 0;
-  WALSH_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
-  WALSH_CUDA_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&n_multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  WALSH_ASSIGN_OR_RETURN(const CurrentDevice device, GetCurrentDevice());
   int n_ctas = kLeaves;
-  while (n_ctas > kCtasMin && n_clusters * n_ctas > 2 * n_multiprocessors) n_ctas /= 2;
+  while (n_ctas > kCtasMin && n_clusters * n_ctas > 2 * device.n_multiprocessors) n_ctas /= 2;
   return n_ctas;
 }
 

@@ -1,7 +1,9 @@
-#include <tuple>
+#include <cstdint>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/alignment.h"
 #include "worker/kernels/cuda/dependent_launch.cuh"
 #include "worker/kernels/cuda/fixed_point.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
@@ -16,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kPieces = kThreads / low_bit::kRecordLanes;  // blocks of 128 columns at once
 constexpr int64_t kCapacityMultiple = 8;
 constexpr int64_t kColsMultiple = 8;
-constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kColsMax = std::numeric_limits<int32_t>::max() - kServingBlockCols;
 constexpr int64_t kTilesAlignment = 128;
 
 constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
@@ -65,16 +67,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 absl::Status Validate(const MakeTokenTilesParams& p) {
+  WALSH_RETURN_IF_ERROR(CheckTokenTiles("MakeTokenTiles", p.tiles));
   const int64_t cols = p.tiles.cols;
   if (p.n_tokens < 0 || p.n_tokens > p.tiles.capacity) {
     return absl::InvalidArgumentError(absl::StrCat("MakeTokenTiles: ", p.n_tokens,
                                                    " tokens, the limit is the tiles' capacity, ",
                                                    p.tiles.capacity));
-  }
-  if (p.tiles.capacity % kCapacityMultiple != 0 || cols <= 0 || cols % kColsMultiple != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "MakeTokenTiles: a capacity of ", p.tiles.capacity, " and ", cols,
-        " columns; they must be multiples of ", kCapacityMultiple, " and of ", kColsMultiple));
   }
   if ((p.x == nullptr) == (p.x_float == nullptr)) {
     return absl::InvalidArgumentError("MakeTokenTiles: one of x and x_float must be given");
@@ -92,22 +90,31 @@ absl::Status Validate(const MakeTokenTilesParams& p) {
         absl::StrCat("MakeTokenTiles: a rotation in blocks of ", p.rotation_block, " of ", cols,
                      " columns, must divide them and be 16, 32, 64 or 128"));
   }
-  for (const auto& [name, address, alignment] :
-       {std::tuple<const char*, const void*, int64_t>("x", p.x, kVectorBytes),
-        {"x_float", p.x_float, kVectorBytes},
-        {"norm_weight", p.norm_weight, kVectorBytes},
-        {"input_order", p.input_order, kVectorBytes},
-        {"the tiles", p.tiles.data, kTilesAlignment}}) {
-    const auto rest = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) %
-                                           static_cast<uintptr_t>(alignment));
-    if (rest == 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("MakeTokenTiles: ", name, " must be aligned to ",
-                                                   alignment, " bytes, is ", rest, " bytes off"));
-  }
-  return absl::OkStatus();
+  return CheckAlignment("MakeTokenTiles", {{"x", p.x},
+                                           {"x_float", p.x_float},
+                                           {"norm_weight", p.norm_weight},
+                                           {"input_order", p.input_order}});
 }
 
 }  // namespace
+
+absl::Status CheckTokenTiles(const char* operation, const TokenTiles& tiles) {
+  if (tiles.data == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat(operation, ": token tiles without data"));
+  }
+  if (tiles.capacity <= 0 || tiles.capacity % kCapacityMultiple != 0 ||
+      tiles.capacity > kTokenTilesCapacityMax) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        operation, ": token tiles of a capacity of ", tiles.capacity, ", must be a multiple of ",
+        kCapacityMultiple, " up to ", kTokenTilesCapacityMax));
+  }
+  if (tiles.cols <= 0 || tiles.cols % kColsMultiple != 0 || tiles.cols > kColsMax) {
+    return absl::InvalidArgumentError(absl::StrCat(operation, ": token tiles of ", tiles.cols,
+                                                   " columns, must be a multiple of ",
+                                                   kColsMultiple, " up to ", kColsMax));
+  }
+  return CheckAlignment(operation, {{"token tiles", tiles.data, kTilesAlignment}});
+}
 
 int64_t TokenTilesCapacity(int64_t n_tokens) { return RoundUp(n_tokens, kCapacityMultiple); }
 int64_t TokenTilesSize(int64_t capacity, int64_t cols) {

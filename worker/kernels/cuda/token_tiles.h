@@ -27,9 +27,13 @@ struct TokenTiles {
   int64_t capacity = 0;           // tokens, a multiple of 8
   int64_t cols = 0;
 };
+inline constexpr int64_t kTokenTilesCapacityMax = int64_t{1} << 20;
 // The least multiple of 8, and elements of `data`.
 int64_t TokenTilesCapacity(int64_t n_tokens);
 int64_t TokenTilesSize(int64_t capacity, int64_t cols);
+// INVALID_ARGUMENT names the operation and what is wrong with its tiles: no or unaligned data, a
+// capacity that is no multiple of 8 or above the limit, columns that are no multiple of 8.
+absl::Status CheckTokenTiles(const char* operation, const TokenTiles& tiles);
 
 // tiles = f(x), where f may be, in this order: RMSNorm, columns in another order, blocks of them
 // times the orthonormal Hadamard matrix. Computed in fp32 and rounded to bf16 once.

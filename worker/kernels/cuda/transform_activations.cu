@@ -1,7 +1,6 @@
-#include <utility>
-
 #include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
+#include "worker/kernels/cuda/alignment.h"
 #include "worker/kernels/cuda/cuda_status.h"
 #include "worker/kernels/cuda/fixed_point.cuh"
 #include "worker/kernels/cuda/low_bit_matmul.h"
@@ -13,7 +12,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kPieces = kThreads / low_bit::kRecordLanes;  // of 128 columns
 constexpr int64_t kColsMultiple = 8;
-constexpr int64_t kVectorBytes = 16;
 
 __device__ __forceinline__ uint32_t Bf16Pair(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -60,16 +58,8 @@ absl::Status Validate(const TransformActivationsParams& p) {
     return absl::InvalidArgumentError(
         "TransformActivations: columns in another order are not made in place");
   }
-  for (const auto& [name, address] : {std::pair<const char*, const void*>("x", p.x),
-                                      {"y", p.y},
-                                      {"input_order", p.input_order}}) {
-    const uintptr_t rest = reinterpret_cast<uintptr_t>(address) % kVectorBytes;
-    if (rest == 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("TransformActivations: ", name,
-                                                   " must be aligned to ", kVectorBytes,
-                                                   " bytes, is ", rest, " bytes off"));
-  }
-  return absl::OkStatus();
+  return CheckAlignment("TransformActivations",
+                        {{"x", p.x}, {"y", p.y}, {"input_order", p.input_order}});
 }
 
 }  // namespace

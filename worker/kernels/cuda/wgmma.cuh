@@ -48,6 +48,12 @@ __device__ __forceinline__ void PinRegisters(uint32_t (&values)[kCount]) {
 #pragma unroll
   for (uint32_t& value : values) asm volatile("" : "+r"(value)::"memory");
 }
+// Behind WaitForProducts: keeps what reads the sums from being moved before it.
+template <int kCount>
+__device__ __forceinline__ void PinRegisters(float (&values)[kCount]) {
+#pragma unroll
+  for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+}
 __device__ __forceinline__ void CommitProducts() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
