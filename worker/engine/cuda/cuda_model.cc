@@ -49,6 +49,8 @@ class CudaModel final : public ServedModel {
   }
   int64_t kv_token_bytes() const override { return kv_.token_bytes(config_); }
   int64_t step_bytes(const RunnerLimits& limits) const override {
+    // What buffers a step has depends on the current device. Without it the load fails anyway.
+    context_->MakeCurrent().IgnoreError();
     return cuda::DeviceRunnerStepBytes(config_, weights_, limits, RunnerOptions());
   }
   std::optional<int64_t> free_device_bytes() const override {

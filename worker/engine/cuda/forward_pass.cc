@@ -25,7 +25,7 @@ absl::StatusOr<ForwardPass> ForwardPass::Create(Context* context, const ModelCon
 }
 
 template <typename Visit>
-void ForwardPass::ForEachBuffer(const Visit& visit) {
+void ForwardPass::ForEachBuffer(Visit&& visit) {
   const ModelConfig& c = *config_;
   const int64_t n = limits_.n_rows;
   visit(hidden_, n * c.hidden);
@@ -40,11 +40,9 @@ void ForwardPass::ForEachBuffer(const Visit& visit) {
 int64_t ForwardPass::StepBytes(const ModelConfig& config, const DeviceWeights& weights,
                                const Limits& limits) {
   ForwardPass pass(nullptr, &config, &weights, limits);
-  int64_t bytes = pass.products_.size_bytes();
-  pass.ForEachBuffer([&bytes]<typename T>(const DeviceBuffer<T>&, int64_t n) {
-    bytes += n * static_cast<int64_t>(sizeof(T));
-  });
-  return bytes;
+  ops::BufferBytes bytes;
+  pass.ForEachBuffer(bytes);
+  return bytes.bytes() + pass.products_.size_bytes();
 }
 
 absl::Status ForwardPass::Allocate() {

@@ -82,7 +82,7 @@ class ForwardPass {
   absl::Status Allocate();
   // Calls visit(buffer, its elements) for all but the KV pool.
   template <typename Visit>
-  void ForEachBuffer(const Visit& visit);
+  void ForEachBuffer(Visit&& visit);
   kernels::cuda::KvPoolLayer PoolOf(int64_t layer);
 
   absl::Status Layer(int64_t index, const Rows& rows);

@@ -51,7 +51,7 @@ Products::Products(Context* context, const ModelConfig* config, const DeviceWeig
       capacity_(ops::TokenTilesCapacity(limits.n_rows)) {}
 
 template <typename Visit>
-void Products::ForEachBuffer(const Visit& visit) {
+void Products::ForEachBuffer(Visit&& visit) {
   const ModelConfig& c = *config_;
   const int64_t n = limits_.n_rows;
   int64_t widest = c.hidden;
@@ -83,11 +83,9 @@ void Products::ForEachBuffer(const Visit& visit) {
 }
 
 int64_t Products::size_bytes() {
-  int64_t bytes = 0;
-  ForEachBuffer([&bytes]<typename T>(const DeviceBuffer<T>&, int64_t n) {
-    bytes += n * static_cast<int64_t>(sizeof(T));
-  });
-  return bytes;
+  ops::BufferBytes bytes;
+  ForEachBuffer(bytes);
+  return bytes.bytes();
 }
 
 absl::Status Products::Allocate() {

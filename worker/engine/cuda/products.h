@@ -1,10 +1,12 @@
 // Products of a pass's rows with a layer's weights, in whichever of three ways suits their number:
 //
-//   few rows      weights multiplied as they are (low_bit_matmul.h), in chunks of what it takes; a
-//                 row's result has the same bits whatever the others are
-//   more rows     weights dequantized on the way to the tensor cores (low_bit_gemm.h)
-//   many rows     where that cannot be, as a linear was left unquantized or the device has no
-//                 wgmma: weights dequantized to memory for each product, which cuBLAS multiplies
+//   up to 16 rows  weights multiplied as they are (low_bit_matmul.h), in chunks of what it takes; a
+//                  row's result has the same bits whatever the others are
+//   more           weights dequantized on the way to the tensor cores (low_bit_gemm.h)
+//   more than 192  where that cannot be, as a linear was left unquantized or the device has no
+//   wgmma:
+//                  weights dequantized to memory for each product, which cuBLAS multiplies; up to
+//                  there such rows go the first way
 //
 // Where batches must not matter (Limits::batch_invariant) all rows are multiplied in the first way.
 //
@@ -54,8 +56,8 @@ class Products {
 
  private:
   enum class Way { kFew, kTiles, kDequantized };
-  // What is multiplied: rows of the residual stream through a norm, rows of bf16, or what Tiles
-  // made of either.
+  // What is multiplied: rows of the residual stream through a norm, rows of bf16, or tiles that
+  // hold either.
   struct Input {
     const float* hidden = nullptr;
     const DeviceBuffer<float>* norm = nullptr;
@@ -65,7 +67,7 @@ class Products {
 
   // Calls visit(buffer, its elements) for all.
   template <typename Visit>
-  void ForEachBuffer(const Visit& visit);
+  void ForEachBuffer(Visit&& visit);
   Way WayOf(int64_t n_rows, bool is_quantized) const;
   Way WayOf(const Product& product, int64_t n_rows) const;
   float eps() const { return static_cast<float>(config_->rms_norm_eps); }

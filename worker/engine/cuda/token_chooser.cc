@@ -48,7 +48,7 @@ absl::StatusOr<TokenChooser> TokenChooser::Create(const Limits& limits, cudaStre
 int64_t TokenChooser::n_seen_max() const { return std::min(limits_.n_context, limits_.vocab); }
 
 template <typename Visit>
-void TokenChooser::ForEachBuffer(const Visit& visit) {
+void TokenChooser::ForEachBuffer(Visit&& visit) {
   visit(seen_, limits_.n_sequences * n_seen_max());
   visit(seen_logits_, limits_.n_sequences * n_seen_max());
   visit(excluded_, limits_.n_sequences * static_cast<int64_t>(kExcludedMax));
@@ -58,12 +58,9 @@ void TokenChooser::ForEachBuffer(const Visit& visit) {
 }
 
 int64_t TokenChooser::SizeBytes(const Limits& limits) {
-  int64_t bytes = 0;
-  TokenChooser(limits, nullptr)
-      .ForEachBuffer([&bytes]<typename T>(const DeviceBuffer<T>&, int64_t n) {
-        bytes += n * static_cast<int64_t>(sizeof(T));
-      });
-  return bytes;
+  ops::BufferBytes bytes;
+  TokenChooser(limits, nullptr).ForEachBuffer(bytes);
+  return bytes.bytes();
 }
 
 absl::Status TokenChooser::Allocate() {

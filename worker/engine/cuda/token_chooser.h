@@ -91,7 +91,7 @@ class TokenChooser {
   absl::Status Allocate();
   // Calls visit(buffer, its elements) for all.
   template <typename Visit>
-  void ForEachBuffer(const Visit& visit);
+  void ForEachBuffer(Visit&& visit);
   // The place of a sequence: its own, or that of whom nobody has asked for the longest.
   int64_t PlaceOf(uint64_t id);
   absl::Status SetSeen(const Choice& choice, std::optional<int64_t> made_at, int64_t place,

@@ -74,6 +74,19 @@ class DeviceBuffer {
   cudaStream_t stream_ = nullptr;
 };
 
+// What buffers of so many elements take. Visits them as a class does that allocates them.
+class BufferBytes {
+ public:
+  template <typename T>
+  void operator()(const DeviceBuffer<T>&, int64_t n) {
+    bytes_ += n * static_cast<int64_t>(sizeof(T));
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
 // `buffer` becomes one of n zeros.
 template <typename T>
 absl::Status AllocateZeros(DeviceBuffer<T>& buffer, int64_t n, cudaStream_t stream) {
