@@ -24,6 +24,7 @@
 #include "common/status_macros.h"
 #include "server/api/core.h"
 #include "server/api/evaluation_service.h"
+#include "server/api/external_scaler_service.h"
 #include "server/api/generation_service.h"
 #include "server/api/model_service.h"
 #include "server/api/quantization_service.h"
@@ -90,6 +91,7 @@ struct Server::Impl {
   std::unique_ptr<api::GenerationServiceImpl> generation;
   std::unique_ptr<api::EvaluationServiceImpl> evaluation;
   std::unique_ptr<api::WorkerServiceImpl> workers;
+  std::unique_ptr<api::ExternalScalerServiceImpl> scaler;
   std::unique_ptr<grpc::Server> public_server;
   std::unique_ptr<grpc::Server> internal_server;
   std::unique_ptr<HttpServer> http;
@@ -153,11 +155,13 @@ absl::Status Server::Impl::Listen() {
   generation = std::make_unique<api::GenerationServiceImpl>(core.get());
   evaluation = std::make_unique<api::EvaluationServiceImpl>(core.get());
   workers = std::make_unique<api::WorkerServiceImpl>(core.get());
+  scaler = std::make_unique<api::ExternalScalerServiceImpl>(core.get());
   // Called for the linker, which may leave out a library that nothing calls.
   if (options.enable_reflection) grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   // Workers first: a client that finds the public port finds them, too.
-  WALSH_ASSIGN_OR_RETURN(internal_server, StartGrpc("internal", options.internal_port,
-                                                    {workers.get()}, /*is_public=*/false));
+  WALSH_ASSIGN_OR_RETURN(internal_server,
+                         StartGrpc("internal", options.internal_port, {workers.get(), scaler.get()},
+                                   /*is_public=*/false));
   WALSH_ASSIGN_OR_RETURN(public_server, StartGrpc("grpc", options.grpc_port,
                                                   {quantization.get(), models.get(),
                                                    generation.get(), evaluation.get()},

@@ -155,6 +155,11 @@ absl::StatusOr<JobPage> JobQueue::List(const JobQuery& query) const {
   return page;
 }
 
+int64_t JobQueue::n_live() const {
+  const absl::MutexLock lock(&mu_);
+  return static_cast<int64_t>(live_.size());
+}
+
 absl::StatusOr<QuantizationJob> JobQueue::Cancel(const std::string& id) {
   const absl::MutexLock write_lock(&write_mu_);
   WALSH_ASSIGN_OR_RETURN(Transition transition, Transit(id, RequestCancel{}));

@@ -66,6 +66,8 @@ class JobQueue {
   }
   absl::StatusOr<QuantizationJob> Get(const std::string& id) const;
   absl::StatusOr<JobPage> List(const JobQuery& query) const;
+  // Jobs that want a worker or have one.
+  int64_t n_live() const;
   absl::StatusOr<QuantizationJob> Cancel(const std::string& id);
   absl::Status Delete(const std::string& id);
 

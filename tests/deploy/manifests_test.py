@@ -25,6 +25,7 @@ KUSTOMIZE = os.path.join(service_settings.ROOT, "deploy/kubernetes")
 GPU = ["--values", os.path.join(CHART, "values-gpu.yaml")]
 EVERYTHING = [*GPU, "--set", "podMonitor.enabled=true,autoscaling.enabled=true,worker.requiredModel=llama,"
                              "worker.sources.existingClaim=sources"]
+KEDA = ["--set", "keda.enabled=true,keda.prometheusAddress=http://prometheus.monitoring:9090"]
 WORKLOADS = ("Deployment", "StatefulSet")
 # What the pod security standard `restricted` asks for, and a root file system that nothing writes to.
 POD_SECURITY = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -76,8 +77,8 @@ class Schemas:
 
     def faults(self, found):
         group, _, version = found["apiVersion"].rpartition("/")
-        if group == "monitoring.coreos.com":
-            return  # the operator's, not Kubernetes'
+        if group in ("monitoring.coreos.com", "keda.sh"):
+            return  # an operator's, not Kubernetes'
         parts = [found["kind"].lower(), group.split(".")[0], version]
         name = "-".join(part for part in parts if part) + ".json"
         if name not in self.validators:
@@ -185,6 +186,28 @@ def check_network_policy(fleet, policy):
                 yield from check_selector(fleet, peer["podSelector"]["matchLabels"], ports)
 
 
+def check_scaled_object(fleet, spec):
+    """KEDA's triggers ask who is there for what is there."""
+    for trigger in spec["triggers"]:
+        settings = trigger["metadata"]
+        if trigger["type"] == "external":
+            service, _, port = settings["scalerAddress"].partition(":")
+            ports = [entry["port"] for found in fleet.of_kind("Service")
+                     if found["metadata"]["name"] == service.split(".")[0] for entry in found["spec"]["ports"]
+                     if entry["name"] == "internal"]
+            if ports != [int(port)]:
+                yield f"nobody answers at {settings['scalerAddress']}"
+        else:
+            metric = settings["query"].removeprefix("sum(").partition("{")[0]
+            if f"| `{metric}` |" not in service_settings.read("docs/metrics.md"):
+                yield f"there is no metric {metric}"
+
+
+def check_target(fleet, target):
+    if f"{target['kind']} {target['name']}" not in [name_of(workload) for workload in fleet.workloads]:
+        yield f"there is no {target['kind']} {target['name']}"
+
+
 def check_references(fleet, found):
     spec = found.get("spec", {})
     if found["kind"] in WORKLOADS:
@@ -202,12 +225,13 @@ def check_references(fleet, found):
     elif found["kind"] == "NetworkPolicy":
         yield from check_network_policy(fleet, found)
     elif found["kind"] == "HorizontalPodAutoscaler":
-        target = spec["scaleTargetRef"]
-        if f"{target['kind']} {target['name']}" not in [name_of(workload) for workload in fleet.workloads]:
-            yield f"there is no {target['kind']} {target['name']}"
+        yield from check_target(fleet, spec["scaleTargetRef"])
         for metric in spec["metrics"]:
             if f"| `{metric['pods']['metric']['name']}` |" not in service_settings.read("docs/metrics.md"):
                 yield f"there is no metric {metric['pods']['metric']['name']}"
+    elif found["kind"] == "ScaledObject":
+        yield from check_target(fleet, spec["scaleTargetRef"])
+        yield from check_scaled_object(fleet, spec)
 
 
 def check(objects, schemas):
@@ -258,10 +282,18 @@ DAMAGES = {
         "HorizontalPodAutoscaler",
         lambda found: found["spec"]["metrics"][0]["pods"]["metric"].update(name="bogus")),
 }
+KEDA_DAMAGES = {
+    "a scaler of another port": (
+        "ScaledObject",
+        lambda found: found["spec"]["triggers"][0]["metadata"].update(scalerAddress="walsh-coordinator.default.svc:1")),
+    "a query of no metric": (
+        "ScaledObject", lambda found: found["spec"]["triggers"][1]["metadata"].update(query="sum(bogus{})")),
+    "another target": ("ScaledObject", lambda found: found["spec"]["scaleTargetRef"].update(name="bogus")),
+}
 
 
-def self_test(objects, schemas):
-    for what, (kind, change) in DAMAGES.items():
+def self_test(objects, damages, schemas):
+    for what, (kind, change) in damages.items():
         damaged = copy.deepcopy(objects)
         change(next(found for found in damaged if found["kind"] == kind))
         if not list(check(damaged, schemas)):
@@ -274,10 +306,12 @@ def main():
         "helm": parse(helm()),
         "helm, GPU": parse(helm(*GPU)),
         "helm, everything": parse(helm(*EVERYTHING)),
+        "helm, KEDA": parse(helm(*KEDA)),
         "overlay cpu": parse(kustomize("cpu")),
         "overlay gpu": parse(kustomize("gpu")),
     }
-    faults = list(self_test(rendered["helm, everything"], schemas))
+    faults = [*self_test(rendered["helm, everything"], DAMAGES, schemas),
+              *self_test(rendered["helm, KEDA"], KEDA_DAMAGES, schemas)]
     for where, objects in rendered.items():
         faults += [f"{where}: {fault}" for fault in check(objects, schemas)]
     faults += compare("cpu", rendered["overlay cpu"], rendered["helm"])
@@ -291,6 +325,9 @@ def main():
     refused = run("helm", "template", "walsh", CHART, "--set", "worker.environment.WALSH_HOST=::1")
     if "WALSH_HOST is the chart's own" not in refused.stderr:
         faults.append("helm: a flag that the manifests stand on can be changed")
+    refused = run("helm", "template", "walsh", CHART, *KEDA, "--set", "autoscaling.enabled=true")
+    if "both scale the workers" not in refused.stderr:
+        faults.append("helm: two of them can scale the workers")
     for fault in faults:
         print(fault)
     print(f"{sum(map(len, rendered.values()))} objects, {len(faults)} faults")
