@@ -29,7 +29,7 @@ if(NOT WALSH_GOOGLEAPIS_DIR)
                       "or set WALSH_GOOGLEAPIS_DIR to a folder that holds google/rpc/")
 endif()
 
-if(WALSH_BUILD_TESTS OR WALSH_BUILD_BENCH)
+if(WALSH_BUILD_TESTS OR WALSH_BUILD_BENCH OR WALSH_BUILD_FUZZERS)
   find_package(GTest CONFIG REQUIRED)
 endif()
 if(WALSH_BUILD_BENCH)

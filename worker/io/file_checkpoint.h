@@ -38,5 +38,8 @@ absl::StatusOr<std::unique_ptr<Checkpoint>> MakeFileCheckpoint(CheckpointContent
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> OpenHfCheckpoint(const std::string& directory);
 absl::StatusOr<std::unique_ptr<Checkpoint>> OpenGgufCheckpoint(const std::string& path);
+// Of a file that is open, or in memory; `path` is what the fingerprint reads.
+absl::StatusOr<std::unique_ptr<Checkpoint>> MakeGgufCheckpoint(
+    std::unique_ptr<RandomAccessFile> file, const std::string& path);
 
 }  // namespace walsh

@@ -52,6 +52,11 @@ absl::Status AddTensor(const std::string& file, const GgufTensor& tensor,
 
 absl::StatusOr<std::unique_ptr<Checkpoint>> OpenGgufCheckpoint(const std::string& path) {
   WALSH_ASSIGN_OR_RETURN(std::unique_ptr<RandomAccessFile> file, OpenRandomAccessFile(path));
+  return MakeGgufCheckpoint(std::move(file), path);
+}
+
+absl::StatusOr<std::unique_ptr<Checkpoint>> MakeGgufCheckpoint(
+    std::unique_ptr<RandomAccessFile> file, const std::string& path) {
   WALSH_ASSIGN_OR_RETURN(const GgufContents gguf, ParseGguf(*file));
   CheckpointContents contents;
   contents.format_family = "GGUF";

@@ -157,7 +157,7 @@ absl::Status ReadMetaspace(const json& stage, PreTokenizer& pre_tokenizer) {
   WALSH_ASSIGN_OR_RETURN(
       const std::string scheme,
       StringField(stage, "prepend_scheme", adds_prefix_space ? "always" : "never"));
-  PreTokenizer::Metaspace& metaspace = pre_tokenizer.metaspace.emplace();
+  PreTokenizer::Metaspace metaspace;
   if (scheme == "always") {
     metaspace.prepend = PreTokenizer::Metaspace::Prepend::kAlways;
   } else if (scheme == "first") {
@@ -168,6 +168,7 @@ absl::Status ReadMetaspace(const json& stage, PreTokenizer& pre_tokenizer) {
     return Unknown("pre_tokenizer Metaspace with prepend_scheme", scheme);
   }
   WALSH_ASSIGN_OR_RETURN(metaspace.splits, BoolField(stage, "split", true));
+  pre_tokenizer.metaspace = metaspace;
   return absl::OkStatus();
 }
 
