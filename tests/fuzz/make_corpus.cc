@@ -13,11 +13,13 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "common/check.h"
 #include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/golden.h"
 #include "tests/testing/tiny_model.h"
 #include "walsh/v1/generation.pb.h"
 #include "walsh/v1/quantization.pb.h"
+#include "worker/io/artifact_manifest.h"
 #include "worker/io/storage_type.h"
 
 namespace walsh::fuzz {
@@ -137,6 +139,30 @@ void AddModelConfigs(const Corpus& corpus) {
   corpus.Add("model_config", "llama3_scaling", scaled.ConfigJson());
 }
 
+void AddManifests(const Corpus& corpus) {
+  const std::string digest(64, 'a');
+  const absl::StatusOr<std::string> plain =
+      ManifestText({{"quantization", {{"bits", 4}, {"group_size", 32}}}}, {});
+  WALSH_CHECK(plain.ok());
+  corpus.Add("artifact_manifest", "plain", *plain);
+  const absl::StatusOr<std::string> whole = ManifestText(
+      {{"quantization",
+        {{"bits", 2},
+         {"group_size", -1},
+         {"symmetric", true},
+         {"bits_per_weight", 2.5},
+         {"grid", "codebook"},
+         {"method", "gptq"},
+         {"overrides", {{{"pattern", "*"}, {"bits", 8}}}}}},
+       {"rotation", {{"kind", "gsr"}, {"block", 64}}},
+       {"online_transforms", {{"activations", {{"bits", 4}}}, {"kv_cache", {{"bits", 8}}}}},
+       {"quality", {{"perplexity_before", 5.5}, {"perplexity_after", 6}}}},
+      {{"config.json", {.size_bytes = 3, .sha256 = {digest}}},
+       {"model.safetensors", {.size_bytes = 65 << 20, .sha256 = {digest, digest}}}});
+  WALSH_CHECK(whole.ok());
+  corpus.Add("artifact_manifest", "whole", *whole);
+}
+
 void AddTokenizers(const Corpus& corpus) {
   const json golden = GoldenJson("tokenizer/synthetic.json");
   for (const json& tokenizer : golden["tokenizers"]) {
@@ -243,6 +269,7 @@ int main(int argc, char** argv) {
   walsh::fuzz::AddSafetensors(corpus);
   walsh::fuzz::AddGguf(corpus);
   walsh::fuzz::AddModelConfigs(corpus);
+  walsh::fuzz::AddManifests(corpus);
   walsh::fuzz::AddTokenizers(corpus);
   walsh::fuzz::AddChatTemplates(corpus);
   walsh::fuzz::AddRequests(corpus);

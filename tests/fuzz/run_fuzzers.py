@@ -22,7 +22,8 @@ LIMITS = {
     "safetensors": (8192, 256),
     "gguf": (32768, 256),
     "model_config": (8192, 256),
-    "tokenizer_json": (16384, 512),
+    "artifact_manifest": (8192, 256),
+    "tokenizer_json": (8192, 512),
     "sentencepiece_model": (8192, 512),
     "chat_template": (8192, 768),
     "generation_request": (8192, 256),
@@ -50,7 +51,7 @@ def run(target, bin_folder, work, seconds):
     """The target's output, and whether it ended without a finding."""
     environment = dict(os.environ)
     # Freed memory that is kept to catch its use counts as resident, too.
-    environment["ASAN_OPTIONS"] = "quarantine_size_mb=16:detect_leaks=1:allocator_may_return_null=0"
+    environment["ASAN_OPTIONS"] = "quarantine_size_mb=4"
     environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
     log = work / f"{target}.log"
     with open(log, "wb") as out:
