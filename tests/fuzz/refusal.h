@@ -14,7 +14,8 @@ inline void CheckRefusal(const absl::Status& status,
                          std::initializer_list<absl::StatusCode> documented) {
   const bool is_documented =
       std::find(documented.begin(), documented.end(), status.code()) != documented.end();
-  if (!is_documented) WALSH_CHECK_EQ(status.ToString(), "a status that its header documents");
+  // Compared, so that it is printed.
+  if (!is_documented) WALSH_CHECK_EQ(status.ToString(), "a status that the header documents");
   WALSH_CHECK(!status.message().empty());
 }
 
