@@ -1,4 +1,5 @@
-// walsh.json of an artifact: what is accepted is written again as the same text, or a refusal.
+// walsh.json of an artifact: what is accepted can be written again and is then accepted as it is,
+// or a refusal.
 
 #include <cstddef>
 #include <cstdint>
@@ -40,9 +41,14 @@ void Check(std::string_view text) {
                   absl::StatusCode::kUnimplemented});
     return;
   }
+  // Not always the same text: members of a file's entry that nobody reads are left out.
   const absl::StatusOr<std::string> again = ManifestText(manifest->report, manifest->files);
   WALSH_CHECK(again.ok());
-  WALSH_CHECK_EQ(*again, text);
+  const absl::StatusOr<Manifest> reread = ParseManifest(*again);
+  WALSH_CHECK_EQ(reread.status(), absl::OkStatus());
+  const absl::StatusOr<std::string> same = ManifestText(reread->report, reread->files);
+  WALSH_CHECK(same.ok());
+  WALSH_CHECK_EQ(*same, *again);
 }
 
 }  // namespace

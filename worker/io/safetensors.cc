@@ -243,19 +243,20 @@ absl::StatusOr<std::string> ReadHeader(const RandomAccessFile& file) {
   return header;
 }
 
-// Product of the shape times the dtype's size, in 64 bits.
+// Product of the shape times the dtype's size, in 64 bits. A dimension of 0 excuses no overflow of
+// the others: who multiplies them in another order meets it.
 absl::StatusOr<int64_t> CheckedBytes(const std::string& file, const SafetensorsEntry& entry) {
   int64_t bytes = SafetensorsDtypeBytes(entry.dtype);
   bool is_empty = false;
-  for (const int64_t dim : entry.shape) is_empty |= dim == 0;
-  if (is_empty) return 0;
   for (const int64_t dim : entry.shape) {
-    if (__builtin_mul_overflow(bytes, dim, &bytes)) {
+    if (dim == 0) {
+      is_empty = true;
+    } else if (__builtin_mul_overflow(bytes, dim, &bytes)) {
       return absl::InvalidArgumentError(
           absl::StrCat(file, ": tensor '", entry.name, "': the shape's size overflows 64 bits"));
     }
   }
-  return bytes;
+  return is_empty ? 0 : bytes;
 }
 
 absl::Status PlaceTensor(const std::string& file, int64_t data_begin, int64_t expected_begin,

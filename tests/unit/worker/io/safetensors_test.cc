@@ -159,6 +159,10 @@ INSTANTIATE_TEST_SUITE_P(
         BadFile{"ProductWrapsToZero",
                 One(R"("dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,0])"),
                 kInvalid, "size overflows 64 bits"},
+        // No elements, but a product that overflows for whoever takes it in another order.
+        BadFile{"ProductOverflowsBesideAZero",
+                One(R"("dtype":"F32","shape":[4611686018427387904,4,0],"data_offsets":[0,0])"),
+                kInvalid, "size overflows 64 bits"},
         BadFile{"SizeDiffers", One(R"("dtype":"F32","shape":[3],"data_offsets":[0,8])"), kInvalid,
                 "data_offsets span 8 bytes, its shape and dtype take 12"},
         BadFile{"EndBeforeBegin", One(R"("dtype":"F32","shape":[2],"data_offsets":[8,0])"),
