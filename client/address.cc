@@ -1,7 +1,5 @@
 #include "client/address.h"
 
-#include <string_view>
-
 #include "common/endpoints.h"
 
 namespace walsh::client {
@@ -18,9 +16,7 @@ std::string ResolveAddress(const std::string& server, const std::string& data_di
 }
 
 bool IsLoopback(const std::string& address) {
-  const std::string_view text = address;
-  return text.substr(0, 10) == "localhost:" || text == "localhost" || text.substr(0, 4) == "127." ||
-         text.substr(0, 5) == "[::1]" || text == "::1" || text.substr(0, 5) == "unix:";
+  return address.starts_with("unix:") || IsLoopbackHost(HostOf(address));
 }
 
 }  // namespace walsh::client

@@ -65,7 +65,8 @@ std::string NewRequestId() {
 }
 
 Client::Client(ClientOptions options)
-    : options_(std::move(options)), pool_(options_.address, options_.streams_per_connection) {}
+    : options_(std::move(options)),
+      pool_(options_.address, options_.streams_per_connection, options_.security) {}
 
 absl::Status Client::ToStatus(const grpc::Status& status) const {
   absl::Status converted = FromGrpcStatus(status);

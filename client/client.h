@@ -28,6 +28,7 @@ namespace walsh::client {
 
 struct ClientOptions {
   std::string address;
+  ChannelSecurity security;
   absl::Duration timeout = absl::Seconds(60);       // of a call, all its attempts together
   absl::Duration load_timeout = absl::Minutes(10);  // of loading and unloading a model
   int attempts_max = 5;

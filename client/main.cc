@@ -1,5 +1,6 @@
 #include <CLI/CLI.hpp>
 
+#include "client/address.h"
 #include "client/commands/bench.h"
 #include "client/commands/chat.h"
 #include "client/commands/doctor.h"
@@ -12,6 +13,7 @@
 #include "client/commands/up.h"
 #include "client/commands/version.h"
 #include "client/commands/workers.h"
+#include "client/security.h"
 #include "common/command_line.h"
 #include "common/endpoints.h"
 
@@ -36,6 +38,8 @@ int Run(int argc, const char* const* argv) {
   app.add_option("--timeout", global.timeout_seconds, "Seconds that a short call may take")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  SecurityFlags security;
+  AddSecurityFlags(app, security);
   Chosen chosen;
   AddUpCommand(app, global, chosen);
   AddQuantizeCommand(app, global, chosen);
@@ -51,6 +55,9 @@ int Run(int argc, const char* const* argv) {
   AddDoctorCommand(app, global, chosen);
   AddVersionCommand(app, global, chosen);
   if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
+  auto secured = ReadSecurity(security, ResolveAddress(global.server, global.data_dir));
+  if (!secured.ok()) return Fail(secured.status());
+  global.security = *std::move(secured);
   return chosen();
 }
 

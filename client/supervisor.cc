@@ -186,6 +186,7 @@ bool Supervisor::IsReady(const Daemon& daemon) {
     if (client_ == nullptr) {
       ClientOptions options;
       options.address = endpoints->at("grpc");
+      options.security = options_.security;
       options.timeout = kHealthTimeout;
       client_ = std::make_unique<Client>(options);
     }

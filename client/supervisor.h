@@ -38,6 +38,7 @@ struct SupervisorOptions {
   int port = 50051;         // public gRPC; 0 takes free ports for everything
   int n_threads = 0;        // 0: the worker's default
   bool log_to_stderr = false;
+  ChannelSecurity security;  // of this process's own calls to the coordinator
   absl::Duration ready_timeout = absl::Seconds(60);
   // That each daemon gives running calls when it stops; one that is not gone 10 s later is killed.
   absl::Duration shutdown_timeout = absl::Seconds(30);

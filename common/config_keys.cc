@@ -10,13 +10,13 @@ namespace {
 // clang-format off
 constexpr std::string_view kConfigKeys[] = {
     "act-asymmetric", "act-bits", "act-clip", "act-group-size", "act-order", "add-special-tokens",
-    "advertise-host", "after-sequence", "asymmetric", "batch-invariant", "bits", "calibration",
-    "column-order", "concurrency", "coordinator", "damp", "data-dir", "deadline", "describe",
-    "detach", "device", "dtype", "duration", "enable-reflection", "error-propagation", "eval-limit",
-    "eval-no-bos", "eval-stride", "eval-tasks", "eval-text", "eval-text-format", "eval-window",
-    "eval-windows", "export-root", "file", "filter", "force", "format", "gptaq-alpha", "grid",
-    "group-size", "grpc-port", "head-rotation", "heartbeat-seconds", "host", "http-port",
-    "internal-port", "job-lease-seconds", "kv-bits", "kv-cache-dtype",
+    "advertise-host", "after-sequence", "api-key-file", "asymmetric", "batch-invariant", "bits",
+    "calibration", "column-order", "concurrency", "coordinator", "damp", "data-dir", "deadline",
+    "describe", "detach", "device", "dtype", "duration", "enable-reflection", "error-propagation",
+    "eval-limit", "eval-no-bos", "eval-stride", "eval-tasks", "eval-text", "eval-text-format",
+    "eval-window", "eval-windows", "export-root", "file", "filter", "force", "format",
+    "gptaq-alpha", "grid", "group-size", "grpc-port", "head-rotation", "heartbeat-seconds", "host",
+    "http-port", "internal-port", "job-lease-seconds", "kv-bits", "kv-cache-dtype",
     "kv-cache-free-memory-fraction", "kv-cache-memory-bytes", "kv-cache-tokens", "kv-clip",
     "kv-group-size", "limit", "list-presets", "load", "load-model", "log-format", "log-level",
     "log-to-stderr", "max-kl", "max-num-batched-tokens", "max-num-queued-reqs",
@@ -28,8 +28,9 @@ constexpr std::string_view kConfigKeys[] = {
     "requests", "rotation", "rotation-block", "rotation-signs", "seed", "seq-len",
     "serve-while-quantizing", "server", "shared-prefix", "shutdown-timeout", "skip-special-tokens",
     "stats", "stop", "stop-at-eos", "stream-interval-ms", "stride", "symmetric", "system", "tasks",
-    "temperature", "text", "text-format", "threads", "timeout", "top-k", "top-p", "validate-only",
-    "vllm-metrics-compat", "warmup", "window", "windows", "zero-point",
+    "temperature", "text", "text-format", "threads", "timeout", "tls-ca", "tls-cert",
+    "tls-client-ca", "tls-key", "tls-worker-name", "top-k", "top-p", "validate-only",
+    "vllm-metrics-compat", "warmup", "window", "windows", "worker-token-file", "zero-point",
 };
 // clang-format on
 

@@ -1,5 +1,6 @@
 #include "common/endpoints.h"
 
+#include <arpa/inet.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -72,9 +73,19 @@ std::string HostPort(std::string_view host, int port) {
   return is_ipv6 ? absl::StrCat("[", bare, "]:", port) : absl::StrCat(bare, ":", port);
 }
 
+std::string_view HostOf(std::string_view address) {
+  if (address.starts_with('[')) return BareHost(address.substr(0, address.find(']') + 1));
+  const size_t colon = address.find(':');
+  // More than one: an IPv6 address without a port.
+  return address.find(':', colon + 1) == std::string_view::npos ? address.substr(0, colon)
+                                                                : address;
+}
+
 bool IsLoopbackHost(std::string_view host) {
   const std::string_view bare = BareHost(host);
-  return bare == "localhost" || bare == "::1" || bare.starts_with("127.");
+  in_addr ipv4{};  // a name may begin with 127., too
+  return bare == "localhost" || bare == "::1" ||
+         (bare.starts_with("127.") && inet_pton(AF_INET, std::string(bare).c_str(), &ipv4) == 1);
 }
 
 bool IsWildcardHost(std::string_view host) {

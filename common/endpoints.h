@@ -28,6 +28,8 @@ std::string DefaultDataDir();
 std::string HostPort(std::string_view host, int port);
 // `host` without the brackets of an IPv6 address, as sockets want it.
 std::string_view BareHost(std::string_view host);
+// The host of "host:port", without brackets.
+std::string_view HostOf(std::string_view address);
 
 // Whether a --host is reached from this machine only, or stands for all of its addresses.
 bool IsLoopbackHost(std::string_view host);

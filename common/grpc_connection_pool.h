@@ -25,9 +25,11 @@ class ConnectionPool {
  public:
   // Connections get the numbers from `first_connection` on (MakeChannel), so that pools to one
   // address can stay apart.
-  ConnectionPool(std::string address, int calls_per_connection_max, int first_connection = 0)
+  ConnectionPool(std::string address, int calls_per_connection_max, ChannelSecurity security = {},
+                 int first_connection = 0)
       : address_(std::move(address)),
         calls_per_connection_max_(calls_per_connection_max),
+        security_(std::move(security)),
         first_connection_(first_connection) {}
 
  private:
@@ -68,7 +70,8 @@ class ConnectionPool {
     }
     if (least_busy == nullptr || least_busy->n_calls >= calls_per_connection_max_) {
       const int number = first_connection_ + static_cast<int>(connections_.size());
-      connections_.push_back(std::make_unique<Connection>(MakeChannel(address_, number)));
+      connections_.push_back(
+          std::make_unique<Connection>(MakeChannel(address_, number, security_)));
       least_busy = connections_.back().get();
     }
     ++least_busy->n_calls;
@@ -84,6 +87,7 @@ class ConnectionPool {
  private:
   const std::string address_;
   const int calls_per_connection_max_;
+  const ChannelSecurity security_;
   const int first_connection_;
   mutable absl::Mutex mu_;
   std::vector<std::unique_ptr<Connection>> connections_ ABSL_GUARDED_BY(mu_);

@@ -1,11 +1,9 @@
 #include "common/grpc_server.h"
 
 #include <grpc/impl/codegen/grpc_types.h>
-#include <grpcpp/create_channel.h>
 #include <grpcpp/impl/server_builder_option.h>
 #include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/resource_quota.h>
-#include <grpcpp/security/credentials.h>
 #include <grpcpp/support/server_interceptor.h>
 #include <sys/resource.h>
 
@@ -221,6 +219,7 @@ void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive)
 }
 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection,
+                                           const ChannelSecurity& security,
                                            const Keepalive& keepalive) {
   grpc::ChannelArguments arguments;
   arguments.SetMaxReceiveMessageSize(limits::kMessageBytesMax);
@@ -237,7 +236,7 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int conne
   arguments.SetInt("walsh.connection", connection);
   // No proxy from the environment between coordinator and worker.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  return MakeSecuredChannel(address, security, std::move(arguments));
 }
 
 void DisableReflection(grpc::ServerBuilder& builder) {

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "common/grpc_security.h"
 
 namespace walsh {
 
@@ -31,10 +32,11 @@ static_assert(kKeepalive.client_interval_ms >= 2 * kKeepalive.server_min_ping_in
 // limit of open files to its hard one.
 void ApplyServerLimits(grpc::ServerBuilder& builder, const Keepalive& keepalive = kKeepalive);
 
-// An insecure channel with the keepalive and message limits of the pair. gRPC shares one connection
-// among channels with equal arguments; another `connection` number gives another connection, which
-// more than limits::kConcurrentStreamsMax streams need.
+// A channel with the keepalive and message limits of the pair, without TLS unless `security` has
+// it. gRPC shares one connection among channels with equal arguments; another `connection` number
+// gives another connection, which more than limits::kConcurrentStreamsMax streams need.
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, int connection = 0,
+                                           const ChannelSecurity& security = {},
                                            const Keepalive& keepalive = kKeepalive);
 
 // gRPC's reflection library registers itself for all servers of a process that has loaded it, asked

@@ -22,6 +22,18 @@ inline constexpr int64_t kGrpcBuffersBytesMax = 512 << 20;
 inline constexpr int kHandshakeMsMax = 10'000;
 inline constexpr int kConnectionIdleMsMax = 15 * 60 * 1000;
 
+// -- Security
+// A file of certificates; a system's bundle of public CAs has about 200 KB.
+inline constexpr int64_t kTlsFileBytesMax = 1 << 20;
+// API keys and the daemons' token: not to be guessed, and beside other headers of a call.
+inline constexpr int kSecretBytesMin = 16;
+inline constexpr int kSecretBytesMax = 512;
+inline constexpr int64_t kSecretsFileBytesMax = 64 << 10;
+// Every call is compared with all of them.
+inline constexpr int kApiKeysMax = 1000;
+inline constexpr int64_t kApiKeysFileBytesMax = 1 << 20;
+inline constexpr int kTenantBytesMax = 63;
+
 // -- Generation
 inline constexpr int64_t kPromptBytesMax = 1 << 20;
 inline constexpr int kNewTokensMax = 32768;

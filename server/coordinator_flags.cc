@@ -4,6 +4,7 @@
 
 #include "common/command_line.h"
 #include "common/endpoints.h"
+#include "common/grpc_security_flags.h"
 
 namespace walsh {
 
@@ -34,6 +35,11 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
   app.add_option("--metrics-port", server.metrics_port, "HTTP port for metrics only")
       ->check(CLI::Range(0, 65535))
       ->capture_default_str();
+  AddDaemonSecurityFlags(app, server.security);
+  app.add_option("--tls-client-ca", server.security.tls.client_ca,
+                 "PEM file of CAs: clients of the public port must show a certificate of one");
+  app.add_option("--tls-worker-name", server.security.worker_name,
+                 "Name in the workers' certificates; by default each must have its address");
   app.add_option("--data-dir", server.data_dir, "Folder of the job store")->capture_default_str();
   app.add_option("--job-lease-seconds", lease_seconds, "A worker silent for so long loses its job")
       ->check(CLI::Range(0.1, 3600.0))

@@ -84,7 +84,8 @@ struct Server::Impl {
   std::unique_ptr<jobs::JobQueue> queue;
   fleet::WorkerRegistry registry;
   std::unique_ptr<fleet::ModelCatalog> catalog;
-  fleet::WorkerClients clients;
+  std::unique_ptr<DaemonSecurity> security;
+  fleet::WorkerClients clients{[this] { return security->to_worker(); }};
   std::unique_ptr<api::Core> core;
   std::unique_ptr<api::QuantizationServiceImpl> quantization;
   std::unique_ptr<api::ModelServiceImpl> models;
@@ -101,6 +102,7 @@ struct Server::Impl {
 };
 
 absl::Status Server::Impl::Open() {
+  WALSH_ASSIGN_OR_RETURN(security, DaemonSecurity::Open(options.security));
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
   WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock"));
   WALSH_ASSIGN_OR_RETURN(
@@ -134,8 +136,10 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   const bool has_reflection = is_public && options.enable_reflection;
   if (!has_reflection) DisableReflection(builder);
   int bound_port = 0;
-  builder.AddListeningPort(HostPort(options.host, port), grpc::InsecureServerCredentials(),
-                           &bound_port);
+  builder.AddListeningPort(
+      HostPort(options.host, port),
+      MakeServerCredentials(is_public ? security->public_port(nullptr) : security->internal_port()),
+      &bound_port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr || bound_port == 0) {

@@ -4,8 +4,8 @@
 // Ports: public gRPC (quantization, models, generation, health, reflection), internal gRPC
 // (workers), HTTP (health, metrics) and metrics. Port 0 takes a free one; ports() says which.
 //
-// Errors of Start: FAILED_PRECONDITION another coordinator uses the data folder, or its job store
-// is of
+// Errors of Start: those of the security's files; FAILED_PRECONDITION another coordinator uses the
+// data folder, or its job store is of
 //                  a newer build; UNAVAILABLE a port is taken; those of the job store.
 // Threads: Start, Stop and the destructor from one thread.
 #pragma once
@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/endpoints.h"
+#include "common/grpc_security.h"
 #include "common/limits.h"
 
 namespace walsh {
@@ -27,6 +28,7 @@ struct ServerOptions {
   int internal_port = 50052;
   int http_port = 8000;
   int metrics_port = 8002;
+  DaemonSecurity::Options security;
   std::string data_dir;
   absl::Duration lease_duration = absl::Seconds(30);
   absl::Duration heartbeat_interval = absl::Seconds(10);

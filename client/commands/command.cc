@@ -33,6 +33,7 @@ ClientOptions MakeClientOptions(const GlobalFlags& flags) {
   ClientOptions options;
   options.address = ResolveAddress(flags.server, flags.data_dir);
   options.timeout = absl::Seconds(flags.timeout_seconds);
+  options.security = flags.security;
   return options;
 }
 

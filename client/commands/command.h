@@ -20,6 +20,7 @@ struct GlobalFlags {
   std::string data_dir;  // of the service on this machine
   std::string output = "text";
   double timeout_seconds = 60;
+  ChannelSecurity security;  // as client/security.h makes it of the flags
 
   bool json() const { return output == "json"; }
 };

@@ -69,6 +69,7 @@ int RunUp(const UpFlags& flags, const GlobalFlags& global, const std::string& co
   options.port = flags.port;
   options.n_threads = flags.n_threads;
   options.log_to_stderr = flags.log_to_stderr;
+  options.security = global.security;
   options.shutdown_timeout = absl::Seconds(flags.shutdown_seconds);
   Supervisor supervisor(options);
   if (absl::Status status = supervisor.Start(); !status.ok()) return Fail(status);

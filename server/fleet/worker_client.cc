@@ -67,9 +67,10 @@ absl::Status FromWorker(const grpc::Status& status) {
   return converted;
 }
 
-WorkerClient::WorkerClient(const std::string& address)
-    : host_(internal_v1::ModelHostService::NewStub(MakeChannel(address, kHostConnection))),
-      generation_(address, limits::kConcurrentStreamsMax, kFirstGenerationConnection) {}
+WorkerClient::WorkerClient(const std::string& address, const ChannelSecurity& security)
+    : host_(
+          internal_v1::ModelHostService::NewStub(MakeChannel(address, kHostConnection, security))),
+      generation_(address, limits::kConcurrentStreamsMax, security, kFirstGenerationConnection) {}
 
 void WorkerClient::ValidateJob(const internal_v1::ValidateJobRequest& request,
                                absl::Duration timeout, CancellationPtr cancellation,
@@ -110,10 +111,13 @@ void WorkerClient::ImportModel(grpc::ClientContext* context, const v1::ImportMod
 }
 
 std::shared_ptr<WorkerClient> WorkerClients::Get(const WorkerAddress& worker) {
+  ChannelSecurity security = security_();
   const absl::MutexLock lock(&mu_);
   Entry& entry = clients_[worker.worker_id];
-  if (entry.client == nullptr || entry.address != worker.address) {
-    entry = {.address = worker.address, .client = std::make_shared<WorkerClient>(worker.address)};
+  if (entry.client == nullptr || entry.address != worker.address || entry.security != security) {
+    auto client = std::make_shared<WorkerClient>(worker.address, security);
+    entry = {
+        .address = worker.address, .security = std::move(security), .client = std::move(client)};
   }
   return entry.client;
 }

@@ -12,6 +12,7 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -35,7 +36,7 @@ absl::Status FromWorker(const grpc::Status& status);
 // that is full says so, and loading, unloading and validation never wait behind streams.
 class WorkerClient {
  public:
-  explicit WorkerClient(const std::string& address);
+  WorkerClient(const std::string& address, const ChannelSecurity& security);
 
   template <typename T>
   using Callback = std::function<void(absl::StatusOr<T>)>;
@@ -77,6 +78,11 @@ class WorkerClient {
 // One client, with its connections, for each address that is in use.
 class WorkerClients {
  public:
+  // `security` is asked each time; when its answer has changed, as when certificates are renewed,
+  // a worker gets a new client, and calls that run end with the one that they have.
+  using Security = std::function<ChannelSecurity()>;
+  explicit WorkerClients(Security security) : security_(std::move(security)) {}
+
   std::shared_ptr<WorkerClient> Get(const WorkerAddress& worker);
   // Calls that run keep their client.
   void Forget(const std::string& worker_id);
@@ -87,8 +93,10 @@ class WorkerClients {
  private:
   struct Entry {
     std::string address;
+    ChannelSecurity security;
     std::shared_ptr<WorkerClient> client;
   };
+  const Security security_;
   absl::Mutex mu_;
   std::map<std::string, Entry> clients_ ABSL_GUARDED_BY(mu_);  // by worker id
 };

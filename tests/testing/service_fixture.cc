@@ -96,6 +96,7 @@ absl::Status ServiceFixture::StartCoordinator() {
   WALSH_RETURN_IF_ERROR(StartDaemon("coordinator", flags));
   client::ClientOptions options;
   options.address = endpoint("coordinator", "grpc");
+  options.security = options_.security;
   client_ = std::make_unique<client::Client>(options);
   absl::Status status;
   const auto is_healthy = [&] {

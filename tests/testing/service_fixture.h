@@ -29,6 +29,7 @@ struct ServiceOptions {
   std::string worker_data_dir;
   // Short: a dead worker is noticed while a test waits for it.
   int lease_seconds = 3;
+  ChannelSecurity security;  // of client()
   std::vector<std::string> coordinator_flags;
   std::vector<std::string> worker_flags;
 };

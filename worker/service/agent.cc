@@ -44,10 +44,9 @@ class Backoff {
 
 }  // namespace
 
-Agent::Agent(Identity identity, internal::v1::WorkerService::StubInterface* coordinator,
-             Hooks hooks, Clock* clock)
+Agent::Agent(Identity identity, CoordinatorLink* coordinator, Hooks hooks, Clock* clock)
     : identity_(std::move(identity)),
-      coordinator_(coordinator),
+      coordinator_(*coordinator),
       hooks_(std::move(hooks)),
       clock_(clock) {}
 

@@ -22,6 +22,7 @@
 #include "absl/time/time.h"
 #include "common/clock.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
+#include "worker/service/coordinator_link.h"
 #include "worker/service/exclusive_use.h"
 #include "worker/service/held_lease.h"
 
@@ -53,8 +54,7 @@ class Agent {
     ExclusiveUse* exclusive = nullptr;
   };
 
-  Agent(Identity identity, internal::v1::WorkerService::StubInterface* coordinator, Hooks hooks,
-        Clock* clock);
+  Agent(Identity identity, CoordinatorLink* coordinator, Hooks hooks, Clock* clock);
   // Stops without a goodbye, unless Stop was called.
   ~Agent();
 
@@ -80,7 +80,7 @@ class Agent {
   bool Wait(std::unique_lock<std::mutex>& lock, absl::Duration d);
 
   const Identity identity_;
-  internal::v1::WorkerService::StubInterface* const coordinator_;
+  CoordinatorLink& coordinator_;
   const Hooks hooks_;
   Clock* const clock_;
 

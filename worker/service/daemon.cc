@@ -34,6 +34,7 @@
 #include "worker/kernels/kernels.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/agent.h"
+#include "worker/service/coordinator_link.h"
 #include "worker/service/describe.h"
 #include "worker/service/device_metrics.h"
 #include "worker/service/evaluation_service.h"
@@ -151,6 +152,7 @@ class WorkerDaemon final : public Daemon {
   JobDevice device_;
   ExclusiveUse exclusive_use_;
   std::unique_ptr<ModelStore> models_;
+  std::unique_ptr<DaemonSecurity> security_;  // outlives the server
   std::unique_ptr<GenerationService> generation_;
   std::unique_ptr<ModelConversions> conversions_;
   std::unique_ptr<ModelHostService> model_host_;
@@ -158,7 +160,7 @@ class WorkerDaemon final : public Daemon {
   std::unique_ptr<grpc::Server> server_;
   int grpc_port_ = 0;
   std::unique_ptr<HttpServer> http_;
-  std::unique_ptr<internal::v1::WorkerService::Stub> coordinator_;
+  std::unique_ptr<CoordinatorLink> coordinator_;
   std::unique_ptr<JobRunner> runner_;
   std::unique_ptr<Agent> agent_;
   std::thread loader_;
@@ -248,6 +250,7 @@ absl::Status WorkerDaemon::OpenStore() {
 }
 
 absl::Status WorkerDaemon::StartServer() {
+  WALSH_ASSIGN_OR_RETURN(security_, DaemonSecurity::Open(options_.security));
   generation_ = std::make_unique<GenerationService>(
       models_.get(), clock_,
       GenerationService::Options{.stream_interval =
@@ -269,7 +272,7 @@ absl::Status WorkerDaemon::StartServer() {
   ApplyServerLimits(builder);
   AddServerInterceptors(builder);
   builder.AddListeningPort(HostPort(options_.host, options_.grpc_port),
-                           grpc::InsecureServerCredentials(), &grpc_port_);
+                           MakeServerCredentials(security_->internal_port()), &grpc_port_);
   builder.RegisterService(generation_.get());
   builder.RegisterService(model_host_.get());
   builder.RegisterService(evaluation_.get());
@@ -305,7 +308,8 @@ absl::Status WorkerDaemon::Announce() {
 }
 
 void WorkerDaemon::MakeAgent() {
-  coordinator_ = internal::v1::WorkerService::NewStub(MakeChannel(options_.coordinator));
+  coordinator_ = std::make_unique<CoordinatorLink>(options_.coordinator,
+                                                   [this] { return security_->to_coordinator(); });
   runner_ = std::make_unique<JobRunner>(
       JobRunner::Options{
           .worker_id = worker_id_,

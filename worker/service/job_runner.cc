@@ -207,9 +207,9 @@ class JobRunner::ProgressReporter {
   std::thread sending_;  // last: it uses the others
 };
 
-JobRunner::JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
-                     ModelStore* models, Clock* clock)
-    : options_(std::move(options)), coordinator_(coordinator), models_(models), clock_(clock) {}
+JobRunner::JobRunner(Options options, CoordinatorLink* coordinator, ModelStore* models,
+                     Clock* clock)
+    : options_(std::move(options)), coordinator_(*coordinator), models_(models), clock_(clock) {}
 
 void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
   Failure failure;

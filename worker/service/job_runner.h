@@ -31,6 +31,7 @@
 #include "common/clock.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
 #include "worker/pipeline/quantize_job.h"
+#include "worker/service/coordinator_link.h"
 #include "worker/service/exclusive_use.h"
 #include "worker/service/held_lease.h"
 #include "worker/service/job_conversion.h"
@@ -61,8 +62,7 @@ class JobRunner {
     // Told that the job needs the device no more, before it loads its model; may be null.
     ExclusiveUse* exclusive = nullptr;
   };
-  JobRunner(Options options, internal::v1::WorkerService::StubInterface* coordinator,
-            ModelStore* models, Clock* clock);
+  JobRunner(Options options, CoordinatorLink* coordinator, ModelStore* models, Clock* clock);
 
   void Run(const internal::v1::Lease& lease, HeldLease& held);
 
@@ -107,7 +107,7 @@ class JobRunner {
   std::string ResultPath(const std::string& job_name) const;
 
   const Options options_;
-  internal::v1::WorkerService::StubInterface* const coordinator_;
+  CoordinatorLink& coordinator_;
   ModelStore* const models_;
   Clock* const clock_;
 };

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/device_choice.h"
 #include "common/endpoints.h"
+#include "common/grpc_security_flags.h"
 #include "common/kv_cache_dtype.h"
 #include "common/limits.h"
 #include "common/resource_name.h"
@@ -47,6 +48,7 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
   app.add_option("--metrics-port", options.metrics_port, "0 takes a free one")
       ->capture_default_str()
       ->check(CLI::Range(0, kPortMax));
+  AddDaemonSecurityFlags(app, options.security);
   app.add_option("--data-dir", options.data_dir, "Folder of the models")->capture_default_str();
   app.add_option("--model-root", options.model_roots,
                  "Folder that source models and texts may be read from; repeatable");

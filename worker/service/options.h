@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "common/grpc_security.h"
 #include "common/limits.h"
 #include "common/log.h"
 
@@ -17,6 +18,7 @@ struct WorkerOptions {
   std::string coordinator = "127.0.0.1:50052";  // its internal port
   std::string host = "127.0.0.1";
   std::string advertise_host;  // empty: as AdvertisedHost says
+  DaemonSecurity::Options security;
   int grpc_port = 50053;
   int metrics_port = 8003;
   std::string data_dir;

@@ -29,11 +29,13 @@ TEST(ResolveAddressTest, FallsBackToTheUsualPort) {
 }
 
 TEST(IsLoopbackTest, KnowsThisMachine) {
-  for (const char* address : {"127.0.0.1:50051", "127.1.2.3:1", "localhost:1", "[::1]:1"}) {
+  for (const char* address : {"127.0.0.1:50051", "127.1.2.3:1", "localhost:1", "localhost",
+                              "[::1]:1", "::1", "unix:/run/walsh"}) {
     EXPECT_TRUE(IsLoopback(address)) << address;
   }
-  for (const char* address : {"10.0.0.1:50051", "localhost.example.org:1", "example.org:1",
-                              "[2001:db8::1]:1", "1127.0.0.1:1"}) {
+  for (const char* address :
+       {"10.0.0.1:50051", "localhost.example.org:1", "example.org:1", "[2001:db8::1]:1",
+        "1127.0.0.1:1", "127.0.0.1.example.org:1", "127.example.org"}) {
     EXPECT_FALSE(IsLoopback(address)) << address;
   }
 }

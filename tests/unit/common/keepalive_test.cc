@@ -44,7 +44,7 @@ grpc::Status QuietStream(const Keepalive& client, const Keepalive& server_keepal
   builder.RegisterService(&service);
   const auto server = builder.BuildAndStart();
   const auto stub = v1::GenerationService::NewStub(
-      MakeChannel("127.0.0.1:" + std::to_string(port), /*connection=*/0, client));
+      MakeChannel("127.0.0.1:" + std::to_string(port), /*connection=*/0, /*security=*/{}, client));
   grpc::ClientContext context;
   auto reader = stub->GenerateStream(&context, {});
   v1::GenerateStreamResponse response;

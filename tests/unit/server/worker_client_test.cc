@@ -8,7 +8,7 @@ namespace walsh::fleet {
 namespace {
 
 TEST(WorkerClientsTest, OneClientForEachAddress) {
-  WorkerClients clients;
+  WorkerClients clients([] { return ChannelSecurity(); });
   const auto first = clients.Get({.worker_id = "w1", .address = "127.0.0.1:1"});
   EXPECT_EQ(clients.Get({.worker_id = "w1", .address = "127.0.0.1:1"}), first);
   EXPECT_NE(clients.Get({.worker_id = "w1", .address = "127.0.0.1:2"}), first);
@@ -17,7 +17,7 @@ TEST(WorkerClientsTest, OneClientForEachAddress) {
 
 // Somebody who had chosen the worker before it left asks for its client afterwards.
 TEST(WorkerClientsTest, AClientThatComesBackAfterItsWorkerLeftIsNotKept) {
-  WorkerClients clients;
+  WorkerClients clients([] { return ChannelSecurity(); });
   const auto kept = clients.Get({.worker_id = "w1", .address = "127.0.0.1:1"});
   clients.Forget("w2");
   const std::weak_ptr<WorkerClient> late =

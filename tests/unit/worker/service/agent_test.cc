@@ -31,9 +31,8 @@ class AgentTest : public ::testing::Test {
   void SetUp() override { MakeAgent(); }
 
   void MakeAgent(ExclusiveUse* exclusive = nullptr) {
-    stub_ = internal::v1::WorkerService::NewStub(MakeChannel(coordinator_.address()));
     agent_ = std::make_unique<Agent>(
-        Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
+        Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, &link_,
         Agent::Hooks{.load =
                          [] {
                            Agent::Load load{.requests_running = 2, .requests_waiting = 3};
@@ -67,7 +66,7 @@ class AgentTest : public ::testing::Test {
   ManualClock clock_;
   FakeCoordinator coordinator_{
       {.heartbeat_interval = absl::Milliseconds(10), .lease_duration = absl::Seconds(2)}};
-  std::unique_ptr<internal::v1::WorkerService::Stub> stub_;
+  CoordinatorLink link_{coordinator_.address()};
   std::atomic<int> n_runs_ = 0;
   std::atomic<int> n_stops_ = 0;
   std::mutex mu_;

@@ -51,7 +51,6 @@ class JobRunnerTest : public StoreFixture {
   void SetUp() override { OpenStore(); }
 
   void StartWorker() {
-    stub_ = internal::v1::WorkerService::NewStub(MakeChannel(coordinator_.address()));
     runner_ = std::make_unique<JobRunner>(
         JobRunner::Options{
             .worker_id = "w-1",
@@ -74,9 +73,9 @@ class JobRunnerTest : public StoreFixture {
                   agent_->Drain();
                 },
             .exclusive = exclusive_},
-        stub_.get(), store_.get(), Clock::Real());
+        &link_, store_.get(), Clock::Real());
     agent_ = std::make_unique<Agent>(
-        Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, stub_.get(),
+        Agent::Identity{.worker_id = "w-1", .address = "127.0.0.1:7", .device = "cpu"}, &link_,
         Agent::Hooks{.load = [this] { return Agent::Load{.models = store_->List().models}; },
                      .run_job = [this](const internal::v1::Lease& lease,
                                        HeldLease& held) { runner_->Run(lease, held); },
@@ -172,7 +171,7 @@ class JobRunnerTest : public StoreFixture {
   absl::StatusOr<pipeline::JobPlan> plan_ = pipeline::JobPlan();
   absl::StatusOr<WorkerMemory> memory_ = WorkerMemory();
   absl::Status broken_;  // read after the outcome
-  std::unique_ptr<internal::v1::WorkerService::Stub> stub_;
+  CoordinatorLink link_{coordinator_.address()};
   std::unique_ptr<JobRunner> runner_;
   std::unique_ptr<Agent> agent_;
 };
