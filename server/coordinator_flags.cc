@@ -40,6 +40,9 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
                  "PEM file of CAs: clients of the public port must show a certificate of one");
   app.add_option("--tls-worker-name", server.security.worker_name,
                  "Name in the workers' certificates; by default each must have its address");
+  app.add_option("--api-keys-file", server.api_keys_file,
+                 "JSON file of API keys, of which clients must send one; without it the public "
+                 "port is open");
   app.add_option("--data-dir", server.data_dir, "Folder of the job store")->capture_default_str();
   app.add_option("--job-lease-seconds", lease_seconds, "A worker silent for so long loses its job")
       ->check(CLI::Range(0.1, 3600.0))

@@ -20,8 +20,12 @@
 #include "common/http_server.h"
 #include "common/log.h"
 #include "common/metrics.h"
+#include "common/periodic_task.h"
 #include "common/publish.h"
+#include "common/reloaded.h"
 #include "common/status_macros.h"
+#include "server/access/access_rules.h"
+#include "server/access/api_keys.h"
 #include "server/api/core.h"
 #include "server/api/evaluation_service.h"
 #include "server/api/external_scaler_service.h"
@@ -70,6 +74,9 @@ struct Server::Impl {
   absl::StatusOr<std::unique_ptr<grpc::Server>> StartGrpc(
       const std::string& name, int port, const std::vector<grpc::Service*>& services,
       bool is_public);
+  absl::Status OpenApiKeys();
+  CallCheck CheckOfPublicCalls() const;
+  void WarnIfOpen() const;
   void SetServing(bool is_serving);
   void Tick();
   void UpdateModelHealth();
@@ -85,6 +92,8 @@ struct Server::Impl {
   fleet::WorkerRegistry registry;
   std::unique_ptr<fleet::ModelCatalog> catalog;
   std::unique_ptr<DaemonSecurity> security;
+  std::unique_ptr<Reloaded<access::ApiKeys>> api_keys;  // null: the public port is open
+  std::unique_ptr<PeriodicTask> poll_api_keys;
   fleet::WorkerClients clients{[this] { return security->to_worker(); }};
   std::unique_ptr<api::Core> core;
   std::unique_ptr<api::QuantizationServiceImpl> quantization;
@@ -101,8 +110,39 @@ struct Server::Impl {
   bool is_stopped = false;
 };
 
+absl::Status Server::Impl::OpenApiKeys() {
+  if (options.api_keys_file.empty()) return absl::OkStatus();
+  const auto load = [path = options.api_keys_file] { return access::ApiKeys::ReadFile(path); };
+  WALSH_ASSIGN_OR_RETURN(api_keys,
+                         Reloaded<access::ApiKeys>::Open({.name = "api_keys", .load = load}));
+  poll_api_keys =
+      std::make_unique<PeriodicTask>(kReloadInterval, [keys = api_keys.get()] { keys->Poll(); });
+  return absl::OkStatus();
+}
+
+CallCheck Server::Impl::CheckOfPublicCalls() const {
+  if (api_keys == nullptr) return nullptr;
+  return [keys = api_keys.get()](std::string_view method, std::string_view authorization) {
+    return access::Authorize(*keys->Get(), method, authorization);
+  };
+}
+
+void Server::Impl::WarnIfOpen() const {
+  if (IsLoopbackHost(options.host)) return;
+  if (api_keys == nullptr && options.security.tls.client_ca.empty()) {
+    WALSH_LOG(Warning, "whoever reaches the public port may use it: no --api-keys-file",
+              {"host", options.host});
+  }
+  if (options.security.worker_token_file.empty() && options.security.tls.ca.empty()) {
+    WALSH_LOG(Warning, "whoever reaches the internal port may be a worker: no --worker-token-file",
+              {"host", options.host});
+  }
+}
+
 absl::Status Server::Impl::Open() {
   WALSH_ASSIGN_OR_RETURN(security, DaemonSecurity::Open(options.security));
+  WALSH_RETURN_IF_ERROR(OpenApiKeys());
+  WarnIfOpen();
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
   WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock"));
   WALSH_ASSIGN_OR_RETURN(
@@ -138,7 +178,8 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   int bound_port = 0;
   builder.AddListeningPort(
       HostPort(options.host, port),
-      MakeServerCredentials(is_public ? security->public_port(nullptr) : security->internal_port()),
+      MakeServerCredentials(is_public ? security->public_port(CheckOfPublicCalls())
+                                      : security->internal_port()),
       &bound_port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();

@@ -29,6 +29,8 @@ struct ServerOptions {
   int http_port = 8000;
   int metrics_port = 8002;
   DaemonSecurity::Options security;
+  // Of the keys that clients of the public port must send; empty: it is open.
+  std::string api_keys_file;
   std::string data_dir;
   absl::Duration lease_duration = absl::Seconds(30);
   absl::Duration heartbeat_interval = absl::Seconds(10);

@@ -1,5 +1,6 @@
-// Goal:   the daemons and the command over mutual TLS, as an operator sets them up, and a renewal
-//         of the certificates under them.
+// Goal:   the daemons and the command over mutual TLS, with keys and the daemons' secret, as an
+//         operator sets them up, and a renewal of the certificates under them; secrets are in no
+//         output (row J4 of the fault matrix).
 // Method: the real daemons, with certificates that are made here.
 #include <gtest/gtest.h>
 
@@ -7,6 +8,7 @@
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
 #include "common/publish.h"
+#include "common/sha256.h"
 #include "tests/testing/certificates.h"
 #include "tests/testing/http_get.h"
 #include "tests/testing/service_fixture.h"
@@ -23,10 +25,15 @@ using ::walsh::testing::CertificateAuthority;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::Issued;
 using ::walsh::testing::ServiceFixture;
+using ::walsh::testing::StatusIs;
 using ::walsh::testing::TempDir;
 using ::walsh::testing::TestModel;
 using ::walsh::testing::WaitUntil;
 using Job = v1::QuantizationJob;
+
+constexpr char kApiKey[] = "canary-of-the-api-key";
+constexpr char kPrompt[] = "Once upon a canary";
+constexpr char kToken[] = "canary-of-the-worker-token";
 
 class TlsTest : public ::testing::Test {
  protected:
@@ -35,9 +42,19 @@ class TlsTest : public ::testing::Test {
     Write(ca_.Issue());
     testing::ServiceOptions options;
     options.model_roots = {model_.root()};
-    options.coordinator_flags = {"--tls-cert",     dir_ / "tls.crt", "--tls-key",
-                                 dir_ / "tls.key", "--tls-ca",       dir_ / "ca.crt"};
-    options.worker_flags = options.coordinator_flags;
+    options.worker_flags = {
+        "--tls-cert",    dir_ / "tls.crt",      "--tls-key",    dir_ / "tls.key", "--tls-ca",
+        dir_ / "ca.crt", "--worker-token-file", dir_ / "token", "--log-level",    "debug"};
+    options.coordinator_flags = options.worker_flags;
+    options.coordinator_flags.insert(options.coordinator_flags.end(),
+                                     {"--api-keys-file", dir_ / "keys.json"});
+    ASSERT_OK(PublishFile(dir_ / "token", kToken));
+    ASSERT_OK(PublishFile(dir_ / "key", kApiKey));
+    ASSERT_OK(
+        PublishFile(dir_ / "keys.json",
+                    absl::StrCat(R"({"keys": [{"id": "k", "tenant": "t", "sha256": ")",
+                                 Sha256Hex(kApiKey), R"(", "roles": ["submit", "serve"]}]})")));
+    options.security.secret = kApiKey;
     options.security.tls = std::make_shared<const TlsPems>(TlsPems{.ca = ca_.pem()});
     service_ = std::make_unique<ServiceFixture>(options);
     ASSERT_OK(service_->Start());
@@ -65,9 +82,17 @@ class TlsTest : public ::testing::Test {
   absl::Status Generate() {
     v1::GenerateRequest request;
     request.set_model("m");
-    request.set_prompt("Once upon a time");
+    request.set_prompt(kPrompt);
     request.mutable_sampling()->set_max_tokens(4);
     return service_->client().Generate(request).status();
+  }
+
+  static absl::Status TokenizeAt(const std::string& address, const ChannelSecurity& security) {
+    const auto stub = v1::GenerationService::NewStub(MakeChannel(address, 1, security));
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
+    v1::TokenizeResponse response;
+    return FromGrpcStatus(stub->Tokenize(&context, {}, &response));
   }
 
   std::string Metrics(const std::string& daemon) const {
@@ -85,6 +110,24 @@ TEST_F(TlsTest, AServiceQuantizesAndServesOverItAndRenewsItsCertificates) {
   ASSERT_EQ(job.state(), Job::SUCCEEDED) << job.DebugString();
   ASSERT_OK(Generate());
 
+  // The key's roles, and no key at all.
+  EXPECT_THAT(service_->client().UnloadModel("m").status(),
+              StatusIs(absl::StatusCode::kPermissionDenied, HasSubstr("'admin'")));
+  client::ClientOptions keyless;
+  keyless.address = service_->endpoint("coordinator", "grpc");
+  keyless.security.tls = std::make_shared<const TlsPems>(TlsPems{.ca = ca_.pem()});
+  EXPECT_THAT(client::Client(keyless).ListModels().status(),
+              HasCode(absl::StatusCode::kUnauthenticated));
+  EXPECT_OK(client::Client(keyless).CheckHealth("", absl::Seconds(20)));
+
+  // A daemon's certificate without the daemons' secret.
+  ChannelSecurity no_secret;
+  const Issued daemon = ca_.Issue();
+  no_secret.tls = std::make_shared<const TlsPems>(TlsPems{
+      .certificate = daemon.certificate, .private_key = daemon.private_key, .ca = ca_.pem()});
+  EXPECT_THAT(TokenizeAt(service_->endpoint("worker", "grpc"), no_secret),
+              HasCode(absl::StatusCode::kUnauthenticated));
+
   // Strangers: in plain, and without a certificate where daemons call each other.
   client::ClientOptions plain;
   plain.address = service_->endpoint("coordinator", "grpc");
@@ -94,12 +137,7 @@ TEST_F(TlsTest, AServiceQuantizesAndServesOverItAndRenewsItsCertificates) {
   no_certificate.tls = std::make_shared<const TlsPems>(TlsPems{.ca = ca_.pem()});
   for (const auto& address :
        {service_->endpoint("worker", "grpc"), service_->endpoint("coordinator", "internal")}) {
-    const auto stub = v1::GenerationService::NewStub(MakeChannel(address, 1, no_certificate));
-    grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
-    v1::TokenizeResponse response;
-    EXPECT_THAT(FromGrpcStatus(stub->Tokenize(&context, {}, &response)),
-                HasCode(absl::StatusCode::kUnavailable));
+    EXPECT_THAT(TokenizeAt(address, no_certificate), HasCode(absl::StatusCode::kUnavailable));
   }
 
   // A bad pair changes nothing.
@@ -124,15 +162,19 @@ TEST_F(TlsTest, AServiceQuantizesAndServesOverItAndRenewsItsCertificates) {
   ASSERT_OK(Generate());
   ASSERT_OK_AND_ASSIGN(const Job again, Quantize("m2"));
   EXPECT_EQ(again.state(), Job::SUCCEEDED) << again.DebugString();
-  for (const char* daemon : {"coordinator", "worker"}) {
-    EXPECT_THAT(service_->Log(daemon), Not(HasSubstr("PRIVATE KEY")));
-  }
-
   // The command.
   ASSERT_OK_AND_ASSIGN(const client::Output listed,
-                       service_->RunWalsh({"--tls-ca", dir_ / "ca.crt", "models", "list"}));
+                       service_->RunWalsh({"--tls-ca", dir_ / "ca.crt", "--api-key-file",
+                                           dir_ / "key", "models", "list"}));
   EXPECT_EQ(listed.exit_code, 0) << listed.err;
   EXPECT_THAT(listed.out, HasSubstr("m2"));
+
+  for (const char* secret : {kApiKey, kPrompt, kToken, "PRIVATE KEY"}) {
+    for (const char* daemon : {"coordinator", "worker"}) {
+      EXPECT_THAT(service_->Log(daemon), Not(HasSubstr(secret)));
+      EXPECT_THAT(Metrics(daemon), Not(HasSubstr(secret)));
+    }
+  }
 }
 
 }  // namespace

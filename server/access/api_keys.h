@@ -1,0 +1,52 @@
+// The keys of clients, as --api-keys-file has them:
+//
+//   {"keys": [{"id": "ci", "sha256": "9f86…", "tenant": "acme", "roles": ["submit", "serve"]}]}
+//
+// `sha256` is the digest of the key, in 64 hexadecimal digits: whoever reads the file cannot call
+// the service. `id` is what logs call the key. Roles are of their own: none contains another.
+//
+// Errors:  INVALID_ARGUMENT names the entry and what is wrong with it; unknown members are errors,
+//          since a slip of the pen must not widen what a key may do. Never names a digest.
+// Threads: safe, as nothing changes.
+#pragma once
+
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "common/bearer.h"
+
+namespace walsh::access {
+
+enum class Role {
+  kSubmit,  // quantization jobs and evaluations
+  kServe,   // generation
+  kAdmin,   // models: load, unload, delete, aliases, exports, imports
+};
+std::string_view RoleName(Role role);
+
+struct ApiKey {
+  std::string id;
+  SecretDigest digest{};
+  std::string tenant;
+  std::set<Role> roles;
+
+  bool operator==(const ApiKey&) const = default;
+};
+
+class ApiKeys {
+ public:
+  static absl::StatusOr<ApiKeys> Parse(const std::string& json);
+  static absl::StatusOr<ApiKeys> ReadFile(const std::string& path);
+
+  // Null: no such key. Takes a time that depends on the number of keys only.
+  const ApiKey* Find(std::string_view key) const;
+  bool operator==(const ApiKeys&) const = default;
+
+ private:
+  std::vector<ApiKey> keys_;
+};
+
+}  // namespace walsh::access

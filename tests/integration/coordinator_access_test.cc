@@ -1,0 +1,134 @@
+// Goal:   row J1 of the fault matrix: no method of the public port is served to whoever may not
+// call
+//         it, and keys follow their file.
+// Method: a coordinator in this process; every method of every linked service, called raw.
+#include <google/protobuf/descriptor.h>
+#include <google/protobuf/descriptor_database.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/synchronization/notification.h"
+#include "common/publish.h"
+#include "common/sha256.h"
+#include "grpc/health/v1/health.grpc.pb.h"
+#include "server/access/access_rules.h"
+#include "tests/integration/coordinator_fixture.h"
+
+namespace walsh {
+namespace {
+
+using ::testing::HasSubstr;
+using ::walsh::testing::HasCode;
+using ::walsh::testing::StatusIs;
+using ::walsh::testing::WaitUntil;
+
+constexpr char kServer[] = "a-key-of-role-serve";
+constexpr char kSubmitter[] = "a-key-of-role-submit";
+constexpr char kAdmin[] = "a-key-of-role-admin";
+
+std::string Entry(const std::string& secret, const std::string& role) {
+  return absl::StrCat(R"({"id": ")", role, R"(", "tenant": "t", "sha256": ")", Sha256Hex(secret),
+                      R"(", "roles": [")", role, R"("]})");
+}
+
+class CoordinatorAccessTest : public CoordinatorFixture {
+ protected:
+  void SetUp() override {
+    options_.api_keys_file = dir_ / "keys.json";
+    WriteKeys({Entry(kServer, "serve"), Entry(kSubmitter, "submit"), Entry(kAdmin, "admin")});
+    Start();
+  }
+  void WriteKeys(const std::vector<std::string>& entries) {
+    ASSERT_OK(PublishFile(options_.api_keys_file,
+                          absl::StrCat(R"({"keys": [)", absl::StrJoin(entries, ","), "]}")));
+  }
+
+  // An empty message, which every request type takes; how the call ends.
+  absl::Status Call(const std::string& method, const std::string& secret) {
+    grpc::GenericStub stub(
+        MakeChannel(server_->endpoints().at("grpc"), /*connection=*/0, {.secret = secret}));
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
+    const grpc::Slice empty;
+    const grpc::ByteBuffer request(&empty, 1);
+    grpc::ByteBuffer response;
+    grpc::Status status;
+    absl::Notification done;
+    stub.UnaryCall(&context, method, grpc::StubOptions(), &request, &response,
+                   [&](grpc::Status result) {
+                     status = std::move(result);
+                     done.Notify();
+                   });
+    done.WaitForNotification();
+    return FromGrpcStatus(status);
+  }
+};
+
+TEST_F(CoordinatorAccessTest, NoMethodIsServedToWhoeverMayNotCallIt) {
+  std::vector<std::string> files;
+  google::protobuf::DescriptorPool::internal_generated_database()->FindAllFileNames(&files);
+  int n_methods = 0;
+  int n_refused_to_role = 0;
+  for (const std::string& name : files) {
+    const auto* file = google::protobuf::DescriptorPool::generated_pool()->FindFileByName(name);
+    if (file == nullptr || file->package() != "walsh.v1") continue;
+    for (int s = 0; s < file->service_count(); ++s) {
+      for (int m = 0; m < file->service(s)->method_count(); ++m) {
+        const std::string method = absl::StrCat("/", file->service(s)->full_name(), "/",
+                                                file->service(s)->method(m)->name());
+        ++n_methods;
+        EXPECT_NE(access::FindRule(method), nullptr) << method << " needs a rule";
+        for (const char* secret : {"", "a-key-that-nobody-knows"}) {
+          EXPECT_THAT(Call(method, secret), HasCode(absl::StatusCode::kUnauthenticated)) << method;
+        }
+        for (const char* secret : {kServer, kSubmitter, kAdmin}) {
+          const absl::Status status = Call(method, secret);
+          EXPECT_FALSE(absl::IsUnauthenticated(status)) << method << ": " << status;
+          n_refused_to_role += absl::IsPermissionDenied(status) ? 1 : 0;
+        }
+      }
+    }
+  }
+  EXPECT_GE(n_methods, 25);
+  // 20 methods are of one role, which the two other keys have not.
+  EXPECT_EQ(n_refused_to_role, 2 * 20);
+}
+
+TEST_F(CoordinatorAccessTest, HealthNeedsNoKey) {
+  const auto health = grpc::health::v1::Health::NewStub(channel_);
+  grpc::ClientContext context;
+  grpc::health::v1::HealthCheckResponse response;
+  EXPECT_OK(FromGrpcStatus(health->Check(&context, {}, &response)));
+  EXPECT_EQ(response.status(), grpc::health::v1::HealthCheckResponse::SERVING);
+}
+
+TEST_F(CoordinatorAccessTest, ANewerClientLearnsThatAMethodDoesNotExist) {
+  EXPECT_THAT(Call("/walsh.v1.ModelService/NoSuchMethod", kAdmin),
+              HasCode(absl::StatusCode::kUnimplemented));
+  EXPECT_THAT(Call("/walsh.v1.ModelService/NoSuchMethod", ""),
+              HasCode(absl::StatusCode::kUnauthenticated));
+}
+
+TEST_F(CoordinatorAccessTest, KeysFollowTheirFile) {
+  constexpr char kMethod[] = "/walsh.v1.ModelService/ListModels";
+  EXPECT_OK(Call(kMethod, kServer));
+  EXPECT_THAT(Call(kMethod, "a-key-to-come-later"), HasCode(absl::StatusCode::kUnauthenticated));
+  // A bad file changes nothing; the next good one does.
+  ASSERT_OK(PublishFile(options_.api_keys_file, "{"));
+  WriteKeys({Entry(kAdmin, "admin"), Entry("a-key-to-come-later", "serve")});
+  EXPECT_TRUE(WaitUntil([&] { return Call(kMethod, "a-key-to-come-later").ok(); }));
+  EXPECT_THAT(Call(kMethod, kServer), HasCode(absl::StatusCode::kUnauthenticated));
+  EXPECT_OK(Call(kMethod, kAdmin));
+}
+
+TEST_F(CoordinatorAccessTest, AServiceDoesNotStartWithABadFile) {
+  Stop();
+  ASSERT_OK(PublishFile(options_.api_keys_file, R"({"keys": [{}]})"));
+  EXPECT_THAT(Server::Start(options_).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--api-keys-file: keys[0]")));
+}
+
+}  // namespace
+}  // namespace walsh
