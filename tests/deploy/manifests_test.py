@@ -26,6 +26,8 @@ GPU = ["--values", os.path.join(CHART, "values-gpu.yaml")]
 EVERYTHING = [*GPU, "--set", "podMonitor.enabled=true,autoscaling.enabled=true,worker.requiredModel=llama,"
                              "worker.sources.existingClaim=sources"]
 KEDA = ["--set", "keda.enabled=true,keda.prometheusAddress=http://prometheus.monitoring:9090"]
+SECURED = ["--set", "security.tlsSecret=walsh-tls,security.workerTokenSecret=walsh-token,"
+                    "security.apiKeysSecret=walsh-keys"]
 WORKLOADS = ("Deployment", "StatefulSet")
 # What the pod security standard `restricted` asks for, and a root file system that nothing writes to.
 POD_SECURITY = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -164,6 +166,21 @@ def check_container(fleet, workload):
         yield "its volumes are not those that it mounts"
 
 
+def check_secrets(fleet, workload):
+    """Files of flags are in mounted Secrets, and no probe speaks gRPC to a port with TLS."""
+    container = container_of(workload)
+    flags = fleet.flags(container)
+    volumes = {volume["name"]: volume for volume in workload["spec"]["template"]["spec"].get("volumes", [])}
+    mounted = [mount["mountPath"] for mount in container["volumeMounts"]
+               if "secret" in volumes.get(mount["name"], {}) and mount.get("readOnly")]
+    for flag, value in flags.items():
+        if str(value).startswith("/etc/walsh/") and os.path.dirname(value) not in mounted:
+            yield f"{flag}: no Secret is mounted at {os.path.dirname(value)}"
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        if "WALSH_TLS_CERT" in flags and "grpc" in container.get(probe, {}):
+            yield f"{probe} speaks gRPC without TLS"
+
+
 def check_selector(fleet, labels, ports):
     """A selector finds pods, and these have the ports."""
     workloads = fleet.selected(labels)
@@ -239,7 +256,7 @@ def check(objects, schemas):
     for found in objects:
         faults = [*schemas.faults(found), *check_references(fleet, found)]
         if found["kind"] in WORKLOADS:
-            faults += check_container(fleet, found)
+            faults += [*check_container(fleet, found), *check_secrets(fleet, found)]
         yield from (f"{name_of(found)}: {fault}" for fault in faults)
 
 
@@ -269,6 +286,8 @@ DAMAGES = {
     "no limit": ("StatefulSet", lambda found: container_of(found)["resources"].pop("limits")),
     "root's rights": (
         "StatefulSet", lambda found: container_of(found)["securityContext"]["capabilities"].pop("drop")),
+    "a Secret that is not mounted": (
+        "ConfigMap", lambda found: found["data"].update(WALSH_TLS_CERT="/etc/walsh/tls/tls.crt")),
     "a flag that does not exist": ("ConfigMap", lambda found: found["data"].update(WALSH_BOGUS="1")),
     "the other daemon's flag": ("ConfigMap", lambda found: found["data"].update(WALSH_LOAD_MODEL="llama")),
     "no time": ("ConfigMap", lambda found: found["data"].update(WALSH_SHUTDOWN_TIMEOUT="100")),
@@ -307,6 +326,7 @@ def main():
         "helm, GPU": parse(helm(*GPU)),
         "helm, everything": parse(helm(*EVERYTHING)),
         "helm, KEDA": parse(helm(*KEDA)),
+        "helm, secured": parse(helm(*SECURED)),
         "overlay cpu": parse(kustomize("cpu")),
         "overlay gpu": parse(kustomize("gpu")),
     }
@@ -328,6 +348,9 @@ def main():
     refused = run("helm", "template", "walsh", CHART, *KEDA, "--set", "autoscaling.enabled=true")
     if "both scale the workers" not in refused.stderr:
         faults.append("helm: two of them can scale the workers")
+    refused = run("helm", "template", "walsh", CHART, *SECURED, "--set", "worker.requiredModel=llama")
+    if "speaks no TLS" not in refused.stderr:
+        faults.append("helm: a worker with TLS can have a probe without")
     for fault in faults:
         print(fault)
     print(f"{sum(map(len, rendered.values()))} objects, {len(faults)} faults")

@@ -20,7 +20,8 @@ SOURCES = {
 
 def environment_names(daemon):
     """The environment twins of its flags. Others are ignored by it without a word."""
-    flags = re.findall(r'add_(?:option|flag)\(\s*"--([a-z-]+)"', read(SOURCES[daemon][0]))
+    text = read(SOURCES[daemon][0]) + read("common/grpc_security_flags.cc")  # those of both
+    flags = re.findall(r'add_(?:option|flag)\(\s*"--([a-z-]+)"', text)
     keys = re.search(r"kConfigKeys\[\] = \{(.*?)\};", read("common/config_keys.cc"), re.S).group(1)
     assert set(flags) <= set(re.findall(r'"([a-z-]+)"', keys)), "a flag was misread"
     return {"WALSH_" + flag.upper().replace("-", "_") for flag in flags}

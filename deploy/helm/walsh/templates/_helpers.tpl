@@ -88,11 +88,52 @@ storageClassName: {{ . }}
 resources: {requests: {storage: {{ .size }}}}
 {{- end }}
 
+{{/* What a component has of `security`: name of the volume: name of the Secret. */}}
+{{- define "walsh.secrets" -}}
+{{- $security := .root.Values.security -}}
+{{- $secrets := dict "tls" $security.tlsSecret "worker-token" $security.workerTokenSecret -}}
+{{- if eq .component "coordinator" }}{{ $_ := set $secrets "api-keys" $security.apiKeysSecret }}{{ end -}}
+{{ toYaml $secrets }}
+{{- end }}
+
+{{- define "walsh.secretMounts" -}}
+{{- range $name, $secret := include "walsh.secrets" . | fromYaml }}
+{{- if $secret }}
+- {name: {{ $name }}, mountPath: /etc/walsh/{{ $name }}, readOnly: true}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "walsh.secretVolumes" -}}
+{{- range $name, $secret := include "walsh.secrets" . | fromYaml }}
+{{- if $secret }}
+- name: {{ $name }}
+  secret: {secretName: {{ $secret }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Of a gRPC port. */}}
+{{- define "walsh.appProtocol" -}}
+{{ if .root.Values.security.tlsSecret }}https{{ else }}kubernetes.io/h2c{{ end }}
+{{- end }}
+
 {{/* Flags by their environment twins: a ConfigMap's data. */}}
 {{- define "walsh.flags" -}}
 {{- $values := index .root.Values .component -}}
 {{- $flags := dict "WALSH_DATA_DIR" "/var/lib/walsh" "WALSH_HOST" "0.0.0.0" -}}
 {{- $_ := set $flags "WALSH_SHUTDOWN_TIMEOUT" (toString $values.shutdownTimeoutSeconds) -}}
+{{- $security := .root.Values.security -}}
+{{- if $security.tlsSecret -}}
+{{- range $flag, $file := dict "CERT" "tls.crt" "KEY" "tls.key" "CA" "ca.crt" -}}
+{{- $_ := set $flags (printf "WALSH_TLS_%s" $flag) (printf "/etc/walsh/tls/%s" $file) -}}
+{{- end -}}
+{{- end -}}
+{{- if $security.workerTokenSecret }}{{ $_ := set $flags "WALSH_WORKER_TOKEN_FILE" "/etc/walsh/worker-token/token" }}{{ end -}}
+{{- if eq .component "coordinator" -}}
+{{- if $security.tlsSecret }}{{ $_ := set $flags "WALSH_TLS_WORKER_NAME" (printf "%s-worker" .root.Release.Name) }}{{ end -}}
+{{- if $security.apiKeysSecret }}{{ $_ := set $flags "WALSH_API_KEYS_FILE" "/etc/walsh/api-keys/api-keys.json" }}{{ end -}}
+{{- end -}}
 {{- if eq .component "worker" -}}
 {{- $_ := set $flags "WALSH_COORDINATOR" (printf "%s-coordinator:50052" .root.Release.Name) -}}
 {{- with $values.requiredModel }}{{ $_ := set $flags "WALSH_LOAD_MODEL" . }}{{ end -}}
