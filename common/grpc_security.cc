@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/bearer.h"
+#include "common/log.h"
 #include "common/metrics.h"
 #include "common/status_macros.h"
 
@@ -61,10 +62,16 @@ class Port {
     std::string_view authorization;
     for (size_t i = 0; i < n_metadata; ++i) {
       if (View(metadata[i].key) == ":path") method = View(metadata[i].value);
-      if (View(metadata[i].key) == "authorization") authorization = View(metadata[i].value);
+      // The first of several, as handlers find it.
+      if (View(metadata[i].key) == "authorization" && authorization.empty()) {
+        authorization = View(metadata[i].value);
+      }
     }
     const absl::Status status = static_cast<Port*>(self)->security_.check(method, authorization);
-    if (!status.ok()) Rejections(status.code()).Increment();
+    if (!status.ok()) {
+      Rejections(status.code()).Increment();
+      WALSH_LOG(Debug, "call refused", {"method", method}, {"status", status});
+    }
     // Both kinds of codes have the same numbers.
     done(call, nullptr, 0, nullptr, 0, static_cast<grpc_status_code>(status.code()),
          std::string(status.message()).c_str());

@@ -33,6 +33,8 @@ inline constexpr int64_t kSecretsFileBytesMax = 64 << 10;
 inline constexpr int kApiKeysMax = 1000;
 inline constexpr int64_t kApiKeysFileBytesMax = 1 << 20;
 inline constexpr int kTenantBytesMax = 63;
+// What a tenant's own limit may say; beyond it there is none.
+inline constexpr int kTenantRequestsMax = 100'000;
 
 // -- Generation
 inline constexpr int64_t kPromptBytesMax = 1 << 20;

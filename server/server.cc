@@ -20,12 +20,9 @@
 #include "common/http_server.h"
 #include "common/log.h"
 #include "common/metrics.h"
-#include "common/periodic_task.h"
 #include "common/publish.h"
-#include "common/reloaded.h"
 #include "common/status_macros.h"
-#include "server/access/access_rules.h"
-#include "server/access/api_keys.h"
+#include "server/access/access_control.h"
 #include "server/api/core.h"
 #include "server/api/evaluation_service.h"
 #include "server/api/external_scaler_service.h"
@@ -74,8 +71,6 @@ struct Server::Impl {
   absl::StatusOr<std::unique_ptr<grpc::Server>> StartGrpc(
       const std::string& name, int port, const std::vector<grpc::Service*>& services,
       bool is_public);
-  absl::Status OpenApiKeys();
-  CallCheck CheckOfPublicCalls() const;
   void WarnIfOpen() const;
   void SetServing(bool is_serving);
   void Tick();
@@ -92,8 +87,7 @@ struct Server::Impl {
   fleet::WorkerRegistry registry;
   std::unique_ptr<fleet::ModelCatalog> catalog;
   std::unique_ptr<DaemonSecurity> security;
-  std::unique_ptr<Reloaded<access::ApiKeys>> api_keys;  // null: the public port is open
-  std::unique_ptr<PeriodicTask> poll_api_keys;
+  std::unique_ptr<access::AccessControl> access;
   fleet::WorkerClients clients{[this] { return security->to_worker(); }};
   std::unique_ptr<api::Core> core;
   std::unique_ptr<api::QuantizationServiceImpl> quantization;
@@ -110,26 +104,9 @@ struct Server::Impl {
   bool is_stopped = false;
 };
 
-absl::Status Server::Impl::OpenApiKeys() {
-  if (options.api_keys_file.empty()) return absl::OkStatus();
-  const auto load = [path = options.api_keys_file] { return access::ApiKeys::ReadFile(path); };
-  WALSH_ASSIGN_OR_RETURN(api_keys,
-                         Reloaded<access::ApiKeys>::Open({.name = "api_keys", .load = load}));
-  poll_api_keys =
-      std::make_unique<PeriodicTask>(kReloadInterval, [keys = api_keys.get()] { keys->Poll(); });
-  return absl::OkStatus();
-}
-
-CallCheck Server::Impl::CheckOfPublicCalls() const {
-  if (api_keys == nullptr) return nullptr;
-  return [keys = api_keys.get()](std::string_view method, std::string_view authorization) {
-    return access::Authorize(*keys->Get(), method, authorization);
-  };
-}
-
 void Server::Impl::WarnIfOpen() const {
   if (IsLoopbackHost(options.host)) return;
-  if (api_keys == nullptr && options.security.tls.client_ca.empty()) {
+  if (!access->has_keys() && options.security.tls.client_ca.empty()) {
     WALSH_LOG(Warning, "whoever reaches the public port may use it: no --api-keys-file",
               {"host", options.host});
   }
@@ -141,7 +118,7 @@ void Server::Impl::WarnIfOpen() const {
 
 absl::Status Server::Impl::Open() {
   WALSH_ASSIGN_OR_RETURN(security, DaemonSecurity::Open(options.security));
-  WALSH_RETURN_IF_ERROR(OpenApiKeys());
+  WALSH_ASSIGN_OR_RETURN(access, access::AccessControl::Open(options.api_keys_file));
   WarnIfOpen();
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
   WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock"));
@@ -155,6 +132,7 @@ absl::Status Server::Impl::Open() {
   core = std::make_unique<api::Core>();
   core->executor = &executor;
   core->clock = Clock::Real();
+  core->access = access.get();
   core->queue = queue.get();
   core->registry = &registry;
   core->catalog = catalog.get();
@@ -176,11 +154,10 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   const bool has_reflection = is_public && options.enable_reflection;
   if (!has_reflection) DisableReflection(builder);
   int bound_port = 0;
-  builder.AddListeningPort(
-      HostPort(options.host, port),
-      MakeServerCredentials(is_public ? security->public_port(CheckOfPublicCalls())
-                                      : security->internal_port()),
-      &bound_port);
+  builder.AddListeningPort(HostPort(options.host, port),
+                           MakeServerCredentials(is_public ? security->public_port(access->check())
+                                                           : security->internal_port()),
+                           &bound_port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr || bound_port == 0) {

@@ -4,9 +4,9 @@
 // Ports: public gRPC (quantization, models, generation, health, reflection), internal gRPC
 // (workers), HTTP (health, metrics) and metrics. Port 0 takes a free one; ports() says which.
 //
-// Errors of Start: those of the security's files; FAILED_PRECONDITION another coordinator uses the
-// data folder, or its job store is of
-//                  a newer build; UNAVAILABLE a port is taken; those of the job store.
+// Errors of Start: those of the security's files and of the job store; UNAVAILABLE a port is taken;
+//                  FAILED_PRECONDITION another coordinator uses the data folder, or its job store
+//                  is of a newer build.
 // Threads: Start, Stop and the destructor from one thread.
 #pragma once
 

@@ -90,6 +90,29 @@ absl::StatusOr<ApiKey> ParseKey(const json& object, const std::string& where) {
   return key;
 }
 
+// A count from 0 to `n_max`.
+absl::StatusOr<int> ParseCount(const json& value, int n_max, const std::string& where) {
+  if (value.is_number_integer() && value >= 0 && value <= n_max) return value.get<int>();
+  return Wrong(where, absl::StrCat("must be a whole number from 0 to ", n_max));
+}
+
+absl::StatusOr<TenantLimits> ParseLimits(const json& object, const std::string& where) {
+  if (!object.is_object()) return Wrong(where, "must be an object");
+  TenantLimits limits;
+  for (const auto& [name, value] : object.items()) {
+    const std::string member = absl::StrCat(where, ".", name);
+    if (name == "running_requests") {
+      WALSH_ASSIGN_OR_RETURN(limits.running_requests,
+                             ParseCount(value, limits::kTenantRequestsMax, member));
+    } else if (name == "live_jobs") {
+      WALSH_ASSIGN_OR_RETURN(limits.live_jobs, ParseCount(value, limits::kQueuedJobsMax, member));
+    } else {
+      return Wrong(where, absl::StrCat("unknown member '", name, "'"));
+    }
+  }
+  return limits;
+}
+
 }  // namespace
 
 std::string_view RoleName(Role role) {
@@ -106,8 +129,11 @@ std::string_view RoleName(Role role) {
 
 absl::StatusOr<ApiKeys> ApiKeys::Parse(const std::string& text) {
   const json file = json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!file.is_object() || file.size() != 1 || !file.contains("keys") || !file["keys"].is_array()) {
-    return absl::InvalidArgumentError(R"(the file must be JSON of the form {"keys": [...]})");
+  const bool has_tenants = file.is_object() && file.contains("tenants");
+  if (!file.is_object() || file.size() != (has_tenants ? 2 : 1) || !file.contains("keys") ||
+      !file["keys"].is_array() || (has_tenants && !file["tenants"].is_object())) {
+    return absl::InvalidArgumentError(
+        R"(the file must be JSON of the form {"keys": [...], "tenants": {...}})");
   }
   const json& entries = file["keys"];
   if (entries.size() > limits::kApiKeysMax) {
@@ -124,6 +150,14 @@ absl::StatusOr<ApiKeys> ApiKeys::Parse(const std::string& text) {
     if (!digests.insert(key.digest).second) return Wrong(where, "the key is there twice");
     keys.keys_.push_back(std::move(key));
   }
+  if (!has_tenants) return keys;
+  for (const auto& [tenant, object] : file["tenants"].items()) {
+    const std::string where = absl::StrCat("tenants.", tenant);
+    const bool is_known = std::any_of(keys.keys_.begin(), keys.keys_.end(),
+                                      [&](const ApiKey& key) { return key.tenant == tenant; });
+    if (!is_known) return Wrong(where, "no key is of this tenant");
+    WALSH_ASSIGN_OR_RETURN(keys.tenants_[tenant], ParseLimits(object, where));
+  }
   return keys;
 }
 
@@ -133,6 +167,11 @@ absl::StatusOr<ApiKeys> ApiKeys::ReadFile(const std::string& path) {
   if (keys.ok()) return keys;
   return absl::Status(keys.status().code(),
                       absl::StrCat("--api-keys-file: ", keys.status().message()));
+}
+
+TenantLimits ApiKeys::LimitsOf(const std::string& tenant) const {
+  const auto limits = tenants_.find(tenant);
+  return limits == tenants_.end() ? TenantLimits() : limits->second;
 }
 
 const ApiKey* ApiKeys::Find(std::string_view key) const {

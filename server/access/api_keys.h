@@ -1,15 +1,19 @@
 // The keys of clients, as --api-keys-file has them:
 //
-//   {"keys": [{"id": "ci", "sha256": "9f86…", "tenant": "acme", "roles": ["submit", "serve"]}]}
+//   {"keys": [{"id": "ci", "sha256": "9f86…", "tenant": "acme", "roles": ["submit", "serve"]}],
+//    "tenants": {"acme": {"running_requests": 8, "live_jobs": 20}}}
 //
 // `sha256` is the digest of the key, in 64 hexadecimal digits: whoever reads the file cannot call
 // the service. `id` is what logs call the key. Roles are of their own: none contains another.
+// Tenants, and members of theirs, that are left out have no limits of their own.
 //
 // Errors:  INVALID_ARGUMENT names the entry and what is wrong with it; unknown members are errors,
 //          since a slip of the pen must not widen what a key may do. Never names a digest.
 // Threads: safe, as nothing changes.
 #pragma once
 
+#include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -36,6 +40,14 @@ struct ApiKey {
   bool operator==(const ApiKey&) const = default;
 };
 
+// Absent: no limit but the service's.
+struct TenantLimits {
+  std::optional<int> running_requests;  // generation and tokenization
+  std::optional<int> live_jobs;         // not ended
+
+  bool operator==(const TenantLimits&) const = default;
+};
+
 class ApiKeys {
  public:
   static absl::StatusOr<ApiKeys> Parse(const std::string& json);
@@ -43,10 +55,12 @@ class ApiKeys {
 
   // Null: no such key. Takes a time that depends on the number of keys only.
   const ApiKey* Find(std::string_view key) const;
+  TenantLimits LimitsOf(const std::string& tenant) const;
   bool operator==(const ApiKeys&) const = default;
 
  private:
   std::vector<ApiKey> keys_;
+  std::map<std::string, TenantLimits> tenants_;
 };
 
 }  // namespace walsh::access

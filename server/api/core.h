@@ -7,6 +7,8 @@
 #include "absl/time/time.h"
 #include "common/clock.h"
 #include "common/executor.h"
+#include "server/access/access_control.h"
+#include "server/access/running_requests.h"
 #include "server/fleet/model_catalog.h"
 #include "server/fleet/stream_proxy.h"
 #include "server/fleet/worker_client.h"
@@ -41,6 +43,7 @@ class StreamCounter {
 struct Core {
   Executor* executor;
   const Clock* clock;
+  const access::AccessControl* access;
   jobs::JobQueue* queue;
   fleet::WorkerRegistry* registry;
   fleet::ModelCatalog* catalog;
@@ -54,6 +57,7 @@ struct Core {
   absl::Duration validation_max = absl::Seconds(20);
   fleet::StreamLimits stream_limits;
   StreamCounter streams;
+  access::RunningRequests running_requests;
 
   // Set once, when the server begins to stop: no new work, waiting calls end.
   std::atomic<bool> is_stopping{false};

@@ -28,6 +28,7 @@ constexpr absl::Duration kUndecidedRetry = absl::Seconds(5);
 struct Creation {
   Core* core;
   Call call;
+  access::Caller caller;
   const v1::CreateQuantizationJobRequest* request;
   v1::QuantizationJob* response;
   v1::QuantizationJob job;  // validated
@@ -41,7 +42,9 @@ struct Creation {
 absl::Status Store(const Creation& creation) {
   WALSH_ASSIGN_OR_RETURN(*creation.response,
                          creation.core->queue->Submit(
-                             creation.job, creation.request->quantization_job_id(), creation.key));
+                             creation.job, creation.request->quantization_job_id(), creation.key,
+                             {.tenant = creation.caller.tenant.value_or(""),
+                              .live_jobs_max = creation.caller.limits.live_jobs}));
   return absl::OkStatus();
 }
 
@@ -165,7 +168,8 @@ void AskNextWorker(const std::shared_ptr<Creation>& creation) {
 absl::StatusOr<bool> CheckHere(Creation* creation) {
   WALSH_ASSIGN_OR_RETURN(creation->job, jobs::ValidateNewJob(*creation->request));
   creation->key = {.request_id = creation->request->request_id(),
-                   .body_sha256 = jobs::BodySha256(*creation->request)};
+                   .body_sha256 = jobs::BodySha256(*creation->request),
+                   .tenant = creation->caller.tenant.value_or("")};
   // The names first: a twin that is stored in between is found then.
   absl::Status free = creation->core->queue->CheckNamesAreFree(
       creation->request->quantization_job_id(), creation->job.model_name());
@@ -185,11 +189,12 @@ absl::StatusOr<bool> CheckHere(Creation* creation) {
 
 }  // namespace
 
-void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
-               v1::QuantizationJob* response) {
+void CreateJob(Core* core, const Call& call, const access::Caller& caller,
+               const v1::CreateQuantizationJobRequest* request, v1::QuantizationJob* response) {
   const auto creation = std::make_shared<Creation>(
       Creation{.core = core,
                .call = call,
+               .caller = caller,
                .request = request,
                .response = response,
                .job = {},

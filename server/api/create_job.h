@@ -12,7 +12,7 @@ namespace walsh::api {
 // live until then. Without a connected worker a job is queued unchecked, and validate_only is
 // UNAVAILABLE; so it is when the worker is lost or too busy to answer in time. A job that every
 // worker refuses is refused with what each said.
-void CreateJob(Core* core, const Call& call, const v1::CreateQuantizationJobRequest* request,
-               v1::QuantizationJob* response);
+void CreateJob(Core* core, const Call& call, const access::Caller& caller,
+               const v1::CreateQuantizationJobRequest* request, v1::QuantizationJob* response);
 
 }  // namespace walsh::api

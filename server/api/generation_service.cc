@@ -65,17 +65,24 @@ using OnEnd = std::function<void(const absl::Status&)>;
 
 // Checks, routes, counts; what the four kinds of calls have in common.
 template <typename Request>
-absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(Core* core, const char* method,
-                                                            const Request& request,
-                                                            const std::string& request_id,
-                                                            OnEnd* done) {
+absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(
+    Core* core, grpc::CallbackServerContext* context, const char* method, const Request& request,
+    const std::string& request_id, OnEnd* done) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
-  WALSH_ASSIGN_OR_RETURN(const Destination to, Route(*core, request.model()));
+  WALSH_ASSIGN_OR_RETURN(const access::Caller caller, core->access->CallerOf(*context));
+  WALSH_RETURN_IF_ERROR(core->running_requests.Begin(caller));
+  const absl::StatusOr<Destination> routed = Route(*core, request.model());
+  if (!routed.ok()) {
+    core->running_requests.End(caller);
+    return routed.status();
+  }
+  const Destination& to = *routed;
   auto call = std::make_shared<Forwarded<Request>>(request, core->clients->Get(to.worker));
   const std::string log_id = SetRequestId(request_id, &call->request);
   call->request.set_model(to.model_id);
-  *done = [=, asked = request.model(),
+  *done = [=, to = *routed, asked = request.model(),
            start = core->clock->Monotonic()](const absl::Status& status) {
+    core->running_requests.End(caller);
     core->registry->EndRequest(to.worker.worker_id, to.model_id);
     WALSH_LOG(Info, "call ended", {"method", method}, {"request_id", log_id}, {"model", asked},
               {"served_by", ModelName(to.model_id)}, {"worker", WorkerName(to.worker.worker_id)},
@@ -92,7 +99,7 @@ grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Cor
                                        const Request* request, Response* response, Method method) {
   std::string request_id = EchoRequestId(context);
   OnEnd done;
-  auto forwarded = Forward(core, name, *request, request_id, &done);
+  auto forwarded = Forward(core, context, name, *request, request_id, &done);
   if (!forwarded.ok()) {
     LogEnd(name, request_id, forwarded.status());
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
@@ -116,7 +123,7 @@ fleet::StreamReactor<GenerateStreamResponse>* ForwardStream(grpc::CallbackServer
                                                             const Request* request, Method method) {
   const std::string request_id = EchoRequestId(context);
   OnEnd done;
-  auto forwarded = Forward(core, name, *request, request_id, &done);
+  auto forwarded = Forward(core, context, name, *request, request_id, &done);
   if (!forwarded.ok()) {
     LogEnd(name, request_id, forwarded.status());
     return new FailedStream<GenerateStreamResponse>(forwarded.status());

@@ -19,8 +19,10 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
     grpc::CallbackServerContext* context, const v1::CreateQuantizationJobRequest* request,
     v1::QuantizationJob* response) {
   const Call call(context, "CreateQuantizationJob");
-  return call.RunAsync(core_->executor, [core = core_, call, request, response] {
-    CreateJob(core, call, request, response);
+  const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
+  if (!caller.ok()) return call.FinishNow(caller.status());
+  return call.RunAsync(core_->executor, [core = core_, call, caller, request, response] {
+    CreateJob(core, call, *caller, request, response);
   });
 }
 
@@ -28,9 +30,11 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::GetQuantizationJob(
     grpc::CallbackServerContext* context, const v1::GetQuantizationJobRequest* request,
     v1::QuantizationJob* response) {
   const Call call(context, "GetQuantizationJob");
-  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
+  const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
+  return call.Run(core_->executor, [core = core_, caller, request, response]() -> absl::Status {
+    WALSH_RETURN_IF_ERROR(caller.status());
     WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
-    WALSH_ASSIGN_OR_RETURN(*response, core->queue->Get(id));
+    WALSH_ASSIGN_OR_RETURN(*response, core->queue->Get(id, caller->tenant));
     return absl::OkStatus();
   });
 }
@@ -39,8 +43,10 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::ListQuantizationJobs(
     grpc::CallbackServerContext* context, const v1::ListQuantizationJobsRequest* request,
     v1::ListQuantizationJobsResponse* response) {
   const Call call(context, "ListQuantizationJobs");
-  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
-    WALSH_ASSIGN_OR_RETURN(const jobs::JobQuery query, jobs::ParseQuery(*request));
+  const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
+  return call.Run(core_->executor, [core = core_, caller, request, response]() -> absl::Status {
+    WALSH_RETURN_IF_ERROR(caller.status());
+    WALSH_ASSIGN_OR_RETURN(const jobs::JobQuery query, jobs::ParseQuery(*request, caller->tenant));
     WALSH_ASSIGN_OR_RETURN(jobs::JobPage page, core->queue->List(query));
     for (jobs::JobRecord& record : page.jobs) {
       // The report of every linear is for GetQuantizationJob: a page of them would not fit a
@@ -56,21 +62,25 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::ListQuantizationJobs(
 
 grpc::ServerWriteReactor<v1::QuantizationJobEvent>* QuantizationServiceImpl::WatchQuantizationJob(
     grpc::CallbackServerContext* context, const v1::WatchQuantizationJobRequest* request) {
+  const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   const absl::StatusOr<std::string> id = ParseJobName("name", request->name());
-  if (!id.ok()) {
-    LogEnd("WatchQuantizationJob", EchoRequestId(context), id.status());
-    return new FailedStream<v1::QuantizationJobEvent>(id.status());
+  const absl::Status status = caller.ok() ? id.status() : caller.status();
+  if (!status.ok()) {
+    LogEnd("WatchQuantizationJob", EchoRequestId(context), status);
+    return new FailedStream<v1::QuantizationJobEvent>(status);
   }
-  return WatchJob(context, core_, *id, request->after_sequence());
+  return WatchJob(context, core_, *id, caller->tenant, request->after_sequence());
 }
 
 grpc::ServerUnaryReactor* QuantizationServiceImpl::CancelQuantizationJob(
     grpc::CallbackServerContext* context, const v1::CancelQuantizationJobRequest* request,
     v1::QuantizationJob* response) {
   const Call call(context, "CancelQuantizationJob");
-  return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
+  const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
+  return call.Run(core_->executor, [core = core_, caller, request, response]() -> absl::Status {
+    WALSH_RETURN_IF_ERROR(caller.status());
     WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
-    WALSH_ASSIGN_OR_RETURN(*response, core->queue->Cancel(id));
+    WALSH_ASSIGN_OR_RETURN(*response, core->queue->Cancel(id, caller->tenant));
     return absl::OkStatus();
   });
 }
@@ -79,9 +89,11 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::DeleteQuantizationJob(
     grpc::CallbackServerContext* context, const v1::DeleteQuantizationJobRequest* request,
     google::protobuf::Empty*) {
   const Call call(context, "DeleteQuantizationJob");
-  return call.Run(core_->executor, [core = core_, request]() -> absl::Status {
+  const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
+  return call.Run(core_->executor, [core = core_, caller, request]() -> absl::Status {
+    WALSH_RETURN_IF_ERROR(caller.status());
     WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
-    return core->queue->Delete(id);
+    return core->queue->Delete(id, caller->tenant);
   });
 }
 

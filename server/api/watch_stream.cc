@@ -18,9 +18,11 @@ using v1::QuantizationJobEvent;
 class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
                     public std::enable_shared_from_this<WatchStream> {
  public:
-  WatchStream(Core* core, const std::string& id, int64_t after_sequence, std::string request_id)
+  WatchStream(Core* core, const std::string& id, jobs::TenantView view, int64_t after_sequence,
+              std::string request_id)
       : core_(core),
         id_(id),
+        view_(std::move(view)),
         request_id_(std::move(request_id)),
         cursor_(after_sequence),
         last_write_(core->clock->Monotonic()) {}
@@ -93,7 +95,7 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
       after = cursor_;
       has_event = last_event_.sequence() == after;
     }
-    absl::StatusOr<jobs::JobQueue::EventBatch> read = core_->queue->ReadEvents(id_, after);
+    absl::StatusOr<jobs::JobQueue::EventBatch> read = core_->queue->ReadEvents(id_, after, view_);
     const bool is_quiet_resume = read.ok() && read->events.empty() && !has_event;
     absl::StatusOr<QuantizationJobEvent> resumed = QuantizationJobEvent();
     if (is_quiet_resume) resumed = EventAt(after);
@@ -117,7 +119,7 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
   // the executor.
   absl::StatusOr<QuantizationJobEvent> EventAt(int64_t sequence) const {
     WALSH_ASSIGN_OR_RETURN(jobs::JobQueue::EventBatch batch,
-                           core_->queue->ReadEvents(id_, sequence - 1));
+                           core_->queue->ReadEvents(id_, sequence - 1, view_));
     // Sequences have no gaps; a job deleted meanwhile has no events.
     if (batch.events.empty()) return NotFound("job", JobName(id_));
     return std::move(batch.events.front());
@@ -157,6 +159,7 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
 
   Core* const core_;
   const std::string id_;
+  const jobs::TenantView view_;
   const std::string request_id_;
   jobs::Subscriptions::Id subscription_;
 
@@ -178,8 +181,10 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
 
 grpc::ServerWriteReactor<QuantizationJobEvent>* WatchJob(grpc::CallbackServerContext* context,
                                                          Core* core, const std::string& id,
+                                                         const jobs::TenantView& view,
                                                          int64_t after_sequence) {
-  auto stream = std::make_shared<WatchStream>(core, id, after_sequence, EchoRequestId(context));
+  auto stream =
+      std::make_shared<WatchStream>(core, id, view, after_sequence, EchoRequestId(context));
   stream->Start();
   return stream.get();
 }

@@ -19,6 +19,7 @@ namespace walsh::api {
 // The reactor of the call, which gRPC owns from there. Ends with UNAVAILABLE when the server stops.
 grpc::ServerWriteReactor<v1::QuantizationJobEvent>* WatchJob(grpc::CallbackServerContext* context,
                                                              Core* core, const std::string& id,
+                                                             const jobs::TenantView& view,
                                                              int64_t after_sequence);
 
 }  // namespace walsh::api

@@ -30,9 +30,13 @@ namespace walsh::jobs {
 using v1::QuantizationJob;
 using v1::QuantizationJobEvent;
 
+// Whose jobs a caller sees and touches: those of one tenant; none: all.
+using TenantView = std::optional<std::string>;
+
 // What the store keeps of a job: the public resource and what only the coordinator knows.
 struct JobRecord {
   QuantizationJob job;
+  std::string tenant;           // that created it; empty: the service had no keys then
   int64_t fencing_token = 0;    // of the last lease; grows with each
   int64_t completed_token = 0;  // of the last accepted CompleteJob, so that repeating it is OK
   int64_t last_sequence = 0;    // of the job's events

@@ -19,7 +19,7 @@ namespace {
 std::string Fingerprint(const JobQuery& query) {
   return absl::StrCat(query.newest_first ? "desc" : "asc", "|",
                       query.state.has_value() ? static_cast<int>(*query.state) : -1, "|",
-                      query.model_name.value_or(""));
+                      query.model_name.value_or(""), "|", query.tenant.value_or(""));
 }
 
 // Takes the surrounding quotes off, as in state="RUNNING".
@@ -70,8 +70,10 @@ absl::Status ParseFilter(const std::string& filter, JobQuery* query) {
 
 }  // namespace
 
-absl::StatusOr<JobQuery> ParseQuery(const v1::ListQuantizationJobsRequest& request) {
+absl::StatusOr<JobQuery> ParseQuery(const v1::ListQuantizationJobsRequest& request,
+                                    TenantView tenant) {
   JobQuery query;
+  query.tenant = std::move(tenant);
   WALSH_ASSIGN_OR_RETURN(query.page_size, PageSize(request.page_size()));
   WALSH_RETURN_IF_ERROR(ParseFilter(request.filter(), &query));
   if (request.order_by() == "create_time" || request.order_by() == "create_time asc") {

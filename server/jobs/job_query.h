@@ -20,6 +20,7 @@ namespace walsh::jobs {
 struct JobQuery {
   std::optional<QuantizationJob::State> state = std::nullopt;
   std::optional<std::string> model_name = std::nullopt;
+  TenantView tenant = std::nullopt;  // of the caller, not of the request
   bool newest_first = true;
   int page_size = 0;
   // Ordinal of the last job already seen.
@@ -33,7 +34,8 @@ struct JobPage {
   int64_t total_size = 0;
 };
 
-absl::StatusOr<JobQuery> ParseQuery(const v1::ListQuantizationJobsRequest& request);
+absl::StatusOr<JobQuery> ParseQuery(const v1::ListQuantizationJobsRequest& request,
+                                    TenantView tenant = std::nullopt);
 // The token that continues `query` after the job with this ordinal.
 std::string PageToken(const JobQuery& query, int64_t ordinal);
 

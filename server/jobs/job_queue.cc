@@ -64,13 +64,18 @@ absl::StatusOr<std::unique_ptr<JobQueue>> JobQueue::Open(JobStore* store, const 
   return queue;
 }
 
-absl::StatusOr<JobRecord> JobQueue::Find(const std::string& id) const {
+absl::StatusOr<JobRecord> JobQueue::Find(const std::string& id, const TenantView& view) const {
+  std::optional<JobRecord> record;
   {
     const absl::MutexLock lock(&mu_);
     const auto it = live_.find(id);
-    if (it != live_.end()) return it->second.record;
+    if (it != live_.end()) record = it->second.record;
   }
-  return store_->Get(id);
+  if (!record.has_value()) {
+    WALSH_ASSIGN_OR_RETURN(record, store_->Get(id));
+  }
+  if (view.has_value() && record->tenant != *view) return NotFound("job", JobName(id));
+  return *std::move(record);
 }
 
 std::string JobQueue::NewId() {
@@ -81,7 +86,7 @@ absl::StatusOr<std::optional<QuantizationJob>> JobQueue::FindSubmitted(
     const RequestKey& key) const {
   if (key.request_id.empty()) return std::nullopt;
   WALSH_ASSIGN_OR_RETURN(const std::optional<StoredRequest> stored,
-                         store_->FindRequest(key.request_id));
+                         store_->FindRequest(key.stored_id()));
   if (!stored.has_value()) return std::nullopt;
   const std::string job = JobName(stored->job_id);
   if (stored->body_sha256 != key.body_sha256) {
@@ -105,26 +110,41 @@ absl::StatusOr<std::optional<QuantizationJob>> JobQueue::FindSubmitted(
   return std::move(record->job);
 }
 
+absl::Status JobQueue::CheckRoom(const JobOwner& owner) const {
+  const absl::MutexLock lock(&mu_);
+  if (static_cast<int>(queued_.size()) >= options_.queued_jobs_max) {
+    absl::Status full = absl::ResourceExhaustedError(absl::StrCat(
+        queued_.size(), " jobs are queued, at most ", options_.queued_jobs_max, " are taken"));
+    SetErrorInfo(full, "QUEUE_FULL");
+    SetQuotaFailure(full, "queued jobs", absl::StrCat("at most ", options_.queued_jobs_max));
+    SetRetryDelay(full, kQueueFullRetry);
+    return full;
+  }
+  if (!owner.live_jobs_max.has_value()) return absl::OkStatus();
+  const auto n_live = std::count_if(live_.begin(), live_.end(), [&](const auto& live) {
+    return live.second.record.tenant == owner.tenant;
+  });
+  if (n_live < *owner.live_jobs_max) return absl::OkStatus();
+  absl::Status full = absl::ResourceExhaustedError(
+      absl::StrCat("the tenant has ", n_live, " jobs that have not ended, at most ",
+                   *owner.live_jobs_max, " are taken"));
+  SetErrorInfo(full, "TENANT_LIMIT");
+  SetQuotaFailure(full, "the tenant's jobs", absl::StrCat("at most ", *owner.live_jobs_max));
+  SetRetryDelay(full, kQueueFullRetry);
+  return full;
+}
+
 absl::StatusOr<QuantizationJob> JobQueue::Submit(QuantizationJob job, std::string id,
-                                                 const RequestKey& key) {
+                                                 const RequestKey& key, const JobOwner& owner) {
   const absl::MutexLock write_lock(&write_mu_);
   WALSH_ASSIGN_OR_RETURN(std::optional<QuantizationJob> before, FindSubmitted(key));
   if (before.has_value()) return *std::move(before);
-  {
-    const absl::MutexLock lock(&mu_);
-    if (static_cast<int>(queued_.size()) >= options_.queued_jobs_max) {
-      absl::Status full = absl::ResourceExhaustedError(absl::StrCat(
-          queued_.size(), " jobs are queued, at most ", options_.queued_jobs_max, " are taken"));
-      SetErrorInfo(full, "QUEUE_FULL");
-      SetQuotaFailure(full, "queued jobs", absl::StrCat("at most ", options_.queued_jobs_max));
-      SetRetryDelay(full, kQueueFullRetry);
-      return full;
-    }
-  }
+  WALSH_RETURN_IF_ERROR(CheckRoom(owner));
   if (id.empty()) id = NewId();
   job.set_name(JobName(id));
   job.set_request_id(key.request_id);
   Transition created = NewJob(std::move(job), clock_->Now());
+  created.next.tenant = owner.tenant;
   created.next.last_sequence = 1;
   created.event->set_sequence(1);
   created.next.job.set_etag("1");
@@ -136,8 +156,8 @@ absl::StatusOr<QuantizationJob> JobQueue::Submit(QuantizationJob job, std::strin
   return created.next.job;
 }
 
-absl::StatusOr<QuantizationJob> JobQueue::Get(const std::string& id) const {
-  WALSH_ASSIGN_OR_RETURN(JobRecord record, Find(id));
+absl::StatusOr<QuantizationJob> JobQueue::Get(const std::string& id, const TenantView& view) const {
+  WALSH_ASSIGN_OR_RETURN(JobRecord record, Find(id, view));
   return std::move(record.job);
 }
 
@@ -160,24 +180,25 @@ int64_t JobQueue::n_live() const {
   return static_cast<int64_t>(live_.size());
 }
 
-absl::StatusOr<QuantizationJob> JobQueue::Cancel(const std::string& id) {
+absl::StatusOr<QuantizationJob> JobQueue::Cancel(const std::string& id, const TenantView& view) {
   const absl::MutexLock write_lock(&write_mu_);
+  WALSH_RETURN_IF_ERROR(Find(id, view).status());
   WALSH_ASSIGN_OR_RETURN(Transition transition, Transit(id, RequestCancel{}));
   return std::move(transition.next.job);
 }
 
-absl::Status JobQueue::Delete(const std::string& id) {
+absl::Status JobQueue::Delete(const std::string& id, const TenantView& view) {
   const absl::MutexLock write_lock(&write_mu_);
-  WALSH_ASSIGN_OR_RETURN(const JobRecord record, Find(id));
+  WALSH_ASSIGN_OR_RETURN(const JobRecord record, Find(id, view));
   WALSH_RETURN_IF_ERROR(Apply(record, jobs::Delete{}, clock_->Now()).status());
   WALSH_RETURN_IF_ERROR(store_->Delete(id));
   if (metrics_ != nullptr) metrics_->OnDelete(record);
   return absl::OkStatus();
 }
 
-absl::StatusOr<JobQueue::EventBatch> JobQueue::ReadEvents(const std::string& id,
-                                                          int64_t after) const {
-  WALSH_ASSIGN_OR_RETURN(const JobRecord record, Find(id));
+absl::StatusOr<JobQueue::EventBatch> JobQueue::ReadEvents(const std::string& id, int64_t after,
+                                                          const TenantView& view) const {
+  WALSH_ASSIGN_OR_RETURN(const JobRecord record, Find(id, view));
   if (after < 0 || after > record.last_sequence) {
     return InvalidField("after_sequence", absl::StrCat("must be from 0 to ", record.last_sequence,
                                                        ", the last event's, is ", after));

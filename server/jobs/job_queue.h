@@ -38,6 +38,13 @@
 
 namespace walsh::jobs {
 
+// Who submits a job.
+struct JobOwner {
+  std::string tenant = "";
+  // Of its jobs that are not terminal; more are RESOURCE_EXHAUSTED (TENANT_LIMIT).
+  std::optional<int> live_jobs_max = std::nullopt;
+};
+
 class JobQueue {
  public:
   struct Options {
@@ -52,11 +59,12 @@ class JobQueue {
                                                         const Options& options,
                                                         JobMetrics* metrics);
 
-  // -- For clients. Ids are bare.
+  // -- For clients. Ids are bare. A job outside the caller's view is NOT_FOUND, as one that does
+  // not exist.
   // `job` is validated (job_validation.h); `id` empty: chosen here. A repeated request returns the
   // job that its first form created.
-  absl::StatusOr<QuantizationJob> Submit(QuantizationJob job, std::string id,
-                                         const RequestKey& key);
+  absl::StatusOr<QuantizationJob> Submit(QuantizationJob job, std::string id, const RequestKey& key,
+                                         const JobOwner& owner = {});
   // The job that this request created before; ALREADY_EXISTS when it asked for something else, or
   // the job was deleted since.
   absl::StatusOr<std::optional<QuantizationJob>> FindSubmitted(const RequestKey& key) const;
@@ -64,12 +72,12 @@ class JobQueue {
   absl::Status CheckNamesAreFree(const std::string& id, const std::string& model_name) const {
     return store_->CheckNamesAreFree(id, model_name);
   }
-  absl::StatusOr<QuantizationJob> Get(const std::string& id) const;
+  absl::StatusOr<QuantizationJob> Get(const std::string& id, const TenantView& view = {}) const;
   absl::StatusOr<JobPage> List(const JobQuery& query) const;
   // Jobs that want a worker or have one.
   int64_t n_live() const;
-  absl::StatusOr<QuantizationJob> Cancel(const std::string& id);
-  absl::Status Delete(const std::string& id);
+  absl::StatusOr<QuantizationJob> Cancel(const std::string& id, const TenantView& view = {});
+  absl::Status Delete(const std::string& id, const TenantView& view = {});
 
   struct EventBatch {
     std::vector<QuantizationJobEvent> events;
@@ -77,7 +85,8 @@ class JobQueue {
   };
   // Stored events with a sequence above `after`, in order. To follow a job: subscribe, then read
   // until a batch is empty, and again at each notification.
-  absl::StatusOr<EventBatch> ReadEvents(const std::string& id, int64_t after) const;
+  absl::StatusOr<EventBatch> ReadEvents(const std::string& id, int64_t after,
+                                        const TenantView& view = {}) const;
   Subscriptions& event_subscriptions() { return event_subscriptions_; }
 
   // -- For workers ("workers/{id}").
@@ -127,7 +136,9 @@ class JobQueue {
 
   JobQueue(JobStore* store, const Clock* clock, const Options& options, JobMetrics* metrics);
 
-  absl::StatusOr<JobRecord> Find(const std::string& id) const;
+  absl::StatusOr<JobRecord> Find(const std::string& id, const TenantView& view = {}) const;
+  // RESOURCE_EXHAUSTED when another job would be one too many.
+  absl::Status CheckRoom(const JobOwner& owner) const ABSL_LOCKS_EXCLUDED(mu_);
   // Applies, stores, publishes. No event: stored nothing.
   absl::StatusOr<Transition> Transit(const std::string& id, const JobEvent& event,
                                      const v1::Model* model = nullptr)

@@ -30,6 +30,10 @@ namespace walsh::jobs {
 struct RequestKey {
   std::string request_id;  // empty: none
   std::string body_sha256;
+  std::string tenant = "";  // whose ids are apart from those of others
+
+  // What it is stored under. No id and no tenant has the stroke.
+  std::string stored_id() const { return tenant.empty() ? request_id : tenant + "/" + request_id; }
 };
 
 struct StoredRequest {
@@ -63,9 +67,9 @@ class JobStore {
   virtual absl::StatusOr<std::vector<QuantizationJobEvent>> Events(const std::string& id,
                                                                    int64_t after,
                                                                    int n_max) const = 0;
-  // A request that was stored within the last 7 days.
+  // A request that was stored within the last 7 days, by RequestKey::stored_id.
   virtual absl::StatusOr<std::optional<StoredRequest>> FindRequest(
-      const std::string& request_id) const = 0;
+      const std::string& stored_id) const = 0;
 
   // Models by id. Put replaces.
   virtual absl::Status PutModel(const v1::Model& model) = 0;

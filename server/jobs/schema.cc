@@ -54,6 +54,10 @@ CREATE TABLE aliases (
   update_us INTEGER NOT NULL                          -- Unix time
 ) WITHOUT ROWID;
 )sql"},
+    {4, "tenants of jobs", R"sql(
+ALTER TABLE jobs ADD COLUMN tenant TEXT NOT NULL DEFAULT '';  -- empty: made without a key
+CREATE INDEX jobs_by_tenant ON jobs (tenant);
+)sql"},
 };
 
 }  // namespace

@@ -19,7 +19,7 @@ constexpr absl::Duration kRequestAgeMax = absl::Hours(24 * 7);
 constexpr int64_t kPageBytesMax = limits::kMessageBytesMax / 4;
 constexpr std::string_view kColumns =
     "ordinal, fencing_token, completed_token, last_sequence, crashes, crash_workers, retries, "
-    "not_before_us, job";
+    "not_before_us, job, tenant";
 
 std::string JobId(const JobRecord& record) {
   return record.job.name().substr(kJobCollection.size());
@@ -58,6 +58,7 @@ absl::StatusOr<JobRecord> ReadRecord(const Statement& row) {
     return absl::DataLossError(
         absl::StrCat("job store: the job with ordinal ", row.Int(0), " is damaged"));
   }
+  record.tenant = row.Text(9);
   return record;
 }
 
@@ -70,9 +71,10 @@ absl::Status CheckNoModelIsCalled(const Connection& connection, std::string_view
   if (is_published) return NameTaken(field, model_name, "a published model");
   WALSH_ASSIGN_OR_RETURN(
       Statement live,
-      connection.Prepare("SELECT id FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
+      connection.Prepare("SELECT 1 FROM jobs WHERE model_name = ? AND state IN (1, 3, 5)"));
   WALSH_ASSIGN_OR_RETURN(const bool is_live, live.Bind(model_name).Step());
-  if (is_live) return NameTaken(field, model_name, JobName(live.Text(0)));
+  // Not which one: it may be another tenant's.
+  if (is_live) return NameTaken(field, model_name, "a job that has not ended");
   return absl::OkStatus();
 }
 
@@ -97,12 +99,14 @@ std::string Where(const JobQuery& query) {
   std::vector<std::string> terms = {"1"};
   if (query.state.has_value()) terms.push_back("state = ?");
   if (query.model_name.has_value()) terms.push_back("model_name = ?");
+  if (query.tenant.has_value()) terms.push_back("tenant = ?");
   return absl::StrCat(" WHERE ", absl::StrJoin(terms, " AND "));
 }
 
 void BindWhere(const JobQuery& query, Statement* statement) {
   if (query.state.has_value()) statement->Bind(int64_t{*query.state});
   if (query.model_name.has_value()) statement->Bind(*query.model_name);
+  if (query.tenant.has_value()) statement->Bind(*query.tenant);
 }
 
 }  // namespace
@@ -128,10 +132,10 @@ absl::Status SqliteJobStore::Insert(const JobRecord& record, const QuantizationJ
   WALSH_ASSIGN_OR_RETURN(
       Statement insert,
       writer_.Prepare("INSERT INTO jobs (state, model_name, fencing_token, completed_token, "
-                      "last_sequence, crashes, crash_workers, retries, not_before_us, job, id) "
-                      "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"));
+                      "last_sequence, crashes, crash_workers, retries, not_before_us, job, id, "
+                      "tenant) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"));
   BindRecord(record, &insert);
-  WALSH_RETURN_IF_ERROR(insert.Bind(id).Run());
+  WALSH_RETURN_IF_ERROR(insert.Bind(id).Bind(record.tenant).Run());
   WALSH_RETURN_IF_ERROR(AppendEvent(id, event));
   if (!key.request_id.empty()) WALSH_RETURN_IF_ERROR(InsertRequest(id, key));
   return transaction.Commit();
@@ -158,7 +162,7 @@ absl::Status SqliteJobStore::InsertRequest(const std::string& job_id, const Requ
       Statement insert,
       writer_.Prepare("INSERT INTO requests (request_id, body_sha256, job_id, create_us) "
                       "VALUES (?, ?, ?, ?)"));
-  return insert.Bind(key.request_id)
+  return insert.Bind(key.stored_id())
       .Bind(key.body_sha256)
       .Bind(job_id)
       .Bind(absl::ToUnixMicros(clock_->Now()))
@@ -267,13 +271,13 @@ absl::StatusOr<std::vector<QuantizationJobEvent>> SqliteJobStore::Events(const s
 }
 
 absl::StatusOr<std::optional<StoredRequest>> SqliteJobStore::FindRequest(
-    const std::string& request_id) const {
+    const std::string& stored_id) const {
   const absl::MutexLock lock(&read_mu_);
   WALSH_ASSIGN_OR_RETURN(
       Statement select,
       reader_.Prepare(
           "SELECT body_sha256, job_id FROM requests WHERE request_id = ? AND create_us >= ?"));
-  select.Bind(request_id).Bind(absl::ToUnixMicros(clock_->Now() - kRequestAgeMax));
+  select.Bind(stored_id).Bind(absl::ToUnixMicros(clock_->Now() - kRequestAgeMax));
   WALSH_ASSIGN_OR_RETURN(const bool found, select.Step());
   if (!found) return std::nullopt;
   return StoredRequest{.body_sha256 = select.Text(0), .job_id = select.Text(1)};

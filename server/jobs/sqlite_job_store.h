@@ -33,7 +33,7 @@ class SqliteJobStore : public JobStore {
   absl::StatusOr<std::vector<QuantizationJobEvent>> Events(const std::string& id, int64_t after,
                                                            int n_max) const override;
   absl::StatusOr<std::optional<StoredRequest>> FindRequest(
-      const std::string& request_id) const override;
+      const std::string& stored_id) const override;
   absl::Status PutModel(const v1::Model& model) override;
   absl::Status DeleteModel(const std::string& id) override;
   absl::StatusOr<std::vector<v1::Model>> Models() const override;

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
 #include "absl/synchronization/notification.h"
 #include "common/publish.h"
 #include "common/sha256.h"
@@ -121,6 +122,50 @@ TEST_F(CoordinatorAccessTest, KeysFollowTheirFile) {
   EXPECT_TRUE(WaitUntil([&] { return Call(kMethod, "a-key-to-come-later").ok(); }));
   EXPECT_THAT(Call(kMethod, kServer), HasCode(absl::StatusCode::kUnauthenticated));
   EXPECT_OK(Call(kMethod, kAdmin));
+}
+
+// Row F7 of the fault matrix, on the wire; the queue's own tests go further.
+TEST_F(CoordinatorAccessTest, AnotherTenantsJobDoesNotExist) {
+  constexpr char kOther[] = "a-key-of-another-tenant";
+  WriteKeys(
+      {Entry(kSubmitter, "submit"),
+       absl::StrReplaceAll(Entry(kOther, "submit"), {{R"("id": "submit")", R"("id": "other")"},
+                                                     {R"("tenant": "t")", R"("tenant": "u")"}})});
+  const auto of_key = [&](const std::string& secret) {
+    return v1::QuantizationService::NewStub(
+        MakeChannel(server_->endpoints().at("grpc"), /*connection=*/0, {.secret = secret}));
+  };
+  const auto mine = of_key(kSubmitter);
+  const auto other = of_key(kOther);
+  ASSERT_OK(Send<v1::QuantizationJob>(mine.get(), &JobStub::CreateQuantizationJob, NewJob("mine")));
+  v1::GetQuantizationJobRequest get;
+  get.set_name("quantizationJobs/mine");
+  EXPECT_OK(Send<v1::QuantizationJob>(mine.get(), &JobStub::GetQuantizationJob, get));
+  ASSERT_TRUE(WaitUntil([&] {
+    return absl::IsNotFound(
+        Send<v1::QuantizationJob>(other.get(), &JobStub::GetQuantizationJob, get).status());
+  })) << "when the other key is there";
+  v1::CancelQuantizationJobRequest cancel;
+  cancel.set_name("quantizationJobs/mine");
+  EXPECT_THAT(Send<v1::QuantizationJob>(other.get(), &JobStub::CancelQuantizationJob, cancel),
+              HasCode(absl::StatusCode::kNotFound));
+  v1::DeleteQuantizationJobRequest remove;
+  remove.set_name("quantizationJobs/mine");
+  EXPECT_THAT(Send<google::protobuf::Empty>(other.get(), &JobStub::DeleteQuantizationJob, remove),
+              HasCode(absl::StatusCode::kNotFound));
+  v1::WatchQuantizationJobRequest watch;
+  watch.set_name("quantizationJobs/mine");
+  grpc::ClientContext context;
+  const auto events = other->WatchQuantizationJob(&context, watch);
+  v1::QuantizationJobEvent event;
+  EXPECT_FALSE(events->Read(&event));
+  EXPECT_EQ(events->Finish().error_code(), grpc::StatusCode::NOT_FOUND);
+  ASSERT_OK_AND_ASSIGN(const auto listed, (Send<v1::ListQuantizationJobsResponse>(
+                                              other.get(), &JobStub::ListQuantizationJobs, {})));
+  EXPECT_EQ(listed.total_size(), 0);
+  ASSERT_OK_AND_ASSIGN(const auto own, (Send<v1::ListQuantizationJobsResponse>(
+                                           mine.get(), &JobStub::ListQuantizationJobs, {})));
+  EXPECT_EQ(own.total_size(), 1);
 }
 
 TEST_F(CoordinatorAccessTest, AServiceDoesNotStartWithABadFile) {

@@ -72,6 +72,8 @@ class TlsTest : public ::testing::Test {
     job.set_model_name(name);
     job.mutable_config()->set_method(v1::QuantizationConfig::RTN);
     job.mutable_config()->mutable_rotation()->set_kind(v1::Rotation::NONE);
+    job.mutable_config()->mutable_calibration()->set_num_samples(4);
+    job.mutable_config()->mutable_calibration()->set_sequence_length(64);
     job.mutable_config()->mutable_evaluation()->set_disable(true);
     job.mutable_config()->mutable_auto_load();
     auto created = service_->client().CreateJob(request);
@@ -122,9 +124,9 @@ TEST_F(TlsTest, AServiceQuantizesAndServesOverItAndRenewsItsCertificates) {
 
   // A daemon's certificate without the daemons' secret.
   ChannelSecurity no_secret;
-  const Issued daemon = ca_.Issue();
+  const Issued another = ca_.Issue();
   no_secret.tls = std::make_shared<const TlsPems>(TlsPems{
-      .certificate = daemon.certificate, .private_key = daemon.private_key, .ca = ca_.pem()});
+      .certificate = another.certificate, .private_key = another.private_key, .ca = ca_.pem()});
   EXPECT_THAT(TokenizeAt(service_->endpoint("worker", "grpc"), no_secret),
               HasCode(absl::StatusCode::kUnauthenticated));
 

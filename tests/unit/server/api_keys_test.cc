@@ -79,6 +79,36 @@ TEST(ApiKeysTest, BadFilesNameTheEntryAndTheMember) {
   }
 }
 
+TEST(ApiKeysTest, TenantsHaveTheLimitsThatTheFileGives) {
+  const auto with = [](const std::string& tenants) {
+    return absl::StrCat(R"({"keys": [)", Entry("a", kSecret), R"(], "tenants": )", tenants, "}");
+  };
+  ASSERT_OK_AND_ASSIGN(const ApiKeys keys,
+                       ApiKeys::Parse(with(R"({"acme": {"running_requests": 8}})")));
+  EXPECT_EQ(keys.LimitsOf("acme").running_requests, 8);
+  EXPECT_EQ(keys.LimitsOf("acme").live_jobs, std::nullopt);
+  EXPECT_EQ(keys.LimitsOf("other"), TenantLimits());
+  EXPECT_OK(ApiKeys::Parse(with(R"({"acme": {"running_requests": 100000, "live_jobs": 0}})")));
+  const struct {
+    const char* tenants;
+    const char* why;
+  } kCases[] = {
+      {"[]", "must be JSON"},
+      {R"({"nobody": {}})", "tenants.nobody: no key"},
+      {R"({"acme": 1})", "tenants.acme: must be an object"},
+      {R"({"acme": {"requests": 1}})", "unknown member 'requests'"},
+      {R"({"acme": {"running_requests": 100001}})", "running_requests: must be a whole number"},
+      {R"({"acme": {"running_requests": -1}})", "running_requests: must be a whole number"},
+      {R"({"acme": {"live_jobs": 10001}})", "live_jobs: must be a whole number from 0 to 10000"},
+      {R"({"acme": {"live_jobs": 1.5}})", "live_jobs: must be a whole number"},
+      {R"({"acme": {"live_jobs": 9223372036854775807}})", "live_jobs: must be a whole number"},
+  };
+  for (const auto& bad : kCases) {
+    EXPECT_THAT(ApiKeys::Parse(with(bad.tenants)),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr(bad.why)));
+  }
+}
+
 TEST(ApiKeysTest, HasAsManyKeysAsTheLimitSays) {
   std::string entries;
   for (int i = 0; i < limits::kApiKeysMax; ++i) {

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "server/jobs/sqlite_job_store.h"
 #include "tests/testing/status_matchers.h"
@@ -27,6 +28,7 @@ using ::walsh::testing::StatusIs;
 
 constexpr absl::Duration kLease = absl::Seconds(30);
 constexpr auto kAborted = absl::StatusCode::kAborted;
+constexpr auto kNotFound = absl::StatusCode::kNotFound;
 
 class JobQueueTest : public ::testing::Test {
  protected:
@@ -407,6 +409,71 @@ TEST_F(JobQueueTest, FullQueueRefusesAtOnce) {
   EXPECT_EQ(ErrorReason(full), "QUEUE_FULL");
   Acquire("workers/1");
   EXPECT_OK(queue_->Submit(SomeJob("c-model"), "c", {}));
+}
+
+// -- Tenants
+
+TEST_F(JobQueueTest, ATenantsJobsAreNotThereForAnother) {
+  ASSERT_OK(queue_->Submit(SomeJob("m"), "a", {}, {.tenant = "one"}));
+  ASSERT_OK(queue_->Submit(SomeJob("n"), "b", {}, {.tenant = "two"}));
+  Submit("c");  // made without a key
+  for (const bool is_restarted : {false, true}) {
+    if (is_restarted) Restart();
+    EXPECT_OK(queue_->Get("a", "one"));
+    EXPECT_OK(queue_->Get("a")) << "the service itself sees all";
+    for (const char* id : {"a", "c", "no-such-job"}) {
+      EXPECT_THAT(
+          queue_->Get(id, "two"),
+          StatusIs(kNotFound, absl::StrCat("job 'quantizationJobs/", id, "' does not exist")));
+      EXPECT_THAT(queue_->Cancel(id, "two"), HasCode(kNotFound));
+      EXPECT_THAT(queue_->Delete(id, "two"), HasCode(kNotFound));
+      EXPECT_THAT(queue_->ReadEvents(id, 0, "two"), HasCode(kNotFound));
+    }
+    JobQuery query{.tenant = "two", .page_size = 10};
+    ASSERT_OK_AND_ASSIGN(const JobPage page, queue_->List(query));
+    EXPECT_EQ(page.total_size, 1);
+    ASSERT_EQ(page.jobs.size(), 1u);
+    EXPECT_EQ(page.jobs[0].job.name(), "quantizationJobs/b");
+  }
+  EXPECT_OK(queue_->Cancel("a", "one"));
+  EXPECT_THAT(queue_->Get("a", "two"), HasCode(kNotFound)) << "of ended jobs, too";
+}
+
+TEST_F(JobQueueTest, TenantsHaveRequestIdsOfTheirOwn) {
+  const RequestKey one{.request_id = "r", .body_sha256 = "x", .tenant = "one"};
+  const RequestKey two{.request_id = "r", .body_sha256 = "y", .tenant = "two"};
+  ASSERT_OK(queue_->Submit(SomeJob("m"), "a", one, {.tenant = "one"}));
+  EXPECT_EQ(*queue_->FindSubmitted(two), std::nullopt);
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob other,
+                       queue_->Submit(SomeJob("n"), "b", two, {.tenant = "two"}));
+  EXPECT_EQ(other.name(), "quantizationJobs/b");
+  EXPECT_EQ(other.request_id(), "r");
+  ASSERT_OK_AND_ASSIGN(const auto again, queue_->FindSubmitted(one));
+  EXPECT_EQ(again->name(), "quantizationJobs/a");
+}
+
+// Row F5 of the fault matrix.
+TEST_F(JobQueueTest, AHundredJobsAtOnceNeverExceedATenantsLimit) {
+  const JobOwner owner{.tenant = "one", .live_jobs_max = 7};
+  std::atomic<int> n_taken = 0;
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 100; ++i) {
+    threads.emplace_back([&, i] {
+      const absl::Status status =
+          queue_->Submit(SomeJob(absl::StrCat("m", i)), absl::StrCat("j", i), {}, owner).status();
+      if (status.ok()) return void(++n_taken);
+      EXPECT_THAT(status, StatusIs(absl::StatusCode::kResourceExhausted, HasSubstr("at most 7")));
+      EXPECT_EQ(ErrorReason(status), "TENANT_LIMIT");
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(n_taken, 7);
+  EXPECT_OK(queue_->Submit(SomeJob("m"), "other", {}, {.tenant = "two", .live_jobs_max = 1}));
+  // A job that has ended makes room.
+  const auto [id, token] = Acquire("workers/1");
+  EXPECT_OK(queue_->Cancel(id));
+  EXPECT_OK(queue_->Complete("workers/1", id, token, AcknowledgeCancel{token}, nullptr));
+  EXPECT_OK(queue_->Submit(SomeJob("next"), "next", {}, owner));
 }
 
 // -- Refusals

@@ -267,7 +267,7 @@ TEST_F(SqliteJobStoreTest, ANameIsAModelsOrAnAliass) {
               StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("published model")));
   ASSERT_OK(Insert(SomeNewJob("a")));
   EXPECT_THAT(store_->PutAlias(Alias("a-model", "m")),
-              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("quantizationJobs/a")));
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("a job that has not ended")));
   ASSERT_OK(store_->PutAlias(Alias("prod", "m")));
   EXPECT_THAT(store_->CheckNamesAreFree("b", "prod"),
               StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("an alias")));
