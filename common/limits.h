@@ -21,6 +21,7 @@ inline constexpr int kStatusDetailsBytesMax = 3 << 10;
 inline constexpr int64_t kGrpcBuffersBytesMax = 512 << 20;
 inline constexpr int kHandshakeMsMax = 10'000;
 inline constexpr int kConnectionIdleMsMax = 15 * 60 * 1000;
+inline constexpr int kConnectionAgeMsMax = 60 * 60 * 1000;
 
 // -- Security
 // A file of certificates; a system's bundle of public CAs has about 200 KB.

@@ -8,8 +8,10 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 
+#include <map>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/synchronization/notification.h"
 #include "common/grpc_status.h"
@@ -93,6 +95,12 @@ TEST(GrpcServerTest, MessagesAboveTheLimitAreRefused) {
 TEST(GrpcServerTest, MetadataAboveTheLimitIsRefused) {
   Loopback loopback;
   const auto stub = loopback.Stub();
+  {
+    grpc::ClientContext context;
+    context.AddMetadata("x-large", std::string(limits::kMetadataBytesMax - 1024, 'x'));
+    v1::TokenizeResponse response;
+    EXPECT_OK(FromGrpcStatus(stub->Tokenize(&context, {}, &response)));
+  }
   grpc::ClientContext context;
   context.AddMetadata("x-large", std::string(2 * limits::kMetadataBytesMax, 'x'));
   v1::TokenizeResponse response;
@@ -101,6 +109,35 @@ TEST(GrpcServerTest, MetadataAboveTheLimitIsRefused) {
   // Of another connection: gRPC may close the one that carried it.
   const auto other = v1::GenerationService::NewStub(MakeChannel(loopback.address(), 1));
   EXPECT_OK(Tokenize(*other, "still alive"));
+}
+
+TEST(GrpcServerTest, StreamsBeyondTheLimitOfAConnectionWait) {
+  Loopback loopback;
+  const auto stub = loopback.Stub();
+  struct Stream {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReader<v1::GenerateStreamResponse>> reader;
+  };
+  std::vector<std::unique_ptr<Stream>> streams;
+  v1::GenerateStreamResponse response;
+  for (int i = 0; i < limits::kConcurrentStreamsMax; ++i) {
+    Stream& stream = *streams.emplace_back(std::make_unique<Stream>());
+    stream.reader = stub->GenerateStream(&stream.context, {});
+    ASSERT_TRUE(stream.reader->Read(&response)) << i;
+  }
+  grpc::ClientContext one_too_many;
+  one_too_many.set_deadline(absl::ToChronoTime(absl::Now() + absl::Milliseconds(200)));
+  auto waiting = stub->GenerateStream(&one_too_many, {});
+  EXPECT_FALSE(waiting->Read(&response));
+  EXPECT_EQ(waiting->Finish().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  // One that ends makes room.
+  streams.front()->context.TryCancel();
+  EXPECT_EQ(streams.front()->reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  grpc::ClientContext next;
+  auto stream = stub->GenerateStream(&next, {});
+  EXPECT_TRUE(stream->Read(&response));
+  next.TryCancel();
+  for (const auto& open : streams) open->context.TryCancel();
 }
 
 // The callback API's handler of last resort passes the interceptors, under the caller's name.
@@ -171,6 +208,15 @@ TEST(GrpcServerTest, CountsEveryRpc) {
   const double failed_before =
       std::max(0.0, Value("grpc_server_handled_total" + unary_labels("ResourceExhausted")));
   const double started_before = std::max(0.0, Value("grpc_server_started_total{" + tokenize + "}"));
+  const std::map<std::string, double> of_stream = {
+      {"grpc_server_started_total{" + stream + "}", 1},
+      {"grpc_server_msg_received_total{" + stream + "}", 1},
+      {"grpc_server_msg_sent_total{" + stream + "}", 2},
+      {R"(grpc_server_handled_total{grpc_code="Canceled",)" + stream + "}", 1},
+      {"grpc_server_handling_seconds_count{" + stream + "}", 1},
+  };
+  std::map<std::string, double> stream_before;  // of other tests in this process
+  for (const auto& [series, n] : of_stream) stream_before[series] = std::max(0.0, Value(series));
   EXPECT_OK(Tokenize(*stub, "a"));
   EXPECT_FALSE(Tokenize(*stub, "fail").ok());
   {
@@ -186,11 +232,9 @@ TEST(GrpcServerTest, CountsEveryRpc) {
   EXPECT_EQ(Value("grpc_server_started_total{" + tokenize + "}"), started_before + 2);
   EXPECT_EQ(Value("grpc_server_handled_total" + unary_labels("ResourceExhausted")),
             failed_before + 1);
-  EXPECT_EQ(Value("grpc_server_started_total{" + stream + "}"), 1);
-  EXPECT_EQ(Value("grpc_server_msg_received_total{" + stream + "}"), 1);
-  EXPECT_EQ(Value("grpc_server_msg_sent_total{" + stream + "}"), 2);
-  EXPECT_EQ(Value(R"(grpc_server_handled_total{grpc_code="Canceled",)" + stream + "}"), 1);
-  EXPECT_EQ(Value("grpc_server_handling_seconds_count{" + stream + "}"), 1);
+  for (const auto& [series, n] : of_stream) {
+    EXPECT_EQ(Value(series), stream_before[series] + n) << series;
+  }
 }
 
 }  // namespace
