@@ -164,19 +164,19 @@ TEST_F(TlsTest, AServiceQuantizesAndServesOverItAndRenewsItsCertificates) {
   ASSERT_OK(Generate());
   ASSERT_OK_AND_ASSIGN(const Job again, Quantize("m2"));
   EXPECT_EQ(again.state(), Job::SUCCEEDED) << again.DebugString();
-  // The command.
-  ASSERT_OK_AND_ASSIGN(const client::Output listed,
-                       service_->RunWalsh({"--tls-ca", dir_ / "ca.crt", "--api-key-file",
-                                           dir_ / "key", "models", "list"}));
-  EXPECT_EQ(listed.exit_code, 0) << listed.err;
-  EXPECT_THAT(listed.out, HasSubstr("m2"));
-
   for (const char* secret : {kApiKey, kPrompt, kToken, "PRIVATE KEY"}) {
     for (const char* daemon : {"coordinator", "worker"}) {
       EXPECT_THAT(service_->Log(daemon), Not(HasSubstr(secret)));
       EXPECT_THAT(Metrics(daemon), Not(HasSubstr(secret)));
     }
   }
+
+  // The command.
+  ASSERT_OK_AND_ASSIGN(const client::Output listed,
+                       service_->RunWalsh({"--tls-ca", dir_ / "ca.crt", "--api-key-file",
+                                           dir_ / "key", "models", "list"}));
+  EXPECT_EQ(listed.exit_code, 0) << listed.err;
+  EXPECT_THAT(listed.out, HasSubstr("m2"));
 }
 
 }  // namespace
