@@ -88,7 +88,7 @@ class DaemonSecurity {
   const PeriodicTask poll_;                           // last: it uses the others
 };
 
-// Health checks: probes have no credentials.
+// Health checks and KEDA's external scaler: probes and KEDA have no credentials.
 bool IsOpenToAll(std::string_view method);
 
 }  // namespace walsh

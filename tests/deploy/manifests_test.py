@@ -348,6 +348,9 @@ def main():
     refused = run("helm", "template", "walsh", CHART, *KEDA, "--set", "autoscaling.enabled=true")
     if "both scale the workers" not in refused.stderr:
         faults.append("helm: two of them can scale the workers")
+    refused = run("helm", "template", "walsh", CHART, *KEDA, "--set", "security.tlsSecret=walsh-tls")
+    if "without TLS" not in refused.stderr:
+        faults.append("helm: KEDA can ask a port with TLS without")
     refused = run("helm", "template", "walsh", CHART, *SECURED, "--set", "worker.requiredModel=llama")
     if "speaks no TLS" not in refused.stderr:
         faults.append("helm: a worker with TLS can have a probe without")

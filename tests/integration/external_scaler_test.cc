@@ -1,4 +1,5 @@
 // What KEDA hears of the jobs, from a coordinator on loopback.
+#include "common/publish.h"
 #include "externalscaler/externalscaler.grpc.pb.h"
 #include "tests/integration/coordinator_fixture.h"
 
@@ -9,8 +10,8 @@ using externalscaler::ExternalScaler;
 using externalscaler::IsActiveResponse;
 using externalscaler::ScaledObjectRef;
 using ::testing::HasSubstr;
+using ::walsh::testing::HasCode;
 using ::walsh::testing::StatusIs;
-using ::walsh::testing::WaitUntil;
 using Stub = ExternalScaler::Stub;
 
 constexpr char kMetric[] = "walsh-quantization-jobs";
@@ -50,6 +51,17 @@ class ExternalScalerTest : public CoordinatorFixture {
 
   std::unique_ptr<Stub> scaler_;
 };
+
+// KEDA has no secret to show.
+TEST_F(ExternalScalerTest, AsksWithoutTheDaemonsToken) {
+  Stop();
+  options_.security.worker_token_file = dir_ / "token";
+  ASSERT_OK(PublishFile(options_.security.worker_token_file, "a-token-of-the-daemons-alone"));
+  Start();
+  EXPECT_FALSE(IsActive());
+  testing::FakeWorker stranger(server_->endpoints().at("internal"), "w1");
+  EXPECT_THAT(stranger.Register(), HasCode(absl::StatusCode::kUnauthenticated));
+}
 
 TEST_F(ExternalScalerTest, CountsJobsThatWaitAndThatRun) {
   EXPECT_FALSE(IsActive());
