@@ -23,6 +23,7 @@
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "server/access/access_control.h"
+#include "server/api/call.h"
 #include "server/api/core.h"
 #include "server/api/evaluation_service.h"
 #include "server/api/external_scaler_service.h"
@@ -37,6 +38,8 @@ namespace walsh {
 namespace {
 
 constexpr absl::Duration kTickInterval = absl::Milliseconds(250);
+// After the calls' time: for those that it has ended to say why.
+constexpr absl::Duration kLastWords = absl::Seconds(2);
 
 // Held while the process lives; the system gives it back however the process ends.
 class FolderLock {
@@ -272,11 +275,14 @@ void Server::Impl::Stop(absl::Duration timeout) {
     queue->event_subscriptions().NotifyAll();
     queue->work_subscriptions().NotifyAll();
   }
-  const auto deadline = absl::ToChronoTime(absl::Now() + timeout);
+  const auto deadline = absl::ToChronoTime(absl::Now() + timeout + kLastWords);
+  if (core != nullptr) {
+    executor.PostAfter(timeout, [this] { core->calls.EndAll(api::Stopping()); });
+  }
   if (public_server != nullptr) public_server->Shutdown(deadline);
   // Last, so that workers can end what they have begun.
   if (internal_server != nullptr) internal_server->Shutdown(deadline);
-  if (core != nullptr) core->streams.WaitForNone();
+  if (core != nullptr) core->calls.WaitForNone();
   // Tasks of ended calls; none of them touches gRPC any more.
   executor.Stop();
 }

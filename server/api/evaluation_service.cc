@@ -59,7 +59,6 @@ grpc::ServerWriteReactor<EvaluateModelResponse>* EvaluationServiceImpl::Evaluate
         call->connection->evaluation->async()->EvaluateModel(client_context, &call->request,
                                                              reader);
       };
-  core_->streams.Begin();
   core_->registry->BeginEvaluation(worker->worker_id);
   // `call` must outlive the worker's call, of which this is the end.
   const auto done = [core = core_, call, worker_id = worker->worker_id,
@@ -69,10 +68,9 @@ grpc::ServerWriteReactor<EvaluateModelResponse>* EvaluationServiceImpl::Evaluate
               {"status", status},
               {"seconds", absl::ToDoubleSeconds(core->clock->Monotonic() - begin)});
     core->registry->EndEvaluation(worker_id);
-    core->streams.End();
   };
   return fleet::ProxyStream<v1::EvaluateModelResponse>(
-      context,
+      context, &core_->calls,
       fleet::WorkerTimeout(context->deadline(), fleet::kEvaluateTimeout, fleet::kEvaluateTimeout),
       core_->stream_limits, core_->executor, start, done);
 }

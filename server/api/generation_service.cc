@@ -1,6 +1,8 @@
 #include "server/api/generation_service.h"
 
 #include <memory>
+#include <optional>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -50,14 +52,47 @@ std::string SetRequestId(const std::string& id, Request* request) {
 
 // A call on its way to a worker: counted there from now on, and alive until it ends.
 template <typename Request>
-struct Forwarded {
-  Forwarded(const Request& r, std::shared_ptr<fleet::WorkerClient> c)
-      : request(r), client(std::move(c)), connection(client->AcquireGeneration()) {}
-  auto* async() const { return connection->generation->async(); }
+class Forwarded {
+ public:
+  Forwarded(Core* core, Destination to, const Request& r)
+      : request(r), core_(core), to_(std::move(to)) {
+    Connect();
+  }
+
+  auto* async() const { return (*connection_)->generation->async(); }
+  const Destination& to() const { return to_; }
+  void End() const { core_->registry->EndRequest(to_.worker.worker_id, to_.model_id); }
+
+  // After a worker's call that failed: true when the next one goes to another worker. Once to each,
+  // and only where the one before is leaving.
+  bool GoElsewhere(const absl::Status& failure) {
+    if (!fleet::IsLeaving(failure)) return false;
+    refused_.insert(to_.worker.worker_id);
+    absl::StatusOr<WorkerAddress> next = core_->registry->BeginRequest(to_.model_id, refused_);
+    if (!next.ok()) return false;
+    End();
+    WALSH_LOG(Info, "a leaving worker's request goes to another",
+              {"model", ModelName(to_.model_id)}, {"from", WorkerName(to_.worker.worker_id)},
+              {"to", WorkerName(next->worker_id)});
+    to_.worker = *std::move(next);
+    Connect();
+    return true;
+  }
 
   Request request;
-  const std::shared_ptr<fleet::WorkerClient> client;
-  const fleet::WorkerClient::GenerationPool::Lease connection;
+
+ private:
+  void Connect() {
+    connection_.reset();  // which its client must outlive
+    client_ = core_->clients->Get(to_.worker);
+    connection_.emplace(client_->AcquireGeneration());
+  }
+
+  Core* const core_;
+  Destination to_;
+  std::set<std::string> refused_;  // ids of workers
+  std::shared_ptr<fleet::WorkerClient> client_;
+  std::optional<fleet::WorkerClient::GenerationPool::Lease> connection_;
 };
 
 // What ends a forwarded call: gets the status that the client gets.
@@ -71,19 +106,19 @@ absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
   WALSH_ASSIGN_OR_RETURN(const access::Caller caller, core->access->CallerOf(*context));
   WALSH_RETURN_IF_ERROR(core->running_requests.Begin(caller));
-  const absl::StatusOr<Destination> routed = Route(*core, request.model());
-  if (!routed.ok()) {
+  absl::StatusOr<Destination> destination = Route(*core, request.model());
+  if (!destination.ok()) {
     core->running_requests.End(caller);
-    return routed.status();
+    return destination.status();
   }
-  const Destination& to = *routed;
-  auto call = std::make_shared<Forwarded<Request>>(request, core->clients->Get(to.worker));
+  auto call = std::make_shared<Forwarded<Request>>(core, *std::move(destination), request);
   const std::string log_id = SetRequestId(request_id, &call->request);
-  call->request.set_model(to.model_id);
-  *done = [=, to = *routed, asked = request.model(),
+  call->request.set_model(call->to().model_id);
+  *done = [=, asked = request.model(),
            start = core->clock->Monotonic()](const absl::Status& status) {
     core->running_requests.End(caller);
-    core->registry->EndRequest(to.worker.worker_id, to.model_id);
+    call->End();
+    const Destination& to = call->to();
     WALSH_LOG(Info, "call ended", {"method", method}, {"request_id", log_id}, {"model", asked},
               {"served_by", ModelName(to.model_id)}, {"worker", WorkerName(to.worker.worker_id)},
               {"status", status},
@@ -113,8 +148,10 @@ grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Cor
         client_context, &call->request, response,
         [call, finished = std::move(finished)](const grpc::Status& status) { finished(status); });
   };
-  return fleet::UnaryProxy::Run(fleet::WorkerTimeout(context->deadline(), timeout_default), start,
-                                std::move(done));
+  return fleet::UnaryProxy::Run(
+      &core->calls, fleet::WorkerTimeout(context->deadline(), timeout_default), start,
+      [call = *forwarded](const absl::Status& failure) { return call->GoElsewhere(failure); },
+      std::move(done));
 }
 
 template <typename Request, typename Method>
@@ -133,15 +170,11 @@ fleet::StreamReactor<GenerateStreamResponse>* ForwardStream(grpc::CallbackServer
                          fleet::StreamReader<GenerateStreamResponse>* reader) {
     (call->async()->*method)(client_context, &call->request, reader);
   };
-  core->streams.Begin();
-  // `call` must outlive the worker's call, of which `done` is the end.
   return fleet::ProxyStream<GenerateStreamResponse>(
-      context, fleet::WorkerTimeout(context->deadline(), fleet::kGenerateTimeoutDefault),
-      core->stream_limits, core->executor, start,
-      [core, call = *forwarded, done = std::move(done)](const absl::Status& status) {
-        done(status);
-        core->streams.End();
-      });
+      context, &core->calls,
+      fleet::WorkerTimeout(context->deadline(), fleet::kGenerateTimeoutDefault),
+      core->stream_limits, core->executor, start, std::move(done),
+      [call = *forwarded](const absl::Status& failure) { return call->GoElsewhere(failure); });
 }
 
 // The class and the method of this name are told apart by the keyword.

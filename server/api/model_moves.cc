@@ -8,6 +8,7 @@
 #include "common/grpc_status.h"
 #include "common/log.h"
 #include "common/resource_name.h"
+#include "server/api/arrival.h"
 #include "server/api/call.h"
 #include "server/fleet/placement.h"
 
@@ -15,10 +16,6 @@ namespace walsh::api {
 namespace {
 
 using fleet::Replica;
-
-// A request that was sent to a worker of the same network has arrived by then.
-constexpr absl::Duration kArrivalMax = absl::Seconds(1);
-constexpr absl::Duration kArrivalCheck = absl::Milliseconds(10);
 
 // Goes on with `next` on the executor; a full executor is an error like any other.
 void Continue(Core* core, const Done& done, std::function<void()> next) {
@@ -38,23 +35,6 @@ void RestoreState(Core* core, const Replica& replica, const std::string& id,
                   v1::Model::State moving, const absl::Status& status) {
   if (StillMoves(status)) return;
   core->registry->ReplaceModelState(replica.worker.worker_id, id, moving, replica.model.state());
-}
-
-// Waits until no request to a closed model can still be on its way to the worker: until all that
-// were sent have ended, or have had the time to arrive. The worker lets them end, and would refuse
-// what came after. `next` gets OK, or what ended the wait: CANCELLED, DEADLINE_EXCEEDED.
-void AfterArrival(Core* core, const std::string& worker_id, const std::string& id,
-                  absl::Duration start, const MoveLimits& limits, const Done& next) {
-  if (limits.cancellation->cancelled()) return next(absl::CancelledError("nobody waits any more"));
-  const absl::Duration waited = core->clock->Monotonic() - start;
-  if (waited >= limits.timeout) {
-    return next(absl::DeadlineExceededError("requests to the model are still on their way"));
-  }
-  if (core->registry->RequestsOf(worker_id, id) == 0 || waited >= kArrivalMax) {
-    return next(absl::OkStatus());
-  }
-  core->executor->PostAfter(kArrivalCheck,
-                            [=] { AfterArrival(core, worker_id, id, start, limits, next); });
 }
 
 // What is done to one replica: starts a call to its worker.
@@ -93,12 +73,14 @@ void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> repl
       unloaded(status);
     };
     const absl::Duration start = core->clock->Monotonic();
-    AfterArrival(core, worker_id, id, start, limits, [=](const absl::Status& arrived) {
-      if (!arrived.ok()) return not_asked(arrived);
-      const absl::Duration left = limits.timeout - (core->clock->Monotonic() - start);
-      core->clients->Get(replica.worker)
-          ->UnloadModel(ModelName(id), left, limits.cancellation, answered);
-    });
+    const auto n_sent = [=] { return core->registry->RequestsOf(worker_id, id); };
+    AfterArrival(core, n_sent, limits.timeout, limits.cancellation,
+                 [=](const absl::Status& arrived) {
+                   if (!arrived.ok()) return not_asked(arrived);
+                   const absl::Duration left = limits.timeout - (core->clock->Monotonic() - start);
+                   core->clients->Get(replica.worker)
+                       ->UnloadModel(ModelName(id), left, limits.cancellation, answered);
+                 });
   };
   ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, unload, done);
 }
@@ -134,7 +116,8 @@ absl::Status ModelNotHere(const std::string& id) {
 
 void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done) {
   if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
-  const std::vector<Replica> replicas = core->registry->Replicas(id);
+  std::vector<Replica> replicas = core->registry->Replicas(id);
+  std::erase_if(replicas, [](const Replica& replica) { return replica.is_draining; });
   const Replica* chosen = fleet::ChooseForLoad(replicas);
   if (chosen == nullptr) return done(ModelNotHere(id));
   if (chosen->model.state() == v1::Model::READY) return done(absl::OkStatus());

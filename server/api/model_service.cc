@@ -83,17 +83,16 @@ fleet::StreamReactor<Response>* ForwardConversion(
     return new FailedStream<Response>(worker.status());
   }
   const auto call = std::make_shared<Conversion<Request>>(request, core->clients->Get(*worker));
-  core->streams.Begin();
   return fleet::ProxyStream<Response>(
-      context, fleet::WorkerTimeout(context->deadline(), fleet::kConversionTimeoutDefault),
+      context, &core->calls,
+      fleet::WorkerTimeout(context->deadline(), fleet::kConversionTimeoutDefault),
       core->stream_limits, core->executor,
       [call, method](grpc::ClientContext* client_context, fleet::StreamReader<Response>* reader) {
         ((*call->client).*method)(client_context, &call->request, reader);
       },
-      [core, call, name, request_id, done = std::move(done)](const absl::Status& status) {
+      [call, name, request_id, done = std::move(done)](const absl::Status& status) {
         done(status);
         LogEnd(name, request_id, status);
-        core->streams.End();
       });
 }
 

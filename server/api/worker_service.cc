@@ -9,12 +9,16 @@
 #include "common/log.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "server/api/arrival.h"
 #include "server/api/lease_wait.h"
 
 namespace walsh::api {
 namespace {
 
 using internal_v1::CompleteJobRequest;
+
+// More than requests are given to arrive.
+constexpr absl::Duration kDrainTimeout = absl::Seconds(10);
 
 void SetDuration(absl::Duration duration, google::protobuf::Duration* out) {
   absl::Duration rest = duration;
@@ -163,6 +167,20 @@ grpc::ServerUnaryReactor* WorkerServiceImpl::CompleteJob(
     google::protobuf::Empty*) {
   const Call call(context, "CompleteJob");
   return call.Run(core_->executor, [core = core_, request] { return Complete(core, *request); });
+}
+
+grpc::ServerUnaryReactor* WorkerServiceImpl::Drain(grpc::CallbackServerContext* context,
+                                                   const internal_v1::DrainRequest* request,
+                                                   google::protobuf::Empty*) {
+  const Call call(context, "Drain");
+  const std::string& id = request->worker_id();
+  if (absl::Status known = core_->registry->Drain(id); !known.ok()) return call.FinishNow(known);
+  WALSH_LOG(Info, "worker drains", {"worker", WorkerName(id)});
+  return call.RunAsync(core_->executor, [core = core_, call, id] {
+    AfterArrival(
+        core, [core, id] { return core->registry->RequestsOf(id); }, kDrainTimeout,
+        call.cancellation(), [call](const absl::Status& arrived) { call.Finish(arrived); });
+  });
 }
 
 grpc::ServerUnaryReactor* WorkerServiceImpl::Deregister(

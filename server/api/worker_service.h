@@ -28,6 +28,9 @@ class WorkerServiceImpl final : public internal_v1::WorkerService::CallbackServi
   grpc::ServerUnaryReactor* CompleteJob(grpc::CallbackServerContext* context,
                                         const internal_v1::CompleteJobRequest* request,
                                         google::protobuf::Empty* response) override;
+  grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context,
+                                  const internal_v1::DrainRequest* request,
+                                  google::protobuf::Empty* response) override;
   grpc::ServerUnaryReactor* Deregister(grpc::CallbackServerContext* context,
                                        const internal_v1::DeregisterRequest* request,
                                        google::protobuf::Empty* response) override;

@@ -21,22 +21,22 @@ template <typename Response>
 class StreamProxy : public StreamReactor<Response>,
                     public std::enable_shared_from_this<StreamProxy<Response>> {
  public:
-  StreamProxy(grpc::CallbackServerContext* context, const StreamLimits& limits, Executor* executor,
-              std::function<void(const absl::Status&)> done)
-      : server_context_(context), limits_(limits), executor_(executor), done_(std::move(done)) {}
+  StreamProxy(grpc::CallbackServerContext* context, ForwardedCalls* calls,
+              const StreamLimits& limits, Executor* executor, StartStream<Response> start,
+              std::function<void(const absl::Status&)> done, GoElsewhere go_elsewhere)
+      : server_context_(context),
+        calls_(calls),
+        limits_(limits),
+        executor_(executor),
+        start_(std::move(start)),
+        done_(std::move(done)),
+        go_elsewhere_(std::move(go_elsewhere)) {}
 
-  void Start(absl::Duration timeout, const StartStream<Response>& start) {
+  void Start(absl::Duration timeout) {
     server_side_ = this->shared_from_this();
     worker_side_ = this->shared_from_this();
-    client_context_.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
-    start(&client_context_, &reader_);
-    // Reads are started from the server's reactions too, which the worker's call must outlive.
-    reader_.AddHold();
-    {
-      const absl::MutexLock lock(&mu_);
-      StartRead();
-    }
-    reader_.StartCall();
+    deadline_ = absl::Now() + timeout;
+    StartCall();
     WatchForStall();
   }
 
@@ -73,17 +73,53 @@ class StreamProxy : public StreamReactor<Response>,
     StreamProxy* const proxy_;
   };
 
+  struct WorkerCall {
+    explicit WorkerCall(StreamProxy* proxy) : counted(proxy->calls_, &context), reader(proxy) {}
+    grpc::ClientContext context;
+    const ForwardedCalls::Call counted;
+    Reader reader;
+  };
+
+  // The first call, or the one that follows another, of which everything is over.
+  void StartCall() {
+    auto call = std::make_unique<WorkerCall>(this);
+    call->context.set_deadline(absl::ToChronoTime(deadline_));
+    start_(&call->context, &call->reader);
+    Reader& reader = call->reader;
+    // Reads are started from the server's reactions too, which the worker's call must outlive.
+    reader.AddHold();
+    {
+      const absl::MutexLock lock(&mu_);
+      call_.swap(call);
+      is_held_ = true;
+      if (is_finished_) {
+        call_->context.TryCancel();
+        RemoveHold();
+      } else {
+        StartRead();
+      }
+    }
+    reader.StartCall();
+  }
+
+  bool MayGoElsewhere() {
+    const absl::MutexLock lock(&mu_);
+    return go_elsewhere_ != nullptr && !has_read_ && !is_finished_;
+  }
+
   void OnWorkerRead(bool ok) {
     const absl::MutexLock lock(&mu_);
     is_reading_ = false;
     if (!ok || is_finished_) return RemoveHold();
+    has_read_ = true;
     buffer_.push_back(std::move(incoming_));
     incoming_.Clear();
     Advance();
   }
 
   void OnWorkerDone(const grpc::Status& status) {
-    const absl::Status ended = FromWorker(status);
+    const absl::Status ended = calls_->Meaning(FromWorker(status));
+    if (!ended.ok() && MayGoElsewhere() && go_elsewhere_(ended)) return StartCall();
     done_(GivenUp().value_or(ended));
     std::shared_ptr<StreamProxy> self;  // goes after the lock
     const absl::MutexLock lock(&mu_);
@@ -116,11 +152,11 @@ class StreamProxy : public StreamReactor<Response>,
 
   void StartRead() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     is_reading_ = true;
-    reader_.StartRead(&incoming_);
+    call_->reader.StartRead(&incoming_);
   }
 
   void GiveUp(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    client_context_.TryCancel();
+    call_->context.TryCancel();
     FinishOnce(status);
     if (!is_reading_) RemoveHold();
   }
@@ -135,7 +171,7 @@ class StreamProxy : public StreamReactor<Response>,
   }
 
   void RemoveHold() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    if (std::exchange(is_held_, false)) reader_.RemoveHold();
+    if (std::exchange(is_held_, false)) call_->reader.RemoveHold();
   }
 
   void WatchForStall() {
@@ -175,19 +211,23 @@ class StreamProxy : public StreamReactor<Response>,
   }
 
   grpc::CallbackServerContext* const server_context_;
+  ForwardedCalls* const calls_;
   const StreamLimits limits_;
   Executor* const executor_;
+  const StartStream<Response> start_;
   const std::function<void(const absl::Status&)> done_;
-  grpc::ClientContext client_context_;
-  Reader reader_{this};
+  const GoElsewhere go_elsewhere_;  // may be null
+  absl::Time deadline_;             // of the worker's calls
 
   absl::Mutex mu_;
+  std::unique_ptr<WorkerCall> call_ ABSL_GUARDED_BY(mu_);  // the last one
   // Each side keeps the object alive until gRPC has called its OnDone.
   std::shared_ptr<StreamProxy> server_side_ ABSL_GUARDED_BY(mu_);
   std::shared_ptr<StreamProxy> worker_side_ ABSL_GUARDED_BY(mu_);
   std::deque<Response> buffer_ ABSL_GUARDED_BY(mu_);
   Response incoming_;  // of the read in flight
   bool is_reading_ ABSL_GUARDED_BY(mu_) = false;
+  bool has_read_ ABSL_GUARDED_BY(mu_) = false;  // a message, from whichever worker
   bool is_writing_ ABSL_GUARDED_BY(mu_) = false;
   bool is_held_ ABSL_GUARDED_BY(mu_) = true;
   bool is_finished_ ABSL_GUARDED_BY(mu_) = false;
@@ -200,19 +240,22 @@ class StreamProxy : public StreamReactor<Response>,
 }  // namespace
 
 template <typename Response>
-StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
-                                     const StreamLimits& limits, Executor* executor,
-                                     const StartStream<Response>& start,
-                                     std::function<void(const absl::Status&)> done) {
-  auto proxy = std::make_shared<StreamProxy<Response>>(context, limits, executor, std::move(done));
-  proxy->Start(timeout, start);
+StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, ForwardedCalls* calls,
+                                     absl::Duration timeout, const StreamLimits& limits,
+                                     Executor* executor, const StartStream<Response>& start,
+                                     std::function<void(const absl::Status&)> done,
+                                     GoElsewhere go_elsewhere) {
+  auto proxy = std::make_shared<StreamProxy<Response>>(context, calls, limits, executor, start,
+                                                       std::move(done), std::move(go_elsewhere));
+  proxy->Start(timeout);
   return proxy.get();
 }
 
-#define WALSH_PROXY_STREAM_OF(Response)                                             \
-  template StreamReactor<Response>* ProxyStream<Response>(                          \
-      grpc::CallbackServerContext*, absl::Duration, const StreamLimits&, Executor*, \
-      const StartStream<Response>&, std::function<void(const absl::Status&)>)
+#define WALSH_PROXY_STREAM_OF(Response)                                                   \
+  template StreamReactor<Response>* ProxyStream<Response>(                                \
+      grpc::CallbackServerContext*, ForwardedCalls*, absl::Duration, const StreamLimits&, \
+      Executor*, const StartStream<Response>&, std::function<void(const absl::Status&)>,  \
+      GoElsewhere)
 WALSH_PROXY_STREAM_OF(v1::GenerateStreamResponse);
 WALSH_PROXY_STREAM_OF(v1::EvaluateModelResponse);
 WALSH_PROXY_STREAM_OF(v1::ExportModelResponse);

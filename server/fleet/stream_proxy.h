@@ -6,10 +6,12 @@
 // nothing else. A client that takes nothing for `stall_max` is given up. One write is in flight at
 // a time and no thread is held.
 //
+// A call that a worker ends before its first message may be made again, to another worker.
+//
 // The stream ends exactly once: with the worker's status after everything the worker sent;
 // CANCELLED when the client has gone (the worker's call is cancelled with it); RESOURCE_EXHAUSTED
 // (ErrorInfo SLOW_READER) after a stall; UNAVAILABLE (WORKER_LOST) when the worker's connection
-// broke.
+// broke; what ForwardedCalls::EndAll says.
 #pragma once
 
 #include <grpcpp/server_context.h>
@@ -21,6 +23,7 @@
 #include "absl/time/time.h"
 #include "common/executor.h"
 #include "common/limits.h"
+#include "server/fleet/forwarded_calls.h"
 #include "server/fleet/worker_client.h"
 
 namespace walsh::fleet {
@@ -39,13 +42,18 @@ using StreamReader = grpc::ClientReadReactor<Response>;
 template <typename Response>
 using StartStream = std::function<void(grpc::ClientContext*, StreamReader<Response>*)>;
 
+// What a worker's call failed with before its first message: whether the stream shall be started
+// once more, for another worker.
+using GoElsewhere = std::function<bool(const absl::Status&)>;
+
 // Returns the reactor of the client's call, which gRPC owns from there. `done` runs once, when the
-// worker's call has ended, with the status that the client gets. There is one for each kind of
+// last worker's call has ended, with the status that the client gets. There is one for each kind of
 // message that a worker streams.
 template <typename Response>
-StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, absl::Duration timeout,
-                                     const StreamLimits& limits, Executor* executor,
-                                     const StartStream<Response>& start,
-                                     std::function<void(const absl::Status&)> done);
+StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, ForwardedCalls* calls,
+                                     absl::Duration timeout, const StreamLimits& limits,
+                                     Executor* executor, const StartStream<Response>& start,
+                                     std::function<void(const absl::Status&)> done,
+                                     GoElsewhere go_elsewhere = nullptr);
 
 }  // namespace walsh::fleet

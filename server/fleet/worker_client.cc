@@ -67,6 +67,12 @@ absl::Status FromWorker(const grpc::Status& status) {
   return converted;
 }
 
+bool IsLeaving(const absl::Status& status) {
+  if (!absl::IsUnavailable(status)) return false;
+  const std::string reason = ErrorReason(status);
+  return reason == "WORKER_STOPPING" || reason == "MODEL_UNLOADING";
+}
+
 WorkerClient::WorkerClient(const std::string& address, const ChannelSecurity& security)
     : host_(
           internal_v1::ModelHostService::NewStub(MakeChannel(address, kHostConnection, security))),

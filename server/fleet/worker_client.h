@@ -31,6 +31,9 @@ namespace internal_v1 = walsh::internal::v1;
 
 // What a call to a worker ended with, fit for a client.
 absl::Status FromWorker(const grpc::Status& status);
+// Whether a worker ended a call because it, or the model there, is leaving: another one may take
+// it. Not so after DEVICE_BROKEN, which what the call asked for may have brought about.
+bool IsLeaving(const absl::Status& status);
 
 // Generation and evaluation run on connections of their own, as many as their calls need: a worker
 // that is full says so, and loading, unloading and validation never wait behind streams.

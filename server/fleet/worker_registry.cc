@@ -88,7 +88,8 @@ absl::Status WorkerRegistry::Heartbeat(const internal_v1::HeartbeatRequest& requ
   if (it == workers_.end()) return Unknown(request.worker_id());
   Entry& entry = it->second;
   See(&entry);
-  entry.worker.set_state(request.draining() ? v1::Worker::DRAINING : v1::Worker::ONLINE);
+  const bool is_draining = request.draining() || entry.worker.state() == v1::Worker::DRAINING;
+  entry.worker.set_state(is_draining ? v1::Worker::DRAINING : v1::Worker::ONLINE);
   entry.worker.set_running_job(request.job_name());
   entry.worker.set_requests_running(std::max(0, request.requests_running()));
   entry.worker.set_requests_waiting(std::max(0, request.requests_waiting()));
@@ -102,6 +103,15 @@ absl::Status WorkerRegistry::Touch(const std::string& worker_id) {
   const auto it = workers_.find(worker_id);
   if (it == workers_.end()) return Unknown(worker_id);
   See(&it->second);
+  return absl::OkStatus();
+}
+
+absl::Status WorkerRegistry::Drain(const std::string& worker_id) {
+  const absl::MutexLock lock(&mu_);
+  const auto it = workers_.find(worker_id);
+  if (it == workers_.end()) return Unknown(worker_id);
+  See(&it->second);
+  it->second.worker.set_state(v1::Worker::DRAINING);
   return absl::OkStatus();
 }
 
@@ -148,9 +158,8 @@ std::vector<v1::Worker> WorkerRegistry::List() const {
 // The larger of what the worker said and what we know: its figure is up to a heartbeat old, and it
 // may have other clients.
 int WorkerRegistry::Load(const std::string& worker_id, const Entry& entry) const {
-  int n_sent = 0;
-  for (const auto& [model_id, n] : BegunWith(worker_id).requests) n_sent += n;
-  return std::max(entry.worker.requests_running() + entry.worker.requests_waiting(), n_sent);
+  return std::max(entry.worker.requests_running() + entry.worker.requests_waiting(),
+                  RequestsLocked(worker_id));
 }
 
 Replica WorkerRegistry::ToReplica(const std::string& worker_id, const Entry& entry,
@@ -277,9 +286,12 @@ void WorkerRegistry::SetRunningJob(const std::string& worker_id, const std::stri
   if (it != workers_.end()) it->second.worker.set_running_job(job_name);
 }
 
-absl::StatusOr<WorkerAddress> WorkerRegistry::BeginRequest(const std::string& model_id) {
+absl::StatusOr<WorkerAddress> WorkerRegistry::BeginRequest(const std::string& model_id,
+                                                           const std::set<std::string>& refused) {
   const absl::MutexLock lock(&mu_);
-  absl::StatusOr<WorkerAddress> worker = ChooseForGeneration(model_id, ReplicasOf(model_id));
+  std::vector<Replica> replicas = ReplicasOf(model_id);
+  std::erase_if(replicas, [&](const Replica& r) { return refused.contains(r.worker.worker_id); });
+  absl::StatusOr<WorkerAddress> worker = ChooseForGeneration(model_id, replicas);
   if (worker.ok()) ++begun_[worker->worker_id].requests[model_id];
   return worker;
 }
@@ -294,6 +306,17 @@ int WorkerRegistry::RequestsOf(const std::string& worker_id, const std::string& 
   const std::map<std::string, int>& requests = BegunWith(worker_id).requests;
   const auto of_model = requests.find(model_id);
   return of_model == requests.end() ? 0 : of_model->second;
+}
+
+int WorkerRegistry::RequestsOf(const std::string& worker_id) const {
+  const absl::MutexLock lock(&mu_);
+  return RequestsLocked(worker_id);
+}
+
+int WorkerRegistry::RequestsLocked(const std::string& worker_id) const {
+  int n_requests = 0;
+  for (const auto& [model_id, n] : BegunWith(worker_id).requests) n_requests += n;
+  return n_requests;
 }
 
 void WorkerRegistry::CloseModel(const std::string& worker_id, const std::string& model_id) {

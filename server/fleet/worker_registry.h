@@ -41,6 +41,9 @@ class WorkerRegistry {
   absl::Status Heartbeat(const internal_v1::HeartbeatRequest& request);
   // Any other call of a registered worker: a sign of life.
   absl::Status Touch(const std::string& worker_id);
+  // The worker takes nothing new from now on, whatever a heartbeat that was on its way says: a
+  // process that drains does not come back.
+  absl::Status Drain(const std::string& worker_id);
   void Deregister(const std::string& worker_id);
   // Turns silent workers OFFLINE and forgets old ones. The ids that just went offline.
   std::vector<std::string> Tick();
@@ -73,11 +76,15 @@ class WorkerRegistry {
   void SetRunningJob(const std::string& worker_id, const std::string& job_name);
   // The worker that ChooseForGeneration gives for a request that is sent there at once; each that
   // succeeds is ended by EndRequest. Choosing and counting are one step, so that whoever closes the
-  // model sees the request or is seen by it.
-  absl::StatusOr<WorkerAddress> BeginRequest(const std::string& model_id);
+  // model sees the request or is seen by it. Never one of `refused`, which have refused the
+  // request.
+  absl::StatusOr<WorkerAddress> BeginRequest(const std::string& model_id,
+                                             const std::set<std::string>& refused = {});
   void EndRequest(const std::string& worker_id, const std::string& model_id);
   // Requests to the model that this coordinator has sent to the worker and that have not ended.
   int RequestsOf(const std::string& worker_id, const std::string& model_id) const;
+  // To any model.
+  int RequestsOf(const std::string& worker_id) const;
   // Between these two no new request goes to the model there, whatever heartbeats say: it is about
   // to be unloaded.
   void CloseModel(const std::string& worker_id, const std::string& model_id);
@@ -108,6 +115,7 @@ class WorkerRegistry {
   void See(Entry* entry) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::vector<Replica> ReplicasOf(const std::string& model_id) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  int RequestsLocked(const std::string& worker_id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Nothing for a worker with which nothing has been begun.
   const Begun& BegunWith(const std::string& worker_id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Ends one that was begun.

@@ -161,6 +161,95 @@ TEST_F(CoordinatorGenerationTest, EveryWayToHaveNoModel) {
   EXPECT_THAT(ReadAll(Prompt("m"), &text), HasCode(absl::StatusCode::kUnavailable));
 }
 
+// How a worker refuses that leaves, or unloads the model.
+class LeavingWorkerTest : public CoordinatorGenerationTest,
+                          public ::testing::WithParamInterface<const char*> {
+ protected:
+  static grpc::Status Leaving(const std::string& reason = GetParam()) {
+    absl::Status status = absl::UnavailableError("leaving");
+    SetErrorInfo(status, reason);
+    return ToGrpcStatus(status);
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Reasons, LeavingWorkerTest,
+                         ::testing::Values("WORKER_STOPPING", "MODEL_UNLOADING"));
+
+TEST_P(LeavingWorkerTest, ARequestThatItRefusesGoesToTheNextOne) {
+  std::vector<std::unique_ptr<FakeWorker>> workers;
+  std::atomic<int> n_refusals = 0;
+  for (const char* id : {"w1", "w2", "w3"}) {
+    workers.push_back(NewWorkerWithModel(id, "m"));
+    const bool is_leaving = id != std::string("w3");
+    workers.back()->on_generate = [&, is_leaving](auto*, const auto&, auto* response) {
+      if (is_leaving) ++n_refusals;
+      if (is_leaving) return Leaving();
+      response->set_text("here");
+      return grpc::Status::OK;
+    };
+    workers.back()->on_stream = [&, is_leaving](auto*, const auto&, auto* writer) {
+      if (is_leaving) ++n_refusals;
+      if (is_leaving) return Leaving();
+      writer->Write(Delta("here"));
+      return grpc::Status::OK;
+    };
+  }
+  ASSERT_OK_AND_ASSIGN(const v1::GenerateResponse response, Generate(Prompt("m")));
+  EXPECT_EQ(response.text(), "here");
+  std::string text;
+  EXPECT_OK(ReadAll(Prompt("m"), &text));
+  EXPECT_EQ(text, "here");
+  EXPECT_EQ(n_refusals, 4);
+  ASSERT_OK(workers.back()->Deregister());
+  n_refusals = 0;
+  EXPECT_EQ(ErrorReason(Generate(Prompt("m")).status()), GetParam());
+  EXPECT_EQ(n_refusals, 2) << "each of those that remain is asked once";
+}
+
+// Its beginning has been passed on.
+TEST_P(LeavingWorkerTest, AStreamThatHasBegunDoesNotGoElsewhere) {
+  const auto leaving = NewWorkerWithModel("w1", "m");
+  const auto other = NewWorkerWithModel("w2", "m");
+  leaving->on_stream = [&](auto*, const auto&, auto* writer) {
+    writer->Write(Delta("Once"));
+    return Leaving();
+  };
+  std::string text;
+  EXPECT_EQ(ErrorReason(ReadAll(Prompt("m"), &text)), GetParam());
+  EXPECT_EQ(text, "Once");
+}
+
+TEST_P(LeavingWorkerTest, OtherRefusalsAreTheClients) {
+  const auto broken = NewWorkerWithModel("w1", "m");
+  const auto other = NewWorkerWithModel("w2", "m");
+  broken->on_generate = [&](auto*, const auto&, auto*) { return Leaving("DEVICE_BROKEN"); };
+  EXPECT_EQ(ErrorReason(Generate(Prompt("m")).status()), "DEVICE_BROKEN");
+}
+
+// What is on its way to a worker has arrived when it is told that nothing more comes.
+TEST_F(CoordinatorGenerationTest, ADrainIsAnsweredWhenWhatWasSentHasEndedOrArrived) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<bool> is_sent = false, may_end = false;
+  worker->on_generate = [&](auto*, const auto&, auto*) {
+    is_sent = true;
+    EXPECT_TRUE(WaitUntil([&] { return may_end.load(); }));
+    return grpc::Status::OK;
+  };
+  std::thread client([&] { EXPECT_OK(Generate(Prompt("m"))); });
+  ASSERT_TRUE(WaitUntil([&] { return is_sent.load(); }));
+  const absl::Time start = absl::Now();
+  std::thread drain([&] { EXPECT_OK(worker->Drain()); });
+  ASSERT_TRUE(WaitUntil([&] { return GetModel("m")->state() == Model::DRAINING; }));
+  EXPECT_EQ(ErrorReason(Generate(Prompt("m")).status()), "MODEL_DRAINING");
+  EXPECT_THAT(Load("m"), HasCode(absl::StatusCode::kUnavailable)) << "not on a worker that leaves";
+  drain.join();
+  EXPECT_GE(absl::Now() - start, absl::Seconds(1)) << "the request still runs";
+  may_end = true;
+  client.join();
+  const absl::Time again = absl::Now();
+  EXPECT_OK(worker->Drain());
+  EXPECT_LT(absl::Now() - again, absl::Seconds(1)) << "nothing is on its way";
+}
+
 class SilentWorkerTest : public CoordinatorGenerationTest {
  protected:
   SilentWorkerTest() { UseShortLeases(); }
@@ -377,10 +466,16 @@ TEST_F(PausingReaderTest, GetsEverything) {
   EXPECT_TRUE(reader->Finish().ok());
 }
 
-TEST_F(CoordinatorGenerationTest, StopCancelsStreamsAfterItsTimeout) {
+TEST_F(CoordinatorGenerationTest, StopEndsCallsAfterItsTimeoutAndSaysWhy) {
   const auto worker = NewWorkerWithModel("w1", "m");
   worker->on_stream = [&](grpc::ServerContext* context, const auto&, auto* writer) {
     writer->Write(Delta("x"));
+    EXPECT_TRUE(WaitUntil([&] { return context->IsCancelled(); }));
+    return grpc::Status::CANCELLED;
+  };
+  std::atomic<bool> is_unary_sent = false;
+  worker->on_generate = [&](grpc::ServerContext* context, const auto&, auto*) {
+    is_unary_sent = true;
     EXPECT_TRUE(WaitUntil([&] { return context->IsCancelled(); }));
     return grpc::Status::CANCELLED;
   };
@@ -388,11 +483,18 @@ TEST_F(CoordinatorGenerationTest, StopCancelsStreamsAfterItsTimeout) {
   const auto reader = generation_->GenerateStream(&context, Prompt("m"));
   GenerateStreamResponse response;
   ASSERT_TRUE(reader->Read(&response));
+  absl::Status unary;
+  std::thread unary_client([&] { unary = Generate(Prompt("m")).status(); });
+  EXPECT_TRUE(WaitUntil([&] { return is_unary_sent.load(); }));
   const absl::Time start = absl::Now();
   Stop(absl::Milliseconds(500));
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
+  unary_client.join();
   EXPECT_FALSE(reader->Read(&response));
-  EXPECT_FALSE(reader->Finish().ok());
+  for (const absl::Status& ended : {FromGrpcStatus(reader->Finish()), unary}) {
+    EXPECT_THAT(ended, HasCode(absl::StatusCode::kUnavailable));
+    EXPECT_EQ(ErrorReason(ended), "STOPPING");
+  }
 }
 
 TEST_F(CoordinatorGenerationTest, StopLetsRunningStreamsFinish) {

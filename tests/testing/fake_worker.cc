@@ -255,6 +255,12 @@ absl::Status FakeWorker::AcknowledgeCancel(const Lease& lease) {
   return Send<google::protobuf::Empty>(stub_.get(), &WorkerStub::CompleteJob, request).status();
 }
 
+absl::Status FakeWorker::Drain() {
+  internal_v1::DrainRequest request;
+  request.set_worker_id(id_);
+  return Send<google::protobuf::Empty>(stub_.get(), &WorkerStub::Drain, request).status();
+}
+
 absl::Status FakeWorker::Deregister() {
   internal_v1::DeregisterRequest request;
   request.set_worker_id(id_);

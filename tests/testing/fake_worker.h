@@ -60,6 +60,7 @@ class FakeWorker {
   absl::Status Refuse(const Lease& lease, absl::StatusCode code, const std::string& message,
                       const std::string& reason);
   absl::Status AcknowledgeCancel(const Lease& lease);
+  absl::Status Drain();
   absl::Status Deregister();
 
   // Its artifacts, told with registration and heartbeats.

@@ -107,6 +107,31 @@ TEST_F(WorkerRegistryTest, NewProcessAtAnAddressReplacesTheOldOne) {
   EXPECT_THAT(none, IsEmpty()) << "registering again replaces nobody";
 }
 
+// A heartbeat from before, and whatever comes after, does not bring it back.
+TEST_F(WorkerRegistryTest, AWorkerThatSaidThatItDrainsIsSentNothingMore) {
+  EXPECT_THAT(registry_.Drain("w1"), HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK(registry_.Register(Registration("w1", "host:1")));
+  ASSERT_OK(registry_.Register(Registration("w2", "host:2")));
+  ASSERT_OK(registry_.BeginRequest("m"));  // w1
+  ASSERT_OK(registry_.Drain("w1"));
+  EXPECT_OK(Beat("w1", Model::READY, 0, /*draining=*/false));
+  EXPECT_TRUE(registry_.IsDraining("w1"));
+  EXPECT_EQ(registry_.RequestsOf("w1"), 1);
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(registry_.BeginRequest("m")->worker_id, "w2");
+  ASSERT_OK(registry_.Register(Registration("w1-restarted", "host:1")));
+  EXPECT_EQ(registry_.BeginRequest("m")->worker_id, "w1-restarted");
+}
+
+TEST_F(WorkerRegistryTest, ARequestIsNotSentToThoseThatRefusedIt) {
+  ASSERT_OK(registry_.Register(Registration("w1", "host:1")));
+  ASSERT_OK(registry_.Register(Registration("w2", "host:2")));
+  EXPECT_EQ(registry_.BeginRequest("m", {"w1"})->worker_id, "w2");
+  EXPECT_EQ(registry_.BeginRequest("m", {"w2"})->worker_id, "w1");
+  EXPECT_EQ(ErrorReason(registry_.BeginRequest("m", {"w1", "w2"}).status()), "NO_WORKER");
+  EXPECT_EQ(registry_.RequestsOf("w1"), 1);
+  EXPECT_EQ(registry_.RequestsOf("w2"), 1);
+}
+
 TEST_F(WorkerRegistryTest, DrainingWorkerTakesNothingNew) {
   ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
   EXPECT_OK(Beat("w1", Model::READY, 0, /*draining=*/true));
