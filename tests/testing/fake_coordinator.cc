@@ -100,6 +100,11 @@ void FakeCoordinator::set_on_complete(CompleteHook hook) {
   on_complete_ = std::move(hook);
 }
 
+void FakeCoordinator::set_on_drain(std::function<void()> hook) {
+  const std::lock_guard lock(mu_);
+  on_drain_ = std::move(hook);
+}
+
 FakeCoordinator::Record FakeCoordinator::record() const {
   const std::lock_guard lock(mu_);
   return record_;
@@ -178,6 +183,19 @@ grpc::Status FakeCoordinator::CompleteJob(grpc::ServerContext*,
     hook = on_complete_;
   }
   return ToGrpcStatus(hook ? hook(*request) : absl::OkStatus());
+}
+
+grpc::Status FakeCoordinator::Drain(grpc::ServerContext*, const internal::v1::DrainRequest* request,
+                                    google::protobuf::Empty*) {
+  std::function<void()> hook;
+  {
+    const std::lock_guard lock(mu_);
+    record_.drains.push_back(*request);
+    changed_.notify_all();
+    hook = on_drain_;
+  }
+  if (hook) hook();
+  return grpc::Status::OK;
 }
 
 grpc::Status FakeCoordinator::Deregister(grpc::ServerContext*,

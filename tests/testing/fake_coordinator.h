@@ -51,6 +51,8 @@ class FakeCoordinator final : public internal::v1::WorkerService::Service {
   using CompleteHook = std::function<absl::Status(const internal::v1::CompleteJobRequest&)>;
   void set_on_report(ReportHook hook);
   void set_on_complete(CompleteHook hook);
+  // Runs before Drain is answered.
+  void set_on_drain(std::function<void()> hook);
 
   // Everything that was received, OK or not.
   struct Record {
@@ -58,6 +60,7 @@ class FakeCoordinator final : public internal::v1::WorkerService::Service {
     std::vector<internal::v1::HeartbeatRequest> heartbeats;
     std::vector<internal::v1::ReportProgressRequest> reports;
     std::vector<internal::v1::CompleteJobRequest> completions;
+    std::vector<internal::v1::DrainRequest> drains;
     std::vector<internal::v1::DeregisterRequest> goodbyes;
   };
   Record record() const;
@@ -79,6 +82,8 @@ class FakeCoordinator final : public internal::v1::WorkerService::Service {
   grpc::Status CompleteJob(grpc::ServerContext* context,
                            const internal::v1::CompleteJobRequest* request,
                            google::protobuf::Empty* response) override;
+  grpc::Status Drain(grpc::ServerContext* context, const internal::v1::DrainRequest* request,
+                     google::protobuf::Empty* response) override;
   grpc::Status Deregister(grpc::ServerContext* context,
                           const internal::v1::DeregisterRequest* request,
                           google::protobuf::Empty* response) override;
@@ -102,6 +107,7 @@ class FakeCoordinator final : public internal::v1::WorkerService::Service {
   bool is_lost_ = false;
   ReportHook on_report_;
   CompleteHook on_complete_;
+  std::function<void()> on_drain_;
 };
 
 }  // namespace walsh::testing

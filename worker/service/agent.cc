@@ -80,12 +80,27 @@ void Agent::Drain() {
   changed_.notify_all();
 }
 
+void Agent::HandBack() {
+  const std::lock_guard lock(mu_);
+  if (lease_ != nullptr) lease_->HandBack();
+}
+
+void Agent::AwaitArrivals() {
+  if (!is_registered()) return;
+  grpc::ClientContext context;
+  SetTimeout(context, kCallTimeout);
+  internal::v1::DrainRequest request;
+  request.set_worker_id(identity_.worker_id);
+  google::protobuf::Empty response;
+  if (const grpc::Status status = coordinator_->Drain(&context, request, &response); !status.ok()) {
+    WALSH_LOG(Warning, "the coordinator may still send requests",
+              {"error", FromGrpcStatus(status)});
+  }
+}
+
 void Agent::Stop() {
   Drain();
-  {
-    const std::lock_guard lock(mu_);
-    if (lease_ != nullptr) lease_->HandBack();
-  }
+  HandBack();
   // Heartbeats go on until the job has stopped and said so.
   if (lease_thread_.joinable()) lease_thread_.join();
   {

@@ -63,7 +63,12 @@ class Agent {
   void Poke();
   // Tells the coordinator that this worker takes no new work, and takes no new lease.
   void Drain();
-  // Hands a held lease back, waits for its job to stop, and says goodbye.
+  // After Drain(): the job that runs stops and goes back to the queue, beside what follows.
+  void HandBack();
+  // After Drain(): returns when the coordinator sends no request any more and those that it has
+  // sent have arrived, or when it does not say so for some seconds.
+  void AwaitArrivals();
+  // Drains, hands a held lease back, waits for its job to stop, and says goodbye.
   void Stop();
   bool is_registered() const;
 

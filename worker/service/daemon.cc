@@ -55,9 +55,6 @@ namespace walsh::service {
 namespace {
 
 constexpr char kDaemonName[] = "worker";
-// An engine that neither turns nor goes on to another layer of its step for so long is taken for
-// hung.
-constexpr absl::Duration kHungAfter = absl::Seconds(60);
 // After the requests' time: for calls to send their last words.
 constexpr absl::Duration kServerGrace = absl::Seconds(2);
 
@@ -382,9 +379,7 @@ absl::StatusOr<WorkerMemory> WorkerDaemon::ReadMemory() const {
 
 absl::Status WorkerDaemon::CheckLive() const {
   if (is_device_broken_) return absl::UnavailableError(device_.name + " is broken");
-  const double age = models_->TotalStats().heartbeat_age_seconds;
-  if (absl::Seconds(age) < kHungAfter) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrFormat("an engine has not turned for %.0f s", age));
+  return models_->CheckEngines();
 }
 
 absl::Status WorkerDaemon::CheckReady() const {
@@ -422,15 +417,19 @@ void WorkerDaemon::RefuseWork() {
 void WorkerDaemon::Stop() {
   if (is_stopping_.exchange(true)) return;
   WALSH_LOG(Info, "stopping");
+  const absl::Duration deadline =
+      clock_->Monotonic() + absl::Seconds(options_.shutdown_timeout_seconds);
   RefuseWork();
   if (evaluation_ != nullptr) evaluation_->Stop();
-  // The job goes back while requests finish.
-  std::thread goodbye;
-  if (agent_ != nullptr) goodbye = std::thread([this] { agent_->Stop(); });
-  if (models_ != nullptr) {
-    models_->DrainAll(absl::Seconds(options_.shutdown_timeout_seconds));
+  if (agent_ != nullptr) {
+    agent_->HandBack();
+    // Whoever refuses before the coordinator knows refuses what it has just sent.
+    agent_->AwaitArrivals();
   }
-  if (goodbye.joinable()) goodbye.join();
+  if (models_ != nullptr) {
+    models_->DrainAll(std::max(deadline - clock_->Monotonic(), absl::ZeroDuration()));
+  }
+  if (agent_ != nullptr) agent_->Stop();
   if (loader_.joinable()) loader_.join();
   if (server_ != nullptr) server_->Shutdown(absl::ToChronoTime(absl::Now() + kServerGrace));
   http_.reset();  // its probes look at all of the above

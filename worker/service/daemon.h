@@ -2,9 +2,10 @@
 //
 // Up:   data folder (locked: one worker each), device of the jobs, model store, gRPC port, metrics
 //       port, endpoints file, agent, models to load.
-// Down: health says NOT_SERVING, no new leases; a running job goes back to the queue and running
-//       requests finish, side by side and within the shutdown timeout; goodbye to the coordinator;
-//       ports close.
+// Down: health says NOT_SERVING, no new leases, and a running job goes back to the queue, beside
+//       what follows; the coordinator is told, and what it has sent arrives; from then on requests
+//       are refused, and those that run finish within the shutdown timeout, which counts from the
+//       start; goodbye to the coordinator; ports close.
 //
 // A broken device (worker/kernels/device_failure.h) stops the worker in the same order, with an
 // exit code of its own: only a new process has a sound device.

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/log.h"
@@ -28,6 +29,9 @@ using v1::Model;
 constexpr std::string_view kBuildPrefix = ".tmp-";
 constexpr std::string_view kDeletedPrefix = ".deleted-";
 constexpr char kOrigins[] = "/.origins";
+// An engine that neither turns, which it does when it is idle, too, nor goes on to another layer of
+// its step for so long is taken for hung.
+constexpr absl::Duration kHungAfter = absl::Seconds(60);
 // Of those that a message names, which has no place for all.
 constexpr size_t kNamedModelsMax = 4;
 
@@ -370,6 +374,12 @@ engine::Stats ModelStore::TotalStats() const {
         std::max(total.heartbeat_age_seconds, stats.heartbeat_age_seconds);
   }
   return total;
+}
+
+absl::Status ModelStore::CheckEngines() const {
+  const double age = TotalStats().heartbeat_age_seconds;
+  if (absl::Seconds(age) < kHungAfter) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrFormat("an engine has not turned for %.0f s", age));
 }
 
 std::string ModelStore::TemporaryDirectory(std::string_view job_id, int64_t fencing_token) const {

@@ -88,6 +88,9 @@ class ModelStore {
   absl::StatusOr<std::shared_ptr<engine::Engine>> FindEngine(const std::string& id) const;
   // Sums over all loaded models; the heartbeat is the oldest one.
   engine::Stats TotalStats() const;
+  // Whether all engines turn; UNAVAILABLE when one has neither turned nor gone on to another layer
+  // of its step for 60 s. An idle one turns twice a second.
+  absl::Status CheckEngines() const;
   // Of all loaded models.
   engine::RequestCount* requests() const { return requests_.get(); }
 

@@ -183,6 +183,27 @@ TEST_F(AgentTest, DrainingWorkerTakesNoLease) {
   EXPECT_EQ(n_runs_, 0);
 }
 
+TEST_F(AgentTest, ArrivalsAreAwaitedUntilTheCoordinatorAnswers) {
+  std::atomic<bool> is_answered = false;
+  coordinator_.set_on_drain([&] {
+    // Not before the coordinator has seen the job stop, which the worker does beside.
+    EXPECT_TRUE(walsh::testing::WaitUntil([&] { return n_stops_ == 1; }));
+    is_answered = true;
+  });
+  agent_->Start();
+  coordinator_.Offer(Job("j"));
+  ASSERT_TRUE(walsh::testing::WaitUntil([&] { return n_runs_ == 1; }));
+  agent_->Drain();
+  agent_->HandBack();
+  agent_->AwaitArrivals();
+  EXPECT_TRUE(is_answered);
+  const Record record = coordinator_.record();
+  ASSERT_EQ(record.drains.size(), 1u);
+  EXPECT_EQ(record.drains[0].worker_id(), "w-1");
+  EXPECT_TRUE(record.goodbyes.empty());
+  agent_->Stop();
+}
+
 // It is there like any other, and the coordinator keeps what it has for it.
 TEST_F(AgentTest, AWorkerWithAModelAsksForNoJob) {
   MakeAgent(&use_);
@@ -222,6 +243,7 @@ TEST_F(AgentTest, StopsAtOnceWithoutACoordinator) {
   coordinator_.Stop();
   agent_->Start();
   const absl::Time start = absl::Now();
+  agent_->AwaitArrivals();
   agent_->Stop();
   EXPECT_LT(absl::Now() - start, absl::Seconds(10));
 }

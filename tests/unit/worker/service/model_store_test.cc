@@ -10,6 +10,7 @@
 #include "common/grpc_status.h"
 #include "common/metrics.h"
 #include "common/out_of_memory.h"
+#include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
@@ -23,6 +24,7 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using v1::Model;
 using walsh::testing::HasCode;
+using walsh::testing::RecordingSink;
 using walsh::testing::StatusIs;
 using walsh::testing::WaitUntil;
 
@@ -198,6 +200,62 @@ TEST_F(ModelStoreTest, UnloadWaitsForWhoFoundTheEngineBefore) {
   store_->TotalStats();
   EXPECT_THAT(metrics::Render(),
               HasSubstr("walsh_scheduler_heartbeat_age_seconds{model_name=\"m\"}"));
+}
+
+// As a kernel does that never completes: the thread is there, and nothing comes of it.
+TEST_F(ModelStoreTest, AnEngineThatHangsIsFoundAndOneThatIsIdleIsNot) {
+  ManualClock clock;
+  clock_ = &clock;
+  std::atomic<bool> is_in_step = false, may_go_on = false;
+  behaviour_.before_forward = [&](const auto&) {
+    is_in_step = true;
+    EXPECT_TRUE(WaitUntil([&] { return may_go_on.load(); }));
+    return absl::OkStatus();
+  };
+  AddArtifact("m");
+  AddArtifact("idle");
+  OpenStore();
+  ASSERT_OK(store_->Load("m"));
+  ASSERT_OK(store_->Load("idle"));
+  clock.Advance(absl::Hours(1));
+  EXPECT_TRUE(WaitUntil([&] { return store_->CheckEngines().ok(); })) << "idle engines turn";
+  const auto sink = std::make_shared<RecordingSink>();
+  ASSERT_OK(store_->FindEngine("m").value()->Submit(
+      {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 1}}, sink));
+  ASSERT_TRUE(WaitUntil([&] { return is_in_step.load(); }));
+  clock.Advance(absl::Seconds(59));
+  EXPECT_OK(store_->CheckEngines());
+  clock.Advance(absl::Seconds(1));
+  EXPECT_THAT(store_->CheckEngines(), StatusIs(absl::StatusCode::kUnavailable,
+                                               HasSubstr("an engine has not turned for 60 s")));
+  may_go_on = true;
+  sink->WaitForEnd();
+  EXPECT_TRUE(WaitUntil([&] { return store_->CheckEngines().ok(); }));
+}
+
+// More requests than run at once, and steps that take most of what a hung engine is given.
+TEST_F(ModelStoreTest, AnEngineThatIsSaturatedIsNotTakenForHung) {
+  ManualClock clock;
+  clock_ = &clock;
+  std::atomic<int> n_steps = 0, n_failures = 0;
+  behaviour_.before_forward = [&](const auto&) {
+    clock.Advance(absl::Seconds(50));
+    if (!store_->CheckEngines().ok()) ++n_failures;
+    ++n_steps;
+    return absl::OkStatus();
+  };
+  AddArtifact("m");
+  OpenStore();
+  ASSERT_OK(store_->Load("m"));
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < engine_options_.max_waiting; ++i) {
+    sinks.push_back(std::make_shared<RecordingSink>());
+    ASSERT_OK(store_->FindEngine("m").value()->Submit(
+        {.id = std::to_string(i), .prompt = {1}, .sampling = {.max_tokens = 8}}, sinks.back()));
+  }
+  for (const auto& sink : sinks) sink->WaitForEnd();
+  EXPECT_GE(n_steps, 8);
+  EXPECT_EQ(n_failures, 0);
 }
 
 // 32 bytes for a token of the fake model, whose context is 256.
