@@ -34,6 +34,7 @@
 #include "worker/io/checkpoint.h"
 #include "worker/io/gptq_packing.h"
 #include "worker/io/online_transforms.h"
+#include "worker/io/recorded_tensors.h"
 #include "worker/io/sharded_safetensors_writer.h"
 #include "worker/tensor/quantized_matrix.h"
 #include "worker/tensor/uninitialized_vector.h"
@@ -108,6 +109,11 @@ class ArtifactWriter {
   virtual absl::Status WritePacked(std::string_view name, const PackedTensors& linear) = 0;
   virtual absl::Status WriteBf16(std::string_view name, const Bf16Matrix& matrix,
                                  bool one_dimensional) = 0;
+  // From here on what is written is appended to `recording` as well, which must outlive that; null:
+  // to none. A writer of the same model makes the same bytes of it, with WriteRecorded.
+  virtual void Record(RecordedTensors* recording) = 0;
+  // INVALID_ARGUMENT where the recording's bytes are not those of its entries.
+  virtual absl::Status WriteRecorded(const RecordedTensors& recorded) = 0;
   // Writes the remaining files, `report` as walsh.json (its members "files", "format_version" and
   // "digest" are set here), and syncs. FAILED_PRECONDITION when a tensor of the model was not
   // written. The digests are taken by `n_threads`, which ask `keep_going` every 64 MiB.

@@ -26,6 +26,7 @@
 #include "worker/io/hf_directory.h"
 #include "worker/io/not_finite.h"
 #include "worker/io/random_access_file.h"
+#include "worker/io/safetensors.h"
 #include "worker/io/sharded_safetensors_writer.h"
 #include "worker/io/tokenizer_json_writer.h"
 #include "worker/tensor/half.h"
@@ -36,6 +37,8 @@ namespace {
 using nlohmann::json;
 
 constexpr char kConfigFile[] = "config.json";
+// Of the tensor that every quantized linear has.
+constexpr char kCodesSuffix[] = ".qweight";
 
 std::string WithoutSuffix(const std::string& name, const std::string& suffix) {
   const bool has_suffix = name.size() > suffix.size() &&
@@ -153,6 +156,34 @@ class Writer final : public ArtifactWriter {
     return absl::OkStatus();
   }
 
+  void Record(RecordedTensors* recording) override { weights_.Record(recording); }
+
+  absl::Status WriteRecorded(const RecordedTensors& recorded) override {
+    std::span<const char> rest(recorded.bytes);
+    for (const RecordedTensors::Entry& entry : recorded.entries) {
+      int64_t n_bytes = SafetensorsDtypeBytes(entry.dtype);
+      for (const int64_t dim : entry.shape) n_bytes *= dim;
+      if (n_bytes < 0 || n_bytes > static_cast<int64_t>(rest.size())) {
+        return absl::InvalidArgumentError(absl::StrCat("the recording has ", rest.size(),
+                                                       " bytes left for tensor '", entry.name,
+                                                       "' of ", n_bytes));
+      }
+      const auto bytes = rest.first(static_cast<size_t>(n_bytes));
+      WALSH_RETURN_IF_ERROR(
+          weights_.Write(entry.name, entry.dtype.c_str(), entry.shape, std::as_bytes(bytes)));
+      rest = rest.subspan(bytes.size());
+      // One of a linear's tensors stands for all.
+      if (entry.name.ends_with(kCodesSuffix)) {
+        quantized_.insert(WithoutSuffix(entry.name, kCodesSuffix));
+      } else {
+        dense_.insert(entry.name);
+      }
+    }
+    if (rest.empty()) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("the recording has ", rest.size(), " bytes beyond its tensors"));
+  }
+
   absl::StatusOr<ArtifactInfo> Finish(const json& quantization_config, json report, int n_threads,
                                       const KeepGoing& keep_going) override {
     WALSH_RETURN_IF_ERROR(weights_.failure());
@@ -215,7 +246,7 @@ class Writer final : public ArtifactWriter {
                           std::span<const int32_t> g_idx, std::span<const uint32_t> qweight) {
     WALSH_RETURN_IF_ERROR(
         weights_.Write(linear + ".g_idx", "I32", {shape.cols}, std::as_bytes(g_idx)));
-    return weights_.Write(linear + ".qweight", "I32", {shape.weight_words(), shape.rows},
+    return weights_.Write(linear + kCodesSuffix, "I32", {shape.weight_words(), shape.rows},
                           std::as_bytes(qweight));
   }
 

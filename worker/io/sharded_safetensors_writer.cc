@@ -47,12 +47,16 @@ absl::Status ShardedSafetensorsWriter::Begin(const std::string& name, const char
                                   header_bytes_));
   }
   shard_->Begin(name, dtype, shape);
+  if (recording_ != nullptr) recording_->entries.push_back({name, dtype, shape});
   return absl::OkStatus();
 }
 
 absl::Status ShardedSafetensorsWriter::Append(std::span<const std::byte> bytes) {
   bytes_written_ += static_cast<int64_t>(bytes.size());
   failure_ = shard_->Append(bytes);
+  if (recording_ != nullptr) {
+    recording_->bytes.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  }
   return failure_;
 }
 

@@ -20,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "worker/io/recorded_tensors.h"
 #include "worker/io/safetensors_writer.h"
 
 namespace walsh {
@@ -41,6 +42,9 @@ class ShardedSafetensorsWriter {
   absl::Status Write(const std::string& name, const char* dtype, const std::vector<int64_t>& shape,
                      std::span<const std::byte> bytes);
 
+  // What is written from here on is appended to `recording` as well; null: to none.
+  void Record(RecordedTensors* recording) { recording_ = recording; }
+
   // Names the shards and writes model.safetensors.index.json; the names of all those files.
   absl::StatusOr<std::vector<std::string>> Finish();
 
@@ -58,6 +62,7 @@ class ShardedSafetensorsWriter {
   std::unique_ptr<SafetensorsWriter> shard_;
   std::vector<std::vector<std::string>> shards_;  // the tensors of each
   std::set<std::string> written_;
+  RecordedTensors* recording_ = nullptr;
   absl::Status failure_;  // of the disk: a tensor is then there in part
   int64_t data_bytes_ = 0;
   int64_t bytes_written_ = 0;

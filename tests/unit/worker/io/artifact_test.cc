@@ -435,6 +435,36 @@ TEST_F(ArtifactTest, RefusesAPackedLinearThatDoesNotFit) {
               StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("was written already")));
 }
 
+TEST_F(ArtifactTest, ARecordingIsWrittenAgainToTheSameBytes) {
+  const auto source = Source();
+  const std::string linear = "model.layers.0.mlp.up_proj";
+  RecordedTensors recording;
+  ASSERT_OK_AND_ASSIGN(const auto first, ArtifactWriter::Create(artifact(), *source));
+  first->Record(&recording);
+  ASSERT_OK(
+      first->WriteQuantized(linear, RoundToNearest(*source->Read(linear + ".weight"), 4, 32)));
+  ASSERT_OK(first->WriteDense("model.norm.weight", *source->Read("model.norm.weight"), true));
+  first->Record(nullptr);
+  ASSERT_OK(first->WriteDense("lm_head.weight", *source->Read("lm_head.weight"), false));
+  ASSERT_EQ(recording.entries.size(), 5);
+
+  ASSERT_OK_AND_ASSIGN(const auto second, ArtifactWriter::Create(artifact() + "-2", *source));
+  RecordedTensors again;
+  second->Record(&again);
+  ASSERT_OK(second->WriteRecorded(recording));
+  EXPECT_EQ(again.bytes, recording.bytes);
+  EXPECT_EQ(second->bytes_written(), static_cast<int64_t>(recording.bytes.size()));
+
+  RecordedTensors bad = recording;
+  bad.bytes.push_back('x');
+  ASSERT_OK_AND_ASSIGN(const auto third, ArtifactWriter::Create(artifact() + "-3", *source));
+  EXPECT_THAT(third->WriteRecorded(bad), StatusIs(kInvalid, HasSubstr("1 bytes beyond")));
+  bad.bytes.resize(recording.bytes.size() - 1);
+  ASSERT_OK_AND_ASSIGN(const auto fourth, ArtifactWriter::Create(artifact() + "-4", *source));
+  EXPECT_THAT(fourth->WriteRecorded(bad),
+              StatusIs(kInvalid, HasSubstr("bytes left for tensor 'model.norm.weight'")));
+}
+
 TEST_F(ArtifactTest, RefusesBf16ThatDoesNotFit) {
   const auto source = Source();
   ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));

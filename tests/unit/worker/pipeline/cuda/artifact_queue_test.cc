@@ -29,6 +29,8 @@ class FakeWriter : public ArtifactWriter {
   }
   absl::Status WritePacked(std::string_view, const PackedTensors&) override { return {}; }
   absl::Status WriteBf16(std::string_view, const Bf16Matrix&, bool) override { return {}; }
+  void Record(RecordedTensors*) override {}
+  absl::Status WriteRecorded(const RecordedTensors&) override { return {}; }
   absl::StatusOr<ArtifactInfo> Finish(const nlohmann::json&, nlohmann::json, int,
                                       const KeepGoing&) override {
     return ArtifactInfo();
