@@ -25,6 +25,7 @@
 #include "worker/io/artifact.h"
 #include "worker/io/checkpoint.h"
 #include "worker/kernels/thread_pool.h"
+#include "worker/pipeline/job_checkpoint.h"
 #include "worker/pipeline/plan.h"
 #include "worker/pipeline/progress.h"
 #include "worker/pipeline/quantize_job.h"
@@ -37,6 +38,7 @@ struct JobInputs {
   const ResolvedJob& job;
   const Checkpoint& checkpoint;
   ThreadPool& pool;
+  JobCheckpoint* saved = nullptr;  // null: no layers are kept; else it is open
 };
 
 // Losses of the original and of the stored model on the same windows. A device computes both with
@@ -67,6 +69,9 @@ class Backend {
   virtual ~Backend() = default;
 
   virtual std::string name() const = 0;  // "cpu", "cuda:0"
+  // Backends of one family make the same bytes, and go on with each other's layers. Empty: jobs
+  // keep no layers here, and start over.
+  virtual std::string kernel_family() const { return ""; }
 
   // At most this much memory, of the host and of the device. The job is resolved but for them.
   virtual MemoryNeeds Needs(const JobSpec& spec, const ModelConfig& config,

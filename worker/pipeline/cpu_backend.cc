@@ -1,8 +1,10 @@
 #include <memory>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "common/status_macros.h"
 #include "worker/evaluate/layer_source.h"
+#include "worker/kernels/kernels.h"
 #include "worker/pipeline/backend.h"
 #include "worker/pipeline/layer_quantizer.h"
 #include "worker/pipeline/rotated_source.h"
@@ -18,6 +20,9 @@ absl::StatusOr<std::shared_ptr<const OnlineForward>> OnlineRotations(const JobIn
 class CpuBackend final : public Backend {
  public:
   std::string name() const override { return "cpu"; }
+  std::string kernel_family() const override {
+    return absl::StrCat("cpu: ", kernels::DescribeCpuBackend());
+  }
 
   MemoryNeeds Needs(const JobSpec& spec, const ModelConfig& config,
                     const ResolvedJob& job) const override {
@@ -46,7 +51,7 @@ class CpuBackend final : public Backend {
     WALSH_ASSIGN_OR_RETURN(std::shared_ptr<const OnlineForward> online, OnlineRotations(inputs));
     RotatedSource rotated(inputs.checkpoint, inputs.job.r1, inputs.job.r2, inputs.pool,
                           std::move(online));
-    return LayerQuantizer(inputs.job, rotated, windows, writer, inputs.pool, progress).Run(report);
+    return LayerQuantizer(inputs, rotated, windows, writer, progress).Run(report);
   }
 
   absl::StatusOr<Quality> Evaluate(const JobInputs& inputs, const ArtifactReader& artifact,

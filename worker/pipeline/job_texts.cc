@@ -51,15 +51,12 @@ absl::StatusOr<TokenStream> ReadText(const TextFile& text, const Checkpoint& che
                                   tokens_wanted, keep_going, {.skip_bos = text.skip_bos});
 }
 
-absl::StatusOr<TokenStream> WriteOwnText(const JobSpec& spec, const ResolvedJob& job,
-                                         const Checkpoint& checkpoint, ThreadPool& pool,
-                                         const calibrate::TokenProgress& progress) {
+absl::StatusOr<std::vector<int32_t>> WriteOwnText(const JobSpec& spec, const ResolvedJob& job,
+                                                  const Checkpoint& checkpoint, ThreadPool& pool,
+                                                  const calibrate::TokenProgress& progress) {
   WALSH_ASSIGN_OR_RETURN(const std::shared_ptr<engine::LoadedModel> model,
                          engine::LoadedModel::Load8Bit(checkpoint));
-  TokenStream stream;
-  WALSH_ASSIGN_OR_RETURN(stream.ids, calibrate::GenerateText(*model, SelfTextTokens(spec, job),
-                                                             spec.seed, pool, progress));
-  return stream;
+  return calibrate::GenerateText(*model, SelfTextTokens(spec, job), spec.seed, pool, progress);
 }
 
 void CutEvaluation(const JobSpec& spec, const ResolvedJob& job, std::vector<int32_t> ids,
@@ -96,7 +93,7 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
                                       const Checkpoint& checkpoint, const Tokenizer& tokenizer,
                                       ThreadPool& pool,
                                       const calibrate::TokenProgress& self_progress,
-                                      const KeepGoing& keep_going) {
+                                      const KeepGoing& keep_going, std::vector<int32_t>& own_text) {
   JobTexts texts;
   // First what may be refused, then what takes long.
   TokenStream evaluation;
@@ -111,7 +108,10 @@ absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& jo
   }
   TokenStream stream;
   if (spec.calibration_path.empty()) {
-    WALSH_ASSIGN_OR_RETURN(stream, WriteOwnText(spec, job, checkpoint, pool, self_progress));
+    if (own_text.empty()) {
+      WALSH_ASSIGN_OR_RETURN(own_text, WriteOwnText(spec, job, checkpoint, pool, self_progress));
+    }
+    stream.ids = own_text;
   } else {
     WALSH_ASSIGN_OR_RETURN(
         stream,

@@ -34,11 +34,12 @@ struct JobTexts {
 // Tokens that `self` calibration generates.
 int64_t SelfTextTokens(const JobSpec& spec, const ResolvedJob& job);
 
-// Asks `keep_going` while texts are encoded.
+// Asks `keep_going` while texts are encoded. `own_text` is what the model wrote in an earlier run;
+// where that is nothing, what it writes now.
 absl::StatusOr<JobTexts> PrepareTexts(const JobSpec& spec, const ResolvedJob& job,
                                       const Checkpoint& checkpoint, const Tokenizer& tokenizer,
                                       ThreadPool& pool,
                                       const calibrate::TokenProgress& self_progress,
-                                      const KeepGoing& keep_going);
+                                      const KeepGoing& keep_going, std::vector<int32_t>& own_text);
 
 }  // namespace walsh::pipeline

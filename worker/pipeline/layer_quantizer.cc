@@ -92,17 +92,18 @@ double QuantizationWork(const ModelConfig& config, const gptq::Options& options,
   return work * static_cast<double>(config.n_layers);
 }
 
-LayerQuantizer::LayerQuantizer(const ResolvedJob& job, evaluate::LayerSource& source,
+LayerQuantizer::LayerQuantizer(const JobInputs& inputs, evaluate::LayerSource& source,
                                const calibrate::TokenWindows& windows, ArtifactWriter& writer,
-                               ThreadPool& pool, Progress& progress)
-    : job_(job),
+                               Progress& progress)
+    : job_(inputs.job),
       source_(source),
       windows_(windows),
       writer_(writer),
-      pool_(pool),
+      pool_(inputs.pool),
       progress_(progress),
-      follows_original_(NeedsOriginalInputs(job.quantizer)),
-      context_(ForwardContext::Create(source.config(), {kernels::Backend::kCpu, &pool})) {}
+      saved_(inputs.saved),
+      follows_original_(NeedsOriginalInputs(job_.quantizer)),
+      context_(ForwardContext::Create(source.config(), {kernels::Backend::kCpu, &pool_})) {}
 
 absl::Status LayerQuantizer::Run(JobReport& report) {
   const ModelConfig& config = source_.config();
@@ -124,8 +125,10 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
         batch_rows_ * std::max({config.hidden, config.q_width(), config.intermediate})));
   }
 
-  for (int64_t l = 0; l < config.n_layers; ++l) {
-    WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, l));
+  WALSH_ASSIGN_OR_RETURN(const int64_t first_layer, Resume(report));
+  for (int64_t l = first_layer; l < config.n_layers; ++l) {
+    WALSH_RETURN_IF_ERROR(
+        progress_.Enter(Stage::kCalibrating, l, saved_ != nullptr ? saved_->TakeNotice() : ""));
     progress_.Charge(Stage::kRotating);
     WALSH_ASSIGN_OR_RETURN(DecoderLayer layer, source_.Layer(l));
     const DecoderLayer original = follows_original_ ? CopyDense(config, layer) : DecoderLayer();
@@ -136,7 +139,7 @@ absl::Status LayerQuantizer::Run(JobReport& report) {
     WALSH_RETURN_IF_ERROR(QuantizeAttention(l, layer, report));
     WALSH_RETURN_IF_ERROR(QuantizeMlp(l, layer, report));
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, l));
-    WALSH_RETURN_IF_ERROR(WriteLayer(l, layer));
+    WALSH_RETURN_IF_ERROR(WriteAndKeepLayer(l, layer, report));
     progress_.LayerDone();
   }
   report.forward_seconds = rounded_.seconds;
@@ -409,6 +412,40 @@ absl::Status LayerQuantizer::WriteLayer(int64_t index, const DecoderLayer& layer
     WALSH_RETURN_IF_ERROR(writer_.WriteDense(
         LayerTensor(index, norm.name), weights.empty() ? Ones(norm.width) : ToRow(weights), true));
   }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<int64_t> LayerQuantizer::Resume(JobReport& report) {
+  if (saved_ == nullptr) return 0;
+  const int64_t n_done = saved_->n_layers();
+  const int64_t n_layers = source_.config().n_layers;
+  std::vector<Matrix*> activations;
+  if (n_done < n_layers) {
+    for (Flow* flow : Flows()) activations.push_back(&flow->hidden);
+  }
+  WALSH_RETURN_IF_ERROR(saved_->Restore(writer_, activations, report));
+  const double work =
+      QuantizationWork(source_.config(), job_.quantizer, windows_.count() * windows_.length);
+  progress_.Resume(work * static_cast<double>(n_done) / static_cast<double>(n_layers), n_done);
+  progress_.set_keeps_layers(saved_->is_kept());
+  return n_done;
+}
+
+absl::Status LayerQuantizer::WriteAndKeepLayer(int64_t index, const DecoderLayer& layer,
+                                               const JobReport& report) {
+  if (saved_ == nullptr || !saved_->is_kept()) return WriteLayer(index, layer);
+  RecordedTensors tensors;
+  writer_.Record(&tensors);
+  const absl::Status written = WriteLayer(index, layer);
+  writer_.Record(nullptr);
+  WALSH_RETURN_IF_ERROR(written);
+  std::vector<const Matrix*> activations;
+  if (index + 1 < source_.config().n_layers) {
+    for (const Flow* flow : Flows()) activations.push_back(&flow->hidden);
+  }
+  WALSH_RETURN_IF_ERROR(saved_->KeepLayer(std::move(tensors), activations, report,
+                                          job_.disk_bytes - writer_.bytes_written()));
+  progress_.set_keeps_layers(saved_->is_kept());
   return absl::OkStatus();
 }
 

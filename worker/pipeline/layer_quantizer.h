@@ -38,6 +38,7 @@
 #include "worker/io/artifact.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/model/decoder_layer.h"
+#include "worker/pipeline/backend.h"
 #include "worker/pipeline/plan.h"
 #include "worker/pipeline/progress.h"
 
@@ -46,8 +47,8 @@ namespace walsh::pipeline {
 class LayerQuantizer {
  public:
   // All outlive the object.
-  LayerQuantizer(const ResolvedJob& job, evaluate::LayerSource& source,
-                 const calibrate::TokenWindows& windows, ArtifactWriter& writer, ThreadPool& pool,
+  LayerQuantizer(const JobInputs& inputs, evaluate::LayerSource& source,
+                 const calibrate::TokenWindows& windows, ArtifactWriter& writer,
                  Progress& progress);
 
   // Every tensor of the model to the writer; linears, warnings and the seconds of forward passes to
@@ -83,9 +84,13 @@ class LayerQuantizer {
 
   // Also makes the hidden states before the first layer.
   absl::Status WriteEmbedding();
+  // Takes the layers that an earlier run has kept; the number of the next.
+  absl::StatusOr<int64_t> Resume(JobReport& report);
   absl::Status QuantizeAttention(int64_t index, DecoderLayer& layer, JobReport& report);
   absl::Status QuantizeMlp(int64_t index, DecoderLayer& layer, JobReport& report);
   absl::Status WriteLayer(int64_t index, const DecoderLayer& layer);
+  // The same, for a run that goes on where this one may end.
+  absl::Status WriteAndKeepLayer(int64_t index, const DecoderLayer& layer, const JobReport& report);
   absl::Status WriteHead();
 
   // Runs `step` over all windows, a batch at a time. `work_share` is the step's share of the
@@ -114,6 +119,7 @@ class LayerQuantizer {
   ArtifactWriter& writer_;
   ThreadPool& pool_;
   Progress& progress_;
+  JobCheckpoint* const saved_;
   const bool follows_original_;
   const ForwardContext context_;
   std::shared_ptr<const OnlineForward> online_;  // of the quantized model

@@ -57,6 +57,12 @@ absl::Status Progress::Pass(Stage stage, int64_t layer) {
   return Within(0);
 }
 
+void Progress::Resume(double work, int64_t n_layers) {
+  work_done_ += work;
+  work_before_ += work;
+  current_.layers_done += n_layers;
+}
+
 absl::Status Progress::Advance(double work) {
   work_done_ += work;
   return Within(0);
@@ -95,8 +101,9 @@ absl::Status Progress::Report(double work_done) {
     // Never back, even where a step turns out smaller than planned.
     current_.fraction = std::max(current_.fraction, std::min(1.0, work_done / work_total_));
     const double elapsed = Seconds(last_report_ - start_) - seconds_yielded_;
-    if (elapsed >= kEtaMinSeconds && current_.fraction >= kEtaMinFraction) {
-      current_.eta_seconds = elapsed / current_.fraction * (1 - current_.fraction);
+    const double done_here = current_.fraction - work_before_ / work_total_;
+    if (elapsed >= kEtaMinSeconds && done_here >= kEtaMinFraction) {
+      current_.eta_seconds = elapsed / done_here * (1 - current_.fraction);
     }
   }
   return Tell();

@@ -2,9 +2,9 @@
 //
 // Work is counted in floating-point operations of matrix products or what takes as long, planned
 // before the job starts. The fraction is work done over work planned, the ETA the rest at the rate
-// so far. The observer hears of a change of stage or layer at once, where it is entered and
-// not passed, and otherwise at most twice a second, but for the time that the job waits for others:
-// then it is asked all the time whether the job should go on.
+// of this run so far. The observer hears of a change of stage or layer at once, where it is entered
+// and not passed, and otherwise at most twice a second, but for the time that the job waits for
+// others: then it is asked all the time whether the job should go on.
 //
 // Wherever work is counted a step ends, and the job lets others have the device where they want it
 // (yield.h). That time is no stage's, and the ETA is that of a job without such waits.
@@ -41,6 +41,10 @@ class Progress {
   absl::Status Pass(Stage stage, int64_t layer);
   // Time from here on is charged to another stage than the one that is shown.
   void Charge(Stage stage);
+  // An earlier run of the job has done so much of the work, and so many layers.
+  void Resume(double work, int64_t n_layers);
+  // Whether a layer that is finished is kept for a run that goes on where this one stops.
+  void set_keeps_layers(bool keeps_layers) { current_.keeps_layers = keeps_layers; }
   // `work` more is done.
   absl::Status Advance(double work);
   // Work done so far within a step that Advance() will count as a whole afterwards.
@@ -70,6 +74,7 @@ class Progress {
   Time last_report_;
   double work_total_ = 0;
   double work_done_ = 0;
+  double work_before_ = 0;  // of these, an earlier run's
   double seconds_[kStages] = {};
   double seconds_yielded_ = 0;
   bool was_shown_[kStages] = {};

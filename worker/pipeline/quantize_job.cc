@@ -9,6 +9,8 @@
 #include <future>
 #include <memory>
 #include <new>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -20,6 +22,7 @@
 #include "worker/model/decoder_layer.h"
 #include "worker/pipeline/artifact_report.h"
 #include "worker/pipeline/backend.h"
+#include "worker/pipeline/job_checkpoint.h"
 #include "worker/pipeline/job_texts.h"
 #include "worker/pipeline/layer_quantizer.h"
 #include "worker/pipeline/plan.h"
@@ -30,9 +33,14 @@
 namespace walsh::pipeline {
 namespace {
 
+using nlohmann::json;
+
 // In operations of a matrix product: hashing a byte; generating a token, which is bound by memory.
 constexpr double kWorkPerByteHashed = 30;
 constexpr double kGenerationPenalty = 3;
+
+// The member of the artifact's report that is known only once the texts are.
+constexpr char kCalibration[] = "calibration";
 
 // Starts the kernel's count of the process's peak anew, where it allows that (containers may not).
 void ResetPeakMemory() { std::ofstream("/proc/self/clear_refs") << 5; }
@@ -109,6 +117,7 @@ class Job {
     ResetPeakMemory();
     WALSH_RETURN_IF_ERROR(Validate());
     WALSH_RETURN_IF_ERROR(Load());
+    WALSH_RETURN_IF_ERROR(OpenCheckpoint());
     WALSH_RETURN_IF_ERROR(CheckEquivalence());
     if (spec_.calibration_path.empty()) {
       WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kCalibrating, -1, "writing calibration text"));
@@ -277,12 +286,20 @@ class Job {
 
   absl::Status ReadTexts() {
     const double work_per_token = SelfTextWork() / static_cast<double>(SelfTextTokens(spec_, job_));
+    std::vector<int32_t> own_text;
+    if (saved_.has_value()) {
+      WALSH_ASSIGN_OR_RETURN(own_text, saved_->ReadOwnText());
+    }
+    const bool was_written = !own_text.empty();
     WALSH_ASSIGN_OR_RETURN(
         texts_,
         PrepareTexts(
             spec_, job_, *checkpoint_, *tokenizer_, pool_,
             [&](int64_t n) { return progress_.Within(work_per_token * static_cast<double>(n)); },
-            keep_going_));
+            keep_going_, own_text));
+    if (saved_.has_value() && !own_text.empty() && !was_written) {
+      WALSH_RETURN_IF_ERROR(saved_->KeepOwnText(own_text));
+    }
     const calibrate::TokenWindows& windows = texts_.calibration;
     report_.samples_kept = texts_.kept;
     report_.samples_dropped = texts_.dropped;
@@ -293,10 +310,34 @@ class Job {
     report_.warnings.insert(report_.warnings.end(), texts_.warnings.begin(), texts_.warnings.end());
     // Texts may be shorter than asked for.
     PlanWork(report_.calibration_tokens, texts_.evaluation.count() * texts_.evaluation.length);
-    return progress_.Advance(spec_.calibration_path.empty() ? SelfTextWork() : 0);
+    if (!spec_.calibration_path.empty()) return progress_.Advance(0);
+    if (!was_written) return progress_.Advance(SelfTextWork());
+    progress_.Resume(SelfTextWork(), 0);
+    return progress_.Within(0);
   }
 
-  JobInputs Inputs() { return {spec_, job_, *checkpoint_, pool_}; }
+  JobInputs Inputs() {
+    return {spec_, job_, *checkpoint_, pool_, saved_.has_value() ? &*saved_ : nullptr};
+  }
+
+  // What the artifact says of how it was made.
+  json Report() const {
+    return ArtifactReport({spec_, job_, *checkpoint_, texts_, source_sha256_}, report_);
+  }
+
+  absl::Status OpenCheckpoint() {
+    if (spec_.checkpoints == nullptr || backend_.kernel_family().empty()) return absl::OkStatus();
+    // All that its bytes depend on, without what comes of the work.
+    json identity = Report();
+    for (const char* outcome : {kCalibration, "linears", "quality", "warnings"}) {
+      identity.erase(outcome);
+    }
+    identity["rotation"].erase("gate");
+    identity["kernel_family"] = backend_.kernel_family();
+    identity["checkpoint_version"] = kJobCheckpointVersion;
+    saved_.emplace(*spec_.checkpoints, spec_.job_name);
+    return saved_->Open(std::move(identity));
+  }
 
   absl::Status CheckEquivalence() {
     if (!job_.rotates()) return absl::OkStatus();
@@ -312,15 +353,14 @@ class Job {
     WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<ArtifactWriter> writer,
                            ArtifactWriter::Create(spec_.output_directory, *checkpoint_));
     output_.Arm();  // not before: a directory that Create() refused is somebody else's
+    if (saved_.has_value()) WALSH_RETURN_IF_ERROR(saved_->SetCalibration(Report()[kCalibration]));
     WALSH_RETURN_IF_ERROR(
         backend_.Quantize(Inputs(), texts_.calibration, *writer, progress_, report_));
     WALSH_RETURN_IF_ERROR(progress_.Enter(Stage::kPacking, -1));
     WALSH_RETURN_IF_ERROR(progress_.Advance(ReadWork()));
-    const ReportInputs inputs{spec_, job_, *checkpoint_, texts_, source_sha256_};
-    WALSH_ASSIGN_OR_RETURN(
-        report_.artifact,
-        writer->Finish(QuantizationConfig(spec_, checkpoint_->config(), job_),
-                       ArtifactReport(inputs, report_), pool_.n_threads(), keep_going_));
+    WALSH_ASSIGN_OR_RETURN(report_.artifact,
+                           writer->Finish(QuantizationConfig(spec_, checkpoint_->config(), job_),
+                                          Report(), pool_.n_threads(), keep_going_));
     report_.artifact.job = spec_.job_name;
     return absl::OkStatus();
   }
@@ -394,6 +434,7 @@ class Job {
   std::future<absl::StatusOr<std::unique_ptr<Tokenizer>>> making_tokenizer_;  // of the checkpoint's
   ResolvedJob job_;
   std::string source_sha256_;
+  std::optional<JobCheckpoint> saved_;                // none: nothing is kept
   std::vector<evaluate::EncodedTask> encoded_tasks_;  // of job_.tasks
   JobTexts texts_;
   JobReport report_;

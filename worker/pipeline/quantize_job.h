@@ -3,6 +3,9 @@
 // Knows neither gRPC nor the coordinator. One layer's float weights and Hessians are in memory at a
 // time. Same options, seed and kernel family give the same bytes, with any number of threads.
 //
+// A job that is run again goes on after the last layer that an earlier run has kept
+// (job_checkpoint.h), to the same bytes.
+//
 // Errors:  those of the parts; CANCELLED when the observer asks for it; DATA_LOSS names layer,
 //          tensor and index of a non-finite value; a tokenizer that walsh does not take is found in
 //          stage LOADING, while the source is hashed; nothing is published then, and temporary
@@ -27,8 +30,9 @@
 
 namespace walsh::pipeline {
 
-class Backend;  // worker/pipeline/backend.h
-class Yield;    // worker/pipeline/yield.h
+class Backend;          // worker/pipeline/backend.h
+class CheckpointStore;  // worker/pipeline/checkpoint_store.h
+class Yield;            // worker/pipeline/yield.h
 
 enum class Stage {
   kValidating,
@@ -102,6 +106,9 @@ struct JobSpec {
   QualityGate quality_gate;               // of the caller: the job's own end does not depend on it
   uint64_t seed = 0;
   std::string output_directory;  // temporary, must not exist; the caller publishes it
+  // Where the job keeps its finished layers and finds those of earlier runs, on backends that can
+  // (Backend::kernel_family); outlives the job. Null: every run starts over.
+  CheckpointStore* checkpoints = nullptr;
 };
 
 struct LinearReport {
@@ -171,6 +178,8 @@ struct JobProgress {
   int64_t layers_total = 0;
   double fraction = 0;      // 0 … 1 over all stages
   double eta_seconds = -1;  // −1: cannot be told yet
+  // Once the layer is done it is kept: a run that is stopped then loses nothing.
+  bool keeps_layers = false;
   std::string message;
   std::vector<LinearReport> linears;  // finished since the last report
 };

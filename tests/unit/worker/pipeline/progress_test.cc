@@ -44,6 +44,23 @@ TEST(ProgressTest, TheObserversStatusEndsAPass) {
   EXPECT_THAT(progress.Pass(Stage::kCalibrating, 0), HasCode(absl::StatusCode::kCancelled));
 }
 
+TEST(ProgressTest, AnEarlierRunsWorkIsDoneAndTellsNothingOfTheRest) {
+  JobProgress shown;
+  const Observer observer = [&](const JobProgress& progress) {
+    shown = progress;
+    return absl::OkStatus();
+  };
+  Progress progress(observer);
+  progress.Plan(100);
+  progress.Resume(60, 3);
+  progress.set_keeps_layers(true);
+  ASSERT_OK(progress.Enter(Stage::kCalibrating, 3));
+  EXPECT_EQ(shown.fraction, 0.6);
+  EXPECT_EQ(shown.layers_done, 3);
+  EXPECT_TRUE(shown.keeps_layers);
+  EXPECT_EQ(shown.eta_seconds, -1);
+}
+
 TEST(ProgressTest, TimeWaitedIsNoStages) {
   const Observer nobody;
   testing::CountingYield yield(std::chrono::milliseconds(30));
