@@ -4,10 +4,13 @@
 #include <signal.h>
 
 #include <atomic>
+#include <filesystem>
+#include <map>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "common/publish.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_model.h"
@@ -69,6 +72,8 @@ class Watcher {
             last_sequence_ = event.sequence();
             stage_ = event.stage();
             attempt_ = event.attempt();
+            layer_ = event.layer();
+            if (event.layer() >= 0) first_layers_.try_emplace(event.attempt(), event.layer());
             messages_.push_back(event.message());
           };
           observer.on_disconnect = [this](const absl::Status&, absl::Duration) {
@@ -83,6 +88,9 @@ class Watcher {
   bool WaitForStage(Job::Stage stage) {
     return testing::WaitUntil([&] { return stage_ >= stage; }, absl::Minutes(2));
   }
+  bool WaitForLayer(int layer) {
+    return testing::WaitUntil([&] { return layer_ >= layer; }, absl::Minutes(2));
+  }
   absl::StatusOr<Job> Join() {
     thread_.join();
     return job_;
@@ -90,11 +98,18 @@ class Watcher {
   int n_disconnects() const { return n_disconnects_; }
   // Of all events; after Join.
   const std::vector<std::string>& messages() const { return messages_; }
+  // That an attempt worked on, -1: none; after Join.
+  int first_layer(int attempt) const {
+    const auto found = first_layers_.find(attempt);
+    return found == first_layers_.end() ? -1 : found->second;
+  }
 
  private:
   std::atomic<int64_t> last_sequence_{0};
   std::atomic<int> stage_{0};
   std::atomic<int> attempt_{0};
+  std::atomic<int> layer_{-1};
+  std::map<int, int> first_layers_;
   std::atomic<int> n_disconnects_{0};
   std::vector<std::string> messages_;
   absl::StatusOr<Job> job_;
@@ -114,6 +129,35 @@ TEST(DurabilityTest, AJobSurvivesAKilledWorker) {
   EXPECT_EQ(finished.attempt(), 2);
   EXPECT_EQ(watcher.n_disconnects(), 0);
   EXPECT_OK(service.client().LoadModel("m"));
+}
+
+// What the second worker has of the first is the folder of checkpoints alone.
+TEST(DurabilityTest, AnotherWorkerGoesOnAtTheNextLayerToTheSameBytes) {
+  const testing::TempDir directory;
+  const std::string checkpoints = directory / "checkpoints";
+  testing::ServiceOptions options = LongLeases();
+  options.worker_data_dir = directory / "worker";
+  options.worker_flags = {"--checkpoint-dir", checkpoints};
+  ServiceFixture service(options);
+  ASSERT_OK(service.Start());
+  ASSERT_OK_AND_ASSIGN(const Job undisturbed, CreateSlowJob(service, "undisturbed"));
+  ASSERT_OK_AND_ASSIGN(const Job expected, service.client().WatchJob(undisturbed.name(), 0, {}));
+  ASSERT_EQ(expected.state(), Job::SUCCEEDED) << expected.DebugString();
+
+  ASSERT_OK_AND_ASSIGN(const Job created, CreateSlowJob(service, "m"));
+  Watcher watcher(&service.client(), created.name());
+  const int last_layer = Model().n_layers() - 1;
+  ASSERT_TRUE(watcher.WaitForLayer(last_layer));
+  service.KillWorker();
+  ASSERT_OK(RemoveTree(options.worker_data_dir));
+  ASSERT_OK(service.StartWorker());
+  ASSERT_OK_AND_ASSIGN(const Job finished, watcher.Join());
+  ASSERT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+  EXPECT_EQ(finished.attempt(), 2);
+  EXPECT_EQ(watcher.first_layer(2), last_layer) << "at most one layer is done twice";
+  EXPECT_THAT(watcher.messages(), Contains(HasSubstr("layers done by an earlier run: ")));
+  EXPECT_EQ(finished.result().sha256(), expected.result().sha256());
+  EXPECT_TRUE(std::filesystem::is_empty(checkpoints)) << "the job has ended";
 }
 
 TEST(DurabilityTest, AJobSurvivesAKilledCoordinatorAndItsWatchHasNoGap) {
@@ -180,6 +224,8 @@ TEST(DurabilityTest, AWorkerThatIsStoppedReturnsItsJobWithoutACrash) {
   const std::vector<std::string> messages = watcher.messages();
   EXPECT_THAT(messages, Contains(HasSubstr("returned to the queue by its worker")));
   EXPECT_THAT(messages, Not(Contains(HasSubstr("vanished"))));
+  EXPECT_THAT(messages, Contains(HasSubstr("layers done by an earlier run: ")))
+      << "it has finished the layer that it was in";
 }
 
 TEST(DurabilityTest, ACancelledJobEndsAndLeavesNoModel) {

@@ -80,9 +80,9 @@ void Agent::Drain() {
   changed_.notify_all();
 }
 
-void Agent::HandBack() {
+void Agent::HandBack(absl::Duration grace) {
   const std::lock_guard lock(mu_);
-  if (lease_ != nullptr) lease_->HandBack();
+  if (lease_ != nullptr) lease_->HandBack(grace);
 }
 
 void Agent::AwaitArrivals() {
@@ -100,7 +100,7 @@ void Agent::AwaitArrivals() {
 
 void Agent::Stop() {
   Drain();
-  HandBack();
+  HandBack(absl::ZeroDuration());
   // Heartbeats go on until the job has stopped and said so.
   if (lease_thread_.joinable()) lease_thread_.join();
   {

@@ -63,8 +63,9 @@ class Agent {
   void Poke();
   // Tells the coordinator that this worker takes no new work, and takes no new lease.
   void Drain();
-  // After Drain(): the job that runs stops and goes back to the queue, beside what follows.
-  void HandBack();
+  // After Drain(): the job that runs stops and goes back to the queue, beside what follows. It may
+  // finish a layer that is kept for whoever goes on, for at most `grace` of the first call.
+  void HandBack(absl::Duration grace);
   // After Drain(): returns when the coordinator sends no request any more and those that it has
   // sent have arrived, or when it does not say so for some seconds.
   void AwaitArrivals();

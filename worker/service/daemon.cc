@@ -32,6 +32,7 @@
 #include "common/status_macros.h"
 #include "worker/io/model_root.h"
 #include "worker/kernels/kernels.h"
+#include "worker/pipeline/checkpoint_store.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/agent.h"
 #include "worker/service/coordinator_link.h"
@@ -55,6 +56,8 @@ namespace walsh::service {
 namespace {
 
 constexpr char kDaemonName[] = "worker";
+// A checkpoint that no worker has touched for so long is of a job that ended while none had it.
+constexpr absl::Duration kCheckpointsKept = absl::Hours(7 * 24);
 // After the requests' time: for calls to send their last words.
 constexpr absl::Duration kServerGrace = absl::Seconds(2);
 
@@ -130,6 +133,9 @@ class WorkerDaemon final : public Daemon {
   absl::Status CheckReady() const;
   Agent::Load MakeLoad() const;
   std::string AdvertisedAddress() const;
+  void RemoveStaleCheckpoints() const;
+  // Empty where no checkpoints are kept.
+  std::string CheckpointsDirectory() const;
 
   // Null unless jobs and models take turns.
   ExclusiveUse* exclusive() {
@@ -173,6 +179,7 @@ absl::Status WorkerDaemon::Start() {
   RegisterJobMetrics();
   WALSH_RETURN_IF_ERROR(OpenDevice());
   WALSH_RETURN_IF_ERROR(OpenStore());
+  RemoveStaleCheckpoints();
   WALSH_RETURN_IF_ERROR(StartServer());
   MakeAgent();
   models_->set_listener([this](const v1::Model& model) { OnModelChanged(model); });
@@ -203,6 +210,13 @@ absl::Status WorkerDaemon::OpenDevice() {
               {"no_cuda", device_.no_cuda});
   }
   return absl::OkStatus();
+}
+
+void WorkerDaemon::RemoveStaleCheckpoints() const {
+  const std::string directory = CheckpointsDirectory();
+  if (directory.empty()) return;
+  const absl::Status removed = pipeline::RemoveStaleCheckpoints(directory, kCheckpointsKept);
+  if (!removed.ok()) WALSH_LOG(Warning, "old checkpoints stay", {"error", removed});
 }
 
 absl::Status WorkerDaemon::OpenStore() {
@@ -315,6 +329,8 @@ void WorkerDaemon::MakeAgent() {
           .n_threads = options_.threads,
           .resolve = resolve_,
           .device = device_.name,
+          .checkpoints_directory = CheckpointsDirectory(),
+          .kernel_family = device_.backend->kernel_family(),
           .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
           .memory = [this] { return ReadMemory(); },
           .quantize =
@@ -407,6 +423,12 @@ std::string WorkerDaemon::AdvertisedAddress() const {
   return HostPort(AdvertisedHost(options_).value_or(options_.host), grpc_port_);
 }
 
+std::string WorkerDaemon::CheckpointsDirectory() const {
+  if (options_.no_checkpoints) return "";
+  return options_.checkpoint_dir.empty() ? options_.data_dir + "/checkpoints"
+                                         : options_.checkpoint_dir;
+}
+
 void WorkerDaemon::RefuseWork() {
   const std::lock_guard lock(mu_);
   if (!is_complete_) return;
@@ -417,12 +439,12 @@ void WorkerDaemon::RefuseWork() {
 void WorkerDaemon::Stop() {
   if (is_stopping_.exchange(true)) return;
   WALSH_LOG(Info, "stopping");
-  const absl::Duration deadline =
-      clock_->Monotonic() + absl::Seconds(options_.shutdown_timeout_seconds);
+  const absl::Duration timeout = absl::Seconds(options_.shutdown_timeout_seconds);
+  const absl::Duration deadline = clock_->Monotonic() + timeout;
   RefuseWork();
   if (evaluation_ != nullptr) evaluation_->Stop();
   if (agent_ != nullptr) {
-    agent_->HandBack();
+    agent_->HandBack(timeout);
     // Whoever refuses before the coordinator knows refuses what it has just sent.
     agent_->AwaitArrivals();
   }

@@ -21,6 +21,15 @@ absl::Duration HeldLease::Margin(absl::Duration duration) {
 
 absl::Status HeldLease::Check() const {
   const std::lock_guard lock(mu_);
+  return CheckLocked();
+}
+
+bool HeldLease::may_finish() const {
+  const std::lock_guard lock(mu_);
+  return absl::IsUnavailable(CheckLocked()) && clock_->Monotonic() < finish_by_;
+}
+
+absl::Status HeldLease::CheckLocked() const {
   // Lost comes first: whatever else is wished, nothing may be changed any more.
   if (!lost_reason_.empty()) {
     return absl::AbortedError(absl::StrCat("the lease of ", job_name_, " is lost: ", lost_reason_));
@@ -51,8 +60,11 @@ void HeldLease::Cancel() {
   Change([&] { is_cancelled_ = true; });
 }
 
-void HeldLease::HandBack() {
-  Change([&] { is_handed_back_ = true; });
+void HeldLease::HandBack(absl::Duration grace) {
+  Change([&] {
+    if (std::exchange(is_handed_back_, true)) return;
+    finish_by_ = clock_->Monotonic() + grace;
+  });
 }
 
 void HeldLease::Change(const std::function<void()>& change) {

@@ -36,12 +36,16 @@ class HeldLease {
   void Prolong(absl::Duration sent, absl::Duration duration);
   void Lose(std::string reason);
   void Cancel();
-  void HandBack();
+  // Check() says so at once; what is worth finishing may take `grace` more.
+  void HandBack(absl::Duration grace = absl::ZeroDuration());
+  // Whether the lease is handed back and nothing else, and that time is not over.
+  bool may_finish() const;
   // Waits before something is tried again; less when the lease is lost, cancelled or handed back
   // meanwhile.
   void Pause(absl::Duration d);
 
  private:
+  absl::Status CheckLocked() const;
   static absl::Duration Margin(absl::Duration duration);
   void Change(const std::function<void()>& change);
 
@@ -55,6 +59,7 @@ class HeldLease {
   std::string lost_reason_;
   bool is_cancelled_ = false;
   bool is_handed_back_ = false;
+  absl::Duration finish_by_ = -absl::InfiniteDuration();
 };
 
 }  // namespace walsh::service

@@ -86,7 +86,11 @@ void RegisterJobMetrics() { GetFamilies(); }
 
 void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Duration now) {
   for (const pipeline::LinearReport& linear : progress.linears) ObserveLinear(linear);
-  if (progress.layers_done > layers_done_) {
+  if (layer_start_ == absl::InfiniteDuration()) {
+    // Before the first layer; those of an earlier run are done.
+    layers_done_ = progress.layers_done;
+    if (progress.layer >= 0) layer_start_ = now;
+  } else if (progress.layers_done > layers_done_) {
     // Fast layers are reported several at a time.
     const int64_t n_layers = progress.layers_done - layers_done_;
     const double seconds = absl::ToDoubleSeconds(now - layer_start_);
@@ -94,8 +98,6 @@ void JobProgressMetrics::Observe(const pipeline::JobProgress& progress, absl::Du
       GetFamilies().layer_seconds.Observe(seconds / static_cast<double>(n_layers));
     }
     layers_done_ = progress.layers_done;
-    layer_start_ = now;
-  } else if (layer_start_ == absl::InfiniteDuration() && progress.layer >= 0) {
     layer_start_ = now;
   }
 }

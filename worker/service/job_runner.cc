@@ -12,6 +12,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -21,7 +22,9 @@
 #include "common/log.h"
 #include "common/publish.h"
 #include "common/resource_name.h"
+#include "common/sha256.h"
 #include "common/status_macros.h"
+#include "common/version.h"
 #include "worker/kernels/device_failure.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/pipeline/quality_gate.h"
@@ -39,6 +42,8 @@ constexpr absl::Duration kReportInterval = absl::Seconds(1);
 constexpr int kHandBackTries = 3;
 constexpr int kJobNice = 10;
 constexpr int64_t kResultBytesMax = 4 << 20;
+// Of a digest, in a folder's name: enough to tell the families of one fleet apart.
+constexpr size_t kFamilyChars = 16;
 // Reason of a job whose model was not good enough.
 constexpr char kQualityGate[] = "QUALITY_GATE";
 
@@ -55,6 +60,15 @@ void SetTimeout(grpc::ClientContext& context, absl::Duration timeout) {
 // tokenizer or a chat template, is so for every worker.
 bool IsRefusal(const absl::Status& error) {
   return absl::IsUnimplemented(error) || ErrorReason(error) == kInsufficientMemory;
+}
+
+// Whether no worker will run the job again, as docs/job-states.md says; but for the last of the
+// retries, which only the coordinator counts.
+bool EndsJob(const internal::v1::CompleteJobRequest& outcome) {
+  if (outcome.has_returned() || outcome.refused()) return false;
+  if (!outcome.has_error()) return true;
+  const auto code = static_cast<absl::StatusCode>(outcome.error().code());
+  return code != absl::StatusCode::kUnavailable && code != absl::StatusCode::kResourceExhausted;
 }
 
 // Whether the coordinator may take later what it did not take now. Everything else is its last
@@ -99,7 +113,7 @@ class JobRunner::ProgressReporter {
   ProgressReporter& operator=(const ProgressReporter&) = delete;
 
   absl::Status operator()(const pipeline::JobProgress& progress) {
-    WALSH_RETURN_IF_ERROR(held_->Check());
+    WALSH_RETURN_IF_ERROR(Check(progress));
     const absl::Duration now = runner_->clock_->Monotonic();
     metrics_.Observe(progress, now);
     unqueued_.insert(unqueued_.end(), progress.linears.begin(), progress.linears.end());
@@ -111,10 +125,20 @@ class JobRunner::ProgressReporter {
     pipeline::JobProgress report = progress;
     report.linears = std::exchange(unqueued_, {});
     Queue(std::move(report));
-    return held_->Check();
+    return Check(progress);
   }
 
  private:
+  // Why the job must stop now. Where its layer will be kept, a worker that stops lets it finish
+  // that, and stops it when the next begins.
+  absl::Status Check(const pipeline::JobProgress& progress) {
+    absl::Status stop = held_->Check();
+    if (!held_->may_finish() || !progress.keeps_layers || progress.layer < 0) return stop;
+    if (!last_layer_.has_value()) last_layer_ = progress.layers_done;
+    return progress.layers_done > *last_layer_ ? stop : absl::OkStatus();
+  }
+  bool must_stop() const { return !held_->Check().ok() && !held_->may_finish(); }
+
   static void Prepend(std::vector<pipeline::LinearReport> linears, pipeline::JobProgress& report) {
     linears.insert(linears.end(), std::make_move_iterator(report.linears.begin()),
                    std::make_move_iterator(report.linears.end()));
@@ -157,7 +181,7 @@ class JobRunner::ProgressReporter {
     while (true) {
       changed_.wait(lock, [this] { return is_done_ || !queue_.empty(); });
       // The job that must stop ends now, and does not wait for a coordinator that may hang.
-      if (queue_.empty() || !held_->Check().ok()) {
+      if (queue_.empty() || must_stop()) {
         queue_.clear();
         if (is_done_) return;
         continue;
@@ -196,6 +220,7 @@ class JobRunner::ProgressReporter {
   pipeline::Stage stage_ = pipeline::Stage::kValidating;
   int64_t layer_ = -2;
   absl::Duration reported_ = -absl::InfiniteDuration();
+  std::optional<int64_t> last_layer_;  // that a worker that stops finishes
   std::vector<pipeline::LinearReport> unqueued_;
   // Of the sending thread.
   std::vector<pipeline::LinearReport> unsent_;
@@ -335,6 +360,8 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
   WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
   spec.output_directory = directory;
   spec.job_name = held.job_name();
+  const std::unique_ptr<pipeline::CheckpointStore> checkpoints = OpenCheckpoints(held);
+  spec.checkpoints = checkpoints.get();
   absl::StatusOr<pipeline::JobReport> report;
   std::thread quantizing([&] {
     // Of this thread alone, and of those that it starts. There is no way back for a process without
@@ -356,6 +383,8 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
     }
   });
   quantizing.join();
+  // Whoever has the checkpoint now has the lease.
+  if (absl::IsAborted(report.status())) held.Lose(std::string(report.status().message()));
   if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
   return report;
 }
@@ -445,6 +474,7 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, const Failure& 
     taken = Deliver(request, held);
   }
   if (taken.ok()) {
+    if (EndsJob(request)) RemoveCheckpoints(held.job_name());
     RemoveTree(ResultPath(held.job_name())).IgnoreError();
     WALSH_LOG(Info, "job completed", {"job", held.job_name()});
   } else {
@@ -482,6 +512,25 @@ absl::Status JobRunner::Report(const v1::QuantizationJobEvent& event, HeldLease&
       FromGrpcStatus(coordinator_->ReportProgress(&context, request, &response));
   if (absl::IsAborted(status)) held.Lose(std::string(status.message()));
   return status;
+}
+
+std::unique_ptr<pipeline::CheckpointStore> JobRunner::OpenCheckpoints(const HeldLease& held) const {
+  if (options_.checkpoints_directory.empty() || options_.kernel_family.empty()) return nullptr;
+  // Workers of several families and versions may share the folder: each goes on with its own.
+  const std::string family =
+      Sha256Hex(absl::StrCat(options_.kernel_family, "\n", std::string(Version())));
+  return pipeline::MakeDirectoryCheckpointStore(
+      absl::StrCat(options_.checkpoints_directory, "/", JobId(held.job_name()), "/",
+                   family.substr(0, kFamilyChars)),
+      held.fencing_token());
+}
+
+void JobRunner::RemoveCheckpoints(const std::string& job_name) const {
+  if (options_.checkpoints_directory.empty()) return;
+  const absl::Status removed =
+      RemoveTree(absl::StrCat(options_.checkpoints_directory, "/", JobId(job_name)));
+  if (removed.ok()) return;
+  WALSH_LOG(Warning, "a checkpoint stays", {"job", job_name}, {"error", removed});
 }
 
 std::string JobRunner::ResultPath(const std::string& job_name) const {

@@ -13,6 +13,9 @@
 // A model that fails its job's quality gate is not published: its artifact is moved to the rejected
 // ones, and the job ends FAILED with the result's figures.
 //
+// A job's finished layers are kept in a folder of checkpoints until it has ended, for whichever
+// worker runs it next. A worker that stops finishes the layer that it is in, where that is kept.
+//
 // A failure that has broken the device is told to the worker before it is told to the coordinator,
 // so that no other lease is taken in between.
 //
@@ -22,6 +25,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,6 +34,7 @@
 #include "absl/status/statusor.h"
 #include "common/clock.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
+#include "worker/pipeline/checkpoint_store.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/coordinator_link.h"
 #include "worker/service/exclusive_use.h"
@@ -52,6 +57,10 @@ class JobRunner {
     int n_threads = 0;                      // 0: the machine's
     PathResolver resolve;
     std::string device = "cpu";  // of results and messages
+    // Where jobs keep their finished layers, shared with the workers that may go on with them.
+    // Empty: nowhere.
+    std::string checkpoints_directory;
+    std::string kernel_family;  // of the device's backend (worker/pipeline/backend.h)
     // Reports of progress that have waited for longer become one.
     absl::Duration report_lag_max = absl::Seconds(5);
     std::function<absl::StatusOr<pipeline::JobPlan>(const pipeline::JobSpec&)> plan;
@@ -105,6 +114,10 @@ class JobRunner {
 
   absl::Status Report(const v1::QuantizationJobEvent& event, HeldLease& held);
   std::string ResultPath(const std::string& job_name) const;
+  // Null where nothing is kept.
+  std::unique_ptr<pipeline::CheckpointStore> OpenCheckpoints(const HeldLease& held) const;
+  // Of a job that no worker runs again.
+  void RemoveCheckpoints(const std::string& job_name) const;
 
   const Options options_;
   CoordinatorLink& coordinator_;

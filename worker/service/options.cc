@@ -55,6 +55,12 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
   app.add_option(
       "--export-root", options.export_root,
       "Folder that exported models are written beneath; exports in --data-dir by default");
+  app.add_option("--checkpoint-dir", options.checkpoint_dir,
+                 "Folder where jobs keep their finished layers until they have ended, so that one "
+                 "whose worker stops or dies goes on there: on any worker of the same kind that "
+                 "shares the folder; checkpoints in --data-dir by default");
+  app.add_flag("--no-checkpoints", options.no_checkpoints,
+               "Keep no layers: a job whose worker stops or dies starts over");
   app.add_option("--device", options.device,
                  "Where jobs run and models are served: auto (CUDA device 0, or the CPU where "
                  "there is none), cpu, cuda "

@@ -23,7 +23,9 @@ struct WorkerOptions {
   int metrics_port = 8003;
   std::string data_dir;
   std::vector<std::string> model_roots;
-  std::string export_root;      // empty: exports beneath data_dir
+  std::string export_root;     // empty: exports beneath data_dir
+  std::string checkpoint_dir;  // empty: checkpoints beneath data_dir
+  bool no_checkpoints = false;
   std::string device = "auto";  // as ParseDeviceChoice takes it
   int threads = 0;
   int max_num_seqs = 0;            // 0: as many as suit the device

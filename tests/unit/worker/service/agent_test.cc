@@ -194,7 +194,7 @@ TEST_F(AgentTest, ArrivalsAreAwaitedUntilTheCoordinatorAnswers) {
   coordinator_.Offer(Job("j"));
   ASSERT_TRUE(walsh::testing::WaitUntil([&] { return n_runs_ == 1; }));
   agent_->Drain();
-  agent_->HandBack();
+  agent_->HandBack(absl::ZeroDuration());
   agent_->AwaitArrivals();
   EXPECT_TRUE(is_answered);
   const Record record = coordinator_.record();

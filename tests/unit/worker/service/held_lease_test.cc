@@ -68,6 +68,26 @@ TEST_F(HeldLeaseTest, LostWinsOverEveryOtherReason) {
   EXPECT_THAT(lease_.Check(), StatusIs(absl::StatusCode::kAborted, HasSubstr("token 8")));
 }
 
+TEST_F(HeldLeaseTest, WhatIsHandedBackMayBeFinishedForAWhile) {
+  EXPECT_FALSE(lease_.may_finish());
+  lease_.HandBack(absl::Seconds(10));
+  EXPECT_THAT(lease_.Check(), HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_TRUE(lease_.may_finish());
+  lease_.HandBack(absl::Seconds(20));  // the first counts
+  clock_.Advance(absl::Seconds(10));
+  EXPECT_FALSE(lease_.may_finish());
+}
+
+TEST_F(HeldLeaseTest, WhatIsLostOrCancelledIsNotFinished) {
+  lease_.HandBack(absl::Seconds(10));
+  lease_.Cancel();
+  EXPECT_FALSE(lease_.may_finish());
+  HeldLease other("j", 1, absl::Seconds(30), &clock_);
+  other.HandBack(absl::Seconds(10));
+  other.Lose("another worker has it");
+  EXPECT_FALSE(other.may_finish());
+}
+
 TEST_F(HeldLeaseTest, PauseEndsWhenSomethingChanges) {
   std::atomic<bool> is_over = false;
   std::thread waiter([&] {

@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <atomic>
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/synchronization/notification.h"
@@ -59,6 +61,8 @@ class JobRunnerTest : public StoreFixture {
             .n_threads = 1,
             .resolve = [](std::string_view path) { return "/roots/" + std::string(path); },
             .device = "cuda:0 NVIDIA H200",
+            .checkpoints_directory = dir_ / "checkpoints",
+            .kernel_family = "fake",
             .report_lag_max = report_lag_max_,
             .plan = [this](const JobSpec&) { return plan_; },
             .memory = [this] { return memory_; },
@@ -487,6 +491,109 @@ TEST_F(JobRunnerTest, AWorkerThatStopsBeginsNothing) {
   EXPECT_TRUE(AwaitOutcome().has_returned());
   EXPECT_OK(broken_) << "nobody looked";
   EXPECT_EQ(n_runs_, 0);
+}
+
+class CheckpointedJobTest : public JobRunnerTest {
+ protected:
+  // A job that keeps its layers: `stop` is called while it is in the first.
+  void QuantizeWith(std::function<absl::Status()> stop) {
+    quantize_ = [this, stop = std::move(stop)](
+                    const JobSpec& spec,
+                    const pipeline::Observer& observer) -> absl::StatusOr<JobReport> {
+      EXPECT_OK(spec.checkpoints->Claim());
+      for (int64_t layer = 0; layer < 2; ++layer) {
+        const JobProgress progress{.stage = pipeline::Stage::kQuantizing,
+                                   .layer = layer,
+                                   .layers_done = layer,
+                                   .layers_total = 2,
+                                   .keeps_layers = true};
+        if (absl::Status status = observer(progress); !status.ok()) return status;
+        n_layers_begun_ = layer + 1;
+        if (layer > 0) continue;
+        if (absl::Status status = stop(); !status.ok()) return status;
+        if (absl::Status status = observer(progress); !status.ok()) return status;
+        n_layers_done_ = 1;
+      }
+      return QuantizeTwoLayers(spec, observer);
+    };
+  }
+
+  void RunHeld() {
+    StartWorker();
+    internal::v1::Lease lease;
+    lease.set_job_name(held_.job_name());
+    *lease.mutable_job() = Job("j", "m");
+    runner_->Run(lease, held_);
+  }
+
+  bool HasCheckpoint() const { return fs::exists(std::string(dir_ / "checkpoints") + "/j"); }
+
+  HeldLease held_{JobName("j"), 1, absl::Seconds(30), Clock::Real()};
+  int64_t n_layers_begun_ = 0, n_layers_done_ = 0;
+};
+
+TEST_F(CheckpointedJobTest, AWorkerThatStopsFinishesItsLayer) {
+  QuantizeWith([this] {
+    held_.HandBack(absl::Minutes(1));
+    return absl::OkStatus();
+  });
+  RunHeld();
+  EXPECT_TRUE(AwaitOutcome().has_returned());
+  EXPECT_EQ(n_layers_done_, 1);
+  EXPECT_EQ(n_layers_begun_, 1) << "and begins no other";
+  EXPECT_TRUE(HasCheckpoint());
+}
+
+TEST_F(CheckpointedJobTest, ALayerThatTakesTooLongIsNotWaitedFor) {
+  QuantizeWith([this] {
+    held_.HandBack();
+    return absl::OkStatus();
+  });
+  RunHeld();
+  EXPECT_TRUE(AwaitOutcome().has_returned());
+  EXPECT_EQ(n_layers_done_, 0);
+  EXPECT_TRUE(HasCheckpoint());
+}
+
+TEST_F(CheckpointedJobTest, WhatEndsTheJobRemovesItsCheckpoint) {
+  QuantizeWith([] { return absl::OkStatus(); });
+  RunHeld();
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  EXPECT_FALSE(HasCheckpoint());
+}
+
+TEST_F(CheckpointedJobTest, AFailureForGoodAndACancellationDoSo) {
+  QuantizeWith([] { return absl::DataLossError("not finite"); });
+  RunHeld();
+  EXPECT_TRUE(AwaitOutcome().has_error());
+  EXPECT_FALSE(HasCheckpoint());
+
+  QuantizeWith([this] {
+    held_.Cancel();
+    return absl::OkStatus();
+  });
+  internal::v1::Lease lease;
+  lease.set_job_name(held_.job_name());
+  *lease.mutable_job() = Job("j", "m");
+  runner_->Run(lease, held_);
+  EXPECT_TRUE(AwaitOutcome(2).has_cancelled());
+  EXPECT_FALSE(HasCheckpoint());
+}
+
+TEST_F(CheckpointedJobTest, AFailureThatMayPassKeepsIt) {
+  QuantizeWith([] { return absl::UnavailableError("for now"); });
+  RunHeld();
+  EXPECT_TRUE(AwaitOutcome().has_error());
+  EXPECT_TRUE(HasCheckpoint());
+}
+
+// It slept, and another worker has claimed the checkpoint: nothing is said and nothing removed.
+TEST_F(CheckpointedJobTest, AJobThatIsAnothersIsLeftToIt) {
+  QuantizeWith([] { return absl::AbortedError("the checkpoint belongs to token 2"); });
+  RunHeld();
+  EXPECT_TRUE(held_.is_lost());
+  EXPECT_TRUE(coordinator_.record().completions.empty());
+  EXPECT_TRUE(HasCheckpoint());
 }
 
 TEST_F(JobRunnerTest, ADeviceThatBrokeWhileIdleIsNoticedBeforeTheWork) {
