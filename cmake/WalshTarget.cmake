@@ -58,7 +58,8 @@ endfunction()
 
 # walsh_test(NAME io_test SRCS a_test.cc b_test.cc DEPS walsh::worker_io [LABELS unit] [TIMEOUT 60])
 # One executable and one CTest entry; tests that need real data skip with a reason where it is missing.
-# The target tests_<label> builds all tests of a label.
+# The target tests_<label> builds all tests of a label. A folder whose tests compute little sets
+# WALSH_TEST_OPTIONS to -O0: compilers take half as long for them.
 function(walsh_test)
   cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS;ENVIRONMENT" ${ARGN})
   if(NOT WALSH_BUILD_TESTS)
@@ -73,6 +74,7 @@ function(walsh_test)
   add_executable(${ARG_NAME} ${ARG_SRCS})
   target_link_libraries(${ARG_NAME} PRIVATE walsh_flags walsh::testing ${ARG_DEPS}
                         GTest::gmock GTest::gtest GTest::gtest_main)
+  target_compile_options(${ARG_NAME} PRIVATE ${WALSH_TEST_OPTIONS})
   if(WALSH_TSAN_WRAPPED)
     target_sources(${ARG_NAME} PRIVATE ${CMAKE_SOURCE_DIR}/tests/testing/tsan_absl.cc)
     foreach(symbol IN LISTS WALSH_TSAN_WRAPPED)
