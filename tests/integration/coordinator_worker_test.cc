@@ -118,7 +118,7 @@ TEST_F(CoordinatorWorkerTest, AFullWorkerRefusesAtOnceAndStillLoadsAndValidates)
   };
   // Apart from the connection of the fixture's other calls.
   ConnectionPool<Stubs> pool(server_->endpoints().at("grpc"), limits::kConcurrentStreamsMax,
-                             /*first_connection=*/1);
+                             ChannelSecurity(), /*first_connection=*/1);
   std::atomic<int> n_refused = 0;
   std::atomic<int> n_finished = 0;
   std::vector<std::thread> clients;

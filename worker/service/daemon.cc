@@ -133,7 +133,7 @@ class WorkerDaemon final : public Daemon {
   absl::Status CheckReady() const;
   Agent::Load MakeLoad() const;
   std::string AdvertisedAddress() const;
-  void RemoveStaleCheckpoints() const;
+  absl::Status OpenCheckpoints() const;
   // Empty where no checkpoints are kept.
   std::string CheckpointsDirectory() const;
 
@@ -179,7 +179,7 @@ absl::Status WorkerDaemon::Start() {
   RegisterJobMetrics();
   WALSH_RETURN_IF_ERROR(OpenDevice());
   WALSH_RETURN_IF_ERROR(OpenStore());
-  RemoveStaleCheckpoints();
+  WALSH_RETURN_IF_ERROR(OpenCheckpoints());
   WALSH_RETURN_IF_ERROR(StartServer());
   MakeAgent();
   models_->set_listener([this](const v1::Model& model) { OnModelChanged(model); });
@@ -212,11 +212,15 @@ absl::Status WorkerDaemon::OpenDevice() {
   return absl::OkStatus();
 }
 
-void WorkerDaemon::RemoveStaleCheckpoints() const {
+absl::Status WorkerDaemon::OpenCheckpoints() const {
   const std::string directory = CheckpointsDirectory();
-  if (directory.empty()) return;
+  if (directory.empty()) return absl::OkStatus();
+  if (const absl::Status made = MakeDirectories(directory); !made.ok()) {
+    return absl::Status(made.code(), absl::StrCat("--checkpoint-dir: ", made.message()));
+  }
   const absl::Status removed = pipeline::RemoveStaleCheckpoints(directory, kCheckpointsKept);
   if (!removed.ok()) WALSH_LOG(Warning, "old checkpoints stay", {"error", removed});
+  return absl::OkStatus();
 }
 
 absl::Status WorkerDaemon::OpenStore() {

@@ -119,6 +119,13 @@ TEST_F(WorkerDaemonTest, ABrokenDeviceEndsItsWork) {
   EXPECT_EQ(coordinator_.record().goodbyes.size(), 1u);
 }
 
+TEST_F(WorkerDaemonTest, AFolderForCheckpointsThatCannotBeIsToldAtOnce) {
+  WorkerOptions options = Options();
+  options.checkpoint_dir = "/proc/checkpoints";
+  EXPECT_THAT(Daemon::Start(options, {.cuda = FakeCudaDevices(&device_)}).status().message(),
+              HasSubstr("--checkpoint-dir"));
+}
+
 // Seen by a coordinator's check while no job runs: the worker must not wait for one to find it
 // again.
 TEST_F(WorkerDaemonTest, ADeviceThatIsFoundBrokenTakesNoMoreLeases) {
