@@ -58,8 +58,9 @@ endfunction()
 
 # walsh_test(NAME io_test SRCS a_test.cc b_test.cc DEPS walsh::worker_io [LABELS unit] [TIMEOUT 60])
 # One executable and one CTest entry; tests that need real data skip with a reason where it is missing.
-# The target tests_<label> builds all tests of a label. A folder whose tests compute little sets
-# WALSH_TEST_OPTIONS to -O0: compilers take half as long for them.
+# The target tests_<label> builds all tests of a label. A folder whose tests compute and parse little sets
+# WALSH_TEST_OPTIONS to -O0: compilers take half as long for them, but what inline functions they share with
+# the libraries is slow then, too.
 function(walsh_test)
   cmake_parse_arguments(ARG "" "NAME;TIMEOUT" "SRCS;DEPS;LABELS;ENVIRONMENT" ${ARGN})
   if(NOT WALSH_BUILD_TESTS)
