@@ -171,11 +171,7 @@ std::shared_ptr<grpc::Channel> MakeSecuredChannel(const std::string& address,
                                                                  std::move(interceptors));
 }
 
-bool IsOpenToAll(std::string_view method) {
-  // KEDA has no secret to show; it learns how many jobs there are.
-  return method.starts_with("/grpc.health.v1.Health/") ||
-         method.starts_with("/externalscaler.ExternalScaler/");
-}
+bool IsOpenToAll(std::string_view method) { return method.starts_with("/grpc.health.v1.Health/"); }
 
 absl::StatusOr<std::unique_ptr<DaemonSecurity>> DaemonSecurity::Open(const Options& options) {
   TlsFiles files = options.tls;
@@ -207,14 +203,17 @@ DaemonSecurity::DaemonSecurity(const Options& options, std::unique_ptr<Reloaded<
         if (secrets_ != nullptr) secrets_->Poll();
       }) {}
 
-PortSecurity DaemonSecurity::internal_port() const {
+PortSecurity DaemonSecurity::internal_port(std::string_view open_service) const {
   PortSecurity security;
   if (has_certificate_) security.tls = tls_.get();
   security.caller_ca = &TlsPems::ca;
   if (secrets_ == nullptr) return security;
-  security.check = [secrets = secrets_.get()](std::string_view method,
-                                              std::string_view authorization) {
+  security.check = [secrets = secrets_.get(), open_service = std::string(open_service)](
+                       std::string_view method, std::string_view authorization) {
     if (IsOpenToAll(method)) return absl::OkStatus();
+    if (!open_service.empty() && method.starts_with(absl::StrCat("/", open_service, "/"))) {
+      return absl::OkStatus();
+    }
     const SecretDigest sent = DigestOf(BearerSecret(authorization));
     for (const std::string& secret : *secrets->Get()) {
       if (SameDigest(DigestOf(secret), sent)) return absl::OkStatus();

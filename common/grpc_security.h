@@ -69,8 +69,9 @@ class DaemonSecurity {
   // Errors: those of the files, naming their flags.
   static absl::StatusOr<std::unique_ptr<DaemonSecurity>> Open(const Options& options);
 
-  // Of ports that only daemons call; health checks are open to all.
-  PortSecurity internal_port() const;
+  // Of ports that only daemons call. Health checks need no secret, nor does the service of this
+  // name, if any, as its callers have none.
+  PortSecurity internal_port(std::string_view open_service = {}) const;
   // Of ports for clients, which `check` judges.
   PortSecurity public_port(CallCheck check) const;
   ChannelSecurity to_coordinator() const;
@@ -88,7 +89,7 @@ class DaemonSecurity {
   const PeriodicTask poll_;                           // last: it uses the others
 };
 
-// Health checks and KEDA's external scaler: probes and KEDA have no credentials.
+// Health checks: probes have no credentials.
 bool IsOpenToAll(std::string_view method);
 
 }  // namespace walsh

@@ -157,10 +157,13 @@ absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
   const bool has_reflection = is_public && options.enable_reflection;
   if (!has_reflection) DisableReflection(builder);
   int bound_port = 0;
-  builder.AddListeningPort(HostPort(options.host, port),
-                           MakeServerCredentials(is_public ? security->public_port(access->check())
-                                                           : security->internal_port()),
-                           &bound_port);
+  builder.AddListeningPort(
+      HostPort(options.host, port),
+      MakeServerCredentials(
+          is_public ? security->public_port(access->check())
+                    // KEDA has no secret to show.
+                    : security->internal_port(externalscaler::ExternalScaler::service_full_name())),
+      &bound_port);
   for (grpc::Service* service : services) builder.RegisterService(service);
   std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
   if (server == nullptr || bound_port == 0) {
