@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import tempfile
 import time
 
 # Without the session's own settings, which may be of another service.
@@ -56,3 +57,23 @@ class Children:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def run_test(find_faults):
+    """Prints what `find_faults(folder, children)` finds, in a folder that goes afterwards; the exit code. Where it raises, the
+    ends of the processes' logs are printed, too."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="walsh-test-") as folder:
+        children = Children(folder)
+        try:
+            faults = list(find_faults(folder, children))
+        except Exception:
+            for name in children.processes:
+                print(f"--- the end of {name}.log\n{children.read_log(name)[-4000:]}")
+            raise
+        finally:
+            children.stop()
+    for fault in faults:
+        print(fault)
+    print(f"{len(faults)} faults, {time.monotonic() - start:.0f} s")
+    return 1 if faults else 0

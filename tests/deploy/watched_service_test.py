@@ -16,14 +16,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 
 import prometheus_tools
-from processes import ENVIRONMENT, Children, wait_until
+from processes import ENVIRONMENT, run_test, wait_until
 
 DEPLOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../deploy")
 BIN = os.environ["WALSH_BIN_DIR"]
@@ -297,21 +296,7 @@ def run(folder, children):
 
 def main():
     prometheus_tools.find("prometheus")
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="walsh-test-") as folder:
-        children = Children(folder)
-        try:
-            faults = run(folder, children)
-        except Exception:
-            for name in children.processes:
-                print(f"--- the end of {name}.log\n{children.read_log(name)[-4000:]}")
-            raise
-        finally:
-            children.stop()
-    for fault in faults:
-        print(fault)
-    print(f"{len(faults)} faults, {time.monotonic() - start:.0f} s")
-    return 1 if faults else 0
+    return run_test(run)
 
 
 if __name__ == "__main__":
