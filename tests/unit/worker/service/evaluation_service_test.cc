@@ -45,7 +45,7 @@ class EvaluationServiceTest : public StoreFixture {
             .memory = [] { return HostMemory{.total_bytes = 1000, .free_bytes = 10}; },
             .evaluate = [this](const EvaluationSpec& spec, ThreadPool&,
                                const StepProgress& progress) { return evaluate_(spec, progress); }},
-        store_.get(), &clock_);
+        store_.get(), &manual_clock_);
     grpc::ServerBuilder builder;
     int port = 0;
     builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
@@ -89,7 +89,6 @@ class EvaluationServiceTest : public StoreFixture {
 
   std::function<absl::StatusOr<EvaluationReport>(const EvaluationSpec&, const StepProgress&)>
       evaluate_ = [](const EvaluationSpec&, const StepProgress&) { return EvaluationReport(); };
-  ManualClock clock_;
   v1::EvaluateModelRequest request_;
   std::vector<std::string> steps_;
   std::atomic<bool> is_running_ = false;
@@ -230,7 +229,7 @@ TEST_F(EvaluationServiceTest, StopsAfterADayWhateverTheDeadline) {
   absl::Status ended;
   std::thread running([&] { ended = Call().status(); });
   ASSERT_TRUE(WaitUntil([&] { return is_running_.load(); }, absl::Seconds(20)));
-  clock_.Advance(absl::Hours(24));
+  manual_clock_.Advance(absl::Hours(24));
   running.join();
   EXPECT_THAT(ended,
               StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("longer than 86400 s")));

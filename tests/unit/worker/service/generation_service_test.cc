@@ -45,6 +45,7 @@ class GenerationServiceTest : public StoreFixture {
     if (server_ != nullptr) server_->Shutdown(std::chrono::system_clock::now());
     server_.reset();
     service_.reset();
+    store_.reset();
   }
 
   // More tokens than the model makes while a test looks at it.
@@ -572,7 +573,6 @@ class StreamIntervalTest : public GenerationServiceTest {
     return n_tokens;
   }
 
-  ManualClock manual_clock_{absl::Now()};
   std::atomic<int> n_permits_ = 0;
 };
 
@@ -630,7 +630,6 @@ class DeadlineTest : public GenerationServiceTest {
     return response;
   }
 
-  ManualClock manual_clock_{absl::Now()};
   std::atomic<int> n_steps_ = 0;
 };
 

@@ -204,8 +204,7 @@ TEST_F(ModelStoreTest, UnloadWaitsForWhoFoundTheEngineBefore) {
 
 // As a kernel does that never completes: the thread is there, and nothing comes of it.
 TEST_F(ModelStoreTest, AnEngineThatHangsIsFoundAndOneThatIsIdleIsNot) {
-  ManualClock clock;
-  clock_ = &clock;
+  clock_ = &manual_clock_;
   std::atomic<bool> is_in_step = false, may_go_on = false;
   behaviour_.before_forward = [&](const auto&) {
     is_in_step = true;
@@ -217,15 +216,15 @@ TEST_F(ModelStoreTest, AnEngineThatHangsIsFoundAndOneThatIsIdleIsNot) {
   OpenStore();
   ASSERT_OK(store_->Load("m"));
   ASSERT_OK(store_->Load("idle"));
-  clock.Advance(absl::Hours(1));
+  manual_clock_.Advance(absl::Hours(1));
   EXPECT_TRUE(WaitUntil([&] { return store_->CheckEngines().ok(); })) << "idle engines turn";
   const auto sink = std::make_shared<RecordingSink>();
   ASSERT_OK(store_->FindEngine("m").value()->Submit(
       {.id = "a", .prompt = {1}, .sampling = {.max_tokens = 1}}, sink));
   ASSERT_TRUE(WaitUntil([&] { return is_in_step.load(); }));
-  clock.Advance(absl::Seconds(59));
+  manual_clock_.Advance(absl::Seconds(59));
   EXPECT_OK(store_->CheckEngines());
-  clock.Advance(absl::Seconds(1));
+  manual_clock_.Advance(absl::Seconds(1));
   EXPECT_THAT(store_->CheckEngines(), StatusIs(absl::StatusCode::kUnavailable,
                                                HasSubstr("an engine has not turned for 60 s")));
   may_go_on = true;
@@ -235,11 +234,10 @@ TEST_F(ModelStoreTest, AnEngineThatHangsIsFoundAndOneThatIsIdleIsNot) {
 
 // More requests than run at once, and steps that take most of what a hung engine is given.
 TEST_F(ModelStoreTest, AnEngineThatIsSaturatedIsNotTakenForHung) {
-  ManualClock clock;
-  clock_ = &clock;
+  clock_ = &manual_clock_;
   std::atomic<int> n_steps = 0, n_failures = 0;
   behaviour_.before_forward = [&](const auto&) {
-    clock.Advance(absl::Seconds(50));
+    manual_clock_.Advance(absl::Seconds(50));
     if (!store_->CheckEngines().ok()) ++n_failures;
     ++n_steps;
     return absl::OkStatus();
@@ -254,6 +252,7 @@ TEST_F(ModelStoreTest, AnEngineThatIsSaturatedIsNotTakenForHung) {
         {.id = std::to_string(i), .prompt = {1}, .sampling = {.max_tokens = 8}}, sinks.back()));
   }
   for (const auto& sink : sinks) sink->WaitForEnd();
+  store_.reset();
   EXPECT_GE(n_steps, 8);
   EXPECT_EQ(n_failures, 0);
 }

@@ -2,12 +2,14 @@
 // models are fakes.
 #pragma once
 
+#include <absl/time/clock.h>
 #include <gtest/gtest.h>
 
 #include <functional>
 #include <memory>
 #include <string>
 
+#include "common/clock.h"
 #include "tests/testing/fake_model.h"
 #include "tests/testing/test_data.h"
 #include "worker/service/model_store.h"
@@ -27,6 +29,8 @@ class StoreFixture : public ::testing::Test {
   const std::string root_ = dir_ / "models";
   engine::Options engine_options_{.max_sequences = 4, .max_waiting = 4, .n_threads = 1};
   testing::FakeModel::Behaviour behaviour_;
+  // Engines look at their clock until the store is gone.
+  ManualClock manual_clock_{absl::Now()};
   Clock* clock_ = Clock::Real();
   absl::Duration drain_timeout_ = absl::Seconds(5);
   std::function<int64_t()> free_memory_ = {};
