@@ -26,28 +26,12 @@ double CpuSeconds(int who) {
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-// CPU time of a process that runs; proc(5): utime and stime are the fields 14 and 15, and the
-// second one, in parentheses, may hold anything.
-double CpuSecondsOf(const std::string& pid) {
-  std::ifstream stat("/proc/" + pid + "/stat");
-  const std::string text(std::istreambuf_iterator<char>(stat), {});
-  const size_t name_end = text.rfind(')');
-  if (name_end == std::string::npos) return 0;
-  std::istringstream fields(text.substr(name_end + 1));
-  std::string skipped;
-  for (int field = 3; field < 14; ++field) fields >> skipped;
-  double user_ticks = 0;
-  double system_ticks = 0;
-  fields >> user_ticks >> system_ticks;
-  return (user_ticks + system_ticks) / static_cast<double>(sysconf(_SC_CLK_TCK));
-}
-
 // Of children that were waited for, and of those that run.
 double ChildrenCpuSeconds() {
   double seconds = CpuSeconds(RUSAGE_CHILDREN);
   const std::string self = absl::StrCat(getpid());
   std::ifstream children("/proc/self/task/" + self + "/children");
-  for (std::string pid; children >> pid;) seconds += CpuSecondsOf(pid);
+  for (pid_t pid = 0; children >> pid;) seconds += CpuSecondsOf(pid);
   return seconds;
 }
 
@@ -61,6 +45,22 @@ std::string CpuName() {
 }
 
 }  // namespace
+
+double CpuSecondsOf(pid_t pid) {
+  // proc(5): utime and stime are the fields 14 and 15, and the second one, in parentheses, may hold
+  // anything.
+  std::ifstream stat(absl::StrCat("/proc/", pid, "/stat"));
+  const std::string text(std::istreambuf_iterator<char>(stat), {});
+  const size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return 0;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string skipped;
+  for (int field = 3; field < 14; ++field) fields >> skipped;
+  double user_ticks = 0;
+  double system_ticks = 0;
+  fields >> user_ticks >> system_ticks;
+  return (user_ticks + system_ticks) / static_cast<double>(sysconf(_SC_CLK_TCK));
+}
 
 double OwnCpuSeconds() { return CpuSeconds(RUSAGE_SELF); }
 

@@ -3,6 +3,8 @@
 // Threads: used by one.
 #pragma once
 
+#include <sys/types.h>
+
 #include <algorithm>
 #include <chrono>
 #include <string>
@@ -19,6 +21,9 @@ std::string DescribeRun(int n_threads);
 
 // CPU time of this process so far, all threads.
 double OwnCpuSeconds();
+
+// CPU time of a process that runs; 0 when there is none.
+double CpuSecondsOf(pid_t pid);
 
 // What processes other than this one and its children take of the machine.
 class OtherLoad {

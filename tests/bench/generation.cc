@@ -46,7 +46,7 @@ class TimingSink final : public engine::Sink {
 
 }  // namespace
 
-absl::StatusOr<std::vector<int32_t>> MakePrompt(const engine::LoadedModel& model, int64_t n_tokens,
+absl::StatusOr<std::vector<int32_t>> MakePrompt(const engine::ServedModel& model, int64_t n_tokens,
                                                 int index) {
   WALSH_ASSIGN_OR_RETURN(const std::vector<int32_t> text,
                          model.tokenizer().Encode(

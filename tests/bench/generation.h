@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "worker/engine/engine.h"
-#include "worker/engine/loaded_model.h"
+#include "worker/engine/served_model.h"
 
 namespace walsh::bench {
 
@@ -18,7 +18,7 @@ struct Generation {
 };
 
 // Exactly `n_tokens` ids of English text, which differ by `index`.
-absl::StatusOr<std::vector<int32_t>> MakePrompt(const engine::LoadedModel& model, int64_t n_tokens,
+absl::StatusOr<std::vector<int32_t>> MakePrompt(const engine::ServedModel& model, int64_t n_tokens,
                                                 int index);
 
 // Greedy and to the last token, so that every run does the same work.

@@ -31,7 +31,6 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "client/child_process.h"
 #include "client/client.h"
 #include "common/clock.h"
 #include "common/command_line.h"
@@ -40,6 +39,7 @@
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "tests/bench/bandwidth.h"
+#include "tests/bench/binaries.h"
 #include "tests/bench/conditions.h"
 #include "tests/bench/generation.h"
 #include "tests/bench/inputs.h"
@@ -116,14 +116,6 @@ class LocalService {
   std::unique_ptr<grpc::Server> server_;
   std::string address_;
 };
-
-// Where walsh-worker and walsh-coordinator are: beside this program, or in build/*/bin beside its
-// folder.
-std::string BinDir() {
-  const std::string sibling = client::SiblingBinary("walsh-worker");
-  const fs::path here = fs::path(sibling).parent_path();
-  return fs::exists(sibling) ? here.string() : (here.parent_path() / "bin").string();
-}
 
 // One way that a request can go.
 struct Way {

@@ -57,6 +57,7 @@ class ServiceFixture {
   // The exit code, 128 + signal after one; DEADLINE_EXCEEDED when the daemon goes on running.
   absl::StatusOr<int> WaitForExit(const std::string& daemon, absl::Duration timeout);
   std::string Log(const std::string& daemon) const;
+  pid_t pid(const std::string& daemon) const { return children_.at(daemon)->pid(); }
 
   client::Client& client() { return *client_; }
   // "grpc", "internal", "http", "metrics" of "coordinator" or "worker".
