@@ -30,9 +30,9 @@ TEST(ExecutorTest, OneThreadKeepsTheOrder) {
 }
 
 TEST(ExecutorTest, FullRefusesAtOnce) {
-  Executor executor({.n_threads = 1, .tasks_max = 2});
   absl::Notification started;
   absl::Notification go;
+  Executor executor({.n_threads = 1, .tasks_max = 2});
   ASSERT_TRUE(executor.Post([&] {
     started.Notify();
     go.WaitForNotification();

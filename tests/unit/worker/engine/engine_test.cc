@@ -720,10 +720,14 @@ TEST(EngineTest, DrainFailsWhatDoesNotFinishInTime) {
   absl::Status why = absl::UnavailableError("going away");
   why.SetPayload("reason", absl::Cord("GOING"));
   std::thread drain([&] { engine->Drain(absl::Milliseconds(1), why); });
+  const auto is_draining = [&] {
+    return engine->Submit({.id = "late", .prompt = {1}}, std::make_shared<RecordingSink>()) == why;
+  };
+  EXPECT_TRUE(walsh::testing::WaitUntil(is_draining));
   // At least a millisecond for each step: the drain's time is over long before the request's end.
   while (!sink->is_over()) {
-    gate.Permit(1);
     walsh::testing::Pause(absl::Milliseconds(1));
+    gate.Permit(1);
   }
   drain.join();
   EXPECT_EQ(sink->status(), why) << "with what tells a client why";
