@@ -28,6 +28,14 @@ void CheckAccepted(const v1::SamplingParams& sampling) {
         sampling.presence_penalty(), sampling.frequency_penalty()}) {
     WALSH_CHECK(std::isfinite(value));
   }
+  WALSH_CHECK(sampling.temperature() >= 0);
+  WALSH_CHECK(!sampling.has_top_p() || (sampling.top_p() > 0 && sampling.top_p() <= 1));
+  WALSH_CHECK(sampling.min_p() >= 0 && sampling.min_p() < 1);
+  WALSH_CHECK(!sampling.has_repetition_penalty() || sampling.repetition_penalty() > 0);
+  WALSH_CHECK_GE(sampling.top_k(), 0);
+  WALSH_CHECK(sampling.top_logprobs() >= 0 && sampling.top_logprobs() <= limits::kTopLogprobsMax);
+  WALSH_CHECK_GE(sampling.min_tokens(), 0);
+  if (sampling.has_max_tokens()) WALSH_CHECK_LE(sampling.min_tokens(), sampling.max_tokens());
   WALSH_CHECK_LE(sampling.stop_size(), limits::kStopStringsMax);
   for (const std::string& stop : sampling.stop()) WALSH_CHECK(!stop.empty());
 }

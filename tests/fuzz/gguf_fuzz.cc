@@ -1,5 +1,6 @@
 // A GGUF file from its first byte to a model whose weights are read and a tokenizer that encodes.
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -18,17 +19,24 @@ constexpr absl::StatusCode kInvalidArgument = absl::StatusCode::kInvalidArgument
 constexpr absl::StatusCode kDataLoss = absl::StatusCode::kDataLoss;
 constexpr absl::StatusCode kUnimplemented = absl::StatusCode::kUnimplemented;
 
-// Every value of what the configuration promises is finite, or the tensor is refused.
+// Every value of what the configuration promises is there and finite, or the tensor is refused.
+void CheckTensor(const Checkpoint& checkpoint, std::string_view tensor, int64_t n_values) {
+  const absl::StatusOr<Matrix> weights = checkpoint.Read(tensor);
+  if (!weights.ok()) return CheckRefusal(weights.status(), {kDataLoss});
+  WALSH_CHECK_EQ(weights->size(), n_values);
+  for (int64_t i = 0; i < n_values; ++i) WALSH_CHECK(std::isfinite(weights->data()[i]));
+}
+
 void CheckWeights(const Checkpoint& checkpoint) {
+  const ModelConfig& config = checkpoint.config();
   for (const std::string_view tensor : {kEmbeddingTensor, kFinalNormTensor, kLmHeadTensor}) {
     WALSH_CHECK(checkpoint.Has(tensor));
-    const absl::StatusOr<Matrix> weights = checkpoint.Read(tensor);
-    if (!weights.ok()) CheckRefusal(weights.status(), {kDataLoss});
   }
-  for (const char* suffix : {"self_attn.q_proj.weight", "mlp.down_proj.weight"}) {
-    const absl::StatusOr<Matrix> weights = checkpoint.Read(LayerTensor(0, suffix));
-    if (!weights.ok()) CheckRefusal(weights.status(), {kDataLoss});
-  }
+  CheckTensor(checkpoint, kEmbeddingTensor, config.vocab * config.hidden);
+  CheckTensor(checkpoint, kFinalNormTensor, config.hidden);
+  CheckTensor(checkpoint, kLmHeadTensor, config.vocab * config.hidden);
+  CheckTensor(checkpoint, LayerTensor(0, "mlp.down_proj.weight"),
+              config.hidden * config.intermediate);
 }
 
 void Check(std::span<const std::byte> bytes) {
