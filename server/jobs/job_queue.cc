@@ -100,7 +100,7 @@ absl::StatusOr<std::optional<QuantizationJob>> JobQueue::FindSubmitted(
   absl::StatusOr<JobRecord> record = Find(stored->job_id);
   if (!record.ok() && !absl::IsNotFound(record.status())) return record.status();
   // The id may have been given to another job after the first was deleted.
-  if (!record.ok() || record->job.request_id() != key.request_id) {
+  if (!record.ok() || record->job.request_id() != key.request_id || record->tenant != key.tenant) {
     absl::Status status = absl::AlreadyExistsError(absl::StrCat(
         "request_id '", key.request_id, "' created ", job, ", which was deleted since"));
     SetErrorInfo(status, "REQUEST_ID_REUSED", {{"job", job}});

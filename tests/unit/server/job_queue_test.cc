@@ -652,6 +652,18 @@ TEST_F(JobQueueTest, RepeatedRequestDoesNotGiveALaterJobOfTheSameId) {
   EXPECT_EQ(ErrorReason(deleted), "REQUEST_ID_REUSED");
 }
 
+TEST_F(JobQueueTest, RepeatedRequestDoesNotGiveAnotherTenantsJobOfTheSameId) {
+  const RequestKey key = {.request_id = "r1", .body_sha256 = "h1", .tenant = "a"};
+  ASSERT_OK(queue_->Submit(SomeJob("m"), "nightly", key, {.tenant = "a"}));
+  ASSERT_OK(queue_->Cancel("nightly"));
+  ASSERT_OK(queue_->Delete("nightly"));
+  ASSERT_OK(queue_->Submit(SomeJob("m"), "nightly",
+                           {.request_id = "r1", .body_sha256 = "h2", .tenant = "b"},
+                           {.tenant = "b"}));
+  EXPECT_THAT(queue_->Submit(SomeJob("m"), "nightly", key, {.tenant = "a"}).status(),
+              StatusIs(absl::StatusCode::kAlreadyExists, HasSubstr("deleted since")));
+}
+
 TEST_F(JobQueueTest, HundredParallelDuplicatesGiveOneJob) {
   constexpr int kThreads = 100;
   std::vector<std::string> names(kThreads);
