@@ -59,11 +59,6 @@ absl::Status EarlierResultOr(const Creation& creation, const absl::Status& refus
   return absl::OkStatus();
 }
 
-// True: the worker's answer says nothing about the job.
-bool GaveNoAnswer(const absl::Status& status) {
-  return absl::IsDeadlineExceeded(status) || ErrorReason(status) == "WORKER_LOST";
-}
-
 void SetSupply(int64_t needed, int64_t total, int64_t free,
                v1::QuantizationJob::Preflight::Supply* supply) {
   supply->set_bytes_needed(needed);
@@ -137,7 +132,7 @@ void AskNextWorker(const std::shared_ptr<Creation>& creation);
 void OnAnswer(const std::shared_ptr<Creation>& creation, const std::string& worker,
               const absl::StatusOr<ValidateJobResponse>& validated) {
   const bool is_refusal = jobs::IsRefusal(validated.status());
-  if (!is_refusal && !GaveNoAnswer(validated.status())) {
+  if (!is_refusal && !fleet::GaveNoAnswer(validated.status())) {
     return creation->call.Finish(Conclude(*creation, worker, validated));
   }
   if (is_refusal) creation->refusals[worker] = validated.status();

@@ -8,11 +8,13 @@
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
+#include "common/log.h"
 
 namespace walsh::fleet {
 namespace {
 
 // Of a worker's connections; those from kFirstGenerationConnection on are opened as needed.
+constexpr absl::Duration kRefusedRetry = absl::Seconds(5);
 constexpr int kHostConnection = 0;
 constexpr int kFirstGenerationConnection = 1;
 
@@ -55,8 +57,23 @@ internal_v1::HostModelRequest HostRequest(const std::string& model) {
 
 }  // namespace
 
+bool GaveNoAnswer(const absl::Status& status) {
+  const std::string reason = ErrorReason(status);
+  return absl::IsDeadlineExceeded(status) || reason == "WORKER_LOST" || reason == "WORKER_REFUSES";
+}
+
 absl::Status FromWorker(const grpc::Status& status) {
   absl::Status converted = FromGrpcStatus(status);
+  // It is the coordinator that was refused, and not the client, whose call had passed.
+  if (status.error_details().empty() &&
+      (absl::IsUnauthenticated(converted) || absl::IsPermissionDenied(converted))) {
+    WALSH_LOG(Error, "a worker does not know this coordinator: see --worker-token-file",
+              {"error", converted});
+    converted = absl::UnavailableError("the worker does not take calls of this service now");
+    SetErrorInfo(converted, "WORKER_REFUSES");
+    SetRetryDelay(converted, kRefusedRetry);
+    return converted;
+  }
   // Our workers send UNAVAILABLE with a reason only, and never UNKNOWN: these are the connection's.
   const bool is_connection = status.error_details().empty() &&
                              (absl::IsUnavailable(converted) || absl::IsUnknown(converted));

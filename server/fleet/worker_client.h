@@ -29,8 +29,11 @@ namespace walsh::fleet {
 
 namespace internal_v1 = walsh::internal::v1;
 
-// What a call to a worker ended with, fit for a client.
+// What a call to a worker ended with, fit for a client. UNAVAILABLE (WORKER_LOST) when the
+// connection broke, (WORKER_REFUSES) when the worker does not know this coordinator.
 absl::Status FromWorker(const grpc::Status& status);
+// True: the status says nothing about what was asked.
+bool GaveNoAnswer(const absl::Status& status);
 // Whether a worker ended a call because it, or the model there, is leaving: another one may take
 // it. Not so after DEVICE_BROKEN, which what the call asked for may have brought about.
 bool IsLeaving(const absl::Status& status);

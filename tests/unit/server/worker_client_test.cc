@@ -4,8 +4,24 @@
 
 #include <memory>
 
+#include "common/grpc_status.h"
+#include "tests/testing/status_matchers.h"
+
 namespace walsh::fleet {
 namespace {
+
+// A client's own key was good: the coordinator would send it away for what an operator must mend.
+TEST(FromWorkerTest, WhatTheCoordinatorIsRefusedIsNotTheClients) {
+  for (const grpc::StatusCode code :
+       {grpc::StatusCode::UNAUTHENTICATED, grpc::StatusCode::PERMISSION_DENIED}) {
+    const absl::Status status = FromWorker({code, "this port is for the service's own daemons"});
+    EXPECT_THAT(status, testing::HasCode(absl::StatusCode::kUnavailable));
+    EXPECT_EQ(ErrorReason(status), "WORKER_REFUSES");
+    EXPECT_TRUE(GaveNoAnswer(status)) << "another worker may be asked";
+  }
+  EXPECT_TRUE(GaveNoAnswer(FromWorker({grpc::StatusCode::UNAVAILABLE, "connection reset"})));
+  EXPECT_FALSE(GaveNoAnswer(FromWorker({grpc::StatusCode::INVALID_ARGUMENT, "no such model"})));
+}
 
 TEST(WorkerClientsTest, OneClientForEachAddress) {
   WorkerClients clients([] { return ChannelSecurity(); });
