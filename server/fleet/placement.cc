@@ -105,7 +105,28 @@ absl::StatusOr<WorkerAddress> ChooseForGeneration(const std::string& model_id,
   return status;
 }
 
-const Replica* ChooseForLoad(std::span<const Replica> replicas) { return Best(replicas); }
+const Replica* ChooseForLoad(std::span<const Replica> replicas) {
+  const auto rank = [](const Replica& replica) {
+    switch (replica.model.state()) {
+      case v1::Model::READY:
+        return 0;
+      case v1::Model::LOADING:
+        return 1;
+      case v1::Model::FAILED:
+        return 3;  // where it did not go before
+      default:
+        return 2;
+    }
+  };
+  const auto order = [&](const Replica& replica) {
+    return std::make_tuple(replica.is_draining, rank(replica), replica.load,
+                           replica.worker.worker_id);
+  };
+  const auto it =
+      std::min_element(replicas.begin(), replicas.end(),
+                       [&](const Replica& a, const Replica& b) { return order(a) < order(b); });
+  return it == replicas.end() ? nullptr : &*it;
+}
 
 v1::Model Merge(const v1::Model& known, std::span<const Replica> replicas) {
   const Replica* best = Best(replicas);

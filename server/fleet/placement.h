@@ -41,7 +41,8 @@ absl::StatusOr<WorkerAddress> ChooseForGeneration(const std::string& model_id,
 absl::StatusOr<WorkerAddress> ChooseForEvaluation(const std::string& model_id,
                                                   std::span<const Replica> replicas);
 
-// The replica to load: one that is READY or loading already, else the least busy.
+// The replica to load: one that is READY or loading already, else the least busy, and one where it
+// FAILED or whose worker is draining only when there is no other.
 const Replica* ChooseForLoad(std::span<const Replica> replicas);
 
 // What clients see of a model that several workers have: the most useful state, and who is in it.

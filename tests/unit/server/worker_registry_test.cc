@@ -425,5 +425,16 @@ TEST(PlacementTest, LoadPrefersWhereItIsAlreadyOnItsWay) {
   EXPECT_EQ(ChooseForLoad({}), nullptr);
 }
 
+TEST(PlacementTest, LoadGoesWhereItHasNotFailedAndNobodyLeaves) {
+  std::vector<Replica> replicas = {ReplicaOn("a", Model::FAILED, 0),
+                                   ReplicaOn("b", Model::UNLOADED, 9),
+                                   ReplicaOn("c", Model::UNLOADING, 10)};
+  EXPECT_EQ(ChooseForLoad(replicas)->worker.worker_id, "b");
+  replicas[1].is_draining = true;
+  EXPECT_EQ(ChooseForLoad(replicas)->worker.worker_id, "c");
+  replicas[2].is_draining = true;
+  EXPECT_EQ(ChooseForLoad(replicas)->worker.worker_id, "a");
+}
+
 }  // namespace
 }  // namespace walsh::fleet
