@@ -175,6 +175,10 @@ bool IsOpenToAll(std::string_view method) { return method.starts_with("/grpc.hea
 
 absl::StatusOr<std::unique_ptr<DaemonSecurity>> DaemonSecurity::Open(const Options& options) {
   TlsFiles files = options.tls;
+  if (!files.ca.empty() && files.certificate.empty()) {
+    // Else the port would be open to whom the CA was to keep out.
+    return absl::InvalidArgumentError("--tls-ca needs --tls-cert and --tls-key");
+  }
   files.certificate_is_of_ca = true;
   WALSH_ASSIGN_OR_RETURN(auto tls, WatchTlsFiles(files));
   std::unique_ptr<Reloaded<Secrets>> secrets;

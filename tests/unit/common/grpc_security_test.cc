@@ -107,6 +107,12 @@ TEST_F(GrpcSecurityTest, WithoutFilesPortsAreOpen) {
   EXPECT_OK(server.Call({}));
 }
 
+TEST_F(GrpcSecurityTest, ACaWithoutACertificateIsRefused) {
+  options_.tls.certificate = options_.tls.private_key = "";
+  EXPECT_THAT(DaemonSecurity::Open(options_).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("--tls-ca needs --tls-cert")));
+}
+
 TEST_F(GrpcSecurityTest, DaemonsKnowEachOtherByTheirCa) {
   ASSERT_OK_AND_ASSIGN(const auto security, DaemonSecurity::Open(options_));
   SecuredServer server(security->internal_port());
