@@ -9,6 +9,7 @@
 #include <random>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "client/resource_name.h"
@@ -73,6 +74,13 @@ absl::Status Client::ToStatus(const grpc::Status& status) const {
   // gRPC's own words for this name resolvers and subchannels; a service's UNAVAILABLE has details.
   if (status.error_code() == grpc::StatusCode::UNAVAILABLE && status.error_details().empty() &&
       status.error_message().rfind("failed to connect", 0) == 0) {
+    if (!absl::StrContains(status.error_message(), "remote host")) {
+      return absl::UnavailableError(
+          absl::StrCat("something answers at ", address(),
+                       ", but no connection came about: it may want TLS or none, a certificate "
+                       "(--tls-cert), or have one that --tls-ca does not vouch for; gRPC says: ",
+                       status.error_message()));
+    }
     return absl::UnavailableError(
         absl::StrCat("no walsh service answers at ", address(),
                      " (start one with `walsh up`, or name another with --server)"));
