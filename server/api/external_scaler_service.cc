@@ -1,5 +1,6 @@
 #include "server/api/external_scaler_service.h"
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,6 +23,8 @@ constexpr char kJobsPerWorker[] = "jobsPerWorker";
 constexpr int kJobsPerWorkerMax = 1000;
 // Work that is there is notified of; that the last job has ended is noticed so much later at most.
 constexpr absl::Duration kLookInterval = absl::Seconds(1);
+// KEDA holds one for each ScaledObject, and whoever reaches the port may ask.
+constexpr int kStreamsMax = 16;
 
 absl::StatusOr<int> JobsPerWorker(const ScaledObjectRef& object) {
   const auto it = object.scalermetadata().find(kJobsPerWorker);
@@ -39,10 +42,15 @@ absl::StatusOr<int> JobsPerWorker(const ScaledObjectRef& object) {
 class ActivityStream : public grpc::ServerWriteReactor<IsActiveResponse>,
                        public std::enable_shared_from_this<ActivityStream> {
  public:
-  explicit ActivityStream(Core* core) : core_(core) {}
+  ActivityStream(Core* core, std::atomic<int>* n_open) : core_(core), n_open_(n_open) {}
 
   void Start() {
     self_ = shared_from_this();
+    if (++*n_open_ > kStreamsMax) {
+      const absl::MutexLock lock(&mu_);
+      return FinishOnce(absl::ResourceExhaustedError(
+          absl::StrCat("at most ", kStreamsMax, " streams of StreamIsActive are held")));
+    }
     const std::weak_ptr<ActivityStream> weak = weak_from_this();
     subscription_ = core_->queue->work_subscriptions().Add(kMetric, [weak] {
       if (const std::shared_ptr<ActivityStream> stream = weak.lock()) stream->Look();
@@ -65,6 +73,7 @@ class ActivityStream : public grpc::ServerWriteReactor<IsActiveResponse>,
   }
 
   void OnDone() override {
+    --*n_open_;
     // Not under the lock: a notification that runs now holds the subscriptions' and wants ours.
     core_->queue->work_subscriptions().Remove(subscription_);
     std::shared_ptr<ActivityStream> self;  // goes after the lock
@@ -100,6 +109,7 @@ class ActivityStream : public grpc::ServerWriteReactor<IsActiveResponse>,
   }
 
   Core* const core_;
+  std::atomic<int>* const n_open_;  // of these streams
   jobs::Subscriptions::Id subscription_;
 
   absl::Mutex mu_;
@@ -123,7 +133,7 @@ grpc::ServerUnaryReactor* ExternalScalerServiceImpl::IsActive(grpc::CallbackServ
 grpc::ServerWriteReactor<IsActiveResponse>* ExternalScalerServiceImpl::StreamIsActive(
     grpc::CallbackServerContext* context, const ScaledObjectRef* /*request*/) {
   EchoRequestId(context);
-  auto stream = std::make_shared<ActivityStream>(core_);
+  auto stream = std::make_shared<ActivityStream>(core_, &n_streams_);
   stream->Start();
   return stream.get();
 }

@@ -2,6 +2,8 @@
 // (proto/externalscaler/externalscaler.proto).
 #pragma once
 
+#include <atomic>
+
 #include "externalscaler/externalscaler.grpc.pb.h"
 #include "server/api/call.h"
 #include "server/api/core.h"
@@ -27,6 +29,7 @@ class ExternalScalerServiceImpl final : public externalscaler::ExternalScaler::C
 
  private:
   Core* const core_;
+  std::atomic<int> n_streams_ = 0;
 };
 
 }  // namespace walsh::api

@@ -76,6 +76,11 @@ class LeaseWait : public grpc::ServerUnaryReactor, public std::enable_shared_fro
 
   // On the executor.
   void Try() {
+    {
+      // A worker that has asked anew must not lose the lease of its later call to this one.
+      const absl::MutexLock lock(&mu_);
+      if (is_finished_) return;
+    }
     const std::string worker = WorkerName(worker_id_);
     const bool may_have = !core_->is_stopping && !core_->registry->IsDraining(worker_id_);
     absl::StatusOr<std::optional<jobs::JobQueue::GrantedLease>> lease(std::nullopt);

@@ -67,7 +67,10 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
   }
 
   void Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    if (is_finished_ || is_writing_ || is_reading_) return;
+    if (is_finished_) return;
+    // A client that does not read is not waited for.
+    if (core_->is_stopping && is_writing_) return FinishOnce(Stopping());
+    if (is_writing_ || is_reading_) return;
     if (!batch_.empty()) {
       outgoing_ = std::move(batch_.front());
       batch_.pop_front();

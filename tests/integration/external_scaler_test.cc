@@ -97,6 +97,28 @@ TEST_F(ExternalScalerTest, StreamTellsEachChange) {
   EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
 }
 
+// It needs no secret.
+TEST_F(ExternalScalerTest, StreamsAreLimited) {
+  constexpr int kMax = 16;
+  struct Open {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReader<IsActiveResponse>> stream;
+  };
+  std::vector<std::unique_ptr<Open>> open;
+  const auto is_taken = [&] {
+    open.push_back(std::make_unique<Open>());
+    open.back()->stream = scaler_->StreamIsActive(&open.back()->context, ScaledObjectRef());
+    IsActiveResponse response;
+    return open.back()->stream->Read(&response);
+  };
+  for (int i = 0; i < kMax; ++i) ASSERT_TRUE(is_taken()) << i;
+  EXPECT_FALSE(is_taken());
+  EXPECT_EQ(open.back()->stream->Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  open.front()->context.TryCancel();
+  EXPECT_TRUE(WaitUntil(is_taken)) << "one has ended";
+  for (const auto& one : open) one->context.TryCancel();
+}
+
 TEST_F(ExternalScalerTest, StreamEndsWhenTheCoordinatorStops) {
   grpc::ClientContext context;
   const auto stream = scaler_->StreamIsActive(&context, ScaledObjectRef());
