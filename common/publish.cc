@@ -26,11 +26,11 @@ namespace fs = std::filesystem;
 class Fd {
  public:
   explicit Fd(int fd) : fd_(fd) {}
+  Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Fd& operator=(Fd&&) = delete;
   ~Fd() {
     if (fd_ >= 0) close(fd_);
   }
-  Fd(const Fd&) = delete;
-  Fd& operator=(const Fd&) = delete;
   int get() const { return fd_; }
   bool ok() const { return fd_ >= 0; }
   // Reports what close says: on network file systems it is where a failed write shows.
@@ -78,9 +78,7 @@ absl::Status WriteAll(int fd, std::string_view contents) {
   return absl::OkStatus();
 }
 
-absl::Status WriteSynced(const std::string& path, std::string_view contents) {
-  Fd fd(open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644));
-  if (!fd.ok()) return ErrnoStatus(errno, "creating a file");
+absl::Status WriteSynced(Fd fd, std::string_view contents) {
   WALSH_RETURN_IF_ERROR(WriteAll(fd.get(), contents));
   // A failed fsync is final: the kernel may have marked the pages clean, so a second one would lie.
   if (fsync(fd.get()) != 0) return ErrnoStatus(errno, "syncing a file");
@@ -88,10 +86,17 @@ absl::Status WriteSynced(const std::string& path, std::string_view contents) {
   return absl::OkStatus();
 }
 
+// Like that of no other process, alive or dead: in containers all have the same id, and the folder
+// may be shared.
 std::string TemporaryName(const std::string& path) {
+  static const uint64_t process = [] {
+    uint64_t drawn = 0;
+    (void)getentropy(&drawn, sizeof drawn);  // cannot fail for so few bytes
+    return drawn;
+  }();
   static std::atomic<uint64_t> counter{0};
   return absl::StrCat(ParentOf(path), "/.", fs::path(path).filename().string(), ".tmp-", getpid(),
-                      "-", counter++);
+                      "-", absl::Hex(process), "-", counter++);
 }
 
 // Every file and directory below `root`, then `root`; symbolic links are not followed.
@@ -158,20 +163,29 @@ absl::Status ErrnoStatus(int error, std::string_view what) {
 }
 
 absl::Status PublishFile(const std::string& path, std::string_view contents) {
+  const auto with_space = [&](absl::Status status) {
+    return WithSpace(std::move(status), ParentOf(path), static_cast<int64_t>(contents.size()));
+  };
   const std::string temporary = TemporaryName(path);
-  absl::Status status = WriteSynced(temporary, contents);
+  Fd fd(open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644));
+  if (!fd.ok()) return with_space(ErrnoStatus(errno, "creating a file"));
+  absl::Status status = WriteSynced(std::move(fd), contents);
   if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) {
     status = ErrnoStatus(errno, "renaming a file");
   }
   if (!status.ok()) {
     unlink(temporary.c_str());
-    return WithSpace(std::move(status), ParentOf(path), static_cast<int64_t>(contents.size()));
+    return with_space(std::move(status));
   }
   return SyncDirectory(ParentOf(path));
 }
 
 absl::Status PublishDirectory(const std::string& from, const std::string& to) {
   WALSH_RETURN_IF_ERROR(SyncTree(from));
+  return MoveDirectory(from, to);
+}
+
+absl::Status MoveDirectory(const std::string& from, const std::string& to) {
   WALSH_RETURN_IF_ERROR(RenameToNew(from, to));
   WALSH_RETURN_IF_ERROR(SyncDirectory(ParentOf(to)));
   if (ParentOf(from) != ParentOf(to)) return SyncDirectory(ParentOf(from));

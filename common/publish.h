@@ -29,6 +29,8 @@ absl::Status PublishFile(const std::string& path, std::string_view contents);
 // Syncs every file in `from`, `from` itself and the parent of `to`. ALREADY_EXISTS when `to`
 // exists.
 absl::Status PublishDirectory(const std::string& from, const std::string& to);
+// The same for a directory whose contents need no syncing.
+absl::Status MoveDirectory(const std::string& from, const std::string& to);
 
 // Reads a whole file of at most `bytes_max` bytes; INVALID_ARGUMENT names limit and size beyond it.
 absl::StatusOr<std::string> ReadFile(const std::string& path, int64_t bytes_max);
