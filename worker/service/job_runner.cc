@@ -245,7 +245,7 @@ void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
     outcome = DeviceBrokenError(options_.device, outcome.status());
   }
   if (options_.exclusive != nullptr) options_.exclusive->EndJob();
-  if (outcome.ok()) LoadIfWanted(lease, *outcome);
+  if (outcome.ok()) LoadIfWanted(lease, held, *outcome);
   Complete(outcome, failure, held);
 }
 
@@ -363,7 +363,10 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
   const std::unique_ptr<pipeline::CheckpointStore> checkpoints = OpenCheckpoints(held);
   spec.checkpoints = checkpoints.get();
   absl::StatusOr<pipeline::JobReport> report;
-  std::thread quantizing([&] {
+  const auto no_thread = [](const std::system_error& e) {
+    return absl::ResourceExhaustedError(absl::StrCat("no thread for the job: ", e.what()));
+  };
+  const auto quantize = [&] {
     // Of this thread alone, and of those that it starts. There is no way back for a process without
     // privileges, hence a thread for each job.
     setpriority(PRIO_PROCESS, 0, kJobNice);
@@ -379,10 +382,14 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
     } catch (const std::bad_alloc&) {
       report = absl::ResourceExhaustedError("no memory left for the job");
     } catch (const std::system_error& e) {
-      report = absl::ResourceExhaustedError(absl::StrCat("no thread for the job: ", e.what()));
+      report = no_thread(e);
     }
-  });
-  quantizing.join();
+  };
+  try {
+    std::thread(quantize).join();
+  } catch (const std::system_error& e) {
+    report = no_thread(e);
+  }
   // Whoever has the checkpoint now has the lease.
   if (absl::IsAborted(report.status())) held.Lose(std::string(report.status().message()));
   if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
@@ -419,9 +426,13 @@ absl::Status JobRunner::ReportPublishing(HeldLease& held) {
   }
 }
 
-void JobRunner::LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome) {
+void JobRunner::LoadIfWanted(const internal::v1::Lease& lease, const HeldLease& held,
+                             Outcome& outcome) {
   if (!lease.job().config().has_auto_load()) return;
-  absl::StatusOr<v1::Model> loaded = models_->Load(lease.job().model_name());
+  // Loading takes its time: a worker that must stop has none.
+  const absl::Status stop = held.Check();
+  absl::StatusOr<v1::Model> loaded =
+      stop.ok() ? models_->Load(lease.job().model_name()) : absl::StatusOr<v1::Model>(stop);
   if (loaded.ok()) {
     outcome.model = *std::move(loaded);
   } else {
@@ -516,9 +527,9 @@ absl::Status JobRunner::Report(const v1::QuantizationJobEvent& event, HeldLease&
 
 std::unique_ptr<pipeline::CheckpointStore> JobRunner::OpenCheckpoints(const HeldLease& held) const {
   if (options_.checkpoints_directory.empty() || options_.kernel_family.empty()) return nullptr;
-  // Workers of several families and versions may share the folder: each goes on with its own.
-  const std::string family =
-      Sha256Hex(absl::StrCat(options_.kernel_family, "\n", std::string(Version())));
+  // Workers of several families and builds may share the folder: each goes on with its own.
+  const std::string family = Sha256Hex(absl::StrCat(
+      options_.kernel_family, "\n", std::string(Version()), "\n", std::string(Revision())));
   return pipeline::MakeDirectoryCheckpointStore(
       absl::StrCat(options_.checkpoints_directory, "/", JobId(held.job_name()), "/",
                    family.substr(0, kFamilyChars)),

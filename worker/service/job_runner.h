@@ -105,7 +105,7 @@ class JobRunner {
   absl::Status ReportPublishing(HeldLease& held);
   absl::Status Publish(const std::string& directory, const internal::v1::Lease& lease,
                        Outcome& outcome);
-  void LoadIfWanted(const internal::v1::Lease& lease, Outcome& outcome);
+  void LoadIfWanted(const internal::v1::Lease& lease, const HeldLease& held, Outcome& outcome);
   // Tells the coordinator how the job ended. An outcome that it will never take becomes an error,
   // so that the job ends.
   void Complete(const absl::StatusOr<Outcome>& outcome, const Failure& failure, HeldLease& held);

@@ -303,9 +303,10 @@ absl::Status ModelStore::Delete(const std::string& id) {
   }
   const std::string doomed = absl::StrCat(options_.root, "/", std::string(kDeletedPrefix), id, "-",
                                           absl::ToInt64Nanoseconds(clock_->Monotonic()));
-  std::error_code error;
-  fs::rename(Directory(id), doomed, error);
-  if (error) return ErrnoStatus(error.value(), absl::StrCat("delete ", ModelName(id)));
+  if (const absl::Status moved = MoveDirectory(Directory(id), doomed); !moved.ok()) {
+    return absl::Status(moved.code(),
+                        absl::StrCat("delete ", ModelName(id), ": ", moved.message()));
+  }
   Listener listener;
   {
     const std::lock_guard lock(mu_);
@@ -400,6 +401,8 @@ absl::Status ModelStore::CheckNameIsFree(const std::string& id) const {
 
 absl::StatusOr<Model> ModelStore::Publish(const std::string& from, const std::string& id,
                                           const std::string& job_name) {
+  // Of a job and an import of one name the first has it: its origin, too.
+  const std::lock_guard publishing(publish_mu_);
   WALSH_RETURN_IF_ERROR(CheckNameIsFree(id));
   WALSH_RETURN_IF_ERROR(PublishFile(OriginPath(id), job_name));
   WALSH_RETURN_IF_ERROR(PublishDirectory(from, Directory(id)));

@@ -144,6 +144,7 @@ class ModelStore {
   // Engines that a call still holds may outlive the store.
   const std::shared_ptr<engine::RequestCount> requests_ = std::make_shared<engine::RequestCount>();
   std::mutex load_mu_;  // held through a load, an unload or a delete
+  std::mutex publish_mu_;
   mutable std::mutex mu_;
   Listener listener_;
   std::map<std::string, Entry> entries_;

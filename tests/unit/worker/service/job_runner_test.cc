@@ -493,6 +493,26 @@ TEST_F(JobRunnerTest, AWorkerThatStopsBeginsNothing) {
   EXPECT_EQ(n_runs_, 0);
 }
 
+// Loading a large model takes longer than a worker has that must stop.
+TEST_F(JobRunnerTest, AWorkerThatStopsDeliversItsModelAndDoesNotLoadIt) {
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  ASSERT_TRUE(AwaitOutcome().has_result());
+  // The same job again: its model was published, and what is left is to load and to tell.
+  internal::v1::Lease lease;
+  lease.set_job_name(JobName("j"));
+  *lease.mutable_job() = Job("j", "m");
+  lease.mutable_job()->mutable_config()->mutable_auto_load();
+  HeldLease held(lease.job_name(), 2, absl::Seconds(30), Clock::Real());
+  held.HandBack();
+  runner_->Run(lease, held);
+  const Complete outcome = AwaitOutcome(2);
+  ASSERT_TRUE(outcome.has_result());
+  EXPECT_EQ(outcome.model().state(), v1::Model::UNLOADED);
+  EXPECT_THAT(outcome.result().warnings(),
+              ::testing::Contains(HasSubstr("published but not loaded")));
+}
+
 class CheckpointedJobTest : public JobRunnerTest {
  protected:
   // A job that keeps its layers: `stop` is called while it is in the first.
@@ -665,6 +685,7 @@ TEST_F(JobRunnerTest, StaleTokenPublishesNothing) {
   const size_t n_heartbeats = coordinator_.record().heartbeats.size();
   ASSERT_TRUE(coordinator_.WaitFor(
       [&](const Record& r) { return r.heartbeats.size() > n_heartbeats + 3; }));
+  agent_.reset();  // whatever it was about to do is done
   EXPECT_TRUE(coordinator_.record().completions.empty());
   EXPECT_FALSE(fs::exists(root_ + "/m"));
 }

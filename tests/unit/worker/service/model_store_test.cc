@@ -5,8 +5,11 @@
 #include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <thread>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/metrics.h"
 #include "common/out_of_memory.h"
@@ -168,6 +171,34 @@ TEST_F(ModelStoreTest, LoadsAndJobsTakeTurns) {
   store_.reset();
 }
 
+// An import and a job, whose names are given apart.
+TEST_F(ModelStoreTest, OfTwoThatPublishOneNameTheFirstHasIt) {
+  OpenStore();
+  constexpr int kRounds = 20;
+  for (int round = 0; round < kRounds; ++round) {
+    const std::string id = absl::StrCat("m", round);
+    std::map<std::string, absl::Status> ended = {{"", {}}, {"quantizationJobs/j", {}}};
+    std::vector<std::thread> threads;
+    for (auto& [job, status] : ended) {
+      const std::string from = absl::StrCat(root_, "/.tmp-", round, job.empty() ? "a" : "b");
+      WriteFakeArtifact(from);
+      threads.emplace_back([this, from, id, job = &job, status = &status] {
+        *status = store_->Publish(from, id, *job).status();
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    const std::string winner = ended[""].ok() ? "" : "quantizationJobs/j";
+    for (const auto& [job, status] : ended) {
+      if (job == winner) {
+        EXPECT_OK(status);
+      } else {
+        EXPECT_THAT(status, HasCode(absl::StatusCode::kAlreadyExists));
+      }
+    }
+    EXPECT_EQ(store_->Get(id)->quantization_job(), winner);
+  }
+}
+
 // A call's handler may have found the engine just before: "unloaded" must not be said while its
 // weights are there.
 TEST_F(ModelStoreTest, UnloadWaitsForWhoFoundTheEngineBefore) {
@@ -200,6 +231,7 @@ TEST_F(ModelStoreTest, UnloadWaitsForWhoFoundTheEngineBefore) {
   store_->TotalStats();
   EXPECT_THAT(metrics::Render(),
               HasSubstr("walsh_scheduler_heartbeat_age_seconds{model_name=\"m\"}"));
+  store_.reset();  // its model's end is told to this test
 }
 
 // As a kernel does that never completes: the thread is there, and nothing comes of it.
