@@ -64,7 +64,7 @@ WALSH_DECLARE_BATCH(Attention)
 WALSH_DECLARE_BATCH(PackedMatmul)
 #undef WALSH_DECLARE_BATCH
 
-// What the CPU backend chose on this machine: "AVX-512 VNNI; OpenBLAS core SkylakeX".
+// What the CPU backend chose on this machine: "AVX-512 VNNI; OpenBLAS 0.3.21 core SkylakeX".
 std::string DescribeCpuBackend();
 
 // Symmetric positive definite factorizations through LAPACK, single-threaded and deterministic; n ×

@@ -96,6 +96,8 @@ JobCheckpoint::JobCheckpoint(CheckpointStore& store, std::string job_name)
 
 absl::Status JobCheckpoint::Open(json identity) {
   absl::StatusOr<CheckpointStore::Found> found = store_.Claim();
+  // Who has it locked has it for a moment: better to come back than to do all layers again.
+  if (absl::IsUnavailable(found.status())) return found.status();
   if (!found.ok()) return GiveUp(found.status());
   int n_damaged = found->n_damaged;
   for (const CheckpointStore::Generation& generation : found->generations) {

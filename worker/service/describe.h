@@ -13,8 +13,8 @@ namespace walsh::service {
 // shows; `available` is whether the chosen one (or, without a choice, device 0) can run jobs, and
 // `reason` says why not.
 std::string DescribeMachine(const DeviceChoice& choice, const CudaDevices& cuda);
-// For people: "cpu (AVX-512 VNNI; OpenBLAS core SkylakeX, 2 threads)", "cuda:0 NVIDIA H200, host
-// cpu (…)".
+// For people: "cpu (AVX-512 VNNI; OpenBLAS 0.3.21 core SkylakeX, 2 threads)", "cuda:0 NVIDIA H200,
+// host cpu (…)".
 std::string DescribeDevice(const JobDevice& device, int n_threads);
 
 }  // namespace walsh::service

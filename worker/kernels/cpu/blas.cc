@@ -3,8 +3,10 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "common/status_macros.h"
 #include "worker/kernels/cpu/cpu_features.h"
 
@@ -54,6 +56,11 @@ absl::StatusOr<const Blas*> Load() {
   char* (*core_name)() = nullptr;
   WALSH_RETURN_IF_ERROR(Resolve(library, "openblas_get_corename", &core_name));
   blas.core = core_name();
+  char* (*config)() = nullptr;
+  WALSH_RETURN_IF_ERROR(Resolve(library, "openblas_get_config", &config));
+  // "OpenBLAS 0.3.21 NO_LAPACKE DYNAMIC_ARCH …"
+  const std::vector<std::string> words = absl::StrSplit(config(), ' ');
+  blas.version = absl::StrCat(words[0], " ", words.size() > 1 ? words[1] : "unknown");
   return &blas;
 }
 

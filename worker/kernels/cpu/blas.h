@@ -39,7 +39,8 @@ struct Blas {
                  int* info) = nullptr;
   void (*dtrtri)(const char* triangle, const char* unit, const int* n, double* a, const int* lda,
                  int* info) = nullptr;
-  std::string core;  // the kernels that it runs: "SkylakeX"
+  std::string version;  // "OpenBLAS 0.3.21"
+  std::string core;     // the kernels that it runs: "SkylakeX"
 };
 
 // The same object in every call.

@@ -8,7 +8,7 @@ namespace walsh::kernels {
 std::string DescribeCpuBackend() {
   const absl::StatusOr<const cpu::Blas*> blas = cpu::OpenBlas();
   return absl::StrCat(cpu::BestPackedKernel().name, "; ",
-                      blas.ok() ? absl::StrCat("OpenBLAS core ", (*blas)->core)
+                      blas.ok() ? absl::StrCat((*blas)->version, " core ", (*blas)->core)
                                 : std::string(blas.status().message()));
 }
 

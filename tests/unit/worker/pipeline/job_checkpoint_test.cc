@@ -2,8 +2,11 @@
 // bytes are those of an undisturbed run, wherever it was interrupted.
 #include "worker/pipeline/job_checkpoint.h"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <functional>
@@ -302,6 +305,23 @@ TEST_F(JobCheckpointTest, LeavesTheArtifactItsSpace) {
   EXPECT_THAT(run.messages, Contains(AllOf(HasSubstr("goes on without checkpoints"),
                                            HasSubstr("200000 are free"))));
   EXPECT_THAT(std::filesystem::is_empty(CheckpointPath() + "/objects"), true);
+}
+
+// A holder that died may keep the lock a little longer, on a network's disk.
+TEST_F(JobCheckpointTest, ALockThatIsHeldForAMomentCostsNoLayer) {
+  const JobSpec spec = SmallJob();
+  const auto expected = Undisturbed(spec);
+  EXPECT_THAT(RunAgain(spec, AfterLayers(1)).report, HasCode(absl::StatusCode::kUnavailable));
+  const int lock = open((CheckpointPath() + "/lock").c_str(), O_RDWR | O_CLOEXEC);
+  ASSERT_EQ(flock(lock, LOCK_EX), 0);
+  const RunResult refused = RunAgain(spec);
+  EXPECT_THAT(refused.report, HasCode(absl::StatusCode::kUnavailable)) << "tried again later";
+  EXPECT_EQ(refused.first_layer, -1);
+  close(lock);
+  const RunResult resumed = RunAgain(spec);
+  ASSERT_OK(resumed.report);
+  EXPECT_EQ(resumed.first_layer, 1);
+  EXPECT_EQ(Digests(spec.output_directory), expected);
 }
 
 // A worker that slept through the loss of its lease.
