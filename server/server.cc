@@ -32,7 +32,7 @@
 #include "server/api/quantization_service.h"
 #include "server/api/worker_service.h"
 #include "server/fleet/fleet_metrics.h"
-#include "server/jobs/sqlite_job_store.h"
+#include "server/jobs/sql_job_store.h"
 
 namespace walsh {
 namespace {
@@ -84,7 +84,7 @@ struct Server::Impl {
   Endpoints endpoints;
   FolderLock lock;
   Executor executor;
-  std::unique_ptr<jobs::SqliteJobStore> store;
+  std::unique_ptr<jobs::SqlJobStore> store;
   jobs::JobMetrics job_metrics;
   std::unique_ptr<jobs::JobQueue> queue;
   fleet::WorkerRegistry registry;
@@ -126,7 +126,7 @@ absl::Status Server::Impl::Open() {
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
   WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock"));
   WALSH_ASSIGN_OR_RETURN(
-      store, jobs::SqliteJobStore::Open(options.data_dir + "/coordinator.db", Clock::Real()));
+      store, jobs::SqlJobStore::OpenSqlite(options.data_dir + "/coordinator.db", Clock::Real()));
   WALSH_ASSIGN_OR_RETURN(queue, jobs::JobQueue::Open(store.get(), Clock::Real(),
                                                      {.lease_duration = options.lease_duration,
                                                       .queued_jobs_max = options.queued_jobs_max},

@@ -67,22 +67,20 @@ std::span<const SchemaStep> SchemaSteps() { return kSteps; }
 int SchemaVersion() { return SchemaSteps().back().version; }
 
 absl::Status Migrate(Connection* connection, int to) {
-  WALSH_ASSIGN_OR_RETURN(const int64_t from, connection->Number("PRAGMA user_version"));
-  if (from > SchemaVersion()) {
-    return absl::FailedPreconditionError(absl::StrCat("the job store has schema version ", from,
-                                                      ", this build knows versions up to ",
-                                                      SchemaVersion(), ": start the newer build"));
-  }
-  for (const SchemaStep& step : SchemaSteps()) {
-    if (step.version <= from || step.version > to) continue;
+  while (true) {
     WALSH_ASSIGN_OR_RETURN(Transaction transaction, Transaction::Begin(connection));
-    WALSH_RETURN_IF_ERROR(connection->Execute(step.sql));
-    WALSH_RETURN_IF_ERROR(
-        connection->Execute(absl::StrCat("PRAGMA user_version = ", step.version)));
+    WALSH_ASSIGN_OR_RETURN(const int64_t from, connection->SchemaVersion());
+    if (from > SchemaVersion()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "the job store has schema version ", from, ", this build knows versions up to ",
+          SchemaVersion(), ": start the newer build"));
+    }
+    if (from >= to) return absl::OkStatus();
+    const SchemaStep& step = SchemaSteps()[static_cast<size_t>(from)];
+    WALSH_RETURN_IF_ERROR(connection->TakeSchemaStep(step.version, step.sql));
     WALSH_RETURN_IF_ERROR(transaction.Commit());
     WALSH_LOG(Info, "job store migrated", {"version", step.version}, {"step", step.what});
   }
-  return absl::OkStatus();
 }
 
 }  // namespace walsh::jobs

@@ -1,7 +1,8 @@
 // The tables of the job store and the numbered steps that lead to them.
 //
-// A database carries the number of its last step in PRAGMA user_version. Steps are only ever added;
-// a released step is never edited.
+// A database carries the number of its last step. Steps are only ever added; a released step is
+// never edited. They are in SQLite's words; the types and clauses that PostgreSQL has others for
+// are listed in postgres.cc.
 //
 // Errors: FAILED_PRECONDITION the database is of a newer build, naming both versions.
 #pragma once
@@ -9,7 +10,7 @@
 #include <span>
 
 #include "absl/status/status.h"
-#include "server/jobs/sqlite.h"
+#include "server/jobs/sql.h"
 
 namespace walsh::jobs {
 

@@ -9,7 +9,7 @@
 
 #include "common/metrics.h"
 #include "server/jobs/job_queue.h"
-#include "server/jobs/sqlite_job_store.h"
+#include "server/jobs/sql_job_store.h"
 #include "tests/testing/metric_value.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
@@ -31,7 +31,7 @@ class JobMetricsTest : public ::testing::Test {
   void Restart(JobMetrics* metrics) {
     queue_.reset();
     store_.reset();
-    ASSERT_OK_AND_ASSIGN(store_, SqliteJobStore::Open(dir_ / "jobs.db", &clock_));
+    ASSERT_OK_AND_ASSIGN(store_, SqlJobStore::OpenSqlite(dir_ / "jobs.db", &clock_));
     ASSERT_OK_AND_ASSIGN(queue_, JobQueue::Open(store_.get(), &clock_, {}, metrics));
   }
 
@@ -63,7 +63,7 @@ class JobMetricsTest : public ::testing::Test {
   testing::TempDir dir_;
   ManualClock clock_;
   JobMetrics metrics_;
-  std::unique_ptr<SqliteJobStore> store_;
+  std::unique_ptr<SqlJobStore> store_;
   std::unique_ptr<JobQueue> queue_;
 };
 

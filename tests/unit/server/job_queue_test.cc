@@ -11,7 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
-#include "server/jobs/sqlite_job_store.h"
+#include "server/jobs/sql_job_store.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/unit/server/faulty_disk.h"
@@ -38,8 +38,8 @@ class JobQueueTest : public ::testing::Test {
   void Restart() {
     queue_.reset();
     store_.reset();
-    absl::StatusOr<std::unique_ptr<SqliteJobStore>> store =
-        SqliteJobStore::Open(dir_ / "jobs.db", &clock_);
+    absl::StatusOr<std::unique_ptr<SqlJobStore>> store =
+        SqlJobStore::OpenSqlite(dir_ / "jobs.db", &clock_);
     ASSERT_OK(store);
     store_ = *std::move(store);
     absl::StatusOr<std::unique_ptr<JobQueue>> queue =
@@ -90,7 +90,7 @@ class JobQueueTest : public ::testing::Test {
   ManualClock clock_;
   JobQueue::Options options_;
   JobMetrics metrics_;
-  std::unique_ptr<SqliteJobStore> store_;
+  std::unique_ptr<SqlJobStore> store_;
   std::unique_ptr<JobQueue> queue_;
 };
 

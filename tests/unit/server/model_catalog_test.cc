@@ -8,7 +8,7 @@
 #include "absl/synchronization/notification.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
-#include "server/jobs/sqlite_job_store.h"
+#include "server/jobs/sql_job_store.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/unit/server/faulty_disk.h"
@@ -29,7 +29,7 @@ class ModelCatalogTest : public ::testing::Test {
   void Restart() {
     catalog_.reset();
     store_.reset();
-    store_ = *jobs::SqliteJobStore::Open(dir_ / "jobs.db", &clock_);
+    store_ = *jobs::SqlJobStore::OpenSqlite(dir_ / "jobs.db", &clock_);
     catalog_ = *ModelCatalog::Open(store_.get(), &registry_, &clock_);
   }
   static ModelCatalog::Models Models(const std::vector<std::string>& ids) {
@@ -47,7 +47,7 @@ class ModelCatalogTest : public ::testing::Test {
   testing::TempDir dir_;
   ManualClock clock_;
   WorkerRegistry registry_{&clock_, {}};
-  std::unique_ptr<jobs::SqliteJobStore> store_;
+  std::unique_ptr<jobs::SqlJobStore> store_;
   std::unique_ptr<ModelCatalog> catalog_;
 };
 
