@@ -2,11 +2,29 @@
 
 #include <iostream>
 
+#include "absl/strings/strip.h"
 #include "common/command_line.h"
 #include "common/endpoints.h"
 #include "common/grpc_security_flags.h"
+#include "server/jobs/postgres.h"
 
 namespace walsh {
+namespace {
+
+// "sqlite:PATH" or a URI of PostgreSQL; empty: SQLite in the data folder.
+absl::Status ParseJobStore(const std::string& job_store, ServerOptions* server) {
+  if (job_store.empty()) return absl::OkStatus();
+  absl::string_view path = job_store;
+  if (absl::ConsumePrefix(&path, "sqlite:")) {
+    server->sqlite_path = std::string(path);
+    return path.empty() ? absl::InvalidArgumentError("--job-store sqlite: needs a path")
+                        : absl::OkStatus();
+  }
+  server->postgres_uri = job_store;
+  return jobs::CheckPostgresUri(job_store);
+}
+
+}  // namespace
 
 std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlags* flags) {
   ServerOptions& server = flags->server;
@@ -15,6 +33,7 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
   double heartbeat_seconds = absl::ToDoubleSeconds(server.heartbeat_interval);
   double shutdown_seconds = absl::ToDoubleSeconds(flags->shutdown_timeout);
   std::optional<bool> enable_reflection;
+  std::string job_store;
   std::string log_format = "text";
   std::string log_level = "info";
 
@@ -43,7 +62,11 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
   app.add_option("--api-keys-file", server.api_keys_file,
                  "JSON file of API keys, of which clients must send one; without it the public "
                  "port is open");
-  app.add_option("--data-dir", server.data_dir, "Folder of the job store")->capture_default_str();
+  app.add_option("--data-dir", server.data_dir, "Folder of what it stores")->capture_default_str();
+  app.add_option("--job-store", job_store,
+                 "sqlite:PATH, by default coordinator.db in --data-dir, or "
+                 "postgres://USER@HOST/DATABASE, which several coordinators may share: one leads, "
+                 "the others stand by. The password is taken from PGPASSFILE or PGPASSWORD");
   app.add_option("--job-lease-seconds", lease_seconds, "A worker silent for so long loses its job")
       ->check(CLI::Range(0.1, 3600.0))
       ->capture_default_str();
@@ -65,6 +88,7 @@ std::optional<int> ParseFlags(int argc, const char* const* argv, CoordinatorFlag
 
   absl::Status parsed = log::ParseFormat(log_format, &flags->log_format);
   parsed.Update(log::ParseLevel(log_level, &flags->log_level));
+  parsed.Update(ParseJobStore(job_store, &server));
   // Written so that NaN, which CLI's ranges let through, fails.
   if (!(shutdown_seconds >= 0)) {
     parsed.Update(absl::InvalidArgumentError("--shutdown-timeout must be a number"));

@@ -34,18 +34,30 @@ int main(int argc, char** argv) {
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
 
+  flags.server.on_leadership_lost = [&flags](const absl::Status&) {
+    walsh::RemoveEndpoints(flags.server.data_dir, kDaemon);
+    _exit(walsh::kExitFailed);  // to be started anew, and stand by
+  };
   auto server = walsh::Server::Start(flags.server);
-  absl::Status status = server.status();
-  if (status.ok()) {
-    status = walsh::WriteEndpoints(flags.server.data_dir, kDaemon, (*server)->endpoints());
-  }
-  if (!status.ok()) {
-    WALSH_LOG(Error, "cannot start", {"status", status});
+  if (!server.ok()) {
+    WALSH_LOG(Error, "cannot start", {"status", server.status()});
     return walsh::kExitFailed;
   }
-  for (const auto& [port, address] : (*server)->endpoints()) {
-    std::cout << port << " " << address << std::endl;
-  }
+  // Beside the signals, as its turn may never come.
+  std::thread leading([&] {
+    absl::Status status = (*server)->Lead();
+    if (absl::IsCancelled(status)) return;
+    if (status.ok()) {
+      status = walsh::WriteEndpoints(flags.server.data_dir, kDaemon, (*server)->endpoints());
+    }
+    if (!status.ok()) {
+      WALSH_LOG(Error, "cannot start", {"status", status});
+      _exit(walsh::kExitFailed);
+    }
+    for (const auto& [port, address] : (*server)->endpoints()) {
+      std::cout << port << " " << address << std::endl;
+    }
+  });
 
   WALSH_LOG(Info, "stopping", {"signal", WaitForSignal(signals)});
   std::thread([signals] {
@@ -53,6 +65,7 @@ int main(int argc, char** argv) {
     _exit(walsh::kExitFailed);  // the second one: at once
   }).detach();
   (*server)->Stop(flags.shutdown_timeout);
+  leading.join();
   walsh::RemoveEndpoints(flags.server.data_dir, kDaemon);
   WALSH_LOG(Info, "stopped");
   return walsh::kExitOk;

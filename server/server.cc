@@ -9,14 +9,19 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <map>
 #include <set>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 #include "common/clock.h"
 #include "common/executor.h"
 #include "common/grpc_server.h"
+#include "common/grpc_status.h"
 #include "common/http_server.h"
 #include "common/log.h"
 #include "common/metrics.h"
@@ -32,6 +37,7 @@
 #include "server/api/quantization_service.h"
 #include "server/api/worker_service.h"
 #include "server/fleet/fleet_metrics.h"
+#include "server/jobs/leadership.h"
 #include "server/jobs/sql_job_store.h"
 
 namespace walsh {
@@ -40,18 +46,24 @@ namespace {
 constexpr absl::Duration kTickInterval = absl::Milliseconds(250);
 // After the calls' time: for those that it has ended to say why.
 constexpr absl::Duration kLastWords = absl::Seconds(2);
+// A leader whose database does not answer goes on serving models for so long. It is longer than
+// databases take to restart or to fail over, and bounds how long one that only it cannot reach is
+// served by two.
+constexpr absl::Duration kUnconfirmedMax = absl::Seconds(60);
 
 // Held while the process lives; the system gives it back however the process ends.
-class FolderLock {
+class FileLock {
  public:
-  ~FolderLock() {
+  ~FileLock() {
     if (fd_ >= 0) close(fd_);
   }
-  absl::Status Take(const std::string& path) {
+  // `what` it is the lock of, for the error.
+  absl::Status Take(const std::string& path, const std::string& what) {
     fd_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (fd_ < 0) return ErrnoStatus(errno, "opening the lock of the data folder");
+    if (fd_ < 0) return ErrnoStatus(errno, "opening the lock of the " + what);
     if (flock(fd_, LOCK_EX | LOCK_NB) != 0) {
-      return absl::FailedPreconditionError("another coordinator uses this data folder");
+      return absl::FailedPreconditionError(
+          "another coordinator uses this data folder or job store");
     }
     return absl::OkStatus();
   }
@@ -59,6 +71,19 @@ class FolderLock {
  private:
   int fd_ = -1;
 };
+
+// For people who read logs.
+std::string ProcessName() {
+  char host[256] = "";
+  gethostname(host, sizeof(host) - 1);
+  return absl::StrCat(host, ":", getpid());
+}
+
+prometheus::Gauge& LeadsGauge() {
+  static auto& family =
+      metrics::Gauge("walsh_coordinator_leads", "Whether it leads and answers every port.");
+  return family.Add({});
+}
 
 }  // namespace
 
@@ -69,6 +94,14 @@ struct Server::Impl {
         registry(Clock::Real(), {.offline_after = options.lease_duration}) {}
 
   absl::Status Open();
+  // What Lead does where it has to wait for its turn.
+  absl::Status LeadInTurn();
+  absl::Status Serve();
+  absl::Status OpenStore();
+  absl::Status WaitToLead();
+  void KeepLeading();
+  void LoseLeadership(const absl::Status& why);
+  void Resign();
   absl::Status Listen();
   absl::Status ListenHttp();
   absl::StatusOr<std::unique_ptr<grpc::Server>> StartGrpc(
@@ -82,8 +115,14 @@ struct Server::Impl {
 
   const ServerOptions options;
   Endpoints endpoints;
-  FolderLock lock;
+  FileLock lock;
+  FileLock store_lock;  // of a file elsewhere
   Executor executor;
+  // With PostgreSQL only; of LeadInTurn's thread, then of `keeper`, then of Stop.
+  std::unique_ptr<jobs::Leadership> leadership;
+  int64_t epoch = 0;  // 0: has never led
+  std::thread keeper;
+  std::atomic<bool> is_leadership_lost{false};
   std::unique_ptr<jobs::SqlJobStore> store;
   jobs::JobMetrics job_metrics;
   std::unique_ptr<jobs::JobQueue> queue;
@@ -104,7 +143,9 @@ struct Server::Impl {
   std::unique_ptr<HttpServer> http;
   std::unique_ptr<HttpServer> metrics_http;
   std::set<std::string> ready_models;  // touched by Tick only
-  bool is_stopped = false;
+  std::atomic<bool> takes_calls{false};
+  absl::Notification stopping;
+  absl::Mutex lead_mu;  // held by LeadInTurn, for which Stop waits
 };
 
 void Server::Impl::WarnIfOpen() const {
@@ -124,9 +165,99 @@ absl::Status Server::Impl::Open() {
   WALSH_ASSIGN_OR_RETURN(access, access::AccessControl::Open(options.api_keys_file));
   WarnIfOpen();
   WALSH_RETURN_IF_ERROR(MakeDirectories(options.data_dir));
-  WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock"));
+  WALSH_RETURN_IF_ERROR(lock.Take(options.data_dir + "/coordinator.lock", "data folder"));
+  LeadsGauge().Set(0);
+  if (!options.postgres_uri.empty()) {
+    WALSH_ASSIGN_OR_RETURN(
+        leadership, jobs::Leadership::Open(options.postgres_uri, ProcessName(), Clock::Real()));
+  }
+  return ListenHttp();
+}
+
+absl::Status Server::Impl::LeadInTurn() {
+  const absl::MutexLock turn(&lead_mu);
+  WALSH_RETURN_IF_ERROR(WaitToLead());
+  return Serve();
+}
+
+absl::Status Server::Impl::WaitToLead() {
+  std::string leader;
+  absl::Status failure;
+  while (!stopping.HasBeenNotified()) {
+    const absl::StatusOr<bool> leads = leadership->TryToLead();
+    if (leads.ok() && *leads) {
+      epoch = leadership->epoch();
+      WALSH_LOG(Info, "leads", {"epoch", epoch});
+      // From now on, as what follows may take its time.
+      keeper = std::thread([this] { KeepLeading(); });
+      return absl::OkStatus();
+    }
+    if (leads.ok() && std::exchange(leader, leadership->leader()) != leadership->leader()) {
+      WALSH_LOG(Info, "stands by", {"leader", leader});
+    }
+    if (std::exchange(failure, leads.status()) != failure && !failure.ok()) {
+      WALSH_LOG(Warning, "cannot see who leads", {"status", failure});
+    }
+    stopping.WaitForNotificationWithTimeout(jobs::Leadership::kLookInterval);
+  }
+  return absl::CancelledError("stopped before its turn to lead");
+}
+
+void Server::Impl::KeepLeading() {
+  const Clock* clock = Clock::Real();
+  absl::Duration confirmed = clock->Monotonic();
+  while (!stopping.WaitForNotificationWithTimeout(jobs::Leadership::kRenewInterval)) {
+    const absl::Duration start = clock->Monotonic();
+    const absl::Status renewed = leadership->Renew();
+    if (renewed.ok()) {
+      confirmed = start;
+    } else if (ErrorReason(renewed) == "NOT_LEADER" ||
+               clock->Monotonic() - confirmed > kUnconfirmedMax) {
+      return LoseLeadership(renewed);
+    }
+  }
+}
+
+void Server::Impl::LoseLeadership(const absl::Status& why) {
+  // One that stops has given it up itself.
+  if (stopping.HasBeenNotified() || is_leadership_lost.exchange(true)) return;
+  takes_calls = false;
+  LeadsGauge().Set(0);
+  WALSH_LOG(Error, "no longer leads", {"epoch", epoch}, {"status", why});
+  if (options.on_leadership_lost) options.on_leadership_lost(why);
+}
+
+// The next leader need not wait for the calls that still run here. Workers are sent to it at once:
+// nothing that they report could be stored.
+void Server::Impl::Resign() {
+  if (keeper.joinable()) keeper.join();
+  if (epoch == 0) return;
+  LeadsGauge().Set(0);
+  if (const absl::Status resigned = leadership->Resign(); !resigned.ok()) {
+    WALSH_LOG(Warning, "the next leader has to wait", {"status", resigned});
+  }
+  if (internal_server != nullptr) internal_server->Shutdown(absl::ToChronoTime(absl::Now()));
+}
+
+absl::Status Server::Impl::OpenStore() {
+  if (leadership == nullptr) {
+    std::string path = options.data_dir + "/coordinator.db";
+    if (!options.sqlite_path.empty()) {
+      path = options.sqlite_path;
+      WALSH_RETURN_IF_ERROR(store_lock.Take(path + ".lock", "job store"));
+    }
+    WALSH_ASSIGN_OR_RETURN(store, jobs::SqlJobStore::OpenSqlite(path, Clock::Real()));
+    return absl::OkStatus();
+  }
+  const jobs::WriteFence fence = {
+      .epoch = epoch, .on_lost = [this](const absl::Status& why) { LoseLeadership(why); }};
   WALSH_ASSIGN_OR_RETURN(
-      store, jobs::SqlJobStore::OpenSqlite(options.data_dir + "/coordinator.db", Clock::Real()));
+      store, jobs::SqlJobStore::OpenPostgres(options.postgres_uri, fence, Clock::Real()));
+  return absl::OkStatus();
+}
+
+absl::Status Server::Impl::Serve() {
+  WALSH_RETURN_IF_ERROR(OpenStore());
   WALSH_ASSIGN_OR_RETURN(queue, jobs::JobQueue::Open(store.get(), Clock::Real(),
                                                      {.lease_duration = options.lease_duration,
                                                       .queued_jobs_max = options.queued_jobs_max},
@@ -145,7 +276,7 @@ absl::Status Server::Impl::Open() {
   core->watch_heartbeat = options.watch_heartbeat;
   core->validation_max = options.validation_max;
   core->stream_limits.stall_max = options.stream_stall_max;
-  return absl::OkStatus();
+  return Listen();
 }
 
 absl::StatusOr<std::unique_ptr<grpc::Server>> Server::Impl::StartGrpc(
@@ -194,16 +325,18 @@ absl::Status Server::Impl::Listen() {
                                                   {quantization.get(), models.get(),
                                                    generation.get(), evaluation.get()},
                                                   /*is_public=*/true));
-  WALSH_RETURN_IF_ERROR(ListenHttp());
   SetServing(true);
   Tick();
+  LeadsGauge().Set(1);
+  takes_calls = !is_leadership_lost;
   return absl::OkStatus();
 }
 
 absl::Status Server::Impl::ListenHttp() {
   const auto live = [] { return absl::OkStatus(); };
   const auto ready = [this] {
-    return core->is_stopping ? absl::UnavailableError("stopping") : absl::OkStatus();
+    if (stopping.HasBeenNotified()) return absl::UnavailableError("stopping");
+    return takes_calls ? absl::OkStatus() : absl::UnavailableError("standby: it does not lead");
   };
   HttpServer::Options http_options = {
       .host = options.host, .port = options.http_port, .live = live, .ready = ready};
@@ -270,7 +403,10 @@ void Server::Impl::UpdateModelHealth() {
 }
 
 void Server::Impl::Stop(absl::Duration timeout) {
-  if (std::exchange(is_stopped, true)) return;
+  if (stopping.HasBeenNotified()) return;
+  stopping.Notify();
+  const absl::MutexLock turn(&lead_mu);
+  if (leadership != nullptr) Resign();
   if (core != nullptr) core->is_stopping = true;
   SetServing(false);
   if (queue != nullptr) {
@@ -294,8 +430,12 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerOptions& optio
   std::unique_ptr<Server> server(new Server);
   server->impl_ = std::make_unique<Impl>(options);
   WALSH_RETURN_IF_ERROR(server->impl_->Open());
-  WALSH_RETURN_IF_ERROR(server->impl_->Listen());
+  if (server->impl_->leadership == nullptr) WALSH_RETURN_IF_ERROR(server->impl_->Serve());
   return server;
+}
+
+absl::Status Server::Lead() {
+  return impl_->leadership == nullptr ? absl::OkStatus() : impl_->LeadInTurn();
 }
 
 Server::Server() = default;

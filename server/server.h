@@ -4,12 +4,17 @@
 // Ports: public gRPC (quantization, models, generation, health, reflection), internal gRPC
 // (workers), HTTP (health, metrics) and metrics. Port 0 takes a free one; ports() says which.
 //
-// Errors of Start: those of the security's files and of the job store; UNAVAILABLE a port is taken;
-//                  FAILED_PRECONDITION another coordinator uses the data folder, or its job store
-//                  is of a newer build.
-// Threads: Start, Stop and the destructor from one thread.
+// Of several coordinators whose job store is one PostgreSQL database one leads (jobs/leadership.h)
+// and has all of these. Those that stand by have the HTTP ports only, and are not ready.
+//
+// Errors of Start and Lead: those of the security's files and of the job store; UNAVAILABLE a port
+//                  is taken; FAILED_PRECONDITION another coordinator uses the data folder, or its
+//                  job store is of a newer build.
+// Threads: Start, Stop and the destructor from one thread; Lead from another, which the destructor
+//          must not meet.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -32,6 +37,12 @@ struct ServerOptions {
   // Of the keys that clients of the public port must send; empty: it is open.
   std::string api_keys_file;
   std::string data_dir;
+  // The job store, one of the two: a file of SQLite's, in the data folder if empty, or PostgreSQL.
+  std::string sqlite_path;
+  std::string postgres_uri;
+  // Called once, on any thread, when this process has led and no longer does, or cannot know what
+  // its database holds. Another may lead already: the process should end without a further word.
+  std::function<void(const absl::Status& why)> on_leadership_lost;
   absl::Duration lease_duration = absl::Seconds(30);
   absl::Duration heartbeat_interval = absl::Seconds(10);
   int queued_jobs_max = limits::kQueuedJobsMax;
@@ -46,11 +57,15 @@ struct ServerOptions {
 
 class Server {
  public:
-  // Returns when every port answers.
+  // Returns when every port answers; with PostgreSQL the HTTP ports, and Lead() is to be called.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerOptions& options);
   ~Server();
 
-  // host:port of "grpc", "internal", "http" and "metrics".
+  // Returns when this process leads and every port answers: at once with SQLite. CANCELLED when
+  // Stop comes first.
+  absl::Status Lead();
+
+  // host:port of "grpc", "internal", "http" and "metrics", once it leads.
   const Endpoints& endpoints() const;
 
   // Health turns NOT_SERVING, waiting calls end, running ones have `timeout` to finish, then they

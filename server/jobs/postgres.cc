@@ -118,7 +118,7 @@ absl::Status CheckPostgresUri(const std::string& uri) {
     return absl::InvalidArgumentError(absl::StrCat("job store: ", std::string(what)));
   };
   if (!absl::StartsWith(uri, "postgres://") && !absl::StartsWith(uri, "postgresql://")) {
-    return invalid("not a URI of PostgreSQL (postgres://HOST/DATABASE)");
+    return invalid("not a URI of PostgreSQL, such as postgres://USER@HOST/DATABASE");
   }
   // libpq's own message would quote what may be a password with a character too many.
   const std::unique_ptr<PQconninfoOption, decltype(&PQconninfoFree)> options(
