@@ -109,8 +109,8 @@ TEST_F(StandbyTest, TheOtherGoesOnWithTheJobsOfOneThatWasKilledOrStopped) {
     job.set_model_name(name);
     job.mutable_config()->set_bits(2);
     job.mutable_config()->mutable_calibration()->set_uri(model.text_path());
-    job.mutable_config()->mutable_calibration()->set_num_samples(64);
-    job.mutable_config()->mutable_calibration()->set_sequence_length(256);
+    job.mutable_config()->mutable_calibration()->set_num_samples(16);
+    job.mutable_config()->mutable_calibration()->set_sequence_length(64);
     job.mutable_config()->mutable_evaluation()->set_disable(true);
     ASSERT_OK_AND_ASSIGN(const Job created, client_->CreateJob(request));
     names.push_back(created.name());

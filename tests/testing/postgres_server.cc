@@ -18,23 +18,23 @@ namespace walsh::testing {
 namespace {
 
 constexpr uid_t kNobody = 65534;
+constexpr char kBin[] = "/usr/lib/postgresql/15/bin";
 
-// Where postgres and initdb are, or "".
-std::string BinDir() {
-  const std::string installed = "/usr/lib/postgresql/15/bin";
+// The folder that has what the Debian package has beneath /; empty: it is installed.
+std::optional<std::string> Root() {
   const char* cache = std::getenv("WALSH_CACHE_DIR");
-  for (const std::string& dir :
-       {installed, std::string(cache == nullptr ? "" : cache) + "/postgresql-15" + installed}) {
-    if (std::filesystem::exists(dir + "/postgres")) return dir;
+  const std::string unpacked = std::string(cache == nullptr ? "" : cache) + "/postgresql-15";
+  for (const std::string& root : {std::string(), unpacked}) {
+    if (std::filesystem::exists(root + kBin + "/postgres")) return root;
   }
-  return "";
+  return std::nullopt;
 }
 
 client::SpawnOptions Command(const std::string& program, const std::vector<std::string>& arguments,
                              const std::string& log) {
   client::SpawnOptions options;
   if (geteuid() == 0) {
-    // The capability is for the folders on the way, which may be root's alone.
+    // The capability is for the folders on the way to the data, which may be root's alone.
     options.argv = {"/usr/bin/setpriv",
                     "--reuid=65534",
                     "--regid=65534",
@@ -43,7 +43,7 @@ client::SpawnOptions Command(const std::string& program, const std::vector<std::
                     "--ambient-caps=+dac_override",
                     "--pdeathsig=QUIT"};
   }
-  options.argv.push_back(BinDir() + "/" + program);
+  options.argv.push_back(program);
   options.argv.insert(options.argv.end(), arguments.begin(), arguments.end());
   options.stdout_path = options.stderr_path = log;
   return options;
@@ -51,7 +51,7 @@ client::SpawnOptions Command(const std::string& program, const std::vector<std::
 
 }  // namespace
 
-bool PostgresServer::IsInstalled() { return !BinDir().empty(); }
+bool PostgresServer::IsInstalled() { return Root().has_value(); }
 
 PostgresServer& PostgresServer::Shared() {
   static PostgresServer server;
@@ -59,7 +59,14 @@ PostgresServer& PostgresServer::Shared() {
   return server;
 }
 
-PostgresServer::PostgresServer() {
+PostgresServer::PostgresServer() : bin_(*Root() + kBin) {
+  if (geteuid() == 0 && !Root()->empty()) {
+    // They refuse to start in a folder that they may pass by a capability only.
+    std::filesystem::copy(
+        *Root() + "/usr", dir_ / "usr",
+        std::filesystem::copy_options::recursive | std::filesystem::copy_options::copy_symlinks);
+    bin_ = dir_.path() + kBin;
+  }
   const std::string data = dir_ / "data";
   WALSH_CHECK(MakeDirectories(data).ok());
   if (geteuid() == 0) {
@@ -67,9 +74,9 @@ PostgresServer::PostgresServer() {
       WALSH_CHECK_EQ(chown(dir.c_str(), kNobody, kNobody), 0);
     }
   }
-  auto made = client::RunCommand(Command("initdb",
+  auto made = client::RunCommand(Command(bin_ + "/initdb",
                                          {"-D", data, "-U", "walsh", "-A", "trust", "-E", "UTF8",
-                                          "--locale=C.UTF-8", "--no-sync"},
+                                          "--locale=C.UTF-8", "--no-sync", "--wal-segsize=1"},
                                          ""),
                                  "", absl::Minutes(1));
   WALSH_CHECK(made.ok() && made->exit_code == 0);
@@ -82,7 +89,7 @@ void PostgresServer::Start() {
   if (process_.has_value() && !process_->Poll().has_value()) return;
   // Not synced: what a process wrote the system keeps, however the process ends.
   auto process = client::ChildProcess::Spawn(
-      Command("postgres",
+      Command(bin_ + "/postgres",
               {"-D", dir_ / "data", "-k", dir_.path(), "-c", "listen_addresses=", "-c", "fsync=off",
                "-c", "jit=off", "-c", "max_connections=60"},
               dir_ / "log"));

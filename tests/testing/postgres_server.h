@@ -35,6 +35,7 @@ class PostgresServer {
   std::string Uri() const;
 
   const TempDir dir_;
+  std::string bin_;  // the folder of its programs
   std::optional<client::ChildProcess> process_;
   int n_databases_ = 0;
 };

@@ -53,6 +53,26 @@ TEST(CoordinatorFlagsTest, EnvironmentTwins) {
   EXPECT_EQ(flags.server.lease_duration, absl::Seconds(90)) << "a flag beats the environment";
 }
 
+TEST(CoordinatorFlagsTest, JobStoreIsAFileOrPostgres) {
+  CoordinatorFlags file;
+  ASSERT_EQ(Parse({"--job-store", "sqlite:/var/lib/jobs.db"}, &file), std::nullopt);
+  EXPECT_EQ(file.server.sqlite_path, "/var/lib/jobs.db");
+  EXPECT_EQ(file.server.postgres_uri, "");
+  CoordinatorFlags postgres;
+  ASSERT_EQ(Parse({"--job-store", "postgres://walsh@db/walsh"}, &postgres), std::nullopt);
+  EXPECT_EQ(postgres.server.postgres_uri, "postgres://walsh@db/walsh");
+  EXPECT_EQ(postgres.server.sqlite_path, "");
+}
+
+TEST(CoordinatorFlagsTest, APasswordInTheJobStoreIsRefusedAndNotRepeated) {
+  CoordinatorFlags flags;
+  ::testing::internal::CaptureStderr();
+  EXPECT_EQ(Parse({"--job-store", "postgres://walsh:hunter2@db/walsh"}, &flags), kExitUsage);
+  const std::string said = ::testing::internal::GetCapturedStderr();
+  EXPECT_THAT(said, ::testing::HasSubstr("PGPASSFILE"));
+  EXPECT_THAT(said, ::testing::Not(::testing::HasSubstr("hunter2")));
+}
+
 TEST(CoordinatorFlagsTest, BadValuesAreUsageErrors) {
   for (const std::vector<const char*>& arguments :
        std::vector<std::vector<const char*>>{{"--grpc-port", "65536"},
@@ -62,6 +82,8 @@ TEST(CoordinatorFlagsTest, BadValuesAreUsageErrors) {
                                              {"--heartbeat-seconds", "nan"},
                                              {"--shutdown-timeout", "nan"},
                                              {"--max-queued-jobs", "0"},
+                                             {"--job-store", "sqlite:"},
+                                             {"--job-store", "/var/lib/jobs.db"},
                                              {"--log-level", "loud"},
                                              {"--log-format", "xml"},
                                              {"--heartbeat-seconds", "11"},
