@@ -17,7 +17,7 @@ constexpr std::string_view kConfigKeys[] = {
     "eval-stride", "eval-tasks", "eval-text", "eval-text-format", "eval-window", "eval-windows",
     "export-root", "file", "filter", "force", "format", "gptaq-alpha", "grid", "group-size",
     "grpc-port", "head-rotation", "heartbeat-seconds", "host", "http-port", "internal-port",
-    "job-lease-seconds", "kv-bits", "kv-cache-dtype", "kv-cache-free-memory-fraction",
+    "job-lease-seconds", "job-store", "kv-bits", "kv-cache-dtype", "kv-cache-free-memory-fraction",
     "kv-cache-memory-bytes", "kv-cache-tokens", "kv-clip", "kv-group-size", "limit", "list-presets",
     "load", "load-model", "log-format", "log-level", "log-to-stderr", "max-kl",
     "max-num-batched-tokens", "max-num-queued-reqs", "max-num-queued-tokens", "max-num-seqs",

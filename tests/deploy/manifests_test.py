@@ -28,6 +28,10 @@ EVERYTHING = [*GPU, "--set", "podMonitor.enabled=true,autoscaling.enabled=true,w
 KEDA = ["--set", "keda.enabled=true,keda.prometheusAddress=http://prometheus.monitoring:9090"]
 SECURED = ["--set", "security.tlsSecret=walsh-tls,security.workerTokenSecret=walsh-token,"
                     "security.apiKeysSecret=walsh-keys"]
+POSTGRES = ["--set", "coordinator.replicas=2,coordinator.postgres.uri=postgres://walsh@db.databases/walsh,"
+                     "coordinator.postgres.passwordSecret=walsh-db"]
+# Variables that libraries read, and no flags: libpq's.
+OF_LIBRARIES = ("PGPASSWORD",)
 WORKLOADS = ("Deployment", "StatefulSet")
 # What the pod security standard `restricted` asks for, and a root file system that nothing writes to.
 POD_SECURITY = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -114,7 +118,8 @@ class Fleet:
             (config,) = [found for found in self.of_kind("ConfigMap")
                          if found["metadata"]["name"] == source["configMapRef"]["name"]]
             values.update(config["data"])
-        values.update({entry["name"]: entry.get("value") for entry in container.get("env", [])})
+        values.update({entry["name"]: entry.get("value") for entry in container.get("env", [])
+                       if entry["name"] not in OF_LIBRARIES})
         return values
 
 
@@ -327,6 +332,7 @@ def main():
         "helm, everything": parse(helm(*EVERYTHING)),
         "helm, KEDA": parse(helm(*KEDA)),
         "helm, secured": parse(helm(*SECURED)),
+        "helm, PostgreSQL": parse(helm(*POSTGRES)),
         "overlay cpu": parse(kustomize("cpu")),
         "overlay gpu": parse(kustomize("gpu")),
     }
@@ -354,6 +360,9 @@ def main():
     refused = run("helm", "template", "walsh", CHART, *SECURED, "--set", "worker.requiredModel=llama")
     if "speaks no TLS" not in refused.stderr:
         faults.append("helm: a worker with TLS can have a probe without")
+    refused = run("helm", "template", "walsh", CHART, "--set", "coordinator.replicas=2")
+    if "needs coordinator.postgres.uri" not in refused.stderr:
+        faults.append("helm: two coordinators can have one volume")
     for fault in faults:
         print(fault)
     print(f"{sum(map(len, rendered.values()))} objects, {len(faults)} faults")

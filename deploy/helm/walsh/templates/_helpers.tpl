@@ -132,6 +132,7 @@ resources: {requests: {storage: {{ .size }}}}
 {{- if $security.workerTokenSecret }}{{ $_ := set $flags "WALSH_WORKER_TOKEN_FILE" "/etc/walsh/worker-token/token" }}{{ end -}}
 {{- if eq .component "coordinator" -}}
 {{- if $security.tlsSecret }}{{ $_ := set $flags "WALSH_TLS_WORKER_NAME" (printf "%s-worker" .root.Release.Name) }}{{ end -}}
+{{- with $values.postgres.uri }}{{ $_ := set $flags "WALSH_JOB_STORE" . }}{{ end -}}
 {{- if $security.apiKeysSecret }}{{ $_ := set $flags "WALSH_API_KEYS_FILE" "/etc/walsh/api-keys/api-keys.json" }}{{ end -}}
 {{- end -}}
 {{- if eq .component "worker" -}}
