@@ -136,6 +136,21 @@ TEST_F(PostgresJobStoreTest, AFormerLeadersWritesChangeNothing) {
   EXPECT_THAT(*store_->Models(), SizeIs(0));
 }
 
+// It may have been stored or not: memory and database may differ, and only a new leader is sure.
+TEST_F(PostgresJobStoreTest, ALostAnswerToCommitIsNoSuccessAndEndsTheLead) {
+  ASSERT_OK_AND_ASSIGN(const auto other, PostgresConnection::Open(uri_));
+  ASSERT_OK(other->Execute(R"sql(
+CREATE FUNCTION cut() RETURNS trigger LANGUAGE plpgsql AS
+  'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER cut_at_commit AFTER INSERT ON models
+  DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION cut();
+)sql"));
+  v1::Model model;
+  model.set_name("models/m");
+  EXPECT_THAT(store_->PutModel(model), HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_THAT(lost_, SizeIs(1));
+}
+
 // Its transaction holds the epoch, so that nobody could lead; PostgreSQL ends it.
 TEST_F(PostgresJobStoreTest, ALeaderThatIsStoppedInATransactionIsCutOff) {
   ASSERT_OK_AND_ASSIGN(const auto stopped, PostgresConnection::Open(uri_));
