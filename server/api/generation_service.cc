@@ -11,6 +11,7 @@
 #include "common/log.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "common/tenant_header.h"
 #include "server/fleet/forwarding.h"
 #include "server/fleet/placement.h"
 #include "server/fleet/unary_proxy.h"
@@ -54,13 +55,17 @@ std::string SetRequestId(const std::string& id, Request* request) {
 template <typename Request>
 class Forwarded {
  public:
-  Forwarded(Core* core, Destination to, const Request& r)
-      : request(r), core_(core), to_(std::move(to)) {
+  Forwarded(Core* core, Destination to, const access::Caller& caller, const Request& r)
+      : request(r), core_(core), tenant_(caller.tenant), to_(std::move(to)) {
     Connect();
   }
 
   auto* async() const { return (*connection_)->generation->async(); }
   const Destination& to() const { return to_; }
+  // Of each call that goes to a worker.
+  void SetMetadata(grpc::ClientContext* context) const {
+    if (tenant_.has_value()) context->AddMetadata(kTenantHeader, *tenant_);
+  }
   void End() const { core_->registry->EndRequest(to_.worker.worker_id, to_.model_id); }
 
   // After a worker's call that failed: true when the next one goes to another worker. Once to each,
@@ -89,6 +94,7 @@ class Forwarded {
   }
 
   Core* const core_;
+  const std::optional<std::string> tenant_;
   Destination to_;
   std::set<std::string> refused_;  // ids of workers
   std::shared_ptr<fleet::WorkerClient> client_;
@@ -111,7 +117,7 @@ absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(
     core->running_requests.End(caller);
     return destination.status();
   }
-  auto call = std::make_shared<Forwarded<Request>>(core, *std::move(destination), request);
+  auto call = std::make_shared<Forwarded<Request>>(core, *std::move(destination), caller, request);
   const std::string log_id = SetRequestId(request_id, &call->request);
   call->request.set_model(call->to().model_id);
   *done = [=, asked = request.model(),
@@ -144,6 +150,7 @@ grpc::ServerUnaryReactor* ForwardUnary(grpc::CallbackServerContext* context, Cor
   const auto start = [call = *forwarded, response, method](
                          grpc::ClientContext* client_context,
                          std::function<void(grpc::Status)> finished) {
+    call->SetMetadata(client_context);
     (call->async()->*method)(
         client_context, &call->request, response,
         [call, finished = std::move(finished)](const grpc::Status& status) { finished(status); });
@@ -168,6 +175,7 @@ fleet::StreamReactor<GenerateStreamResponse>* ForwardStream(grpc::CallbackServer
   const auto start = [call = *forwarded, method](
                          grpc::ClientContext* client_context,
                          fleet::StreamReader<GenerateStreamResponse>* reader) {
+    call->SetMetadata(client_context);
     (call->async()->*method)(client_context, &call->request, reader);
   };
   return fleet::ProxyStream<GenerateStreamResponse>(

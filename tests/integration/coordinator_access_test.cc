@@ -8,11 +8,8 @@
 #include <gtest/gtest.h>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
-#include "absl/strings/str_replace.h"
 #include "absl/synchronization/notification.h"
 #include "common/publish.h"
-#include "common/sha256.h"
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "server/access/access_rules.h"
 #include "tests/integration/coordinator_fixture.h"
@@ -29,27 +26,15 @@ constexpr char kServer[] = "a-key-of-role-serve";
 constexpr char kSubmitter[] = "a-key-of-role-submit";
 constexpr char kAdmin[] = "a-key-of-role-admin";
 
-std::string Entry(const std::string& secret, const std::string& role) {
-  return absl::StrCat(R"({"id": ")", role, R"(", "tenant": "t", "sha256": ")", Sha256Hex(secret),
-                      R"(", "roles": [")", role, R"("]})");
-}
-
 class CoordinatorAccessTest : public CoordinatorFixture {
  protected:
   void SetUp() override {
-    options_.api_keys_file = dir_ / "keys.json";
-    WriteKeys({Entry(kServer, "serve"), Entry(kSubmitter, "submit"), Entry(kAdmin, "admin")});
+    WriteKeys({{kServer, "serve"}, {kSubmitter, "submit"}, {kAdmin, "admin"}});
     Start();
   }
-  void WriteKeys(const std::vector<std::string>& entries) {
-    ASSERT_OK(PublishFile(options_.api_keys_file,
-                          absl::StrCat(R"({"keys": [)", absl::StrJoin(entries, ","), "]}")));
-  }
-
   // An empty message, which every request type takes; how the call ends.
   absl::Status Call(const std::string& method, const std::string& secret) {
-    grpc::GenericStub stub(
-        MakeChannel(server_->endpoints().at("grpc"), /*connection=*/0, {.secret = secret}));
+    grpc::GenericStub stub(ChannelOf(secret));
     grpc::ClientContext context;
     context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
     const grpc::Slice empty;
@@ -118,7 +103,7 @@ TEST_F(CoordinatorAccessTest, KeysFollowTheirFile) {
   EXPECT_THAT(Call(kMethod, "a-key-to-come-later"), HasCode(absl::StatusCode::kUnauthenticated));
   // A bad file changes nothing; the next good one does.
   ASSERT_OK(PublishFile(options_.api_keys_file, "{"));
-  WriteKeys({Entry(kAdmin, "admin"), Entry("a-key-to-come-later", "serve")});
+  WriteKeys({{kAdmin, "admin"}, {"a-key-to-come-later", "serve"}});
   EXPECT_TRUE(WaitUntil([&] { return Call(kMethod, "a-key-to-come-later").ok(); }));
   EXPECT_THAT(Call(kMethod, kServer), HasCode(absl::StatusCode::kUnauthenticated));
   EXPECT_OK(Call(kMethod, kAdmin));
@@ -127,16 +112,9 @@ TEST_F(CoordinatorAccessTest, KeysFollowTheirFile) {
 // Row F7 of the fault matrix, on the wire; the queue's own tests go further.
 TEST_F(CoordinatorAccessTest, AnotherTenantsJobDoesNotExist) {
   constexpr char kOther[] = "a-key-of-another-tenant";
-  WriteKeys(
-      {Entry(kSubmitter, "submit"),
-       absl::StrReplaceAll(Entry(kOther, "submit"), {{R"("id": "submit")", R"("id": "other")"},
-                                                     {R"("tenant": "t")", R"("tenant": "u")"}})});
-  const auto of_key = [&](const std::string& secret) {
-    return v1::QuantizationService::NewStub(
-        MakeChannel(server_->endpoints().at("grpc"), /*connection=*/0, {.secret = secret}));
-  };
-  const auto mine = of_key(kSubmitter);
-  const auto other = of_key(kOther);
+  WriteKeys({{kSubmitter, "submit"}, {kOther, "submit", "u"}});
+  const auto mine = v1::QuantizationService::NewStub(ChannelOf(kSubmitter));
+  const auto other = v1::QuantizationService::NewStub(ChannelOf(kOther));
   ASSERT_OK(Send<v1::QuantizationJob>(mine.get(), &JobStub::CreateQuantizationJob, NewJob("mine")));
   v1::GetQuantizationJobRequest get;
   get.set_name("quantizationJobs/mine");

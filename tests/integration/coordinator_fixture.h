@@ -7,10 +7,15 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
+#include "common/publish.h"
+#include "common/sha256.h"
 #include "server/server.h"
 #include "tests/testing/fake_worker.h"
 #include "tests/testing/status_matchers.h"
@@ -77,6 +82,30 @@ class CoordinatorFixture : public ::testing::Test {
     worker->SetModel("models/" + model, v1::Model::READY);
     EXPECT_OK(worker->Register());
     return worker;
+  }
+
+  // An API key of one role.
+  struct Key {
+    std::string secret;
+    std::string role;
+    std::string tenant = "t";
+  };
+  // The service's keys: before it starts, or while it follows the file. `tenants` in JSON.
+  void WriteKeys(const std::vector<Key>& keys, const std::string& tenants = "{}") {
+    options_.api_keys_file = dir_ / "keys.json";
+    std::vector<std::string> entries;
+    for (const Key& key : keys) {
+      entries.push_back(absl::StrCat(R"({"id": ")", key.tenant, "-", key.role, R"(", "tenant": ")",
+                                     key.tenant, R"(", "sha256": ")", Sha256Hex(key.secret),
+                                     R"(", "roles": [")", key.role, R"("]})"));
+    }
+    ASSERT_OK(PublishFile(options_.api_keys_file,
+                          absl::StrCat(R"({"keys": [)", absl::StrJoin(entries, ","),
+                                       R"(], "tenants": )", tenants, "}")));
+  }
+  // To the public port with a key.
+  std::shared_ptr<grpc::Channel> ChannelOf(const std::string& secret) {
+    return MakeChannel(server_->endpoints().at("grpc"), /*connection=*/0, {.secret = secret});
   }
 
   template <typename Response, typename Stub, typename Request>

@@ -10,6 +10,7 @@
 
 #include "common/grpc_connection_pool.h"
 #include "common/publish.h"
+#include "common/tenant_header.h"
 #include "tests/integration/coordinator_fixture.h"
 #include "tests/unit/worker/service/store_fixture.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
@@ -185,6 +186,49 @@ TEST_F(CoordinatorWorkerTest, ARequestThatADrainEndsIsToldWhy) {
   drain.join();
   EXPECT_THAT(status, StatusIs(absl::StatusCode::kUnavailable, HasSubstr("stopping")));
   EXPECT_EQ(ErrorReason(status), "WORKER_STOPPING");
+}
+
+class TenantsTest : public CoordinatorWorkerTest {
+ protected:
+  void SetUp() override {
+    WriteKeys({{kOfA, "serve", "a"}, {kOfB, "serve", "b"}});
+    CoordinatorWorkerTest::SetUp();
+    is_open_ = true;
+  }
+  static constexpr char kOfA[] = "a-key-of-tenant-a";
+  static constexpr char kOfB[] = "a-key-of-tenant-b";
+};
+
+// Row F7 of the fault matrix: what one tenant has asked is not told by what another's costs.
+TEST_F(TenantsTest, TheirPrefixCachesAreApart) {
+  const auto cached_tokens = [this](const std::string& secret, bool streams) {
+    const auto stub = v1::GenerationService::NewStub(ChannelOf(secret));
+    v1::GenerateRequest request;
+    request.set_model("m");
+    request.set_prompt(std::string(40, 'x'));
+    request.mutable_sampling()->set_max_tokens(1);
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(30)));
+    context.AddMetadata(kTenantHeader, "a");  // which is not the client's to say
+    if (!streams) {
+      v1::GenerateResponse response;
+      EXPECT_OK(FromGrpcStatus(stub->Generate(&context, request, &response)));
+      return response.usage().cached_tokens();
+    }
+    const auto reader = stub->GenerateStream(&context, request);
+    int n_cached = -1;
+    v1::GenerateStreamResponse response;
+    while (reader->Read(&response)) {
+      if (response.has_finished()) n_cached = response.finished().usage().cached_tokens();
+    }
+    EXPECT_OK(FromGrpcStatus(reader->Finish()));
+    return n_cached;
+  };
+  EXPECT_EQ(cached_tokens(kOfA, /*streams=*/false), 0);
+  EXPECT_EQ(cached_tokens(kOfB, /*streams=*/false), 0);
+  for (const char* secret : {kOfA, kOfB}) {
+    for (const bool streams : {false, true}) EXPECT_EQ(cached_tokens(secret, streams), 32);
+  }
 }
 
 // It is not listed, so only the worker knows.

@@ -19,6 +19,13 @@ BlockManager::BlockManager(const Options& options)
   for (int64_t i = options.n_blocks - 1; i >= 0; --i) free_.push_back(static_cast<BlockId>(i));
 }
 
+BlockManager::Content BlockManager::StartOf(const std::string& salt) {
+  if (salt.empty()) return kStart;
+  const auto [start, is_new] = starts_.try_emplace(salt, last_content_ + 1);
+  if (is_new) ++last_content_;
+  return start->second;
+}
+
 std::optional<BlockId> BlockManager::Allocate() {
   if (free_.empty() && n_cached_ > 0) EvictOldest();
   if (free_.empty()) return std::nullopt;

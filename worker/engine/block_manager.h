@@ -8,7 +8,7 @@
 // Content  A full block that was published is known by the content before it and its own tokens.
 //          Contents are numbered as they come and never twice, and finding one compares all tokens:
 //          whatever hashes collide, two sequences share a block only if all their tokens up to its
-//          end are equal. What is published is never written again.
+//          end are equal, and their salts. What is published is never written again.
 // Order    Allocation takes a free block, else evicts the cached one that was released longest ago.
 //          A table is released from its end, so that a prefix outlives what continues it.
 //
@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -41,6 +42,9 @@ class BlockManager {
   // What a block and all before it hold; kStart: nothing, where a text begins.
   using Content = uint64_t;
   static constexpr Content kStart = 0;
+  // Where the texts of a salt begin; kStart for an empty one. Nothing that follows one is found
+  // after another. A salt is remembered for good: there are few, of tenants.
+  Content StartOf(const std::string& salt);
   using Tokens = std::span<const int32_t, kKvBlockTokens>;
 
   struct Key {
@@ -109,6 +113,7 @@ class BlockManager {
   BlockId newest_ = kNone;
   int64_t n_cached_ = 0;
   Content last_content_ = kStart;
+  absl::flat_hash_map<std::string, Content> starts_;  // by salt
 };
 
 }  // namespace walsh::engine

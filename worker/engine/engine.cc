@@ -210,7 +210,8 @@ absl::Status BatchingEngine::Submit(Request request, std::shared_ptr<Sink> sink)
   // A deadline is wall time outside and must not move with the wall clock inside.
   Scheduler::Need need{.prompt = request.prompt,
                        .n_new_max = n_new_max,
-                       .deadline = now + (request.deadline - clock_->Now())};
+                       .deadline = now + (request.deadline - clock_->Now()),
+                       .cache_salt = request.cache_salt};
   const absl::Duration arrival = request.arrival.value_or(now);
   auto sequence =
       std::make_unique<Sequence>(std::move(request), std::move(sink), *model_, n_new_max, arrival);

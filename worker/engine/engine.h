@@ -53,6 +53,8 @@ struct Request {
   absl::Time deadline = absl::InfiniteFuture();
   // On the monotonic clock, where the call came in before its text became tokens; unset: Submit.
   std::optional<absl::Duration> arrival = {};
+  // The prefix cache shares what it holds among requests of the same salt only.
+  std::string cache_salt = {};
 };
 
 enum class FinishReason { kStopToken, kLength, kEos, kStopString, kCancelled, kDeadline };

@@ -54,8 +54,10 @@ absl::Status Scheduler::Add(SequenceId id, Need need) {
   }
   last_id_ = id;
   n_waiting_tokens_ += n_prompt;
-  waiting_.emplace(
-      id, Entry{.tokens = std::move(need.prompt), .n_end = n_end, .deadline = need.deadline});
+  waiting_.emplace(id, Entry{.tokens = std::move(need.prompt),
+                             .n_end = n_end,
+                             .deadline = need.deadline,
+                             .start = blocks_.StartOf(need.cache_salt)});
   return absl::OkStatus();
 }
 
@@ -200,7 +202,7 @@ bool Scheduler::TakeBlocks(Entry& entry) {
   if (blocks_.n_available() < 1 + watermark) return false;
   // Chunks point into it while it grows.
   entry.table.reserve(static_cast<size_t>(KvBlocks(entry.n_end)));
-  BlockManager::Content content = BlockManager::kStart;
+  BlockManager::Content content = entry.start;
   for (int64_t i = 0; (i + 1) * kKvBlockTokens < entry.n_tokens(); ++i) {
     const auto block = blocks_.Find(content, entry.BlockTokens(i));
     if (!block) break;
@@ -253,7 +255,7 @@ void Scheduler::PublishBlocks(Entry& entry, int64_t n_computed_before) {
   const int64_t first = n_computed_before / kKvBlockTokens;
   for (int64_t i = first; (i + 1) * kKvBlockTokens <= entry.n_computed; ++i) {
     const BlockManager::Content before =
-        i == 0 ? BlockManager::kStart : blocks_.content(entry.table[static_cast<size_t>(i - 1)]);
+        i == 0 ? entry.start : blocks_.content(entry.table[static_cast<size_t>(i - 1)]);
     BlockId& block = entry.table[static_cast<size_t>(i)];
     block = blocks_.Publish(block, before, entry.BlockTokens(i));
   }

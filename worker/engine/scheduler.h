@@ -9,8 +9,9 @@
 //   Admission  A request is admitted when a sequence is free and the blocks of its prompt are
 //              there, with one to spare for each sequence that runs (the watermark), so that an
 //              admission does not at once lead to a preemption. Blocks at the prompt's beginning
-//              that the prefix cache holds are shared and not computed again; the block of the
-//              prompt's last token never is, so that there is always a token to sample after.
+//              that the prefix cache holds for their salt are shared and not computed again; the
+//              block of the prompt's last token never is, so that there is always a token to sample
+//              after.
 //   Growth     A sequence that decodes takes a block whenever its last one is full. Only as many
 //              tokens are held as there are: what a request may still generate reserves nothing.
 //   Preemption Where no block is left, the running sequence that came last gives its own back and
@@ -34,6 +35,7 @@
 #include <map>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -58,6 +60,7 @@ class Scheduler {
     std::vector<int32_t> prompt;                         // at least one token
     int64_t n_new_max = 0;                               // at least 1
     absl::Duration deadline = absl::InfiniteDuration();  // on the monotonic clock
+    std::string cache_salt = {};
   };
   enum class Reason { kCancelled, kDeadline };
   struct Departure {
@@ -130,6 +133,7 @@ class Scheduler {
     std::vector<int32_t> tokens;  // prompt and output
     int64_t n_end = 0;            // tokens, when all that it may generate are there
     absl::Duration deadline = absl::InfiniteDuration();
+    BlockManager::Content start = BlockManager::kStart;
     std::vector<BlockId> table;  // while it runs, of all `tokens`
     int64_t n_computed = 0;      // tokens whose keys and values are in the table
     int64_t n_planned = 0;       // of the step under way

@@ -10,6 +10,7 @@
 #include "common/grpc_status.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "common/tenant_header.h"
 #include "worker/engine/engine_metrics.h"
 #include "worker/kernels/thread_pool.h"
 #include "worker/service/generation_conversion.h"
@@ -35,6 +36,13 @@ absl::Time EngineDeadline(const grpc::CallbackServerContext& context, absl::Time
                                                       absl::Seconds(limits::kGenerateSecondsMax))
                                            : absl::Seconds(limits::kGenerateSecondsDefault);
   return now + left - std::min(left / 50, absl::Milliseconds(100));
+}
+
+// Empty: nobody's, or that of a service without tenants.
+std::string Tenant(const grpc::CallbackServerContext& context) {
+  const auto header = context.client_metadata().find(kTenantHeader);
+  if (header == context.client_metadata().end()) return "";
+  return {header->second.data(), header->second.size()};
 }
 
 // Adds what a client can act on to the engine's refusal.
@@ -113,6 +121,7 @@ absl::StatusOr<GenerationService::Prepared> GenerationService::Prepare(
   out.sampling = ToSamplingOptions(request.sampling());
   out.deadline = EngineDeadline(*context, clock_->Now());
   out.arrival = info.arrival;
+  out.cache_salt = Tenant(*context);
 
   EchoRequestId(*context, info.request_id);
   out.id = absl::StrCat(info.request_id, "#", ++n_requests_);

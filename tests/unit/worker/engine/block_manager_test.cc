@@ -20,9 +20,10 @@ BlockManager::Tokens AsBlock(const std::vector<int32_t>& tokens, int64_t index =
 }
 
 // A block for each of `fills`, one after another, as a sequence publishes them.
-std::vector<BlockId> PublishAll(BlockManager& blocks, const std::vector<int32_t>& fills) {
+std::vector<BlockId> PublishAll(BlockManager& blocks, const std::vector<int32_t>& fills,
+                                const std::string& salt = "") {
   std::vector<BlockId> table;
-  Content content = BlockManager::kStart;
+  Content content = blocks.StartOf(salt);
   for (const int32_t fill : fills) {
     const auto block = blocks.Allocate();
     EXPECT_TRUE(block.has_value());
@@ -33,9 +34,10 @@ std::vector<BlockId> PublishAll(BlockManager& blocks, const std::vector<int32_t>
 }
 
 // How many blocks of `fills` are found; they are released again.
-size_t CountFound(BlockManager& blocks, const std::vector<int32_t>& fills) {
+size_t CountFound(BlockManager& blocks, const std::vector<int32_t>& fills,
+                  const std::string& salt = "") {
   std::vector<BlockId> table;
-  Content content = BlockManager::kStart;
+  Content content = blocks.StartOf(salt);
   for (const int32_t fill : fills) {
     const auto block = blocks.Find(content, AsBlock(Filled(fill)));
     if (!block) break;
@@ -71,6 +73,22 @@ TEST(BlockManagerTest, PublishedBlocksAreSharedAndStayWhenReleased) {
   EXPECT_EQ(blocks.n_free(), 6);
   EXPECT_EQ(blocks.n_available(), 8);
   EXPECT_EQ(CountFound(blocks, {1, 2, 3}), 2u);
+}
+
+TEST(BlockManagerTest, TheSameTokensOfAnotherSaltAreNotTheSame) {
+  for (const auto hash :
+       {BlockManager::HashKey, +[](const BlockManager::Key&) { return size_t{7}; }}) {
+    BlockManager blocks({.n_blocks = 8, .hash = hash});
+    const std::vector<BlockId> of_none = PublishAll(blocks, {1, 2});
+    const std::vector<BlockId> of_a = PublishAll(blocks, {1, 2}, "a");
+    EXPECT_EQ(CountFound(blocks, {1, 2}, "b"), 0u);
+    const std::vector<BlockId> of_b = PublishAll(blocks, {1, 3}, "b");
+    EXPECT_EQ(std::set<BlockId>({of_none[0], of_a[0], of_b[0]}).size(), 3u);
+    EXPECT_EQ(CountFound(blocks, {1, 2}), 2u);
+    EXPECT_EQ(CountFound(blocks, {1, 2}, "a"), 2u);
+    EXPECT_EQ(CountFound(blocks, {1, 2}, "b"), 1u);
+    EXPECT_EQ(PublishAll(blocks, {1, 2}, "a"), of_a);
+  }
 }
 
 TEST(BlockManagerTest, TheSameTokensAfterOthersAreNotTheSame) {

@@ -292,6 +292,28 @@ TEST(EngineTest, ASharedBeginningIsComputedOnceAndNamedInTheOutcome) {
   }
 }
 
+// Neither what it is told nor what is computed tells a request of what another salt's prompts were.
+TEST(EngineTest, ABeginningIsNotSharedBetweenSalts) {
+  const auto engine = MakeEngine();
+  const auto& model = static_cast<const FakeModel&>(engine->model());
+  int64_t n_rows = 0;
+  const auto expect_cached = [&](const std::string& salt, int n_cached) {
+    const Request request{.id = "a",
+                          .prompt = std::vector<int32_t>(100, 'p'),
+                          .sampling = {.max_tokens = 1, .temperature = 0},
+                          .cache_salt = salt};
+    const auto sink = Generate(*engine, request);
+    EXPECT_EQ(sink->tokens(), model.Greedy(request.prompt, 1));
+    EXPECT_EQ(sink->outcome().cached_tokens, n_cached) << salt;
+    n_rows += 100 - n_cached;
+    EXPECT_EQ(model.n_rows(), n_rows) << salt;
+  };
+  expect_cached("a", 0);
+  expect_cached("b", 0);
+  expect_cached("", 0);
+  for (const char* salt : {"a", "b", ""}) expect_cached(salt, 96);
+}
+
 // A conversation's next turn begins with the answer, too.
 TEST(EngineTest, AnAnswerIsPartOfWhatTheNextPromptFinds) {
   const auto engine = MakeEngine();

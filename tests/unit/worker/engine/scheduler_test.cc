@@ -337,12 +337,12 @@ TEST(SchedulerTest, CancelledAndExpiredLeaveBeforeTheNextStep) {
 }
 
 // Thousands of random schedules against a plain record of what each request is entitled to, over a
-// memory that holds for each token's place the hash of all tokens up to it.
+// memory that holds for each token's place the hash of its tenant and all tokens up to it.
 //
-// Invariants: a sequence finds what it and only what it wrote, or what another wrote for the same
-// tokens; who writes a block holds it alone; no block leaks; budgets hold in every step; arrival
-// decides who runs, and the first of all advances in every step; each request ends exactly once,
-// with as many tokens as it may have; nothing is left at the end.
+// Invariants: a sequence finds what it and only what it wrote, or what another of its tenant wrote
+// for the same tokens; who writes a block holds it alone; no block leaks; budgets hold in every
+// step; arrival decides who runs, and the first of all advances in every step; each request ends
+// exactly once, with as many tokens as it may have; nothing is left at the end.
 class RandomSchedule {
  public:
   // What happened, so that a test can tell that all of it did.
@@ -358,6 +358,7 @@ class RandomSchedule {
     limits_.kv_blocks = Uniform(1, 14);
     limits_.has_prefix_cache = Uniform(0, 3) > 0;
     n_variants_ = Uniform(1, 5);
+    n_tenants_ = Uniform(1, 3);
     memory_.resize(static_cast<size_t>(limits_.kv_blocks));
     scheduler_.emplace(limits_);
   }
@@ -386,6 +387,7 @@ class RandomSchedule {
  private:
   struct Record {
     std::vector<int32_t> tokens;
+    int tenant = 0;
     size_t n_end = 0;
     absl::Duration deadline = absl::InfiniteDuration();
     int64_t n_computed = 0;
@@ -395,6 +397,8 @@ class RandomSchedule {
 
   int Uniform(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
   int Size() const { return static_cast<int>(live_.size()); }
+
+  static std::string SaltOf(int tenant) { return std::string(static_cast<size_t>(tenant), 't'); }
 
   static uint64_t Extend(uint64_t hash, int32_t token) {
     return (hash ^ static_cast<uint64_t>(token + 1)) * 0x9E3779B97F4A7C15u + 1;
@@ -411,14 +415,14 @@ class RandomSchedule {
   }
 
   void Arrive() {
-    Record record{.tokens = MakePrompt()};
+    Record record{.tokens = MakePrompt(), .tenant = Uniform(0, n_tenants_ - 1)};
     const auto n_prompt = static_cast<int64_t>(record.tokens.size());
     const int64_t n_new_max = Uniform(1, 120);
     record.n_end = record.tokens.size() + static_cast<size_t>(n_new_max);
     if (Uniform(0, 5) == 0) record.deadline = now_ + absl::Seconds(Uniform(0, 30));
     const int64_t n_tokens_before = scheduler_->n_waiting_tokens();
-    const absl::Status status =
-        scheduler_->Add(next_id_, {record.tokens, n_new_max, record.deadline});
+    const absl::Status status = scheduler_->Add(
+        next_id_, {record.tokens, n_new_max, record.deadline, SaltOf(record.tenant)});
     const bool is_busy = Size() >= limits_.max_sequences && scheduler_->n_waiting() > 0;
     if (KvBlocks(n_prompt + n_new_max) > limits_.kv_blocks) {
       ASSERT_THAT(status, HasCode(absl::StatusCode::kInvalidArgument));
@@ -522,7 +526,7 @@ class RandomSchedule {
     std::vector<Scheduler::Sampled> sampled;
     for (const auto& chunk : step.chunks) {
       Record& record = live_[chunk.id];
-      uint64_t hash = 0;
+      auto hash = static_cast<uint64_t>(record.tenant);
       for (int64_t i = 0; i < chunk.first + chunk.n_tokens; ++i) {
         hash = Extend(hash, record.tokens[static_cast<size_t>(i)]);
         const BlockId block = chunk.blocks[static_cast<size_t>(i / kKvBlockTokens)];
@@ -557,6 +561,7 @@ class RandomSchedule {
   Counts* const counts_;
   Scheduler::Limits limits_;
   int n_variants_ = 1;
+  int n_tenants_ = 1;
   std::optional<Scheduler> scheduler_;
   std::vector<std::array<uint64_t, kKvBlockTokens>> memory_;
   std::map<SequenceId, Record> live_;
