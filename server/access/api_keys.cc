@@ -1,6 +1,7 @@
 #include "server/access/api_keys.h"
 
 #include <algorithm>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
@@ -91,10 +92,16 @@ absl::StatusOr<ApiKey> ParseKey(const json& object, const std::string& where) {
 }
 
 // A count from 0 to `n_max`.
-absl::StatusOr<int> ParseCount(const json& value, int n_max, const std::string& where) {
-  if (value.is_number_integer() && value >= 0 && value <= n_max) return value.get<int>();
+template <typename Count>
+absl::StatusOr<Count> ParseCount(const json& value, Count n_max, const std::string& where) {
+  if (value.is_number_integer() && value >= 0 && value <= n_max) return value.get<Count>();
   return Wrong(where, absl::StrCat("must be a whole number from 0 to ", n_max));
 }
+
+// What as many requests as a tenant may have could need.
+constexpr int64_t kPromptsMax = int64_t{limits::kTenantRequestsMax} * limits::kPromptBytesMax;
+constexpr int64_t kNewTokensMax = int64_t{limits::kTenantRequestsMax} * limits::kNewTokensMax;
+constexpr int64_t kStoredBytesMax = std::numeric_limits<int64_t>::max();
 
 absl::StatusOr<TenantLimits> ParseLimits(const json& object, const std::string& where) {
   if (!object.is_object()) return Wrong(where, "must be an object");
@@ -104,8 +111,14 @@ absl::StatusOr<TenantLimits> ParseLimits(const json& object, const std::string& 
     if (name == "running_requests") {
       WALSH_ASSIGN_OR_RETURN(limits.running_requests,
                              ParseCount(value, limits::kTenantRequestsMax, member));
+    } else if (name == "running_prompt_bytes") {
+      WALSH_ASSIGN_OR_RETURN(limits.running_prompt_bytes, ParseCount(value, kPromptsMax, member));
+    } else if (name == "running_new_tokens") {
+      WALSH_ASSIGN_OR_RETURN(limits.running_new_tokens, ParseCount(value, kNewTokensMax, member));
     } else if (name == "live_jobs") {
       WALSH_ASSIGN_OR_RETURN(limits.live_jobs, ParseCount(value, limits::kQueuedJobsMax, member));
+    } else if (name == "stored_bytes") {
+      WALSH_ASSIGN_OR_RETURN(limits.stored_bytes, ParseCount(value, kStoredBytesMax, member));
     } else {
       return Wrong(where, absl::StrCat("unknown member '", name, "'"));
     }

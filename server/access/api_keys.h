@@ -1,7 +1,7 @@
 // The keys of clients, as --api-keys-file has them:
 //
 //   {"keys": [{"id": "ci", "sha256": "9f86…", "tenant": "acme", "roles": ["submit", "serve"]}],
-//    "tenants": {"acme": {"running_requests": 8, "live_jobs": 20}}}
+//    "tenants": {"acme": {"running_requests": 8, "stored_bytes": 500000000000}}}
 //
 // `sha256` is the digest of the key, in 64 hexadecimal digits: whoever reads the file cannot call
 // the service. `id` is what logs call the key. Roles are of their own: none contains another.
@@ -12,6 +12,7 @@
 // Threads: safe, as nothing changes.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <optional>
 #include <set>
@@ -42,8 +43,11 @@ struct ApiKey {
 
 // Absent: no limit but the service's.
 struct TenantLimits {
-  std::optional<int> running_requests;  // generation and tokenization
-  std::optional<int> live_jobs;         // not ended
+  std::optional<int> running_requests;          // generation and tokenization
+  std::optional<int64_t> running_prompt_bytes;  // of those; a token id has 4
+  std::optional<int64_t> running_new_tokens;    // that those may still ask for
+  std::optional<int> live_jobs;                 // not ended
+  std::optional<int64_t> stored_bytes;          // of the models that its jobs made
 
   bool operator==(const TenantLimits&) const = default;
 };

@@ -1,10 +1,13 @@
-// How many requests each tenant has running, and that they are not too many.
+// What each tenant has running of requests, and that it is not too much.
 //
-// Threads: safe; the limit holds exactly, however many begin at once.
+// The coordinator has no tokenizer. What it knows of a request's tokens is the size of its prompt
+// in bytes, each token of which has one at least, and how many new ones it may ask for.
+//
+// Threads: safe; the limits hold exactly, however many begin at once.
 #pragma once
 
+#include <cstdint>
 #include <map>
-#include <optional>
 #include <string>
 
 #include "absl/base/thread_annotations.h"
@@ -14,16 +17,26 @@
 
 namespace walsh::access {
 
+struct RequestSize {
+  int64_t prompt_bytes = 0;
+  int64_t new_tokens = 0;  // at most
+};
+
 class RunningRequests {
  public:
-  // RESOURCE_EXHAUSTED (ErrorInfo TENANT_LIMIT, QuotaFailure, RetryInfo) beyond the caller's limit.
-  // Each one that began must end.
-  absl::Status Begin(const Caller& caller);
-  void End(const Caller& caller);
+  // RESOURCE_EXHAUSTED (TENANT_LIMIT; RetryInfo, where it would fit alone) beyond one of the
+  // caller's limits. Each one that began must end, with the same size.
+  absl::Status Begin(const Caller& caller, const RequestSize& size);
+  void End(const Caller& caller, const RequestSize& size);
 
  private:
+  struct Running {
+    int64_t requests = 0;
+    RequestSize size;  // of all
+  };
+
   absl::Mutex mu_;
-  std::map<std::string, int> n_running_ ABSL_GUARDED_BY(mu_);  // by tenant; none is 0
+  std::map<std::string, Running> running_ ABSL_GUARDED_BY(mu_);  // by tenant; none is empty
 };
 
 }  // namespace walsh::access

@@ -11,6 +11,7 @@
 #include "common/log.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "server/api/stored_bytes.h"
 #include "server/fleet/forwarding.h"
 #include "server/jobs/job_validation.h"
 #include "server/jobs/refusals.h"
@@ -179,6 +180,7 @@ absl::StatusOr<bool> CheckHere(Creation* creation) {
     return false;
   }
   if (!free.ok()) return free;
+  WALSH_RETURN_IF_ERROR(CheckStoredBytes(*creation->core, creation->caller));
   return true;
 }
 

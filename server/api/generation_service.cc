@@ -1,5 +1,6 @@
 #include "server/api/generation_service.h"
 
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <set>
@@ -8,6 +9,7 @@
 
 #include "common/generation_limits.h"
 #include "common/grpc_status.h"
+#include "common/limits.h"
 #include "common/log.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
@@ -39,6 +41,41 @@ absl::StatusOr<Destination> Route(const Core& core, const std::string& model) {
     return absl::OkStatus();
   }));
   return to;
+}
+
+template <typename Messages>
+int64_t TextBytes(const Messages& messages) {
+  int64_t n_bytes = 0;
+  for (const v1::ChatMessage& message : messages) {
+    n_bytes += static_cast<int64_t>(message.role().size() + message.content().size());
+  }
+  return n_bytes;
+}
+
+template <typename Ids>
+int64_t IdBytes(const Ids& ids) {
+  return int64_t{ids.size()} * int64_t{sizeof(int32_t)};
+}
+
+int64_t NewTokens(const v1::SamplingParams& sampling) {
+  return sampling.has_max_tokens() ? sampling.max_tokens() : limits::kNewTokensDefault;
+}
+
+access::RequestSize SizeOf(const v1::GenerateRequest& request) {
+  return {.prompt_bytes = request.has_token_ids() ? IdBytes(request.token_ids().ids())
+                                                  : static_cast<int64_t>(request.prompt().size()),
+          .new_tokens = NewTokens(request.sampling())};
+}
+access::RequestSize SizeOf(const v1::ChatRequest& request) {
+  return {.prompt_bytes = TextBytes(request.messages()),
+          .new_tokens = NewTokens(request.sampling())};
+}
+access::RequestSize SizeOf(const v1::TokenizeRequest& request) {
+  return {.prompt_bytes = request.has_messages() ? TextBytes(request.messages().messages())
+                                                 : static_cast<int64_t>(request.text().size())};
+}
+access::RequestSize SizeOf(const v1::DetokenizeRequest& request) {
+  return {.prompt_bytes = IdBytes(request.token_ids())};
 }
 
 // Those requests that carry an id for logs get the call's when they have none. The id that counts.
@@ -111,10 +148,11 @@ absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(
     const std::string& request_id, OnEnd* done) {
   WALSH_RETURN_IF_ERROR(ValidateRequest(request));
   WALSH_ASSIGN_OR_RETURN(const access::Caller caller, core->access->CallerOf(*context));
-  WALSH_RETURN_IF_ERROR(core->running_requests.Begin(caller));
+  const access::RequestSize size = SizeOf(request);
+  WALSH_RETURN_IF_ERROR(core->running_requests.Begin(caller, size));
   absl::StatusOr<Destination> destination = Route(*core, request.model());
   if (!destination.ok()) {
-    core->running_requests.End(caller);
+    core->running_requests.End(caller, size);
     return destination.status();
   }
   auto call = std::make_shared<Forwarded<Request>>(core, *std::move(destination), caller, request);
@@ -122,7 +160,7 @@ absl::StatusOr<std::shared_ptr<Forwarded<Request>>> Forward(
   call->request.set_model(call->to().model_id);
   *done = [=, asked = request.model(),
            start = core->clock->Monotonic()](const absl::Status& status) {
-    core->running_requests.End(caller);
+    core->running_requests.End(caller, size);
     call->End();
     const Destination& to = call->to();
     WALSH_LOG(Info, "call ended", {"method", method}, {"request_id", log_id}, {"model", asked},

@@ -9,6 +9,7 @@
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "server/api/create_job.h"
+#include "server/api/stored_bytes.h"
 #include "server/api/watch_stream.h"
 #include "server/jobs/job_query.h"
 #include "server/jobs/presets.h"
@@ -93,6 +94,7 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::DeleteQuantizationJob(
   return call.Run(core_->executor, [core = core_, caller, request]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(caller.status());
     WALSH_ASSIGN_OR_RETURN(const std::string id, ParseJobName("name", request->name()));
+    WALSH_RETURN_IF_ERROR(CheckCountsNoModel(*core, *caller, id));
     return core->queue->Delete(id, caller->tenant);
   });
 }

@@ -318,6 +318,14 @@ std::vector<v1::Model> ModelCatalog::List(const std::string& after, int n_max) c
   return models;
 }
 
+std::vector<v1::Model> ModelCatalog::Rows() const {
+  const absl::MutexLock lock(&mu_);
+  std::vector<v1::Model> rows;
+  rows.reserve(rows_.size());
+  for (const auto& [id, row] : rows_) rows.push_back(row);
+  return rows;
+}
+
 std::map<std::string, v1::Model::State> ModelCatalog::States() const {
   const std::map<std::string, std::vector<Replica>> replicas = registry_->AllReplicas();
   const absl::MutexLock lock(&mu_);

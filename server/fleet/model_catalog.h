@@ -84,6 +84,8 @@ class ModelCatalog {
   absl::StatusOr<v1::Model> Get(const std::string& id) const;
   // Models with an id above `after`, by id, at most `n_max`.
   std::vector<v1::Model> List(const std::string& after, int n_max) const;
+  // Every model as it is stored, without what workers say.
+  std::vector<v1::Model> Rows() const;
   // Every model with its state.
   std::map<std::string, v1::Model::State> States() const;
 

@@ -7,6 +7,8 @@
 #include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "common/publish.h"
@@ -17,6 +19,7 @@
 namespace walsh {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::StatusIs;
@@ -144,6 +147,84 @@ TEST_F(CoordinatorAccessTest, AnotherTenantsJobDoesNotExist) {
   ASSERT_OK_AND_ASSIGN(const auto own, (Send<v1::ListQuantizationJobsResponse>(
                                            mine.get(), &JobStub::ListQuantizationJobs, {})));
   EXPECT_EQ(own.total_size(), 1);
+}
+
+TEST_F(CoordinatorAccessTest, ATenantsModelsAreCountedUntilTheyAreGone) {
+  Stop();
+  WriteKeys({{kSubmitter, "submit"}, {"a-key-of-another-tenant", "submit", "u"}, {kAdmin, "admin"}},
+            R"({"t": {"stored_bytes": 2000}, "u": {"stored_bytes": 1}})");
+  Start();
+  const auto mine = v1::QuantizationService::NewStub(ChannelOf(kSubmitter));
+  const auto other = v1::QuantizationService::NewStub(ChannelOf("a-key-of-another-tenant"));
+  const auto create = [this](JobStub* stub, const std::string& id) {
+    return Send<v1::QuantizationJob>(stub, &JobStub::CreateQuantizationJob, NewJob(id)).status();
+  };
+  const auto worker = NewWorker("w");
+  for (const char* id : {"one", "two"}) {
+    ASSERT_OK(create(mine.get(), id));
+    ASSERT_OK(worker->Succeed(worker->MustAcquire()));
+  }
+  const absl::Status full = create(mine.get(), "three");
+  EXPECT_THAT(full,
+              StatusIs(absl::StatusCode::kResourceExhausted,
+                       AllOf(HasSubstr("2000 bytes of models stored"), HasSubstr("at most 2000"))));
+  EXPECT_EQ(ErrorReason(full), "TENANT_LIMIT");
+  EXPECT_OK(create(other.get(), "of-another"));
+  Stop();
+  Start();
+  EXPECT_THAT(create(mine.get(), "three"), HasCode(absl::StatusCode::kResourceExhausted));
+
+  // Who forgets the job has the model still.
+  v1::DeleteQuantizationJobRequest forget;
+  forget.set_name("quantizationJobs/one");
+  const auto forget_one = [&] {
+    return Send<google::protobuf::Empty>(mine.get(), &JobStub::DeleteQuantizationJob, forget)
+        .status();
+  };
+  EXPECT_THAT(forget_one(),
+              StatusIs(absl::StatusCode::kFailedPrecondition, HasSubstr("models/one-model")));
+  ASSERT_OK(worker->Register());
+  v1::DeleteModelRequest remove;
+  remove.set_name("models/one-model");
+  ASSERT_OK(Send<google::protobuf::Empty>(v1::ModelService::NewStub(ChannelOf(kAdmin)).get(),
+                                          &ModelStub::DeleteModel, remove));
+  EXPECT_OK(create(mine.get(), "three"));
+  EXPECT_OK(forget_one());
+}
+
+TEST_F(CoordinatorAccessTest, PromptsAndNewTokensOfATenantsRequestsAreSummed) {
+  Stop();
+  WriteKeys({{kServer, "serve"}},
+            R"({"t": {"running_prompt_bytes": 10, "running_new_tokens": 5}})");
+  Start();
+  const auto worker = NewWorkerWithModel("w", "m");
+  absl::Notification may_end;
+  absl::Notification has_begun;
+  worker->on_generate = [&](grpc::ServerContext*, const v1::GenerateRequest& request,
+                            v1::GenerateResponse*) {
+    if (request.prompt() != "first") return grpc::Status::OK;
+    has_begun.Notify();
+    may_end.WaitForNotification();
+    return grpc::Status::OK;
+  };
+  const auto stub = v1::GenerationService::NewStub(ChannelOf(kServer));
+  const auto generate = [&](const std::string& prompt, int max_tokens) {
+    v1::GenerateRequest request;
+    request.set_model("m");
+    request.set_prompt(prompt);
+    request.mutable_sampling()->set_max_tokens(max_tokens);
+    return Send<v1::GenerateResponse>(stub.get(), &GenerationStub::Generate, request).status();
+  };
+  std::thread first([&] { EXPECT_OK(generate("first", 3)); });
+  has_begun.WaitForNotification();
+  EXPECT_THAT(generate("123456", 1), StatusIs(absl::StatusCode::kResourceExhausted,
+                                              HasSubstr("5 bytes of prompts running and asks")));
+  EXPECT_THAT(generate("12345", 3), StatusIs(absl::StatusCode::kResourceExhausted,
+                                             HasSubstr("3 new tokens running and asks for 3")));
+  EXPECT_OK(generate("12345", 2));
+  may_end.Notify();
+  first.join();
+  EXPECT_OK(generate("1234567890", 5));
 }
 
 TEST_F(CoordinatorAccessTest, AServiceDoesNotStartWithABadFile) {

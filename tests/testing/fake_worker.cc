@@ -224,6 +224,7 @@ absl::Status FakeWorker::Succeed(const Lease& lease) {
   request.mutable_model()->set_name(model);
   request.mutable_model()->set_bits(lease.job().config().bits());
   request.mutable_model()->set_state(v1::Model::UNLOADED);
+  request.mutable_model()->set_size_bytes(kModelBytes);
   absl::Status status =
       Send<google::protobuf::Empty>(stub_.get(), &WorkerStub::CompleteJob, request).status();
   if (status.ok()) SetModel(model, v1::Model::UNLOADED);

@@ -26,6 +26,7 @@ class FakeWorker {
  public:
   using Lease = walsh::internal::v1::Lease;
   using Stage = v1::QuantizationJob::Stage;
+  static constexpr int64_t kModelBytes = 1000;  // of what its jobs make
   using StreamWriter = grpc::ServerWriter<v1::GenerateStreamResponse>;
 
   // Serves on a free port; `coordinator` is the address of the internal port. Not yet registered.

@@ -89,6 +89,12 @@ TEST(ApiKeysTest, TenantsHaveTheLimitsThatTheFileGives) {
   EXPECT_EQ(keys.LimitsOf("acme").live_jobs, std::nullopt);
   EXPECT_EQ(keys.LimitsOf("other"), TenantLimits());
   EXPECT_OK(ApiKeys::Parse(with(R"({"acme": {"running_requests": 100000, "live_jobs": 0}})")));
+  ASSERT_OK_AND_ASSIGN(const ApiKeys sizes,
+                       ApiKeys::Parse(with(R"({"acme": {"running_prompt_bytes": 104857600000,
+      "running_new_tokens": 3276800000, "stored_bytes": 9223372036854775807}})")));
+  EXPECT_EQ(sizes.LimitsOf("acme"), (TenantLimits{.running_prompt_bytes = 104857600000,
+                                                  .running_new_tokens = 3276800000,
+                                                  .stored_bytes = 9223372036854775807}));
   const struct {
     const char* tenants;
     const char* why;
@@ -100,6 +106,10 @@ TEST(ApiKeysTest, TenantsHaveTheLimitsThatTheFileGives) {
       {R"({"acme": {"running_requests": 100001}})", "running_requests: must be a whole number"},
       {R"({"acme": {"running_requests": -1}})", "running_requests: must be a whole number"},
       {R"({"acme": {"live_jobs": 10001}})", "live_jobs: must be a whole number from 0 to 10000"},
+      {R"({"acme": {"running_prompt_bytes": 104857600001}})", "from 0 to 104857600000"},
+      {R"({"acme": {"running_new_tokens": 3276800001}})", "from 0 to 3276800000"},
+      {R"({"acme": {"stored_bytes": 9223372036854775808}})", "stored_bytes: must be a whole"},
+      {R"({"acme": {"stored_bytes": "1 GB"}})", "stored_bytes: must be a whole number"},
       {R"({"acme": {"live_jobs": 1.5}})", "live_jobs: must be a whole number"},
       {R"({"acme": {"live_jobs": 9223372036854775807}})", "live_jobs: must be a whole number"},
   };
