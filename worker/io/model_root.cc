@@ -1,12 +1,19 @@
 #include "worker/io/model_root.h"
 
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
-#include <optional>
 #include <system_error>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "common/limits.h"
 #include "common/status_macros.h"
@@ -17,14 +24,18 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// realpath(3): every link followed, no "." or "..". nullopt when a component is missing.
-std::optional<std::string> Canonical(const std::string& path) {
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  const std::unique_ptr<char, Free> resolved(realpath(path.c_str(), nullptr));
-  if (resolved == nullptr) return std::nullopt;
-  return std::string(resolved.get());
+// EAGAIN: something on the way was renamed meanwhile.
+constexpr int kOpenAttempts = 100;
+
+// "scheme://" and "file:". It would be read as a path all the same; who sends one should be told.
+bool IsUrl(std::string_view reference) {
+  const std::string_view scheme = reference.substr(0, reference.find(':'));
+  if (scheme.size() == reference.size() || scheme.empty()) return false;
+  const bool is_scheme = std::all_of(scheme.begin(), scheme.end(), [](char c) {
+    return absl::ascii_isalnum(static_cast<unsigned char>(c)) || c == '+' || c == '-' || c == '.';
+  });
+  return is_scheme && (reference.substr(scheme.size()).starts_with("://") ||
+                       absl::EqualsIgnoreCase(std::string(scheme), "file"));
 }
 
 absl::Status CheckSpelling(std::string_view reference) {
@@ -38,6 +49,10 @@ absl::Status CheckSpelling(std::string_view reference) {
   });
   if (has_control || !IsValidUtf8(reference)) {
     return absl::InvalidArgumentError("the path has control characters or is not UTF-8");
+  }
+  if (IsUrl(reference)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", std::string(reference), "' is a URL; a worker reads its own files only"));
   }
   return absl::OkStatus();
 }
@@ -61,12 +76,12 @@ absl::StatusOr<ModelRoots> ModelRoots::Create(const std::vector<std::string>& ro
                                               const std::vector<std::string>& excluded) {
   std::vector<std::string> canonical;
   for (const std::string& root : roots) {
-    const std::optional<std::string> path = Canonical(root);
+    const Found found = Canonical(root);
     std::error_code error;
-    if (!path.has_value() || !fs::is_directory(*path, error)) {
+    if (found.error != 0 || !fs::is_directory(found.path, error)) {
       return absl::NotFoundError(absl::StrCat("model root '", root, "' is no directory"));
     }
-    canonical.push_back(*path);
+    canonical.push_back(found.path);
   }
   std::vector<std::string> canonical_excluded;
   for (const std::string& folder : excluded) {
@@ -90,15 +105,70 @@ bool ModelRoots::IsBeneathRoot(const std::string& canonical) const {
   });
 }
 
+ModelRoots::Found ModelRoots::Open(int directory, const std::string& path, uint64_t resolve) {
+  // O_PATH opens no device and waits for no FIFO.
+  open_how how = {.flags = O_PATH | O_CLOEXEC, .mode = 0, .resolve = resolve};
+  int fd = -1;
+  for (int i = 0; i < kOpenAttempts && fd < 0; ++i) {
+    fd = static_cast<int>(syscall(SYS_openat2, directory, path.c_str(), &how, sizeof how));
+    if (fd < 0 && errno != EAGAIN && errno != EINTR) break;
+  }
+  // EPERM is what sandboxes that do not know the call say of it.
+  if (fd < 0) return {.error = errno == EPERM ? ENOSYS : errno};
+  std::error_code error;
+  const fs::path name = fs::read_symlink(absl::StrCat("/proc/self/fd/", fd), error);
+  close(fd);
+  if (error) return {.error = ENOSYS};
+  return {.path = name.string()};
+}
+
+ModelRoots::Found ModelRoots::Canonical(const std::string& path) {
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  const std::unique_ptr<char, Free> resolved(realpath(path.c_str(), nullptr));
+  if (resolved == nullptr) return {.error = errno};
+  return {.path = resolved.get()};
+}
+
+ModelRoots::Found ModelRoots::OpenBeneathRoot(const std::string& path, uint64_t resolve) const {
+  const auto root = std::find_if(roots_.begin(), roots_.end(),
+                                 [&](const std::string& known) { return IsIn(known, path); });
+  if (root == roots_.end()) return {.error = EXDEV};
+  const int directory = open(root->c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC);
+  if (directory < 0) return {.error = errno};
+  const size_t first = path.find_first_not_of('/', *root == "/" ? 0 : root->size());
+  Found found = Open(directory, first == std::string::npos ? "." : path.substr(first),
+                     resolve | RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS);
+  close(directory);
+  return found;
+}
+
+absl::StatusOr<std::string> ModelRoots::Find(const std::string& path) const {
+  Found found = OpenBeneathRoot(path, /*resolve=*/0);
+  if (found.error == EXDEV) {
+    // Perhaps into a root by another name, or from one root to another.
+    found = Open(AT_FDCWD, path, RESOLVE_NO_MAGICLINKS);
+    if (found.error == 0) found = OpenBeneathRoot(found.path, RESOLVE_NO_SYMLINKS);
+  }
+  if (found.error == ENOSYS) found = Canonical(path);
+  if (found.error == 0 && IsBeneathRoot(found.path)) return std::move(found.path);
+  const bool leads_out = found.error == 0 || found.error == EXDEV || found.error == ELOOP;
+  // Outside, "missing" would tell what exists there and what does not.
+  if (leads_out || !IsBeneathRoot(fs::path(path).lexically_normal().string())) {
+    return absl::InvalidArgumentError("");
+  }
+  return absl::NotFoundError("");
+}
+
 absl::Status ModelRoots::CheckEntries(std::string_view reference,
                                       const std::string& directory) const {
   std::error_code error;
   for (fs::directory_iterator it(directory, error), end; !error && it != end; it.increment(error)) {
     std::error_code ignored;
     if (!fs::is_symlink(it->symlink_status(ignored))) continue;
-    const std::optional<std::string> target = Canonical(it->path().string());
     // A dangling link can be opened by nobody; whoever needs the file reports it missing.
-    if (target.has_value() && !IsBeneathRoot(*target)) {
+    if (absl::IsInvalidArgument(Find(it->path().string()).status())) {
       return Outside(absl::StrCat(std::string(reference), "/", it->path().filename().string()));
     }
   }
@@ -119,14 +189,9 @@ absl::StatusOr<std::string> ModelRoots::Resolve(std::string_view reference) cons
   }
   bool is_outside = false;
   for (const std::string& candidate : candidates) {
-    const std::optional<std::string> path = Canonical(candidate);
-    if (!path.has_value()) {
-      // Outside, "missing" would tell what exists there and what does not.
-      is_outside |= !IsBeneathRoot(fs::path(candidate).lexically_normal().string());
-      continue;
-    }
-    if (!IsBeneathRoot(*path)) {
-      is_outside = true;
+    const absl::StatusOr<std::string> path = Find(candidate);
+    if (!path.ok()) {
+      is_outside |= absl::IsInvalidArgument(path.status());
       continue;
     }
     std::error_code error;

@@ -2,9 +2,17 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 
+#include <cerrno>
+#include <cstddef>
 #include <filesystem>
+#include <iterator>
 #include <string>
+#include <thread>
 
 #include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/status_matchers.h"
@@ -77,6 +85,69 @@ TEST_F(ModelRootsTest, FollowsLinksAndChecksWhereTheyLead) {
             fs::canonical(dir_ / "second").string() + "/other");
 }
 
+// As the Hugging Face cache is: snapshots of links to files beside them.
+TEST_F(ModelRootsTest, FollowsRelativeLinksThatStay) {
+  const ModelRoots roots = Roots();
+  fs::create_directories(dir_ / "root/models--a/blobs");
+  fs::create_directories(dir_ / "root/models--a/snapshots/1");
+  WriteFile(dir_ / "root/models--a/blobs/2", "{}");
+  fs::create_symlink("../../blobs/2", dir_ / "root/models--a/snapshots/1/config.json");
+  fs::create_symlink("snapshots/1", dir_ / "root/models--a/main");
+  const std::string snapshot = fs::canonical(dir_ / "root/models--a/snapshots/1");
+  EXPECT_EQ(roots.Resolve("models--a/snapshots/1").value_or("?"), snapshot);
+  EXPECT_EQ(roots.Resolve("models--a/main").value_or("?"), snapshot);
+  EXPECT_EQ(roots.Resolve("models--a/main/config.json").value_or("?"),
+            fs::canonical(dir_ / "root/models--a/blobs/2"));
+}
+
+TEST_F(ModelRootsTest, RefusesRelativeLinksThatLeave) {
+  const ModelRoots roots = Roots();
+  fs::create_symlink("../outside/secret", dir_ / "root/escape");
+  fs::create_symlink("../../outside/secret/key", dir_ / "root/model/key");
+  fs::create_symlink("itself", dir_ / "root/itself");
+  for (const char* path : {"escape", "escape/key", "model", "model/key", "itself"}) {
+    EXPECT_THAT(roots.Resolve(path), StatusIs(kInvalid, HasSubstr("lies outside"))) << path;
+  }
+}
+
+// Of /proc, links that no path has: to open files, and to the roots of processes.
+TEST_F(ModelRootsTest, RefusesWhatPassesThroughMagicLinks) {
+  const std::string root = fs::canonical(dir_ / "root");
+  for (const ModelRoots& roots : {Roots(), *ModelRoots::Create({"/"})}) {
+    for (const char* prefix : {"/proc/self/root", "/proc/thread-self/root"}) {
+      EXPECT_THAT(roots.Resolve(prefix + root + "/model"), HasCode(kInvalid)) << prefix;
+    }
+    EXPECT_THAT(roots.Resolve("/proc/self/cwd"), HasCode(kInvalid));
+  }
+}
+
+// Lets openat2 fail as an old kernel does, for what else the calling thread does.
+void ForgetOpenat2() {
+  sock_filter code[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_openat2, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog program = {.len = std::size(code), .filter = code};
+  ASSERT_EQ(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+  ASSERT_EQ(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
+}
+
+TEST_F(ModelRootsTest, OldKernelsResolveTheSame) {
+  const ModelRoots roots = Roots();
+  fs::create_symlink("../text.txt", dir_ / "root/model/stays");
+  fs::create_symlink(dir_ / "outside/secret", dir_ / "root/escape");
+  std::thread([&] {
+    ForgetOpenat2();
+    EXPECT_EQ(roots.Resolve("model/stays").value_or("?"), fs::canonical(dir_ / "root/text.txt"));
+    EXPECT_OK(roots.Resolve("model"));
+    EXPECT_THAT(roots.Resolve("escape/key"), HasCode(kInvalid));
+    EXPECT_THAT(roots.Resolve("../outside/secret"), HasCode(kInvalid));
+    EXPECT_THAT(roots.Resolve("absent"), HasCode(absl::StatusCode::kNotFound));
+  }).join();
+}
+
 TEST_F(ModelRootsTest, RefusesADirectoryWhoseEntriesLeadOut) {
   const ModelRoots roots = Roots();
   fs::create_symlink(dir_ / "outside/secret/key", dir_ / "root/model/model.safetensors");
@@ -119,8 +190,16 @@ TEST_F(ModelRootsTest, RefusesOddSpellings) {
   EXPECT_THAT(roots.Resolve("model\n"), HasCode(kInvalid));
   EXPECT_THAT(roots.Resolve("\xc0\xae\xc0\xae/outside"), HasCode(kInvalid));
   EXPECT_THAT(roots.Resolve(std::string(5000, 'a')), StatusIs(kInvalid, HasSubstr("at most 4096")));
+  for (const char* url :
+       {"http://a/b", "HTTPS://a", "s3://a", "file:///etc/passwd", "file:model"}) {
+    EXPECT_THAT(roots.Resolve(url), StatusIs(kInvalid, HasSubstr("is a URL"))) << url;
+  }
+  EXPECT_THAT(roots.Resolve("a:b"), HasCode(absl::StatusCode::kNotFound)) << "a name like others";
   EXPECT_THAT(roots.Resolve("%2e%2e/outside"), HasCode(absl::StatusCode::kNotFound));
   EXPECT_THAT(roots.Resolve("MODEL"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(roots.Resolve("model."), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(roots.Resolve("model/..."), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(roots.Resolve(std::string(300, 'a')), HasCode(absl::StatusCode::kNotFound));
 }
 
 TEST_F(ModelRootsTest, NeedsDirectories) {
