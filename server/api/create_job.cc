@@ -186,19 +186,19 @@ absl::StatusOr<bool> CheckHere(Creation* creation) {
 
 }  // namespace
 
-void CreateJob(Core* core, const Call& call, const access::Caller& caller,
+void CreateJob(Core* core, const Call& call, const access::Caller& caller, absl::Duration ask_max,
                const v1::CreateQuantizationJobRequest* request, v1::QuantizationJob* response) {
-  const auto creation = std::make_shared<Creation>(
-      Creation{.core = core,
-               .call = call,
-               .caller = caller,
-               .request = request,
-               .response = response,
-               .job = {},
-               .key = {},
-               .workers = {},
-               .ask_until = core->clock->Monotonic() + core->validation_max,
-               .refusals = {}});
+  const auto creation =
+      std::make_shared<Creation>(Creation{.core = core,
+                                          .call = call,
+                                          .caller = caller,
+                                          .request = request,
+                                          .response = response,
+                                          .job = {},
+                                          .key = {},
+                                          .workers = {},
+                                          .ask_until = core->clock->Monotonic() + ask_max,
+                                          .refusals = {}});
   const absl::StatusOr<bool> must_go_on = CheckHere(creation.get());
   if (!must_go_on.ok() || !*must_go_on) return call.Finish(must_go_on.status());
   creation->workers = core->registry->Online();

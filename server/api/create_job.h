@@ -9,10 +9,10 @@
 namespace walsh::api {
 
 // On the executor. Finishes the call, now or when the worker has answered; `request` and `response`
-// live until then. Without a connected worker a job is queued unchecked, and validate_only is
-// UNAVAILABLE; so it is when the worker is lost or too busy to answer in time. A job that every
-// worker refuses is refused with what each said.
-void CreateJob(Core* core, const Call& call, const access::Caller& caller,
+// live until then. Workers are asked for `ask_max` in all. Without a connected worker a job is
+// queued unchecked, and validate_only is UNAVAILABLE; so it is when the worker is lost or too busy
+// to answer in time. A job that every worker refuses is refused with what each said.
+void CreateJob(Core* core, const Call& call, const access::Caller& caller, absl::Duration ask_max,
                const v1::CreateQuantizationJobRequest* request, v1::QuantizationJob* response);
 
 }  // namespace walsh::api

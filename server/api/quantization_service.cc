@@ -11,6 +11,7 @@
 #include "server/api/create_job.h"
 #include "server/api/stored_bytes.h"
 #include "server/api/watch_stream.h"
+#include "server/fleet/forwarding.h"
 #include "server/jobs/job_query.h"
 #include "server/jobs/presets.h"
 
@@ -22,8 +23,11 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
   const Call call(context, "CreateQuantizationJob");
   const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   if (!caller.ok()) return call.FinishNow(caller.status());
-  return call.RunAsync(core_->executor, [core = core_, call, caller, request, response] {
-    CreateJob(core, call, *caller, request, response);
+  // So that a client with less time than the workers may take gets its job all the same.
+  const absl::Duration ask_max =
+      fleet::WorkerTimeout(context->deadline(), core_->validation_max, core_->validation_max);
+  return call.RunAsync(core_->executor, [core = core_, call, caller, ask_max, request, response] {
+    CreateJob(core, call, *caller, ask_max, request, response);
   });
 }
 

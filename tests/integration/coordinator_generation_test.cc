@@ -1,8 +1,10 @@
 // Generation and models over the wire: a real coordinator between a client and scripted workers.
 
 #include <atomic>
+#include <map>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "grpc/health/v1/health.grpc.pb.h"
@@ -344,6 +346,81 @@ TEST_F(CoordinatorGenerationTest, WorkerGetsTheDeadlineLessFivePercent) {
   v1::GenerateResponse response;
   ASSERT_TRUE(generation_->Generate(&without_deadline, Prompt("m"), &response).ok());
   EXPECT_NEAR(seconds, 600, 2);
+}
+
+// What a worker may take of a client that named no deadline, or one beyond reason.
+TEST_F(CoordinatorGenerationTest, EveryCallToAWorkerHasADeadline) {
+  const auto worker = NewWorker("w1");
+  std::map<std::string, double> seconds;  // by method, of the last call
+  worker->on_call = [&](const std::string& method, grpc::ServerContext* context) {
+    seconds[method] = absl::ToDoubleSeconds(absl::FromChrono(context->deadline()) - absl::Now());
+  };
+  worker->on_generate = [](auto*, const auto&, auto*) { return grpc::Status::OK; };
+  const auto call = [](auto* stub, auto method, const auto& request, auto response,
+                       absl::Duration timeout) {
+    grpc::ClientContext context;
+    if (timeout != absl::InfiniteDuration()) {
+      context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+    }
+    EXPECT_OK(FromGrpcStatus((stub->*method)(&context, request, &response)));
+  };
+  const auto call_all = [&](const std::string& id, absl::Duration timeout) {
+    worker->SetModel("models/" + id, Model::READY);
+    EXPECT_OK(worker->Register());
+    v1::TokenizeRequest tokenize;
+    tokenize.set_model(id);
+    tokenize.set_text("a");
+    v1::DetokenizeRequest detokenize;
+    detokenize.set_model(id);
+    v1::LoadModelRequest load;
+    load.set_name(id);
+    v1::UnloadModelRequest unload;
+    unload.set_name(id);
+    v1::DeleteModelRequest remove;
+    remove.set_name(id);
+    call(generation_.get(), &GenerationStub::Generate, Prompt(id), v1::GenerateResponse(), timeout);
+    call(generation_.get(), &GenerationStub::Tokenize, tokenize, v1::TokenizeResponse(), timeout);
+    call(generation_.get(), &GenerationStub::Detokenize, detokenize, v1::DetokenizeResponse(),
+         timeout);
+    call(models_.get(), &ModelStub::UnloadModel, unload, Model(), timeout);
+    call(models_.get(), &ModelStub::LoadModel, load, Model(), timeout);
+    call(models_.get(), &ModelStub::UnloadModel, unload, Model(), timeout);
+    call(models_.get(), &ModelStub::DeleteModel, remove, google::protobuf::Empty(), timeout);
+    call(jobs_.get(), &JobStub::CreateQuantizationJob, NewJob(id), v1::QuantizationJob(), timeout);
+  };
+  const auto expect = [&](double generation, double tokens, double moves, double validation) {
+    const std::pair<const char*, double> expected[] = {
+        {"Generate", generation},   {"Tokenize", tokens},   {"Detokenize", tokens},
+        {"LoadModel", moves},       {"UnloadModel", moves}, {"DeleteModel", moves},
+        {"ValidateJob", validation}};
+    for (const auto& [method, value] : expected) {
+      EXPECT_LE(seconds[method], 1.01 * value) << method << "; gRPC sends three digits";
+      EXPECT_GE(seconds[method], 0.9 * value - 2) << method;
+    }
+  };
+  call_all("a", absl::InfiniteDuration());
+  expect(600, 10, 600, 10);
+  call_all("b", absl::Hours(100));
+  expect(3420, 3420, 3420, 10);
+  call_all("c", absl::Seconds(8));
+  expect(7.6, 7.6, 7.6, 7.6);
+}
+
+TEST_F(CoordinatorGenerationTest, AWorkerThatNeverAnswersIsLeftAtTheDeadline) {
+  const auto worker = NewWorkerWithModel("w1", "m");
+  std::atomic<int> n_cancelled = 0;
+  worker->on_call = [&](const std::string&, grpc::ServerContext* context) {
+    n_cancelled += WaitUntil([&] { return context->IsCancelled(); }) ? 1 : 0;
+  };
+  v1::TokenizeRequest request;
+  request.set_model("m");
+  request.set_text("a");
+  const absl::Time start = absl::Now();
+  EXPECT_THAT(Send<v1::TokenizeResponse>(generation_.get(), &GenerationStub::Tokenize, request,
+                                         absl::Seconds(1)),
+              HasCode(absl::StatusCode::kDeadlineExceeded));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+  EXPECT_TRUE(WaitUntil([&] { return n_cancelled == 1; }));
 }
 
 TEST_F(CoordinatorGenerationTest, PassedDeadlineStopsTheWorker) {

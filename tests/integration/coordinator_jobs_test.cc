@@ -460,6 +460,19 @@ TEST_F(ShortValidationTest, WorkersThatHangAreNotWaitedForOneAfterTheOther) {
   is_over.Notify();
 }
 
+TEST_F(CoordinatorJobsTest, AWorkerThatHangsHasLessTimeThanTheClient) {
+  const auto worker = NewWorker("w");
+  std::atomic<bool> is_cancelled = false;
+  worker->on_call = [&](const std::string&, grpc::ServerContext* context) {
+    is_cancelled = WaitUntil([&] { return context->IsCancelled(); });
+  };
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job,
+                       Send<QuantizationJob>(jobs_.get(), &JobStub::CreateQuantizationJob,
+                                             NewJob("a"), absl::Seconds(3)));
+  EXPECT_EQ(job.state(), QuantizationJob::QUEUED);
+  EXPECT_TRUE(WaitUntil([&] { return is_cancelled.load(); }));
+}
+
 TEST_F(CoordinatorJobsTest, BadFieldsAndTakenNames) {
   v1::CreateQuantizationJobRequest request = NewJob("a");
   request.mutable_quantization_job()->mutable_config()->set_bits(5);

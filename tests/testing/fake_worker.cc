@@ -41,28 +41,35 @@ class FakeWorker::Host : public internal_v1::ModelHostService::Service {
  public:
   explicit Host(FakeWorker* worker) : worker_(worker) {}
 
-  grpc::Status ValidateJob(grpc::ServerContext*, const internal_v1::ValidateJobRequest* request,
+  grpc::Status ValidateJob(grpc::ServerContext* context,
+                           const internal_v1::ValidateJobRequest* request,
                            internal_v1::ValidateJobResponse* response) override {
+    worker_->Tell("ValidateJob", context);
     return worker_->on_validate ? worker_->on_validate(*request, response) : grpc::Status::OK;
   }
   grpc::Status LoadModel(grpc::ServerContext* context, const internal_v1::HostModelRequest* request,
                          v1::Model* response) override {
+    worker_->Tell("LoadModel", context);
     if (worker_->on_load) {
       const grpc::Status status = worker_->on_load(context, request->model());
       if (!status.ok()) return status;
     }
     return Change(request->model(), v1::Model::READY, response);
   }
-  grpc::Status UnloadModel(grpc::ServerContext*, const internal_v1::HostModelRequest* request,
+  grpc::Status UnloadModel(grpc::ServerContext* context,
+                           const internal_v1::HostModelRequest* request,
                            v1::Model* response) override {
+    worker_->Tell("UnloadModel", context);
     if (worker_->on_unload) {
       const grpc::Status status = worker_->on_unload(request->model());
       if (!status.ok()) return status;
     }
     return Change(request->model(), v1::Model::UNLOADED, response);
   }
-  grpc::Status DeleteModel(grpc::ServerContext*, const internal_v1::HostModelRequest* request,
+  grpc::Status DeleteModel(grpc::ServerContext* context,
+                           const internal_v1::HostModelRequest* request,
                            google::protobuf::Empty*) override {
+    worker_->Tell("DeleteModel", context);
     const absl::MutexLock lock(&worker_->mu_);
     const auto erased = std::erase_if(
         worker_->models_, [&](const v1::Model& m) { return m.name() == request->model(); });
@@ -87,6 +94,7 @@ class FakeWorker::Generation : public v1::GenerationService::Service {
 
   grpc::Status Generate(grpc::ServerContext* context, const v1::GenerateRequest* request,
                         v1::GenerateResponse* response) override {
+    worker_->Tell("Generate", context);
     if (!worker_->on_generate) return {grpc::StatusCode::UNIMPLEMENTED, "not scripted"};
     return worker_->on_generate(context, *request, response);
   }
@@ -95,13 +103,15 @@ class FakeWorker::Generation : public v1::GenerationService::Service {
     if (!worker_->on_stream) return {grpc::StatusCode::UNIMPLEMENTED, "not scripted"};
     return worker_->on_stream(context, *request, writer);
   }
-  grpc::Status Tokenize(grpc::ServerContext*, const v1::TokenizeRequest* request,
+  grpc::Status Tokenize(grpc::ServerContext* context, const v1::TokenizeRequest* request,
                         v1::TokenizeResponse* response) override {
+    worker_->Tell("Tokenize", context);
     for (const char c : request->text()) response->add_token_ids(c);
     return grpc::Status::OK;
   }
-  grpc::Status Detokenize(grpc::ServerContext*, const v1::DetokenizeRequest* request,
+  grpc::Status Detokenize(grpc::ServerContext* context, const v1::DetokenizeRequest* request,
                           v1::DetokenizeResponse* response) override {
+    worker_->Tell("Detokenize", context);
     std::string text;
     for (const int id : request->token_ids()) text.push_back(static_cast<char>(id));
     response->set_text(text);
@@ -284,6 +294,10 @@ std::optional<v1::Model::State> FakeWorker::ModelState(const std::string& name) 
     if (model.name() == name) return model.state();
   }
   return std::nullopt;
+}
+
+void FakeWorker::Tell(const char* method, grpc::ServerContext* context) const {
+  if (on_call) on_call(method, context);
 }
 
 void FakeWorker::set_load(int running, int waiting) {

@@ -35,6 +35,8 @@ class FakeWorker {
 
   // -- What it hosts; set before they are called. By default: validation succeeds, loading and
   // unloading change the state, generation is UNIMPLEMENTED.
+  // Before the others, for every unary call.
+  std::function<void(const std::string& method, grpc::ServerContext*)> on_call;
   std::function<grpc::Status(const walsh::internal::v1::ValidateJobRequest&,
                              walsh::internal::v1::ValidateJobResponse*)>
       on_validate;
@@ -81,6 +83,7 @@ class FakeWorker {
   class Generation;
 
   walsh::internal::v1::HeartbeatRequest HeartbeatRequest() const;
+  void Tell(const char* method, grpc::ServerContext* context) const;
 
   const std::string id_;
   const std::unique_ptr<walsh::internal::v1::WorkerService::Stub> stub_;
