@@ -1,37 +1,23 @@
 #include "common/evaluation_limits.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <string_view>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "common/field_checks.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
-#include "common/utf8.h"
 
 namespace walsh {
 namespace {
 
-absl::Status CheckText(std::string_view field, std::string_view text, int64_t bytes_max) {
-  if (static_cast<int64_t>(text.size()) > bytes_max) {
-    return InvalidField(
-        field, absl::StrCat("has ", text.size(), " bytes, at most ", bytes_max, " are taken"));
-  }
-  const auto is_control = [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; };
-  if (!IsValidUtf8(text)) return InvalidField(field, "is not valid UTF-8");
-  if (std::any_of(text.begin(), text.end(), is_control)) {
-    return InvalidField(field, "has a control character");
-  }
-  return absl::OkStatus();
-}
-
 absl::Status CheckPath(const std::string& field, std::string_view path) {
   if (path.empty()) return InvalidField(field, "is missing");
-  return CheckText(field, path, limits::kPathBytesMax);
+  return CheckLine(field, path, limits::kPathBytesMax);
 }
 
 // 0 is a default.
@@ -80,7 +66,7 @@ absl::Status Validate(const v1::TextEvaluation& text) {
 
 absl::Status ValidateEvaluation(const v1::EvaluateModelRequest& request) {
   WALSH_RETURN_IF_ERROR(ParseModelName("model", request.model()).status());
-  WALSH_RETURN_IF_ERROR(CheckText("request_id", request.request_id(), limits::kRequestIdBytesMax));
+  WALSH_RETURN_IF_ERROR(CheckLine("request_id", request.request_id(), limits::kRequestIdBytesMax));
   if (!request.has_text() && request.tasks().empty()) {
     return InvalidField("text", "is missing, and so are tasks: there is nothing to evaluate");
   }

@@ -3,21 +3,19 @@
 #include <google/protobuf/io/coded_stream.h>
 #include <google/protobuf/io/zero_copy_stream_impl_lite.h>
 
-#include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
 #include "common/evaluation_limits.h"
+#include "common/field_checks.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
-#include "common/name_pattern.h"
+#include "common/quantization_limits.h"
 #include "common/resource_name.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
-#include "common/utf8.h"
 #include "server/jobs/presets.h"
 
 namespace walsh::jobs {
@@ -37,20 +35,6 @@ constexpr int kSamplesDefault = 128;
 constexpr int kSequenceLengthDefault = 2048;
 constexpr int kEvaluationWindowsDefault = 20;
 
-bool IsControl(char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }
-
-absl::Status CheckText(std::string_view field, std::string_view text, int bytes_max) {
-  if (static_cast<int64_t>(text.size()) > bytes_max) {
-    return InvalidField(
-        field, absl::StrCat("has ", text.size(), " bytes, at most ", bytes_max, " are taken"));
-  }
-  if (!IsValidUtf8(text)) return InvalidField(field, "is not valid UTF-8");
-  if (std::any_of(text.begin(), text.end(), IsControl)) {
-    return InvalidField(field, "has a control character");
-  }
-  return absl::OkStatus();
-}
-
 // 0 means the default and is replaced by it.
 absl::Status ResolveInt(std::string_view field, int value, int min, int max, int default_value,
                         void (*set)(QuantizationConfig*, int), QuantizationConfig* config) {
@@ -62,92 +46,12 @@ absl::Status ResolveInt(std::string_view field, int value, int min, int max, int
   return absl::OkStatus();
 }
 
-absl::Status CheckOneOf(std::string_view field, int value, std::initializer_list<int> allowed,
-                        std::string_view rule) {
-  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return absl::OkStatus();
-  return InvalidField(field, absl::StrCat("must be ", std::string(rule), ", is ", value));
-}
-
-absl::Status CheckBlock(std::string_view field, Rotation::Kind kind, int block) {
-  if (block == 0) return absl::OkStatus();
-  if (kind != Rotation::GSR && kind != Rotation::LOCAL_HADAMARD) {
-    return InvalidField(
-        field, absl::StrCat("is ", block, ", but only GSR and LOCAL_HADAMARD have blocks"));
-  }
-  if (block < limits::kRotationBlockMin || block > limits::kRotationBlockMax ||
-      !std::has_single_bit(static_cast<unsigned>(block))) {
-    return InvalidField(
-        field, absl::StrCat("must be 0 (auto) or a power of two from ", limits::kRotationBlockMin,
-                            " to ", limits::kRotationBlockMax, ", is ", block));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status ResolveRotation(Rotation* rotation) {
-  if (!Rotation::Kind_IsValid(rotation->kind())) {
-    return InvalidField("config.rotation.kind", absl::StrCat(static_cast<int>(rotation->kind()),
-                                                             " is not a kind of rotation"));
-  }
-  if (!Rotation::Signs_IsValid(rotation->signs())) {
-    return InvalidField("config.rotation.signs", absl::StrCat(static_cast<int>(rotation->signs()),
-                                                              " is not a kind of signs"));
-  }
+  WALSH_RETURN_IF_ERROR(ValidateRotation(*rotation));
   if (rotation->kind() == Rotation::KIND_UNSPECIFIED) rotation->set_kind(Rotation::GSR);
   if (rotation->signs() == Rotation::SIGNS_UNSPECIFIED) rotation->set_signs(Rotation::NO_SIGNS);
-  if (!Rotation::Kind_IsValid(rotation->online_kind())) {
-    return InvalidField(
-        "config.rotation.online_kind",
-        absl::StrCat(static_cast<int>(rotation->online_kind()), " is not a kind of rotation"));
-  }
   if (rotation->online_kind() == Rotation::KIND_UNSPECIFIED) {
     rotation->set_online_kind(Rotation::NONE);
-  }
-  WALSH_RETURN_IF_ERROR(
-      CheckBlock("config.rotation.block_size", rotation->kind(), rotation->block_size()));
-  return CheckBlock("config.rotation.online_block_size", rotation->online_kind(),
-                    rotation->online_block_size());
-}
-
-// Of a quantizer at run time.
-absl::Status CheckGrid(std::string_view message, int bits, std::initializer_list<int> allowed,
-                       std::string_view rule, int group_size, double clip_ratio) {
-  const auto field = [&](std::string_view name) {
-    return absl::StrCat("config.", std::string(message), ".", std::string(name));
-  };
-  WALSH_RETURN_IF_ERROR(CheckOneOf(field("bits"), bits, allowed, rule));
-  WALSH_RETURN_IF_ERROR(CheckOneOf(field("group_size"), group_size, {0, 32, 64, 128},
-                                   "0 (a token's values, or a head's), 32, 64 or 128"));
-  if (clip_ratio != 0 && !(clip_ratio >= limits::kClipRatioMin && clip_ratio <= 1)) {
-    return InvalidField(field("clip_ratio"),
-                        absl::StrCat("must be 0 (chosen by the bits) or from ",
-                                     limits::kClipRatioMin, " to 1, is ", clip_ratio));
-  }
-  const bool is_on = bits != 0 && bits != 16;
-  if (!is_on && (group_size != 0 || clip_ratio != 0)) {
-    return InvalidField(field("bits"),
-                        absl::StrCat("is ", bits, " (none), but ",
-                                     group_size != 0 ? "group_size" : "clip_ratio", " is set"));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckRunTimeQuantizers(const QuantizationConfig& config) {
-  const v1::ActivationQuantization& activations = config.activation_quantization();
-  WALSH_RETURN_IF_ERROR(CheckGrid("activation_quantization", activations.bits(), {0, 4, 8, 16},
-                                  "0 or 16 (none), 4 or 8", activations.group_size(),
-                                  activations.clip_ratio()));
-  const bool are_quantized = activations.bits() != 0 && activations.bits() != 16;
-  if (activations.asymmetric() && !are_quantized) {
-    return InvalidField("config.activation_quantization.bits",
-                        absl::StrCat("is ", activations.bits(), " (none), but asymmetric is set"));
-  }
-  const v1::KvCacheQuantization& kv = config.kv_cache_quantization();
-  WALSH_RETURN_IF_ERROR(CheckGrid("kv_cache_quantization", kv.bits(), {0, 2, 4, 8, 16},
-                                  "0 or 16 (none), 2, 4 or 8", kv.group_size(), kv.clip_ratio()));
-  const bool is_kv_quantized = kv.bits() != 0 && kv.bits() != 16;
-  if (config.rotation().query_key() && !is_kv_quantized) {
-    return InvalidField("config.rotation.query_key",
-                        "is set, but the KV cache is not quantized: it would change nothing");
   }
   return absl::OkStatus();
 }
@@ -209,27 +113,6 @@ absl::Status ResolveGrid(QuantizationConfig* config) {
   return absl::OkStatus();
 }
 
-// Whether a pattern matches a linear only a worker can tell.
-absl::Status CheckOverrides(const QuantizationConfig& config) {
-  if (config.overrides_size() > limits::kOverridesMax) {
-    return InvalidField("config.overrides",
-                        absl::StrCat("has ", config.overrides_size(), " entries, at most ",
-                                     limits::kOverridesMax, " are taken"));
-  }
-  for (int i = 0; i < config.overrides_size(); ++i) {
-    const std::string field = absl::StrCat("config.overrides[", i, "]");
-    const std::string& pattern = config.overrides(i).pattern();
-    WALSH_RETURN_IF_ERROR(CheckText(field + ".pattern", pattern, limits::kOverridePatternBytesMax));
-    if (const auto parsed = NamePattern::Parse(pattern); !parsed.ok()) {
-      return InvalidField(field + ".pattern",
-                          absl::StrCat("'", pattern, "': ", parsed.status().message()));
-    }
-    WALSH_RETURN_IF_ERROR(
-        CheckOneOf(field + ".bits", config.overrides(i).bits(), {2, 3, 4, 8}, "2, 3, 4 or 8"));
-  }
-  return absl::OkStatus();
-}
-
 absl::Status ResolveQuantizer(QuantizationConfig* config) {
   if (!QuantizationConfig::Method_IsValid(config->method())) {
     return InvalidField("config.method",
@@ -263,7 +146,7 @@ absl::Status ResolveQuantizer(QuantizationConfig* config) {
   config->set_disable_mse_clip(config->disable_mse_clip());
   WALSH_RETURN_IF_ERROR(ResolveMethodOptions(config));
   WALSH_RETURN_IF_ERROR(ResolveGrid(config));
-  return CheckOverrides(*config);
+  return ValidateOverrides(*config);
 }
 
 // What the caller set and can do nothing beside the rest. `given` is what was set, before any
@@ -310,9 +193,9 @@ absl::Status ResolveTexts(QuantizationConfig* config) {
   const Calibration& calibration = config->calibration();
   const Evaluation& evaluation = config->evaluation();
   WALSH_RETURN_IF_ERROR(
-      CheckText("config.calibration.uri", calibration.uri(), limits::kPathBytesMax));
+      CheckLine("config.calibration.uri", calibration.uri(), limits::kPathBytesMax));
   WALSH_RETURN_IF_ERROR(
-      CheckText("config.evaluation.uri", evaluation.uri(), limits::kPathBytesMax));
+      CheckLine("config.evaluation.uri", evaluation.uri(), limits::kPathBytesMax));
   WALSH_RETURN_IF_ERROR(ResolveInt(
       "config.calibration.num_samples", calibration.num_samples(), 1,
       limits::kCalibrationSamplesMax, kSamplesDefault,
@@ -334,26 +217,6 @@ absl::Status ResolveTexts(QuantizationConfig* config) {
   return ValidateEvaluation(evaluation);
 }
 
-// Absent limits are no limits; a gate without any is none.
-absl::Status CheckQualityGate(const QuantizationConfig& config) {
-  const v1::QualityGate& gate = config.quality_gate();
-  const double ratio = gate.max_perplexity_ratio();
-  if (gate.has_max_perplexity_ratio() && !(std::isfinite(ratio) && ratio >= 1)) {
-    return InvalidField("config.quality_gate.max_perplexity_ratio",
-                        absl::StrCat("must be a number from 1, is ", ratio));
-  }
-  const double divergence = gate.max_kl_divergence();
-  if (gate.has_max_kl_divergence() && !(std::isfinite(divergence) && divergence > 0)) {
-    return InvalidField("config.quality_gate.max_kl_divergence",
-                        absl::StrCat("must be a number above 0, is ", divergence));
-  }
-  const bool is_set = gate.has_max_perplexity_ratio() || gate.has_max_kl_divergence();
-  if (is_set && config.evaluation().disable()) {
-    return InvalidField("config.quality_gate", "needs an evaluation, which is disabled");
-  }
-  return absl::OkStatus();
-}
-
 absl::Status CheckLabels(const QuantizationJob& job) {
   if (job.labels_size() > limits::kLabelsMax) {
     return InvalidField("labels", absl::StrCat("has ", job.labels_size(), " entries, at most ",
@@ -361,8 +224,8 @@ absl::Status CheckLabels(const QuantizationJob& job) {
   }
   for (const auto& [key, value] : job.labels()) {
     if (key.empty()) return InvalidField("labels", "has an empty key");
-    WALSH_RETURN_IF_ERROR(CheckText("labels", key, limits::kLabelBytesMax));
-    WALSH_RETURN_IF_ERROR(CheckText("labels", value, limits::kLabelBytesMax));
+    WALSH_RETURN_IF_ERROR(CheckLine("labels", key, limits::kLabelBytesMax));
+    WALSH_RETURN_IF_ERROR(CheckLine("labels", value, limits::kLabelBytesMax));
   }
   return absl::OkStatus();
 }
@@ -384,17 +247,17 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   if (!request.has_quantization_job()) return InvalidField("quantization_job", "is missing");
   const std::string& id = request.quantization_job_id();
   if (!id.empty() && !IsJobId(id)) {
-    WALSH_RETURN_IF_ERROR(CheckText("quantization_job_id", id, limits::kJobIdBytesMax));
+    WALSH_RETURN_IF_ERROR(CheckLine("quantization_job_id", id, limits::kJobIdBytesMax));
     return InvalidField("quantization_job_id",
                         absl::StrCat("'", id, "' is not of the form [a-z][a-z0-9-]{0,62}"));
   }
-  WALSH_RETURN_IF_ERROR(CheckText("request_id", request.request_id(), limits::kRequestIdBytesMax));
+  WALSH_RETURN_IF_ERROR(CheckLine("request_id", request.request_id(), limits::kRequestIdBytesMax));
 
   QuantizationJob job = InputOf(request.quantization_job());
   WALSH_RETURN_IF_ERROR(
-      CheckText("display_name", job.display_name(), limits::kDisplayNameBytesMax));
+      CheckLine("display_name", job.display_name(), limits::kDisplayNameBytesMax));
   if (job.source_model().empty()) return InvalidField("source_model", "is missing");
-  WALSH_RETURN_IF_ERROR(CheckText("source_model", job.source_model(), limits::kPathBytesMax));
+  WALSH_RETURN_IF_ERROR(CheckLine("source_model", job.source_model(), limits::kPathBytesMax));
   if (!IsModelId(job.model_name())) {
     return InvalidField(
         "model_name", absl::StrCat("'", job.model_name().substr(0, 2 * limits::kModelNameBytesMax),
@@ -402,16 +265,16 @@ absl::StatusOr<QuantizationJob> ValidateNewJob(const v1::CreateQuantizationJobRe
   }
   WALSH_RETURN_IF_ERROR(CheckLabels(job));
   QuantizationConfig* config = job.mutable_config();
-  WALSH_RETURN_IF_ERROR(CheckText("config.preset", config->preset(), limits::kPresetNameBytesMax));
+  WALSH_RETURN_IF_ERROR(CheckLine("config.preset", config->preset(), limits::kPresetNameBytesMax));
   const QuantizationConfig given = *config;
   WALSH_RETURN_IF_ERROR(ExpandPreset(config));
   WALSH_RETURN_IF_ERROR(CheckIdleOptions(given, *config));
   WALSH_RETURN_IF_ERROR(ResolveQuantizer(config));
   WALSH_RETURN_IF_ERROR(ResolveRotation(config->mutable_rotation()));
   DropIdleOptions(config);
-  WALSH_RETURN_IF_ERROR(CheckRunTimeQuantizers(*config));
+  WALSH_RETURN_IF_ERROR(ValidateRunTimeQuantizers(*config));
   WALSH_RETURN_IF_ERROR(ResolveTexts(config));
-  WALSH_RETURN_IF_ERROR(CheckQualityGate(*config));
+  WALSH_RETURN_IF_ERROR(ValidateQualityGate(*config));
   return job;
 }
 

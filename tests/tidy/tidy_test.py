@@ -46,7 +46,8 @@ OURS = ("common/", "server/", "worker/", "client/", "tests/", "walsh/", "google/
 GRPC_HEADER = re.compile(r"^(grpcpp?/|google/protobuf/|walsh/.*\.pb\.h|google/rpc/.*\.pb\.h|common/grpc_)")
 GRPC_FOLDERS = (
     "server/", "worker/service/", "client/", "tests/",
-    "common/grpc_", "common/evaluation_limits", "common/generation_limits", "common/resource_name",
+    "common/grpc_", "common/evaluation_limits", "common/field_checks", "common/generation_limits",
+    "common/quantization_limits", "common/resource_name",
 )
 CUDA_HEADER = re.compile(r"^(cuda|cublas|cooperative_groups|nv)")
 CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/engine/cuda/", "worker/pipeline/cuda/", "tests/gpu/", "tests/bench/cuda_",

@@ -1,13 +1,10 @@
 #include "worker/service/job_conversion.h"
 
-#include <algorithm>
-#include <cmath>
-#include <initializer_list>
-
 #include "absl/strings/str_cat.h"
 #include "common/evaluation_limits.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
+#include "common/quantization_limits.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
 #include "worker/pipeline/quality_errors.h"
@@ -140,28 +137,11 @@ absl::StatusOr<int64_t> Count(std::string_view field, int64_t value, int64_t def
   return value;
 }
 
-// `value`, or 16 for 0; one of `allowed` or 16.
-absl::StatusOr<int> BitsAtRunTime(std::string_view field, int value,
-                                  std::initializer_list<int> allowed, std::string_view rule) {
-  constexpr int kOff = 16;
-  if (value == 0 || value == kOff) return kOff;
-  if (std::find(allowed.begin(), allowed.end(), value) != allowed.end()) return value;
-  return OutOfRange(field, value, rule);
-}
-
-absl::Status CheckGroupAtRunTime(std::string_view field, int group, std::string_view rule) {
-  if (group == 0 || group == 32 || group == 64 || group == 128) return absl::OkStatus();
-  return OutOfRange(field, group, rule);
-}
-
-absl::Status CheckClipRatio(std::string_view field, double ratio) {
-  if (ratio == 0 || (ratio >= limits::kClipRatioMin && ratio <= 1)) return absl::OkStatus();
-  return OutOfRange(
-      field, ratio,
-      absl::StrCat("0 (chosen by the bits) or from ", limits::kClipRatioMin, " to 1"));
-}
+// Off is 16, and 0.
+int BitsAtRunTime(int bits) { return bits == 0 ? 16 : bits; }
 
 absl::StatusOr<pipeline::OnlineSpec> ToOnlineSpec(const QuantizationConfig& config) {
+  WALSH_RETURN_IF_ERROR(ValidateRunTimeQuantizers(config));
   pipeline::OnlineSpec online;
   const Rotation& rotation = config.rotation();
   if (rotation.online_kind() != Rotation::KIND_UNSPECIFIED) {
@@ -171,25 +151,13 @@ absl::StatusOr<pipeline::OnlineSpec> ToOnlineSpec(const QuantizationConfig& conf
   if (rotation.has_query_key()) online.query_key = rotation.query_key();
 
   const v1::ActivationQuantization& activations = config.activation_quantization();
-  WALSH_ASSIGN_OR_RETURN(online.activation_bits,
-                         BitsAtRunTime("config.activation_quantization.bits", activations.bits(),
-                                       {4, 8}, "4, 8 or 16 (none)"));
-  WALSH_RETURN_IF_ERROR(CheckGroupAtRunTime("config.activation_quantization.group_size",
-                                            activations.group_size(),
-                                            "32, 64, 128 or 0 (a token)"));
-  WALSH_RETURN_IF_ERROR(
-      CheckClipRatio("config.activation_quantization.clip_ratio", activations.clip_ratio()));
+  online.activation_bits = BitsAtRunTime(activations.bits());
   online.activation_group = activations.group_size();
   online.activations_symmetric = !activations.asymmetric();
   online.activation_clip = activations.clip_ratio();
 
   const v1::KvCacheQuantization& kv = config.kv_cache_quantization();
-  WALSH_ASSIGN_OR_RETURN(online.kv_bits,
-                         BitsAtRunTime("config.kv_cache_quantization.bits", kv.bits(), {2, 4, 8},
-                                       "2, 4, 8 or 16 (none)"));
-  WALSH_RETURN_IF_ERROR(CheckGroupAtRunTime("config.kv_cache_quantization.group_size",
-                                            kv.group_size(), "32, 64, 128 or 0 (a head)"));
-  WALSH_RETURN_IF_ERROR(CheckClipRatio("config.kv_cache_quantization.clip_ratio", kv.clip_ratio()));
+  online.kv_bits = BitsAtRunTime(kv.bits());
   online.kv_group = kv.group_size();
   online.kv_clip = kv.clip_ratio();
   return online;
@@ -251,9 +219,11 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
   }
   spec.preset = config.preset();
   WALSH_ASSIGN_OR_RETURN(spec.quantizer, ToQuantizer(config));
+  WALSH_RETURN_IF_ERROR(ValidateOverrides(config));
   for (const v1::BitsOverride& entry : config.overrides()) {
     spec.overrides.push_back({entry.pattern(), entry.bits()});
   }
+  WALSH_RETURN_IF_ERROR(ValidateRotation(config.rotation()));
   WALSH_ASSIGN_OR_RETURN(spec.rotation, ToRotationKind(config.rotation().kind()));
   spec.rotation_block = config.rotation().block_size();
   spec.rotation_signs = config.rotation().signs() == Rotation::SEEDED;
@@ -299,25 +269,11 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
 }
 
 absl::StatusOr<pipeline::QualityGate> ToQualityGate(const QuantizationConfig& config) {
+  WALSH_RETURN_IF_ERROR(ValidateQualityGate(config));
   pipeline::QualityGate gate;
   const v1::QualityGate& asked = config.quality_gate();
-  if (asked.has_max_perplexity_ratio()) {
-    if (!(asked.max_perplexity_ratio() >= 1)) {
-      return OutOfRange("config.quality_gate.max_perplexity_ratio", asked.max_perplexity_ratio(),
-                        "from 1");
-    }
-    gate.max_perplexity_ratio = asked.max_perplexity_ratio();
-  }
-  if (asked.has_max_kl_divergence()) {
-    if (!(asked.max_kl_divergence() > 0)) {
-      return OutOfRange("config.quality_gate.max_kl_divergence", asked.max_kl_divergence(),
-                        "above 0");
-    }
-    gate.max_kl_divergence = asked.max_kl_divergence();
-  }
-  if (gate.is_set() && config.evaluation().disable()) {
-    return InvalidField("config.quality_gate", "needs an evaluation, which is disabled");
-  }
+  if (asked.has_max_perplexity_ratio()) gate.max_perplexity_ratio = asked.max_perplexity_ratio();
+  if (asked.has_max_kl_divergence()) gate.max_kl_divergence = asked.max_kl_divergence();
   return gate;
 }
 
