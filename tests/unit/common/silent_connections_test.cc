@@ -2,7 +2,6 @@
 #include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <grpc/impl/codegen/grpc_types.h>
-#include <grpcpp/security/server_credentials.h>
 #include <grpcpp/server.h>
 #include <gtest/gtest.h>
 #include <poll.h>
@@ -18,7 +17,10 @@
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
+#include "common/publish.h"
+#include "tests/testing/certificates.h"
 #include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
 #include "walsh/v1/generation.grpc.pb.h"
 
 namespace walsh {
@@ -34,20 +36,24 @@ class EchoService : public v1::GenerationService::Service {
 
 class Loopback {
  public:
-  // `idle_ms`: instead of the service's own quarter of an hour.
-  explicit Loopback(int idle_ms = limits::kConnectionIdleMsMax) {
+  struct Options {
+    PortSecurity security = {};
+    int idle_ms = limits::kConnectionIdleMsMax;
+  };
+  explicit Loopback(const Options& options) {
     grpc::ServerBuilder builder;
-    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, idle_ms);  // the first counts
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS,
+                               options.idle_ms);  // of two the first counts
     ApplyServerLimits(builder);
-    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
+    builder.AddListeningPort("127.0.0.1:0", MakeServerCredentials(options.security), &port_);
     builder.RegisterService(&service_);
     server_ = builder.BuildAndStart();
   }
   ~Loopback() { server_->Shutdown(std::chrono::system_clock::now()); }
 
   int port() const { return port_; }
-  std::shared_ptr<grpc::Channel> Channel() const {
-    return MakeChannel("127.0.0.1:" + std::to_string(port_));
+  std::shared_ptr<grpc::Channel> Channel(const ChannelSecurity& security = {}) const {
+    return MakeChannel("127.0.0.1:" + std::to_string(port_), /*connection=*/0, security);
   }
 
  private:
@@ -97,23 +103,38 @@ class Socket {
 };
 
 TEST(SilentConnectionsTest, AreDroppedAfterTheHandshakesTime) {
-  const Loopback loopback;
+  const testing::TempDir dir;
+  testing::CertificateAuthority ca;
+  const testing::Issued issued = ca.Issue();
+  ASSERT_OK(PublishFile(dir / "ca.crt", ca.pem()));
+  ASSERT_OK(PublishFile(dir / "tls.crt", issued.certificate));
+  ASSERT_OK(PublishFile(dir / "tls.key", issued.private_key));
+  ASSERT_OK_AND_ASSIGN(const auto security,
+                       DaemonSecurity::Open({.tls = {.certificate = dir / "tls.crt",
+                                                     .private_key = dir / "tls.key",
+                                                     .ca = dir / "ca.crt"}}));
+  const Loopback plain({});
+  const Loopback secured({.security = security->public_port(/*check=*/{})});
   const absl::Time start = absl::Now();
   std::vector<std::unique_ptr<Socket>> sockets;
-  for (int i = 0; i < 200; ++i) sockets.push_back(std::make_unique<Socket>(loopback.port()));
-  const Socket half(loopback.port());
-  half.Send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");  // and no settings
+  for (const Loopback* loopback : {&plain, &secured}) {
+    for (int i = 0; i < 100; ++i) sockets.push_back(std::make_unique<Socket>(loopback->port()));
+  }
+  sockets.push_back(std::make_unique<Socket>(plain.port()));
+  sockets.back()->Send("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");  // and no settings
+  sockets.push_back(std::make_unique<Socket>(secured.port()));
+  sockets.back()->Send("\x16\x03\x01");  // the beginning of a greeting
   const absl::Duration limit = absl::Milliseconds(limits::kHandshakeMsMax);
   EXPECT_FALSE(sockets.front()->ClosesBefore(start + limit / 2)) << "a slow one has that long";
-  EXPECT_OK(Call(loopback.Channel())) << "others do not wait for them";
+  EXPECT_OK(Call(plain.Channel())) << "others do not wait for them";
+  EXPECT_OK(Call(secured.Channel(security->to_coordinator())));
   for (const auto& socket : sockets) {
     ASSERT_TRUE(socket->ClosesBefore(start + limit + absl::Seconds(5)));
   }
-  EXPECT_TRUE(half.ClosesBefore(start + limit + absl::Seconds(5)));
 }
 
 TEST(SilentConnectionsTest, JunkEndsAConnectionAtOnce) {
-  const Loopback loopback;
+  const Loopback loopback({});
   for (const std::string& junk : {std::string("GET / HTTP/1.1\r\n\r\n"), std::string(100, '\xff'),
                                   std::string("\x16\x03\x01\x02\x00\x01\x00\x01\xfc", 9)}) {
     const Socket socket(loopback.port());
@@ -124,7 +145,7 @@ TEST(SilentConnectionsTest, JunkEndsAConnectionAtOnce) {
 }
 
 TEST(SilentConnectionsTest, AConnectionWithoutCallsIsGivenUp) {
-  const Loopback loopback(/*idle_ms=*/500);
+  const Loopback loopback({.idle_ms = 500});
   const auto channel = loopback.Channel();
   EXPECT_OK(Call(channel));
   EXPECT_EQ(channel->GetState(/*try_to_connect=*/false), GRPC_CHANNEL_READY);
