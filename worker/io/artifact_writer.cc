@@ -329,7 +329,7 @@ absl::StatusOr<std::unique_ptr<ArtifactWriter>> ArtifactWriter::Create(const std
       return absl::AlreadyExistsError(
           absl::StrCat("the directory '", BaseName(directory), "' exists already"));
     }
-    return ErrnoStatus(errno, absl::StrCat("creating the artifact's directory ", directory));
+    return ErrnoStatus(errno, "creating the artifact's directory");
   }
   return std::make_unique<Writer>(directory, source.config(), std::move(config),
                                   std::move(side_files), shard_bytes_max);

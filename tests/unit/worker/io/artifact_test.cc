@@ -361,6 +361,15 @@ TEST_F(ArtifactTest, WritesConfigAndTokenizerForGguf) {
   EXPECT_FALSE(reader->tokenizer().gguf.has_value());
 }
 
+// Row J5 of the fault matrix: it becomes the error of a job.
+TEST_F(ArtifactTest, AFolderThatCannotBeMadeIsNotToldWhere) {
+  const absl::Status refused =
+      ArtifactWriter::Create(artifact() + "/absent/model", *Source()).status();
+  EXPECT_THAT(refused,
+              StatusIs(absl::StatusCode::kNotFound, HasSubstr("the artifact's directory")));
+  EXPECT_THAT(refused.message(), ::testing::Not(HasSubstr("/")));
+}
+
 TEST_F(ArtifactTest, NeedsEveryTensorOnce) {
   const auto source = Source();
   ASSERT_OK_AND_ASSIGN(const auto writer, ArtifactWriter::Create(artifact(), *source));
