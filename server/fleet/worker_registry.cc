@@ -72,7 +72,8 @@ absl::StatusOr<std::vector<std::string>> WorkerRegistry::Register(
   Entry& entry = workers_[request.worker_id()];
   entry.address = request.address();
   entry.worker.set_name(WorkerName(request.worker_id()));
-  entry.worker.set_state(v1::Worker::ONLINE);
+  const bool is_draining = request.draining() || entry.worker.state() == v1::Worker::DRAINING;
+  entry.worker.set_state(is_draining ? v1::Worker::DRAINING : v1::Worker::ONLINE);
   entry.worker.set_version(ReplaceInvalidUtf8(request.version()));
   entry.worker.set_device(ReplaceInvalidUtf8(request.device()));
   entry.worker.set_memory_bytes_total(request.memory_bytes_total());

@@ -161,6 +161,10 @@ bool Agent::Register() {
   request.mutable_models()->Add(load.models.begin(), load.models.end());
   request.set_memory_bytes_total(ReadHostMemory().total_bytes);
   request.set_host_pid(getpid());
+  {
+    const std::lock_guard lock(mu_);
+    request.set_draining(is_draining_);
+  }
   internal::v1::RegisterResponse response;
   grpc::ClientContext context;
   SetTimeout(context, kCallTimeout);

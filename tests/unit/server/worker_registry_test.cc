@@ -141,6 +141,19 @@ TEST_F(WorkerRegistryTest, DrainingWorkerTakesNothingNew) {
   EXPECT_TRUE(registry_.Replicas("m")[0].is_draining);
 }
 
+// As after a restart of the coordinator, ahead of the heartbeat that would say so.
+TEST_F(WorkerRegistryTest, AWorkerThatDrainsRegistersAsDraining) {
+  internal_v1::RegisterRequest request = Registration("w1", "h:1");
+  request.set_draining(true);
+  ASSERT_OK(registry_.Register(request));
+  EXPECT_TRUE(registry_.IsDraining("w1"));
+  EXPECT_THAT(registry_.Online(), IsEmpty());
+  EXPECT_THAT(registry_.BeginRequest("m"), HasCode(absl::StatusCode::kUnavailable));
+  // One that was on its way before it drained.
+  ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
+  EXPECT_TRUE(registry_.IsDraining("w1"));
+}
+
 TEST_F(WorkerRegistryTest, CountsEvaluationsUntilTheyEnd) {
   ASSERT_OK(registry_.Register(Registration("w1", "h:1")));
   EXPECT_OK(Beat("w1"));

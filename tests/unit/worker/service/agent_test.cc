@@ -183,6 +183,16 @@ TEST_F(AgentTest, DrainingWorkerTakesNoLease) {
   EXPECT_EQ(n_runs_, 0);
 }
 
+TEST_F(AgentTest, RegistersAsDrainingWhenForgottenWhileItDrains) {
+  agent_->Start();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return !r.heartbeats.empty(); }));
+  EXPECT_FALSE(coordinator_.record().registrations[0].draining());
+  agent_->Drain();
+  coordinator_.ForgetWorkers();
+  ASSERT_TRUE(coordinator_.WaitFor([](const Record& r) { return r.registrations.size() == 2; }));
+  EXPECT_TRUE(coordinator_.record().registrations[1].draining());
+}
+
 TEST_F(AgentTest, ArrivalsAreAwaitedUntilTheCoordinatorAnswers) {
   std::atomic<bool> is_answered = false;
   coordinator_.set_on_drain([&] {
