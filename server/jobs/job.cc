@@ -272,8 +272,10 @@ class Step {
 
   Transition Record(const QuantizationJobEvent& reported) {
     QuantizationJob& job = record_.job;
+    // A late report must not hide that the job publishes: it could be cancelled then.
     if (QuantizationJob::Stage_IsValid(reported.stage()) &&
-        reported.stage() != QuantizationJob::STAGE_UNSPECIFIED) {
+        reported.stage() != QuantizationJob::STAGE_UNSPECIFIED &&
+        job.stage() != QuantizationJob::PUBLISHING) {
       job.set_stage(reported.stage());
     }
     if (reported.has_progress()) Advance(reported.progress(), job.mutable_progress());

@@ -333,6 +333,19 @@ TEST(JobTest, JobThatPublishesCannotBeCancelledAndSaysWhatToDo) {
   EXPECT_OK(Apply(lost.next, RequestCancel{}, kNow).status());
 }
 
+// A report whose worker has given it up may reach the job behind later ones. Without its stage the
+// job could be cancelled while its worker publishes.
+TEST(JobTest, AJobThatPublishesDoesNotGoBackToAnEarlierStage) {
+  const JobRecord record = InState(QuantizationJob::RUNNING);
+  ASSERT_OK_AND_ASSIGN(const Transition publishing,
+                       Apply(record, Reported(kToken, QuantizationJob::PUBLISHING), kNow));
+  ASSERT_OK_AND_ASSIGN(const Transition late,
+                       Apply(publishing.next, Reported(kToken, QuantizationJob::QUANTIZING), kNow));
+  EXPECT_EQ(late.next.job.stage(), QuantizationJob::PUBLISHING);
+  EXPECT_EQ(late.event->stage(), QuantizationJob::PUBLISHING);
+  EXPECT_EQ(ErrorReason(Apply(late.next, RequestCancel{}, kNow).status()), "JOB_PUBLISHING");
+}
+
 TEST(JobTest, StaleTokenHasAReason) {
   const absl::Status stale =
       Apply(InState(QuantizationJob::RUNNING), Succeed{kOld, {}}, kNow).status();
