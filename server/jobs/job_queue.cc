@@ -148,7 +148,10 @@ absl::StatusOr<QuantizationJob> JobQueue::Submit(QuantizationJob job, std::strin
   created.next.last_sequence = 1;
   created.event->set_sequence(1);
   created.next.job.set_etag("1");
-  WALSH_RETURN_IF_ERROR(store_->Insert(created.next, *created.event, key));
+  if (const absl::Status stored = store_->Insert(created.next, *created.event, key); !stored.ok()) {
+    Doubt(id, stored);
+    return stored;
+  }
   LogChange(created);
   if (metrics_ != nullptr) metrics_->OnCreate(created.next);
   Adopt(id, created.next);
@@ -217,14 +220,14 @@ absl::StatusOr<JobQueue::EventBatch> JobQueue::ReadEvents(const std::string& id,
 
 absl::StatusOr<std::optional<JobQueue::GrantedLease>> JobQueue::Acquire(const std::string& worker) {
   const absl::MutexLock write_lock(&write_mu_);
-  std::optional<Lease> held;
-  {
-    const absl::MutexLock lock(&mu_);
-    held = leases_.OfWorker(worker);
-  }
+  const std::optional<Lease> held = LeaseOf(worker);
   // Unconfirmed: the answer that granted it was lost on its way, and nothing has crashed.
   if (held.has_value()) WALSH_RETURN_IF_ERROR(EndLeaseOf(worker, held->is_confirmed));
-  const std::optional<std::string> id = NextDue(worker);
+  std::optional<std::string> id = NextDue(worker);
+  while (id.has_value() && in_doubt_.contains(*id)) {  // it may be another's by now
+    WALSH_RETURN_IF_ERROR(Settle(*id));
+    id = NextDue(worker);
+  }
   if (!id.has_value()) return std::nullopt;
   WALSH_ASSIGN_OR_RETURN(Transition granted, Transit(*id, Grant{worker}));
   return GrantedLease{.token = granted.next.fencing_token, .job = std::move(granted.next.job)};
@@ -328,11 +331,16 @@ absl::Status JobQueue::LoseLease(const std::string& worker) {
   return EndLeaseOf(worker, /*is_crash=*/true);
 }
 
+std::optional<Lease> JobQueue::LeaseOf(const std::string& worker) const {
+  const absl::MutexLock lock(&mu_);
+  return leases_.OfWorker(worker);
+}
+
 absl::Status JobQueue::EndLeaseOf(const std::string& worker, bool is_crash) {
-  std::optional<Lease> lease;
-  {
-    const absl::MutexLock lock(&mu_);
-    lease = leases_.OfWorker(worker);
+  std::optional<Lease> lease = LeaseOf(worker);
+  if (lease.has_value() && in_doubt_.contains(lease->job_id)) {
+    WALSH_RETURN_IF_ERROR(Settle(lease->job_id));
+    lease = LeaseOf(worker);
   }
   if (!lease.has_value()) return absl::OkStatus();
   if (is_crash) return Transit(lease->job_id, jobs::LoseLease{}).status();
@@ -341,6 +349,7 @@ absl::Status JobQueue::EndLeaseOf(const std::string& worker, bool is_crash) {
 
 absl::Status JobQueue::Tick() {
   const absl::MutexLock write_lock(&write_mu_);
+  WALSH_RETURN_IF_ERROR(SettleAll());
   WALSH_RETURN_IF_ERROR(LoseExpiredLeases());
   WALSH_RETURN_IF_ERROR(StoreHeldBackProgress());
   if (HasNewlyDue()) work_subscriptions_.NotifyAll();
@@ -374,6 +383,43 @@ absl::Status JobQueue::FailRefusedByAll(const std::set<std::string>& workers) {
   return first_failure;
 }
 
+void JobQueue::Doubt(const std::string& id, const absl::Status& status) {
+  // A disk that is full has stored nothing.
+  if (!absl::IsResourceExhausted(status)) in_doubt_.insert(id);
+}
+
+absl::Status JobQueue::Settle(const std::string& id) {
+  if (!in_doubt_.contains(id)) return absl::OkStatus();
+  absl::StatusOr<JobRecord> stored = store_->Get(id);
+  if (!stored.ok() && !absl::IsNotFound(stored.status())) return stored.status();
+  in_doubt_.erase(id);
+  if (!stored.ok()) return absl::OkStatus();
+  std::optional<JobRecord> known;
+  {
+    const absl::MutexLock lock(&mu_);
+    const auto it = live_.find(id);
+    if (it != live_.end()) known = it->second.record;
+  }
+  if (known.has_value() && known->last_sequence == stored->last_sequence) return absl::OkStatus();
+  WALSH_LOG(Warning, "job was stored although the disk had failed", {"job", stored->job.name()},
+            {"state", StateName(stored->job.state())}, {"token", stored->fencing_token});
+  if (known.has_value()) stored->refusals = std::move(known->refusals);
+  if (metrics_ != nullptr) {
+    known.has_value() ? metrics_->OnTransition(*known, *stored) : metrics_->OnCreate(*stored);
+  }
+  if (!IsLeased(stored->job.state())) lost_.erase(id);  // that was what had been stored
+  Adopt(id, *stored);
+  event_subscriptions_.Notify(id);
+  if (stored->job.state() == QuantizationJob::QUEUED) work_subscriptions_.NotifyAll();
+  return absl::OkStatus();
+}
+
+absl::Status JobQueue::SettleAll() {
+  absl::Status first_failure;
+  for (const std::string& id : std::set<std::string>(in_doubt_)) first_failure.Update(Settle(id));
+  return first_failure;
+}
+
 absl::Status JobQueue::LoseExpiredLeases() {
   std::vector<Lease> expired;
   {
@@ -403,6 +449,7 @@ absl::Status JobQueue::StoreHeldBackProgress() {
     const absl::MutexLock lock(&mu_);
     for (auto& [id, live] : live_) {
       if (!live.unstored.has_value() || now - live.stored < options_.progress_interval) continue;
+      if (in_doubt_.contains(id)) continue;
       unstored.emplace_back(live.record, *live.unstored);
     }
   }
@@ -414,6 +461,7 @@ absl::Status JobQueue::StoreHeldBackProgress() {
 
 absl::StatusOr<Transition> JobQueue::Transit(const std::string& id, const JobEvent& event,
                                              const v1::Model* model) {
+  WALSH_RETURN_IF_ERROR(Settle(id));
   WALSH_ASSIGN_OR_RETURN(const JobRecord before, Find(id));
   WALSH_ASSIGN_OR_RETURN(Transition transition, Apply(before, event, clock_->Now()));
   if (!transition.event.has_value()) return transition;
@@ -428,8 +476,11 @@ absl::Status JobQueue::StoreEvent(JobRecord* record, QuantizationJobEvent* event
                                   const v1::Model* model) {
   event->set_sequence(++record->last_sequence);
   record->job.set_etag(absl::StrCat(record->last_sequence));
-  WALSH_RETURN_IF_ERROR(store_->Update(*record, *event, model));
   const std::string id = record->job.name().substr(kJobCollection.size());
+  if (const absl::Status stored = store_->Update(*record, *event, model); !stored.ok()) {
+    Doubt(id, stored);
+    return stored;
+  }
   Adopt(id, *record);
   event_subscriptions_.Notify(id);
   return absl::OkStatus();

@@ -2,7 +2,8 @@
 //
 // Ties the pure state machine (job.h) to the store and the leases: every change is decided by
 // Apply, written to the store, and only then visible. Jobs that are not terminal are kept in memory
-// too; terminal ones are read from the store.
+// too; terminal ones are read from the store. After a write that failed, what the store has of the
+// job is read before anything else is decided about it: the write may have been stored.
 //
 // Two locks: `write_mu_` is held across the disk and puts changes in order; `mu_` guards memory and
 // is never held across the disk, so that heartbeats are answered while the disk is slow.
@@ -153,8 +154,16 @@ class JobQueue {
   // True when the report was taken into memory and needs no event of its own now.
   absl::StatusOr<bool> TakeProgressOnly(const std::string& worker, const std::string& id,
                                         const jobs::Report& report) ABSL_LOCKS_EXCLUDED(mu_);
+  std::optional<Lease> LeaseOf(const std::string& worker) const ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status EndLeaseOf(const std::string& worker, bool is_crash)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
+  // A write of the job failed, and may have been stored nonetheless.
+  void Doubt(const std::string& id, const absl::Status& status)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
+  // Reads what the store has of a job that is in doubt, and goes on from there. Before anything
+  // else is decided about it.
+  absl::Status Settle(const std::string& id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
+  absl::Status SettleAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   absl::Status LoseExpiredLeases() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   absl::Status StoreHeldBackProgress() ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   std::optional<std::string> NextDue(const std::string& worker) const ABSL_LOCKS_EXCLUDED(mu_);
@@ -175,6 +184,7 @@ class JobQueue {
   absl::BitGen random_ ABSL_GUARDED_BY(write_mu_);
   // Leases that have expired and whose loss could not be stored yet.
   std::set<std::string> lost_ ABSL_GUARDED_BY(write_mu_);
+  std::set<std::string> in_doubt_ ABSL_GUARDED_BY(write_mu_);  // ids
 
   mutable absl::Mutex mu_;
   std::map<std::string, LiveJob> live_ ABSL_GUARDED_BY(mu_);

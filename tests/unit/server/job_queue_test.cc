@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
+#include "common/status_macros.h"
 #include "server/jobs/sql_job_store.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
@@ -94,23 +95,24 @@ class JobQueueTest : public ::testing::Test {
   std::unique_ptr<JobQueue> queue_;
 };
 
-// A store whose changes are seen by readers before its caller hears of them, as a database's are.
-class EarlyReadStore : public JobStore {
+// A store whose changes are seen by readers before its caller hears of them, or never does, as a
+// database's are: what was stored is said by `tell`.
+class TellingStore : public JobStore {
  public:
-  EarlyReadStore(JobStore* store, std::function<void()> read)
-      : store_(store), read_(std::move(read)) {}
+  TellingStore(JobStore* store, std::function<absl::Status()> tell)
+      : store_(store), tell_(std::move(tell)) {}
   absl::Status Insert(const JobRecord& record, const QuantizationJobEvent& event,
                       const RequestKey& key) override {
-    return store_->Insert(record, event, key);
+    WALSH_RETURN_IF_ERROR(store_->Insert(record, event, key));
+    return tell_();
   }
   absl::Status CheckNamesAreFree(const std::string& id, const std::string& model) const override {
     return store_->CheckNamesAreFree(id, model);
   }
   absl::Status Update(const JobRecord& record, const QuantizationJobEvent& event,
                       const v1::Model* model) override {
-    absl::Status status = store_->Update(record, event, model);
-    read_();
-    return status;
+    WALSH_RETURN_IF_ERROR(store_->Update(record, event, model));
+    return tell_();
   }
   absl::Status Delete(const std::string& id) override { return store_->Delete(id); }
   absl::StatusOr<JobRecord> Get(const std::string& id) const override { return store_->Get(id); }
@@ -133,26 +135,27 @@ class EarlyReadStore : public JobStore {
 
  private:
   JobStore* const store_;
-  const std::function<void()> read_;
+  const std::function<absl::Status()> tell_;
 };
 
 // A watcher asks for what comes after the last event that it was given, whenever that was.
 TEST_F(JobQueueTest, EventsAreReadOnlyOnceTheQueueHasThem) {
   int n_reads = 0;
   std::unique_ptr<JobQueue> queue;
-  EarlyReadStore store(store_.get(), [&] {
-    const auto batch = queue->ReadEvents("a", 0);
-    ASSERT_OK(batch);
-    ASSERT_FALSE(batch->events.empty());
-    EXPECT_OK(queue->ReadEvents("a", batch->events.back().sequence()));
-    ++n_reads;
+  TellingStore store(store_.get(), [&]() -> absl::Status {
+    WALSH_ASSIGN_OR_RETURN(const auto batch, queue->ReadEvents("a", 0));
+    if (!batch.events.empty()) {
+      EXPECT_OK(queue->ReadEvents("a", batch.events.back().sequence()));
+      ++n_reads;
+    }
+    return absl::OkStatus();
   });
   auto opened = JobQueue::Open(&store, &clock_, options_, nullptr);
   ASSERT_OK(opened);
   queue = *std::move(opened);
   ASSERT_OK(queue->Submit(SomeJob("a-model"), "a", {}));
   ASSERT_OK(queue->Acquire("workers/1"));
-  EXPECT_EQ(n_reads, 1);
+  EXPECT_EQ(n_reads, 2);
   const auto batch = queue->ReadEvents("a", 0);
   ASSERT_OK(batch);
   EXPECT_EQ(batch->events.size(), 2u);
@@ -800,6 +803,90 @@ TEST_F(JobQueueTest, FullDiskRefusesJobsKeepsLeasesAndRecovers) {
   EXPECT_OK(queue_->Tick());
   EXPECT_EQ(Acquire("workers/2"), (std::pair<std::string, int64_t>("a", 2)));
   EXPECT_OK(queue_->Submit(SomeJob("b-model"), "b", {}));
+}
+
+// A disk that fails while a transaction ends: it was stored, and nobody was told.
+class JobQueueInDoubtTest : public JobQueueTest {
+ protected:
+  JobQueueInDoubtTest() : store_in_doubt_(store_.get(), [this] { return Tell(); }) {
+    absl::StatusOr<std::unique_ptr<JobQueue>> queue =
+        JobQueue::Open(&store_in_doubt_, &clock_, options_, &metrics_);
+    EXPECT_OK(queue);
+    queue_ = *std::move(queue);
+  }
+  absl::Status Tell() const {
+    return fails_ ? absl::UnavailableError("the disk failed") : absl::OkStatus();
+  }
+
+  bool fails_ = false;
+  TellingStore store_in_doubt_;
+};
+
+constexpr auto kUnavailable = absl::StatusCode::kUnavailable;
+
+TEST_F(JobQueueInDoubtTest, AJobThatWasStoredNonethelessIsRun) {
+  const RequestKey key = {.request_id = "r", .body_sha256 = "b"};
+  fails_ = true;
+  EXPECT_THAT(queue_->Submit(SomeJob("m"), "a", key), HasCode(kUnavailable));
+  fails_ = false;
+  ASSERT_OK_AND_ASSIGN(const QuantizationJob job, queue_->Submit(SomeJob("m"), "b", key));
+  EXPECT_EQ(job.name(), "quantizationJobs/a");
+  EXPECT_OK(queue_->Tick());
+  EXPECT_EQ(Acquire("workers/1").first, "a");
+}
+
+TEST_F(JobQueueInDoubtTest, AGrantThatWasStoredNonethelessIsNoOthers) {
+  Submit("a");
+  fails_ = true;
+  EXPECT_THAT(queue_->Acquire("workers/1"), HasCode(kUnavailable));
+  fails_ = false;
+  EXPECT_EQ(Acquire("workers/2").first, "");
+  // Its worker never heard of it, and has not crashed.
+  EXPECT_EQ(Acquire("workers/1"), (std::pair<std::string, int64_t>("a", 2)));
+  EXPECT_EQ(store_->Get("a")->crashes, 0);
+}
+
+TEST_F(JobQueueInDoubtTest, ACompletionThatWasStoredNonethelessIsRepeated) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  fails_ = true;
+  EXPECT_THAT(Succeeded("workers/1", id, token), HasCode(kUnavailable));
+  fails_ = false;
+  EXPECT_OK(Succeeded("workers/1", id, token));
+  EXPECT_EQ(State(id), QuantizationJob::SUCCEEDED);
+  EXPECT_EQ(queue_->n_live(), 0);
+}
+
+TEST_F(JobQueueInDoubtTest, ALostLeaseThatWasStoredNonethelessIsLostOnce) {
+  Submit("a");
+  Acquire("workers/1");
+  clock_.Advance(kLease);
+  fails_ = true;
+  EXPECT_THAT(queue_->Tick(), HasCode(kUnavailable));
+  fails_ = false;
+  EXPECT_OK(queue_->Tick());
+  EXPECT_EQ(Acquire("workers/2"), (std::pair<std::string, int64_t>("a", 2)));
+  EXPECT_OK(queue_->Tick());
+  EXPECT_TRUE(queue_->Renew("workers/2", "a", 2).is_held);
+  EXPECT_EQ(store_->Get("a")->crashes, 1);
+}
+
+TEST_F(JobQueueInDoubtTest, ReportsAndCancellationsGoOnBehindWhatWasStored) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  fails_ = true;
+  EXPECT_THAT(queue_->Report("workers/1", id, Progress(token, QuantizationJob::LOADING, 0.1)),
+              HasCode(kUnavailable));
+  fails_ = false;
+  EXPECT_OK(queue_->Report("workers/1", id, Progress(token, QuantizationJob::ROTATING, 0.2)));
+  fails_ = true;
+  EXPECT_THAT(queue_->Cancel(id), HasCode(kUnavailable));
+  fails_ = false;
+  EXPECT_OK(queue_->Tick());
+  EXPECT_TRUE(queue_->Renew("workers/1", id, token).is_cancelled);
+  EXPECT_OK(queue_->Complete("workers/1", id, token, AcknowledgeCancel{token}, nullptr));
+  ASSERT_OK_AND_ASSIGN(const JobQueue::EventBatch batch, queue_->ReadEvents(id, 0));
+  EXPECT_TRUE(batch.is_final);
 }
 
 // -- Everything at once
