@@ -121,6 +121,13 @@ void History::OnUpdate(const JobRecord& record, const v1::QuantizationJobEvent& 
   if (record.job.stage() == QuantizationJob::PUBLISHING && jobs::IsLeased(record.job.state())) {
     job->publishing.insert(record.fencing_token);
   }
+  if (job->record.job.state() == QuantizationJob::QUEUED &&
+      record.job.state() == QuantizationJob::FAILED) {
+    for (const std::string& worker : workers_) {
+      if (job->refused_by.contains(worker)) continue;
+      Violate(absl::StrCat("end: ", id, " fails, and ", worker, " has not refused it"));
+    }
+  }
   const bool has_succeeded = record.job.state() == QuantizationJob::SUCCEEDED;
   if (has_succeeded != (published != nullptr)) {
     Violate(absl::StrCat("I3: ", id, has_succeeded ? " succeeded without" : " has", " a model"));
@@ -167,18 +174,27 @@ void History::CheckTransition(const std::string& id, const JobRecord& before,
     Violate(absl::StrCat("I5: ", id, " goes on after ", after.retries, " retries and ",
                          after.crashes, " crashes"));
   }
-  if (jobs::IsLeased(from) && jobs::IsLeased(to)) {
-    if (after.job.worker() != before.job.worker()) {
-      Violate(absl::StrCat("I2: ", id, " changes hands with token ", after.fencing_token));
-    }
-    const bool was_publishing = before.job.stage() == QuantizationJob::PUBLISHING;
-    if ((was_publishing && after.job.stage() != QuantizationJob::PUBLISHING) ||
-        after.job.progress().fraction() < before.job.progress().fraction() ||
-        after.job.progress().layers_done() < before.job.progress().layers_done()) {
-      Violate(absl::StrCat("B6: ", id, " goes back from ",
-                           QuantizationJob::Stage_Name(before.job.stage()), " to ",
-                           QuantizationJob::Stage_Name(after.job.stage())));
-    }
+  if (jobs::IsLeased(from) && jobs::IsLeased(to)) CheckProgress(id, before.job, after.job);
+}
+
+// Within one attempt.
+void History::CheckProgress(const std::string& id, const QuantizationJob& before,
+                            const QuantizationJob& after) {
+  if (after.worker() != before.worker()) {
+    Violate(
+        absl::StrCat("I2: ", id, " changes hands from ", before.worker(), " to ", after.worker()));
+  }
+  const bool was_publishing = before.stage() == QuantizationJob::PUBLISHING;
+  const bool is_publishing = after.stage() == QuantizationJob::PUBLISHING;
+  if ((was_publishing && !is_publishing) ||
+      after.progress().fraction() < before.progress().fraction() ||
+      after.progress().layers_done() < before.progress().layers_done()) {
+    Violate(absl::StrCat("B6: ", id, " goes back from ",
+                         QuantizationJob::Stage_Name(before.stage()), " to ",
+                         QuantizationJob::Stage_Name(after.stage())));
+  }
+  if (is_publishing && after.state() == QuantizationJob::CANCELLING) {
+    Violate(absl::StrCat("I3: ", id, " is cancelled and publishes"));
   }
 }
 

@@ -67,6 +67,11 @@ class History {
   // The coordinator said OK to a report or a heartbeat with this token.
   void OnAccepted(const std::string& worker, const std::string& id, int64_t token,
                   std::string_view what);
+  void OnRefused(const std::string& worker, const std::string& id) {
+    jobs_[id].refused_by.insert(worker);
+  }
+  // Those that take jobs, when jobs are failed that all of them have refused.
+  void OnWorkers(const std::set<std::string>& workers) { workers_ = workers; }
   void OnCheckpoint(const std::string& worker, const std::string& id, int64_t token, int n_layers);
   // An artifact got its name in a folder.
   void OnRename(const std::string& folder, const std::string& worker, const std::string& id,
@@ -108,12 +113,15 @@ class History {
     bool has_result_artifact = false;
     int64_t checkpoint_token = 0;
     std::map<int64_t, std::string> holders;  // by token
-    std::set<int64_t> publishing;            // tokens whose PUBLISHING was accepted
-    std::set<std::string> folders;           // that have its artifact
+    std::set<std::string> refused_by;
+    std::set<int64_t> publishing;   // tokens whose PUBLISHING was accepted
+    std::set<std::string> folders;  // that have its artifact
   };
   Job* Find(const std::string& id);
   void CheckTransition(const std::string& id, const jobs::JobRecord& before,
                        const jobs::JobRecord& after);
+  void CheckProgress(const std::string& id, const v1::QuantizationJob& before,
+                     const v1::QuantizationJob& after);
   void SetTold(const std::string& id, bool is_told);
   void CheckRoom(const std::string& tenant);
 
@@ -125,6 +133,7 @@ class History {
   std::map<std::string, Job> jobs_;               // by id
   std::map<std::string, std::string> submitted_;  // job ids, by request id
   std::set<std::string> untold_;  // jobs with a last change that the coordinator does not know
+  std::set<std::string> workers_;
   Figures figures_;
 };
 

@@ -18,7 +18,7 @@
 namespace walsh::sim {
 namespace {
 
-constexpr uint64_t kSeedsDefault = 500;
+constexpr uint64_t kSeedsDefault = 2000;
 constexpr uint64_t kSeedsOfOneOnSqlite = 20;
 constexpr int kTracesShown = 3;
 

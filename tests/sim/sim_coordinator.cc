@@ -109,6 +109,7 @@ void SimCoordinator::Tick(int64_t life) {
     queue_->Tick().IgnoreError();
     process_->registry.Tick();
     if (const auto workers = process_->registry.TakingJobs(); workers.has_value()) {
+      world_.history.OnWorkers(*workers);
       queue_->FailRefusedByAll(*workers).IgnoreError();
     }
   });
@@ -232,12 +233,16 @@ void SimCoordinator::CompleteJob(const internal_v1::CompleteJobRequest& request,
                                  const Reply<Empty>& reply) {
   Answer<Empty>(reply, [this, request]() -> absl::StatusOr<Empty> {
     WALSH_RETURN_IF_ERROR(process_->registry.Touch(request.worker_id()));
-    WALSH_RETURN_IF_ERROR(CheckOutcome(request));
+    WALSH_RETURN_IF_ERROR(Complete(request));
+    if (request.refused()) {
+      world_.history.OnRefused(WorkerName(request.worker_id()),
+                               request.job_name().substr(kJobCollection.size()));
+    }
     return Empty();
   });
 }
 
-absl::Status SimCoordinator::CheckOutcome(const internal_v1::CompleteJobRequest& request) {
+absl::Status SimCoordinator::Complete(const internal_v1::CompleteJobRequest& request) {
   const std::string worker = WorkerName(request.worker_id());
   const std::string id = request.job_name().substr(kJobCollection.size());
   const int64_t token = request.fencing_token();

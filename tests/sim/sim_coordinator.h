@@ -87,7 +87,7 @@ class SimCoordinator {
   void Tick(int64_t life);
   void TryWaiters();
   void TryWaiter(int64_t number);
-  absl::Status CheckOutcome(const internal_v1::CompleteJobRequest& request);
+  absl::Status Complete(const internal_v1::CompleteJobRequest& request);
 
   World& world_;
   const Options options_;

@@ -48,19 +48,28 @@ Simulation::Simulation(const Options& options)
       }) {}
 
 Simulation::Result Simulation::RunAll() {
+  faults_end_ = world_.random.Between(absl::Seconds(60), absl::Seconds(400));
+  StartAll();
+  PlanJobs();
+  if (!world_.random.Chance(kNoFaultAtAll)) PlanFaults();
+  world_.loop.RunUntil(faults_end_);
+  EndFaults();
+  Settle();
+  const absl::Duration settling = world_.loop.now() - faults_end_;
+  CheckEnds();
+  const std::string& violation = world_.history.violation();
+  return {.violation = violation,
+          .trace = violation.empty() ? "" : world_.history.Trace(),
+          .n_events = world_.loop.n_events(),
+          .settling = settling,
+          .faults = world_.faults,
+          .figures = world_.history.figures()};
+}
+
+void Simulation::StartAll() {
   coordinator_ = std::make_unique<SimCoordinator>(
       &world_, SimCoordinator::Options{.limits = limits_,
-                                       .open_disk =
-                                           [this] {
-                                             if (disk_ == nullptr || options_.reopens_disk) {
-                                               disk_.reset();
-                                               disk_ =
-                                                   options_.open_disk == nullptr
-                                                       ? std::make_unique<MemoryJobStore>()
-                                                       : options_.open_disk(&world_.loop.clock());
-                                             }
-                                             return disk_.get();
-                                           },
+                                       .open_disk = [this] { return OpenDisk(); },
                                        .has_ticks = options_.has_ticks});
   coordinator_->Start();
   const int n_machines = world_.random.Between(1, 4);
@@ -70,36 +79,37 @@ Simulation::Result Simulation::RunAll() {
     world_.loop.After(world_.random.Between(absl::ZeroDuration(), absl::Seconds(5)),
                       [machine = machines_.back().get()] { machine->Start(); });
   }
-  faults_end_ = world_.random.Between(absl::Seconds(60), absl::Seconds(400));
-  PlanJobs();
-  if (!world_.random.Chance(kNoFaultAtAll)) PlanFaults();
-  world_.loop.RunUntil(faults_end_);
-  EndFaults();
+}
 
-  const auto is_settled = [this] {
-    return n_unsubmitted_ == 0 && world_.history.Unfinished().empty();
-  };
-  while (world_.history.violation().empty() && !is_settled()) {
+jobs::JobStore* Simulation::OpenDisk() {
+  if (disk_ != nullptr && !options_.reopens_disk) return disk_.get();
+  disk_ = nullptr;
+  disk_ = options_.open_disk == nullptr ? std::make_unique<MemoryJobStore>()
+                                        : options_.open_disk(&world_.loop.clock());
+  return disk_.get();
+}
+
+// I7.
+void Simulation::Settle() {
+  while (world_.history.violation().empty()) {
+    const std::vector<std::string> unfinished = world_.history.Unfinished();
+    if (n_unsubmitted_ == 0 && unfinished.empty()) return;
     if (world_.loop.now() > faults_end_ + kSettlingMax) {
       world_.history.Violate(absl::StrCat("I7: ", n_unsubmitted_,
                                           " jobs are not submitted, unfinished are ",
-                                          absl::StrJoin(world_.history.Unfinished(), ", ")));
+                                          absl::StrJoin(unfinished, ", ")));
     }
     world_.loop.RunUntil(world_.loop.now() + absl::Seconds(1));
   }
-  const absl::Duration settling = world_.loop.now() - faults_end_;
+}
+
+void Simulation::CheckEnds() {
   CheckDisk();
   for (const std::string& id : world_.history.Ids()) {
-    if (!world_.history.violation().empty()) break;
+    if (!world_.history.violation().empty()) return;
     const auto events = disk_->Events(id, 0, kEventsMax);
     world_.history.CheckEnd(id, events.value_or(std::vector<v1::QuantizationJobEvent>()));
   }
-  return {.violation = world_.history.violation(),
-          .trace = world_.history.violation().empty() ? "" : world_.history.Trace(),
-          .n_events = world_.loop.n_events(),
-          .settling = settling,
-          .faults = world_.faults,
-          .figures = world_.history.figures()};
 }
 
 void Simulation::CheckDisk() {
@@ -113,8 +123,8 @@ void Simulation::CheckDisk() {
 
 void Simulation::PlanJobs() {
   using Kind = JobPlan::Kind;
-  n_jobs_ = n_unsubmitted_ = world_.random.Between(3, 12);
-  for (int number = 0; number < n_jobs_; ++number) {
+  n_unsubmitted_ = world_.random.Between(3, 12);
+  for (int number = 0; number < n_unsubmitted_; ++number) {
     JobPlan plan;
     plan.n_layers = world_.random.Between(1, 5);
     plan.layer_time = world_.random.Between(absl::Milliseconds(200), absl::Seconds(12));

@@ -43,6 +43,10 @@ class Simulation {
  private:
   explicit Simulation(const Options& options);
   Result RunAll();
+  void StartAll();
+  jobs::JobStore* OpenDisk();
+  void Settle();
+  void CheckEnds();
 
   void PlanJobs();
   void PlanFaults();
@@ -70,7 +74,6 @@ class Simulation {
   std::unique_ptr<SimCoordinator> coordinator_;
   std::vector<std::unique_ptr<WorkerMachine>> machines_;
   absl::Duration faults_end_;
-  int n_jobs_ = 0;
   int n_unsubmitted_ = 0;
   int64_t n_ids_ = 0;
   double cancels_ = 0;
