@@ -78,12 +78,12 @@ absl::Status Complete(Core* core, const CompleteJobRequest& request) {
   }
   WALSH_ASSIGN_OR_RETURN(const v1::Model model, ModelOf(request, *job));
   const v1::Model row = fleet::ModelCatalog::Row(model);
-  WALSH_RETURN_IF_ERROR(core->queue->Complete(worker, id, request.fencing_token(), outcome, &row));
-  // A repeated completion may come after the model was deleted, and must not bring it back.
-  if (job->state() == v1::QuantizationJob::SUCCEEDED) return absl::OkStatus();
-  core->catalog->Publish(model);
-  core->registry->SetModel(request.worker_id(), model);
-  return absl::OkStatus();
+  // Who hears that the job has succeeded finds its model. A repeated completion may come after the
+  // model was deleted, and does not bring it back.
+  return core->queue->Complete(worker, id, request.fencing_token(), outcome, &row, [&] {
+    core->catalog->Publish(model);
+    core->registry->SetModel(request.worker_id(), model);
+  });
 }
 
 // What is not learnt now, because the disk is full or too much waits, is still news with the next

@@ -310,7 +310,8 @@ absl::StatusOr<bool> JobQueue::TakeProgressOnly(const std::string& worker, const
 }
 
 absl::Status JobQueue::Complete(const std::string& worker, const std::string& id, int64_t token,
-                                const JobEvent& outcome, const v1::Model* model) {
+                                const JobEvent& outcome, const v1::Model* model,
+                                const std::function<void()>& on_stored) {
   const absl::MutexLock write_lock(&write_mu_);
   const absl::StatusOr<JobRecord> record = Find(id);
   // Not NOT_FOUND, which would tell the worker to register again.
@@ -318,7 +319,7 @@ absl::Status JobQueue::Complete(const std::string& worker, const std::string& id
   WALSH_RETURN_IF_ERROR(record.status());
   const bool is_repeat = token == record->completed_token;
   if (!is_repeat) WALSH_RETURN_IF_ERROR(CheckHeld(worker, id, token));
-  return Transit(id, outcome, model).status();
+  return Transit(id, outcome, model, on_stored).status();
 }
 
 absl::Status JobQueue::ReturnLease(const std::string& worker) {
@@ -460,12 +461,13 @@ absl::Status JobQueue::StoreHeldBackProgress() {
 }
 
 absl::StatusOr<Transition> JobQueue::Transit(const std::string& id, const JobEvent& event,
-                                             const v1::Model* model) {
+                                             const v1::Model* model,
+                                             const std::function<void()>& on_stored) {
   WALSH_RETURN_IF_ERROR(Settle(id));
   WALSH_ASSIGN_OR_RETURN(const JobRecord before, Find(id));
   WALSH_ASSIGN_OR_RETURN(Transition transition, Apply(before, event, clock_->Now()));
   if (!transition.event.has_value()) return transition;
-  WALSH_RETURN_IF_ERROR(StoreEvent(&transition.next, &*transition.event, model));
+  WALSH_RETURN_IF_ERROR(StoreEvent(&transition.next, &*transition.event, model, on_stored));
   if (metrics_ != nullptr) metrics_->OnTransition(before, transition.next);
   if (transition.next.job.state() != before.job.state()) LogChange(transition);
   if (transition.next.job.state() == QuantizationJob::QUEUED) work_subscriptions_.NotifyAll();
@@ -473,7 +475,7 @@ absl::StatusOr<Transition> JobQueue::Transit(const std::string& id, const JobEve
 }
 
 absl::Status JobQueue::StoreEvent(JobRecord* record, QuantizationJobEvent* event,
-                                  const v1::Model* model) {
+                                  const v1::Model* model, const std::function<void()>& on_stored) {
   event->set_sequence(++record->last_sequence);
   record->job.set_etag(absl::StrCat(record->last_sequence));
   const std::string id = record->job.name().substr(kJobCollection.size());
@@ -481,6 +483,7 @@ absl::Status JobQueue::StoreEvent(JobRecord* record, QuantizationJobEvent* event
     Doubt(id, stored);
     return stored;
   }
+  if (on_stored) on_stored();
   Adopt(id, *record);
   event_subscriptions_.Notify(id);
   return absl::OkStatus();

@@ -109,9 +109,11 @@ class JobQueue {
   LeaseState Renew(const std::string& worker, const std::string& id, int64_t token);
   absl::Status Report(const std::string& worker, const std::string& id, const jobs::Report& report);
   // `outcome` is Succeed, Fail, Refuse, AcknowledgeCancel or GiveBack with `token`; `model` goes
-  // with Succeed.
+  // with Succeed. `on_stored` is called once the outcome is stored, unless it was before, and
+  // before a watcher hears of it.
   absl::Status Complete(const std::string& worker, const std::string& id, int64_t token,
-                        const JobEvent& outcome, const v1::Model* model);
+                        const JobEvent& outcome, const v1::Model* model,
+                        const std::function<void()>& on_stored = nullptr);
   // The worker says goodbye, or has certainly died.
   absl::Status ReturnLease(const std::string& worker);
   absl::Status LoseLease(const std::string& worker);
@@ -142,9 +144,11 @@ class JobQueue {
   absl::Status CheckRoom(const JobOwner& owner) const ABSL_LOCKS_EXCLUDED(mu_);
   // Applies, stores, publishes. No event: stored nothing.
   absl::StatusOr<Transition> Transit(const std::string& id, const JobEvent& event,
-                                     const v1::Model* model = nullptr)
+                                     const v1::Model* model = nullptr,
+                                     const std::function<void()>& on_stored = nullptr)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
-  absl::Status StoreEvent(JobRecord* record, QuantizationJobEvent* event, const v1::Model* model)
+  absl::Status StoreEvent(JobRecord* record, QuantizationJobEvent* event, const v1::Model* model,
+                          const std::function<void()>& on_stored = nullptr)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(write_mu_);
   // Makes a stored record visible: live jobs, queue order, leases.
   void Adopt(const std::string& id, const JobRecord& record) ABSL_LOCKS_EXCLUDED(mu_);

@@ -763,6 +763,27 @@ TEST_F(JobQueueTest, StagesAndLayersAreAlwaysStored) {
   EXPECT_EQ(queue_->ReadEvents("a", 0)->events.size(), n_before + 6);
 }
 
+// So that whoever hears of it finds the model.
+TEST_F(JobQueueTest, WhoCompletesIsToldOnceAndBeforeSubscribers) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  std::vector<std::string> told;
+  const Subscriptions::Id subscription =
+      queue_->event_subscriptions().Add("a", [&] { told.push_back("subscriber"); });
+  v1::Model model;
+  model.set_name("models/a-model");
+  const auto complete = [&, id = id, token = token] {
+    return queue_->Complete("workers/1", id, token, Succeed{token, {}}, &model, [&] {
+      EXPECT_EQ(State("a"), QuantizationJob::RUNNING) << "nobody knows yet";
+      told.push_back("worker");
+    });
+  };
+  EXPECT_OK(complete());
+  EXPECT_OK(complete()) << "a repeated completion";
+  EXPECT_EQ(told, (std::vector<std::string>{"worker", "subscriber"}));
+  queue_->event_subscriptions().Remove(subscription);
+}
+
 TEST_F(JobQueueTest, SubscribersHearOfTheirJobOnly) {
   Submit("a");
   Submit("b");
