@@ -82,13 +82,20 @@ absl::StatusOr<std::unique_ptr<ModelStore>> ModelStore::Open(Options options, Cl
 
 // Their jobs died with the process that ran them: a data folder belongs to one worker at a time.
 void ModelStore::RemoveTemporaries() {
+  const auto remove = [](const fs::path& path) {
+    if (const absl::Status status = RemoveTree(path.string()); !status.ok()) {
+      WALSH_LOG(Warning, "a temporary stays", {"name", path.filename().string()},
+                {"error", status});
+    }
+  };
   std::error_code error;
   for (const auto& entry : fs::directory_iterator(options_.root, error)) {
     const std::string name = entry.path().filename().string();
-    if (!name.starts_with(kBuildPrefix) && !name.starts_with(kDeletedPrefix)) continue;
-    if (const absl::Status status = RemoveTree(entry.path().string()); !status.ok()) {
-      WALSH_LOG(Warning, "a temporary folder stays", {"name", name}, {"error", status});
-    }
+    if (name.starts_with(kBuildPrefix) || name.starts_with(kDeletedPrefix)) remove(entry.path());
+  }
+  // No model's name begins with a dot: what does was about to be published.
+  for (const auto& entry : fs::directory_iterator(options_.root + kOrigins, error)) {
+    if (entry.path().filename().string().starts_with('.')) remove(entry.path());
   }
 }
 

@@ -50,6 +50,8 @@ TEST_F(ModelStoreTest, ListsArtifactsAndLeavesTheRestAlone) {
   fs::create_directories(root_ + "/.tmp-job-3");
   fs::create_directories(root_ + "/.deleted-x-1");
   fs::create_directories(root_ + "/.unknown");
+  fs::create_directories(root_ + "/.origins");
+  std::ofstream(root_ + "/.origins/.m.tmp-1-2") << "quantizationJobs/j";
   OpenStore();
   const std::vector<Model> models = store_->List().models;
   ASSERT_EQ(models.size(), 1u);
@@ -68,6 +70,7 @@ TEST_F(ModelStoreTest, ListsArtifactsAndLeavesTheRestAlone) {
   EXPECT_EQ(models[0].sha256().size(), 64u);
   EXPECT_FALSE(fs::exists(root_ + "/.tmp-job-3"));
   EXPECT_FALSE(fs::exists(root_ + "/.deleted-x-1"));
+  EXPECT_FALSE(fs::exists(root_ + "/.origins/.m.tmp-1-2"));
   for (const char* kept :
        {"/not-an-artifact", "/Bad Name", "/broken", "/readme.txt", "/.unknown"}) {
     EXPECT_TRUE(fs::exists(root_ + kept)) << kept;
