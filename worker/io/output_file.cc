@@ -1,6 +1,7 @@
 #include "worker/io/output_file.h"
 
 #include <fcntl.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -12,6 +13,17 @@
 #include "worker/io/random_access_file.h"
 
 namespace walsh {
+namespace {
+
+absl::Status WriteError(int error, int fd, size_t n_bytes) {
+  absl::Status status = ErrnoStatus(error, "writing weights");
+  struct statvfs disk {};
+  if (!absl::IsResourceExhausted(status) || fstatvfs(fd, &disk) != 0) return status;
+  return absl::ResourceExhaustedError(absl::StrCat(
+      status.message(), ": ", n_bytes, " bytes needed, ", disk.f_bavail * disk.f_frsize, " free"));
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<OutputFile>> OutputFile::Create(const std::string& path) {
   const std::string name = BaseName(path);
@@ -32,7 +44,7 @@ absl::Status OutputFile::WriteAt(int64_t offset, std::span<const std::byte> byte
     const ssize_t n =
         pwrite(fd_, bytes.data() + done, bytes.size() - done, offset + static_cast<int64_t>(done));
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return ErrnoStatus(errno, "writing weights");
+    if (n < 0) return WriteError(errno, fd_, bytes.size() - done);
     done += static_cast<size_t>(n);
   }
   return absl::OkStatus();
