@@ -495,7 +495,11 @@ void JobRunner::Complete(const absl::StatusOr<Outcome>& outcome, const Failure& 
 }
 
 absl::Status JobRunner::Deliver(const internal::v1::CompleteJobRequest& request, HeldLease& held) {
-  for (int attempt = 1; !held.is_lost(); ++attempt) {
+  // A heartbeat finds no lease of a job that has ended by an attempt whose answer was lost: the one
+  // attempt more tells, which changes nothing of a job that is another worker's.
+  bool may_have_been_taken = false;
+  for (int attempt = 1; !held.is_lost() || may_have_been_taken; ++attempt) {
+    const bool is_last = held.is_lost();
     grpc::ClientContext context;
     SetTimeout(context, kCallTimeout);
     google::protobuf::Empty response;
@@ -505,6 +509,8 @@ absl::Status JobRunner::Deliver(const internal::v1::CompleteJobRequest& request,
     WALSH_LOG(Warning, "the outcome was not taken", {"job", held.job_name()}, {"error", status});
     if (!MayPass(status)) return status;
     if (request.has_returned() && attempt >= kHandBackTries) return status;
+    if (is_last) break;
+    may_have_been_taken = true;
     held.Pause(kRetryDelay);
   }
   return absl::AbortedError(absl::StrCat("the lease of ", held.job_name(), " is lost"));

@@ -814,6 +814,23 @@ TEST_F(JobRunnerTest, OutcomeIsRepeatedUntilItIsTaken) {
   EXPECT_EQ(n_runs_, 1);
 }
 
+// The job is over then, and the next heartbeat finds no lease of it.
+TEST_F(JobRunnerTest, OutcomeWhoseAnswerWasLostIsSentOnceMoreWithoutALease) {
+  std::atomic<int> n_tries = 0;
+  coordinator_.set_on_complete([&](const Complete&) {
+    if (++n_tries > 1) return absl::OkStatus();
+    coordinator_.LoseLease();
+    const size_t n_before = coordinator_.record().heartbeats.size();
+    EXPECT_TRUE(
+        coordinator_.WaitFor([&](const Record& r) { return r.heartbeats.size() >= n_before + 3; }));
+    return absl::UnavailableError("the answer was lost");
+  });
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome(2).has_result());
+  EXPECT_EQ(n_runs_, 1);
+}
+
 TEST_F(JobRunnerTest, ResultThatIsRefusedForGoodEndsTheJobWithAnError) {
   coordinator_.set_on_complete([](const Complete& request) {
     return request.has_result() ? absl::InternalError("the store is damaged") : absl::OkStatus();
