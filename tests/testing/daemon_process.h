@@ -2,6 +2,8 @@
 // endpoints file, stopped or killed.
 #pragma once
 
+#include <sys/types.h>
+
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,6 +32,7 @@ class DaemonProcess {
   absl::StatusOr<int> Wait(absl::Duration timeout = absl::Seconds(30));
   // SIGKILL to it and its wrapper, and waits.
   void Kill();
+  pid_t pid() const { return child_->pid(); }
   bool is_running() { return !child_->Poll().has_value(); }
 
  private:

@@ -60,11 +60,16 @@ std::string ServiceFixture::PortFlag(const std::string& daemon, const std::strin
 
 absl::Status ServiceFixture::StartDaemon(const std::string& daemon,
                                          const std::vector<std::string>& flags) {
-  const std::string& data_dir = daemon == "worker" ? worker_data_dir_ : data_dir_.path();
+  const bool is_worker = daemon == "worker";
+  const std::string& data_dir = is_worker ? worker_data_dir_ : data_dir_.path();
+  const Launch& launch = launches_[daemon];
   RemoveEndpoints(data_dir, daemon);
   client::SpawnOptions spawn;
-  spawn.argv = {BinaryPath("walsh-" + daemon), "--data-dir", data_dir, "--host", "127.0.0.1"};
+  spawn.argv = launch.wrapper;
+  Append(spawn.argv, {BinaryPath("walsh-" + daemon), "--data-dir", data_dir, "--host",
+                      is_worker ? options_.worker_host : options_.coordinator_host});
   Append(spawn.argv, flags);
+  spawn.environment = launch.environment;
   spawn.stdout_path = data_dir_ / (daemon + ".log");
   spawn.stderr_path = spawn.stdout_path;
   WALSH_ASSIGN_OR_RETURN(client::ChildProcess child, client::ChildProcess::Spawn(spawn));
@@ -106,8 +111,10 @@ absl::Status ServiceFixture::StartCoordinator() {
   return WaitUntil(is_healthy, kReadyTimeout) ? absl::OkStatus() : status;
 }
 
-absl::Status ServiceFixture::StartWorker() {
-  std::vector<std::string> flags = {"--coordinator",  endpoint("coordinator", "internal"),
+absl::Status ServiceFixture::StartWorker(const std::string& coordinator) {
+  const std::string address =
+      coordinator.empty() ? endpoint("coordinator", "internal") : coordinator;
+  std::vector<std::string> flags = {"--coordinator",  address,
                                     "--grpc-port",    PortFlag("worker", "grpc"),
                                     "--metrics-port", PortFlag("worker", "metrics"),
                                     "--threads",      absl::StrCat(options_.n_threads),

@@ -9,9 +9,12 @@
 // Binaries are found in $WALSH_BIN_DIR. Everything ends with the object.
 #pragma once
 
+#include <sys/types.h>
+
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -30,8 +33,16 @@ struct ServiceOptions {
   // Short: a dead worker is noticed while a test waits for it.
   int lease_seconds = 3;
   ChannelSecurity security;  // of client()
+  std::string coordinator_host = "127.0.0.1";
+  std::string worker_host = "127.0.0.1";
   std::vector<std::string> coordinator_flags;
   std::vector<std::string> worker_flags;
+};
+
+// How a daemon's process is started.
+struct Launch {
+  std::vector<std::string> wrapper;  // goes before it on the command line, and executes it
+  std::map<std::string, std::string> environment;
 };
 
 class ServiceFixture {
@@ -45,7 +56,12 @@ class ServiceFixture {
   // Both daemons; returns when the worker is registered.
   absl::Status Start();
   absl::Status StartCoordinator();
-  absl::Status StartWorker();
+  // `coordinator` where the worker is to reach it in another way than at its address.
+  absl::Status StartWorker(const std::string& coordinator = "");
+  // Of the next starts.
+  void set_launch(const std::string& daemon, Launch launch) {
+    launches_[daemon] = std::move(launch);
+  }
   void KillCoordinator();  // SIGKILL
   void KillWorker();
   // SIGTERM; INTERNAL unless the exit code is 0 within 60 s.
@@ -56,6 +72,7 @@ class ServiceFixture {
   void Signal(const std::string& daemon, int signal);
   // The exit code, 128 + signal after one; DEADLINE_EXCEEDED when the daemon goes on running.
   absl::StatusOr<int> WaitForExit(const std::string& daemon, absl::Duration timeout);
+  pid_t pid(const std::string& daemon) const { return children_.at(daemon)->pid(); }
   std::string Log(const std::string& daemon) const;
   pid_t pid(const std::string& daemon) const { return children_.at(daemon)->pid(); }
 
@@ -79,6 +96,7 @@ class ServiceFixture {
   const ServiceOptions options_;
   const TempDir data_dir_;
   const std::string worker_data_dir_;
+  std::map<std::string, Launch> launches_;
   std::map<std::string, std::unique_ptr<client::ChildProcess>> children_;
   std::map<std::string, Endpoints> endpoints_;  // of the first start of each
   std::unique_ptr<client::Client> client_;
