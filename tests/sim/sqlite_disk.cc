@@ -8,7 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
-#include "server/jobs/sqlite_job_store.h"
+#include "server/jobs/sql_job_store.h"
 
 namespace walsh::sim {
 
@@ -20,7 +20,7 @@ Simulation::Result RunOnSqlite(uint64_t seed) {
       Simulation::Run({.seed = seed,
                        .open_disk = [path = (directory / "jobs.db").string()](
                                         const Clock* clock) -> std::unique_ptr<jobs::JobStore> {
-                         auto store = jobs::SqliteJobStore::Open(path, clock);
+                         auto store = jobs::SqlJobStore::OpenSqlite(path, clock);
                          WALSH_CHECK(store.ok());
                          return *std::move(store);
                        },

@@ -7,8 +7,8 @@
 
 namespace walsh::testing {
 
-// Body of http://{endpoint}{path}; `endpoint` is an address of it, 127.0.0.1:port. UNAVAILABLE, with the beginning of
-// the answer, unless it is answered with 200.
+// Body of http://{endpoint}{path}; `endpoint` is an address of it, 127.0.0.1:port. UNAVAILABLE,
+// with the beginning of the answer, unless it is answered with 200.
 absl::StatusOr<std::string> HttpGet(const std::string& endpoint, const std::string& path);
 
 }  // namespace walsh::testing
