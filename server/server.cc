@@ -406,9 +406,9 @@ void Server::Impl::Stop(absl::Duration timeout) {
   if (stopping.HasBeenNotified()) return;
   stopping.Notify();
   const absl::MutexLock turn(&lead_mu);
-  if (leadership != nullptr) Resign();
   if (core != nullptr) core->is_stopping = true;
   SetServing(false);
+  if (leadership != nullptr) Resign();
   if (queue != nullptr) {
     // Watchers and waiting workers look at is_stopping now.
     queue->event_subscriptions().NotifyAll();
