@@ -184,6 +184,10 @@ TEST_F(StandbyTest, TheLeaderOutlivesARestartOfTheDatabase) {
   EXPECT_OK(client_->CreateJob(request));
   EXPECT_TRUE(Leads(kFirst));
   EXPECT_TRUE(StandsBy(kSecond));
+  second_->Signal(SIGTERM);
+  ASSERT_OK_AND_ASSIGN(const int exit_code, second_->Wait());
+  EXPECT_EQ(exit_code, 0) << "its turn never came";
+  EXPECT_TRUE(Leads(kFirst));
 }
 
 }  // namespace
