@@ -170,14 +170,15 @@ absl::Status PublishFile(const std::string& path, std::string_view contents) {
   Fd fd(open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644));
   if (!fd.ok()) return with_space(ErrnoStatus(errno, "creating a file"));
   absl::Status status = WriteSynced(std::move(fd), contents);
-  if (status.ok() && rename(temporary.c_str(), path.c_str()) != 0) {
-    status = ErrnoStatus(errno, "renaming a file");
-  }
-  if (!status.ok()) {
-    unlink(temporary.c_str());
-    return with_space(std::move(status));
-  }
-  return SyncDirectory(ParentOf(path));
+  if (status.ok()) status = ReplaceFile(temporary, path);
+  if (status.ok()) return status;
+  unlink(temporary.c_str());
+  return with_space(std::move(status));
+}
+
+absl::Status ReplaceFile(const std::string& from, const std::string& to) {
+  if (rename(from.c_str(), to.c_str()) != 0) return ErrnoStatus(errno, "renaming a file");
+  return SyncDirectory(ParentOf(to));
 }
 
 absl::Status PublishDirectory(const std::string& from, const std::string& to) {

@@ -25,6 +25,9 @@ absl::Status ErrnoStatus(int error, std::string_view what);
 // Replaces `path` by `contents`.
 absl::Status PublishFile(const std::string& path, std::string_view contents);
 
+// Replaces `to` by the file `from`, which is synced and in the same directory.
+absl::Status ReplaceFile(const std::string& from, const std::string& to);
+
 // Renames the finished directory `from` to `to`, which must not exist; both in one file system.
 // Syncs every file in `from`, `from` itself and the parent of `to`. ALREADY_EXISTS when `to`
 // exists.

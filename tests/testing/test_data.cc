@@ -31,14 +31,15 @@ std::string TestData(const std::string& relative) {
   return dir.empty() ? "" : IfExists(dir + "/" + relative);
 }
 
+std::string CacheDir() {
+  if (const std::string cache = Env("WALSH_CACHE_DIR"); !cache.empty()) return cache;
+  const std::string xdg = Env("XDG_CACHE_HOME");
+  return (xdg.empty() ? Env("HOME") + "/.cache" : xdg) + "/walsh";
+}
+
 std::string SmolLm2Path() {
   if (const std::string path = Env("WALSH_SMOLLM2"); !path.empty()) return IfExists(path);
-  std::string cache = Env("WALSH_CACHE_DIR");
-  if (cache.empty()) {
-    const std::string xdg = Env("XDG_CACHE_HOME");
-    cache = (xdg.empty() ? Env("HOME") + "/.cache" : xdg) + "/walsh";
-  }
-  return IfExists(cache + "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
+  return IfExists(CacheDir() + "/models/SmolLM2-135M-Instruct.Q4_1.gguf");
 }
 
 bool DataIsRequired() { return Env("WALSH_REQUIRE_DATA") == "1"; }

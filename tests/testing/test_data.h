@@ -13,6 +13,8 @@ namespace walsh::testing {
 std::string TestDataDir();
 // Path of `relative` inside it, or empty.
 std::string TestData(const std::string& relative);
+// The folder that `./run` fills: $WALSH_CACHE_DIR, else walsh in the user's cache folder.
+std::string CacheDir();
 // SmolLM2-135M-Instruct.Q4_1.gguf: $WALSH_SMOLLM2, else the cache folder that `./run` fills; or
 // empty.
 std::string SmolLm2Path();

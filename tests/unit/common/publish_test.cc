@@ -124,6 +124,16 @@ TEST_F(PublishTest, AFailureBeforeTheRenameLeavesTheOldFile) {
   EXPECT_EQ(Read(dir_ / "f"), "new");  // whole, though its durability is unknown
 }
 
+TEST_F(PublishTest, AReplacedFileIsRenamedAndItsDirectorySynced) {
+  ASSERT_OK(PublishFile(dir_ / "f", "old"));
+  ASSERT_OK(PublishFile(dir_ / "written", "new"));
+  recorder = {.is_on = true};
+  ASSERT_OK(ReplaceFile(dir_ / "written", dir_ / "f"));
+  EXPECT_THAT(recorder.steps, ElementsAre("rename written f", "fsync " + Name(dir_)));
+  EXPECT_EQ(Read(dir_ / "f"), "new");
+  EXPECT_THAT(ReplaceFile(dir_ / "written", dir_ / "f"), HasCode(absl::StatusCode::kNotFound));
+}
+
 TEST_F(PublishTest, ConcurrentWritersLeaveOneWholeFile) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {

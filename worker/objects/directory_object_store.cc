@@ -1,0 +1,194 @@
+// Objects as files. A version is the SHA-256 of the contents; conditions are compared under a lock,
+// which the system releases when a process dies.
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "common/publish.h"
+#include "common/sha256.h"
+#include "common/status_macros.h"
+#include "worker/io/output_file.h"
+#include "worker/io/random_access_file.h"
+#include "worker/objects/object_store.h"
+
+namespace walsh::objects {
+namespace {
+
+namespace fs = std::filesystem;
+
+class DirectoryStore final : public ObjectStore {
+ public:
+  explicit DirectoryStore(std::string directory) : directory_(std::move(directory)) {}
+
+  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const override {
+    WALSH_ASSIGN_OR_RETURN(const auto file, OpenObject(key));
+    if (file->size() > bytes_max) {
+      return absl::ResourceExhaustedError(absl::StrCat("a stored object has ", file->size(),
+                                                       " bytes, at most ", bytes_max, " are read"));
+    }
+    Contents contents;
+    contents.bytes.resize(static_cast<size_t>(file->size()));
+    WALSH_RETURN_IF_ERROR(file->ReadAt(0, std::as_writable_bytes(std::span(contents.bytes))));
+    contents.version = Sha256Hex(contents.bytes);
+    return contents;
+  }
+
+  absl::Status ReadAt(const std::string& key, int64_t offset,
+                      std::span<std::byte> into) const override {
+    WALSH_ASSIGN_OR_RETURN(const auto file, OpenObject(key));
+    if (file->size() - offset < static_cast<int64_t>(into.size())) {
+      return absl::DataLossError("a stored object is shorter than it should be");
+    }
+    return file->ReadAt(offset, into);
+  }
+
+  absl::StatusOr<std::string> Put(const std::string& key, std::string_view contents,
+                                  const WriteCondition& condition) override {
+    WALSH_RETURN_IF_ERROR(Prepare(key));
+    WALSH_ASSIGN_OR_RETURN(const Lock lock, Lock::Take(directory_ + "/.lock"));
+    WALSH_RETURN_IF_ERROR(CheckCondition(key, condition));
+    WALSH_RETURN_IF_ERROR(PublishFile(Path(key), contents));
+    return Sha256Hex(contents);
+  }
+
+  absl::Status PutFile(const std::string& key, const std::string& path, const std::string& sha256,
+                       const KeepGoing& keep_going) override {
+    WALSH_RETURN_IF_ERROR(Prepare(key));
+    const std::string temporary =
+        absl::StrCat(fs::path(Path(key)).parent_path().string(), "/.", sha256, ".tmp-", getpid(),
+                     "-", n_temporaries_.fetch_add(1));
+    absl::Status status = Copy(path, sha256, temporary, keep_going);
+    if (status.ok()) status = ReplaceFile(temporary, Path(key));
+    if (!status.ok()) unlink(temporary.c_str());
+    return status;
+  }
+
+  absl::StatusOr<std::vector<Listed>> List(const std::string& folder) const override {
+    WALSH_RETURN_IF_ERROR(CheckKey(folder));
+    std::vector<Listed> listed;
+    std::error_code error;
+    for (fs::recursive_directory_iterator it(Path(folder), error), end; !error && it != end;
+         it.increment(error)) {
+      // What vanishes meanwhile is no longer there.
+      std::error_code vanished;
+      if (!it->is_regular_file(vanished) || it->path().filename().string().starts_with('.'))
+        continue;
+      const auto size = it->file_size(vanished);
+      const auto modified = it->last_write_time(vanished);
+      if (vanished) continue;
+      listed.push_back({.key = fs::path(it->path()).lexically_relative(directory_).string(),
+                        .size_bytes = static_cast<int64_t>(size),
+                        .modified = absl::FromChrono(std::chrono::file_clock::to_sys(
+                            std::chrono::time_point_cast<std::chrono::microseconds>(modified)))});
+    }
+    if (error && error != std::errc::no_such_file_or_directory) {
+      return ErrnoStatus(error.value(), "listing stored objects");
+    }
+    std::sort(listed.begin(), listed.end(),
+              [](const Listed& a, const Listed& b) { return a.key < b.key; });
+    return listed;
+  }
+
+  absl::Status Delete(const std::string& key) override {
+    WALSH_RETURN_IF_ERROR(CheckKey(key));
+    if (unlink(Path(key).c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
+    return ErrnoStatus(errno, "removing a stored object");
+  }
+
+  void Stop() override {}
+
+ private:
+  class Lock {
+   public:
+    static absl::StatusOr<Lock> Take(const std::string& path) {
+      const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+      if (fd < 0) return ErrnoStatus(errno, "opening the lock of stored objects");
+      Lock lock(fd);
+      // Held for the length of one small write.
+      while (flock(fd, LOCK_EX) != 0) {
+        if (errno != EINTR) return ErrnoStatus(errno, "locking stored objects");
+      }
+      return lock;
+    }
+    Lock(Lock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+    Lock& operator=(Lock&&) = delete;
+    ~Lock() {
+      if (fd_ >= 0) close(fd_);
+    }
+
+   private:
+    explicit Lock(int fd) : fd_(fd) {}
+    int fd_;
+  };
+
+  std::string Path(const std::string& key) const { return absl::StrCat(directory_, "/", key); }
+
+  absl::Status Prepare(const std::string& key) const {
+    WALSH_RETURN_IF_ERROR(CheckKey(key));
+    return MakeDirectories(fs::path(Path(key)).parent_path().string());
+  }
+
+  absl::StatusOr<std::unique_ptr<RandomAccessFile>> OpenObject(const std::string& key) const {
+    WALSH_RETURN_IF_ERROR(CheckKey(key));
+    absl::StatusOr<std::unique_ptr<RandomAccessFile>> file = OpenRandomAccessFile(Path(key));
+    if (absl::IsNotFound(file.status())) return absl::NotFoundError("no such stored object");
+    return file;
+  }
+
+  absl::Status CheckCondition(const std::string& key, const WriteCondition& condition) const {
+    if (!condition.must_be_absent && condition.must_be_version.empty()) return absl::OkStatus();
+    const absl::StatusOr<Contents> there = Get(key, kPieceBytes);
+    if (absl::IsNotFound(there.status())) {
+      return condition.must_be_absent ? absl::OkStatus() : there.status();
+    }
+    WALSH_RETURN_IF_ERROR(there.status());
+    if (!condition.must_be_absent && there->version == condition.must_be_version) {
+      return absl::OkStatus();
+    }
+    return absl::AbortedError("a stored object is not what the write expects");
+  }
+
+  static absl::Status Copy(const std::string& path, const std::string& sha256,
+                           const std::string& to, const KeepGoing& keep_going) {
+    WALSH_ASSIGN_OR_RETURN(const auto file, OpenRandomAccessFile(path));
+    WALSH_ASSIGN_OR_RETURN(const auto output, OutputFile::Create(to));
+    std::vector<std::byte> buffer(static_cast<size_t>(std::min(file->size(), kPieceBytes)));
+    Sha256 hash;
+    for (int64_t offset = 0; offset < file->size();) {
+      WALSH_RETURN_IF_ERROR(Ask(keep_going));
+      const auto piece = std::span(buffer).first(
+          static_cast<size_t>(std::min(file->size() - offset, kPieceBytes)));
+      WALSH_RETURN_IF_ERROR(file->ReadAt(offset, piece));
+      WALSH_RETURN_IF_ERROR(output->Append(piece));
+      hash.Update(piece.data(), piece.size());
+      offset += static_cast<int64_t>(piece.size());
+    }
+    if (hash.HexDigest() != sha256) {
+      return absl::DataLossError(absl::StrCat(file->name(), " differs from its digest"));
+    }
+    return output->Finish();
+  }
+
+  const std::string directory_;
+  std::atomic<int64_t> n_temporaries_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ObjectStore>> OpenDirectoryStore(const std::string& directory) {
+  WALSH_RETURN_IF_ERROR(MakeDirectories(directory));
+  return std::make_unique<DirectoryStore>(fs::path(directory).lexically_normal().string());
+}
+
+}  // namespace walsh::objects
