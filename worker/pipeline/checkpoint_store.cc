@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <system_error>
@@ -19,54 +18,15 @@
 #include "common/sha256.h"
 #include "common/status_macros.h"
 #include "worker/io/random_access_file.h"
+#include "worker/pipeline/stored_generation.h"
 
 namespace walsh::pipeline {
 namespace {
 
 namespace fs = std::filesystem;
-using nlohmann::json;
 
 constexpr char kCurrent[] = "CURRENT";
-constexpr size_t kDigestChars = 64;
 constexpr size_t kPieceBytes = size_t{1} << 20;
-
-struct StoredGeneration {
-  int64_t fencing_token = 0;
-  CheckpointStore::Generation generation;
-};
-
-std::string ToText(const StoredGeneration& stored) {
-  json objects = json::array();
-  for (const CheckpointStore::Object& object : stored.generation.objects) {
-    objects.push_back({object.sha256, object.size_bytes});
-  }
-  const json document = {{"fencing_token", stored.fencing_token},
-                         {"manifest", stored.generation.manifest},
-                         {"objects", std::move(objects)}};
-  const std::string body = document.dump();
-  return absl::StrCat(Sha256Hex(body), "\n", body);
-}
-
-// DATA_LOSS for anything but what ToText made.
-absl::StatusOr<StoredGeneration> FromText(std::string_view text) {
-  if (text.size() <= kDigestChars || text[kDigestChars] != '\n' ||
-      Sha256Hex(text.substr(kDigestChars + 1)) != text.substr(0, kDigestChars)) {
-    return absl::DataLossError("a generation of the checkpoint differs from its digest");
-  }
-  try {
-    const json document = json::parse(text.substr(kDigestChars + 1));
-    StoredGeneration stored;
-    stored.fencing_token = document.at("fencing_token").get<int64_t>();
-    stored.generation.manifest = document.at("manifest").get<std::string>();
-    for (const json& object : document.at("objects")) {
-      stored.generation.objects.push_back(
-          {object.at(0).get<std::string>(), object.at(1).get<int64_t>()});
-    }
-    return stored;
-  } catch (const json::exception& e) {
-    return absl::DataLossError(absl::StrCat("a generation of the checkpoint: ", e.what()));
-  }
-}
 
 class DirectoryCheckpointStore final : public CheckpointStore {
  public:
@@ -98,7 +58,7 @@ class DirectoryCheckpointStore final : public CheckpointStore {
   }
 
   absl::Status Get(const Object& object, std::span<std::byte> into) const override {
-    if (static_cast<int64_t>(into.size()) != object.size_bytes) return Damaged(object);
+    if (static_cast<int64_t>(into.size()) != object.size_bytes) return DamagedObject(object);
     return Read(object, [&](int64_t offset, int64_t n_bytes) {
       return into.subspan(static_cast<size_t>(offset), static_cast<size_t>(n_bytes));
     });
@@ -185,10 +145,8 @@ class DirectoryCheckpointStore final : public CheckpointStore {
 
   absl::Status CheckToken(const Pair& pair) const {
     for (const auto* stored : {&pair.current, &pair.previous}) {
-      if (!stored->has_value() || (*stored)->fencing_token <= fencing_token_) continue;
-      return absl::AbortedError(absl::StrCat("the checkpoint belongs to the holder of token ",
-                                             (*stored)->fencing_token, ", this one has ",
-                                             fencing_token_));
+      if (!stored->has_value()) continue;
+      WALSH_RETURN_IF_ERROR(pipeline::CheckToken((*stored)->fencing_token, fencing_token_));
     }
     return absl::OkStatus();
   }
@@ -196,22 +154,17 @@ class DirectoryCheckpointStore final : public CheckpointStore {
   template <typename Piece>
   absl::Status Read(const Object& object, const Piece& piece) const {
     const auto file = OpenRandomAccessFile(ObjectPath(object));
-    if (!file.ok() || (*file)->size() != object.size_bytes) return Damaged(object);
+    if (!file.ok() || (*file)->size() != object.size_bytes) return DamagedObject(object);
     Sha256 hash;
     for (int64_t offset = 0; offset < object.size_bytes;) {
       const int64_t n_bytes =
           std::min(object.size_bytes - offset, static_cast<int64_t>(kPieceBytes));
       const std::span<std::byte> bytes = piece(offset, n_bytes);
-      if (!(*file)->ReadAt(offset, bytes).ok()) return Damaged(object);
+      if (!(*file)->ReadAt(offset, bytes).ok()) return DamagedObject(object);
       hash.Update(bytes.data(), bytes.size());
       offset += n_bytes;
     }
-    return hash.HexDigest() == object.sha256 ? absl::OkStatus() : Damaged(object);
-  }
-
-  static absl::Status Damaged(const Object& object) {
-    return absl::DataLossError(
-        absl::StrCat("object ", object.sha256, " of the checkpoint is damaged or missing"));
+    return hash.HexDigest() == object.sha256 ? absl::OkStatus() : DamagedObject(object);
   }
 
   // Temporary files of writers that died, too.
