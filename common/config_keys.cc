@@ -10,9 +10,9 @@ namespace {
 // clang-format off
 constexpr std::string_view kConfigKeys[] = {
     "act-asymmetric", "act-bits", "act-clip", "act-group-size", "act-order", "add-special-tokens",
-    "advertise-host", "after-sequence", "api-key-file", "api-keys-file", "asymmetric",
-    "batch-invariant", "bits", "calibration", "checkpoint-dir", "column-order", "concurrency",
-    "coordinator", "damp", "data-dir", "deadline", "describe", "detach", "device", "dtype",
+    "advertise-host", "after-sequence", "api-key-file", "api-keys-file",
+    "artifact-store", "asymmetric", "batch-invariant", "bits", "calibration", "checkpoint-dir",
+    "column-order", "concurrency", "coordinator", "damp", "data-dir", "deadline", "describe", "detach", "device", "dtype",
     "duration", "enable-reflection", "error-propagation", "eval-limit", "eval-no-bos",
     "eval-stride", "eval-tasks", "eval-text", "eval-text-format", "eval-window", "eval-windows",
     "export-root", "file", "filter", "force", "format", "gptaq-alpha", "grid", "group-size",

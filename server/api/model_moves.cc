@@ -1,5 +1,6 @@
 #include "server/api/model_moves.h"
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -85,6 +86,25 @@ void UnloadReplicas(Core* core, const std::string& id, std::vector<Replica> repl
   ForEach(core, std::make_shared<std::vector<Replica>>(std::move(replicas)), 0, unload, done);
 }
 
+// As the first word of a worker that has no artifact of the model, but a store that may.
+Replica OfStore(const fleet::WorkerAddress& worker, const std::string& id) {
+  Replica replica{.worker = worker};
+  replica.model.set_name(ModelName(id));
+  replica.model.set_state(v1::Model::UNLOADED);
+  return replica;
+}
+
+// Adds a worker that removes the model from the artifact store, unless one of them does.
+void AddStore(Core* core, const std::string& id, std::vector<Replica>& replicas) {
+  const std::vector<fleet::WorkerAddress> workers = core->registry->WithArtifactStore();
+  const bool has_one = std::any_of(workers.begin(), workers.end(), [&](const auto& worker) {
+    return std::any_of(replicas.begin(), replicas.end(), [&](const Replica& replica) {
+      return replica.worker.worker_id == worker.worker_id;
+    });
+  });
+  if (!has_one && !workers.empty()) replicas.push_back(OfStore(workers.front(), id));
+}
+
 void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> replicas,
                     const MoveLimits& limits, const Done& done) {
   const Step remove = [=](const Replica& replica, const Done& removed) {
@@ -118,6 +138,11 @@ void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done
   if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
   std::vector<Replica> replicas = core->registry->Replicas(id);
   std::erase_if(replicas, [](const Replica& replica) { return replica.is_draining; });
+  const bool is_here = !replicas.empty();
+  if (!is_here) {
+    const std::vector<fleet::WorkerAddress> workers = core->registry->WithArtifactStore();
+    if (!workers.empty()) replicas.push_back(OfStore(workers.front(), id));
+  }
   const Replica* chosen = fleet::ChooseForLoad(replicas);
   if (chosen == nullptr) return done(ModelNotHere(id));
   if (chosen->model.state() == v1::Model::READY) return done(absl::OkStatus());
@@ -131,7 +156,10 @@ void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done
                     } else {
                       RestoreState(core, replica, id, v1::Model::LOADING, model.status());
                     }
-                    Continue(core, done, [=, status = model.status()] { done(status); });
+                    // The store does not have it either.
+                    const bool is_nowhere = !is_here && absl::IsNotFound(model.status());
+                    const absl::Status status = is_nowhere ? ModelNotHere(id) : model.status();
+                    Continue(core, done, [=] { done(status); });
                   });
 }
 
@@ -143,7 +171,8 @@ void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Do
 void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits& limits,
                  Done done) {
   if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
-  const std::vector<Replica> replicas = core->registry->Replicas(id);
+  std::vector<Replica> replicas = core->registry->Replicas(id);
+  AddStore(core, id, replicas);
   if (replicas.empty() && !force) {
     absl::Status status = absl::FailedPreconditionError(
         absl::StrCat("no connected worker has model '", id,

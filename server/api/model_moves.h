@@ -1,4 +1,5 @@
-// Loading, unloading and deleting models on the workers that have them.
+// Loading, unloading and deleting models on the workers that have them. A model that none has is
+// loaded by one with an artifact store, which may have it; what is deleted is deleted there, too.
 //
 // Nothing here blocks; `done` is called once, on a thread that may wait for the disk. A cancelled
 // move no longer waits for the worker, which still ends what it has begun: its heartbeats tell.

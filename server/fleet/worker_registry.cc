@@ -71,6 +71,7 @@ absl::StatusOr<std::vector<std::string>> WorkerRegistry::Register(
   if (!replaced.empty()) last_departure_ = clock_->Monotonic();
   Entry& entry = workers_[request.worker_id()];
   entry.address = request.address();
+  entry.has_artifact_store = request.has_artifact_store();
   entry.worker.set_name(WorkerName(request.worker_id()));
   const bool is_draining = request.draining() || entry.worker.state() == v1::Worker::DRAINING;
   entry.worker.set_state(is_draining ? v1::Worker::DRAINING : v1::Worker::ONLINE);
@@ -207,10 +208,19 @@ std::map<std::string, std::vector<Replica>> WorkerRegistry::AllReplicas() const 
 }
 
 std::vector<WorkerAddress> WorkerRegistry::Online() const {
+  return OnlineWhere([](const Entry&) { return true; });
+}
+
+std::vector<WorkerAddress> WorkerRegistry::WithArtifactStore() const {
+  return OnlineWhere([](const Entry& entry) { return entry.has_artifact_store; });
+}
+
+std::vector<WorkerAddress> WorkerRegistry::OnlineWhere(
+    absl::FunctionRef<bool(const Entry&)> condition) const {
   const absl::MutexLock lock(&mu_);
   std::vector<std::pair<int, WorkerAddress>> by_load;
   for (const auto& [id, entry] : workers_) {
-    if (entry.worker.state() != v1::Worker::ONLINE) continue;
+    if (entry.worker.state() != v1::Worker::ONLINE || !condition(entry)) continue;
     by_load.emplace_back(Load(id, entry), WorkerAddress{.worker_id = id, .address = entry.address});
   }
   std::stable_sort(by_load.begin(), by_load.end(),

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
@@ -55,6 +56,8 @@ class WorkerRegistry {
   std::map<std::string, std::vector<Replica>> AllReplicas() const;
   // The workers that are ONLINE, the least busy one first.
   std::vector<WorkerAddress> Online() const;
+  // Those of them that can fetch a model which no worker has, and remove it from where it is kept.
+  std::vector<WorkerAddress> WithArtifactStore() const;
   // The names of those that take jobs, now or when the one that they run is over. None can be told
   // while a worker drains, and within `offline_after` of the start and of the last departure: a
   // worker that restarts, or that had registered before the coordinator did, is given the time to
@@ -97,6 +100,7 @@ class WorkerRegistry {
   struct Entry {
     v1::Worker worker;
     std::string address;
+    bool has_artifact_store = false;
     absl::Duration last_seen;                 // monotonic
     std::map<std::string, v1::Model> models;  // by id
   };
@@ -124,6 +128,7 @@ class WorkerRegistry {
   // Takes what a heartbeat lists, but for models of which something newer is known.
   static void SetModels(const google::protobuf::RepeatedPtrField<v1::Model>& models,
                         int64_t revision, Entry* entry);
+  std::vector<WorkerAddress> OnlineWhere(absl::FunctionRef<bool(const Entry&)> condition) const;
   int Load(const std::string& worker_id, const Entry& entry) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   Replica ToReplica(const std::string& worker_id, const Entry& entry, const std::string& model_id,

@@ -1,5 +1,6 @@
-// Goal:   objects in a real S3 server are what they are in a folder, and what boto3 reads.
-// Method: the conformance tests of object stores, each beneath a prefix of its own, on moto's
+// Goal:   objects and checkpoints in a real S3 server are what they are in a folder, and what boto3
+//         reads.
+// Method: the conformance tests of both, each beneath a prefix of its own, on moto's
 //         server, which checks every signature with botocore.
 #include <gtest/gtest.h>
 
@@ -11,11 +12,14 @@
 #include "absl/strings/str_cat.h"
 #include "tests/testing/s3_server.h"
 #include "tests/unit/worker/objects/object_store_conformance.h"
+#include "tests/unit/worker/pipeline/object_checkpoints.h"
 #include "worker/objects/s3_object_store.h"
 
 namespace walsh::objects {
 namespace {
 
+using pipeline::CheckpointPlaceFactory;
+using pipeline::CheckpointPlaceTest;
 using ::walsh::testing::S3Server;
 
 // moto's parts, as S3's, have at least this but for the last.
@@ -70,6 +74,12 @@ class S3Test : public ::testing::Test {
 
 INSTANTIATE_TEST_SUITE_P(S3, ObjectStoreTest,
                          ::testing::Values(StoreFactory(OpenBeneathNewPrefix)));
+
+INSTANTIATE_TEST_SUITE_P(S3, CheckpointPlaceTest,
+                         ::testing::Values(CheckpointPlaceFactory([](const std::string& folder) {
+                           return std::make_unique<pipeline::ObjectCheckpoints>(
+                               OpenBeneathNewPrefix(folder));
+                         })));
 
 TEST_F(S3Test, Boto3ReadsWhatWasWrittenAndTheOtherWayRound) {
   ASSERT_OK(store_->Put("a/plain", "written by walsh"));

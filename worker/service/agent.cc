@@ -161,6 +161,7 @@ bool Agent::Register() {
   request.mutable_models()->Add(load.models.begin(), load.models.end());
   request.set_memory_bytes_total(ReadHostMemory().total_bytes);
   request.set_host_pid(getpid());
+  request.set_has_artifact_store(identity_.has_artifact_store);
   {
     const std::lock_guard lock(mu_);
     request.set_draining(is_draining_);

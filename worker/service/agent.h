@@ -38,6 +38,7 @@ class Agent {
     std::string worker_id;
     std::string address;  // host:port where the coordinator reaches this worker
     std::string device;
+    bool has_artifact_store = false;
   };
   // What heartbeats tell about the rest of the worker.
   struct Load {

@@ -19,6 +19,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/synchronization/notification.h"
 #include "common/command_line.h"
 #include "common/device_choice.h"
 #include "common/endpoints.h"
@@ -32,9 +33,12 @@
 #include "common/status_macros.h"
 #include "worker/io/model_root.h"
 #include "worker/kernels/kernels.h"
+#include "worker/objects/object_store.h"
 #include "worker/pipeline/checkpoint_store.h"
+#include "worker/pipeline/object_checkpoint_store.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/agent.h"
+#include "worker/service/artifact_store.h"
 #include "worker/service/coordinator_link.h"
 #include "worker/service/describe.h"
 #include "worker/service/device_metrics.h"
@@ -127,14 +131,17 @@ class WorkerDaemon final : public Daemon {
   // From a job, from the check of one or from an engine. No more leases are taken when it returns.
   void OnDeviceBroken(const absl::Status& cause);
   void RefuseWork();
+  void StopStores();
+  // Waits for its job, which may wait for an endpoint until then at most (monotonic).
+  void StopAgentBy(absl::Duration deadline);
   absl::StatusOr<pipeline::JobPlan> PlanJob(const pipeline::JobSpec& spec) const;
   absl::StatusOr<WorkerMemory> ReadMemory() const;
   absl::Status CheckLive() const;
   absl::Status CheckReady() const;
   Agent::Load MakeLoad() const;
   std::string AdvertisedAddress() const;
-  absl::Status OpenCheckpoints() const;
-  // Empty where no checkpoints are kept.
+  absl::Status OpenCheckpoints();
+  // Empty where no checkpoints are kept, or in a bucket.
   std::string CheckpointsDirectory() const;
 
   // Null unless jobs and models take turns.
@@ -154,6 +161,8 @@ class WorkerDaemon final : public Daemon {
 
   JobDevice device_;
   ExclusiveUse exclusive_use_;
+  std::unique_ptr<ArtifactStore> artifacts_;                  // null without --artifact-store
+  std::unique_ptr<objects::ObjectStore> checkpoint_objects_;  // null unless a bucket has them
   std::unique_ptr<ModelStore> models_;
   std::unique_ptr<DaemonSecurity> security_;  // outlives the server
   std::unique_ptr<GenerationService> generation_;
@@ -212,7 +221,15 @@ absl::Status WorkerDaemon::OpenDevice() {
   return absl::OkStatus();
 }
 
-absl::Status WorkerDaemon::OpenCheckpoints() const {
+absl::Status WorkerDaemon::OpenCheckpoints() {
+  if (!options_.no_checkpoints && objects::IsS3Location(options_.checkpoint_dir)) {
+    WALSH_ASSIGN_OR_RETURN(checkpoint_objects_,
+                           objects::OpenObjectStore("--checkpoint-dir", options_.checkpoint_dir));
+    const absl::Status removed =
+        pipeline::RemoveStaleObjectCheckpoints(*checkpoint_objects_, kCheckpointsKept);
+    if (!removed.ok()) WALSH_LOG(Warning, "old checkpoints stay", {"error", removed});
+    return absl::OkStatus();
+  }
   const std::string directory = CheckpointsDirectory();
   if (directory.empty()) return absl::OkStatus();
   if (const absl::Status made = MakeDirectories(directory); !made.ok()) {
@@ -224,6 +241,11 @@ absl::Status WorkerDaemon::OpenCheckpoints() const {
 }
 
 absl::Status WorkerDaemon::OpenStore() {
+  if (!options_.artifact_store.empty()) {
+    WALSH_ASSIGN_OR_RETURN(std::unique_ptr<objects::ObjectStore> objects,
+                           objects::OpenObjectStore("--artifact-store", options_.artifact_store));
+    artifacts_ = std::make_unique<ArtifactStore>(std::move(objects));
+  }
   ModelStore::Options options;
   options.root = options_.data_dir + "/models";
   options.worker_id = worker_id_;
@@ -252,6 +274,7 @@ absl::Status WorkerDaemon::OpenStore() {
                                    [this](const absl::Status& cause) { OnDeviceBroken(cause); });
   options.free_memory = [] { return ReadHostMemory().free_bytes; };
   options.exclusive = exclusive();
+  options.artifacts = artifacts_.get();
   WALSH_ASSIGN_OR_RETURN(models_, ModelStore::Open(std::move(options), clock_));
   WALSH_ASSIGN_OR_RETURN(conversions_,
                          ModelConversions::Open({.export_root = options_.export_root.empty()
@@ -334,6 +357,7 @@ void WorkerDaemon::MakeAgent() {
           .resolve = resolve_,
           .device = device_.name,
           .checkpoints_directory = CheckpointsDirectory(),
+          .checkpoint_objects = checkpoint_objects_.get(),
           .kernel_family = device_.backend->kernel_family(),
           .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
           .memory = [this] { return ReadMemory(); },
@@ -350,7 +374,8 @@ void WorkerDaemon::MakeAgent() {
   agent_ = std::make_unique<Agent>(
       Agent::Identity{.worker_id = worker_id_,
                       .address = AdvertisedAddress(),
-                      .device = DescribeDevice(device_, n_threads)},
+                      .device = DescribeDevice(device_, n_threads),
+                      .has_artifact_store = artifacts_ != nullptr},
       coordinator_.get(),
       Agent::Hooks{.load = [this] { return MakeLoad(); },
                    .run_job = [this](const internal::v1::Lease& lease,
@@ -428,7 +453,7 @@ std::string WorkerDaemon::AdvertisedAddress() const {
 }
 
 std::string WorkerDaemon::CheckpointsDirectory() const {
-  if (options_.no_checkpoints) return "";
+  if (options_.no_checkpoints || checkpoint_objects_ != nullptr) return "";
   return options_.checkpoint_dir.empty() ? options_.data_dir + "/checkpoints"
                                          : options_.checkpoint_dir;
 }
@@ -438,6 +463,22 @@ void WorkerDaemon::RefuseWork() {
   if (!is_complete_) return;
   server_->GetHealthCheckService()->SetServingStatus(false);
   agent_->Drain();
+}
+
+void WorkerDaemon::StopStores() {
+  if (artifacts_ != nullptr) artifacts_->Stop();
+  if (checkpoint_objects_ != nullptr) checkpoint_objects_->Stop();
+}
+
+void WorkerDaemon::StopAgentBy(absl::Duration deadline) {
+  if (agent_ == nullptr) return;
+  absl::Notification is_stopped;
+  std::thread watching([&] {
+    if (!is_stopped.WaitForNotificationWithTimeout(deadline - clock_->Monotonic())) StopStores();
+  });
+  agent_->Stop();
+  is_stopped.Notify();
+  watching.join();
 }
 
 void WorkerDaemon::Stop() {
@@ -455,7 +496,8 @@ void WorkerDaemon::Stop() {
   if (models_ != nullptr) {
     models_->DrainAll(std::max(deadline - clock_->Monotonic(), absl::ZeroDuration()));
   }
-  if (agent_ != nullptr) agent_->Stop();
+  StopAgentBy(deadline);
+  StopStores();  // a fetch ends
   if (loader_.joinable()) loader_.join();
   if (server_ != nullptr) server_->Shutdown(absl::ToChronoTime(absl::Now() + kServerGrace));
   http_.reset();  // its probes look at all of the above

@@ -27,6 +27,7 @@
 #include "common/version.h"
 #include "worker/kernels/device_failure.h"
 #include "worker/kernels/thread_pool.h"
+#include "worker/pipeline/object_checkpoint_store.h"
 #include "worker/pipeline/quality_gate.h"
 #include "worker/service/job_device.h"
 #include "worker/service/job_metrics.h"
@@ -240,6 +241,9 @@ void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
   Failure failure;
   absl::StatusOr<Outcome> outcome = FindEarlier(lease);
   if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held, failure);
+  if (outcome.ok()) {
+    if (const absl::Status kept = KeepArtifact(lease, held); !kept.ok()) outcome = kept;
+  }
   if (IsDeviceBroken(outcome.status())) {
     options_.on_device_broken(outcome.status());
     outcome = DeviceBrokenError(options_.device, outcome.status());
@@ -252,6 +256,12 @@ void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
 absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease) {
   const std::string& id = lease.job().model_name();
   absl::StatusOr<v1::Model> found = models_->Get(id);
+  if (absl::IsNotFound(found.status())) {
+    // Of a worker that died between keeping and completing it.
+    found = models_->Fetch(id, [&](const ArtifactStore::Origin& origin) {
+      return origin.job_name == lease.job_name();
+    });
+  }
   if (absl::IsNotFound(found.status())) {
     // Told before the work, not after it.
     WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(id));
@@ -309,6 +319,15 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::RunToPublished(const internal::v1:
   WALSH_RETURN_IF_ERROR(held.Check());
   WALSH_RETURN_IF_ERROR(Publish(directory, lease, outcome));
   return outcome;
+}
+
+absl::Status JobRunner::KeepArtifact(const internal::v1::Lease& lease, HeldLease& held) {
+  const absl::Status kept =
+      models_->Keep(lease.job().model_name(),
+                    {.job_name = lease.job_name(), .fencing_token = lease.fencing_token()},
+                    [&held] { return held.Check(); });
+  if (!kept.ok() && held.Check().ok()) CountArtifactError();
+  return kept;
 }
 
 absl::Status JobRunner::CheckGate(const std::string& directory, const internal::v1::Lease& lease,
@@ -532,20 +551,30 @@ absl::Status JobRunner::Report(const v1::QuantizationJobEvent& event, HeldLease&
 }
 
 std::unique_ptr<pipeline::CheckpointStore> JobRunner::OpenCheckpoints(const HeldLease& held) const {
-  if (options_.checkpoints_directory.empty() || options_.kernel_family.empty()) return nullptr;
-  // Workers of several families and builds may share the folder: each goes on with its own.
-  const std::string family = Sha256Hex(absl::StrCat(
-      options_.kernel_family, "\n", std::string(Version()), "\n", std::string(Revision())));
+  if (options_.kernel_family.empty()) return nullptr;
+  const std::string job = JobId(held.job_name());
+  // Workers of several families and builds may share the place: each goes on with its own.
+  const std::string family =
+      Sha256Hex(absl::StrCat(options_.kernel_family, "\n", std::string(Version()), "\n",
+                             std::string(Revision())))
+          .substr(0, kFamilyChars);
+  if (options_.checkpoint_objects != nullptr) {
+    return pipeline::MakeObjectCheckpointStore(options_.checkpoint_objects, job, family,
+                                               held.fencing_token());
+  }
+  if (options_.checkpoints_directory.empty()) return nullptr;
   return pipeline::MakeDirectoryCheckpointStore(
-      absl::StrCat(options_.checkpoints_directory, "/", JobId(held.job_name()), "/",
-                   family.substr(0, kFamilyChars)),
-      held.fencing_token());
+      absl::StrCat(options_.checkpoints_directory, "/", job, "/", family), held.fencing_token());
 }
 
 void JobRunner::RemoveCheckpoints(const std::string& job_name) const {
-  if (options_.checkpoints_directory.empty()) return;
-  const absl::Status removed =
-      RemoveTree(absl::StrCat(options_.checkpoints_directory, "/", JobId(job_name)));
+  const std::string job = JobId(job_name);
+  absl::Status removed;
+  if (options_.checkpoint_objects != nullptr) {
+    removed = pipeline::RemoveObjectCheckpoints(*options_.checkpoint_objects, job);
+  } else if (!options_.checkpoints_directory.empty()) {
+    removed = RemoveTree(absl::StrCat(options_.checkpoints_directory, "/", job));
+  }
   if (removed.ok()) return;
   WALSH_LOG(Warning, "a checkpoint stays", {"job", job_name}, {"error", removed});
 }

@@ -34,6 +34,7 @@
 #include "absl/status/statusor.h"
 #include "common/clock.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
+#include "worker/objects/object_store.h"
 #include "worker/pipeline/checkpoint_store.h"
 #include "worker/pipeline/quantize_job.h"
 #include "worker/service/coordinator_link.h"
@@ -60,6 +61,8 @@ class JobRunner {
     // Where jobs keep their finished layers, shared with the workers that may go on with them.
     // Empty: nowhere.
     std::string checkpoints_directory;
+    // Likewise, in the place of the directory; null: not. Outlives the runner.
+    objects::ObjectStore* checkpoint_objects = nullptr;
     std::string kernel_family;  // of the device's backend (worker/pipeline/backend.h)
     // Reports of progress that have waited for longer become one.
     absl::Duration report_lag_max = absl::Seconds(5);
@@ -95,6 +98,8 @@ class JobRunner {
                          const pipeline::JobReport& report, Outcome& outcome, Failure& failure);
   // The outcome of an earlier holder of the same job, when it published.
   absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
+  // In the artifact store, where there is one: what is acknowledged outlives this machine.
+  absl::Status KeepArtifact(const internal::v1::Lease& lease, HeldLease& held);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
                                                    const v1::QuantizationJob& job, HeldLease& held,
                                                    Failure& failure);

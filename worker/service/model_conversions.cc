@@ -239,6 +239,7 @@ absl::StatusOr<v1::Model> ModelConversions::Import(const v1::ImportModelRequest&
   WALSH_RETURN_IF_ERROR(
       interop::ImportGptq(*checkpoint, build.path(), options_.n_threads, progress));
   WALSH_ASSIGN_OR_RETURN(v1::Model model, models_->Publish(build.path(), id, ""));
+  WALSH_RETURN_IF_ERROR(models_->Keep(id, {}, {}));
   WALSH_LOG(Info, "model imported", {"model", id}, {"size_bytes", model.size_bytes()});
   return model;
 }

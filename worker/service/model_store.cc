@@ -170,6 +170,7 @@ Model ModelStore::Update(const std::string& id, const std::function<void(Entry&)
 }
 
 absl::StatusOr<Model> ModelStore::Load(const std::string& id) {
+  if (!Get(id).ok()) WALSH_RETURN_IF_ERROR(Fetch(id).status());
   const std::lock_guard loading(load_mu_);
   WALSH_ASSIGN_OR_RETURN(const Model before, Get(id));
   if (before.state() == Model::READY) return before;
@@ -301,13 +302,20 @@ absl::StatusOr<Model> ModelStore::Unload(const std::string& id) {
 
 absl::Status ModelStore::Delete(const std::string& id) {
   const std::lock_guard loading(load_mu_);
-  WALSH_ASSIGN_OR_RETURN(const Model model, Get(id));
-  if (model.state() == Model::READY) {
+  const absl::StatusOr<Model> found = Get(id);
+  if (found.ok() && found->state() == Model::READY) {
     absl::Status status =
         absl::FailedPreconditionError(absl::StrCat(ModelName(id), " is loaded; unload it first"));
     SetErrorInfo(status, "MODEL_LOADED");
     return status;
   }
+  if (options_.artifacts != nullptr) {
+    // First there: while that cannot be done, the model stays as it is.
+    const absl::Status removed = options_.artifacts->Remove(id);
+    if (!found.ok() || !absl::IsNotFound(removed)) WALSH_RETURN_IF_ERROR(removed);
+  }
+  if (!found.ok()) return options_.artifacts != nullptr ? absl::OkStatus() : found.status();
+  const Model& model = *found;
   const std::string doomed = absl::StrCat(options_.root, "/", std::string(kDeletedPrefix), id, "-",
                                           absl::ToInt64Nanoseconds(clock_->Monotonic()));
   if (const absl::Status moved = MoveDirectory(Directory(id), doomed); !moved.ok()) {
@@ -328,6 +336,7 @@ absl::Status ModelStore::Delete(const std::string& id) {
 }
 
 void ModelStore::DrainAll(absl::Duration timeout) {
+  is_draining_ = true;
   const absl::Duration deadline = clock_->Monotonic() + timeout;
   for (const auto& [id, engine] : Engines()) {
     Update(id, [](Entry& entry) { entry.model.set_state(Model::DRAINING); });
@@ -415,6 +424,42 @@ absl::StatusOr<Model> ModelStore::Publish(const std::string& from, const std::st
   WALSH_RETURN_IF_ERROR(PublishDirectory(from, Directory(id)));
   WALSH_ASSIGN_OR_RETURN(Model model, ReadArtifact(id));
   return Update(id, [&](Entry& entry) { entry.model = std::move(model); });
+}
+
+absl::Status ModelStore::Keep(const std::string& id, const ArtifactStore::Origin& origin,
+                              const KeepGoing& keep_going) {
+  if (options_.artifacts == nullptr) return absl::OkStatus();
+  const absl::Duration start = clock_->Monotonic();
+  WALSH_RETURN_IF_ERROR(options_.artifacts->Keep(id, Directory(id), origin, keep_going));
+  WALSH_LOG(Info, "model is in the artifact store", {"model", id},
+            {"seconds", absl::ToDoubleSeconds(clock_->Monotonic() - start)});
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Model> ModelStore::Fetch(
+    const std::string& id, const std::function<bool(const ArtifactStore::Origin&)>& is_wanted) {
+  if (options_.artifacts == nullptr) return UnknownModel(id);
+  const std::lock_guard fetching(fetch_mu_);
+  if (absl::StatusOr<Model> here = Get(id); here.ok()) return here;
+  WALSH_ASSIGN_OR_RETURN(const ArtifactStore::Origin origin, options_.artifacts->Find(id));
+  if (is_wanted && !is_wanted(origin)) return StoredAlready(id);
+  const absl::Duration start = clock_->Monotonic();
+  const std::string directory = TemporaryDirectory(absl::StrCat("fetched-", id), 0);
+  WALSH_RETURN_IF_ERROR(RemoveTree(directory));  // of a fetch that failed
+  const auto fetched = options_.artifacts->Fetch(id, directory, [this] {
+    return is_draining_ ? Away("the worker is stopping", "WORKER_STOPPING") : absl::OkStatus();
+  });
+  absl::StatusOr<Model> model = fetched.ok() ? Publish(directory, id, fetched->job_name)
+                                             : absl::StatusOr<Model>(fetched.status());
+  if (!model.ok()) {
+    RemoveTree(directory).IgnoreError();  // what stays is removed at the next start
+    WALSH_LOG(Warning, "a model cannot be fetched", {"model", id}, {"error", model.status()});
+    return model;
+  }
+  WALSH_LOG(Info, "model fetched from the artifact store", {"model", id},
+            {"size_bytes", model->size_bytes()},
+            {"seconds", absl::ToDoubleSeconds(clock_->Monotonic() - start)});
+  return model;
 }
 
 void ModelStore::set_listener(Listener listener) {

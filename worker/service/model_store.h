@@ -12,12 +12,16 @@
 // Several models share the worker's memory: each KV cache takes what engine::Options says of what
 // is free when its model is loaded, less what the caches before it may still come to take.
 //
+// With an artifact store, a model that is not here and that the store has is fetched when it is
+// loaded, and what is deleted here is deleted there.
+//
 // Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), RESOURCE_EXHAUSTED with reason
 //         INSUFFICIENT_MEMORY, those of reading artifacts and of ExclusiveUse, which leave a model
 //         as it was
 // Threads: safe. Load and Unload block; the rest does not wait for them.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <future>
@@ -37,6 +41,7 @@
 #include "worker/engine/engine.h"
 #include "worker/engine/request_count.h"
 #include "worker/engine/served_model.h"
+#include "worker/service/artifact_store.h"
 #include "worker/service/exclusive_use.h"
 
 namespace walsh::service {
@@ -57,6 +62,8 @@ class ModelStore {
     // Asked before each load, and told when its model is gone; null: models are loaded whatever
     // else runs. Outlives the store.
     ExclusiveUse* exclusive = nullptr;
+    // Where artifacts are kept besides; null: nowhere. Outlives the store.
+    ArtifactStore* artifacts = nullptr;
   };
 
   // Creates the root, removes temporaries that a dead process left, and lists the artifacts.
@@ -105,6 +112,14 @@ class ModelStore {
   // there is one.
   absl::StatusOr<v1::Model> Publish(const std::string& from, const std::string& id,
                                     const std::string& job_name);
+  // Copies a model to the artifact store, where there is one and it is not there already.
+  absl::Status Keep(const std::string& id, const ArtifactStore::Origin& origin,
+                    const KeepGoing& keep_going);
+  // Makes a model of the artifact store one of this worker's. NOT_FOUND without a store, or where
+  // it has none; ALREADY_EXISTS where `is_wanted` does not want what it has.
+  absl::StatusOr<v1::Model> Fetch(
+      const std::string& id,
+      const std::function<bool(const ArtifactStore::Origin&)>& is_wanted = {});
 
   // Called after every change of a model's state, from the thread that changed it.
   using Listener = std::function<void(const v1::Model&)>;
@@ -143,8 +158,10 @@ class ModelStore {
   Clock* const clock_;
   // Engines that a call still holds may outlive the store.
   const std::shared_ptr<engine::RequestCount> requests_ = std::make_shared<engine::RequestCount>();
-  std::mutex load_mu_;  // held through a load, an unload or a delete
+  std::mutex fetch_mu_;  // held through a fetch; before the next
+  std::mutex load_mu_;   // held through a load, an unload or a delete
   std::mutex publish_mu_;
+  std::atomic<bool> is_draining_ = false;
   mutable std::mutex mu_;
   Listener listener_;
   std::map<std::string, Entry> entries_;

@@ -58,9 +58,16 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
   app.add_option("--checkpoint-dir", options.checkpoint_dir,
                  "Folder where jobs keep their finished layers until they have ended, so that one "
                  "whose worker stops or dies goes on there: on any worker of the same kind that "
-                 "shares the folder; checkpoints in --data-dir by default");
+                 "shares the folder, which may be s3://BUCKET/PREFIX as in --artifact-store; "
+                 "checkpoints in --data-dir by default");
   app.add_flag("--no-checkpoints", options.no_checkpoints,
                "Keep no layers: a job whose worker stops or dies starts over");
+  app.add_option(
+      "--artifact-store", options.artifact_store,
+      "Where published models are kept besides --data-dir, for other workers and for "
+      "the time after this one: file:DIR, or s3://BUCKET/PREFIX of the endpoint and with "
+      "the credentials of AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, "
+      "AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN");
   app.add_option("--device", options.device,
                  "Where jobs run and models are served: auto (CUDA device 0, or the CPU where "
                  "there is none), cpu, cuda "

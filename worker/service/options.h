@@ -24,7 +24,8 @@ struct WorkerOptions {
   std::string data_dir;
   std::vector<std::string> model_roots;
   std::string export_root;     // empty: exports beneath data_dir
-  std::string checkpoint_dir;  // empty: checkpoints beneath data_dir
+  std::string checkpoint_dir;  // or s3://BUCKET/PREFIX; empty: checkpoints beneath data_dir
+  std::string artifact_store;  // file:DIR or s3://BUCKET/PREFIX; empty: none
   bool no_checkpoints = false;
   std::string device = "auto";  // as ParseDeviceChoice takes it
   int threads = 0;

@@ -62,6 +62,22 @@ TEST_F(WorkerRegistryTest, UnknownWorkersMustRegister) {
   EXPECT_OK(Beat("w1"));
 }
 
+TEST_F(WorkerRegistryTest, KnowsWhoHasAnArtifactStore) {
+  ASSERT_OK(registry_.Register(Registration("plain", "h:1")));
+  EXPECT_TRUE(registry_.WithArtifactStore().empty());
+  for (const char* id : {"busy", "free", "leaving"}) {
+    internal_v1::RegisterRequest request = Registration(id, std::string("h:") + id);
+    request.set_has_artifact_store(true);
+    ASSERT_OK(registry_.Register(request));
+  }
+  ASSERT_OK(Beat("busy", Model::READY, /*running=*/2));
+  ASSERT_OK(registry_.Drain("leaving"));
+  const std::vector<WorkerAddress> workers = registry_.WithArtifactStore();
+  ASSERT_EQ(workers.size(), 2);
+  EXPECT_EQ(workers[0].worker_id, "free");
+  EXPECT_EQ(workers[1].worker_id, "busy");
+}
+
 TEST_F(WorkerRegistryTest, BadRegistrations) {
   for (const std::string& id :
        {std::string(), std::string("a/b"), std::string("a b"), std::string("\xff"),

@@ -96,6 +96,12 @@ class JobRunnerTest : public StoreFixture {
     OpenStore();
   }
 
+  // Before the worker starts.
+  void UseArtifacts(std::unique_ptr<objects::ObjectStore> objects) {
+    artifacts_ = std::make_unique<ArtifactStore>(std::move(objects));
+    OpenStore();
+  }
+
   // Waits for the n-th outcome.
   Complete AwaitOutcome(size_t n = 1) {
     EXPECT_TRUE(coordinator_.WaitFor([n](const Record& r) { return r.completions.size() >= n; }));
@@ -250,6 +256,44 @@ TEST_F(JobRunnerTest, WhatFailsItsQualityGateIsKeptApart) {
   EXPECT_TRUE(passed.has_result()) << passed.error().message();
   EXPECT_FALSE(passed.has_rejected_result());
   EXPECT_FALSE(fs::exists(rejected_.Directory("k")));
+}
+
+// What is acknowledged outlives the machine.
+TEST_F(JobRunnerTest, AModelIsInTheArtifactStoreBeforeItsJobIsCompleted) {
+  UseArtifacts(objects::OpenDirectoryStore(dir_ / "store").value());
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  ASSERT_TRUE(AwaitOutcome().has_result());
+  ASSERT_OK_AND_ASSIGN(const ArtifactStore::Origin origin, artifacts_->Find("m"));
+  EXPECT_EQ(origin.job_name, JobName("j"));
+  EXPECT_GT(origin.fencing_token, 0);
+}
+
+TEST_F(JobRunnerTest, WithoutItsArtifactStoreAJobIsNotCompleted) {
+  UseArtifacts(StoreThatIsAway());
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  const Complete outcome = AwaitOutcome();
+  EXPECT_EQ(FromProtoStatus(outcome.error()).code(), absl::StatusCode::kUnavailable);
+  EXPECT_FALSE(outcome.refused());
+}
+
+// Of a worker that died between the two.
+TEST_F(JobRunnerTest, WhatAnotherWorkerHasKeptIsCompletedAndNotMadeAgain) {
+  UseArtifacts(objects::OpenDirectoryStore(dir_ / "store").value());
+  WriteFakeArtifact(dir_ / "elsewhere");
+  ASSERT_OK(artifacts_->Keep("m", dir_ / "elsewhere", {.job_name = JobName("j")}, {}));
+  StartWorker();
+  coordinator_.Offer(Job("j", "m"));
+  EXPECT_TRUE(AwaitOutcome().has_result());
+  EXPECT_OK(store_->Get("m"));
+
+  // Another job's is in the way of this one's, which is told before the work.
+  ASSERT_OK(artifacts_->Keep("n", dir_ / "elsewhere", {.job_name = JobName("x")}, {}));
+  coordinator_.Offer(Job("k", "n"));
+  const Complete outcome = AwaitOutcome(2);
+  EXPECT_EQ(FromProtoStatus(outcome.error()).code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_EQ(n_runs_, 0);
 }
 
 // A job that was cancelled, or that another worker has, while its last layer was evaluated.

@@ -122,6 +122,58 @@ TEST_F(ModelStoreTest, LoadServesAndUnloadStops) {
   EXPECT_THAT(store_->Load("m"), StatusIs(absl::StatusCode::kNotFound, HasSubstr("models/m")));
 }
 
+TEST_F(ModelStoreTest, LoadsWhatOnlyTheArtifactStoreHas) {
+  artifacts_ = std::make_unique<ArtifactStore>(objects::OpenDirectoryStore(dir_ / "store").value());
+  OpenStore();
+  Publish("m");
+  ASSERT_OK(store_->Keep("m", {.job_name = "quantizationJobs/j", .fencing_token = 3}, {}));
+  store_.reset();
+  fs::remove_all(root_);  // another machine
+  OpenStore();
+  EXPECT_THAT(store_->Load("n"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(store_->Get("m"), HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK_AND_ASSIGN(const Model loaded, store_->Load("m"));
+  EXPECT_EQ(loaded.state(), Model::READY);
+  EXPECT_EQ(loaded.quantization_job(), "quantizationJobs/j");
+
+  ASSERT_OK(store_->Unload("m"));
+  ASSERT_OK(store_->Delete("m"));
+  EXPECT_THAT(artifacts_->Find("m"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(store_->Delete("m"), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(ModelStoreTest, DeletesAModelThatOnlyTheArtifactStoreHas) {
+  artifacts_ = std::make_unique<ArtifactStore>(objects::OpenDirectoryStore(dir_ / "store").value());
+  WriteFakeArtifact(dir_ / "elsewhere");
+  ASSERT_OK(artifacts_->Keep("m", dir_ / "elsewhere", {}, {}));
+  OpenStore();
+  ASSERT_OK(store_->Delete("m"));
+  EXPECT_THAT(artifacts_->Find("m"), HasCode(absl::StatusCode::kNotFound));
+}
+
+TEST_F(ModelStoreTest, AFetchThatFailsLeavesNothing) {
+  artifacts_ = std::make_unique<ArtifactStore>(objects::OpenDirectoryStore(dir_ / "store").value());
+  WriteFakeArtifact(dir_ / "elsewhere");
+  ASSERT_OK(artifacts_->Keep("m", dir_ / "elsewhere", {}, {}));
+  for (const auto& object : fs::directory_iterator(dir_ / "store/models/m/objects")) {
+    std::ofstream(object.path()) << "others";
+  }
+  OpenStore();
+  EXPECT_THAT(store_->Load("m"), HasCode(absl::StatusCode::kDataLoss));
+  EXPECT_TRUE(store_->List().models.empty());
+  for (const auto& entry : fs::directory_iterator(root_)) {
+    EXPECT_EQ(entry.path().filename(), ".origins");
+  }
+}
+
+TEST_F(ModelStoreTest, NothingIsDeletedWhileTheArtifactStoreIsAway) {
+  AddArtifact("m");
+  artifacts_ = std::make_unique<ArtifactStore>(StoreThatIsAway());
+  OpenStore();
+  EXPECT_THAT(store_->Delete("m"), HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_OK(store_->Load("m")) << "it is here, and needs nothing of the store";
+}
+
 TEST_F(ModelStoreTest, FailedLoadIsToldAndCanBeRepeated) {
   AddArtifact("m");
   bool is_broken = true;

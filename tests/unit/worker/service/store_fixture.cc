@@ -6,6 +6,7 @@
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/tiny_model.h"
 #include "worker/io/artifact_manifest.h"
+#include "worker/objects/s3_object_store.h"
 
 namespace walsh::service {
 
@@ -22,6 +23,16 @@ void WriteFakeArtifact(const std::string& directory) {
   ASSERT_OK(PublishFile(directory + "/walsh.json", manifest));
 }
 
+std::unique_ptr<objects::ObjectStore> StoreThatIsAway() {
+  return objects::OpenS3Store({.endpoint = "http://127.0.0.1:1",
+                               .region = "us-east-1",
+                               .access_key_id = "id",
+                               .secret_access_key = "key",
+                               .bucket = "bucket",
+                               .deadline = absl::Milliseconds(20)})
+      .value();
+}
+
 void StoreFixture::OpenStore() {
   store_.reset();
   auto store = ModelStore::Open({.root = root_,
@@ -30,7 +41,8 @@ void StoreFixture::OpenStore() {
                                  .drain_timeout = drain_timeout_,
                                  .loader = loader_,
                                  .free_memory = free_memory_,
-                                 .exclusive = exclusive_},
+                                 .exclusive = exclusive_,
+                                 .artifacts = artifacts_.get()},
                                 clock_);
   ASSERT_OK(store);
   store_ = *std::move(store);

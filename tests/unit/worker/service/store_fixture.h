@@ -19,6 +19,9 @@ namespace walsh::service {
 // config.json and walsh.json of an artifact without weights.
 void WriteFakeArtifact(const std::string& directory);
 
+// An endpoint where nobody listens.
+std::unique_ptr<objects::ObjectStore> StoreThatIsAway();
+
 class StoreFixture : public ::testing::Test {
  protected:
   // Opens the store anew, as a new process would.
@@ -35,6 +38,7 @@ class StoreFixture : public ::testing::Test {
   absl::Duration drain_timeout_ = absl::Seconds(5);
   std::function<int64_t()> free_memory_ = {};
   ExclusiveUse* exclusive_ = nullptr;
+  std::unique_ptr<ArtifactStore> artifacts_;
   ModelStore::Loader loader_ =
       [this](const std::string&) -> absl::StatusOr<std::shared_ptr<engine::LoadedModel>> {
     return testing::FakeModel::Create(behaviour_);
