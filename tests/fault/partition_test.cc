@@ -1,5 +1,5 @@
 // Goal:   a worker and a coordinator that do not hear each other, or whose clocks jump, do the work
-//         of a job once (rows B3, B4, B5 and B7 of the fault matrix in docs/reliability.md).
+//         of a job once (rows B1, B3, B4, B5 and B7 of the fault matrix in docs/reliability.md).
 // Method: the real daemons, in two network namespaces with a cable that is cut in one direction or
 //         both; behind a proxy that loses an answer; under libfaketime. Leases last 3 s.
 #include <gtest/gtest.h>
@@ -61,6 +61,18 @@ class PartitionTest : public ::testing::Test {
                .delay = absl::Milliseconds(30)});
   }
 
+  // Another worker of the same coordinator, ready.
+  std::unique_ptr<DaemonProcess> StartOther(const ServiceFixture& service,
+                                            const std::string& host) const {
+    auto other = std::make_unique<DaemonProcess>(
+        "worker", dir_ / "other",
+        std::vector<std::string>{"--coordinator", service.endpoint("coordinator", "internal"),
+                                 "--host", host, "--grpc-port=0", "--metrics-port=0",
+                                 "--device=cpu", "--threads=1", "--model-root", job_.root()});
+    EXPECT_OK(other->WaitUntilReady());
+    return other;
+  }
+
   static bool IsRunning(ServiceFixture& service, const std::string& name) {
     return WaitUntil([&] {
       const auto job = service.client().GetJob(name);
@@ -106,11 +118,7 @@ TEST_P(CutTest, TheWorkerStopsByItselfAndAnotherOneDoesTheJobOnce) {
   SlowDown();
   ASSERT_OK_AND_ASSIGN(const Job created, service.client().CreateJob(job_.Request("j")));
   ASSERT_TRUE(IsRunning(service, created.name()));
-  DaemonProcess other("worker", dir_ / "other",
-                      {"--coordinator", service.endpoint("coordinator", "internal"), "--host",
-                       TestNetwork::kNearHost, "--grpc-port=0", "--metrics-port=0", "--device=cpu",
-                       "--threads=1", "--model-root", job_.root()});
-  ASSERT_OK(other.WaitUntilReady());
+  const auto other = StartOther(service, TestNetwork::kNearHost);
 
   SetCut(true);
   ASSERT_TRUE(WaitUntil([&] { return Count(service.Log("coordinator"), "lease expired") == 1; }));
@@ -146,6 +154,27 @@ INSTANTIATE_TEST_SUITE_P(B3B4, CutTest,
                                            Cut{"FromTheWorker", {TestNetwork::kFromFar}},
                                            Cut{"ToTheWorker", {TestNetwork::kToFar}}),
                          [](const auto& param) { return param.param.name; });
+
+TEST_F(PartitionTest, B1APausedWorkerThatWakesChangesNothing) {
+  ServiceFixture service(Options());
+  service.set_launch("worker", {.environment = disk_.environment()});
+  ASSERT_OK(service.Start());
+  SlowDown();
+  ASSERT_OK_AND_ASSIGN(const Job created, service.client().CreateJob(job_.Request("j")));
+  ASSERT_TRUE(IsRunning(service, created.name()));
+  const auto other = StartOther(service, "127.0.0.1");
+  service.SignalWorker(SIGSTOP);
+  ASSERT_OK_AND_ASSIGN(const Job finished, service.client().WatchJob(created.name(), 0, {}));
+  EXPECT_EQ(finished.state(), Job::SUCCEEDED) << finished.DebugString();
+  EXPECT_EQ(finished.attempt(), 2);
+  service.SignalWorker(SIGCONT);
+  ASSERT_TRUE(WaitUntil(
+      [&] { return Count(service.Log("worker"), "job stopped without an outcome") == 1; }));
+  EXPECT_EQ(Count(service.Log("worker"), "model published"), 0);
+  EXPECT_FALSE(std::filesystem::exists(WorkerDir() + "/models/model-j"));
+  ASSERT_OK_AND_ASSIGN(const Job after, service.client().GetJob(created.name()));
+  EXPECT_EQ(after.etag(), finished.etag());
+}
 
 TEST_F(PartitionTest, B5ALostAnswerToACompletionIsAskedForAgain) {
   ServiceFixture service(Options());
