@@ -23,7 +23,10 @@ void MustRun(const std::string& command) { WALSH_CHECK(Run(command)); }
 }  // namespace
 
 bool TestNetwork::IsPossible() {
-  return geteuid() == 0 && Run("unshare --net nft add table inet walsh") &&
+  const std::string probe = absl::StrCat("walsh-probe-", getpid());
+  return geteuid() == 0 &&
+         Run(absl::StrCat("ip netns add ", probe, " && ip netns delete ", probe)) &&
+         Run("unshare --net nft add table inet walsh") &&
          Run("unshare --net ip link add near type veth peer name far");
 }
 
