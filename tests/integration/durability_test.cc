@@ -6,11 +6,14 @@
 #include <atomic>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/publish.h"
+#include "tests/testing/s3_server.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_model.h"
@@ -23,6 +26,7 @@ using ::testing::AnyOf;
 using ::testing::Contains;
 using ::testing::HasSubstr;
 using ::testing::Not;
+using ::walsh::testing::S3Server;
 using ::walsh::testing::ServiceFixture;
 using ::walsh::testing::TestModel;
 using Job = v1::QuantizationJob;
@@ -132,13 +136,14 @@ TEST(DurabilityTest, AJobSurvivesAKilledWorker) {
   EXPECT_OK(service.client().LoadModel("m"));
 }
 
-// What the second worker has of the first is the folder of checkpoints alone.
-TEST(DurabilityTest, AnotherWorkerGoesOnAtTheNextLayerToTheSameBytes) {
+// What the second worker has of the first are the checkpoints alone.
+void ExpectAnotherWorkerToGoOn(const std::string& checkpoints,
+                               const std::map<std::string, std::string>& environment) {
   const testing::TempDir directory;
-  const std::string checkpoints = directory / "checkpoints";
   testing::ServiceOptions options = LongLeases();
   options.worker_data_dir = directory / "worker";
   options.worker_flags = {"--checkpoint-dir", checkpoints};
+  options.environment = environment;
   ServiceFixture service(options);
   ASSERT_OK(service.Start());
   ASSERT_OK_AND_ASSIGN(const Job undisturbed, CreateSlowJob(service, "undisturbed"));
@@ -159,9 +164,21 @@ TEST(DurabilityTest, AnotherWorkerGoesOnAtTheNextLayerToTheSameBytes) {
   EXPECT_THAT(watcher.first_layer(2), AnyOf(last_layer, -1)) << "at most one layer is done twice";
   EXPECT_THAT(watcher.messages(), Contains(HasSubstr("layers done by an earlier run: ")));
   EXPECT_EQ(finished.result().sha256(), expected.result().sha256());
-  // The worker removes it once the coordinator has the outcome.
-  EXPECT_TRUE(testing::WaitUntil([&] { return std::filesystem::is_empty(checkpoints); },
-                                 absl::Seconds(30)));
+  ASSERT_OK(service.StopWorker())
+      << "it removes the checkpoint once the coordinator has the outcome";
+}
+
+TEST(DurabilityTest, AnotherWorkerGoesOnAtTheNextLayerToTheSameBytes) {
+  const testing::TempDir checkpoints;
+  ASSERT_NO_FATAL_FAILURE(ExpectAnotherWorkerToGoOn(checkpoints.path(), {}));
+  EXPECT_TRUE(std::filesystem::is_empty(checkpoints.path()));
+}
+
+TEST(DurabilityTest, AnotherWorkerGoesOnFromABucket) {
+  WALSH_REQUIRE_S3();
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<S3Server> s3, S3Server::Start());
+  ASSERT_NO_FATAL_FAILURE(
+      ExpectAnotherWorkerToGoOn(absl::StrCat("s3://", S3Server::kBucket), s3->environment()));
 }
 
 TEST(DurabilityTest, AJobSurvivesAKilledCoordinatorAndItsWatchHasNoGap) {

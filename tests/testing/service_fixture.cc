@@ -70,6 +70,7 @@ absl::Status ServiceFixture::StartDaemon(const std::string& daemon,
                       is_worker ? options_.worker_host : options_.coordinator_host});
   Append(spawn.argv, flags);
   spawn.environment = launch.environment;
+  spawn.environment.insert(options_.environment.begin(), options_.environment.end());
   spawn.stdout_path = data_dir_ / (daemon + ".log");
   spawn.stderr_path = spawn.stdout_path;
   WALSH_ASSIGN_OR_RETURN(client::ChildProcess child, client::ChildProcess::Spawn(spawn));

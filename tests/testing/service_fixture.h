@@ -37,6 +37,7 @@ struct ServiceOptions {
   std::string worker_host = "127.0.0.1";
   std::vector<std::string> coordinator_flags;
   std::vector<std::string> worker_flags;
+  std::map<std::string, std::string> environment = {};  // of both, besides the test's
 };
 
 // How a daemon's process is started.
