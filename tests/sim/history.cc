@@ -271,6 +271,18 @@ void History::OnAccepted(const std::string& worker, const std::string& id, int64
   }
 }
 
+void History::OnCompletion(const std::string& id, int64_t token, const absl::Status& said) {
+  const Job* job = Find(id);
+  if (job == nullptr) return;
+  const bool is_stored = job->record.completed_token == token;
+  if (said.ok() && !is_stored) {
+    Violate(absl::StrCat("B5: a completion of ", id, " is acknowledged and not stored"));
+  }
+  if (absl::IsAborted(said) && is_stored) {
+    Violate(absl::StrCat("B5: a completion of ", id, " is stored and cannot be repeated"));
+  }
+}
+
 void History::OnCheckpoint(const std::string& worker, const std::string& id, int64_t token,
                            int n_layers) {
   Note(absl::StrCat(worker, ": keeps ", n_layers, " layers of ", id, " with token ", token));

@@ -72,6 +72,8 @@ class History {
   }
   // Those that take jobs, when jobs are failed that all of them have refused.
   void OnWorkers(const std::set<std::string>& workers) { workers_ = workers; }
+  // What the coordinator said of a completion.
+  void OnCompletion(const std::string& id, int64_t token, const absl::Status& said);
   void OnCheckpoint(const std::string& worker, const std::string& id, int64_t token, int n_layers);
   // An artifact got its name in a folder.
   void OnRename(const std::string& folder, const std::string& worker, const std::string& id,

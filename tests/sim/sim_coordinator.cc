@@ -233,11 +233,13 @@ void SimCoordinator::CompleteJob(const internal_v1::CompleteJobRequest& request,
                                  const Reply<Empty>& reply) {
   Answer<Empty>(reply, [this, request]() -> absl::StatusOr<Empty> {
     WALSH_RETURN_IF_ERROR(process_->registry.Touch(request.worker_id()));
-    WALSH_RETURN_IF_ERROR(Complete(request));
-    if (request.refused()) {
-      world_.history.OnRefused(WorkerName(request.worker_id()),
-                               request.job_name().substr(kJobCollection.size()));
+    const std::string id = request.job_name().substr(kJobCollection.size());
+    const absl::Status completed = Complete(request);
+    if (!process_->store.is_dead()) {
+      world_.history.OnCompletion(id, request.fencing_token(), completed);
     }
+    WALSH_RETURN_IF_ERROR(completed);
+    if (request.refused()) world_.history.OnRefused(WorkerName(request.worker_id()), id);
     return Empty();
   });
 }
