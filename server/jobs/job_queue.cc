@@ -313,6 +313,7 @@ absl::Status JobQueue::Complete(const std::string& worker, const std::string& id
                                 const JobEvent& outcome, const v1::Model* model,
                                 const std::function<void()>& on_stored) {
   const absl::MutexLock write_lock(&write_mu_);
+  WALSH_RETURN_IF_ERROR(Settle(id));
   const absl::StatusOr<JobRecord> record = Find(id);
   // Not NOT_FOUND, which would tell the worker to register again.
   if (absl::IsNotFound(record.status())) return Aborted(std::string(record.status().message()));

@@ -878,6 +878,16 @@ TEST_F(JobQueueInDoubtTest, ACompletionThatWasStoredNonethelessIsRepeated) {
   EXPECT_EQ(queue_->n_live(), 0);
 }
 
+TEST_F(JobQueueInDoubtTest, ACompletionThatWasStoredIsRepeatedAfterItsLease) {
+  Submit("a");
+  const auto [id, token] = Acquire("workers/1");
+  fails_ = true;
+  EXPECT_THAT(Succeeded("workers/1", id, token), HasCode(kUnavailable));
+  fails_ = false;
+  clock_.Advance(kLease);
+  EXPECT_OK(Succeeded("workers/1", id, token));
+}
+
 TEST_F(JobQueueInDoubtTest, ALostLeaseThatWasStoredNonethelessIsLostOnce) {
   Submit("a");
   Acquire("workers/1");
