@@ -12,6 +12,7 @@ using externalscaler::ScaledObjectRef;
 using ::testing::HasSubstr;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::StatusIs;
+using ::walsh::testing::WaitUntil;
 using Stub = ExternalScaler::Stub;
 
 constexpr char kMetric[] = "walsh-quantization-jobs";

@@ -75,7 +75,6 @@ class ServiceFixture {
   absl::StatusOr<int> WaitForExit(const std::string& daemon, absl::Duration timeout);
   pid_t pid(const std::string& daemon) const { return children_.at(daemon)->pid(); }
   std::string Log(const std::string& daemon) const;
-  pid_t pid(const std::string& daemon) const { return children_.at(daemon)->pid(); }
 
   client::Client& client() { return *client_; }
   // "grpc", "internal", "http", "metrics" of "coordinator" or "worker".
