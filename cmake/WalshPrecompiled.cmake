@@ -4,8 +4,9 @@
 # an #include that is missing. A folder whose files use gRPC sets WALSH_USES_GRPC.
 option(WALSH_PRECOMPILE_HEADERS "Read the headers of gRPC and GoogleTest once" OFF)
 
+# `ARGN`: what the target links.
 function(walsh_precompiled_headers target)
-  if(NOT WALSH_PRECOMPILE_HEADERS OR NOT WALSH_USES_GRPC)
+  if(NOT WALSH_PRECOMPILE_HEADERS OR NOT WALSH_USES_GRPC OR NOT "${ARGN}" MATCHES "proto|grpc|server|client|service")
     return()
   endif()
   target_compile_options(${target} PRIVATE -fpch-preprocess)  # for ccache

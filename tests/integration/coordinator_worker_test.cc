@@ -16,6 +16,7 @@
 #include "common/publish.h"
 #include "common/tenant_header.h"
 #include "tests/integration/coordinator_fixture.h"
+#include "tests/testing/recording_sink.h"
 #include "tests/unit/worker/service/store_fixture.h"
 #include "walsh/internal/v1/worker.grpc.pb.h"
 #include "worker/service/generation_service.h"
@@ -182,8 +183,13 @@ TEST_F(CoordinatorWorkerTest, ARequestThatADrainEndsIsToldWhy) {
   context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Minutes(2)));
   const auto reader = stub->GenerateStream(&context, request);
   EXPECT_TRUE(WaitUntil([&] { return store_->TotalStats().running == 1; }));
+  const std::shared_ptr<engine::Engine> engine = *store_->FindEngine("n");
   std::thread drain([&] { store_->DrainAll(absl::ZeroDuration()); });
-  EXPECT_TRUE(WaitUntil([&] { return store_->Get("n")->state() == Model::DRAINING; }));
+  // Steps are quick: the request must not end before the engine drains.
+  EXPECT_TRUE(WaitUntil([&] {
+    return absl::IsUnavailable(
+        engine->Submit({.id = "late", .prompt = {1}}, std::make_shared<testing::RecordingSink>()));
+  }));
   is_open_ = true;
   v1::GenerateStreamResponse response;
   while (reader->Read(&response)) {
