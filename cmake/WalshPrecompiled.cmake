@@ -6,7 +6,7 @@ option(WALSH_PRECOMPILE_HEADERS "Read the headers of gRPC and GoogleTest once" O
 
 # `ARGN`: what the target links.
 function(walsh_precompiled_headers target)
-  if(NOT WALSH_PRECOMPILE_HEADERS OR NOT WALSH_USES_GRPC OR NOT "${ARGN}" MATCHES "proto|grpc|server|client|service")
+  if(NOT WALSH_PRECOMPILE_HEADERS OR NOT WALSH_USES_GRPC OR NOT "${ARGN}" MATCHES "walsh::(proto|common_grpc|server[a-z_]*|client|client_commands|worker_service)(;|$)")
     return()
   endif()
   target_compile_options(${target} PRIVATE -fpch-preprocess)  # for ccache

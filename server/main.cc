@@ -59,7 +59,8 @@ int main(int argc, char** argv) {
     }
   });
 
-  WALSH_LOG(Info, "stopping", {"signal", WaitForSignal(signals)});
+  const int signal_number = WaitForSignal(signals);
+  WALSH_LOG(Info, "stopping", {"signal", signal_number});
   std::thread([signals] {
     WaitForSignal(signals);
     _exit(walsh::kExitFailed);  // the second one: at once

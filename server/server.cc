@@ -140,12 +140,12 @@ struct Server::Impl {
   std::unique_ptr<api::ExternalScalerServiceImpl> scaler;
   std::unique_ptr<grpc::Server> public_server;
   std::unique_ptr<grpc::Server> internal_server;
-  std::unique_ptr<HttpServer> http;
-  std::unique_ptr<HttpServer> metrics_http;
-  std::set<std::string> ready_models;  // touched by Tick only
   std::atomic<bool> takes_calls{false};
   absl::Notification stopping;
-  absl::Mutex lead_mu;  // held by LeadInTurn, for which Stop waits
+  absl::Mutex lead_mu;               // held by LeadInTurn, for which Stop waits
+  std::unique_ptr<HttpServer> http;  // its probes look at all of the above
+  std::unique_ptr<HttpServer> metrics_http;
+  std::set<std::string> ready_models;  // touched by Tick only
 };
 
 void Server::Impl::WarnIfOpen() const {
@@ -408,16 +408,17 @@ void Server::Impl::Stop(absl::Duration timeout) {
   const absl::MutexLock turn(&lead_mu);
   if (core != nullptr) core->is_stopping = true;
   SetServing(false);
-  if (leadership != nullptr) Resign();
+  const auto deadline = absl::ToChronoTime(absl::Now() + timeout + kLastWords);
   if (queue != nullptr) {
     // Watchers and waiting workers look at is_stopping now.
     queue->event_subscriptions().NotifyAll();
     queue->work_subscriptions().NotifyAll();
   }
-  const auto deadline = absl::ToChronoTime(absl::Now() + timeout + kLastWords);
   if (core != nullptr) {
     executor.PostAfter(timeout, [this] { core->calls.EndAll(api::Stopping()); });
   }
+  // A database that does not answer takes its time, and nobody's above.
+  if (leadership != nullptr) Resign();
   if (public_server != nullptr) public_server->Shutdown(deadline);
   // Last, so that workers can end what they have begun.
   if (internal_server != nullptr) internal_server->Shutdown(deadline);

@@ -30,8 +30,14 @@ absl::Status CheckStoredBytes(const Core& core, const access::Caller& caller) {
 absl::Status CheckCountsNoModel(const Core& core, const access::Caller& caller,
                                 const std::string& job_id) {
   if (!caller.limits.stored_bytes.has_value()) return absl::OkStatus();
-  WALSH_RETURN_IF_ERROR(core.queue->Get(job_id, caller.tenant).status());
+  WALSH_ASSIGN_OR_RETURN(const v1::QuantizationJob asked, core.queue->Get(job_id, caller.tenant));
   const std::string job = JobName(job_id);
+  if (!jobs::IsTerminal(asked.state())) {
+    // Before it is deleted it may end, and with a model.
+    return absl::FailedPreconditionError(absl::StrCat(job, " is ",
+                                                      std::string(jobs::StateName(asked.state())),
+                                                      "; cancel it, or wait for its end"));
+  }
   for (const v1::Model& model : core.catalog->Rows()) {
     if (model.quantization_job() != job) continue;
     absl::Status status = absl::FailedPreconditionError(

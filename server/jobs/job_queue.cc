@@ -386,8 +386,8 @@ absl::Status JobQueue::FailRefusedByAll(const std::set<std::string>& workers) {
 }
 
 void JobQueue::Doubt(const std::string& id, const absl::Status& status) {
-  // A disk that is full has stored nothing.
-  if (!absl::IsResourceExhausted(status)) in_doubt_.insert(id);
+  // A disk that is full has stored nothing, and a name that is taken is another job's.
+  if (!absl::IsResourceExhausted(status) && !absl::IsAlreadyExists(status)) in_doubt_.insert(id);
 }
 
 absl::Status JobQueue::Settle(const std::string& id) {

@@ -134,6 +134,15 @@ TEST_F(DaemonTest, ASecondSignalEndsTheWorkerAtOnce) {
   JoinStreams();
 }
 
+TEST(QuietDaemonTest, DaemonsThatLogErrorsOnlyRunAllTheSame) {
+  ServiceFixture service(
+      {.coordinator_flags = {"--log-level", "error"}, .worker_flags = {"--log-level", "error"}});
+  ASSERT_OK(service.Start());
+  EXPECT_OK(service.client().ListWorkers());
+  EXPECT_OK(service.StopWorker());
+  EXPECT_OK(service.StopCoordinator());
+}
+
 TEST_F(DaemonTest, ASecondSignalEndsTheCoordinatorAtOnce) {
   StartStreams(4);
   service_.SignalWorker(SIGSTOP);  // its streams stand still
