@@ -58,6 +58,7 @@ struct Flags {
   double stream_seconds = 20;
   double interval_ms = 100;
   int lease_seconds = 30;
+  std::string job_store = "";
 };
 
 double Now() {
@@ -122,11 +123,14 @@ class CoordinatorBench {
   explicit CoordinatorBench(const Flags& flags) : flags_(flags) {}
 
   absl::Status Run() {
+    std::vector<std::string> coordinator_flags = {"--max-queued-jobs", absl::StrCat(flags_.jobs),
+                                                  "--log-level", "warning"};
+    if (!flags_.job_store.empty()) {
+      coordinator_flags.insert(coordinator_flags.end(), {"--job-store", flags_.job_store});
+    }
     // Silent workers of this process are not taken for dead.
     fixture_ = std::make_unique<ServiceFixture>(testing::ServiceOptions{
-        .lease_seconds = 3600,
-        .coordinator_flags = {"--max-queued-jobs", absl::StrCat(flags_.jobs), "--log-level",
-                              "warning"}});
+        .lease_seconds = 3600, .coordinator_flags = std::move(coordinator_flags)});
     WALSH_RETURN_IF_ERROR(fixture_->StartCoordinator());
     WALSH_RETURN_IF_ERROR(StartWorkers());
     std::printf(
@@ -366,6 +370,8 @@ int Main(int argc, char** argv) {
   app.add_option("--lease-seconds", flags.lease_seconds)
       ->check(CLI::Range(3, 3600))
       ->capture_default_str();
+  app.add_option("--job-store", flags.job_store,
+                 "As walsh-coordinator's, an empty one; by default SQLite in the data folder");
   if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
   flags.timed_submits = std::min(flags.timed_submits, flags.jobs / 2);
   setenv("WALSH_BIN_DIR", BinDir().c_str(), /*overwrite=*/0);
