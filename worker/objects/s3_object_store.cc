@@ -32,6 +32,8 @@ constexpr int64_t kPartsMax = 10'000;
 constexpr int64_t kPageBytesMax = 4 << 20;
 constexpr int64_t kDocumentBytesMax = 64 << 10;
 constexpr size_t kListedMax = 100'000;
+constexpr int kPagesMax = 1000;
+constexpr size_t kTokenBytesMax = 8192;
 constexpr size_t kCodeCharsMax = 64;
 
 // As AWS signature version 4 wants paths and parameters.
@@ -71,7 +73,8 @@ absl::StatusCode StatusCodeOf(int http_status, std::string_view code) {
       return absl::StatusCode::kPermissionDenied;
     case 404:
       return absl::StatusCode::kNotFound;
-    case 409:
+    case 409:  // two conditional writes met, of which one of ours may be both
+      return absl::StatusCode::kUnavailable;
     case 412:
       return absl::StatusCode::kAborted;
     case 416:
@@ -174,7 +177,8 @@ class S3Store final : public ObjectStore {
     WALSH_RETURN_IF_ERROR(CheckKey(folder));
     const std::string prefix = FullKey(folder) + "/";
     std::vector<Listed> listed;
-    for (std::string token;;) {
+    std::string token;
+    for (int n_pages = 0; n_pages < kPagesMax; ++n_pages) {
       // Parameters in the order of their names, as the signature wants them.
       WALSH_ASSIGN_OR_RETURN(
           const Answer page,
@@ -189,11 +193,13 @@ class S3Store final : public ObjectStore {
       WALSH_RETURN_IF_ERROR(ReadPage(page.body, prefix, listed));
       if (XmlText(page.body, "IsTruncated") != "true") return listed;
       const std::string next = XmlText(page.body, "NextContinuationToken").value_or("");
-      if (next.empty() || next == token) {
+      if (next.empty() || next == token || next.size() > kTokenBytesMax) {
         return absl::DataLossError("the object store's list has no next page");
       }
       token = next;
     }
+    return absl::DataLossError(
+        absl::StrCat("the object store's list has more than ", kPagesMax, " pages"));
   }
 
   absl::Status Delete(const std::string& key) override {

@@ -19,6 +19,7 @@ constexpr long kStallBytesPerSecond = 1024;
 // Beside the data, errors must fit.
 constexpr int64_t kErrorBytesMax = 64 << 10;
 constexpr size_t kEtagBytesMax = 256;
+constexpr size_t kUrlBytesMax = 64 << 10;
 constexpr std::string_view kEtagHeader = "etag:";
 
 void InitializeCurl() {
@@ -153,6 +154,11 @@ std::unique_ptr<SignedHttp::Handle> SignedHttp::TakeHandle() const {
 absl::StatusOr<SignedHttp::Answer> SignedHttp::Send(const Request& request,
                                                     absl::Duration timeout) const {
   if (is_stopped_) return absl::CancelledError("the worker is stopping");
+  const std::string url = absl::StrCat(options_.endpoint, request.path_and_query);
+  if (url.size() > kUrlBytesMax) {
+    return absl::InvalidArgumentError(absl::StrCat("an object's address has ", url.size(),
+                                                   " bytes, at most ", kUrlBytesMax, " are sent"));
+  }
   std::unique_ptr<Handle> handle = TakeHandle();
   CURL* const curl = handle->curl;
   curl_easy_reset(curl);  // keeps its connection
@@ -163,7 +169,7 @@ absl::StatusOr<SignedHttp::Answer> SignedHttp::Send(const Request& request,
   set(CURLOPT_NOSIGNAL, 1L);
   set(CURLOPT_PROTOCOLS_STR, "http,https");
   set(CURLOPT_FOLLOWLOCATION, 0L);
-  set(CURLOPT_URL, absl::StrCat(options_.endpoint, request.path_and_query).c_str());
+  set(CURLOPT_URL, url.c_str());
   set(CURLOPT_PATH_AS_IS, 1L);
   set(CURLOPT_CONNECTTIMEOUT_MS,
       static_cast<long>(absl::ToInt64Milliseconds(options_.connect_timeout)));

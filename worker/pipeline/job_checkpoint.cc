@@ -1,5 +1,6 @@
 #include "worker/pipeline/job_checkpoint.h"
 
+#include <algorithm>
 #include <set>
 #include <utility>
 
@@ -128,6 +129,18 @@ absl::Status JobCheckpoint::Take(const CheckpointStore::Generation& generation,
   for (const Object& object : generation.objects) {
     WALSH_RETURN_IF_ERROR(store_.Check(object));
   }
+  // What is read later is what was checked, sizes included.
+  for (const Object& object : Objects()) {
+    const bool is_checked = std::any_of(
+        generation.objects.begin(), generation.objects.end(), [&](const Object& checked) {
+          return checked.sha256 == object.sha256 && checked.size_bytes == object.size_bytes;
+        });
+    if (!is_checked) {
+      return absl::DataLossError(absl::StrCat("the checkpoint's manifest names object ",
+                                              object.sha256, " of ", object.size_bytes,
+                                              " bytes, which is not one of its generation"));
+    }
+  }
   return absl::OkStatus();
 }
 
@@ -217,11 +230,13 @@ absl::Status JobCheckpoint::TryKeepLayer(RecordedTensors tensors,
   return Commit();
 }
 
-absl::Status JobCheckpoint::Commit() {
-  CheckpointStore::Generation generation{Manifest().dump(), own_text_};
-  for (const Layer& layer : layers_) generation.objects.push_back(layer.object);
-  generation.objects.insert(generation.objects.end(), activations_.begin(), activations_.end());
-  return store_.Commit(generation);
+absl::Status JobCheckpoint::Commit() { return store_.Commit({Manifest().dump(), Objects()}); }
+
+std::vector<JobCheckpoint::Object> JobCheckpoint::Objects() const {
+  std::vector<Object> objects = own_text_;
+  for (const Layer& layer : layers_) objects.push_back(layer.object);
+  objects.insert(objects.end(), activations_.begin(), activations_.end());
+  return objects;
 }
 
 json JobCheckpoint::Manifest() const {

@@ -81,6 +81,8 @@ class JobCheckpoint {
   absl::Status Take(const CheckpointStore::Generation& generation, const nlohmann::json& identity);
   void Clear();
   absl::Status Commit();
+  // All that a generation needs.
+  std::vector<Object> Objects() const;
   absl::Status TryKeepLayer(RecordedTensors tensors, std::span<const Matrix* const> activations,
                             const JobReport& report, int64_t bytes_spared);
   absl::Status Read(const Object& object, std::span<std::byte> into) const;

@@ -89,6 +89,22 @@ bool MayPass(const absl::Status& status) {
   }
 }
 
+// A store that keeps this worker out, or whose copy is damaged, says nothing about the job: it is
+// tried again, maybe on another worker.
+absl::Status OfStore(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kOk:
+    case absl::StatusCode::kAborted:
+    case absl::StatusCode::kAlreadyExists:
+    case absl::StatusCode::kCancelled:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kUnavailable:
+      return status;
+    default:
+      return absl::UnavailableError(absl::StrCat("the artifact store: ", status.message()));
+  }
+}
+
 }  // namespace
 
 // Passes the pipeline's progress on, and the coordinator's and the lease's verdict back.
@@ -261,6 +277,7 @@ absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Le
     found = models_->Fetch(id, [&](const ArtifactStore::Origin& origin) {
       return origin.job_name == lease.job_name();
     });
+    if (!found.ok() && !absl::IsNotFound(found.status())) return OfStore(found.status());
   }
   if (absl::IsNotFound(found.status())) {
     // Told before the work, not after it.
@@ -327,7 +344,7 @@ absl::Status JobRunner::KeepArtifact(const internal::v1::Lease& lease, HeldLease
                     {.job_name = lease.job_name(), .fencing_token = lease.fencing_token()},
                     [&held] { return held.Check(); });
   if (!kept.ok() && held.Check().ok()) CountArtifactError();
-  return kept;
+  return OfStore(kept);
 }
 
 absl::Status JobRunner::CheckGate(const std::string& directory, const internal::v1::Lease& lease,

@@ -180,25 +180,24 @@ TEST_F(S3ObjectStoreTest, SignsEveryRequest) {
 
 TEST_F(S3ObjectStoreTest, TriesAgainWhatFailsInPassing) {
   Answer({Error(500, "InternalError"), Error(503, "SlowDown"), Error(429, "TooManyRequests"), "",
+          Error(409, "ConditionalRequestConflict"),
           "HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nshort", Error(400, "RequestTimeout"),
           Ok("contents")});
   ASSERT_OK_AND_ASSIGN(const ObjectStore::Contents contents, store_->Get("a", 100));
   EXPECT_EQ(contents.bytes, "contents");
-  EXPECT_THAT(Sent(), SizeIs(7));
+  EXPECT_THAT(Sent(), SizeIs(8));
 }
 
 TEST_F(S3ObjectStoreTest, GivesUpAtItsDeadline) {
   options_.deadline = absl::Milliseconds(50);
   Answer({Error(500, "InternalError")});
-  EXPECT_THAT(store_->Get("a", 100), StatusIs(absl::StatusCode::kUnavailable,
-                                              "the object store answered 500 (InternalError)"));
+  EXPECT_THAT(store_->Get("a", 100), HasCode(absl::StatusCode::kUnavailable));
 }
 
 TEST_F(S3ObjectStoreTest, TellsErrorsApartAndDoesNotRepeatThem) {
   const std::vector<std::pair<std::string, absl::StatusCode>> answers = {
       {Error(403, "SignatureDoesNotMatch"), absl::StatusCode::kPermissionDenied},
       {Error(404, "NoSuchBucket"), absl::StatusCode::kNotFound},
-      {Error(409, "ConditionalRequestConflict"), absl::StatusCode::kAborted},
       {Error(412, "PreconditionFailed"), absl::StatusCode::kAborted},
       {Error(400, "BadDigest"), absl::StatusCode::kDataLoss},
       {Error(400, "InvalidArgument"), absl::StatusCode::kInvalidArgument},
@@ -297,6 +296,10 @@ TEST_F(S3ObjectStoreTest, EndsAListThatNeverEnds) {
   Answer({Ok(Page(Entry("a/1"),
                   "<IsTruncated>true</IsTruncated>"
                   "<NextContinuationToken>same</NextContinuationToken>"))});
+  EXPECT_THAT(store_->List("a"), HasCode(absl::StatusCode::kDataLoss));
+  const std::string large(4'000'000, '+');  // three times as long in an address
+  Answer({Ok(Page("", "<IsTruncated>true</IsTruncated><NextContinuationToken>" + large +
+                          "</NextContinuationToken>"))});
   EXPECT_THAT(store_->List("a"), HasCode(absl::StatusCode::kDataLoss));
   Answer({Ok(Page("<Contents><Key>a/1</Key><Size>many</Size></Contents>", ""))});
   EXPECT_THAT(store_->List("a"), HasCode(absl::StatusCode::kDataLoss));
