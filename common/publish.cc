@@ -86,19 +86,6 @@ absl::Status WriteSynced(Fd fd, std::string_view contents) {
   return absl::OkStatus();
 }
 
-// Like that of no other process, alive or dead: in containers all have the same id, and the folder
-// may be shared.
-std::string TemporaryName(const std::string& path) {
-  static const uint64_t process = [] {
-    uint64_t drawn = 0;
-    (void)getentropy(&drawn, sizeof drawn);  // cannot fail for so few bytes
-    return drawn;
-  }();
-  static std::atomic<uint64_t> counter{0};
-  return absl::StrCat(ParentOf(path), "/.", fs::path(path).filename().string(), ".tmp-", getpid(),
-                      "-", absl::Hex(process), "-", counter++);
-}
-
 // Every file and directory below `root`, then `root`; symbolic links are not followed.
 absl::Status SyncTree(const std::string& root) {
   std::error_code error;
@@ -160,6 +147,18 @@ absl::Status ErrnoStatus(int error, std::string_view what) {
     default:
       return absl::InternalError(message);
   }
+}
+
+std::string TemporaryName(const std::string& path) {
+  // In containers all processes have the same id, and the folder may be shared.
+  static const uint64_t process = [] {
+    uint64_t drawn = 0;
+    (void)getentropy(&drawn, sizeof drawn);  // cannot fail for so few bytes
+    return drawn;
+  }();
+  static std::atomic<uint64_t> counter{0};
+  return absl::StrCat(ParentOf(path), "/.", fs::path(path).filename().string(), ".tmp-", getpid(),
+                      "-", absl::Hex(process), "-", counter++);
 }
 
 absl::Status PublishFile(const std::string& path, std::string_view contents) {

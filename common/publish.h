@@ -28,6 +28,9 @@ absl::Status PublishFile(const std::string& path, std::string_view contents);
 // Replaces `to` by the file `from`, which is synced and in the same directory.
 absl::Status ReplaceFile(const std::string& from, const std::string& to);
 
+// A name beside `path` for what is to replace it, like that of no other call in any process.
+std::string TemporaryName(const std::string& path);
+
 // Renames the finished directory `from` to `to`, which must not exist; both in one file system.
 // Syncs every file in `from`, `from` itself and the parent of `to`. ALREADY_EXISTS when `to`
 // exists.

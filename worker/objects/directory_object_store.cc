@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <filesystem>
@@ -65,9 +64,7 @@ class DirectoryStore final : public ObjectStore {
   absl::Status PutFile(const std::string& key, const std::string& path, const std::string& sha256,
                        const KeepGoing& keep_going) override {
     WALSH_RETURN_IF_ERROR(Prepare(key));
-    const std::string temporary =
-        absl::StrCat(fs::path(Path(key)).parent_path().string(), "/.", sha256, ".tmp-", getpid(),
-                     "-", n_temporaries_.fetch_add(1));
+    const std::string temporary = TemporaryName(Path(key));
     absl::Status status = Copy(path, sha256, temporary, keep_going);
     if (status.ok()) status = ReplaceFile(temporary, Path(key));
     if (!status.ok()) unlink(temporary.c_str());
@@ -181,7 +178,6 @@ class DirectoryStore final : public ObjectStore {
   }
 
   const std::string directory_;
-  std::atomic<int64_t> n_temporaries_ = 0;
 };
 
 }  // namespace
