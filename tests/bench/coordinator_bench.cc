@@ -6,13 +6,13 @@
 // jobs and tokens cost nothing (FakeWorker). In this order:
 //   submit    one client, one job after the other: from the call to its answer, which comes when
 //             the job is on the disk. Beside it 4 KiB and fdatasync on the same disk.
-//   restart   SIGKILL with the queue full; until a client's GetJob is answered by the next process
 //   refusal   jobs beyond the limit: until RESOURCE_EXHAUSTED
+//   restart   SIGKILL with the queue full; until a client's GetJob is answered by the next process
 //   claim     workers that acquire and complete jobs as fast as they are answered
-//   lease     a worker dies just after a heartbeat; until its job is queued again, and that less
-//             the lease, which is the service's own delay
 //   streams   streams of all workers at once, a message of each every --interval-ms: memory and CPU
 //             time of the coordinator, and how late messages come
+//   lease     a worker dies just after a heartbeat; until its job is queued again, and that less
+//             the lease, which is the service's own delay. Always on SQLite
 #include <fcntl.h>
 #include <unistd.h>
 

@@ -2,7 +2,6 @@
 // Method: a coordinator and two whole workers with folders of their own in one process. The first
 //         makes a model and is gone with its folder; the second fetches, loads and serves it. The
 //         store is a folder, and a real S3 server.
-#include <fstream>
 #include <functional>
 #include <optional>
 
@@ -10,7 +9,7 @@
 #include "tests/integration/coordinator_fixture.h"
 #include "tests/testing/s3_server.h"
 #include "tests/testing/scoped_environment.h"
-#include "tests/testing/tiny_model.h"
+#include "tests/testing/tiny_job.h"
 #include "worker/kernels/kernels.h"
 #include "worker/objects/object_store.h"
 #include "worker/service/daemon.h"
@@ -26,7 +25,6 @@ using v1::QuantizationJob;
 using ::walsh::testing::HasCode;
 using ::walsh::testing::S3Server;
 using ::walsh::testing::ScopedEnvironment;
-using ::walsh::testing::TinyModel;
 using ::walsh::testing::WaitUntil;
 
 class ArtifactStoreTest : public CoordinatorFixture {
@@ -34,11 +32,7 @@ class ArtifactStoreTest : public CoordinatorFixture {
   // Loads OpenBLAS, which is configured through the environment, before other threads run.
   static void SetUpTestSuite() { (void)kernels::DescribeCpuBackend(); }
 
-  void SetUp() override {
-    TinyModel({}).WriteHf(dir_ / "tiny");
-    std::ofstream text(dir_ / "text.txt");
-    for (int i = 0; i < 400; ++i) text << "Row " << i << " changes its sign " << i * i % 53 << ". ";
-  }
+  void SetUp() override {}  // what stores the models is set before the coordinator starts
 
   // Begins with what sets the environment, so before any thread.
   void UseFolder() {
@@ -62,7 +56,7 @@ class ArtifactStoreTest : public CoordinatorFixture {
     options.coordinator = server_->endpoints().at("internal");
     options.grpc_port = options.metrics_port = 0;
     options.data_dir = dir_ / name;
-    options.model_roots = {dir_.path()};
+    options.model_roots = {job_.root()};
     options.device = "cpu";
     options.threads = 1;
     if (has_store) options.artifact_store = location_;
@@ -79,15 +73,7 @@ class ArtifactStoreTest : public CoordinatorFixture {
   }
 
   void MakeModel() {
-    v1::CreateQuantizationJobRequest request = NewJob("a");
-    QuantizationJob& job = *request.mutable_quantization_job();
-    job.set_source_model(dir_ / "tiny");
-    v1::QuantizationConfig& config = *job.mutable_config();
-    config.mutable_calibration()->set_uri(dir_ / "text.txt");
-    config.mutable_calibration()->set_num_samples(4);
-    config.mutable_calibration()->set_sequence_length(64);
-    config.mutable_evaluation()->set_disable(true);
-    ASSERT_OK(Create(request));
+    ASSERT_OK(Create(job_.Request("a")));
     ASSERT_TRUE(WaitUntil([&] { return Get("a")->state() == QuantizationJob::SUCCEEDED; }));
     model_ = "models/" + Get("a")->model_name();
   }
@@ -141,6 +127,7 @@ class ArtifactStoreTest : public CoordinatorFixture {
 
   std::unique_ptr<S3Server> s3_;
   std::vector<std::unique_ptr<ScopedEnvironment>> environment_;
+  const testing::TinyJob job_;
   std::string location_;
   std::string model_;
 };

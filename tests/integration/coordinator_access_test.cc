@@ -4,7 +4,6 @@
 // Method: a coordinator in this process; every method of every linked service, called raw.
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/descriptor_database.h>
-#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 
 #include <thread>
@@ -15,6 +14,7 @@
 #include "grpc/health/v1/health.grpc.pb.h"
 #include "server/access/access_rules.h"
 #include "tests/integration/coordinator_fixture.h"
+#include "tests/testing/call_by_name.h"
 
 namespace walsh {
 namespace {
@@ -37,21 +37,7 @@ class CoordinatorAccessTest : public CoordinatorFixture {
   }
   // An empty message, which every request type takes; how the call ends.
   absl::Status Call(const std::string& method, const std::string& secret) {
-    grpc::GenericStub stub(ChannelOf(secret));
-    grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
-    const grpc::Slice empty;
-    const grpc::ByteBuffer request(&empty, 1);
-    grpc::ByteBuffer response;
-    grpc::Status status;
-    absl::Notification done;
-    stub.UnaryCall(&context, method, grpc::StubOptions(), &request, &response,
-                   [&](grpc::Status result) {
-                     status = std::move(result);
-                     done.Notify();
-                   });
-    done.WaitForNotification();
-    return FromGrpcStatus(status);
+    return FromGrpcStatus(testing::CallByName(ChannelOf(secret), method, ""));
   }
 };
 

@@ -7,7 +7,6 @@
 #include <google/protobuf/descriptor.h>
 #include <google/protobuf/descriptor_database.h>
 #include <google/protobuf/message.h>
-#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -23,9 +22,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
-#include "absl/synchronization/notification.h"
 #include "common/grpc_server.h"
 #include "common/grpc_status.h"
+#include "tests/testing/call_by_name.h"
 #include "tests/testing/http_get.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/status_matchers.h"
@@ -65,26 +64,10 @@ class HostileClientTest : public ::testing::Test {
 
   static std::string PublicAddress() { return service_->endpoint("coordinator", "grpc"); }
 
-  // As it stands on the wire, since client libraries check what they send. A stream's first message
-  // counts as success.
+  // As it stands on the wire, since client libraries check what they send.
   static grpc::Status Call(const std::shared_ptr<grpc::Channel>& channel, const std::string& method,
                            const Message& message, const std::string& request_id = "") {
-    grpc::GenericStub stub(channel);
-    grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
-    if (!request_id.empty()) context.AddMetadata("x-request-id", request_id);
-    const grpc::Slice bytes(message.SerializeAsString());
-    const grpc::ByteBuffer request(&bytes, 1);
-    grpc::ByteBuffer response;
-    grpc::Status status;
-    absl::Notification done;
-    stub.UnaryCall(&context, method, grpc::StubOptions(), &request, &response,
-                   [&](grpc::Status result) {
-                     status = std::move(result);
-                     done.Notify();
-                   });
-    done.WaitForNotification();
-    return status;
+    return testing::CallByName(channel, method, message.SerializeAsString(), request_id);
   }
 
   // Calls `use` with each method of the public services and an empty request of it.
