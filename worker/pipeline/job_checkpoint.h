@@ -13,7 +13,8 @@
 //
 // Errors:  FAILED_PRECONDITION  another identity; the message lists the fields that differ
 //          ABORTED              the job is another worker's (worker/pipeline/checkpoint_store.h)
-//          UNAVAILABLE          the checkpoint was damaged after it was opened
+//          UNAVAILABLE          the checkpoint was damaged after it was opened, or its store is
+//                               locked or away when it is: the job is tried again
 // Threads: one.
 #pragma once
 
