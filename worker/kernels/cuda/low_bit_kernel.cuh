@@ -68,6 +68,7 @@ struct KernelParams {
   int square_sums_at = 0;
   int sums_at = 0;
   int sums_stride = 0;  // floats from warp to warp
+  uint32_t zero = 0;    // which the compiler does not know
 };
 
 // The codes of a width are multiplied as code · 2^shift, so that most need no shift of their own.
@@ -468,12 +469,16 @@ class FewProducer {
   }
   __device__ __forceinline__ bool has_next() const { return n_left_ > 0; }
 
-  // One lane copies; what is copied is known to all, so that it stays in uniform registers.
-  __device__ __forceinline__ void Copy(const KernelParams& p, uint32_t stage, uint32_t barrier) {
+  // One lane copies; what is copied is known to all, so that it stays in uniform registers. A stage
+  // that is filled again must have been read: a load that has begun may still be waiting behind
+  // those of other warps when the copy arrives. So the copy's address depends on `read`, bits of
+  // each load.
+  __device__ __forceinline__ void Copy(const KernelParams& p, uint32_t stage, uint32_t barrier,
+                                       uint32_t read = 0) {
     const int bytes = min(n_left_, F::kRowTiles) * F::kBlockBytes;
     if (IsElected()) {
       ExpectBytes(barrier, bytes);
-      CopyBulkOnce(stage, from_, bytes, barrier, policy_);
+      CopyBulkOnce(stage + (read & p.zero), from_, bytes, barrier, policy_);
     }
     from_ += F::kStageBytes;
     n_left_ -= F::kRowTiles;
@@ -683,8 +688,11 @@ struct HeldTiles {
   uint32_t words[F::kSlots][ServingWords(F::kBits)];
   RawGrid<F> grids[F::kGrids];  // of the tile whose sums the lane has
 };
+// Returns bits of each load.
 template <typename F>
-__device__ __forceinline__ void LoadTiles(const uint8_t* weights, int lane, HeldTiles<F>& tiles) {
+__device__ __forceinline__ uint32_t LoadTiles(const uint8_t* weights, int lane,
+                                              HeldTiles<F>& tiles) {
+  uint32_t read = 0;
 #pragma unroll
   for (int j = 0; j < F::kSlots; ++j) {
     constexpr int kStepsHeld = F::kBits <= 3 ? 4 : 8 / F::kBits;
@@ -694,12 +702,15 @@ __device__ __forceinline__ void LoadTiles(const uint8_t* weights, int lane, Held
       LoadWords<F>(weights + j * F::kBlockBytes, lane, s, words);
 #pragma unroll
       for (int w = 0; w < kWordsHeld<F>; ++w) tiles.words[j][s / kStepsHeld * 4 + w] = words[w];
+      read |= words[0] | words[kWordsHeld<F> - 1];
     }
   }
 #pragma unroll
   for (int g = 0; g < F::kGrids; ++g) {
     tiles.grids[g] = LoadRawGrid<F>(weights + lane % 4 / F::kTokens * F::kBlockBytes, lane, g);
+    read |= tiles.grids[g].v[0];
   }
+  return read;
 }
 
 // total += the blocks of kSlots tiles times the activations, rows i and i + 8. Tiles that are not
@@ -797,13 +808,14 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
 
         HeldTiles<F> tiles[F::kUnits];
         ring.Wait();
+        uint32_t read = 0;
 #pragma unroll
         for (int u = 0; u < F::kUnits; ++u) {
-          LoadTiles<F>(weights + u * F::kSlots * F::kBlockBytes, lane, tiles[u]);
+          read |= LoadTiles<F>(weights + u * F::kSlots * F::kBlockBytes, lane, tiles[u]);
         }
         __syncwarp();
         if (producer.has_next()) {
-          producer.Copy(p, ring.address(ring.stage()), ring.barrier(ring.stage()));
+          producer.Copy(p, ring.address(ring.stage()), ring.barrier(ring.stage()), read);
         }
         ring.Pop(p);
 #pragma unroll
