@@ -40,86 +40,82 @@ inline bool AreTransformed(const Activations& a) {
   return a.order != nullptr || a.rotation_block != 0;
 }
 
-// Eight lanes make a record, so that a warp makes four at a time. Lane l of them has the columns
-// 64 (l / 4) + 16 m + 4 (l % 4) + {0, 1, 2, 3} of the block, m from 0 to 3, whose bytes are
-// adjacent in the record.
-inline constexpr int kRecordLanes = 8;
+// kLanes lanes make a record, 8 or 16, so that a warp makes four or two at a time: with 8 it takes
+// fewer instructions in all, with 16 fewer of each lane. A lane has quads of columns whose bytes
+// are adjacent in the record.
+inline constexpr int kRecordLanes = 8;  // where there are many records
+template <int kLanes>
+inline constexpr int kPieceQuads = kServingBlockCols / kLanes / 4;
+template <int kLanes>
 __device__ __forceinline__ int PieceColumn(int lane, int m) {
-  return lane / 4 * 64 + m * 16 + lane % 4 * 4;
-}
-__device__ __forceinline__ uint32_t MaxOfLanes(uint32_t v) {
-#pragma unroll
-  for (int distance = 1; distance < kRecordLanes; distance *= 2) {
-    v = max(v, __shfl_xor_sync(~0u, v, distance));
-  }
-  return v;
+  return (lane / 4 * kPieceQuads<kLanes> + m) * 16 + lane % 4 * 4;
 }
 
+template <int kLanes>
 struct ActivationPiece {
-  float4 x[4];
+  float4 x[kPieceQuads<kLanes>];
 };
+template <int kLanes>
 struct Bf16Piece {
-  uint2 x[4];
+  uint2 x[kPieceQuads<kLanes>];
 };
 
-// Of a token and block; zeros beyond the last column. Written by the kernel before: not by way of
-// the read-only cache.
-__device__ __forceinline__ Bf16Piece LoadBf16Piece(const Activations& a, int64_t token, int block,
-                                                   int lane) {
-  Bf16Piece piece{};
-  const int first = block * kServingBlockCols;
-  const __nv_bfloat16* x = a.x_bf16 + token * a.stride + first;
+// Of a token and block, from the first column of a lane on, of which `n_cols` are left: zeros
+// beyond. Written by the kernel before: not by way of the read-only cache.
+template <int kLanes>
+__device__ __forceinline__ Bf16Piece<kLanes> LoadPiece(const __nv_bfloat16* x, int n_cols) {
+  Bf16Piece<kLanes> piece{};
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int col = PieceColumn(lane, m);
-    if (first + col < a.cols) piece.x[m] = *reinterpret_cast<const uint2*>(x + col);
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
+    if (m * 16 < n_cols) piece.x[m] = *reinterpret_cast<const uint2*>(x + m * 16);
   }
   return piece;
 }
-__device__ __forceinline__ ActivationPiece ToFloats(const Bf16Piece& piece) {
-  ActivationPiece floats;
+template <int kLanes>
+__device__ __forceinline__ ActivationPiece<kLanes> LoadPiece(const float* x, int n_cols) {
+  ActivationPiece<kLanes> piece{};
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
+    if (m * 16 < n_cols) piece.x[m] = *reinterpret_cast<const float4*>(x + m * 16);
+  }
+  return piece;
+}
+template <int kLanes>
+__device__ __forceinline__ ActivationPiece<kLanes> ToFloats(const ActivationPiece<kLanes>& piece) {
+  return piece;
+}
+template <int kLanes>
+__device__ __forceinline__ ActivationPiece<kLanes> ToFloats(const Bf16Piece<kLanes>& piece) {
+  ActivationPiece<kLanes> floats;
+#pragma unroll
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
     const uint2 v = piece.x[m];
     floats.x[m] = make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000u),
                               __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xFFFF0000u));
   }
   return floats;
 }
-__device__ __forceinline__ ActivationPiece LoadFloatPiece(const Activations& a, int64_t token,
-                                                          int block, int lane) {
-  ActivationPiece piece{};
-  const int first = block * kServingBlockCols;
-  const float* x = a.x_float + token * a.stride + first;
+// The factors of RMSNorm for a piece whose first column is `col`, 1 where there are none.
+template <int kLanes>
+__device__ __forceinline__ ActivationPiece<kLanes> LoadNormWeight(const Activations& a, int col) {
+  ActivationPiece<kLanes> piece;
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int col = PieceColumn(lane, m);
-    if (first + col < a.cols) piece.x[m] = *reinterpret_cast<const float4*>(x + col);
-  }
-  return piece;
-}
-// The factors of RMSNorm for the columns of a piece, 1 where there are none.
-__device__ __forceinline__ ActivationPiece LoadNormWeight(const Activations& a, int block,
-                                                          int lane) {
-  ActivationPiece piece;
-  const int first = block * kServingBlockCols;
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int col = first + PieceColumn(lane, m);
-    piece.x[m] = a.norm_weight != nullptr && col < a.cols
-                     ? *reinterpret_cast<const float4*>(a.norm_weight + col)
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
+    piece.x[m] = a.norm_weight != nullptr && col + m * 16 < a.cols
+                     ? *reinterpret_cast<const float4*>(a.norm_weight + col + m * 16)
                      : make_float4(1, 1, 1, 1);
   }
   return piece;
 }
 
 // Columns that are in another order: each a load of its own. Factors of RMSNorm as above.
+template <int kLanes>
 __device__ __forceinline__ void LoadOrderedPiece(const Activations& a, int64_t token, int block,
-                                                 int lane, ActivationPiece& piece,
-                                                 ActivationPiece& weight) {
+                                                 int lane, ActivationPiece<kLanes>& piece,
+                                                 ActivationPiece<kLanes>& weight) {
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int col = block * kServingBlockCols + PieceColumn(lane, m);
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
+    const int col = block * kServingBlockCols + PieceColumn<kLanes>(lane, m);
     piece.x[m] = make_float4(0, 0, 0, 0);
     weight.x[m] = make_float4(1, 1, 1, 1);
     if (col >= a.cols) continue;
@@ -135,37 +131,55 @@ __device__ __forceinline__ void LoadOrderedPiece(const Activations& a, int64_t t
   }
 }
 // Whatever becomes of the columns before they are multiplied and rotated.
+template <int kLanes>
 __device__ __forceinline__ void LoadAnyPiece(const Activations& a, int64_t token, int block,
-                                             int lane, ActivationPiece& piece,
-                                             ActivationPiece& weight) {
+                                             int lane, ActivationPiece<kLanes>& piece,
+                                             ActivationPiece<kLanes>& weight) {
   if (a.order != nullptr) {
     LoadOrderedPiece(a, token, block, lane, piece, weight);
     return;
   }
-  piece = a.x_float != nullptr ? LoadFloatPiece(a, token, block, lane)
-                               : ToFloats(LoadBf16Piece(a, token, block, lane));
-  weight = LoadNormWeight(a, block, lane);
+  const int col = block * kServingBlockCols + PieceColumn<kLanes>(lane, 0);
+  const int64_t at = token * a.stride + col;
+  piece = a.x_float != nullptr ? LoadPiece<kLanes>(a.x_float + at, a.cols - col)
+                               : ToFloats(LoadPiece<kLanes>(a.x_bf16 + at, a.cols - col));
+  weight = LoadNormWeight<kLanes>(a, col);
 }
 
-// Σ x² of a record, in all its lanes, added up in one order.
-__device__ __forceinline__ float SumOfSquares(const ActivationPiece& piece) {
-  float sum = 0;
+// Σ x² of a record, in all its lanes, added up in one order, however many these are.
+template <int kLanes>
+__device__ __forceinline__ float SumOfSquares(const ActivationPiece<kLanes>& piece) {
+  constexpr int kPairs = kPieceQuads<kLanes> / 2;
+  float sums[kPairs];  // of 32 columns
 #pragma unroll
-  for (const float4& x : piece.x) {
-    sum = __fmaf_rn(x.x, x.x, sum);
-    sum = __fmaf_rn(x.y, x.y, sum);
-    sum = __fmaf_rn(x.z, x.z, sum);
-    sum = __fmaf_rn(x.w, x.w, sum);
+  for (int i = 0; i < kPairs; ++i) {
+    sums[i] = 0;
+#pragma unroll
+    for (int m = 2 * i; m < 2 * i + 2; ++m) {
+      const float4 x = piece.x[m];
+      sums[i] = __fmaf_rn(x.x, x.x, sums[i]);
+      sums[i] = __fmaf_rn(x.y, x.y, sums[i]);
+      sums[i] = __fmaf_rn(x.z, x.z, sums[i]);
+      sums[i] = __fmaf_rn(x.w, x.w, sums[i]);
+    }
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      sums[i] = __fadd_rn(sums[i], __shfl_xor_sync(~0u, sums[i], distance));
+    }
   }
+  float sum = sums[0];
+  if constexpr (kPairs == 2) sum = __fadd_rn(sum, sums[1]);
 #pragma unroll
-  for (int distance = 1; distance < kRecordLanes; distance *= 2) {
+  for (int distance = 4; distance < kLanes; distance *= 2) {
     sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, distance));
   }
   return sum;
 }
-__device__ __forceinline__ void Multiply(ActivationPiece& piece, const ActivationPiece& factor) {
+template <int kLanes>
+__device__ __forceinline__ void Multiply(ActivationPiece<kLanes>& piece,
+                                         const ActivationPiece<kLanes>& factor) {
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
     piece.x[m].x = __fmul_rn(piece.x[m].x, factor.x[m].x);
     piece.x[m].y = __fmul_rn(piece.x[m].y, factor.x[m].y);
     piece.x[m].z = __fmul_rn(piece.x[m].z, factor.x[m].z);
@@ -185,7 +199,9 @@ __device__ __forceinline__ void Butterfly(float4& a, float4& b) {
   Butterfly(a.w, b.w);
 }
 // Of the bit of the column that bit `distance` of the lane is.
-__device__ __forceinline__ void ButterflyOfLanes(ActivationPiece& piece, int lane, int distance) {
+template <int kLanes>
+__device__ __forceinline__ void ButterflyOfLanes(ActivationPiece<kLanes>& piece, int lane,
+                                                 int distance) {
   const float sign = (lane & distance) != 0 ? -1.0f : 1.0f;
   const auto combine = [&](float v) {
     return __fmaf_rn(sign, v, __shfl_xor_sync(~0u, v, distance));
@@ -196,9 +212,11 @@ __device__ __forceinline__ void ButterflyOfLanes(ActivationPiece& piece, int lan
   }
 }
 // Each block of columns times the orthonormal Hadamard matrix in natural order. Bits of a column:
-// 0 and 1 lie within a quad, 2 and 3 in the lane, 4 and 5 in the quad's number, 6 in the lane. All
-// lanes of a warp.
-__device__ __forceinline__ void RotatePiece(ActivationPiece& piece, int lane, int block) {
+// 0 and 1 lie within a quad, 2 and 3 in the lane, the rest first in the quad's number, then in the
+// lane. All lanes of a warp.
+template <int kLanes>
+__device__ __forceinline__ void RotatePiece(ActivationPiece<kLanes>& piece, int lane, int block) {
+  constexpr int kQuads = kPieceQuads<kLanes>;
 #pragma unroll
   for (float4& x : piece.x) {
     Butterfly(x.x, x.y);
@@ -208,15 +226,18 @@ __device__ __forceinline__ void RotatePiece(ActivationPiece& piece, int lane, in
   }
   ButterflyOfLanes(piece, lane, 1);
   ButterflyOfLanes(piece, lane, 2);
-  if (block >= 32) {
-    Butterfly(piece.x[0], piece.x[1]);
-    Butterfly(piece.x[2], piece.x[3]);
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) {  // of quads of a column block
+    if (block <= distance * 16) break;
+    if (distance < kQuads) {
+#pragma unroll
+      for (int m = 0; m < kQuads; ++m) {
+        if ((m & distance) == 0) Butterfly(piece.x[m], piece.x[m | distance]);
+      }
+    } else {
+      ButterflyOfLanes(piece, lane, distance / kQuads * 4);
+    }
   }
-  if (block >= 64) {
-    Butterfly(piece.x[0], piece.x[2]);
-    Butterfly(piece.x[1], piece.x[3]);
-  }
-  if (block >= 128) ButterflyOfLanes(piece, lane, 4);
   const float scale = __frsqrt_rn(static_cast<float>(block));
 #pragma unroll
   for (float4& x : piece.x) {
@@ -225,25 +246,36 @@ __device__ __forceinline__ void RotatePiece(ActivationPiece& piece, int lane, in
   }
 }
 
+// max(|a|, |b|), NaN where one is.
+__device__ __forceinline__ float LargerMagnitude(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
+  return larger;
+}
+
 // All lanes of a warp, of which those write whose record is there. The products are of
 // codes · 2^code_shift, which the record's numbers take back. What is not finite makes 2^e NaN, and
 // so every output of the token.
-__device__ __forceinline__ void WriteRecord(const ActivationPiece& piece, int lane, int grids,
-                                            int code_shift, bool is_there, uint8_t* record) {
-  uint32_t largest = 0;  // as bits, so that NaN counts
+template <int kLanes>
+__device__ __forceinline__ void WriteRecord(const ActivationPiece<kLanes>& piece, int lane,
+                                            int grids, int code_shift, bool is_there,
+                                            uint8_t* record) {
+  constexpr int kQuads = kPieceQuads<kLanes>;
+  float largest = 0;
 #pragma unroll
   for (const float4& x : piece.x) {
-    largest = max(largest, __float_as_uint(x.x) & 0x7FFFFFFFu);
-    largest = max(largest, __float_as_uint(x.y) & 0x7FFFFFFFu);
-    largest = max(largest, __float_as_uint(x.z) & 0x7FFFFFFFu);
-    largest = max(largest, __float_as_uint(x.w) & 0x7FFFFFFFu);
+    const float first = LargerMagnitude(x.x, x.y);
+    largest = LargerMagnitude(largest, LargerMagnitude(first, LargerMagnitude(x.z, x.w)));
   }
-  largest = MaxOfLanes(largest);
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    largest = LargerMagnitude(largest, __shfl_xor_sync(~0u, largest, distance));
+  }
   // The exponent that leaves |q| ≤ 32639, the most that two signed bytes hold.
   constexpr float kHeadroom = 1.00396f;  // > 2^15 / 32639
   constexpr uint32_t kNotFinite = 255;
   constexpr uint32_t kSmallest = 27;  // 2^-100: blocks below are zeros
-  const uint32_t exponent = __float_as_uint(__fmul_rn(__uint_as_float(largest), kHeadroom)) >> 23;
+  const uint32_t exponent = __float_as_uint(__fmul_rn(largest, kHeadroom)) >> 23;
   const bool is_number = exponent >= kSmallest && exponent < kNotFinite;
   const float inverse = is_number ? __uint_as_float((268u - exponent) << 23) : 0.0f;
   float scale = is_number ? __uint_as_float((exponent - 14u - code_shift) << 23) : 0.0f;
@@ -251,11 +283,11 @@ __device__ __forceinline__ void WriteRecord(const ActivationPiece& piece, int la
 
   // The low bits of 1.5 · 2^23 + 128 + q are those of q + 128: byte 1 is hi, byte 0 is lo + 128.
   constexpr float kMagic = 12582912.0f + 128.0f;
-  uint32_t high[4];
-  uint32_t low[4];
-  int sums[4];
+  uint32_t high[kQuads];
+  uint32_t low[kQuads];
+  int sums[kQuads / 2] = {};  // of 32 columns
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
+  for (int m = 0; m < kPieceQuads<kLanes>; ++m) {
     const float v[4] = {piece.x[m].x, piece.x[m].y, piece.x[m].z, piece.x[m].w};
     uint32_t q[4];
 #pragma unroll
@@ -264,33 +296,48 @@ __device__ __forceinline__ void WriteRecord(const ActivationPiece& piece, int la
     const uint32_t second = __byte_perm(q[2], q[3], 0x5140);
     low[m] = __byte_perm(first, second, 0x5410) ^ 0x80808080u;
     high[m] = __byte_perm(first, second, 0x7632);
-    sums[m] = static_cast<int>(q[0] + q[1] + q[2] + q[3] - 4u * __float_as_uint(kMagic));
+    sums[m / 2] += static_cast<int>(q[0] + q[1] + q[2] + q[3] - 4u * __float_as_uint(kMagic));
   }
   // The words of two steps and both registers of a quad's lane; halves of two steps, of them first
   // hi.
   if (is_there) {
-    uint8_t* const at = record + lane / 4 * 128 + lane % 4 * 16;
-    *reinterpret_cast<uint4*>(at) = make_uint4(high[0], high[1], high[2], high[3]);
-    *reinterpret_cast<uint4*>(at + 64) = make_uint4(low[0], low[1], low[2], low[3]);
+    const int quad = lane / 4 * kQuads;
+    uint8_t* const at = record + quad / 4 * 128 + lane % 4 * 16 + quad % 4 * 4;
+    if constexpr (kQuads == 4) {
+      *reinterpret_cast<uint4*>(at) = make_uint4(high[0], high[1], high[2], high[3]);
+      *reinterpret_cast<uint4*>(at + 64) = make_uint4(low[0], low[1], low[2], low[3]);
+    } else {
+      *reinterpret_cast<uint2*>(at) = make_uint2(high[0], high[1]);
+      *reinterpret_cast<uint2*>(at + 64) = make_uint2(low[0], low[1]);
+    }
   }
-  int first_sum = sums[0] + sums[1];  // of step 2 (lane / 4), and of the next
-  int second_sum = sums[2] + sums[3];
-  if (grids < 4) first_sum += second_sum;
+  // Groups of 32 columns, four lanes, may be two in a lane; others have as many lanes as columns.
+  const bool has_two = kQuads == 4 && grids == 4;
+  if constexpr (kQuads == 4) {
+    if (!has_two) sums[0] += sums[1];
+  }
+  const int group_lanes = has_two ? 4 : kLanes / grids;
 #pragma unroll
-  for (int distance = 1; distance < kRecordLanes; distance *= 2) {
-    if (distance == 4 && grids > 1) break;
-    first_sum += __shfl_xor_sync(~0u, first_sum, distance);
-    if (grids == 4) second_sum += __shfl_xor_sync(~0u, second_sum, distance);
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+    if (distance == group_lanes) break;
+    sums[0] += __shfl_xor_sync(~0u, sums[0], distance);
+    if constexpr (kQuads == 4) {
+      if (has_two) sums[1] += __shfl_xor_sync(~0u, sums[1], distance);
+    }
   }
-  if (!is_there || lane % 4 != 0 || (grids == 1 && lane != 0)) return;
+  if (!is_there || lane % group_lanes != 0) return;
   auto* numbers = reinterpret_cast<float2*>(record + kRecordCodeBytes);
-  const float2 first_numbers = make_float2(scale, static_cast<float>(first_sum << code_shift));
-  if (grids < 4) {
-    numbers[lane / 4] = first_numbers;
-  } else {
-    numbers[lane / 4 * 2] = first_numbers;
-    numbers[lane / 4 * 2 + 1] = make_float2(scale, static_cast<float>(second_sum << code_shift));
+  const auto write = [&](int group, int sum) {
+    numbers[group] = make_float2(scale, static_cast<float>(sum << code_shift));
+  };
+  if constexpr (kQuads == 4) {
+    if (has_two) {
+      write(lane / 4 * 2, sums[0]);
+      write(lane / 4 * 2 + 1, sums[1]);
+      return;
+    }
   }
+  write(lane / group_lanes, sums[0]);
 }
 
 }  // namespace walsh::kernels::cuda::low_bit

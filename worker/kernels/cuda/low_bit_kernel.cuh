@@ -9,9 +9,10 @@
 //
 // Few tokens, up to four: the kernel quantizes the activations itself, each warp those of its
 // columns, and keeps their fragments in registers for all tiles of a pass. Eight columns of B are
-// hi and lo of four tokens or, of at most two tokens, those of two tiles: a tile has its own
-// columns and zeros in the others, so that two add up in one accumulator and what follows the
-// products is done once for both.
+// hi and lo of four tokens or, of two, those of two tiles: a tile has its own columns and zeros in
+// the others, so that two add up in one accumulator. One token is in all columns, and of two or
+// four tiles, one after the other, each lane keeps the sums of one. Either way what follows the
+// products is done once for several tiles.
 //
 // More tokens: the records of the activations come through the ring too, made by a launch before.
 //
@@ -24,6 +25,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/status_macros.h"
 #include "worker/kernels/cuda/bulk_copy.cuh"
@@ -90,28 +92,43 @@ struct WeightForm {
   static constexpr int kRecordBytes = RecordBytes(kGrids);
 };
 
-// Few tokens. kRowTiles are those of a stage, kSlots of them share accumulators. Activations that
-// are transformed on their way have kernels of their own, so that the others have no register less.
-template <int kBits, bool kCodebook, int kGrids, int kRowTiles_, int kSlots_,
+// Few tokens, up to kTokens. kRowTiles are those of a stage. Of kSlots of them each lane has the
+// sums of one: what follows the products is done once for all of them. Activations that are
+// transformed on their way have kernels of their own, so that the others have no register less.
+template <int kBits, bool kCodebook, int kGrids, int kRowTiles_, int kSlots_, int kTokens_,
           bool kTransforms_ = false>
 struct FewForm : WeightForm<kBits, kCodebook, kGrids, 2> {
   using Base = WeightForm<kBits, kCodebook, kGrids, 2>;
-  using Transforming = FewForm<kBits, kCodebook, kGrids, kRowTiles_, kSlots_, true>;
+  using Transforming = FewForm<kBits, kCodebook, kGrids, kRowTiles_, kSlots_, kTokens_, true>;
   static constexpr bool kTransforms = kTransforms_;
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kSlots = kSlots_;
   static constexpr int kUnits = kRowTiles / kSlots;
-  static constexpr int kTokens = kTileTokens / kSlots;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kSlotTokens = kTileTokens / kSlots;  // that a slot's columns have room for
+  static_assert(kTokens <= kSlotTokens);
+  // Two tokens: the tiles share accumulators, each has columns of B and zeros in the others. One:
+  // it is in all columns, a tile after the other has the accumulators.
+  static constexpr bool kSharesAccumulators = kSlots > 1 && kTokens > 1;
   static constexpr int kWarps = kParts;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kStageBytes = kRowTiles * Base::kBlockBytes;
-  static constexpr int kUnitFloats = 2 * 32;  // sums of kSlots tiles: rows i and i + 8 of each lane
+  // One token's records are few: all lanes shall have some of them.
+  static constexpr int kRecordLanes = kTokens == 1 ? 16 : low_bit::kRecordLanes;
 
+  // Sums of kSlots tiles, those of rows i and i + 8 together.
+  static constexpr int kUnitSums = 8 * kSlots * kTokens;
+  static constexpr int kUnitFloats = 2 * kUnitSums;
+  // Where a lane has them. Lanes of a token that is not there have the sums of one that is.
+  static __device__ __forceinline__ int SumOfLane(int lane) {
+    return lane / 4 * kSlots * kTokens + lane % 4 / kSlotTokens * kTokens +
+           min(lane % kSlotTokens, kTokens - 1);
+  }
   // Of a row of a pass in a warp's sums, for the first token; floats from token to token.
   static constexpr int kTokenStride = 2;
   static __device__ __forceinline__ int PlaceOfSum(int tile, int row) {
-    const int lane = row % 8 * 4 + tile % kSlots * kTokens;
-    return tile / kSlots * kUnitFloats + lane * 2 + row / 8;
+    const int sum = row % 8 * kSlots * kTokens + tile % kSlots * kTokens;
+    return tile / kSlots * kUnitFloats + sum * 2 + row / 8;
   }
 };
 
@@ -293,7 +310,7 @@ __device__ __forceinline__ RowGrid<F> GridOfRow(const RawGrid<F>& raw, int h) {
 
 // Σ code · q · 2^shift of a row and token from the columns hi and lo of each class.
 template <typename F>
-__device__ __forceinline__ float SumOf(const int (&acc)[F::kClasses][4], int g, int h) {
+__device__ __forceinline__ int SumOf(const int (&acc)[F::kClasses][4], int g, int h) {
   int hi = 0;
   int lo = 0;
   bool has_class[2] = {false, false};
@@ -307,23 +324,36 @@ __device__ __forceinline__ float SumOf(const int (&acc)[F::kClasses][4], int g, 
     hi += acc[F::kClasses - 1][2 * h];
     lo += acc[F::kClasses - 1][2 * h + 1];
   }
-  return __int2float_rn((hi << 8) + lo);
+  return (hi << 8) + lo;
 }
-
-// y += what the sums of a group give, for row h of rows i and i + 8. `scale_sum` is a record's.
+// Of rows i and i + 8.
 template <typename F>
-__device__ __forceinline__ void AddGroup(const RowGrid<F>& row,
-                                         const int (&acc)[F::kPlanes][F::kClasses][4], int g, int h,
+struct GroupSums {
+  int v[2][F::kPlanes];
+
+  __device__ __forceinline__ GroupSums() : v{} {}
+  __device__ __forceinline__ GroupSums(const int (&acc)[F::kPlanes][F::kClasses][4], int g) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int plane = 0; plane < F::kPlanes; ++plane) v[h][plane] = SumOf<F>(acc[plane], g, h);
+    }
+  }
+};
+
+// y += what a row's sums of a group give. `scale_sum` is a record's.
+template <typename F>
+__device__ __forceinline__ void AddGroup(const RowGrid<F>& row, const int (&sums)[F::kPlanes],
                                          float2 scale_sum, float& y) {
   if constexpr (F::kCodebook) {
     float sum = __fmul_rn(row.v[0], scale_sum.y);
 #pragma unroll
     for (int plane = 0; plane < F::kPlanes; ++plane) {
-      sum = __fmaf_rn(row.v[1 + plane], SumOf<F>(acc[plane], g, h), sum);
+      sum = __fmaf_rn(row.v[1 + plane], __int2float_rn(sums[plane]), sum);
     }
     y = __fmaf_rn(scale_sum.x, sum, y);
   } else {
-    const float sum = __fmaf_rn(-row.v[1], scale_sum.y, SumOf<F>(acc[0], g, h));
+    const float sum = __fmaf_rn(-row.v[1], scale_sum.y, __int2float_rn(sums[0]));
     y = __fmaf_rn(__fmul_rn(row.v[0], scale_sum.x), sum, y);
   }
 }
@@ -331,12 +361,16 @@ __device__ __forceinline__ void AddGroup(const RowGrid<F>& row,
 // The end of a pass over `n_tiles` tiles: adds up the warps' sums and writes. A thread has one row
 // and some tokens; what it adds to for the first is on its way while the warps are waited for.
 template <typename F>
-__device__ __forceinline__ void Finish(const KernelParams& p, int first_tile, int n_tiles,
+__device__ __forceinline__ void Finish(const KernelParams& p, int warp, int first_tile, int n_tiles,
                                        int token_first, int n_tokens, const float* square_sums,
                                        const float* sums) {
   const bool is_pair = IsOfPairs(p.output);
   const int tile_shift = is_pair ? 3 : 4;  // outputs of a tile: 8 or 16
   const auto n_outputs = static_cast<unsigned>(n_tiles << tile_shift);
+  if (n_tokens == 1 && warp * 32 >= static_cast<int>(n_outputs)) {
+    __syncthreads();
+    return;
+  }
   int i = static_cast<int>(threadIdx.x);
   int token = threadIdx.x < n_outputs ? 0 : n_tokens;
   int token_step = 1;
@@ -471,7 +505,7 @@ class FewProducer {
 
   // One lane copies; what is copied is known to all, so that it stays in uniform registers. A stage
   // that is filled again must have been read: a load that has begun may still be waiting behind
-  // those of other warps when the copy arrives. So the copy's address depends on `read`, bits of
+  // those of other warps when the copy arrives. So the copy's address depends on `read`, a word of
   // each load.
   __device__ __forceinline__ void Copy(const KernelParams& p, uint32_t stage, uint32_t barrier,
                                        uint32_t read = 0) {
@@ -513,7 +547,9 @@ struct HeldActivations {
   float* square_sums = nullptr;  // [kParts, F::kTokens], of a part
 };
 
-// Makes the records of a warp's blocks, four at a time, of (block, token) in order.
+// Makes the records of a warp's blocks, as many at a time as it has lanes for, of (block, token) in
+// order. Made before the activations may be read, so that nothing but their loads follows the wait
+// for them.
 template <typename F>
 class Quantizer {
  public:
@@ -521,131 +557,170 @@ class Quantizer {
                                        int warp, int token_first, int n_tokens)
       : p_(p),
         held_(held),
-        lane_(lane % kRecordLanes),
-        of_warp_(lane / kRecordLanes),
+        lane_(lane),
         warp_(warp),
         token_first_(token_first),
         n_tokens_(n_tokens),
-        n_items_(warp < p.n_blocks ? ((p.n_blocks - warp - 1) / kParts + 1) * n_tokens : 0),
-        reciprocal_((65536 + n_tokens - 1) / n_tokens) {}
-
-  // The norm's weights of the first fp32 activations, which need not wait for these.
-  __device__ __forceinline__ ActivationPiece FirstNormWeight() const {
-    ActivationPiece weight{};
-    const Item item = Find(0);
-    if (p_.x.x_float != nullptr && item.is_there) weight = LoadNormWeight(p_.x, item.block, lane_);
-    return weight;
+        element_bytes_(p.x.x_float != nullptr ? 4 : 2),
+        token_step_(kAtATime - QuotientOf(kAtATime, n_tokens) * n_tokens),
+        block_step_(QuotientOf(kAtATime, n_tokens) * kParts) {
+    const int n_items = warp < p.n_blocks ? ((p.n_blocks - warp - 1) / kParts + 1) * n_tokens : 0;
+    n_rounds_ = (n_items + kAtATime - 1) / kAtATime;
+    const int of_warp = lane / kLanes;
+    const int of_block = QuotientOf(of_warp, n_tokens);
+    const int token = of_warp - of_block * n_tokens;
+    const int block = warp + of_block * kParts;
+    const int col = block * kServingBlockCols + PieceColumn<kLanes>(lane % kLanes, 0);
+    const auto* x = p.x.x_float != nullptr ? reinterpret_cast<const uint8_t*>(p.x.x_float)
+                                           : reinterpret_cast<const uint8_t*>(p.x.x_bf16);
+    first_ = {.x = x + ((token_first + token) * p.x.stride + col) * element_bytes_,
+              .n_cols = p.x.cols - col,
+              .block = block,
+              .token = token};
+    asm volatile("" : "+l"(first_.x), "+r"(first_.n_cols));  // here, not where it is used
+    first_weight_ = LoadNormWeight<kLanes>(p.x, col);
   }
 
   // `loading` is called once the first activations are on their way.
   template <typename Loading>
-  __device__ __forceinline__ void Run(const ActivationPiece& first_weight,
-                                      Loading&& loading) const {
-    constexpr int kAtATime = 32 / kRecordLanes;
+  __device__ __forceinline__ void Run(Loading&& loading) const {
     if constexpr (F::kTransforms) {
-#pragma unroll 1
-      for (int first = 0; first < n_items_; first += kAtATime) {
-        const Item item = Find(first);
-        ActivationPiece piece{};
-        ActivationPiece weight{};
-        if (item.is_there) {
-          LoadAnyPiece(p_.x, token_first_ + item.token, item.block, lane_, piece, weight);
-        }
-        if (first == 0) loading();
-        Write(item, piece, weight);
-      }
+      Transform(loading);
     } else if (p_.x.x_float != nullptr) {
-#pragma unroll 1
-      for (int first = 0; first < n_items_; first += kAtATime) {
-        const Item item = Find(first);
-        ActivationPiece piece{};
-        ActivationPiece weight;
-        if (item.is_there) {
-          piece = LoadFloatPiece(p_.x, token_first_ + item.token, item.block, lane_);
-          if (first > 0) weight = LoadNormWeight(p_.x, item.block, lane_);
-        }
-        if (first == 0) {
-          weight = first_weight;
-          loading();
-        }
-        Write(item, piece, weight);
-      }
+      RunOf<float, kRegisterQuads / 2 / kPieceQuads<kLanes>>(loading);
     } else {
-      constexpr int kRounds = 2;  // on their way at a time
-#pragma unroll 1
-      for (int first = 0; first < n_items_; first += kRounds * kAtATime) {
-        Bf16Piece pieces[kRounds];
-#pragma unroll
-        for (int k = 0; k < kRounds; ++k) {
-          const Item item = Find(first + k * kAtATime);
-          pieces[k] = Bf16Piece{};
-          if (item.is_there) {
-            pieces[k] = LoadBf16Piece(p_.x, token_first_ + item.token, item.block, lane_);
-          }
-        }
-        if (first == 0) loading();
-#pragma unroll
-        for (int k = 0; k < kRounds; ++k) {
-          if (first + k * kAtATime >= n_items_) break;
-          const Item item = Find(first + k * kAtATime);
-          ActivationPiece weight;
-          if (p_.x.norm_weight != nullptr && item.is_there) {
-            weight = LoadNormWeight(p_.x, item.block, lane_);
-          }
-          Write(item, ToFloats(pieces[k]), weight);
-        }
-      }
+      RunOf<__nv_bfloat16, kRegisterQuads / kPieceQuads<kLanes>>(loading);
     }
     __syncwarp();
-    if (!p_.x.has_norm || lane_ != 0 || of_warp_ >= n_tokens_) return;
+    if (!p_.x.has_norm || lane_ >= n_tokens_) return;
     float sum = 0;
     for (int block = warp_; block < p_.n_blocks; block += kParts) {
-      sum += held_.squares[block * n_tokens_ + of_warp_];
+      sum += held_.squares[block * n_tokens_ + lane_];
     }
-    held_.square_sums[warp_ * F::kTokens + of_warp_] = sum;
+    held_.square_sums[warp_ * F::kTokens + lane_] = sum;
   }
 
  private:
+  static constexpr int kLanes = F::kRecordLanes;
+  static constexpr int kAtATime = 32 / kLanes;
+  static constexpr int kRegisterQuads = 8;  // of bf16, that are on their way at a time
+
+  // n / d of 0 ≤ n ≤ kAtATime, faster than by a division.
+  static __device__ __forceinline__ int QuotientOf(int n, int d) {
+    int quotient = 0;
+#pragma unroll
+    for (int i = 1; i <= kAtATime; ++i) quotient += n >= i * d ? 1 : 0;
+    return quotient;
+  }
+
+  // A block of a token.
   struct Item {
-    bool is_there;
-    int block;
+    const uint8_t* x;  // the lane's first column
+    int n_cols;        // that are left from there
+    int block;         // n_blocks and more: there is none
     int token;
   };
-  __device__ __forceinline__ Item Find(int first) const {
-    const int i = first + of_warp_;
-    const int block = i * reciprocal_ >> 16;
-    return {i < n_items_, warp_ + block * kParts, i - block * n_tokens_};
+  __device__ __forceinline__ void Advance(Item& item) const {
+    int blocks = block_step_;
+    int tokens = token_step_;
+    if (item.token + tokens >= n_tokens_) {
+      tokens -= n_tokens_;
+      blocks += kParts;
+    }
+    item.x += (tokens * p_.x.stride + blocks * kServingBlockCols) * element_bytes_;
+    item.n_cols -= blocks * kServingBlockCols;
+    item.block += blocks;
+    item.token += tokens;
   }
-  __device__ __forceinline__ void Write(const Item& item, ActivationPiece piece,
-                                        const ActivationPiece& weight) const {
-    const int i = item.block * n_tokens_ + item.token;
-    if (p_.x.has_norm) {
+
+  // Loads of kRounds rounds are on their way at a time.
+  template <typename T, int kRounds, typename Loading>
+  __device__ __forceinline__ void RunOf(Loading&& loading) const {
+    using Piece = decltype(LoadPiece<kLanes>(static_cast<const T*>(nullptr), 0));
+    Item item = first_;
+    ActivationPiece<kLanes> weight = first_weight_;
+#pragma unroll 1
+    for (int round = 0; round < n_rounds_; round += kRounds) {
+      Piece pieces[kRounds];
+      int records[kRounds];
+      int cols[kRounds];
+#pragma unroll
+      for (int k = 0; k < kRounds; ++k) {
+        if (round + k >= n_rounds_) break;
+        pieces[k] = LoadPiece<kLanes>(reinterpret_cast<const T*>(item.x), item.n_cols);
+        records[k] = RecordOf(item);
+        cols[k] = p_.x.cols - item.n_cols;
+        Advance(item);
+      }
+      if (round == 0) loading();
+#pragma unroll
+      for (int k = 0; k < kRounds; ++k) {
+        if (round + k >= n_rounds_) break;
+        if (p_.x.norm_weight != nullptr && round + k > 0) {
+          weight = LoadNormWeight<kLanes>(p_.x, cols[k]);
+        }
+        Write<std::is_same_v<T, float>>(records[k], ToFloats(pieces[k]), weight);
+      }
+    }
+  }
+  template <typename Loading>
+  __device__ __forceinline__ void Transform(Loading&& loading) const {
+    Item item = first_;
+#pragma unroll 1
+    for (int round = 0; round < n_rounds_; ++round) {
+      ActivationPiece<kLanes> piece{};
+      ActivationPiece<kLanes> weight{};
+      if (item.block < p_.n_blocks) {
+        LoadAnyPiece(p_.x, token_first_ + item.token, item.block, lane_ % kLanes, piece, weight);
+      }
+      if (round == 0) loading();
+      Write<false>(RecordOf(item), piece, weight);
+      Advance(item);
+    }
+  }
+  // -1: none.
+  __device__ __forceinline__ int RecordOf(const Item& item) const {
+    return item.block < p_.n_blocks ? item.block * n_tokens_ + item.token : -1;
+  }
+  // kHasNorm: takes it for granted, so that no branch keeps the squares' exchange between lanes
+  // from overlapping the others.
+  template <bool kHasNorm>
+  __device__ __forceinline__ void Write(int record, ActivationPiece<kLanes> piece,
+                                        const ActivationPiece<kLanes>& weight) const {
+    const int lane = lane_ % kLanes;
+    if (kHasNorm || p_.x.has_norm) {
       const float sum = SumOfSquares(piece);
-      if (p_.x.norm_weight != nullptr) Multiply(piece, weight);
-      if (lane_ == 0 && item.is_there) held_.squares[i] = sum;
+      if (kHasNorm || p_.x.norm_weight != nullptr) Multiply(piece, weight);
+      if (lane == 0 && record >= 0) held_.squares[record] = sum;
     }
     if constexpr (F::kTransforms) {
-      if (p_.x.rotation_block != 0) RotatePiece(piece, lane_, p_.x.rotation_block);
+      if (p_.x.rotation_block != 0) RotatePiece(piece, lane, p_.x.rotation_block);
     }
-    WriteRecord(piece, lane_, F::kGrids, F::kShift, item.is_there,
-                held_.records + i * F::kRecordBytes);
+    WriteRecord(piece, lane, F::kGrids, F::kShift, record >= 0,
+                held_.records + record * F::kRecordBytes);
   }
 
   const KernelParams& p_;
   const HeldActivations& held_;
-  const int lane_;     // of a record
-  const int of_warp_;  // record
+  const int lane_;
   const int warp_;
   const int token_first_;
   const int n_tokens_;
-  const int n_items_;
-  const int reciprocal_;  // of n_tokens, times 2^16
+  const int element_bytes_;
+  // From one item of a lane to its next.
+  const int token_step_;
+  const int block_step_;
+  int n_rounds_;
+  Item first_;
+  ActivationPiece<kLanes> first_weight_;  // of the norm, which need not be waited for
 };
 
-// The B fragments of a block's records: of each slot, zeros in the columns of the others.
+// The B fragments of a block's records: of each slot with zeros in the columns of the others, where
+// these share accumulators.
 template <typename F>
 struct BlockActivations {
-  uint32_t b[F::kSlots][kServingSteps][2];
+  static constexpr int kCopies = F::kSharesAccumulators ? F::kSlots : 1;
+  uint32_t b[kCopies][kServingSteps][2];
   float2 scale_sum[F::kGrids];  // of the token whose sums the lane has
 };
 template <typename F>
@@ -653,15 +728,15 @@ __device__ __forceinline__ void LoadActivations(const uint8_t* records, int lane
                                                 BlockActivations<F>& x) {
   // A lane's columns of B are pair lane / 8 of slots and tokens, its sums those of pair lane % 4;
   // of any token where there are fewer, since nobody looks at those sums.
-  const int token = min(lane / 8 % F::kTokens, n_tokens - 1);
-  const int slot = lane / 8 / F::kTokens;
+  const int token = min(lane / 8 % F::kSlotTokens, n_tokens - 1);
+  const int slot = lane / 8 / F::kSlotTokens;
   const uint8_t* at = records + token * F::kRecordBytes + lane / 4 % 2 * 64 + lane % 4 * 16;
 #pragma unroll
   for (int s = 0; s < kServingSteps; s += 2) {
     const uint4 v = *reinterpret_cast<const uint4*>(at + s / 2 * 128);
 #pragma unroll
-    for (int j = 0; j < F::kSlots; ++j) {
-      const bool is_own = F::kSlots == 1 || slot == j;
+    for (int j = 0; j < x.kCopies; ++j) {
+      const bool is_own = x.kCopies == 1 || slot == j;
       x.b[j][s][0] = is_own ? v.x : 0;
       x.b[j][s][1] = is_own ? v.y : 0;
       x.b[j][s + 1][0] = is_own ? v.z : 0;
@@ -669,10 +744,10 @@ __device__ __forceinline__ void LoadActivations(const uint8_t* records, int lane
     }
   }
   const uint8_t* numbers =
-      records + min(lane % F::kTokens, n_tokens - 1) * F::kRecordBytes + kRecordCodeBytes;
+      records + min(lane % F::kSlotTokens, n_tokens - 1) * F::kRecordBytes + kRecordCodeBytes;
   // Selected here, once for all tiles, and not where they are used.
 #pragma unroll
-  for (int j = 0; j < F::kSlots; ++j) {
+  for (int j = 0; j < x.kCopies; ++j) {
 #pragma unroll
     for (int s = 0; s < kServingSteps; ++s) asm("" : "+r"(x.b[j][s][0]), "+r"(x.b[j][s][1]));
   }
@@ -707,22 +782,25 @@ __device__ __forceinline__ uint32_t LoadTiles(const uint8_t* weights, int lane,
   }
 #pragma unroll
   for (int g = 0; g < F::kGrids; ++g) {
-    tiles.grids[g] = LoadRawGrid<F>(weights + lane % 4 / F::kTokens * F::kBlockBytes, lane, g);
+    tiles.grids[g] = LoadRawGrid<F>(weights + lane % 4 / F::kSlotTokens * F::kBlockBytes, lane, g);
     read |= tiles.grids[g].v[0];
   }
   return read;
 }
 
-// total += the blocks of kSlots tiles times the activations, rows i and i + 8. Tiles that are not
-// there are multiplied as they lie, into columns that nobody looks at.
+// total += the blocks of kSlots tiles, of which n_tiles are there, times the activations, rows i
+// and i + 8. Where they share accumulators those that are not there are multiplied as they lie,
+// into columns that nobody looks at.
 template <typename F>
-__device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles,
+__device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles, int n_tiles, int lane,
                                               const BlockActivations<F>& x, float2& total) {
 #pragma unroll
   for (int g = 0; g < F::kGrids; ++g) {
     int acc[F::kPlanes][F::kClasses][4] = {};
+    GroupSums<F> sums;
 #pragma unroll
     for (int j = 0; j < F::kSlots; ++j) {
+      if (j == 2 && n_tiles <= 2) break;
       uint32_t a[F::kPlanes][F::kSteps][4];
       Expand<F>(
           g,
@@ -738,13 +816,33 @@ __device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles,
 #pragma unroll
         for (int k = 0; k < F::kSteps; ++k) {
           const int s = g * F::kSteps + k;
-          int(&sums)[4] = acc[plane][ClassOf<F>(s)];
-          Mma(sums, a[plane][k], x.b[j][s], sums);
+          int(&of_class)[4] = acc[plane][ClassOf<F>(s)];
+          Mma(of_class, a[plane][k], x.b[F::kSharesAccumulators ? j : 0][s], of_class);
+        }
+      }
+      if constexpr (!F::kSharesAccumulators) {
+        const GroupSums<F> of_tile(acc, g);
+        const bool is_own = lane % 4 / F::kSlotTokens == j;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int plane = 0; plane < F::kPlanes; ++plane) {
+            if (j == 0 || is_own) sums.v[h][plane] = of_tile.v[h][plane];
+          }
+        }
+#pragma unroll
+        for (auto& of_plane : acc) {
+#pragma unroll
+          for (auto& of_class : of_plane) {
+#pragma unroll
+            for (int& v : of_class) v = 0;
+          }
         }
       }
     }
-    AddGroup<F>(GridOfRow<F>(tiles.grids[g], 0), acc, g, 0, x.scale_sum[g], total.x);
-    AddGroup<F>(GridOfRow<F>(tiles.grids[g], 1), acc, g, 1, x.scale_sum[g], total.y);
+    if constexpr (F::kSharesAccumulators) sums = GroupSums<F>(acc, g);
+    AddGroup<F>(GridOfRow<F>(tiles.grids[g], 0), sums.v[0], x.scale_sum[g], total.x);
+    AddGroup<F>(GridOfRow<F>(tiles.grids[g], 1), sums.v[1], x.scale_sum[g], total.y);
   }
 }
 
@@ -755,7 +853,7 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
   const int lane = static_cast<int>(threadIdx.x % 32u);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32u), 0);
   const int token_first = static_cast<int>(blockIdx.y) * p.chunk_tokens;
-  const int n_tokens = min(p.n_tokens - token_first, p.chunk_tokens);
+  const int n_tokens = F::kTokens == 1 ? 1 : min(p.n_tokens - token_first, p.chunk_tokens);
   // Each CTA gets as many tiles, or one less.
   const int rest = p.n_row_tiles % static_cast<int>(gridDim.x);
   const int cta = static_cast<int>(blockIdx.x);
@@ -769,33 +867,37 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
   const HeldActivations held{.records = shared + p.records_at,
                              .squares = reinterpret_cast<float*>(shared + p.squares_at),
                              .square_sums = reinterpret_cast<float*>(shared + p.square_sums_at)};
-  const Quantizer<F> quantizer(p, held, lane, warp, token_first, n_tokens);
   // One stage after the other, so that what the kernel before still reads comes first, and the rest
   // once the activations are on their way, which would have to wait for it.
   constexpr int kStagesBefore = 3;
   int stage = 0;
-#pragma unroll 1
-  for (; stage < min(p.n_stages, kStagesBefore) && producer.has_next(); ++stage) {
-    if (stage > 0) WaitBarrier(ring.barrier(stage - 1), 0);
+  const auto copy_stage = [&] {
     producer.Copy(p, ring.address(stage), ring.barrier(stage));
+    ++stage;
+  };
+  if (producer.has_next()) copy_stage();
+  const Quantizer<F> quantizer(p, held, lane, warp, token_first, n_tokens);
+#pragma unroll 1
+  while (stage < min(p.n_stages, kStagesBefore) && producer.has_next()) {
+    WaitBarrier(ring.barrier(stage - 1), 0);
+    copy_stage();
   }
-  const ActivationPiece first_weight = quantizer.FirstNormWeight();
   WaitForPreviousKernel();
   if (first_tile == end_tile) return;
   float* sums = reinterpret_cast<float*>(shared + p.sums_at);
-  quantizer.Run(first_weight, [&] {
+  quantizer.Run([&] {
 #pragma unroll 1
-    for (; stage < p.n_stages && producer.has_next(); ++stage) {
-      producer.Copy(p, ring.address(stage), ring.barrier(stage));
-    }
+    while (stage < p.n_stages && producer.has_next()) copy_stage();
   });
 
-  float2* own = reinterpret_cast<float2*>(sums + warp * p.sums_stride) + lane;
+  float2* own = reinterpret_cast<float2*>(sums + warp * p.sums_stride) + F::SumOfLane(lane);
 #pragma unroll 1
   for (int first = first_tile; first < end_tile; first += p.pass_tiles) {
     const int n_tiles = min(p.pass_tiles, end_tile - first);
     if (warp >= p.n_blocks) {
-      for (int unit = 0; unit * F::kSlots < n_tiles; ++unit) own[unit * 32] = make_float2(0, 0);
+      for (int unit = 0; unit * F::kSlots < n_tiles; ++unit) {
+        own[unit * F::kUnitSums] = make_float2(0, 0);
+      }
     }
 #pragma unroll 1
     for (int block = warp; block < p.n_blocks; block += kParts) {
@@ -823,13 +925,13 @@ __global__ void __launch_bounds__(F::kThreads, 2) FewTokensKernel(const KernelPa
           if (u > 0 && tile + u * F::kSlots >= n_tiles) break;
           float2 total = make_float2(0, 0);
           if (block != warp) total = *sum;
-          MultiplyTiles<F>(tiles[u], x, total);
+          MultiplyTiles<F>(tiles[u], n_tiles - tile - u * F::kSlots, lane, x, total);
           *sum = total;
-          sum += 32;
+          sum += F::kUnitSums;
         }
       }
     }
-    Finish<F>(p, first, n_tiles, token_first, n_tokens, held.square_sums, sums);
+    Finish<F>(p, warp, first, n_tiles, token_first, n_tokens, held.square_sums, sums);
     // Sums of the next pass go where these are.
     if (first + p.pass_tiles < end_tile) __syncthreads();
   }
@@ -942,9 +1044,10 @@ __device__ __forceinline__ void MultiplyBlock(const uint8_t* weights, const uint
             Mma(acc[plane][0], a[r][plane][k], b[k], acc[plane][0]);
           }
         }
+        const GroupSums<F> sums(acc, g);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          AddGroup<F>(grid[r][h], acc, g, h, scale_sum, total[r][n][h]);
+          AddGroup<F>(grid[r][h], sums.v[h], scale_sum, total[r][n][h]);
         }
       }
     }
@@ -1032,7 +1135,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) ManyTokensKernel(const KernelP
         }
       }
     }
-    Finish<F>(p, tile, F::kRowTiles, token_first, n_tokens, square_sums, sums);
+    Finish<F>(p, warp, tile, F::kRowTiles, token_first, n_tokens, square_sums, sums);
     // Sums of the next rows go where these are.
     if (tile + row_step < p.n_row_tiles) __syncthreads();
   }
@@ -1201,15 +1304,24 @@ absl::Status LaunchGrids(const LaunchPlan& plan) {
       return has_many_rows ? many_tokens.template operator()<4, 4>()
                            : many_tokens.template operator()<4, 2>();
   }
+  const auto few_tokens = [&]<int kRowTiles, int kSlots, int kTokens>() {
+    return LaunchFew<FewForm<kBits, kCodebook, kGrids, kRowTiles, kSlots, kTokens>>(plan);
+  };
+  const int n_tokens = plan.params.n_tokens;
   // Stages of about 2 KB.
   if constexpr (kBits == 8) {
-    return LaunchFew<FewForm<kBits, kCodebook, kGrids, 1, 1>>(plan);
+    return n_tokens == 1 ? few_tokens.template operator()<1, 1, 1>()
+                         : few_tokens.template operator()<1, 1, 4>();
   } else {
-    if (plan.params.n_tokens > 2) return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 1>>(plan);
+    if (n_tokens > 2) return few_tokens.template operator()<2, 1, 4>();
     if constexpr (kBits == 2 && !kCodebook) {
-      if (has_many_rows) return LaunchFew<FewForm<kBits, kCodebook, kGrids, 4, 2>>(plan);
+      if (has_many_rows) {
+        return n_tokens == 1 ? few_tokens.template operator()<4, 4, 1>()
+                             : few_tokens.template operator()<4, 2, 2>();
+      }
     }
-    return LaunchFew<FewForm<kBits, kCodebook, kGrids, 2, 2>>(plan);
+    return n_tokens == 1 ? few_tokens.template operator()<2, 2, 1>()
+                         : few_tokens.template operator()<2, 2, 2>();
   }
 }
 

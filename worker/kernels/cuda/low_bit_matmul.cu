@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   const int block = i / n_tokens;
   const int token = i - block * n_tokens;
   WaitForPreviousKernel();
-  low_bit::ActivationPiece piece{};
-  low_bit::ActivationPiece weight{};
+  low_bit::ActivationPiece<low_bit::kRecordLanes> piece{};
+  low_bit::ActivationPiece<low_bit::kRecordLanes> weight{};
   if (is_there) low_bit::LoadAnyPiece(x, token, block, lane, piece, weight);
   if (x.has_norm) {
     const float sum = low_bit::SumOfSquares(piece);

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = blockIdx.x;
   WaitForPreviousKernel();
   LetNextKernelStart();
-  low_bit::ActivationPiece piece{};
-  low_bit::ActivationPiece weight{};
+  low_bit::ActivationPiece<low_bit::kRecordLanes> piece{};
+  low_bit::ActivationPiece<low_bit::kRecordLanes> weight{};
   float factor = 1;
   if (x.has_norm) {
     float sum = 0;
@@ -57,11 +57,12 @@ __global__ void __launch_bounds__(kThreads)
     if (x.rotation_block != 0) low_bit::RotatePiece(piece, lane, x.rotation_block);
     if (!is_there) continue;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
+    for (int m = 0; m < low_bit::kPieceQuads<low_bit::kRecordLanes>; ++m) {
       const float4 v = piece.x[m];
-      StoreFour(tiles, capacity, token,
-                int64_t{block} * kServingBlockCols + low_bit::PieceColumn(lane, m),
-                make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor));
+      StoreFour(
+          tiles, capacity, token,
+          int64_t{block} * kServingBlockCols + low_bit::PieceColumn<low_bit::kRecordLanes>(lane, m),
+          make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor));
     }
   }
 }

@@ -27,14 +27,15 @@ __global__ void __launch_bounds__(kThreads)
       static_cast<int64_t>(blockIdx.x) * kPieces + threadIdx.x / low_bit::kRecordLanes;
   const int64_t token = i / n_blocks;
   const int block = static_cast<int>(i - token * n_blocks);
-  low_bit::ActivationPiece piece{};
-  low_bit::ActivationPiece weight{};
+  low_bit::ActivationPiece<low_bit::kRecordLanes> piece{};
+  low_bit::ActivationPiece<low_bit::kRecordLanes> weight{};
   if (i < n_pieces) low_bit::LoadAnyPiece(x, token, block, lane, piece, weight);
   if (x.rotation_block != 0) low_bit::RotatePiece(piece, lane, x.rotation_block);
   if (i >= n_pieces) return;
 #pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const int col = block * kServingBlockCols + low_bit::PieceColumn(lane, m);
+  for (int m = 0; m < low_bit::kPieceQuads<low_bit::kRecordLanes>; ++m) {
+    const int col =
+        block * kServingBlockCols + low_bit::PieceColumn<low_bit::kRecordLanes>(lane, m);
     if (col >= x.cols) continue;
     const float4 v = piece.x[m];
     *reinterpret_cast<uint2*>(y + token * x.stride + col) = {Bf16Pair(v.x, v.y),
