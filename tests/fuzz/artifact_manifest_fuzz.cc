@@ -44,6 +44,7 @@ void Check(std::string_view text) {
   // Not always the same text: members of a file's entry that nobody reads are left out.
   const absl::StatusOr<std::string> again = ManifestText(manifest->report, manifest->files);
   WALSH_CHECK(again.ok());
+  if (*again == text) return;  // what follows has been seen
   const absl::StatusOr<Manifest> reread = ParseManifest(*again);
   WALSH_CHECK_EQ(reread.status(), absl::OkStatus());
   const absl::StatusOr<std::string> same = ManifestText(reread->report, reread->files);
