@@ -14,6 +14,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "common/check.h"
+#include "server/jobs/job_query.h"
 #include "tests/testing/checkpoint_bytes.h"
 #include "tests/testing/golden.h"
 #include "tests/testing/tiny_model.h"
@@ -139,6 +140,14 @@ void AddModelConfigs(const Corpus& corpus) {
   corpus.Add("model_config", "llama3_scaling", scaled.ConfigJson());
 }
 
+void AddWeightsIndexes(const Corpus& corpus) {
+  corpus.Add("weights_index", "two_shards",
+             R"({"metadata":{"total_size":96},"weight_map":{)"
+             R"("lm_head.weight":"model-00002-of-00002.safetensors",)"
+             R"("model.embed_tokens.weight":"model-00001-of-00002.safetensors",)"
+             R"("model.norm.weight":"model-00002-of-00002.safetensors"}})");
+}
+
 void AddManifests(const Corpus& corpus) {
   const std::string digest(64, 'a');
   const absl::StatusOr<std::string> plain =
@@ -260,6 +269,42 @@ void AddJobs(const Corpus& corpus) {
   corpus.Add("quantization_job", "preset", request.SerializeAsString());
 }
 
+void AddJobQueries(const Corpus& corpus) {
+  v1::ListQuantizationJobsRequest request;
+  corpus.Add("job_query", "all", request.SerializeAsString());
+  request.set_page_size(10);
+  request.set_filter("state=RUNNING AND model_name=\"tiny-4bit\"");
+  request.set_order_by("create_time");
+  corpus.Add("job_query", "filtered", request.SerializeAsString());
+  // Of the list without a filter.
+  request.Clear();
+  request.set_page_token(
+      jobs::PageToken(*jobs::ParseQuery(v1::ListQuantizationJobsRequest(), "tenant"), 7));
+  corpus.Add("job_query", "second_page", request.SerializeAsString());
+}
+
+void AddXml(const Corpus& corpus) {
+  constexpr std::string_view kDeclaration = R"(<?xml version="1.0" encoding="UTF-8"?>)";
+  const auto add = [&](const std::string& seed, std::string_view xml) {
+    corpus.Add("xml", seed, absl::StrCat(std::string(kDeclaration), "\n", std::string(xml)));
+  };
+  add("list",
+      "<ListBucketResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Name>bucket</Name>"
+      "<Prefix>models/a&amp;b/</Prefix><KeyCount>2</KeyCount><IsTruncated>true</IsTruncated>"
+      "<NextContinuationToken>1ueGcx&#x2F;pPHR&#47;</NextContinuationToken>"
+      "<Contents><Key>models/a&amp;b/model.json</Key><Size>812</Size>"
+      "<LastModified>2026-11-28T10:00:00.000Z</LastModified><ETag>&quot;9bb5&quot;</ETag>"
+      "</Contents><Contents><Key>models/a&amp;b/&lt;c&gt;&apos;</Key><Size>0</Size>"
+      "<LastModified>2026-11-28T10:00:01.000Z</LastModified></Contents></ListBucketResult>");
+  add("error", "<Error><Code>NoSuchKey</Code><Message>m</Message><Key>a</Key></Error>");
+  add("upload",
+      "<InitiateMultipartUploadResult><Bucket>b</Bucket><Key>a</Key><UploadId>VXBsb2Fk</UploadId>"
+      "</InitiateMultipartUploadResult>");
+  add("completed",
+      "<CompleteMultipartUploadResult><Key>a</Key><ETag>&#34;3858&#34;</ETag>"
+      "</CompleteMultipartUploadResult>");
+}
+
 }  // namespace
 }  // namespace walsh::fuzz
 
@@ -269,10 +314,13 @@ int main(int argc, char** argv) {
   walsh::fuzz::AddSafetensors(corpus);
   walsh::fuzz::AddGguf(corpus);
   walsh::fuzz::AddModelConfigs(corpus);
+  walsh::fuzz::AddWeightsIndexes(corpus);
   walsh::fuzz::AddManifests(corpus);
   walsh::fuzz::AddTokenizers(corpus);
   walsh::fuzz::AddChatTemplates(corpus);
   walsh::fuzz::AddRequests(corpus);
   walsh::fuzz::AddJobs(corpus);
+  walsh::fuzz::AddJobQueries(corpus);
+  walsh::fuzz::AddXml(corpus);
   return 0;
 }
