@@ -36,6 +36,8 @@ constexpr std::string_view kScalars[] = {"0",
                                          "[]",
                                          "{}"};
 
+constexpr std::string_view kSpace = " \t\r\n";
+
 // Where the values of a document are. Numbers and literals are not looked at.
 class Values {
  public:
@@ -109,9 +111,7 @@ class Values {
       ++at_;
     return at_ > begin;
   }
-  void SkipSpace() {
-    while (at_ < text_.size() && absl::ascii_isspace(Byte())) ++at_;
-  }
+  void SkipSpace() { at_ = std::min(text_.find_first_not_of(kSpace, at_), text_.size()); }
   bool Skip(char c) {
     if (!Peek(c)) return false;
     ++at_;
@@ -193,10 +193,10 @@ class Mutator {
 
   // With the comma after it or, for the last one, before it.
   std::string Erased(const Value& value) const {
-    const size_t after = text_.find_first_not_of(" \t\r\n", value.end);
-    if (after == std::string_view::npos) return std::string(text_);  // the document
+    if (&value == &values_.front()) return std::string(text_);
+    const size_t after = text_.find_first_not_of(kSpace, value.end);
     if (text_[after] == ',') return Replaced(value.key_begin, after + 1, "");
-    const size_t before = text_.find_last_not_of(" \t\r\n", value.key_begin - 1);
+    const size_t before = text_.find_last_not_of(kSpace, value.key_begin - 1);
     const bool is_alone = text_[before] != ',';
     return Replaced(is_alone ? value.key_begin : before, value.end, "");
   }

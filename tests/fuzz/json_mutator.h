@@ -11,7 +11,7 @@ namespace walsh::fuzz {
 
 // One change to one value of the document: another value, a number near it, a string with other
 // bytes, an element less, one that is a copy of another, a key renamed. nullopt when `text` is not
-// JSON.
+// JSON, or nests deeper than any parser of ours reads.
 std::optional<std::string> MutateJson(std::string_view text, uint32_t seed);
 
 // LLVMFuzzerCustomMutator of a target whose input is JSON: a quarter of the changes, and all where

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <set>
 #include <string>
 
@@ -47,9 +48,26 @@ TEST(JsonMutatorTest, LeavesTheRestToLibFuzzer) {
   for (const std::string& text :
        {std::string(), std::string("{"), std::string("{]"), std::string("[1 2]"),
         std::string(R"({"a"})"), std::string(R"({"a":1} x)"), std::string("\"\\"),
-        std::string("[,]"), std::string(100, '[') + std::string(100, ']')}) {
+        std::string("[,]"), std::string(" 7\v"), std::string(100, '[') + std::string(100, ']')}) {
     EXPECT_EQ(MutateJson(text, 1), std::nullopt) << text;
   }
+}
+
+// Short texts of what JSON's syntax is made of.
+TEST(JsonMutatorTest, TakesAnyText) {
+  constexpr std::string_view kBytes = "{}[]\",:\\ \v7a\xff";
+  std::minstd_rand random(1);
+  int n_json = 0;
+  for (uint32_t i = 0; i < 50'000; ++i) {
+    std::string text(random() % 8, ' ');
+    for (char& c : text) c = kBytes[random() % kBytes.size()];
+    const std::optional<std::string> mutated = MutateJson(text, i);
+    if (!nlohmann::json::accept(text)) continue;
+    ++n_json;
+    ASSERT_TRUE(mutated.has_value()) << text;
+    EXPECT_TRUE(nlohmann::json::accept(*mutated)) << text << " became " << *mutated;
+  }
+  EXPECT_GT(n_json, 500);
 }
 
 }  // namespace
