@@ -1,8 +1,6 @@
 #include "tests/fuzz/json_mutator.h"
 
 #include <algorithm>
-#include <iterator>
-#include <limits>
 #include <random>
 #include <vector>
 
