@@ -1,10 +1,13 @@
 #include "worker/pipeline/stored_generation.h"
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "common/sha256.h"
+#include "common/status_macros.h"
+#include "worker/io/bounded_json.h"
 
 namespace walsh::pipeline {
 namespace {
@@ -12,6 +15,13 @@ namespace {
 using nlohmann::json;
 
 constexpr size_t kDigestChars = 64;
+
+absl::StatusOr<int64_t> Integer(const json& value) {
+  const std::optional<int64_t> integer = Int64Of(value);
+  if (integer.has_value()) return *integer;
+  return absl::DataLossError(absl::StrCat("a generation of the checkpoint: ", value.type_name(),
+                                          " that is no integer of 64 bits"));
+}
 
 }  // namespace
 
@@ -35,11 +45,11 @@ absl::StatusOr<StoredGeneration> FromText(std::string_view text) {
   try {
     const json document = json::parse(text.substr(kDigestChars + 1));
     StoredGeneration stored;
-    stored.fencing_token = document.at("fencing_token").get<int64_t>();
+    WALSH_ASSIGN_OR_RETURN(stored.fencing_token, Integer(document.at("fencing_token")));
     stored.generation.manifest = document.at("manifest").get<std::string>();
     for (const json& object : document.at("objects")) {
-      stored.generation.objects.push_back(
-          {object.at(0).get<std::string>(), object.at(1).get<int64_t>()});
+      WALSH_ASSIGN_OR_RETURN(const int64_t size_bytes, Integer(object.at(1)));
+      stored.generation.objects.push_back({object.at(0).get<std::string>(), size_bytes});
     }
     return stored;
   } catch (const json::exception& e) {

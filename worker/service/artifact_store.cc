@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <system_error>
 #include <utility>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "common/resource_name.h"
 #include "common/sha256.h"
 #include "common/status_macros.h"
+#include "worker/io/bounded_json.h"
 #include "worker/io/output_file.h"
 #include "worker/io/random_access_file.h"
 
@@ -72,13 +74,15 @@ absl::StatusOr<Entry> FromText(const std::string& text) {
   try {
     const json document = json::parse(text);
     Entry entry;
-    if (document.at("format_version").get<int>() != kFormatVersion) {
+    if (Int64Of(document.at("format_version")) != kFormatVersion) {
       return absl::UnimplementedError("a stored model is of another version of walsh");
     }
     entry.origin.job_name = document.at("job").get<std::string>();
-    entry.origin.fencing_token = document.at("fencing_token").get<int64_t>();
+    const std::optional<int64_t> token = Int64Of(document.at("fencing_token"));
+    if (!token.has_value()) return absl::DataLossError("a stored model has no fencing token");
+    entry.origin.fencing_token = *token;
     for (const auto& [name, file] : document.at("files").items()) {
-      Expected expected{.size_bytes = file.at("size_bytes").get<int64_t>(),
+      Expected expected{.size_bytes = Int64Of(file.at("size_bytes")).value_or(-1),
                         .sha256 = file.at("sha256").get<std::string>()};
       if (!IsFileName(name) || !IsDigest(expected.sha256) || expected.size_bytes < 0 ||
           entry.files.size() == kFilesMax) {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "common/publish.h"
 #include "common/sha256.h"
 #include "tests/testing/status_matchers.h"
@@ -120,6 +121,23 @@ TEST_F(ArtifactStoreTest, SeesDamage) {
   EXPECT_THAT(store_.Fetch("m", dir_ / "3", {}), HasCode(absl::StatusCode::kDataLoss));
 }
 
+TEST_F(ArtifactStoreTest, RefusesNumbersThatDoNotFit) {
+  ASSERT_OK(Keep("m"));
+  const auto entry = [](const std::string& fencing_token, const std::string& size_bytes) {
+    return absl::StrCat(R"({"format_version": 1, "job": "", "fencing_token": )", fencing_token,
+                        R"(, "files": {"weights": {"size_bytes": )", size_bytes, R"(, "sha256": ")",
+                        Sha256Hex("many bytes"), R"("}}})");
+  };
+  ASSERT_OK(PublishFile(EntryPath(), entry("9223372036854775807", "10")));
+  EXPECT_OK(store_.Find("m"));
+  for (const char* number : {"18446744073709551615", "1e300", "1.5", "null"}) {
+    for (const std::string& text : {entry(number, "10"), entry("7", number)}) {
+      ASSERT_OK(PublishFile(EntryPath(), text));
+      EXPECT_THAT(store_.Find("m"), HasCode(absl::StatusCode::kDataLoss)) << text;
+    }
+  }
+}
+
 // The list of files comes from outside and becomes paths.
 TEST_F(ArtifactStoreTest, RefusesAListThatItDidNotWrite) {
   ASSERT_OK(Keep("m"));
@@ -137,8 +155,10 @@ TEST_F(ArtifactStoreTest, RefusesAListThatItDidNotWrite) {
     ASSERT_OK(PublishFile(EntryPath(), text));
     EXPECT_THAT(store_.Find("m"), HasCode(absl::StatusCode::kDataLoss)) << text;
   }
-  ASSERT_OK(PublishFile(EntryPath(), R"({"format_version": 2})"));
-  EXPECT_THAT(store_.Find("m"), HasCode(absl::StatusCode::kUnimplemented));
+  for (const char* version : {"2", "4294967297", "1e300"}) {
+    ASSERT_OK(PublishFile(EntryPath(), absl::StrCat(R"({"format_version": )", version, "}")));
+    EXPECT_THAT(store_.Find("m"), HasCode(absl::StatusCode::kUnimplemented)) << version;
+  }
 }
 
 }  // namespace
