@@ -132,7 +132,8 @@ absl::Status ReadAddedTokens(const json& root, BpeTokenizerParts& parts) {
   }
   for (const AddedTokenEntry& entry : entries) {
     const AddedToken& token = entry.token;
-    if (parts.vocabulary->Spelling(token.id) != token.content) {
+    // Nothing is spelled at ids beyond the vocabulary either.
+    if (token.content.empty() || parts.vocabulary->Spelling(token.id) != token.content) {
       if (const auto status = parts.vocabulary->Add(token.content, token.id); !status.ok()) {
         return Malformed("added_tokens", std::string(status.message()));
       }

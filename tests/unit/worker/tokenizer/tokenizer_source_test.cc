@@ -167,6 +167,11 @@ TEST(TokenizerJsonTest, EachMistakeIsNamed) {
        kBad, "'<s>' has no id below 1048576"},
       {"added without content", [](json& j) { j["added_tokens"][0].erase("content"); }, kBad,
        "'content'"},
+      {"empty added",
+       [](json& j) {
+         j["added_tokens"].push_back({{"id", 999}, {"content", ""}});
+       },
+       kBad, "token 999 is empty"},
       {"long added", [](json& j) { j["added_tokens"][0]["content"] = std::string(1025, 'x'); },
        kBad, "1025 bytes"},
       {"normalizer",
