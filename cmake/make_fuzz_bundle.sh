@@ -21,7 +21,7 @@ cp -r "$root"/tests/fuzz/{run_fuzzers.py,regressions} "$root"/tests/fuzz/*.dict 
 for fuzzer in "$out"/bin/*; do
   target=$(basename "$fuzzer" _fuzz)
   mkdir -p "$out/fuzz/corpus/$target" "$work/corpus/$target"
-  "$fuzzer" -merge=1 "$out/fuzz/corpus/$target" "$root/tests/fuzz/corpus/$target" "$work/corpus/$target" \
+  "$fuzzer" -set_cover_merge=1 "$out/fuzz/corpus/$target" "$root/tests/fuzz/corpus/$target" "$work/corpus/$target" \
     2> /dev/null || die "$target fails on its corpus"
 done
 

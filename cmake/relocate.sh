@@ -52,7 +52,7 @@ check_relocated() {
 # pack OUT BYTES_MAX: OUT.tar.gz, which may not be larger.
 pack() {
   local out=$1 n_bytes
-  tar -C "$(dirname "$out")" -c "$(basename "$out")" | gzip -9 > "$out.tar.gz"
+  tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"
   n_bytes=$(stat -c %s "$out.tar.gz")
   printf '%s: %d programs, %d libraries, %d MiB; %s: %d MiB\n' "$out" \
     "$(find "$out/bin" -type f | wc -l)" "$(find "$out/lib" -type f | wc -l)" \
