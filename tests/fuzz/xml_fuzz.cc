@@ -42,13 +42,12 @@ void CheckElements(std::string_view xml, std::string_view name) {
 }  // namespace walsh::fuzz
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  using namespace std::string_view_literals;
   const std::string_view xml(reinterpret_cast<const char*>(data), size);
   for (const std::string_view name : walsh::fuzz::kNames) walsh::fuzz::CheckElements(xml, name);
-  for (const std::string_view entry : walsh::fuzz::XmlElements(xml, "Contents"sv)) {
+  for (const std::string_view entry : walsh::fuzz::XmlElements(xml, "Contents")) {
     for (const std::string_view name : walsh::fuzz::kNames) walsh::fuzz::CheckElements(entry, name);
   }
   const std::string escaped = absl::StrCat("<Key>", walsh::fuzz::XmlEscape(xml), "</Key>");
-  WALSH_CHECK(walsh::fuzz::XmlText(escaped, "Key"sv) == xml);
+  WALSH_CHECK(walsh::fuzz::XmlText(escaped, "Key") == xml);
   return 0;
 }
