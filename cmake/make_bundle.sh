@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # make_bundle.sh BUILD OUT: the binaries of a build folder with every library that they need but
-# glibc's, in a folder that runs wherever glibc is at least as new as here, and OUT.tar.gz to carry.
+# glibc's, in a folder that runs wherever glibc is at least as new as here, and OUT.tar.xz to carry.
 #
 # CUDA's libraries are never inside (cuBLASLt alone is 500 MB): cudart is linked statically, the rest is
 # the machine's and loaded at run time (docs/adr/0011-cuda-libraries-by-dlopen.md).

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # make_fuzz_bundle.sh BUILD WORK OUT: the fuzz targets of a build folder with their libraries, the corpus and
 # what fuzzing in WORK has learned, in a folder that runs wherever glibc is at least as new as here, and
-# OUT.tar.gz to carry.
+# OUT.tar.xz to carry.
 set -euo pipefail
 
 build=$1
