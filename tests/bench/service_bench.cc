@@ -1,4 +1,4 @@
-// What gRPC takes of the engine's tokens per second.
+// What gRPC takes of the engine's tokens per second, and how soon a cancelled request leaves.
 //
 //   service_bench [ARTIFACT] --threads 2
 //
@@ -14,6 +14,12 @@
 // median over rounds. Times are wall time from the request to the last token, prompt included. All
 // engines have as many threads; those that wait use no CPU. The CPU time is that of this process:
 // for the last two ways the client's alone.
+//
+// Cancels: as many requests as in the last comparison stream through the coordinator; once each has
+// brought some tokens they are cancelled by their client one after the other, each when the one
+// before has left. The time is from the call of Cancel to the first answer of the worker's metrics
+// that shows one running request less, asked for without a pause; a step is what the others' tokens
+// take meanwhile, before the first cancel.
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
 
@@ -30,10 +36,14 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "client/client.h"
 #include "common/clock.h"
 #include "common/command_line.h"
+#include "common/grpc_cancellation.h"
 #include "common/grpc_server.h"
 #include "common/limits.h"
 #include "common/publish.h"
@@ -43,6 +53,7 @@
 #include "tests/bench/conditions.h"
 #include "tests/bench/generation.h"
 #include "tests/bench/inputs.h"
+#include "tests/testing/http_get.h"
 #include "tests/testing/service_fixture.h"
 #include "tests/testing/wait.h"
 #include "worker/engine/loaded_model.h"
@@ -126,8 +137,10 @@ struct Way {
       generate;
 };
 
+// `on_tokens` is told how many each message brings.
 absl::StatusOr<Tokens> StreamOne(client::Client& client, const Tokens& prompt, int max_tokens,
-                                 std::atomic<int>& n_messages) {
+                                 const std::function<void(int)>& on_tokens,
+                                 Cancellation* cancellation = nullptr) {
   v1::GenerateRequest request;
   request.set_model(absl::StrCat("models/", kModelId));
   request.mutable_token_ids()->mutable_ids()->Add(prompt.begin(), prompt.end());
@@ -135,13 +148,15 @@ absl::StatusOr<Tokens> StreamOne(client::Client& client, const Tokens& prompt, i
   request.mutable_sampling()->set_temperature(0);
   request.mutable_sampling()->set_ignore_eos(true);
   Tokens tokens;
-  WALSH_RETURN_IF_ERROR(
-      client.GenerateStream(request, [&](const v1::GenerateStreamResponse& event) {
+  WALSH_RETURN_IF_ERROR(client.GenerateStream(
+      request,
+      [&](const v1::GenerateStreamResponse& event) {
         if (!event.has_delta()) return;
-        ++n_messages;
+        on_tokens(event.delta().token_ids_size());
         tokens.insert(tokens.end(), event.delta().token_ids().begin(),
                       event.delta().token_ids().end());
-      }));
+      },
+      cancellation));
   return tokens;
 }
 
@@ -152,8 +167,9 @@ Way OverGrpc(std::string name, client::Client* client) {
             std::vector<absl::StatusOr<Tokens>> answers(prompts.size());
             std::vector<std::thread> threads;
             for (size_t i = 0; i < prompts.size(); ++i) {
-              threads.emplace_back(
-                  [&, i] { answers[i] = StreamOne(*client, prompts[i], max_tokens, n_messages); });
+              threads.emplace_back([&, i] {
+                answers[i] = StreamOne(*client, prompts[i], max_tokens, [&](int) { ++n_messages; });
+              });
             }
             for (std::thread& thread : threads) thread.join();
             std::vector<Tokens> all;
@@ -276,6 +292,95 @@ class Comparison {
   size_t n_rounds_ = 0;
 };
 
+// Requests that stream until they are cancelled.
+class CancelledStreams {
+ public:
+  CancelledStreams(client::Client& client, const std::vector<Tokens>& prompts)
+      : streams_(prompts.size()) {
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      Stream& stream = streams_[i];
+      stream.thread = std::thread([&client, &stream, &prompt = prompts[i]] {
+        constexpr int kTokens = 1500;  // more than are waited for
+        StreamOne(
+            client, prompt, kTokens, [&](int n) { stream.n_tokens += n; }, &stream.cancellation)
+            .status()
+            .IgnoreError();
+      });
+    }
+  }
+  ~CancelledStreams() {
+    for (Stream& stream : streams_) {
+      stream.cancellation.Cancel();
+      stream.thread.join();
+    }
+  }
+
+  size_t size() const { return streams_.size(); }
+  int n_tokens() const {  // of the stream that has fewest
+    int least = streams_[0].n_tokens;
+    for (const Stream& stream : streams_) least = std::min(least, stream.n_tokens.load());
+    return least;
+  }
+  void Cancel(size_t i) { streams_[i].cancellation.Cancel(); }
+
+ private:
+  struct Stream {
+    std::atomic<int> n_tokens = 0;
+    Cancellation cancellation;
+    std::thread thread;
+  };
+  std::vector<Stream> streams_;
+};
+
+absl::StatusOr<int> NumRunning(const testing::ServiceFixture& fixture) {
+  WALSH_ASSIGN_OR_RETURN(const std::string page,
+                         testing::HttpGet(fixture.endpoint("worker", "metrics"), "/metrics"));
+  for (const absl::string_view line : absl::StrSplit(page, '\n')) {
+    if (!absl::StartsWith(line, "walsh_num_requests_running{")) continue;
+    int n = 0;
+    if (absl::SimpleAtoi(line.substr(line.rfind(' ') + 1), &n)) return n;
+  }
+  return absl::InternalError("the worker's metrics do not tell how many requests run");
+}
+
+absl::Status MeasureCancels(testing::ServiceFixture& fixture, const std::vector<Tokens>& prompts,
+                            int rounds) {
+  using Milliseconds = std::chrono::duration<double, std::milli>;
+  constexpr int kTokens = 16;
+  constexpr absl::Duration kLimit = absl::Seconds(60);
+  std::vector<double> steps_ms;
+  std::vector<double> cancels_ms;
+  for (int round = 0; round < rounds; ++round) {
+    CancelledStreams streams(fixture.client(), prompts);
+    const auto has_tokens = [&](int n) {
+      return testing::WaitUntil([&] { return streams.n_tokens() >= n; }, kLimit);
+    };
+    if (!has_tokens(1)) return absl::DeadlineExceededError("a stream brings no tokens");
+    const int n_before = streams.n_tokens();
+    const auto begin = std::chrono::steady_clock::now();
+    if (!has_tokens(n_before + kTokens)) return absl::DeadlineExceededError("streams stand still");
+    steps_ms.push_back(Milliseconds(std::chrono::steady_clock::now() - begin).count() /
+                       (streams.n_tokens() - n_before));
+    for (size_t i = 0; i < streams.size(); ++i) {
+      const auto n_left = static_cast<int>(streams.size() - i) - 1;
+      const auto start = std::chrono::steady_clock::now();
+      streams.Cancel(i);
+      absl::StatusOr<int> n_running;
+      do {
+        n_running = NumRunning(fixture);
+        WALSH_RETURN_IF_ERROR(n_running.status());
+      } while (*n_running > n_left);
+      cancels_ms.push_back(Milliseconds(std::chrono::steady_clock::now() - start).count());
+    }
+  }
+  std::printf(
+      "\n%d streams at once, cancelled one after the other, %d times: gone after %.1f ms (median), "
+      "%.1f at most; a step takes %.1f ms (median)\n",
+      static_cast<int>(prompts.size()), rounds, Median(cancels_ms),
+      *std::max_element(cancels_ms.begin(), cancels_ms.end()), Median(steps_ms));
+  return absl::OkStatus();
+}
+
 absl::Status Run(const Flags& flags) {
   std::printf("%s\nprompts of %d tokens, %d new tokens, %s; --stream-interval-ms %g\n",
               DescribeRun(flags.threads).c_str(), static_cast<int>(flags.prompt), flags.tokens,
@@ -308,8 +413,9 @@ absl::Status Run(const Flags& flags) {
 
   client::Client to_local({.address = local->address()});
   client::Client to_worker({.address = fixture.endpoint("worker", "grpc")});
+  std::vector<Tokens> prompts;
   for (const int n_streams : flags.streams) {
-    std::vector<Tokens> prompts;
+    prompts.clear();
     for (int i = 0; i < n_streams; ++i) {
       WALSH_ASSIGN_OR_RETURN(Tokens prompt, MakePrompt(local->engine().model(), flags.prompt, i));
       prompts.push_back(std::move(prompt));
@@ -320,12 +426,12 @@ absl::Status Run(const Flags& flags) {
     WALSH_RETURN_IF_ERROR(comparison.Run(prompts));
   }
   std::printf("\ntarget: gRPC adds at most %.0f %%\n", 100 * kOverheadTarget);
-  return absl::OkStatus();
+  return MeasureCancels(fixture, prompts, flags.rounds);
 }
 
 int Main(int argc, char** argv) {
   Flags flags;
-  CLI::App app("What gRPC takes of the engine's tokens per second");
+  CLI::App app("What gRPC takes of the engine's tokens per second, and what a cancel takes");
   app.add_option("artifact", flags.artifact, "Artifact directory");
   app.add_option("--threads", flags.threads, "Of each engine")->check(CLI::PositiveNumber);
   app.add_option("--rounds", flags.rounds)->check(CLI::PositiveNumber);
