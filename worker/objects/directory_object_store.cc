@@ -1,12 +1,13 @@
 // Objects as files. A version is the SHA-256 of the contents; conditions are compared under a lock,
-// which the system releases when a process dies.
+// which the system releases when a process dies. An ETag is what tells one file from another that
+// has replaced it: inode, time and size.
 #include <fcntl.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <filesystem>
 #include <system_error>
 #include <utility>
@@ -43,9 +44,16 @@ class DirectoryStore final : public ObjectStore {
     return contents;
   }
 
-  absl::Status ReadAt(const std::string& key, int64_t offset,
-                      std::span<std::byte> into) const override {
+  absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
+                      const ReadOptions& options) const override {
+    WALSH_RETURN_IF_ERROR(Ask(options.keep_going));
     WALSH_ASSIGN_OR_RETURN(const auto file, OpenObject(key));
+    if (!options.must_have_etag.empty()) {
+      WALSH_ASSIGN_OR_RETURN(const Listed now, Find(key, {}));
+      if (now.etag != options.must_have_etag) {
+        return absl::AbortedError("a stored object is not what the read expects");
+      }
+    }
     if (file->size() - offset < static_cast<int64_t>(into.size())) {
       return absl::DataLossError("a stored object is shorter than it should be");
     }
@@ -71,23 +79,18 @@ class DirectoryStore final : public ObjectStore {
     return status;
   }
 
-  absl::StatusOr<std::vector<Listed>> List(const std::string& folder) const override {
+  absl::StatusOr<std::vector<Listed>> List(const std::string& folder,
+                                           const KeepGoing& keep_going) const override {
     WALSH_RETURN_IF_ERROR(CheckKey(folder));
     std::vector<Listed> listed;
     std::error_code error;
     for (fs::recursive_directory_iterator it(Path(folder), error), end; !error && it != end;
          it.increment(error)) {
+      WALSH_RETURN_IF_ERROR(Ask(keep_going));
+      if (it->path().filename().string().starts_with('.')) continue;
       // What vanishes meanwhile is no longer there.
-      std::error_code vanished;
-      if (!it->is_regular_file(vanished) || it->path().filename().string().starts_with('.'))
-        continue;
-      const auto size = it->file_size(vanished);
-      const auto modified = it->last_write_time(vanished);
-      if (vanished) continue;
-      listed.push_back({.key = fs::path(it->path()).lexically_relative(directory_).string(),
-                        .size_bytes = static_cast<int64_t>(size),
-                        .modified = absl::FromChrono(std::chrono::file_clock::to_sys(
-                            std::chrono::time_point_cast<std::chrono::microseconds>(modified)))});
+      absl::StatusOr<Listed> object = Describe(it->path().lexically_relative(directory_).string());
+      if (object.ok()) listed.push_back(*std::move(object));
     }
     if (error && error != std::errc::no_such_file_or_directory) {
       return ErrnoStatus(error.value(), "listing stored objects");
@@ -95,6 +98,11 @@ class DirectoryStore final : public ObjectStore {
     std::sort(listed.begin(), listed.end(),
               [](const Listed& a, const Listed& b) { return a.key < b.key; });
     return listed;
+  }
+
+  absl::StatusOr<Listed> Find(const std::string& key, const KeepGoing&) const override {
+    WALSH_RETURN_IF_ERROR(CheckKey(key));
+    return Describe(key);
   }
 
   absl::Status Delete(const std::string& key) override {
@@ -130,6 +138,18 @@ class DirectoryStore final : public ObjectStore {
   };
 
   std::string Path(const std::string& key) const { return absl::StrCat(directory_, "/", key); }
+
+  absl::StatusOr<Listed> Describe(std::string key) const {
+    struct stat file;
+    if (stat(Path(key).c_str(), &file) != 0 || !S_ISREG(file.st_mode)) {
+      return absl::NotFoundError("no such stored object");
+    }
+    return Listed{.key = std::move(key),
+                  .size_bytes = file.st_size,
+                  .modified = absl::TimeFromTimespec(file.st_mtim),
+                  .etag = absl::StrCat(file.st_ino, "-", file.st_mtim.tv_sec, "-",
+                                       file.st_mtim.tv_nsec, "-", file.st_size)};
+  }
 
   absl::Status Prepare(const std::string& key) const {
     WALSH_RETURN_IF_ERROR(CheckKey(key));

@@ -10,6 +10,7 @@
 // Errors:  NOT_FOUND           no such object
 //          ABORTED             a condition does not hold. Also of a write that took place but whose
 //                              answer was lost: who must know looks what is there
+//          whatever a caller's KeepGoing says
 //          DATA_LOSS           contents differ from their digest or size
 //          RESOURCE_EXHAUSTED  no space, a quota, or more than a limit that the caller has set
 //          PERMISSION_DENIED, UNAVAILABLE (also after its own tries), UNIMPLEMENTED (an endpoint
@@ -42,6 +43,12 @@ struct WriteCondition {
   std::string must_be_version = {};
 };
 
+// What a read asks of what is there.
+struct ReadOptions {
+  std::string must_have_etag = {};  // Listed::etag; empty: any
+  KeepGoing keep_going = {};        // also asked while the read waits for an endpoint
+};
+
 class ObjectStore {
  public:
   struct Contents {
@@ -52,14 +59,17 @@ class ObjectStore {
     std::string key;
     int64_t size_bytes = 0;
     absl::Time modified;
+    // Another one after each write, but not always Contents::version. Empty: the endpoint gives
+    // none.
+    std::string etag;
   };
   virtual ~ObjectStore() = default;
 
   // All of an object that has at most `bytes_max`.
   virtual absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const = 0;
   // Fills `into` from `offset` on.
-  virtual absl::Status ReadAt(const std::string& key, int64_t offset,
-                              std::span<std::byte> into) const = 0;
+  virtual absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
+                              const ReadOptions& options = {}) const = 0;
   // The new version. With a condition at most kPieceBytes.
   virtual absl::StatusOr<std::string> Put(const std::string& key, std::string_view contents,
                                           const WriteCondition& condition = {}) = 0;
@@ -67,8 +77,12 @@ class ObjectStore {
   // between pieces.
   virtual absl::Status PutFile(const std::string& key, const std::string& path,
                                const std::string& sha256, const KeepGoing& keep_going) = 0;
-  // Objects whose keys begin with `folder` and a slash, by key.
-  virtual absl::StatusOr<std::vector<Listed>> List(const std::string& folder) const = 0;
+  // Objects whose keys begin with `folder` and a slash, by key. Asks `keep_going` as ReadAt.
+  virtual absl::StatusOr<std::vector<Listed>> List(const std::string& folder,
+                                                   const KeepGoing& keep_going = {}) const = 0;
+  // What a list would say of one object.
+  virtual absl::StatusOr<Listed> Find(const std::string& key,
+                                      const KeepGoing& keep_going = {}) const = 0;
   // OK where there is none.
   virtual absl::Status Delete(const std::string& key) = 0;
   // Calls that run or come later end soon.

@@ -26,6 +26,8 @@ using Request = SignedHttp::Request;
 using Answer = SignedHttp::Answer;
 
 constexpr absl::Duration kRetryMax = absl::Seconds(5);
+// How often a pause asks whether it is still worth its time.
+constexpr absl::Duration kAskInterval = absl::Milliseconds(100);
 // S3's own ceiling.
 constexpr int64_t kPartsMax = 10'000;
 // A page has 1,000 keys of at most 1 KiB.
@@ -35,6 +37,7 @@ constexpr size_t kListedMax = 100'000;
 constexpr int kPagesMax = 1000;
 constexpr size_t kTokenBytesMax = 8192;
 constexpr size_t kCodeCharsMax = 64;
+constexpr size_t kEtagBytesMax = 256;
 
 // As AWS signature version 4 wants paths and parameters.
 std::string UriEncode(std::string_view text, bool is_path) {
@@ -102,6 +105,12 @@ absl::Status StatusOf(const Answer& answer) {
                                    code.empty() ? "" : absl::StrCat(" (", code, ")")));
 }
 
+// What may be sent back in a header.
+bool IsEtag(const std::string& text) {
+  return text.size() <= kEtagBytesMax &&
+         std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c < 0x7f; });
+}
+
 // Gives bytes [offset, offset + n) of what is written, valid until the next call.
 using Source = std::function<absl::StatusOr<std::string_view>(int64_t offset, int64_t n)>;
 
@@ -121,17 +130,21 @@ class S3Store final : public ObjectStore {
     return Contents{.bytes = std::move(answer.body), .version = std::move(answer.etag)};
   }
 
-  absl::Status ReadAt(const std::string& key, int64_t offset,
-                      std::span<std::byte> into) const override {
+  absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
+                      const ReadOptions& options) const override {
     if (into.empty()) return absl::OkStatus();
     WALSH_ASSIGN_OR_RETURN(const std::string path, PathOf(key));
     const auto n_bytes = static_cast<int64_t>(into.size());
-    WALSH_ASSIGN_OR_RETURN(
-        const Answer answer,
-        Send({.method = "GET",
-              .path_and_query = path,
-              .headers = {absl::StrCat("Range: bytes=", offset, "-", offset + n_bytes - 1)},
-              .answer_bytes_max = n_bytes}));
+    std::vector<std::string> headers = {
+        absl::StrCat("Range: bytes=", offset, "-", offset + n_bytes - 1)};
+    if (!options.must_have_etag.empty()) {
+      headers.push_back(absl::StrCat("If-Match: ", options.must_have_etag));
+    }
+    WALSH_ASSIGN_OR_RETURN(const Answer answer, Send({.method = "GET",
+                                                      .path_and_query = path,
+                                                      .headers = std::move(headers),
+                                                      .answer_bytes_max = n_bytes,
+                                                      .keep_going = options.keep_going}));
     if (answer.status != 206 || answer.body.size() != into.size()) {
       return absl::DataLossError("a stored object is shorter than it should be");
     }
@@ -173,7 +186,8 @@ class S3Store final : public ObjectStore {
     return PutOnce(key, contents, {}).status();
   }
 
-  absl::StatusOr<std::vector<Listed>> List(const std::string& folder) const override {
+  absl::StatusOr<std::vector<Listed>> List(const std::string& folder,
+                                           const KeepGoing& keep_going) const override {
     WALSH_RETURN_IF_ERROR(CheckKey(folder));
     const std::string prefix = FullKey(folder) + "/";
     std::vector<Listed> listed;
@@ -182,14 +196,12 @@ class S3Store final : public ObjectStore {
       // Parameters in the order of their names, as the signature wants them.
       WALSH_ASSIGN_OR_RETURN(
           const Answer page,
-          Send({.method = "GET",
-                .path_and_query = absl::StrCat(
-                    "/", options_.bucket, "?",
-                    token.empty()
-                        ? ""
-                        : absl::StrCat("continuation-token=", UriEncode(token, false), "&"),
-                    "list-type=2&prefix=", UriEncode(prefix, false)),
-                .answer_bytes_max = kPageBytesMax}));
+          SendList(absl::StrCat(
+                       token.empty()
+                           ? ""
+                           : absl::StrCat("continuation-token=", UriEncode(token, false), "&"),
+                       "list-type=2&prefix=", UriEncode(prefix, false)),
+                   keep_going));
       WALSH_RETURN_IF_ERROR(ReadPage(page.body, prefix, listed));
       if (XmlText(page.body, "IsTruncated") != "true") return listed;
       const std::string next = XmlText(page.body, "NextContinuationToken").value_or("");
@@ -200,6 +212,22 @@ class S3Store final : public ObjectStore {
     }
     return absl::DataLossError(
         absl::StrCat("the object store's list has more than ", kPagesMax, " pages"));
+  }
+
+  absl::StatusOr<Listed> Find(const std::string& key, const KeepGoing& keep_going) const override {
+    WALSH_RETURN_IF_ERROR(CheckKey(key));
+    // Of all keys that begin like it, it is the first. A HEAD would say 403 of one that is missing
+    // to who may not list, and has no body to tell why.
+    WALSH_ASSIGN_OR_RETURN(const Answer page,
+                           SendList(absl::StrCat("list-type=2&max-keys=1&prefix=",
+                                                 UriEncode(FullKey(key), false)),
+                                    keep_going));
+    std::vector<Listed> listed;
+    WALSH_RETURN_IF_ERROR(ReadPage(page.body, FullKey(key), listed));
+    if (listed.empty() || listed.front().key != key) {
+      return absl::NotFoundError("no such stored object");
+    }
+    return std::move(listed.front());
   }
 
   absl::Status Delete(const std::string& key) override {
@@ -223,6 +251,13 @@ class S3Store final : public ObjectStore {
     return absl::StrCat("/", options_.bucket, "/", UriEncode(FullKey(key), /*is_path=*/true));
   }
 
+  absl::StatusOr<Answer> SendList(const std::string& query, const KeepGoing& keep_going) const {
+    return Send({.method = "GET",
+                 .path_and_query = absl::StrCat("/", options_.bucket, "?", query),
+                 .answer_bytes_max = kPageBytesMax,
+                 .keep_going = keep_going});
+  }
+
   // An answer of success.
   absl::StatusOr<Answer> Send(const Request& request) const {
     thread_local std::minstd_rand random{std::random_device{}()};
@@ -234,8 +269,20 @@ class S3Store final : public ObjectStore {
       if (status.ok()) return answer;
       const absl::Duration wait = pause * jitter(random);
       if (!absl::IsUnavailable(status) || absl::Now() + wait >= deadline) return status;
-      if (stopped_.WaitForNotificationWithTimeout(wait)) return status;
+      WALSH_RETURN_IF_ERROR(Ask(request.keep_going));
+      if (!Pause(wait, request.keep_going)) return status;
     }
+  }
+
+  // False: stopped meanwhile. What `keep_going` says ends the pause, and is asked again afterwards.
+  bool Pause(absl::Duration wait, const KeepGoing& keep_going) const {
+    const absl::Time until = absl::Now() + wait;
+    for (absl::Time now = absl::Now(); now < until && Ask(keep_going).ok(); now = absl::Now()) {
+      if (stopped_.WaitForNotificationWithTimeout(std::min(until - now, kAskInterval))) {
+        return false;
+      }
+    }
+    return true;
   }
 
   absl::StatusOr<std::string> PutOnce(const std::string& key, std::string_view contents,
@@ -312,6 +359,8 @@ class S3Store final : public ObjectStore {
                            &object.modified, &error)) {
         return absl::DataLossError("the object store's list cannot be read");
       }
+      object.etag = XmlText(entry, "ETag").value_or("");
+      if (!IsEtag(object.etag)) object.etag.clear();
       if (listed.size() == kListedMax) {
         return absl::ResourceExhaustedError(
             absl::StrCat("the object store lists more than ", kListedMax, " objects"));

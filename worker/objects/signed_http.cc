@@ -27,6 +27,8 @@ void InitializeCurl() {
   WALSH_CHECK(code == CURLE_OK);
 }
 
+absl::Status Stopping() { return absl::CancelledError("the worker is stopping"); }
+
 absl::Status CurlStatus(CURLcode code) {
   const std::string message = absl::StrCat("the object store: ", curl_easy_strerror(code));
   switch (code) {
@@ -92,9 +94,7 @@ class SignedHttp::Transfer {
     set(CURLOPT_XFERINFODATA, this);
     set(CURLOPT_NOPROGRESS, 0L);
     const CURLcode code = curl_easy_perform(curl);
-    if (code == CURLE_ABORTED_BY_CALLBACK) {
-      return absl::CancelledError("the worker is stopping");
-    }
+    if (code == CURLE_ABORTED_BY_CALLBACK) return stop_;
     if (code == CURLE_WRITE_ERROR) {
       return absl::ResourceExhaustedError(
           absl::StrCat("the object store's answer has more than ", bytes_max(), " bytes"));
@@ -131,11 +131,14 @@ class SignedHttp::Transfer {
   }
 
   static int OnProgress(void* self, curl_off_t, curl_off_t, curl_off_t, curl_off_t) {
-    return static_cast<Transfer*>(self)->is_stopped_->load() ? 1 : 0;
+    Transfer& transfer = *static_cast<Transfer*>(self);
+    transfer.stop_ = *transfer.is_stopped_ ? Stopping() : Ask(transfer.request_.keep_going);
+    return transfer.stop_.ok() ? 0 : 1;
   }
 
   const Request& request_;
   const std::atomic<bool>* const is_stopped_;
+  absl::Status stop_;  // why the transfer was ended
   curl_slist* headers_ = nullptr;
   Answer answer_;
 };
@@ -153,7 +156,7 @@ std::unique_ptr<SignedHttp::Handle> SignedHttp::TakeHandle() const {
 
 absl::StatusOr<SignedHttp::Answer> SignedHttp::Send(const Request& request,
                                                     absl::Duration timeout) const {
-  if (is_stopped_) return absl::CancelledError("the worker is stopping");
+  if (is_stopped_) return Stopping();
   const std::string url = absl::StrCat(options_.endpoint, request.path_and_query);
   if (url.size() > kUrlBytesMax) {
     return absl::InvalidArgumentError(absl::StrCat("an object's address has ", url.size(),

@@ -20,6 +20,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "common/keep_going.h"
 #include "worker/objects/s3_options.h"
 
 namespace walsh::objects {
@@ -34,6 +35,7 @@ class SignedHttp {
     std::vector<std::string> headers = {};  // "Name: value"
     std::string_view body = {};
     int64_t answer_bytes_max = 0;
+    KeepGoing keep_going = {};  // asked about once a second, and what it says returned
   };
   struct Answer {
     int status = 0;

@@ -108,6 +108,31 @@ TEST_P(ObjectStoreTest, ListsAFolderAndNotItsNeighbours) {
   EXPECT_THAT(Keys("a"), ElementsAre("a/b/2"));
 }
 
+TEST_P(ObjectStoreTest, FindsAnObjectAndNotWhatBeginsLikeIt) {
+  for (const char* key : {"a/b", "a/bc", "d/e/f"}) ASSERT_OK(store_->Put(key, "xyz"));
+  ASSERT_OK_AND_ASSIGN(const ObjectStore::Listed found, store_->Find("a/b"));
+  EXPECT_EQ(found.key, "a/b");
+  EXPECT_EQ(found.size_bytes, 3);
+  EXPECT_EQ(found.etag, (*store_->List("a"))[0].etag);
+  for (const char* key : {"a", "d/e", "a/", "x"}) {
+    const absl::Status status = store_->Find(key).status();
+    EXPECT_TRUE(absl::IsNotFound(status) || absl::IsInvalidArgument(status)) << key << status;
+  }
+}
+
+TEST_P(ObjectStoreTest, ReadsAnObjectOnlyWhileItIsTheListedOne) {
+  ASSERT_OK(store_->Put("a", "one"));
+  ASSERT_OK_AND_ASSIGN(const ObjectStore::Listed listed, store_->Find("a"));
+  EXPECT_NE(listed.etag, "");
+  std::string read(3, ' ');
+  const auto into = std::as_writable_bytes(std::span(read));
+  EXPECT_OK(store_->ReadAt("a", 0, into, {.must_have_etag = listed.etag}));
+  EXPECT_EQ(read, "one");
+  ASSERT_OK(store_->Put("a", "two"));
+  EXPECT_THAT(store_->ReadAt("a", 0, into, {.must_have_etag = listed.etag}),
+              HasCode(absl::StatusCode::kAborted));
+}
+
 TEST_P(ObjectStoreTest, TakesAFileOnlyWithItsDigest) {
   ASSERT_OK(PublishFile(files_ / "file", "contents"));
   EXPECT_THAT(store_->PutFile("a", files_ / "file", Sha256Hex("others"), {}),

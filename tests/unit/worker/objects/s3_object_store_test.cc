@@ -246,6 +246,52 @@ TEST_F(S3ObjectStoreTest, EndsWhatRunsWhenItIsStopped) {
   EXPECT_THAT(store_->Get("a", 100), HasCode(absl::StatusCode::kCancelled));
 }
 
+std::string Page(const std::string& keys, const std::string& rest) {
+  return absl::StrCat(
+      "<?xml version=\"1.0\"?><!DOCTYPE l [<!ENTITY e \"eeee\">]><ListBucketResult>", keys, rest,
+      "</ListBucketResult>");
+}
+std::string Entry(const std::string& key, const std::string& etag = "") {
+  return absl::StrCat("<Contents><Key>", key,
+                      "</Key><LastModified>2026-01-02T03:04:05.678Z</LastModified><ETag>", etag,
+                      "</ETag><Size>12</Size></Contents>");
+}
+
+// A transfer that stands still, and pauses between tries.
+TEST_F(S3ObjectStoreTest, EndsAReadThatNobodyWaitsForAnyMore) {
+  options_.retry_first = absl::Seconds(10);
+  const std::string standing = "HTTP/1.1 206 Partial\r\nContent-Length: 4\r\n\r\nsl" +
+                               std::string(ScriptedHttpServer::kHang);
+  for (const std::string& answer : {standing, Error(503, "SlowDown")}) {
+    Answer({answer});
+    std::string read(4, ' ');
+    const auto goes = [&] {
+      return server_->requests().empty() ? absl::OkStatus() : absl::AbortedError("lost");
+    };
+    const absl::Time start = absl::Now();
+    EXPECT_THAT(store_->ReadAt("a", 0, std::as_writable_bytes(std::span(read)),
+                               {.keep_going = goes}),
+                StatusIs(absl::StatusCode::kAborted, "lost"));
+    EXPECT_LT(absl::Now() - start, absl::Seconds(5));
+  }
+}
+
+TEST_F(S3ObjectStoreTest, AsksForTheObjectThatItHasSeen) {
+  Answer({Ok(Page(Entry("a/b", "&quot;e-1&quot;"), "")), ScriptedHttpServer::Answer(206, "1234")});
+  ASSERT_OK_AND_ASSIGN(const ObjectStore::Listed found, store_->Find("a/b"));
+  EXPECT_EQ(found.etag, "\"e-1\"");
+  std::string read(4, ' ');
+  ASSERT_OK(store_->ReadAt("a/b", 0, std::as_writable_bytes(std::span(read)),
+                           {.must_have_etag = found.etag}));
+  EXPECT_EQ(SentLines()[0], "GET /bucket?list-type=2&max-keys=1&prefix=a%2Fb");
+  EXPECT_EQ(Sent()[1].headers.at("if-match"), found.etag);
+  EXPECT_EQ(Sent()[1].headers.at("authorization"), Authorization(Sent()[1], "eu-central-7"));
+  // What would become a header of its own.
+  Answer({Ok(Page(Entry("a", "&quot;&#13;&#10;Host: x&quot;"), ""))});
+  ASSERT_OK_AND_ASSIGN(const ObjectStore::Listed hostile, store_->Find("a"));
+  EXPECT_EQ(hostile.etag, "");
+}
+
 TEST_F(S3ObjectStoreTest, TakesNoPartForAnotherAndNoOtherObject) {
   std::string read(4, ' ');
   // All of the object where a part was asked for, or less.
@@ -261,17 +307,6 @@ TEST_F(S3ObjectStoreTest, TakesNoPartForAnotherAndNoOtherObject) {
                   [&](int64_t, int64_t) { return std::as_writable_bytes(std::span(read)); },
                   [](std::span<const std::byte>) { return absl::OkStatus(); }),
               HasCode(absl::StatusCode::kDataLoss));
-}
-
-std::string Page(const std::string& keys, const std::string& rest) {
-  return absl::StrCat(
-      "<?xml version=\"1.0\"?><!DOCTYPE l [<!ENTITY e \"eeee\">]><ListBucketResult>", keys, rest,
-      "</ListBucketResult>");
-}
-std::string Entry(const std::string& key) {
-  return absl::StrCat("<Contents><Key>", key,
-                      "</Key><LastModified>2026-01-02T03:04:05.678Z</LastModified>"
-                      "<Size>12</Size></Contents>");
 }
 
 TEST_F(S3ObjectStoreTest, ReadsAllPagesOfAList) {

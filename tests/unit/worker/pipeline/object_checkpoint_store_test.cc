@@ -106,9 +106,9 @@ class StoreThatGoes final : public objects::ObjectStore {
   absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const override {
     return store_.Get(key, bytes_max);
   }
-  absl::Status ReadAt(const std::string& key, int64_t offset,
-                      std::span<std::byte> into) const override {
-    return is_away ? absl::UnavailableError("away") : store_.ReadAt(key, offset, into);
+  absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
+                      const objects::ReadOptions& options) const override {
+    return is_away ? absl::UnavailableError("away") : store_.ReadAt(key, offset, into, options);
   }
   absl::StatusOr<std::string> Put(const std::string& key, std::string_view contents,
                                   const objects::WriteCondition& condition) override {
@@ -118,8 +118,12 @@ class StoreThatGoes final : public objects::ObjectStore {
                        const KeepGoing& keep_going) override {
     return store_.PutFile(key, path, sha256, keep_going);
   }
-  absl::StatusOr<std::vector<Listed>> List(const std::string& folder) const override {
-    return store_.List(folder);
+  absl::StatusOr<std::vector<Listed>> List(const std::string& folder,
+                                           const KeepGoing& keep_going) const override {
+    return store_.List(folder, keep_going);
+  }
+  absl::StatusOr<Listed> Find(const std::string& key, const KeepGoing& keep_going) const override {
+    return store_.Find(key, keep_going);
   }
   absl::Status Delete(const std::string& key) override { return store_.Delete(key); }
   void Stop() override {}
