@@ -7,12 +7,12 @@
 #include "common/sha256.h"
 #include "common/status_macros.h"
 #include "worker/objects/s3_object_store.h"
+#include "worker/objects/s3_options.h"
 
 namespace walsh::objects {
 namespace {
 
 constexpr std::string_view kFileScheme = "file:";
-constexpr std::string_view kS3Scheme = "s3://";
 constexpr size_t kKeyPartsMax = 8;
 constexpr size_t kKeyPartBytesMax = 128;
 
@@ -33,16 +33,13 @@ absl::Status CheckKey(const std::string& key) {
   return absl::InvalidArgumentError("not the key of an object");
 }
 
-bool IsS3Location(std::string_view location) { return location.starts_with(kS3Scheme); }
-
 absl::StatusOr<std::unique_ptr<ObjectStore>> OpenObjectStore(std::string_view flag,
                                                              const std::string& location) {
   if (IsS3Location(location)) {
     WALSH_ASSIGN_OR_RETURN(S3Options options, S3OptionsFromEnvironment());
-    const std::string rest = location.substr(kS3Scheme.size());
-    const size_t slash = rest.find('/');
-    options.bucket = rest.substr(0, slash);
-    if (slash != std::string::npos) options.prefix = rest.substr(slash + 1);
+    S3Location place = SplitS3Location(location);
+    options.bucket = std::move(place.bucket);
+    options.prefix = std::move(place.key);
     return OpenS3Store(std::move(options));
   }
   if (location.starts_with(kFileScheme) && location.size() > kFileScheme.size()) {

@@ -96,8 +96,6 @@ absl::StatusOr<std::unique_ptr<ObjectStore>> OpenDirectoryStore(const std::strin
 // (worker/objects/s3_options.h). `flag` is for messages.
 absl::StatusOr<std::unique_ptr<ObjectStore>> OpenObjectStore(std::string_view flag,
                                                              const std::string& location);
-// Whether it is a bucket's, of an s3:// location.
-bool IsS3Location(std::string_view location);
 
 // Reads an object of known size and digest by pieces: each into what `place` gives for
 // (offset, bytes), then shown to `use`. DATA_LOSS where it is another.

@@ -196,12 +196,12 @@ class S3Store final : public ObjectStore {
       // Parameters in the order of their names, as the signature wants them.
       WALSH_ASSIGN_OR_RETURN(
           const Answer page,
-          SendList(absl::StrCat(
-                       token.empty()
-                           ? ""
-                           : absl::StrCat("continuation-token=", UriEncode(token, false), "&"),
-                       "list-type=2&prefix=", UriEncode(prefix, false)),
-                   keep_going));
+          SendList(
+              absl::StrCat(token.empty()
+                               ? ""
+                               : absl::StrCat("continuation-token=", UriEncode(token, false), "&"),
+                           "list-type=2&prefix=", UriEncode(prefix, false)),
+              keep_going));
       WALSH_RETURN_IF_ERROR(ReadPage(page.body, prefix, listed));
       if (XmlText(page.body, "IsTruncated") != "true") return listed;
       const std::string next = XmlText(page.body, "NextContinuationToken").value_or("");
@@ -218,10 +218,10 @@ class S3Store final : public ObjectStore {
     WALSH_RETURN_IF_ERROR(CheckKey(key));
     // Of all keys that begin like it, it is the first. A HEAD would say 403 of one that is missing
     // to who may not list, and has no body to tell why.
-    WALSH_ASSIGN_OR_RETURN(const Answer page,
-                           SendList(absl::StrCat("list-type=2&max-keys=1&prefix=",
-                                                 UriEncode(FullKey(key), false)),
-                                    keep_going));
+    WALSH_ASSIGN_OR_RETURN(
+        const Answer page,
+        SendList(absl::StrCat("list-type=2&max-keys=1&prefix=", UriEncode(FullKey(key), false)),
+                 keep_going));
     std::vector<Listed> listed;
     WALSH_RETURN_IF_ERROR(ReadPage(page.body, FullKey(key), listed));
     if (listed.empty() || listed.front().key != key) {
@@ -355,6 +355,7 @@ class S3Store final : public ObjectStore {
       object.key = key.substr(FullKey("").size());
       if (!CheckKey(object.key).ok()) continue;
       if (!absl::SimpleAtoi(XmlText(entry, "Size").value_or(""), &object.size_bytes) ||
+          object.size_bytes < 0 ||
           !absl::ParseTime(absl::RFC3339_full, XmlText(entry, "LastModified").value_or(""),
                            &object.modified, &error)) {
         return absl::DataLossError("the object store's list cannot be read");

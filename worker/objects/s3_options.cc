@@ -11,6 +11,7 @@
 namespace walsh::objects {
 namespace {
 
+constexpr std::string_view kS3Scheme = "s3://";
 constexpr char kRegionDefault[] = "us-east-1";
 constexpr size_t kBucketBytesMin = 3;
 constexpr size_t kBucketBytesMax = 63;
@@ -44,6 +45,16 @@ bool IsBucket(const std::string& bucket) {
 }
 
 }  // namespace
+
+bool IsS3Location(std::string_view location) { return location.starts_with(kS3Scheme); }
+
+S3Location SplitS3Location(std::string_view location) {
+  while (location.ends_with('/')) location.remove_suffix(1);
+  const std::string_view rest = location.substr(std::min(kS3Scheme.size(), location.size()));
+  const size_t slash = std::min(rest.find('/'), rest.size());
+  return {.bucket = std::string(rest.substr(0, slash)),
+          .key = std::string(rest.substr(std::min(slash + 1, rest.size())))};
+}
 
 absl::StatusOr<S3Options> S3OptionsFromEnvironment() {
   S3Options options;

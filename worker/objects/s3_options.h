@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -27,6 +28,14 @@ struct S3Options {
   absl::Duration deadline = absl::Minutes(5);
   absl::Duration retry_first = absl::Milliseconds(200);
 };
+
+// Where s3://BUCKET[/KEY] leads, unchecked.
+struct S3Location {
+  std::string bucket;
+  std::string key;  // without slashes at its end; may be empty
+};
+bool IsS3Location(std::string_view location);
+S3Location SplitS3Location(std::string_view location);
 
 // Endpoint, region and credentials: AWS_ENDPOINT_URL (AWS's own of the region where unset),
 // AWS_REGION (us-east-1), AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN.
