@@ -30,8 +30,10 @@ SECURED = ["--set", "security.tlsSecret=walsh-tls,security.workerTokenSecret=wal
                     "security.apiKeysSecret=walsh-keys"]
 POSTGRES = ["--set", "coordinator.replicas=2,coordinator.postgres.uri=postgres://walsh@db.databases/walsh,"
                      "coordinator.postgres.passwordSecret=walsh-db"]
-# Variables that libraries read, and no flags: libpq's.
-OF_LIBRARIES = ("PGPASSWORD",)
+BUCKETS = ["--set", "worker.s3Secret=walsh-s3,worker.environment.WALSH_MODEL_URL_PREFIX=s3://models"]
+# Variables that are no flags: libpq's, and those of an endpoint of buckets.
+OF_LIBRARIES = ("PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_REGION",
+                "AWS_SESSION_TOKEN")
 WORKLOADS = ("Deployment", "StatefulSet")
 # What the pod security standard `restricted` asks for, and a root file system that nothing writes to.
 POD_SECURITY = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -333,6 +335,7 @@ def main():
         "helm, KEDA": parse(helm(*KEDA)),
         "helm, secured": parse(helm(*SECURED)),
         "helm, PostgreSQL": parse(helm(*POSTGRES)),
+        "helm, buckets": parse(helm(*BUCKETS)),
         "overlay cpu": parse(kustomize("cpu")),
         "overlay gpu": parse(kustomize("gpu")),
     }
