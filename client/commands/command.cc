@@ -55,6 +55,10 @@ std::string AbsolutePath(const std::string& path) {
   return error ? path : absolute.lexically_normal().string();
 }
 
+std::string SourceReference(const std::string& path_or_url) {
+  return path_or_url.starts_with("s3://") ? path_or_url : AbsolutePath(path_or_url);
+}
+
 absl::Status CheckUtf8(const std::string& text, const std::string& what) {
   if (IsValidUtf8(text)) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("the ", what, " is not UTF-8"));

@@ -35,6 +35,8 @@ std::string WalshCommand(const GlobalFlags& flags);
 int Fail(const absl::Status& status);
 // Relative paths are the caller's, who may stand elsewhere than the service.
 std::string AbsolutePath(const std::string& path);
+// The same for models and texts that a worker reads; s3:// URLs stay as they are.
+std::string SourceReference(const std::string& path_or_url);
 // The text itself, or all of standard input when it is "-". INVALID_ARGUMENT when it is not UTF-8;
 // `what` names it.
 absl::StatusOr<std::string> TextOrStdin(const std::string& text, const std::string& what);

@@ -112,13 +112,13 @@ absl::StatusOr<v1::EvaluateModelRequest> MakeEvalRequest(const EvalFlags& flags)
   }
   if (!flags.text.empty()) {
     TextEvaluation& text = *request.mutable_text();
-    text.set_uri(AbsolutePath(flags.text));
+    text.set_uri(SourceReference(flags.text));
     text.set_format(TextFormatOf(flags.text_format));
     text.set_window(flags.window);
     text.set_stride(flags.stride);
     text.set_max_windows(flags.max_windows);
     if (!flags.reference.empty() && flags.reference != kJobsSource) {
-      text.set_reference(AbsolutePath(flags.reference));
+      text.set_reference(SourceReference(flags.reference));
     }
     WALSH_RETURN_IF_ERROR(CheckUtf8(text.uri(), "text's path"));
     WALSH_RETURN_IF_ERROR(CheckUtf8(text.reference(), "reference's path"));

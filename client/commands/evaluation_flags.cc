@@ -27,7 +27,7 @@ absl::Status AddTasks(const std::vector<std::string>& paths, int limit,
                       google::protobuf::RepeatedPtrField<v1::TaskEvaluation>* tasks) {
   for (const std::string& path : paths) {
     v1::TaskEvaluation& task = *tasks->Add();
-    task.set_uri(AbsolutePath(path));
+    task.set_uri(SourceReference(path));
     task.set_limit(limit);
     WALSH_RETURN_IF_ERROR(CheckUtf8(task.uri(), "task's path"));
   }

@@ -288,7 +288,7 @@ int RunExport(const ModelsFlags& flags, const GlobalFlags& global) {
 
 int RunImport(const ModelsFlags& flags, const GlobalFlags& global) {
   v1::ImportModelRequest request;
-  request.set_source_model(AbsolutePath(flags.source));
+  request.set_source_model(SourceReference(flags.source));
   request.set_model_name(flags.name);
   Interrupts interrupts;
   Client client(MakeClientOptions(global));
@@ -365,7 +365,10 @@ void AddModelsCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen) 
       "walsh does\nnot read it again: remove it when it is no longer wanted.");
   CLI::App& import =
       add("import", "Make a model of a GPTQ checkpoint that another program quantized", RunImport);
-  import.add_option("MODEL", flags->source, "Folder under a model root of the worker")->required();
+  import
+      .add_option("MODEL", flags->source,
+                  "Folder under a model root of the worker, or s3:// URL beneath a prefix of it")
+      ->required();
   import.add_option("--name", flags->name, "Of the model that is made")->required();
 }
 

@@ -377,7 +377,7 @@ absl::Status SetEvaluation(const QuantizeFlags& flags, v1::Evaluation& evaluatio
   if (flags.eval_limit != 0 && flags.eval_tasks.empty()) {
     return absl::InvalidArgumentError("--eval-limit has no meaning without --eval-tasks");
   }
-  if (!flags.eval_text.empty()) evaluation.set_uri(AbsolutePath(flags.eval_text));
+  if (!flags.eval_text.empty()) evaluation.set_uri(SourceReference(flags.eval_text));
   evaluation.set_format(TextFormatOf(flags.eval_text_format));
   evaluation.set_sequence_length(flags.eval_window);
   evaluation.set_stride(flags.eval_stride);
@@ -395,7 +395,7 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   request.set_request_id(flags.request_id);
   request.set_validate_only(flags.validate_only);
   v1::QuantizationJob& job = *request.mutable_quantization_job();
-  job.set_source_model(AbsolutePath(flags.model));
+  job.set_source_model(SourceReference(flags.model));
   job.set_model_name(flags.name);
   Config& config = *job.mutable_config();
   config.set_preset(flags.preset);
@@ -403,7 +403,7 @@ absl::StatusOr<v1::CreateQuantizationJobRequest> MakeQuantizeRequest(const Quant
   SetRotation(flags, *config.mutable_rotation());
   WALSH_RETURN_IF_ERROR(SetRunTimeQuantizers(flags, config));
   if (flags.calibration != "self") {
-    config.mutable_calibration()->set_uri(AbsolutePath(flags.calibration));
+    config.mutable_calibration()->set_uri(SourceReference(flags.calibration));
   }
   config.mutable_calibration()->set_num_samples(flags.num_samples);
   config.mutable_calibration()->set_sequence_length(flags.seq_len);
@@ -435,7 +435,9 @@ void AddQuantizeCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen
       command
           .add_option(
               "MODEL", flags->model,
-              "Folder with config.json and safetensors, or a .gguf file, on the worker's machine")
+              "Folder with config.json and safetensors, or a .gguf file: on the worker's machine, "
+              "or "
+              "in a bucket that it may read (s3://BUCKET/KEY), as all files that are named here")
           ->required();
   CLI::Option* name =
       command.add_option("--name", flags->name, "Name of the new model")->required();
