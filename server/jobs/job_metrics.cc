@@ -19,9 +19,9 @@ constexpr QuantizationJob::State kStates[] = {
     QuantizationJob::SUCCEEDED, QuantizationJob::FAILED,  QuantizationJob::CANCELLED};
 
 constexpr QuantizationJob::Stage kStages[] = {
-    QuantizationJob::VALIDATING,  QuantizationJob::LOADING,    QuantizationJob::ROTATING,
-    QuantizationJob::CALIBRATING, QuantizationJob::QUANTIZING, QuantizationJob::PACKING,
-    QuantizationJob::EVALUATING,  QuantizationJob::PUBLISHING};
+    QuantizationJob::FETCHING, QuantizationJob::VALIDATING,  QuantizationJob::LOADING,
+    QuantizationJob::ROTATING, QuantizationJob::CALIBRATING, QuantizationJob::QUANTIZING,
+    QuantizationJob::PACKING,  QuantizationJob::EVALUATING,  QuantizationJob::PUBLISHING};
 
 // Wall time, which may have jumped: never negative.
 double Seconds(absl::Duration duration) { return std::max(0.0, absl::ToDoubleSeconds(duration)); }

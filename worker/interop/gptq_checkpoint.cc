@@ -27,9 +27,6 @@ namespace {
 
 using nlohmann::json;
 
-// Of older AutoGPTQ checkpoints, beside a config.json without quantization_config.
-constexpr char kOldConfigFile[] = "quantize_config.json";
-
 struct Settings {
   int bits = 0;
   int64_t group_size = 0;

@@ -24,6 +24,9 @@
 
 namespace walsh::interop {
 
+// Of older AutoGPTQ checkpoints, beside a config.json without quantization_config.
+inline constexpr char kOldConfigFile[] = "quantize_config.json";
+
 class GptqCheckpoint : public Checkpoint {
  public:
   static absl::StatusOr<std::unique_ptr<GptqCheckpoint>> Open(const std::string& directory);

@@ -98,6 +98,8 @@ bool IsShardName(const std::string& name) {
 
 }  // namespace
 
+std::span<const char* const> SideFileNames() { return kSideFiles; }
+
 absl::StatusOr<SideFiles> ReadSideFiles(const std::string& directory) {
   SideFiles files;
   for (const char* name : kSideFiles) {

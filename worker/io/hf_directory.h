@@ -8,6 +8,7 @@
 
 #include <map>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,8 @@ namespace walsh {
 // By name.
 using SideFiles = std::map<std::string, std::string>;
 
-// config.json, tokenizer files, licence: those that are there.
+// config.json, tokenizer files, licence: the names that are looked for, and those that are there.
+std::span<const char* const> SideFileNames();
 absl::StatusOr<SideFiles> ReadSideFiles(const std::string& directory);
 
 // ParseModelConfig of config.json, with the end tokens of generation_config.json added: chat models

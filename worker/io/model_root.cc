@@ -52,7 +52,9 @@ absl::Status CheckSpelling(std::string_view reference) {
   }
   if (IsUrl(reference)) {
     return absl::InvalidArgumentError(
-        absl::StrCat("'", std::string(reference), "' is a URL; a worker reads its own files only"));
+        absl::StrCat("'", std::string(reference),
+                     "' is a URL; a worker reads its own files, and those beneath its URL prefixes "
+                     "(s3://, --model-url-prefix)"));
   }
   return absl::OkStatus();
 }

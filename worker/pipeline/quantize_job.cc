@@ -443,8 +443,9 @@ class Job {
 }  // namespace
 
 const char* StageName(Stage stage) {
-  constexpr const char* kNames[kStages] = {"VALIDATING", "LOADING", "ROTATING",   "CALIBRATING",
-                                           "QUANTIZING", "PACKING", "EVALUATING", "PUBLISHING"};
+  constexpr const char* kNames[kStages] = {"FETCHING", "VALIDATING",  "LOADING",
+                                           "ROTATING", "CALIBRATING", "QUANTIZING",
+                                           "PACKING",  "EVALUATING",  "PUBLISHING"};
   return kNames[static_cast<int>(stage)];
 }
 

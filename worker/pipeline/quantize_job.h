@@ -35,6 +35,7 @@ class CheckpointStore;  // worker/pipeline/checkpoint_store.h
 class Yield;            // worker/pipeline/yield.h
 
 enum class Stage {
+  kFetching,  // of the caller, as kPublishing
   kValidating,
   kLoading,
   kRotating,
@@ -44,7 +45,7 @@ enum class Stage {
   kEvaluating,
   kPublishing,
 };
-inline constexpr int kStages = 8;
+inline constexpr int kStages = 9;
 const char* StageName(Stage stage);
 
 // Other bits for the linears whose name ("layers.3.mlp.down_proj") a pattern matches

@@ -34,6 +34,7 @@
 #include "worker/io/model_root.h"
 #include "worker/kernels/kernels.h"
 #include "worker/objects/object_store.h"
+#include "worker/objects/s3_options.h"
 #include "worker/pipeline/checkpoint_store.h"
 #include "worker/pipeline/object_checkpoint_store.h"
 #include "worker/pipeline/quantize_job.h"
@@ -52,6 +53,7 @@
 #include "worker/service/model_conversions.h"
 #include "worker/service/model_host_service.h"
 #include "worker/service/model_loader.h"
+#include "worker/service/model_sources.h"
 #include "worker/service/model_store.h"
 #include "worker/service/rejected_artifacts.h"
 #include "worker/service/traffic_gate.h"
@@ -101,6 +103,8 @@ std::string RejectedDirectory(const WorkerOptions& options) {
   return options.data_dir + "/rejected";
 }
 
+std::string SourcesDirectory(const WorkerOptions& options) { return options.data_dir + "/sources"; }
+
 class WorkerDaemon final : public Daemon {
  public:
   WorkerDaemon(const WorkerOptions& options, const Surroundings& surroundings,
@@ -121,6 +125,7 @@ class WorkerDaemon final : public Daemon {
 
  private:
   absl::Status OpenDevice();
+  absl::Status OpenSources();
   absl::Status OpenStore();
   absl::Status StartServer();
   absl::Status StartHttp();
@@ -161,6 +166,7 @@ class WorkerDaemon final : public Daemon {
 
   JobDevice device_;
   ExclusiveUse exclusive_use_;
+  std::unique_ptr<ModelSources> sources_;                     // null without --model-url-prefix
   std::unique_ptr<ArtifactStore> artifacts_;                  // null without --artifact-store
   std::unique_ptr<objects::ObjectStore> checkpoint_objects_;  // null unless a bucket has them
   std::unique_ptr<ModelStore> models_;
@@ -187,6 +193,7 @@ absl::Status WorkerDaemon::Start() {
   metrics::RegisterBuildInfo();
   RegisterJobMetrics();
   WALSH_RETURN_IF_ERROR(OpenDevice());
+  WALSH_RETURN_IF_ERROR(OpenSources());
   WALSH_RETURN_IF_ERROR(OpenStore());
   WALSH_RETURN_IF_ERROR(OpenCheckpoints());
   WALSH_RETURN_IF_ERROR(StartServer());
@@ -240,6 +247,17 @@ absl::Status WorkerDaemon::OpenCheckpoints() {
   return absl::OkStatus();
 }
 
+absl::Status WorkerDaemon::OpenSources() {
+  if (options_.model_url_prefixes.empty()) return absl::OkStatus();
+  WALSH_ASSIGN_OR_RETURN(
+      sources_,
+      ModelSources::Open({.prefixes = options_.model_url_prefixes,
+                          .cache_directory = SourcesDirectory(options_),
+                          .cache_bytes_max = static_cast<int64_t>(options_.source_cache_bytes),
+                          .open_bucket = {}}));
+  return absl::OkStatus();
+}
+
 absl::Status WorkerDaemon::OpenStore() {
   if (!options_.artifact_store.empty()) {
     WALSH_ASSIGN_OR_RETURN(std::unique_ptr<objects::ObjectStore> objects,
@@ -282,6 +300,7 @@ absl::Status WorkerDaemon::OpenStore() {
                                                                     : options_.export_root,
                                                  .worker_id = worker_id_,
                                                  .resolve = resolve_,
+                                                 .sources = sources_.get(),
                                                  .n_threads = n_threads},
                                                 models_.get()));
   return absl::OkStatus();
@@ -298,13 +317,15 @@ absl::Status WorkerDaemon::StartServer() {
           .data_dir = options_.data_dir,
           .device = device_.name,
           .resolve = resolve_,
+          .sources = sources_.get(),
           .plan = [this](const pipeline::JobSpec& spec) { return PlanJob(spec); },
           .memory = [this] { return ReadMemory(); },
           .on_device_broken = [this](const absl::Status& cause) { OnDeviceBroken(cause); }},
       models_.get(), conversions_.get());
   evaluation_ = std::make_unique<EvaluationService>(
-      EvaluationService::Options{.resolve = resolve_, .n_threads = options_.threads}, models_.get(),
-      clock_);
+      EvaluationService::Options{
+          .resolve = resolve_, .sources = sources_.get(), .n_threads = options_.threads},
+      models_.get(), clock_);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   ApplyServerLimits(builder);
@@ -355,6 +376,7 @@ void WorkerDaemon::MakeAgent() {
           .rejected = &rejected_,
           .n_threads = options_.threads,
           .resolve = resolve_,
+          .sources = sources_.get(),
           .device = device_.name,
           .checkpoints_directory = CheckpointsDirectory(),
           .checkpoint_objects = checkpoint_objects_.get(),
@@ -466,6 +488,7 @@ void WorkerDaemon::RefuseWork() {
 }
 
 void WorkerDaemon::StopStores() {
+  if (sources_ != nullptr) sources_->Stop();
   if (artifacts_ != nullptr) artifacts_->Stop();
   if (checkpoint_objects_ != nullptr) checkpoint_objects_->Stop();
 }
@@ -537,9 +560,10 @@ absl::StatusOr<std::unique_ptr<Daemon>> Daemon::Start(const WorkerOptions& optio
                                              ? std::vector<std::string>{options.data_dir}
                                              : options.model_roots;
   // What a quality gate kept from being published is not evaluated, exported or quantized again by
-  // its path.
-  WALSH_ASSIGN_OR_RETURN(ModelRoots model_roots,
-                         ModelRoots::Create(roots, {RejectedDirectory(options)}));
+  // its path, and copies of sources are known by their URLs only.
+  WALSH_ASSIGN_OR_RETURN(
+      ModelRoots model_roots,
+      ModelRoots::Create(roots, {RejectedDirectory(options), SourcesDirectory(options)}));
   auto daemon = std::make_unique<WorkerDaemon>(options, surroundings, policy, std::move(lock),
                                                std::move(model_roots));
   WALSH_RETURN_IF_ERROR(daemon->Start());

@@ -3,6 +3,7 @@
 #include <grpcpp/server_context.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -90,7 +91,7 @@ EvaluationService::EvaluationService(Options options, const ModelStore* models, 
     : options_(std::move(options)), models_(models), clock_(clock) {}
 
 absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
-    const v1::EvaluateModelRequest& request) const {
+    const v1::EvaluateModelRequest& request, const PathResolver& resolve) const {
   WALSH_RETURN_IF_ERROR(ValidateEvaluation(request));
   WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", request.model()));
   WALSH_RETURN_IF_ERROR(models_->Get(id).status());
@@ -101,7 +102,7 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
   if (request.has_text()) {
     const v1::TextEvaluation& asked = request.text();
     evaluate::TextSpec& text = spec.text.emplace();
-    WALSH_ASSIGN_OR_RETURN(text.path, ResolveField(options_.resolve, "text.uri", asked.uri()));
+    WALSH_ASSIGN_OR_RETURN(text.path, ResolveField(resolve, "text.uri", asked.uri()));
     text.name = asked.uri();
     text.joins_rows = asked.format() == v1::TextEvaluation::WIKITEXT;
     text.window = asked.window();
@@ -109,10 +110,10 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
     text.max_windows = asked.max_windows();
     if (!asked.reference().empty()) {
       WALSH_ASSIGN_OR_RETURN(text.reference_path,
-                             ResolveField(options_.resolve, "text.reference", asked.reference()));
+                             ResolveField(resolve, "text.reference", asked.reference()));
     }
   }
-  WALSH_ASSIGN_OR_RETURN(spec.tasks, ToTaskSpecs("tasks", request.tasks(), options_.resolve));
+  WALSH_ASSIGN_OR_RETURN(spec.tasks, ToTaskSpecs("tasks", request.tasks(), resolve));
   return spec;
 }
 
@@ -150,7 +151,6 @@ absl::StatusOr<evaluate::EvaluationReport> EvaluationService::RunNicely(
 absl::Status EvaluationService::Run(grpc::ServerContext& context,
                                     const v1::EvaluateModelRequest& request,
                                     grpc::ServerWriter<v1::EvaluateModelResponse>& writer) {
-  WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationSpec spec, ToSpec(request));
   if (is_stopping_) return Stopping();
   const Place place(&n_running_);
   if (!place.is_taken()) return Busy();
@@ -176,6 +176,13 @@ absl::Status EvaluationService::Run(grpc::ServerContext& context,
     response.mutable_progress()->set_fraction(fraction);
     return writer.Write(response) ? absl::OkStatus() : absl::CancelledError("the client has gone");
   };
+  References references(
+      options_.sources, options_.resolve, FetchExtent::kWhole, [&](int64_t done, int64_t total) {
+        return show("fetching",
+                    static_cast<double>(done) / static_cast<double>(std::max<int64_t>(total, 1)));
+      });
+  WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationSpec spec,
+                         ToSpec(request, references.resolver()));
   WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationReport report, RunNicely(spec, show));
 
   v1::EvaluateModelResponse response;

@@ -25,6 +25,7 @@
 #include "worker/evaluate/evaluate_artifact.h"
 #include "worker/service/host_memory.h"
 #include "worker/service/job_conversion.h"
+#include "worker/service/model_sources.h"
 #include "worker/service/model_store.h"
 
 namespace walsh::service {
@@ -35,7 +36,8 @@ class EvaluationService final : public v1::EvaluationService::Service {
       const evaluate::EvaluationSpec&, ThreadPool&, const evaluate::StepProgress&)>;
   struct Options {
     PathResolver resolve;
-    int n_threads = 0;  // 0: the machine's
+    ModelSources* sources = nullptr;  // null: references are paths. Outlives the service
+    int n_threads = 0;                // 0: the machine's
     std::function<HostMemory()> memory = ReadHostMemory;
     Evaluate evaluate = evaluate::EvaluateArtifact;
   };
@@ -47,7 +49,8 @@ class EvaluationService final : public v1::EvaluationService::Service {
   void Stop() { is_stopping_ = true; }
 
  private:
-  absl::StatusOr<evaluate::EvaluationSpec> ToSpec(const v1::EvaluateModelRequest& request) const;
+  absl::StatusOr<evaluate::EvaluationSpec> ToSpec(const v1::EvaluateModelRequest& request,
+                                                  const PathResolver& resolve) const;
   absl::Status CheckMemory(int64_t bytes_needed) const;
   absl::Status Run(grpc::ServerContext& context, const v1::EvaluateModelRequest& request,
                    grpc::ServerWriter<v1::EvaluateModelResponse>& writer);

@@ -279,6 +279,8 @@ absl::StatusOr<pipeline::QualityGate> ToQualityGate(const QuantizationConfig& co
 
 QuantizationJob::Stage ToProto(pipeline::Stage stage) {
   switch (stage) {
+    case pipeline::Stage::kFetching:
+      return QuantizationJob::FETCHING;
     case pipeline::Stage::kValidating:
       return QuantizationJob::VALIDATING;
     case pipeline::Stage::kLoading:

@@ -43,6 +43,7 @@ constexpr absl::Duration kReportInterval = absl::Seconds(1);
 constexpr int kHandBackTries = 3;
 constexpr int kJobNice = 10;
 constexpr int64_t kResultBytesMax = 4 << 20;
+constexpr int64_t kMebibyte = 1 << 20;
 // Of a digest, in a folder's name: enough to tell the families of one fleet apart.
 constexpr size_t kFamilyChars = 16;
 // Reason of a job whose model was not good enough.
@@ -393,11 +394,6 @@ absl::Status JobRunner::Publish(const std::string& directory, const internal::v1
 absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& directory,
                                                             const v1::QuantizationJob& job,
                                                             HeldLease& held, Failure& failure) {
-  WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
-  spec.output_directory = directory;
-  spec.job_name = held.job_name();
-  const std::unique_ptr<pipeline::CheckpointStore> checkpoints = OpenCheckpoints(held);
-  spec.checkpoints = checkpoints.get();
   absl::StatusOr<pipeline::JobReport> report;
   const auto no_thread = [](const std::system_error& e) {
     return absl::ResourceExhaustedError(absl::StrCat("no thread for the job: ", e.what()));
@@ -407,14 +403,7 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
     // privileges, hence a thread for each job.
     setpriority(PRIO_PROCESS, 0, kJobNice);
     try {
-      if (const absl::Status fits = CheckFits(spec); !fits.ok()) {
-        report = fits;
-        failure.is_refused = IsRefusal(fits);
-        return;
-      }
-      ProgressReporter reporter(this, &held);
-      ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
-      report = options_.quantize(spec, pool, std::ref(reporter));
+      report = FetchAndQuantize(directory, job, held, failure);
     } catch (const std::bad_alloc&) {
       report = absl::ResourceExhaustedError("no memory left for the job");
     } catch (const std::system_error& e) {
@@ -428,7 +417,42 @@ absl::StatusOr<pipeline::JobReport> JobRunner::QuantizeInto(const std::string& d
   }
   // Whoever has the checkpoint now has the lease.
   if (absl::IsAborted(report.status())) held.Lose(std::string(report.status().message()));
-  if (report.ok()) ObserveJobReport(*report, spec.quantizer.damp);
+  return report;
+}
+
+absl::StatusOr<pipeline::JobReport> JobRunner::FetchAndQuantize(const std::string& directory,
+                                                                const v1::QuantizationJob& job,
+                                                                HeldLease& held, Failure& failure) {
+  ProgressReporter reporter(this, &held);
+  const CopyProgress fetching = [&](int64_t done, int64_t total) {
+    return reporter(
+        {.stage = pipeline::Stage::kFetching,
+         .message = absl::StrCat(done / kMebibyte, " of ", total / kMebibyte, " MiB fetched")});
+  };
+  {
+    References headers(options_.sources, options_.resolve, FetchExtent::kHeaders, fetching);
+    WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, headers.resolver()));
+    spec.job_name = held.job_name();
+    if (absl::Status fits = CheckFits(spec); !fits.ok()) {
+      failure.is_refused = IsRefusal(fits);
+      return fits;
+    }
+  }
+  const absl::Duration start = clock_->Monotonic();
+  References references(options_.sources, options_.resolve, FetchExtent::kWhole, fetching);
+  WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, references.resolver()));
+  const double seconds_fetching = absl::ToDoubleSeconds(clock_->Monotonic() - start);
+  spec.output_directory = directory;
+  spec.job_name = held.job_name();
+  const std::unique_ptr<pipeline::CheckpointStore> checkpoints = OpenCheckpoints(held);
+  spec.checkpoints = checkpoints.get();
+  ThreadPool pool(options_.n_threads > 0 ? options_.n_threads : ThreadPool::HardwareThreads());
+  WALSH_ASSIGN_OR_RETURN(pipeline::JobReport report,
+                         options_.quantize(spec, pool, std::ref(reporter)));
+  if (references.has_fetched()) {
+    report.stage_seconds[static_cast<int>(pipeline::Stage::kFetching)] = seconds_fetching;
+  }
+  ObserveJobReport(report, spec.quantizer.damp);
   return report;
 }
 

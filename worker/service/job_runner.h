@@ -42,6 +42,7 @@
 #include "worker/service/held_lease.h"
 #include "worker/service/job_conversion.h"
 #include "worker/service/memory_check.h"
+#include "worker/service/model_sources.h"
 #include "worker/service/model_store.h"
 #include "worker/service/rejected_artifacts.h"
 
@@ -57,7 +58,8 @@ class JobRunner {
     RejectedArtifacts* rejected = nullptr;  // what quality gates refuse; outlives the runner
     int n_threads = 0;                      // 0: the machine's
     PathResolver resolve;
-    std::string device = "cpu";  // of results and messages
+    ModelSources* sources = nullptr;  // null: references are paths. Outlives the runner
+    std::string device = "cpu";       // of results and messages
     // Where jobs keep their finished layers, shared with the workers that may go on with them.
     // Empty: nowhere.
     std::string checkpoints_directory;
@@ -103,6 +105,10 @@ class JobRunner {
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,
                                                    const v1::QuantizationJob& job, HeldLease& held,
                                                    Failure& failure);
+  // On the job's own thread, which may throw.
+  absl::StatusOr<pipeline::JobReport> FetchAndQuantize(const std::string& directory,
+                                                       const v1::QuantizationJob& job,
+                                                       HeldLease& held, Failure& failure);
   // Refuses a job now that would not fit later: it may have been validated by another worker, or by
   // none.
   absl::Status CheckFits(const pipeline::JobSpec& spec) const;

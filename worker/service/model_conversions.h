@@ -21,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "walsh/v1/model.pb.h"
 #include "worker/service/job_conversion.h"
+#include "worker/service/model_sources.h"
 #include "worker/service/model_store.h"
 
 namespace walsh::service {
@@ -33,8 +34,9 @@ class ModelConversions {
   struct Options {
     std::string export_root;
     std::string worker_id;
-    PathResolver resolve;  // of sources
-    int n_threads = 1;     // that take digests
+    PathResolver resolve;             // of sources
+    ModelSources* sources = nullptr;  // null: they are paths. Outlives this
+    int n_threads = 1;                // that take digests
   };
   // Creates the root and removes what a dead process left unfinished in it. `models` outlives this.
   static absl::StatusOr<std::unique_ptr<ModelConversions>> Open(Options options,

@@ -46,8 +46,10 @@ ModelHostService::ModelHostService(Options options, ModelStore* models,
     : options_(std::move(options)), models_(models), conversions_(conversions) {}
 
 absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
-    const v1::QuantizationJob& job) const {
-  WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, options_.resolve));
+    const v1::QuantizationJob& job, const KeepGoing& keep_going) const {
+  References references(options_.sources, options_.resolve, FetchExtent::kHeaders,
+                        [&](int64_t, int64_t) { return Ask(keep_going); });
+  WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, references.resolver()));
   WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(job.model_name()));
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
   WALSH_ASSIGN_OR_RETURN(const WorkerMemory memory, options_.memory());
@@ -66,10 +68,12 @@ absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
   return response;
 }
 
-grpc::Status ModelHostService::ValidateJob(grpc::ServerContext*,
+grpc::Status ModelHostService::ValidateJob(grpc::ServerContext* context,
                                            const internal::v1::ValidateJobRequest* request,
                                            internal::v1::ValidateJobResponse* response) {
-  absl::StatusOr<internal::v1::ValidateJobResponse> validated = Validate(request->job());
+  absl::StatusOr<internal::v1::ValidateJobResponse> validated = Validate(request->job(), [context] {
+    return context->IsCancelled() ? absl::CancelledError("the caller has gone") : absl::OkStatus();
+  });
   if (IsDeviceBroken(validated.status())) {
     options_.on_device_broken(validated.status());
     validated = DeviceBrokenError(options_.device, validated.status());

@@ -18,6 +18,7 @@
 #include "worker/service/job_conversion.h"
 #include "worker/service/memory_check.h"
 #include "worker/service/model_conversions.h"
+#include "worker/service/model_sources.h"
 #include "worker/service/model_store.h"
 
 namespace walsh::service {
@@ -29,7 +30,8 @@ class ModelHostService final : public internal::v1::ModelHostService::Service {
     std::string data_dir;
     std::string device = "cpu";  // of answers and messages
     PathResolver resolve;
-    Plan plan;  // pipeline::PlanJob
+    ModelSources* sources = nullptr;  // null: references are paths. Outlives the service
+    Plan plan;                        // pipeline::PlanJob
     std::function<absl::StatusOr<WorkerMemory>()> memory;
     // Called with a status that IsDeviceBroken.
     std::function<void(const absl::Status&)> on_device_broken;
@@ -54,7 +56,8 @@ class ModelHostService final : public internal::v1::ModelHostService::Service {
                            grpc::ServerWriter<v1::ImportModelResponse>* writer) override;
 
  private:
-  absl::StatusOr<internal::v1::ValidateJobResponse> Validate(const v1::QuantizationJob& job) const;
+  absl::StatusOr<internal::v1::ValidateJobResponse> Validate(const v1::QuantizationJob& job,
+                                                             const KeepGoing& keep_going) const;
 
   const Options options_;
   ModelStore* const models_;

@@ -22,6 +22,7 @@ constexpr int kSequencesMax = 1024;
 constexpr int kBatchTokensMax = 65536;
 constexpr int kQueueMax = 100'000;
 constexpr uint64_t kKvBytesMax = uint64_t{1} << 50;
+constexpr uint64_t kSourceBytesMax = uint64_t{1} << 50;
 constexpr double kKvFractionMin = 0.01;
 // The rest is for CUDA graphs and what else is not counted.
 constexpr double kKvFractionMax = 0.95;
@@ -52,6 +53,15 @@ void AddWorkerFlags(CLI::App& app, WorkerOptions& options) {
   app.add_option("--data-dir", options.data_dir, "Folder of the models")->capture_default_str();
   app.add_option("--model-root", options.model_roots,
                  "Folder that source models and texts may be read from; repeatable");
+  app.add_option("--model-url-prefix", options.model_url_prefixes,
+                 "s3://BUCKET[/KEY] beneath which source models and texts may be read, from the "
+                 "endpoint and with the credentials of --artifact-store; repeatable");
+  app.add_option("--source-cache-bytes", options.source_cache_bytes,
+                 "Copies of such sources in --data-dir at most, such as 500GB; those that were not "
+                 "used for longest go first")
+      ->capture_default_str()
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
+      ->check(CLI::Range(uint64_t{0}, kSourceBytesMax));
   app.add_option(
       "--export-root", options.export_root,
       "Folder that exported models are written beneath; exports in --data-dir by default");

@@ -23,6 +23,8 @@ struct WorkerOptions {
   int metrics_port = 8003;
   std::string data_dir;
   std::vector<std::string> model_roots;
+  std::vector<std::string> model_url_prefixes;  // s3://BUCKET[/KEY]
+  uint64_t source_cache_bytes = uint64_t{256} << 30;
   std::string export_root;     // empty: exports beneath data_dir
   std::string checkpoint_dir;  // or s3://BUCKET/PREFIX; empty: checkpoints beneath data_dir
   std::string artifact_store;  // file:DIR or s3://BUCKET/PREFIX; empty: none

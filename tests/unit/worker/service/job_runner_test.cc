@@ -24,6 +24,7 @@
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
+#include "tests/unit/worker/service/watched_store.h"
 #include "worker/kernels/device_failure.h"
 #include "worker/service/agent.h"
 
@@ -60,6 +61,7 @@ class JobRunnerTest : public StoreFixture {
             .rejected = &rejected_,
             .n_threads = 1,
             .resolve = [](std::string_view path) { return "/roots/" + std::string(path); },
+            .sources = sources_.get(),
             .device = "cuda:0 NVIDIA H200",
             .checkpoints_directory = dir_ / "checkpoints",
             .kernel_family = "fake",
@@ -100,6 +102,30 @@ class JobRunnerTest : public StoreFixture {
   void UseArtifacts(std::unique_ptr<objects::ObjectStore> objects) {
     artifacts_ = std::make_unique<ArtifactStore>(std::move(objects));
     OpenStore();
+  }
+
+  // Before the worker starts: s3://bucket is a folder with a model and a text.
+  void UseSources() {
+    ASSERT_OK(MakeDirectories(dir_ / "bucket"));
+    ASSERT_OK(PublishFile(dir_ / "bucket/a.gguf", "a model"));
+    ASSERT_OK(PublishFile(dir_ / "bucket/a.txt", "a text"));
+    absl::StatusOr<std::unique_ptr<ModelSources>> sources = ModelSources::Open(
+        {.prefixes = {"s3://bucket"},
+         .cache_directory = dir_ / "sources",
+         .cache_bytes_max = 1000,
+         .open_bucket =
+             [this](const std::string&) -> absl::StatusOr<std::unique_ptr<objects::ObjectStore>> {
+           return std::make_unique<WatchedStore>(
+               objects::OpenDirectoryStore(dir_ / "bucket").value(), &on_read_);
+         }});
+    ASSERT_OK(sources);
+    sources_ = *std::move(sources);
+  }
+  static v1::QuantizationJob JobOfSources() {
+    v1::QuantizationJob job = Job("j", "m");
+    job.set_source_model("s3://bucket/a.gguf");
+    job.mutable_config()->mutable_calibration()->set_uri("s3://bucket/a.txt");
+    return job;
   }
 
   // Waits for the n-th outcome.
@@ -181,6 +207,8 @@ class JobRunnerTest : public StoreFixture {
   absl::StatusOr<pipeline::JobPlan> plan_ = pipeline::JobPlan();
   absl::StatusOr<WorkerMemory> memory_ = WorkerMemory();
   absl::Status broken_;  // read after the outcome
+  WatchedStore::OnRead on_read_;
+  std::unique_ptr<ModelSources> sources_;
   CoordinatorLink link_{coordinator_.address()};
   std::unique_ptr<JobRunner> runner_;
   std::unique_ptr<Agent> agent_;
@@ -212,6 +240,59 @@ TEST_F(JobRunnerTest, JobIsReportedPublishedAndCompleted) {
   for (const auto& report : record.reports) EXPECT_EQ(report.fencing_token(), token);
   EXPECT_TRUE(fs::exists(root_ + "/m/walsh.json"));
   EXPECT_EQ(NumTemporaries(), 0);
+}
+
+TEST_F(JobRunnerTest, SourcesInABucketAreFetchedFirst) {
+  UseSources();
+  std::string model, text;
+  quantize_ = [&](const JobSpec& spec, const pipeline::Observer& observer) {
+    model = *ReadFile(spec.source_path, 100);
+    text = *ReadFile(spec.calibration_path, 100);
+    EXPECT_EQ(spec.calibration_name, "s3://bucket/a.txt");
+    return QuantizeTwoLayers(spec, observer);
+  };
+  StartWorker();
+  coordinator_.Offer(JobOfSources());
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_result()) << outcome.error().message();
+  EXPECT_EQ(model, "a model");
+  EXPECT_EQ(text, "a text");
+  EXPECT_EQ(outcome.result().stage_times(0).stage(), v1::QuantizationJob::FETCHING);
+  const auto first = coordinator_.record().reports[0].event();
+  EXPECT_EQ(first.stage(), v1::QuantizationJob::FETCHING);
+  EXPECT_THAT(first.message(), HasSubstr("MiB fetched"));
+}
+
+TEST_F(JobRunnerTest, AFetchEndsWithItsJob) {
+  UseSources();
+  absl::Notification is_reading;
+  on_read_ = [&](const std::string& key, size_t, const KeepGoing& keep_going) {
+    if (!key.ends_with(".gguf")) return absl::OkStatus();
+    if (!is_reading.HasBeenNotified()) is_reading.Notify();
+    absl::Status stop;
+    EXPECT_TRUE(testing::WaitUntil([&] { return !(stop = Ask(keep_going)).ok(); }));
+    return stop;
+  };
+  StartWorker();
+  coordinator_.Offer(JobOfSources());
+  is_reading.WaitForNotification();
+  coordinator_.CancelJob();
+  const Complete outcome = AwaitOutcome();
+  EXPECT_TRUE(outcome.has_cancelled()) << outcome.error().message();
+  EXPECT_EQ(n_runs_, 0);
+}
+
+TEST_F(JobRunnerTest, ASourceThatIsAwayIsTriedAgainLater) {
+  UseSources();
+  on_read_ = [](const std::string&, size_t, const KeepGoing&) {
+    return absl::AbortedError("another version");  // not the lease
+  };
+  StartWorker();
+  coordinator_.Offer(JobOfSources());
+  const Complete outcome = AwaitOutcome();
+  ASSERT_TRUE(outcome.has_error());
+  EXPECT_EQ(outcome.error().code(), static_cast<int>(absl::StatusCode::kUnavailable));
+  EXPECT_FALSE(outcome.refused());
 }
 
 TEST_F(JobRunnerTest, WhatFailsItsQualityGateIsKeptApart) {

@@ -1,0 +1,149 @@
+#include "worker/service/source_cache.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/synchronization/notification.h"
+#include "common/grpc_status.h"
+#include "common/publish.h"
+#include "tests/testing/status_matchers.h"
+#include "tests/testing/test_data.h"
+
+namespace walsh::service {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+using ::testing::UnorderedElementsAre;
+using ::walsh::testing::HasCode;
+
+class SourceCacheTest : public ::testing::Test {
+ protected:
+  void SetUp() override { Open(); }
+  void Open(int64_t bytes_max = 100) {
+    absl::StatusOr<std::unique_ptr<SourceCache>> cache = SourceCache::Open(root_, bytes_max);
+    ASSERT_OK(cache);
+    cache_ = *std::move(cache);
+  }
+  absl::StatusOr<SourceCache::Pin> Get(const std::string& key, int64_t size_bytes) {
+    return cache_->Get(key, size_bytes,
+                       [&](const std::string& directory) {
+                         ++n_fills_;
+                         return PublishFile(directory + "/file", std::string(size_bytes, 'x'));
+                       },
+                       {});
+  }
+  std::vector<std::string> Folders() const {
+    std::vector<std::string> names;
+    for (const auto& entry : fs::directory_iterator(root_)) {
+      names.push_back(entry.path().filename().string());
+    }
+    return names;
+  }
+
+  testing::TempDir dir_;
+  const std::string root_ = dir_ / "sources";
+  std::unique_ptr<SourceCache> cache_;
+  int n_fills_ = 0;
+};
+
+TEST_F(SourceCacheTest, FillsAFolderOnce) {
+  EXPECT_THAT(cache_->Find("a").status(), HasCode(absl::StatusCode::kNotFound));
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_OK_AND_ASSIGN(const SourceCache::Pin pin, Get("a", 10));
+    EXPECT_EQ(*ReadFile(pin.directory() + "/file", 10), "xxxxxxxxxx");
+  }
+  EXPECT_EQ(n_fills_, 1);
+  EXPECT_OK(cache_->Find("a").status());
+}
+
+TEST_F(SourceCacheTest, WhatWasNotUsedForLongestGoesFirst) {
+  for (const char* key : {"a", "b", "c"}) ASSERT_OK(Get(key, 30).status());
+  ASSERT_OK(Get("a", 30).status());
+  ASSERT_OK(Get("d", 40).status());
+  EXPECT_THAT(Folders(), UnorderedElementsAre("a", "c", "d")) << "they have the limit together";
+  // Also over the end of the process.
+  cache_.reset();
+  fs::last_write_time(root_ + "/a", fs::file_time_type::clock::now() - std::chrono::hours(1));
+  Open();
+  ASSERT_OK(Get("e", 30).status());
+  EXPECT_THAT(Folders(), UnorderedElementsAre("c", "d", "e"));
+}
+
+TEST_F(SourceCacheTest, WhatIsInUseStays) {
+  std::optional<SourceCache::Pin> a = *Get("a", 60);
+  const absl::Status no_room = Get("b", 50).status();
+  EXPECT_THAT(no_room, HasCode(absl::StatusCode::kResourceExhausted));
+  EXPECT_EQ(ErrorReason(no_room), "INSUFFICIENT_DISK");
+  EXPECT_THAT(Folders(), ElementsAre("a"));
+  a.reset();
+  ASSERT_OK(Get("b", 50).status());
+  EXPECT_THAT(Folders(), ElementsAre("b"));
+}
+
+TEST_F(SourceCacheTest, WhatIsLargerThanAllOfItIsRefusedAndCostsNothing) {
+  ASSERT_OK(Get("a", 10).status());
+  const absl::Status too_large = Get("b", 101).status();
+  EXPECT_THAT(too_large, HasCode(absl::StatusCode::kFailedPrecondition));
+  EXPECT_EQ(ErrorReason(too_large), "SOURCE_TOO_LARGE");
+  EXPECT_THAT(Folders(), ElementsAre("a"));
+}
+
+TEST_F(SourceCacheTest, AFailureLeavesNothing) {
+  const auto fails = [](const std::string& directory) {
+    EXPECT_OK(PublishFile(directory + "/file", "half"));
+    return absl::UnavailableError("away");
+  };
+  EXPECT_THAT(cache_->Get("a", 100, fails, {}).status(), HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_THAT(Folders(), IsEmpty());
+  EXPECT_OK(Get("a", 100).status());
+}
+
+TEST_F(SourceCacheTest, WhatADeadProcessLeftUnfinishedGoes) {
+  ASSERT_OK(Get("a", 10).status());
+  ASSERT_OK(MakeDirectories(*cache_->MakeTemporaryDirectory() + "/model"));
+  cache_.reset();
+  Open();
+  EXPECT_THAT(Folders(), ElementsAre("a"));
+  EXPECT_OK(cache_->Find("a").status());
+}
+
+TEST_F(SourceCacheTest, WhatAnOperatorRemovesIsFilledAgain) {
+  ASSERT_OK(Get("a", 10).status());
+  ASSERT_OK(RemoveTree(root_ + "/a"));
+  EXPECT_THAT(cache_->Find("a").status(), HasCode(absl::StatusCode::kNotFound));
+  ASSERT_OK(Get("a", 10).status());
+  EXPECT_EQ(n_fills_, 2);
+}
+
+TEST_F(SourceCacheTest, TheSecondCallerWaitsForTheFirstOrGoes) {
+  absl::Notification is_filling, may_end;
+  std::thread first([&] {
+    EXPECT_OK(cache_
+                  ->Get("a", 10,
+                        [&](const std::string&) {
+                          is_filling.Notify();
+                          may_end.WaitForNotification();
+                          return absl::OkStatus();
+                        },
+                        {})
+                  .status());
+  });
+  is_filling.WaitForNotification();
+  EXPECT_THAT(cache_->Get("a", 10, {}, [] { return absl::CancelledError("no more"); }).status(),
+              HasCode(absl::StatusCode::kCancelled));
+  may_end.Notify();
+  EXPECT_OK(Get("a", 10).status());
+  EXPECT_EQ(n_fills_, 0);
+  first.join();
+}
+
+}  // namespace
+}  // namespace walsh::service

@@ -1,0 +1,171 @@
+#include "worker/service/source_cache.h"
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <system_error>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "common/grpc_status.h"
+#include "common/log.h"
+#include "common/publish.h"
+#include "common/status_macros.h"
+#include "worker/service/disk_check.h"
+
+namespace walsh::service {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::chrono::milliseconds kAskInterval{100};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<SourceCache>> SourceCache::Open(std::string root,
+                                                               int64_t bytes_max) {
+  WALSH_RETURN_IF_ERROR(MakeDirectories(root));
+  std::unique_ptr<SourceCache> cache(new SourceCache(std::move(root), bytes_max));
+  WALSH_RETURN_IF_ERROR(cache->Scan());
+  return cache;
+}
+
+absl::Status SourceCache::Scan() {
+  struct Found {
+    fs::file_time_type used;
+    std::string key;
+    int64_t size_bytes;
+  };
+  std::vector<Found> found;
+  std::error_code error;
+  for (fs::directory_iterator it(root_, error), end; !error && it != end; it.increment(error)) {
+    const std::string name = it->path().filename().string();
+    if (name.starts_with('.')) {
+      WALSH_RETURN_IF_ERROR(RemoveTree(it->path().string()));
+      continue;
+    }
+    if (!it->is_directory(error)) continue;
+    WALSH_ASSIGN_OR_RETURN(const int64_t size_bytes, TreeBytes(it->path().string()));
+    found.push_back({it->last_write_time(error), name, size_bytes});
+  }
+  if (error) return ErrnoStatus(error.value(), "list the cache of sources");
+  std::sort(found.begin(), found.end(),
+            [](const Found& a, const Found& b) { return a.used < b.used; });
+  for (Found& folder : found) {
+    entries_[std::move(folder.key)] = {
+        .size_bytes = folder.size_bytes, .used = ++n_uses_, .is_whole = true};
+  }
+  return absl::OkStatus();
+}
+
+absl::Status SourceCache::CheckFits(int64_t size_bytes) const {
+  if (size_bytes <= bytes_max_) return absl::OkStatus();
+  absl::Status status = absl::FailedPreconditionError(
+      absl::StrCat("the source has ", size_bytes, " bytes, this worker keeps at most ", bytes_max_,
+                   " (--source-cache-bytes)"));
+  SetErrorInfo(status, "SOURCE_TOO_LARGE");
+  return status;
+}
+
+absl::StatusOr<SourceCache::Pin> SourceCache::Find(const std::string& key) {
+  const std::lock_guard lock(mu_);
+  const auto it = FindEntry(key);
+  if (it == entries_.end() || !it->second.is_whole) {
+    return absl::NotFoundError("the source is not in the cache");
+  }
+  return MakePin(*it);
+}
+
+absl::StatusOr<SourceCache::Pin> SourceCache::Get(const std::string& key, int64_t size_bytes,
+                                                  const Fill& fill, const KeepGoing& keep_going) {
+  std::unique_lock lock(mu_);
+  for (auto it = FindEntry(key); it != entries_.end(); it = FindEntry(key)) {
+    if (it->second.is_whole) return MakePin(*it);
+    filled_.wait_for(lock, kAskInterval);
+    lock.unlock();
+    WALSH_RETURN_IF_ERROR(Ask(keep_going));
+    lock.lock();
+  }
+  WALSH_RETURN_IF_ERROR(MakeRoom(size_bytes));
+  entries_[key] = {.size_bytes = size_bytes};
+  lock.unlock();
+  const absl::Status status = FillNew(key, fill);
+  lock.lock();
+  filled_.notify_all();
+  if (!status.ok()) {
+    entries_.erase(key);
+    return status;
+  }
+  const auto it = entries_.find(key);
+  it->second.is_whole = true;
+  return MakePin(*it);
+}
+
+absl::StatusOr<std::string> SourceCache::MakeTemporaryDirectory() const {
+  std::string directory = TemporaryName(Directory("source"));
+  WALSH_RETURN_IF_ERROR(MakeDirectories(directory));
+  return directory;
+}
+
+absl::Status SourceCache::FillNew(const std::string& key, const Fill& fill) const {
+  WALSH_ASSIGN_OR_RETURN(const std::string temporary, MakeTemporaryDirectory());
+  absl::Status status = fill(temporary);
+  if (status.ok()) status = PublishDirectory(temporary, Directory(key));
+  if (!status.ok()) RemoveTree(temporary).IgnoreError();  // what stays goes at the next start
+  return status;
+}
+
+void SourceCache::Unpin(const std::string& key) {
+  const std::lock_guard lock(mu_);
+  --entries_.at(key).n_pins;
+}
+
+SourceCache::Entries::iterator SourceCache::FindEntry(const std::string& key) {
+  const auto it = entries_.find(key);
+  if (it == entries_.end() || !it->second.is_whole || it->second.n_pins > 0) return it;
+  std::error_code error;
+  if (fs::is_directory(Directory(key), error)) return it;
+  // An operator has made room.
+  entries_.erase(it);
+  return entries_.end();
+}
+
+SourceCache::Pin SourceCache::MakePin(Entries::value_type& entry) {
+  auto& [key, folder] = entry;
+  ++folder.n_pins;
+  folder.used = ++n_uses_;
+  // For the next process. Where it fails, the folder goes earlier than it need.
+  std::error_code error;
+  fs::last_write_time(Directory(key), fs::file_time_type::clock::now(), error);
+  return Pin(this, key);
+}
+
+absl::Status SourceCache::MakeRoom(int64_t size_bytes) {
+  WALSH_RETURN_IF_ERROR(CheckFits(size_bytes));
+  while (true) {
+    int64_t held_bytes = 0;
+    for (const auto& [key, folder] : entries_) held_bytes += folder.size_bytes;
+    WALSH_ASSIGN_OR_RETURN(const int64_t disk_bytes, FreeBytes(root_));
+    const int64_t free_bytes = std::min(disk_bytes, bytes_max_ - held_bytes);
+    if (size_bytes <= free_bytes) return absl::OkStatus();
+    WALSH_ASSIGN_OR_RETURN(const bool is_less, RemoveOldest());
+    if (!is_less) return CheckDisk("the source", size_bytes, free_bytes, root_);
+  }
+}
+
+absl::StatusOr<bool> SourceCache::RemoveOldest() {
+  auto oldest = entries_.end();
+  for (auto it = entries_.begin(); it != entries_.end(); ++it) {
+    if (!it->second.is_whole || it->second.n_pins > 0) continue;
+    if (oldest == entries_.end() || it->second.used < oldest->second.used) oldest = it;
+  }
+  if (oldest == entries_.end()) return false;
+  const std::string doomed = TemporaryName(Directory("doomed"));
+  WALSH_RETURN_IF_ERROR(MoveDirectory(Directory(oldest->first), doomed));
+  WALSH_LOG(Info, "a source leaves the cache", {"bytes", oldest->second.size_bytes});
+  entries_.erase(oldest);
+  WALSH_RETURN_IF_ERROR(RemoveTree(doomed));
+  return true;
+}
+
+}  // namespace walsh::service
