@@ -8,7 +8,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
+#include <condition_variable>
 #include <filesystem>
+#include <mutex>
 #include <system_error>
 #include <utility>
 
@@ -27,11 +30,15 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr std::chrono::milliseconds kLockInterval{10};
+
 class DirectoryStore final : public ObjectStore {
  public:
-  explicit DirectoryStore(std::string directory) : directory_(std::move(directory)) {}
+  DirectoryStore(std::string directory, absl::Duration lock_timeout)
+      : directory_(std::move(directory)), lock_timeout_(lock_timeout) {}
 
-  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const override {
+  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max,
+                               const KeepGoing&) const override {
     WALSH_ASSIGN_OR_RETURN(const auto file, OpenObject(key));
     if (file->size() > bytes_max) {
       return absl::ResourceExhaustedError(absl::StrCat("a stored object has ", file->size(),
@@ -63,7 +70,7 @@ class DirectoryStore final : public ObjectStore {
   absl::StatusOr<std::string> Put(const std::string& key, std::string_view contents,
                                   const WriteCondition& condition) override {
     WALSH_RETURN_IF_ERROR(Prepare(key));
-    WALSH_ASSIGN_OR_RETURN(const Lock lock, Lock::Take(directory_ + "/.lock"));
+    WALSH_ASSIGN_OR_RETURN(const Lock lock, TakeLock());
     WALSH_RETURN_IF_ERROR(CheckCondition(key, condition));
     WALSH_RETURN_IF_ERROR(PublishFile(Path(key), contents));
     return Sha256Hex(contents);
@@ -111,21 +118,16 @@ class DirectoryStore final : public ObjectStore {
     return ErrnoStatus(errno, "removing a stored object");
   }
 
-  void Stop() override {}
+  void Stop() override {
+    const std::lock_guard lock(stop_mu_);
+    is_stopped_ = true;
+    stopped_.notify_all();
+  }
 
  private:
   class Lock {
    public:
-    static absl::StatusOr<Lock> Take(const std::string& path) {
-      const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
-      if (fd < 0) return ErrnoStatus(errno, "opening the lock of stored objects");
-      Lock lock(fd);
-      // Held for the length of one small write.
-      while (flock(fd, LOCK_EX) != 0) {
-        if (errno != EINTR) return ErrnoStatus(errno, "locking stored objects");
-      }
-      return lock;
-    }
+    explicit Lock(int fd) : fd_(fd) {}
     Lock(Lock&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     Lock& operator=(Lock&&) = delete;
     ~Lock() {
@@ -133,9 +135,31 @@ class DirectoryStore final : public ObjectStore {
     }
 
    private:
-    explicit Lock(int fd) : fd_(fd) {}
     int fd_;
   };
+
+  // Whoever has it holds it for the length of one small write, unless its process or its file
+  // system stands still.
+  absl::StatusOr<Lock> TakeLock() const {
+    const std::string path = directory_ + "/.lock";
+    const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd < 0) return ErrnoStatus(errno, "opening the lock of stored objects");
+    Lock lock(fd);
+    const absl::Time until = absl::Now() + lock_timeout_;
+    while (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+      if (errno != EWOULDBLOCK && errno != EINTR) {
+        return ErrnoStatus(errno, "locking stored objects");
+      }
+      if (absl::Now() >= until) {
+        return absl::UnavailableError("another writer has locked the stored objects");
+      }
+      std::unique_lock waiting(stop_mu_);
+      if (stopped_.wait_for(waiting, kLockInterval, [this] { return is_stopped_; })) {
+        return absl::CancelledError("the worker is stopping");
+      }
+    }
+    return lock;
+  }
 
   std::string Path(const std::string& key) const { return absl::StrCat(directory_, "/", key); }
 
@@ -165,7 +189,7 @@ class DirectoryStore final : public ObjectStore {
 
   absl::Status CheckCondition(const std::string& key, const WriteCondition& condition) const {
     if (!condition.must_be_absent && condition.must_be_version.empty()) return absl::OkStatus();
-    const absl::StatusOr<Contents> there = Get(key, kPieceBytes);
+    const absl::StatusOr<Contents> there = Get(key, kPieceBytes, {});
     if (absl::IsNotFound(there.status())) {
       return condition.must_be_absent ? absl::OkStatus() : there.status();
     }
@@ -198,13 +222,19 @@ class DirectoryStore final : public ObjectStore {
   }
 
   const std::string directory_;
+  const absl::Duration lock_timeout_;
+  mutable std::mutex stop_mu_;
+  mutable std::condition_variable stopped_;
+  bool is_stopped_ = false;  // guarded by stop_mu_
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<ObjectStore>> OpenDirectoryStore(const std::string& directory) {
+absl::StatusOr<std::unique_ptr<ObjectStore>> OpenDirectoryStore(const std::string& directory,
+                                                                absl::Duration lock_timeout) {
   WALSH_RETURN_IF_ERROR(MakeDirectories(directory));
-  return std::make_unique<DirectoryStore>(fs::path(directory).lexically_normal().string());
+  return std::make_unique<DirectoryStore>(fs::path(directory).lexically_normal().string(),
+                                          lock_timeout);
 }
 
 }  // namespace walsh::objects

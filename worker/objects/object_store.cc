@@ -52,12 +52,13 @@ absl::StatusOr<std::unique_ptr<ObjectStore>> OpenObjectStore(std::string_view fl
 absl::Status ReadVerified(
     const ObjectStore& store, const std::string& key, const Expected& expected,
     const std::function<std::span<std::byte>(int64_t offset, int64_t n_bytes)>& place,
-    const std::function<absl::Status(std::span<const std::byte>)>& use) {
+    const std::function<absl::Status(std::span<const std::byte>)>& use,
+    const KeepGoing& keep_going) {
   Sha256 hash;
   for (int64_t offset = 0; offset < expected.size_bytes;) {
     const int64_t n_bytes = std::min(expected.size_bytes - offset, kPieceBytes);
     const std::span<std::byte> piece = place(offset, n_bytes);
-    WALSH_RETURN_IF_ERROR(store.ReadAt(key, offset, piece));
+    WALSH_RETURN_IF_ERROR(store.ReadAt(key, offset, piece, {.keep_going = keep_going}));
     hash.Update(piece.data(), piece.size());
     WALSH_RETURN_IF_ERROR(use(piece));
     offset += n_bytes;

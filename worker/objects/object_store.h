@@ -66,7 +66,8 @@ class ObjectStore {
   virtual ~ObjectStore() = default;
 
   // All of an object that has at most `bytes_max`.
-  virtual absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const = 0;
+  virtual absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max,
+                                       const KeepGoing& keep_going = {}) const = 0;
   // Fills `into` from `offset` on.
   virtual absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
                               const ReadOptions& options = {}) const = 0;
@@ -89,8 +90,10 @@ class ObjectStore {
   virtual void Stop() = 0;
 };
 
-// In `directory`, which is made and may be shared by the workers of a file system.
-absl::StatusOr<std::unique_ptr<ObjectStore>> OpenDirectoryStore(const std::string& directory);
+// In `directory`, which is made and may be shared by the workers of a file system. A write that
+// waits longer than that for another's is UNAVAILABLE.
+absl::StatusOr<std::unique_ptr<ObjectStore>> OpenDirectoryStore(
+    const std::string& directory, absl::Duration lock_timeout = absl::Seconds(30));
 
 // `location`: file:DIR or s3://BUCKET[/PREFIX]. For the latter the environment says more
 // (worker/objects/s3_options.h). `flag` is for messages.
@@ -106,7 +109,8 @@ struct Expected {
 absl::Status ReadVerified(
     const ObjectStore& store, const std::string& key, const Expected& expected,
     const std::function<std::span<std::byte>(int64_t offset, int64_t n_bytes)>& place,
-    const std::function<absl::Status(std::span<const std::byte>)>& use);
+    const std::function<absl::Status(std::span<const std::byte>)>& use,
+    const KeepGoing& keep_going = {});
 
 absl::Status CheckKey(const std::string& key);
 

@@ -118,11 +118,13 @@ class S3Store final : public ObjectStore {
  public:
   explicit S3Store(S3Options options) : options_(std::move(options)), http_(options_) {}
 
-  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const override {
+  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max,
+                               const KeepGoing& keep_going) const override {
     WALSH_ASSIGN_OR_RETURN(const std::string path, PathOf(key));
-    WALSH_ASSIGN_OR_RETURN(
-        Answer answer,
-        Send({.method = "GET", .path_and_query = path, .answer_bytes_max = bytes_max}));
+    WALSH_ASSIGN_OR_RETURN(Answer answer, Send({.method = "GET",
+                                                .path_and_query = path,
+                                                .answer_bytes_max = bytes_max,
+                                                .keep_going = keep_going}));
     if (static_cast<int64_t>(answer.body.size()) > bytes_max) {
       return absl::ResourceExhaustedError(
           absl::StrCat("a stored object has more than ", bytes_max, " bytes"));

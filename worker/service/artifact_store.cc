@@ -96,8 +96,10 @@ absl::StatusOr<Entry> FromText(const std::string& text) {
   }
 }
 
-absl::StatusOr<Entry> ReadEntry(const ObjectStore& store, const std::string& id) {
-  const absl::StatusOr<ObjectStore::Contents> text = store.Get(EntryKey(id), kEntryBytesMax);
+absl::StatusOr<Entry> ReadEntry(const ObjectStore& store, const std::string& id,
+                                const KeepGoing& keep_going) {
+  const absl::StatusOr<ObjectStore::Contents> text =
+      store.Get(EntryKey(id), kEntryBytesMax, keep_going);
   if (absl::IsNotFound(text.status())) return NotFound("model", ModelName(id));
   WALSH_RETURN_IF_ERROR(text.status());
   return FromText(text->bytes);
@@ -133,8 +135,9 @@ absl::StatusOr<Files> DigestsOf(const std::string& directory, const KeepGoing& k
 }
 
 // OK where the store has just these files under the name.
-absl::Status CheckSame(const ObjectStore& store, const std::string& id, const Files& files) {
-  WALSH_ASSIGN_OR_RETURN(const Entry there, ReadEntry(store, id));
+absl::Status CheckSame(const ObjectStore& store, const std::string& id, const Files& files,
+                       const KeepGoing& keep_going) {
+  WALSH_ASSIGN_OR_RETURN(const Entry there, ReadEntry(store, id, keep_going));
   const auto is_same = [](const Files::value_type& a, const Files::value_type& b) {
     return a.first == b.first && a.second.sha256 == b.second.sha256;
   };
@@ -156,7 +159,7 @@ absl::Status FetchFile(const ObjectStore& store, const std::string& key, const E
     WALSH_RETURN_IF_ERROR(output->Append(piece));
     return Ask(keep_going);
   };
-  WALSH_RETURN_IF_ERROR(objects::ReadVerified(store, key, expected, place, write));
+  WALSH_RETURN_IF_ERROR(objects::ReadVerified(store, key, expected, place, write, keep_going));
   return output->Finish();
 }
 
@@ -164,7 +167,9 @@ absl::Status FetchFile(const ObjectStore& store, const std::string& key, const E
 
 absl::Status StoredAlready(const std::string& id) {
   absl::Status status = absl::AlreadyExistsError(
-      absl::StrCat(ModelName(id), " exists already in the artifact store"));
+      absl::StrCat(ModelName(id),
+                   " exists already in the artifact store, made by another job; "
+                   "delete it to use its name"));
   SetErrorInfo(status, "MODEL_EXISTS");
   SetResourceInfo(status, "model", ModelName(id), "exists already");
   return status;
@@ -175,11 +180,12 @@ ArtifactStore::ArtifactStore(std::unique_ptr<ObjectStore> objects) : objects_(st
 absl::Status ArtifactStore::Keep(const std::string& id, const std::string& directory,
                                  const Origin& origin, const KeepGoing& keep_going) {
   WALSH_ASSIGN_OR_RETURN(const Files files, DigestsOf(directory, keep_going));
-  if (const absl::Status there = CheckSame(*objects_, id, files); !absl::IsNotFound(there)) {
+  if (const absl::Status there = CheckSame(*objects_, id, files, keep_going);
+      !absl::IsNotFound(there)) {
     return there;
   }
   WALSH_ASSIGN_OR_RETURN(const std::vector<ObjectStore::Listed> listed,
-                         objects_->List(ObjectsFolder(id)));
+                         objects_->List(ObjectsFolder(id), keep_going));
   std::map<std::string, int64_t> there;
   for (const ObjectStore::Listed& object : listed) there[object.key] = object.size_bytes;
   std::map<std::string, int64_t> needed;
@@ -198,7 +204,7 @@ absl::Status ArtifactStore::Keep(const std::string& id, const std::string& direc
           ->Put(EntryKey(id), ToText({.origin = origin, .files = files}), {.must_be_absent = true})
           .status();
   // Another holder of the job was faster, or this write took place and its answer was lost.
-  if (absl::IsAborted(put)) return CheckSame(*objects_, id, files);
+  if (absl::IsAborted(put)) return CheckSame(*objects_, id, files, keep_going);
   WALSH_RETURN_IF_ERROR(put);
   for (const auto& [key, size_bytes] : there) {
     if (needed.contains(key)) continue;
@@ -209,15 +215,16 @@ absl::Status ArtifactStore::Keep(const std::string& id, const std::string& direc
   return absl::OkStatus();
 }
 
-absl::StatusOr<ArtifactStore::Origin> ArtifactStore::Find(const std::string& id) const {
-  WALSH_ASSIGN_OR_RETURN(const Entry entry, ReadEntry(*objects_, id));
+absl::StatusOr<ArtifactStore::Origin> ArtifactStore::Find(const std::string& id,
+                                                          const KeepGoing& keep_going) const {
+  WALSH_ASSIGN_OR_RETURN(const Entry entry, ReadEntry(*objects_, id, keep_going));
   return entry.origin;
 }
 
 absl::StatusOr<ArtifactStore::Origin> ArtifactStore::Fetch(const std::string& id,
                                                            const std::string& directory,
                                                            const KeepGoing& keep_going) const {
-  WALSH_ASSIGN_OR_RETURN(const Entry entry, ReadEntry(*objects_, id));
+  WALSH_ASSIGN_OR_RETURN(const Entry entry, ReadEntry(*objects_, id, keep_going));
   WALSH_RETURN_IF_ERROR(MakeDirectories(directory));
   for (const auto& [name, file] : entry.files) {
     WALSH_RETURN_IF_ERROR(Ask(keep_going));

@@ -37,7 +37,7 @@ class ArtifactStore {
   // Copies the artifact. OK where the same one is there already.
   absl::Status Keep(const std::string& id, const std::string& directory, const Origin& origin,
                     const KeepGoing& keep_going);
-  absl::StatusOr<Origin> Find(const std::string& id) const;
+  absl::StatusOr<Origin> Find(const std::string& id, const KeepGoing& keep_going = {}) const;
   // Into `directory`, which must not exist and is left incomplete after an error. All files have
   // their digests.
   absl::StatusOr<Origin> Fetch(const std::string& id, const std::string& directory,

@@ -103,8 +103,9 @@ TEST_F(ObjectCheckpointStoreTest, OneOfTwoWritersWithTheSameTokenGoesOn) {
 class StoreThatGoes final : public objects::ObjectStore {
  public:
   explicit StoreThatGoes(objects::ObjectStore* store) : store_(*store) {}
-  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const override {
-    return store_.Get(key, bytes_max);
+  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max,
+                               const KeepGoing& keep_going) const override {
+    return store_.Get(key, bytes_max, keep_going);
   }
   absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
                       const objects::ReadOptions& options) const override {

@@ -16,7 +16,7 @@
 
 namespace walsh::service {
 
-// A store of sources whose reads and lists a test sees first.
+// A store whose reads and lists a test sees first.
 class WatchedStore final : public objects::ObjectStore {
  public:
   // 0 bytes: of a list.
@@ -25,8 +25,9 @@ class WatchedStore final : public objects::ObjectStore {
   // `on_read` outlives the store, and may be empty.
   WatchedStore(std::unique_ptr<objects::ObjectStore> store, const OnRead* on_read)
       : store_(std::move(store)), on_read_(*on_read) {}
-  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max) const override {
-    return store_->Get(key, bytes_max);
+  absl::StatusOr<Contents> Get(const std::string& key, int64_t bytes_max,
+                               const KeepGoing& keep_going) const override {
+    return store_->Get(key, bytes_max, keep_going);
   }
   absl::Status ReadAt(const std::string& key, int64_t offset, std::span<std::byte> into,
                       const objects::ReadOptions& options) const override {
@@ -34,13 +35,13 @@ class WatchedStore final : public objects::ObjectStore {
         on_read_ ? on_read_(key, into.size(), options.keep_going) : absl::OkStatus();
     return status.ok() ? store_->ReadAt(key, offset, into, options) : status;
   }
-  absl::StatusOr<std::string> Put(const std::string&, std::string_view,
-                                  const objects::WriteCondition&) override {
-    return absl::UnimplementedError("sources are read only");
+  absl::StatusOr<std::string> Put(const std::string& key, std::string_view contents,
+                                  const objects::WriteCondition& condition) override {
+    return store_->Put(key, contents, condition);
   }
-  absl::Status PutFile(const std::string&, const std::string&, const std::string&,
-                       const KeepGoing&) override {
-    return absl::UnimplementedError("sources are read only");
+  absl::Status PutFile(const std::string& key, const std::string& path, const std::string& sha256,
+                       const KeepGoing& keep_going) override {
+    return store_->PutFile(key, path, sha256, keep_going);
   }
   absl::StatusOr<std::vector<Listed>> List(const std::string& folder,
                                            const KeepGoing& keep_going) const override {
@@ -51,9 +52,7 @@ class WatchedStore final : public objects::ObjectStore {
   absl::StatusOr<Listed> Find(const std::string& key, const KeepGoing& keep_going) const override {
     return store_->Find(key, keep_going);
   }
-  absl::Status Delete(const std::string&) override {
-    return absl::UnimplementedError("sources are read only");
-  }
+  absl::Status Delete(const std::string& key) override { return store_->Delete(key); }
   void Stop() override { store_->Stop(); }
 
  private:
