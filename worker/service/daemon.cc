@@ -182,6 +182,7 @@ class WorkerDaemon final : public Daemon {
   std::unique_ptr<JobRunner> runner_;
   std::unique_ptr<Agent> agent_;
   std::thread loader_;
+  std::thread sweeper_;
   std::atomic<bool> is_stopping_ = false;
   std::atomic<bool> is_device_broken_ = false;
   // A coordinator may have a job checked here, and find a broken device, while this worker starts.
@@ -232,9 +233,12 @@ absl::Status WorkerDaemon::OpenCheckpoints() {
   if (!options_.no_checkpoints && objects::IsS3Location(options_.checkpoint_dir)) {
     WALSH_ASSIGN_OR_RETURN(checkpoint_objects_,
                            objects::OpenObjectStore("--checkpoint-dir", options_.checkpoint_dir));
-    const absl::Status removed =
-        pipeline::RemoveStaleObjectCheckpoints(*checkpoint_objects_, kCheckpointsKept);
-    if (!removed.ok()) WALSH_LOG(Warning, "old checkpoints stay", {"error", removed});
+    // An endpoint that is away for minutes keeps no worker from starting or from stopping.
+    sweeper_ = std::thread([this] {
+      const absl::Status removed =
+          pipeline::RemoveStaleObjectCheckpoints(*checkpoint_objects_, kCheckpointsKept);
+      if (!removed.ok()) WALSH_LOG(Warning, "old checkpoints stay", {"error", removed});
+    });
     return absl::OkStatus();
   }
   const std::string directory = CheckpointsDirectory();
@@ -522,6 +526,7 @@ void WorkerDaemon::Stop() {
   StopAgentBy(deadline);
   StopStores();  // a fetch ends
   if (loader_.joinable()) loader_.join();
+  if (sweeper_.joinable()) sweeper_.join();
   if (server_ != nullptr) server_->Shutdown(absl::ToChronoTime(absl::Now() + kServerGrace));
   http_.reset();  // its probes look at all of the above
   RemoveEndpoints(options_.data_dir, kDaemonName);

@@ -15,6 +15,7 @@
 #include "tests/testing/fake_coordinator.h"
 #include "tests/testing/http_get.h"
 #include "tests/testing/metric_value.h"
+#include "tests/testing/scoped_environment.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/test_data.h"
 #include "tests/testing/tiny_model.h"
@@ -29,6 +30,7 @@ using ::testing::HasSubstr;
 using ::walsh::testing::FakeCoordinator;
 using ::walsh::testing::HttpGet;
 using ::walsh::testing::MetricValue;
+using ::walsh::testing::ScopedEnvironment;
 using ::walsh::testing::StatusIs;
 using ::walsh::testing::TinyModel;
 using ::walsh::testing::WaitUntil;
@@ -124,6 +126,25 @@ TEST_F(WorkerDaemonTest, AFolderForCheckpointsThatCannotBeIsToldAtOnce) {
   options.checkpoint_dir = "/proc/checkpoints";
   EXPECT_THAT(Daemon::Start(options, {.cuda = FakeCudaDevices(&device_)}).status().message(),
               HasSubstr("--checkpoint-dir"));
+}
+
+// Set before the threads of the fixture run.
+struct BucketThatIsAway {
+  const ScopedEnvironment endpoint{"AWS_ENDPOINT_URL", "http://127.0.0.1:1"};
+  const ScopedEnvironment id{"AWS_ACCESS_KEY_ID", "id"};
+  const ScopedEnvironment key{"AWS_SECRET_ACCESS_KEY", "key"};
+};
+class BucketThatIsAwayTest : private BucketThatIsAway, public WorkerDaemonTest {};
+
+TEST_F(BucketThatIsAwayTest, KeepsNoWorkerFromStartingOrStopping) {
+  WorkerOptions options = Options();
+  options.checkpoint_dir = options.artifact_store = "s3://bucket/walsh";
+  options.model_url_prefixes = {"s3://bucket/models"};
+  const absl::Time start = absl::Now();
+  ASSERT_OK_AND_ASSIGN(const std::unique_ptr<Daemon> daemon,
+                       Daemon::Start(options, {.cuda = FakeCudaDevices(&device_)}));
+  daemon->Stop();
+  EXPECT_LT(absl::Now() - start, absl::Seconds(20));
 }
 
 // Seen by a coordinator's check while no job runs: the worker must not wait for one to find it
