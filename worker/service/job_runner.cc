@@ -256,7 +256,7 @@ JobRunner::JobRunner(Options options, CoordinatorLink* coordinator, ModelStore* 
 
 void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
   Failure failure;
-  absl::StatusOr<Outcome> outcome = FindEarlier(lease);
+  absl::StatusOr<Outcome> outcome = FindEarlier(lease, held);
   if (absl::IsNotFound(outcome.status())) outcome = RunToPublished(lease, held, failure);
   if (outcome.ok()) {
     if (const absl::Status kept = KeepArtifact(lease, held); !kept.ok()) outcome = kept;
@@ -270,14 +270,16 @@ void JobRunner::Run(const internal::v1::Lease& lease, HeldLease& held) {
   Complete(outcome, failure, held);
 }
 
-absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease) {
+absl::StatusOr<JobRunner::Outcome> JobRunner::FindEarlier(const internal::v1::Lease& lease,
+                                                          const HeldLease& held) {
   const std::string& id = lease.job().model_name();
   absl::StatusOr<v1::Model> found = models_->Get(id);
   if (absl::IsNotFound(found.status())) {
     // Of a worker that died between keeping and completing it.
-    found = models_->Fetch(id, [&](const ArtifactStore::Origin& origin) {
-      return origin.job_name == lease.job_name();
-    });
+    found = models_->Fetch(
+        id,
+        [&](const ArtifactStore::Origin& origin) { return origin.job_name == lease.job_name(); },
+        [&held] { return held.Check(); });
     if (!found.ok() && !absl::IsNotFound(found.status())) return OfStore(found.status());
   }
   if (absl::IsNotFound(found.status())) {

@@ -99,7 +99,7 @@ class JobRunner {
   absl::Status CheckGate(const std::string& directory, const internal::v1::Lease& lease,
                          const pipeline::JobReport& report, Outcome& outcome, Failure& failure);
   // The outcome of an earlier holder of the same job, when it published.
-  absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease);
+  absl::StatusOr<Outcome> FindEarlier(const internal::v1::Lease& lease, const HeldLease& held);
   // In the artifact store, where there is one: what is acknowledged outlives this machine.
   absl::Status KeepArtifact(const internal::v1::Lease& lease, HeldLease& held);
   absl::StatusOr<pipeline::JobReport> QuantizeInto(const std::string& directory,

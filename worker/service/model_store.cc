@@ -3,6 +3,7 @@
 #include <malloc.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <utility>
 
@@ -32,6 +33,7 @@ constexpr char kOrigins[] = "/.origins";
 // An engine that neither turns, which it does when it is idle, too, nor goes on to another layer of
 // its step for so long is taken for hung.
 constexpr absl::Duration kHungAfter = absl::Seconds(60);
+constexpr std::chrono::milliseconds kAskInterval{100};
 // Of those that a message names, which has no place for all.
 constexpr size_t kNamedModelsMax = 4;
 
@@ -55,6 +57,22 @@ absl::Status Unloading(const std::string& id) {
 
 }  // namespace
 
+class ModelStore::Move {
+ public:
+  Move(ModelStore* store, std::string id) : store_(*store), id_(std::move(id)) {}
+  ~Move() {
+    const std::lock_guard lock(store_.mu_);
+    store_.moving_.erase(id_);
+    store_.moved_.notify_all();
+  }
+  Move(const Move&) = delete;
+  Move& operator=(const Move&) = delete;
+
+ private:
+  ModelStore& store_;
+  const std::string id_;
+};
+
 ModelStore::ModelStore(Options options, Clock* clock)
     : options_(std::move(options)), clock_(clock) {}
 
@@ -68,7 +86,7 @@ absl::StatusOr<std::unique_ptr<ModelStore>> ModelStore::Open(Options options, Cl
     if (!entry.is_directory() || !IsModelId(id) || !fs::exists(entry.path() / "walsh.json")) {
       continue;
     }
-    absl::StatusOr<Model> model = store->ReadArtifact(id);
+    absl::StatusOr<Model> model = store->ReadArtifact(id, store->Directory(id));
     if (!model.ok()) {
       WALSH_LOG(Warning, "an artifact cannot be read and is left alone", {"model", id},
                 {"error", model.status()});
@@ -107,10 +125,23 @@ std::string ModelStore::OriginPath(const std::string& id) const {
   return absl::StrCat(options_.root, kOrigins, "/", id);
 }
 
-absl::StatusOr<Model> ModelStore::ReadArtifact(const std::string& id) const {
-  WALSH_ASSIGN_OR_RETURN(const ArtifactInfo info, ArtifactReader::ReadInfo(Directory(id)));
+absl::StatusOr<std::unique_ptr<ModelStore::Move>> ModelStore::BeginMove(
+    const std::string& id, const KeepGoing& keep_going) {
+  std::unique_lock lock(mu_);
+  while (!moving_.insert(id).second) {
+    moved_.wait_for(lock, kAskInterval);
+    lock.unlock();
+    WALSH_RETURN_IF_ERROR(Ask(keep_going));
+    lock.lock();
+  }
+  return std::make_unique<Move>(this, id);
+}
+
+absl::StatusOr<Model> ModelStore::ReadArtifact(const std::string& id,
+                                               const std::string& directory) const {
+  WALSH_ASSIGN_OR_RETURN(const ArtifactInfo info, ArtifactReader::ReadInfo(directory));
   WALSH_ASSIGN_OR_RETURN(const std::string config_json,
-                         ReadFile(Directory(id) + "/config.json", limits::kConfigFileBytesMax));
+                         ReadFile(directory + "/config.json", limits::kConfigFileBytesMax));
   WALSH_ASSIGN_OR_RETURN(const ModelConfig config, ParseModelConfig(config_json));
   Model model;
   model.set_name(ModelName(id));
@@ -309,6 +340,10 @@ absl::Status ModelStore::Delete(const std::string& id) {
     SetErrorInfo(status, "MODEL_LOADED");
     return status;
   }
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Move> move, BeginMove(id, [&] {
+                           return Away(absl::StrCat(ModelName(id), " is being fetched"),
+                                       "MODEL_LOADING");
+                         }));
   if (options_.artifacts != nullptr) {
     // First there: while that cannot be done, the model stays as it is.
     const absl::Status removed = options_.artifacts->Remove(id);
@@ -420,9 +455,10 @@ absl::StatusOr<Model> ModelStore::Publish(const std::string& from, const std::st
   // Of a job and an import of one name the first has it: its origin, too.
   const std::lock_guard publishing(publish_mu_);
   WALSH_RETURN_IF_ERROR(CheckNameIsFree(id));
+  WALSH_ASSIGN_OR_RETURN(Model model, ReadArtifact(id, from));
+  model.set_quantization_job(job_name);
   WALSH_RETURN_IF_ERROR(PublishFile(OriginPath(id), job_name));
   WALSH_RETURN_IF_ERROR(PublishDirectory(from, Directory(id)));
-  WALSH_ASSIGN_OR_RETURN(Model model, ReadArtifact(id));
   return Update(id, [&](Entry& entry) { entry.model = std::move(model); });
 }
 
@@ -437,27 +473,34 @@ absl::Status ModelStore::Keep(const std::string& id, const ArtifactStore::Origin
 }
 
 absl::StatusOr<Model> ModelStore::Fetch(
-    const std::string& id, const std::function<bool(const ArtifactStore::Origin&)>& is_wanted) {
+    const std::string& id, const std::function<bool(const ArtifactStore::Origin&)>& is_wanted,
+    const KeepGoing& keep_going) {
   if (options_.artifacts == nullptr) return UnknownModel(id);
-  const std::lock_guard fetching(fetch_mu_);
+  const KeepGoing go_on = [&] {
+    return is_draining_ ? Away("the worker is stopping", "WORKER_STOPPING") : Ask(keep_going);
+  };
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Move> move, BeginMove(id, go_on));
   if (absl::StatusOr<Model> here = Get(id); here.ok()) return here;
-  WALSH_ASSIGN_OR_RETURN(const ArtifactStore::Origin origin, options_.artifacts->Find(id));
+  WALSH_ASSIGN_OR_RETURN(const ArtifactStore::Origin origin, options_.artifacts->Find(id, go_on));
   if (is_wanted && !is_wanted(origin)) return StoredAlready(id);
-  const absl::Duration start = clock_->Monotonic();
   const std::string directory = TemporaryDirectory(absl::StrCat("fetched-", id), 0);
   WALSH_RETURN_IF_ERROR(RemoveTree(directory));  // of a fetch that failed
-  const auto fetched = options_.artifacts->Fetch(id, directory, [this] {
-    return is_draining_ ? Away("the worker is stopping", "WORKER_STOPPING") : absl::OkStatus();
-  });
-  absl::StatusOr<Model> model = fetched.ok() ? Publish(directory, id, fetched->job_name)
-                                             : absl::StatusOr<Model>(fetched.status());
+  absl::StatusOr<Model> model = FetchInto(id, directory, go_on);
   if (!model.ok()) {
     RemoveTree(directory).IgnoreError();  // what stays is removed at the next start
     WALSH_LOG(Warning, "a model cannot be fetched", {"model", id}, {"error", model.status()});
-    return model;
   }
+  return model;
+}
+
+absl::StatusOr<Model> ModelStore::FetchInto(const std::string& id, const std::string& directory,
+                                            const KeepGoing& keep_going) {
+  const absl::Duration start = clock_->Monotonic();
+  WALSH_ASSIGN_OR_RETURN(const ArtifactStore::Origin origin,
+                         options_.artifacts->Fetch(id, directory, keep_going));
+  WALSH_ASSIGN_OR_RETURN(Model model, Publish(directory, id, origin.job_name));
   WALSH_LOG(Info, "model fetched from the artifact store", {"model", id},
-            {"size_bytes", model->size_bytes()},
+            {"size_bytes", model.size_bytes()},
             {"seconds", absl::ToDoubleSeconds(clock_->Monotonic() - start)});
   return model;
 }

@@ -13,15 +13,17 @@
 // is free when its model is loaded, less what the caches before it may still come to take.
 //
 // With an artifact store, a model that is not here and that the store has is fetched when it is
-// loaded, and what is deleted here is deleted there.
+// loaded, and what is deleted here is deleted there. A model that is being fetched is not deleted,
+// and one that is being deleted is not fetched; several are fetched at once.
 //
-// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), RESOURCE_EXHAUSTED with reason
-//         INSUFFICIENT_MEMORY, those of reading artifacts and of ExclusiveUse, which leave a model
-//         as it was
+// Errors: NOT_FOUND, ALREADY_EXISTS, FAILED_PRECONDITION (loaded), UNAVAILABLE with reason
+//         MODEL_LOADING (being fetched), RESOURCE_EXHAUSTED with reason INSUFFICIENT_MEMORY, those
+//         of reading artifacts and of ExclusiveUse, which leave a model as it was
 // Threads: safe. Load and Unload block; the rest does not wait for them.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <future>
@@ -29,6 +31,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -37,6 +40,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "common/clock.h"
+#include "common/keep_going.h"
 #include "walsh/v1/model.pb.h"
 #include "worker/engine/engine.h"
 #include "worker/engine/request_count.h"
@@ -108,18 +112,20 @@ class ModelStore {
   // ALREADY_EXISTS (ErrorInfo MODEL_EXISTS) when a model or anything else has the name: a damaged
   // artifact, which is not listed, is in the way of a new one as well.
   absl::Status CheckNameIsFree(const std::string& id) const;
-  // Moves a finished artifact to its name and remembers the job that made it. ALREADY_EXISTS when
-  // there is one.
+  // Moves a finished artifact, which is read first, to its name and remembers the job that made it.
+  // ALREADY_EXISTS when there is one.
   absl::StatusOr<v1::Model> Publish(const std::string& from, const std::string& id,
                                     const std::string& job_name);
   // Copies a model to the artifact store, where there is one and it is not there already.
   absl::Status Keep(const std::string& id, const ArtifactStore::Origin& origin,
                     const KeepGoing& keep_going);
   // Makes a model of the artifact store one of this worker's. NOT_FOUND without a store, or where
-  // it has none; ALREADY_EXISTS where `is_wanted` does not want what it has.
+  // it has none; ALREADY_EXISTS where `is_wanted` does not want what it has. Asks `keep_going` also
+  // while it waits for the endpoint, or for another who fetches or deletes the model.
   absl::StatusOr<v1::Model> Fetch(
       const std::string& id,
-      const std::function<bool(const ArtifactStore::Origin&)>& is_wanted = {});
+      const std::function<bool(const ArtifactStore::Origin&)>& is_wanted = {},
+      const KeepGoing& keep_going = {});
 
   // Called after every change of a model's state, from the thread that changed it.
   using Listener = std::function<void(const v1::Model&)>;
@@ -141,7 +147,13 @@ class ModelStore {
   // The job's name is kept beside the artifact, whose own bytes depend on its inputs alone.
   std::string OriginPath(const std::string& id) const;
   void RemoveTemporaries();
-  absl::StatusOr<v1::Model> ReadArtifact(const std::string& id) const;
+  // Waits until nobody else fetches or deletes the model, and lets nobody while the result lives.
+  class Move;
+  absl::StatusOr<std::unique_ptr<Move>> BeginMove(const std::string& id,
+                                                  const KeepGoing& keep_going);
+  absl::StatusOr<v1::Model> ReadArtifact(const std::string& id, const std::string& directory) const;
+  absl::StatusOr<v1::Model> FetchInto(const std::string& id, const std::string& directory,
+                                      const KeepGoing& keep_going);
   // A load's shortage of memory, with what the models of this worker hold and what an operator can
   // do about it.
   absl::Status ExplainShortage(const absl::Status& shortage) const;
@@ -158,11 +170,12 @@ class ModelStore {
   Clock* const clock_;
   // Engines that a call still holds may outlive the store.
   const std::shared_ptr<engine::RequestCount> requests_ = std::make_shared<engine::RequestCount>();
-  std::mutex fetch_mu_;  // held through a fetch; before the next
-  std::mutex load_mu_;   // held through a load, an unload or a delete
+  std::mutex load_mu_;  // held through a load, an unload or a delete
   std::mutex publish_mu_;
   std::atomic<bool> is_draining_ = false;
   mutable std::mutex mu_;
+  std::condition_variable moved_;
+  std::set<std::string> moving_;  // ids that are fetched or deleted; guarded by mu_
   Listener listener_;
   std::map<std::string, Entry> entries_;
   int64_t revision_ = 0;  // of the latest change

@@ -10,13 +10,16 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "common/grpc_status.h"
 #include "common/metrics.h"
 #include "common/out_of_memory.h"
+#include "common/publish.h"
 #include "tests/testing/recording_sink.h"
 #include "tests/testing/status_matchers.h"
 #include "tests/testing/wait.h"
 #include "tests/unit/worker/service/store_fixture.h"
+#include "tests/unit/worker/service/watched_store.h"
 
 namespace walsh::service {
 namespace {
@@ -164,6 +167,74 @@ TEST_F(ModelStoreTest, AFetchThatFailsLeavesNothing) {
   for (const auto& entry : fs::directory_iterator(root_)) {
     EXPECT_EQ(entry.path().filename(), ".origins");
   }
+}
+
+// A model that cannot be read would hold its name.
+TEST_F(ModelStoreTest, WhatIsFetchedIsReadBeforeItIsPublished) {
+  artifacts_ = std::make_unique<ArtifactStore>(objects::OpenDirectoryStore(dir_ / "store").value());
+  WriteFakeArtifact(dir_ / "elsewhere");
+  ASSERT_OK(PublishFile(dir_ / "elsewhere/walsh.json", "{}"));
+  ASSERT_OK(artifacts_->Keep("m", dir_ / "elsewhere", {}, {}));
+  OpenStore();
+  EXPECT_FALSE(store_->Load("m").ok());
+  EXPECT_OK(store_->CheckNameIsFree("m"));
+}
+
+// The store has models m and n, and m cannot be read before `may_read`.
+class SlowFetchTest : public ModelStoreTest {
+ protected:
+  void SetUp() override {
+    artifacts_ = std::make_unique<ArtifactStore>(std::make_unique<WatchedStore>(
+        objects::OpenDirectoryStore(dir_ / "store").value(), &on_read_));
+    for (const char* id : {"m", "n"}) {
+      WriteFakeArtifact(dir_ / "elsewhere");
+      ASSERT_OK(artifacts_->Keep(id, dir_ / "elsewhere", {}, {}));
+    }
+    on_read_ = [this](const std::string& key, size_t, const KeepGoing& keep_going) {
+      if (!key.starts_with("models/m/")) return absl::OkStatus();
+      if (!is_reading_.HasBeenNotified()) is_reading_.Notify();
+      absl::Status stop;
+      EXPECT_TRUE(
+          WaitUntil([&] { return may_read_.HasBeenNotified() || !(stop = Ask(keep_going)).ok(); }));
+      return stop;
+    };
+    OpenStore();
+  }
+
+  WatchedStore::OnRead on_read_;
+  absl::Notification is_reading_, may_read_;
+};
+
+TEST_F(SlowFetchTest, OtherModelsDoNotWaitForIt) {
+  std::thread fetching([&] { EXPECT_OK(store_->Fetch("m")); });
+  is_reading_.WaitForNotification();
+  EXPECT_OK(store_->Fetch("n"));
+  EXPECT_THAT(store_->Fetch("absent"), HasCode(absl::StatusCode::kNotFound));
+  const auto no_longer = [] { return absl::CancelledError("nobody waits for it"); };
+  EXPECT_THAT(store_->Fetch("m", {}, no_longer), HasCode(absl::StatusCode::kCancelled));
+  may_read_.Notify();
+  fetching.join();
+}
+
+TEST_F(SlowFetchTest, EndsWithItsCaller) {
+  const auto while_new = [&] {
+    return is_reading_.HasBeenNotified() ? absl::AbortedError("the lease is lost")
+                                         : absl::OkStatus();
+  };
+  EXPECT_THAT(store_->Fetch("m", {}, while_new), HasCode(absl::StatusCode::kAborted));
+  EXPECT_OK(store_->CheckNameIsFree("m"));
+}
+
+TEST_F(SlowFetchTest, TheModelIsNotDeletedMeanwhile) {
+  std::thread fetching([&] { EXPECT_OK(store_->Fetch("m")); });
+  is_reading_.WaitForNotification();
+  const absl::Status refused = store_->Delete("m");
+  EXPECT_THAT(refused, HasCode(absl::StatusCode::kUnavailable));
+  EXPECT_EQ(ErrorReason(refused), "MODEL_LOADING");
+  may_read_.Notify();
+  fetching.join();
+  EXPECT_OK(store_->Delete("m"));
+  EXPECT_THAT(store_->Fetch("m"), HasCode(absl::StatusCode::kNotFound));
 }
 
 TEST_F(ModelStoreTest, NothingIsDeletedWhileTheArtifactStoreIsAway) {
