@@ -124,6 +124,25 @@ void DeleteReplicas(Core* core, const std::string& id, std::vector<Replica> repl
           });
 }
 
+// A model that no row names, `unknown`: the artifact store may have it, of a job that ended before
+// its worker could say that it is published, and no other could have its name.
+void DeleteFromStore(Core* core, const std::string& id, const absl::Status& unknown,
+                     const MoveLimits& limits, const Done& done) {
+  const std::vector<fleet::WorkerAddress> workers = core->registry->WithArtifactStore();
+  if (workers.empty()) return done(unknown);
+  // One that a job or an import is making may be there already.
+  if (absl::Status taken = core->queue->CheckNamesAreFree("", id); !taken.ok()) return done(taken);
+  if (absl::Status taken = core->catalog->BeginImport(id); !taken.ok()) return done(taken);
+  core->clients->Get(workers.front())
+      ->DeleteModel(ModelName(id), limits.timeout, limits.cancellation,
+                    [=](const absl::StatusOr<google::protobuf::Empty>& answer) {
+                      core->catalog->EndImport(id, /*is_published=*/false);
+                      const absl::Status status =
+                          absl::IsNotFound(answer.status()) ? unknown : answer.status();
+                      Continue(core, done, [=] { done(status); });
+                    });
+}
+
 }  // namespace
 
 absl::Status ModelNotHere(const std::string& id) {
@@ -170,7 +189,10 @@ void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Do
 
 void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits& limits,
                  Done done) {
-  if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) return done(known);
+  if (absl::Status known = core->catalog->CheckIsModel(id); !known.ok()) {
+    if (ErrorReason(known) == "IS_ALIAS") return done(known);
+    return DeleteFromStore(core, id, known, limits, done);
+  }
   std::vector<Replica> replicas = core->registry->Replicas(id);
   AddStore(core, id, replicas);
   if (replicas.empty() && !force) {

@@ -37,7 +37,8 @@ void LoadModel(Core* core, const std::string& id, const MoveLimits& limits, Done
 // to arrive: what was accepted is answered.
 void UnloadModel(Core* core, const std::string& id, const MoveLimits& limits, Done done);
 // Removes the artifact on every connected worker, then the record. With `force` it is unloaded
-// first, and a model that no connected worker has loses its record.
+// first, and a model that no connected worker has loses its record. A model without a record is
+// removed where only the artifact store has it; ALREADY_EXISTS (NAME_TAKEN) while one is made.
 void DeleteModel(Core* core, const std::string& id, bool force, const MoveLimits& limits,
                  Done done);
 

@@ -65,7 +65,8 @@ class ModelCatalog {
   absl::Status BeginDelete(const std::string& id);
   void EndDelete(const std::string& id);
 
-  // Between these two no alias and no other import gets the name. ALREADY_EXISTS (NAME_TAKEN): a
+  // Between these two no alias and no other import gets the name, for an import or for the deletion
+  // of what is in the way of one. ALREADY_EXISTS (NAME_TAKEN): a
   // model, an alias or an import has it. A model that was published keeps it until a heartbeat of
   // its worker has brought it.
   absl::Status BeginImport(const std::string& id);

@@ -143,6 +143,28 @@ TEST_F(ArtifactStoreTest, AModelInS3OutlivesItsWorker) {
   OutlivesItsWorker();
 }
 
+// As of a job that was cancelled after its worker had copied the model and died.
+TEST_F(ArtifactStoreTest, AModelWithoutARecordCanBeDeletedFromTheStore) {
+  ASSERT_NO_FATAL_FAILURE(UseFolder());
+  const std::unique_ptr<Daemon> worker = StartWorker("first");
+  ASSERT_OK(objects::OpenObjectStore("--store", location_)
+                .value()
+                ->Put("models/model-a/model.json",
+                      R"({"format_version": 1, "job": "quantizationJobs/old", "fencing_token": 1,
+                          "files": {}})"));
+  ASSERT_OK(Create(job_.Request("a")));
+  ASSERT_TRUE(WaitUntil([&] { return Get("a")->state() == QuantizationJob::FAILED; }));
+  EXPECT_EQ(Get("a")->error_reason(), "MODEL_EXISTS");
+  model_ = "models/model-a";
+  ASSERT_OK(Delete());
+  EXPECT_THAT(Delete(), HasCode(absl::StatusCode::kNotFound));
+  v1::CreateQuantizationJobRequest again = job_.Request("b");
+  again.mutable_quantization_job()->set_model_name("model-a");
+  ASSERT_OK(Create(again));
+  EXPECT_TRUE(WaitUntil([&] { return Get("b")->state() == QuantizationJob::SUCCEEDED; }));
+  worker->Stop();
+}
+
 TEST_F(ArtifactStoreTest, AModelThatNoWorkerHasIsDeletedFromTheStore) {
   ASSERT_NO_FATAL_FAILURE(UseFolder());
   {
