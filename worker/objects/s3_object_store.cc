@@ -16,6 +16,7 @@
 #include "common/sha256.h"
 #include "common/status_macros.h"
 #include "worker/io/random_access_file.h"
+#include "worker/objects/object_metrics.h"
 #include "worker/objects/signed_http.h"
 #include "worker/objects/xml.h"
 
@@ -266,8 +267,12 @@ class S3Store final : public ObjectStore {
     std::uniform_real_distribution<double> jitter(0.75, 1.25);
     const absl::Time deadline = absl::Now() + options_.deadline;
     for (absl::Duration pause = options_.retry_first;; pause = std::min(pause * 2, kRetryMax)) {
-      absl::StatusOr<Answer> answer = http_.Send(request, deadline - absl::Now());
+      const absl::Time start = absl::Now();
+      absl::StatusOr<Answer> answer = http_.Send(request, deadline - start);
       const absl::Status status = answer.ok() ? StatusOf(*answer) : answer.status();
+      ObserveRequest(request.method, status.code(), absl::Now() - start,
+                     static_cast<int64_t>(request.body.size()),
+                     answer.ok() ? static_cast<int64_t>(answer->body.size()) : 0);
       if (status.ok()) return answer;
       const absl::Duration wait = pause * jitter(random);
       if (!absl::IsUnavailable(status) || absl::Now() + wait >= deadline) return status;
@@ -383,6 +388,7 @@ class S3Store final : public ObjectStore {
 
 absl::StatusOr<std::unique_ptr<ObjectStore>> OpenS3Store(S3Options options) {
   WALSH_RETURN_IF_ERROR(CheckS3Options(options));
+  RegisterObjectMetrics();
   return std::make_unique<S3Store>(std::move(options));
 }
 

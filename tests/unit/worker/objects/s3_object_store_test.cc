@@ -24,6 +24,7 @@
 #include "absl/time/clock.h"
 #include "common/publish.h"
 #include "common/sha256.h"
+#include "tests/testing/metric_value.h"
 #include "tests/testing/scoped_environment.h"
 #include "tests/testing/scripted_http_server.h"
 #include "tests/testing/status_matchers.h"
@@ -41,6 +42,7 @@ using ::testing::Not;
 using ::testing::SizeIs;
 using ::testing::StartsWith;
 using ::walsh::testing::HasCode;
+using ::walsh::testing::MetricValue;
 using ::walsh::testing::ScopedEnvironment;
 using ::walsh::testing::ScriptedHttpServer;
 using ::walsh::testing::StatusIs;
@@ -188,6 +190,24 @@ TEST_F(S3ObjectStoreTest, TriesAgainWhatFailsInPassing) {
   EXPECT_THAT(Sent(), SizeIs(8));
 }
 
+TEST_F(S3ObjectStoreTest, CountsItsRequests) {
+  const auto requests = [](const std::string& code) {
+    return MetricValue("walsh_object_store_requests_total",
+                       {"method=\"GET\"", "code=\"" + code + "\""});
+  };
+  const auto received = [] {
+    return MetricValue("walsh_object_store_bytes_total", {"direction=\"received\""});
+  };
+  Answer({Error(503, "SlowDown"), Ok("contents")});
+  const double n_ok = requests("OK"), n_away = requests("UNAVAILABLE"), n_bytes = received();
+  const double n_timed = MetricValue("walsh_object_store_request_seconds_count", {"GET"});
+  ASSERT_OK(store_->Get("a", 100));
+  EXPECT_EQ(requests("OK"), n_ok + 1);
+  EXPECT_EQ(requests("UNAVAILABLE"), n_away + 1);
+  EXPECT_GE(received(), n_bytes + 8);
+  EXPECT_EQ(MetricValue("walsh_object_store_request_seconds_count", {"GET"}), n_timed + 2);
+}
+
 TEST_F(S3ObjectStoreTest, GivesUpAtItsDeadline) {
   options_.deadline = absl::Milliseconds(50);
   Answer({Error(500, "InternalError")});
@@ -269,9 +289,9 @@ TEST_F(S3ObjectStoreTest, EndsAReadThatNobodyWaitsForAnyMore) {
       return server_->requests().empty() ? absl::OkStatus() : absl::AbortedError("lost");
     };
     const absl::Time start = absl::Now();
-    EXPECT_THAT(store_->ReadAt("a", 0, std::as_writable_bytes(std::span(read)),
-                               {.keep_going = goes}),
-                StatusIs(absl::StatusCode::kAborted, "lost"));
+    EXPECT_THAT(
+        store_->ReadAt("a", 0, std::as_writable_bytes(std::span(read)), {.keep_going = goes}),
+        StatusIs(absl::StatusCode::kAborted, "lost"));
     EXPECT_LT(absl::Now() - start, absl::Seconds(5));
   }
 }
