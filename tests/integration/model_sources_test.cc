@@ -11,6 +11,7 @@
 #include "tests/testing/s3_server.h"
 #include "tests/testing/scoped_environment.h"
 #include "tests/testing/tiny_job.h"
+#include "walsh/v1/evaluation.grpc.pb.h"
 #include "worker/io/random_access_file.h"
 #include "worker/kernels/kernels.h"
 #include "worker/objects/object_store.h"
@@ -111,6 +112,27 @@ TEST_F(ModelSourcesTest, GiveTheSameArtifactAsAFolder) {
   };
   EXPECT_THAT(stages(from_bucket), Contains(QuantizationJob::FETCHING));
   EXPECT_THAT(stages(from_folder), ::testing::Not(Contains(QuantizationJob::FETCHING)));
+
+  // The original, and a text, for an evaluation.
+  const auto evaluate = [&](const std::string& text, const std::string& reference) {
+    v1::EvaluateModelRequest request;
+    request.set_model("models/model-b");
+    request.mutable_text()->set_uri(text);
+    request.mutable_text()->set_reference(reference);
+    request.mutable_text()->set_window(32);
+    request.mutable_text()->set_max_windows(2);
+    grpc::ClientContext context;
+    const auto stub = v1::EvaluationService::NewStub(channel_);
+    const auto reader = stub->EvaluateModel(&context, request);
+    v1::EvaluateModelResponse response;
+    while (reader->Read(&response)) {
+    }
+    EXPECT_OK(FromGrpcStatus(reader->Finish()));
+    return response.result().text().kl_divergence();
+  };
+  const double kl_divergence = evaluate(job_.root() + "/text.txt", job_.root() + "/tiny");
+  EXPECT_GT(kl_divergence, 0);
+  EXPECT_EQ(evaluate(Url("/sources/text.txt"), Url("/sources/tiny")), kl_divergence);
 }
 
 TEST_F(ModelSourcesTest, AreRefusedBeforeTheJobIsStored) {

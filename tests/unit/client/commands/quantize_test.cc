@@ -303,6 +303,16 @@ TEST(MakeQuantizeRequestTest, RelativePathsAreTheCallers) {
   EXPECT_EQ(request.quantization_job().config().evaluation().uri(), here + "/e.txt");
 }
 
+TEST(MakeQuantizeRequestTest, UrlsOfBucketsStayAsTheyAre) {
+  QuantizeFlags flags = MinimalFlags();
+  flags.model = "s3://bucket/models/tiny";
+  flags.calibration = "s3://bucket/c.txt";
+  ASSERT_OK_AND_ASSIGN(const v1::CreateQuantizationJobRequest request,
+                       MakeQuantizeRequest(flags, false));
+  EXPECT_EQ(request.quantization_job().source_model(), flags.model);
+  EXPECT_EQ(request.quantization_job().config().calibration().uri(), flags.calibration);
+}
+
 TEST(MakeQuantizeRequestTest, RefusesAGroupSizeThatIsNoNumberAndTextThatIsNotUtf8) {
   for (const char* group_size : {"big", "0", "-64", "64x"}) {
     QuantizeFlags flags = MinimalFlags();

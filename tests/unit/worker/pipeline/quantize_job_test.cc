@@ -278,7 +278,8 @@ TEST_F(RunJobTest, CancelledInAnyStageLeavesNothing) {
   JobSpec spec = TinyJob();
   for (const bool is_self : {false, true}) {
     if (is_self) spec.calibration_path.clear();
-    for (int stage = 0; stage < static_cast<int>(Stage::kPublishing); ++stage) {
+    for (int stage = static_cast<int>(Stage::kValidating);
+         stage < static_cast<int>(Stage::kPublishing); ++stage) {
       int64_t n_calls = 0;
       EXPECT_THAT(Run(spec, 2,
                       [&](const JobProgress& progress) {

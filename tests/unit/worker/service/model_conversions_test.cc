@@ -63,7 +63,8 @@ class ModelConversionsTest : public StoreFixture {
          .resolve = [this](std::string_view path) -> absl::StatusOr<std::string> {
            if (path == "known") return known_;
            return absl::NotFoundError("no such model");
-         }},
+         },
+         .sources = sources_.get()},
         store_.get());
     ASSERT_OK(conversions);
     conversions_ = *std::move(conversions);
@@ -92,6 +93,7 @@ class ModelConversionsTest : public StoreFixture {
 
   std::string exports_;  // canonical
   std::string known_;    // what "known" resolves to
+  std::unique_ptr<ModelSources> sources_;
   std::unique_ptr<ModelConversions> conversions_;
 };
 
@@ -215,6 +217,23 @@ TEST_F(ModelConversionsTest, AnImportBecomesAModel) {
   EXPECT_EQ(model.quantization_job(), "");
   ASSERT_OK(store_->Get("imported"));
   EXPECT_THAT(Import("known", "imported"), HasCode(absl::StatusCode::kAlreadyExists));
+}
+
+TEST_F(ModelConversionsTest, AnImportMayLieInABucket) {
+  ASSERT_OK_AND_ASSIGN(const v1::ModelExport exported, Export());
+  ASSERT_OK_AND_ASSIGN(sources_,
+                       ModelSources::Open({.prefixes = {"s3://bucket"},
+                                           .cache_directory = dir_ / "sources",
+                                           .cache_bytes_max = 10 << 20,
+                                           .open_bucket = [this](const std::string&) {
+                                             return objects::OpenDirectoryStore(exports());
+                                           }}));
+  OpenConversions();
+  const std::string name = fs::path(exported.directory()).filename().string();
+  ASSERT_OK_AND_ASSIGN(const v1::Model model, Import("s3://bucket/" + name, "imported"));
+  EXPECT_EQ(model.bits(), 4);
+  EXPECT_THAT(Import("s3://bucket/absent", "n"), HasCode(absl::StatusCode::kNotFound));
+  EXPECT_THAT(Import("s3://other/" + name, "n"), HasCode(kInvalid));
 }
 
 TEST_F(ModelConversionsTest, RefusesImportsOfWhatIsNoGptqCheckpoint) {
