@@ -65,11 +65,11 @@ TEST(ProgressTest, TimeWaitedIsNoStages) {
   const Observer nobody;
   testing::CountingYield yield(std::chrono::milliseconds(30));
   int n_settled = 0;
+  const auto start = std::chrono::steady_clock::now();
   Progress progress(nobody, &yield, [&] {
     ++n_settled;
     return absl::OkStatus();
   });
-  const auto start = std::chrono::steady_clock::now();
   ASSERT_OK(progress.Enter(Stage::kQuantizing, 0));
   ASSERT_OK(progress.Advance(1));
   ASSERT_OK(progress.Within(1));
