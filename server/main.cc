@@ -43,6 +43,7 @@ int main(int argc, char** argv) {
     WALSH_LOG(Error, "cannot start", {"status", server.status()});
     return walsh::kExitFailed;
   }
+  int exit_code = walsh::kExitOk;  // of `leading` until it is joined
   // Beside the signals, as its turn may never come.
   std::thread leading([&] {
     absl::Status status = (*server)->Lead();
@@ -52,7 +53,9 @@ int main(int argc, char** argv) {
     }
     if (!status.ok()) {
       WALSH_LOG(Error, "cannot start", {"status", status});
-      _exit(walsh::kExitFailed);
+      exit_code = walsh::kExitFailed;
+      kill(getpid(), SIGTERM);  // it may lead already, and a stop lets the next one do so at once
+      return;
     }
     for (const auto& [port, address] : (*server)->endpoints()) {
       std::cout << port << " " << address << std::endl;
@@ -69,5 +72,5 @@ int main(int argc, char** argv) {
   leading.join();
   walsh::RemoveEndpoints(flags.server.data_dir, kDaemon);
   WALSH_LOG(Info, "stopped");
-  return walsh::kExitOk;
+  return exit_code;
 }

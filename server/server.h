@@ -62,7 +62,7 @@ class Server {
   ~Server();
 
   // Returns when this process leads and every port answers: at once with SQLite. CANCELLED when
-  // Stop comes first.
+  // Stop comes first. After another error it may lead all the same, until Stop.
   absl::Status Lead();
 
   // host:port of "grpc", "internal", "http" and "metrics", once it leads.

@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "client/client.h"
 #include "common/grpc_server.h"
+#include "common/http_server.h"
 #include "common/publish.h"
 #include "tests/testing/daemon_process.h"
 #include "tests/testing/http_get.h"
@@ -168,6 +169,20 @@ TEST_F(StandbyTest, AFormerLeaderThatWakesChangesNothingAndEnds) {
   ASSERT_OK_AND_ASSIGN(const auto jobs, client_->ListJobs("", "", 10));
   ASSERT_EQ(jobs.quantization_jobs_size(), 1);
   EXPECT_EQ(jobs.quantization_jobs(0).name(), "quantizationJobs/before");
+}
+
+TEST_F(StandbyTest, OneThatCannotServeLetsTheNextLeadAtOnce) {
+  ASSERT_TRUE(WaitUntil([&] { return StandsBy(kSecond); }));
+  const auto page = [] { return absl::OkStatus(); };
+  ASSERT_OK_AND_ASSIGN(
+      const std::unique_ptr<HttpServer> on_its_port,
+      HttpServer::Start(
+          {.host = kSecond, .port = std::stoi(ports_.at("grpc")), .live = page, .ready = page}));
+  first_->Signal(SIGTERM);
+  ASSERT_OK_AND_ASSIGN(const int exit_code, second_->Wait());
+  EXPECT_EQ(exit_code, 1) << "it led, and could not listen";
+  first_ = StartCoordinator(kFirst);
+  EXPECT_TRUE(WaitUntil([&] { return Leads(kFirst); }, absl::Seconds(5))) << "it need not wait";
 }
 
 // Reads and serving go on without the database, and so do writes when it is back.
