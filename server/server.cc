@@ -275,6 +275,7 @@ absl::Status Server::Impl::Serve() {
   core->heartbeat_interval = options.heartbeat_interval;
   core->watch_heartbeat = options.watch_heartbeat;
   core->validation_max = options.validation_max;
+  core->call_timeout = options.call_timeout;
   core->stream_limits.stall_max = options.stream_stall_max;
   return Listen();
 }

@@ -53,6 +53,8 @@ struct ServerOptions {
   absl::Duration watch_heartbeat = absl::Seconds(10);
   // Workers are asked about a new job for so long in all.
   absl::Duration validation_max = absl::Seconds(20);
+  // Of a call that the coordinator answers itself, when its client names no deadline.
+  absl::Duration call_timeout = absl::Seconds(10);
 };
 
 class Server {

@@ -1,13 +1,18 @@
 #include "server/api/call.h"
 
+#include <grpc/grpc.h>
+#include <grpcpp/alarm.h>
+
 #include <algorithm>
 #include <utility>
 
 #include "absl/random/random.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/log.h"
+#include "server/fleet/forwarding.h"
 
 namespace walsh::api {
 namespace {
@@ -29,11 +34,27 @@ class Reactor : public grpc::ServerUnaryReactor {
  public:
   explicit Reactor(std::shared_ptr<Cancellation> cancellation)
       : cancellation_(std::move(cancellation)) {}
+
+  // Does what gRPC does when a deadline has passed. To call Finish instead would take the messages
+  // away from a handler that works on them.
+  void EndAfter(absl::Duration timeout, grpc_call* call) {
+    grpc_call_ref(call);
+    timer_.Set(absl::ToChronoTime(absl::Now() + timeout), [call, timeout](bool has_passed) {
+      if (has_passed) {
+        const std::string why = absl::StrCat("took longer than the ", absl::FormatDuration(timeout),
+                                             " that a call without a deadline has");
+        grpc_call_cancel_with_status(call, GRPC_STATUS_DEADLINE_EXCEEDED, why.c_str(), nullptr);
+      }
+      grpc_call_unref(call);
+    });
+  }
+
   void OnCancel() override { cancellation_->Cancel(); }
   void OnDone() override { delete this; }
 
  private:
   const std::shared_ptr<Cancellation> cancellation_;
+  grpc::Alarm timer_;  // not the executor's, which waits for the store, too
 };
 
 }  // namespace
@@ -72,11 +93,16 @@ void LogEnd(const char* method, const std::string& request_id, const absl::Statu
   }
 }
 
-Call::Call(grpc::CallbackServerContext* context, const char* method)
+Call::Call(grpc::CallbackServerContext* context, const char* method, absl::Duration timeout_default)
     : method_(method),
       cancellation_(std::make_shared<Cancellation>()),
-      reactor_(new Reactor(cancellation_)),
-      request_id_(EchoRequestId(context)) {}
+      request_id_(EchoRequestId(context)) {
+  auto reactor = std::make_unique<Reactor>(cancellation_);
+  if (!fleet::HasDeadline(context->deadline()) && timeout_default != absl::InfiniteDuration()) {
+    reactor->EndAfter(timeout_default, context->c_call());
+  }
+  reactor_ = reactor.release();
+}
 
 void Call::Finish(const absl::Status& status) const {
   LogEnd(method_, request_id_, status);

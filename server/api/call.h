@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "common/executor.h"
 #include "common/grpc_cancellation.h"
 #include "common/grpc_status.h"
@@ -18,8 +19,11 @@ namespace walsh::api {
 // One unary call. Created first in a handler; echoes x-request-id.
 class Call {
  public:
-  // `method` is a literal, for logs.
-  Call(grpc::CallbackServerContext* context, const char* method);
+  // `method` is a literal, for logs. A client that named no deadline gets DEADLINE_EXCEEDED after
+  // `timeout_default`, as the others do after theirs: the handler goes on, and its Finish is not
+  // heard.
+  Call(grpc::CallbackServerContext* context, const char* method,
+       absl::Duration timeout_default = absl::InfiniteDuration());
 
   // The client's x-request-id when it is fit to print, else one drawn here.
   const std::string& request_id() const { return request_id_; }

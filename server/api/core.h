@@ -32,6 +32,8 @@ struct Core {
   absl::Duration watch_heartbeat = absl::Seconds(10);
   // Workers are asked about a new job for so long in all.
   absl::Duration validation_max = absl::Seconds(20);
+  // Of a call that is answered here, when its client names no deadline.
+  absl::Duration call_timeout = absl::Seconds(10);
   fleet::StreamLimits stream_limits;
   access::RunningRequests running_requests;
   // They may end a moment after the client's call that they fed, and touch the core then.

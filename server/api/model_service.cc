@@ -101,7 +101,7 @@ fleet::StreamReactor<Response>* ForwardConversion(
 grpc::ServerUnaryReactor* ModelServiceImpl::ListModels(grpc::CallbackServerContext* context,
                                                        const v1::ListModelsRequest* request,
                                                        v1::ListModelsResponse* response) {
-  const Call call(context, "ListModels");
+  const Call call(context, "ListModels", core_->call_timeout);
   return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
     WALSH_ASSIGN_OR_RETURN(const int page_size, jobs::PageSize(request->page_size()));
     std::string after;
@@ -122,7 +122,7 @@ grpc::ServerUnaryReactor* ModelServiceImpl::ListModels(grpc::CallbackServerConte
 grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext* context,
                                                      const v1::GetModelRequest* request,
                                                      v1::Model* response) {
-  const Call call(context, "GetModel");
+  const Call call(context, "GetModel", core_->call_timeout);
   return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
     WALSH_ASSIGN_OR_RETURN(const std::string id, Resolve(*core, request->name()));
     WALSH_ASSIGN_OR_RETURN(*response, core->catalog->Get(id));
@@ -133,7 +133,7 @@ grpc::ServerUnaryReactor* ModelServiceImpl::GetModel(grpc::CallbackServerContext
 grpc::ServerUnaryReactor* ModelServiceImpl::LoadModel(grpc::CallbackServerContext* context,
                                                       const v1::LoadModelRequest* request,
                                                       v1::Model* response) {
-  const Call call(context, "LoadModel");
+  const Call call(context, "LoadModel", fleet::kLoadTimeoutDefault);
   const absl::StatusOr<std::string> id = ParseModelName("name", request->name());
   if (!id.ok()) return call.FinishNow(id.status());
   return call.RunAsync(
@@ -145,7 +145,7 @@ grpc::ServerUnaryReactor* ModelServiceImpl::LoadModel(grpc::CallbackServerContex
 grpc::ServerUnaryReactor* ModelServiceImpl::UnloadModel(grpc::CallbackServerContext* context,
                                                         const v1::UnloadModelRequest* request,
                                                         v1::Model* response) {
-  const Call call(context, "UnloadModel");
+  const Call call(context, "UnloadModel", fleet::kLoadTimeoutDefault);
   const absl::StatusOr<std::string> id = ParseModelName("name", request->name());
   if (!id.ok()) return call.FinishNow(id.status());
   return call.RunAsync(
@@ -157,7 +157,7 @@ grpc::ServerUnaryReactor* ModelServiceImpl::UnloadModel(grpc::CallbackServerCont
 grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModel(grpc::CallbackServerContext* context,
                                                         const v1::DeleteModelRequest* request,
                                                         google::protobuf::Empty*) {
-  const Call call(context, "DeleteModel");
+  const Call call(context, "DeleteModel", fleet::kLoadTimeoutDefault);
   const absl::StatusOr<std::string> id = ParseModelName("name", request->name());
   if (!id.ok()) return call.FinishNow(id.status());
   return call.RunAsync(
@@ -194,7 +194,7 @@ grpc::ServerWriteReactor<v1::ImportModelResponse>* ModelServiceImpl::ImportModel
 grpc::ServerUnaryReactor* ModelServiceImpl::SetModelAlias(grpc::CallbackServerContext* context,
                                                           const v1::SetModelAliasRequest* request,
                                                           v1::ModelAlias* response) {
-  const Call call(context, "SetModelAlias");
+  const Call call(context, "SetModelAlias", core_->call_timeout);
   return call.Run(core_->executor, [core = core_, request, response]() -> absl::Status {
     WALSH_ASSIGN_OR_RETURN(const std::string alias, ParseAliasName("alias", request->alias()));
     WALSH_ASSIGN_OR_RETURN(const std::string model, ParseModelName("model", request->model()));
@@ -206,7 +206,7 @@ grpc::ServerUnaryReactor* ModelServiceImpl::SetModelAlias(grpc::CallbackServerCo
 grpc::ServerUnaryReactor* ModelServiceImpl::DeleteModelAlias(
     grpc::CallbackServerContext* context, const v1::DeleteModelAliasRequest* request,
     google::protobuf::Empty*) {
-  const Call call(context, "DeleteModelAlias");
+  const Call call(context, "DeleteModelAlias", core_->call_timeout);
   return call.Run(core_->executor, [core = core_, request]() -> absl::Status {
     WALSH_ASSIGN_OR_RETURN(const std::string alias, ParseAliasName("alias", request->alias()));
     return core->catalog->DeleteAlias(alias);

@@ -20,7 +20,7 @@ namespace walsh::api {
 grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
     grpc::CallbackServerContext* context, const v1::CreateQuantizationJobRequest* request,
     v1::QuantizationJob* response) {
-  const Call call(context, "CreateQuantizationJob");
+  const Call call(context, "CreateQuantizationJob", core_->validation_max + core_->call_timeout);
   const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   if (!caller.ok()) return call.FinishNow(caller.status());
   // So that a client with less time than the workers may take gets its job all the same.
@@ -34,7 +34,7 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::CreateQuantizationJob(
 grpc::ServerUnaryReactor* QuantizationServiceImpl::GetQuantizationJob(
     grpc::CallbackServerContext* context, const v1::GetQuantizationJobRequest* request,
     v1::QuantizationJob* response) {
-  const Call call(context, "GetQuantizationJob");
+  const Call call(context, "GetQuantizationJob", core_->call_timeout);
   const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   return call.Run(core_->executor, [core = core_, caller, request, response]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(caller.status());
@@ -47,7 +47,7 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::GetQuantizationJob(
 grpc::ServerUnaryReactor* QuantizationServiceImpl::ListQuantizationJobs(
     grpc::CallbackServerContext* context, const v1::ListQuantizationJobsRequest* request,
     v1::ListQuantizationJobsResponse* response) {
-  const Call call(context, "ListQuantizationJobs");
+  const Call call(context, "ListQuantizationJobs", core_->call_timeout);
   const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   return call.Run(core_->executor, [core = core_, caller, request, response]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(caller.status());
@@ -80,7 +80,7 @@ grpc::ServerWriteReactor<v1::QuantizationJobEvent>* QuantizationServiceImpl::Wat
 grpc::ServerUnaryReactor* QuantizationServiceImpl::CancelQuantizationJob(
     grpc::CallbackServerContext* context, const v1::CancelQuantizationJobRequest* request,
     v1::QuantizationJob* response) {
-  const Call call(context, "CancelQuantizationJob");
+  const Call call(context, "CancelQuantizationJob", core_->call_timeout);
   const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   return call.Run(core_->executor, [core = core_, caller, request, response]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(caller.status());
@@ -93,7 +93,7 @@ grpc::ServerUnaryReactor* QuantizationServiceImpl::CancelQuantizationJob(
 grpc::ServerUnaryReactor* QuantizationServiceImpl::DeleteQuantizationJob(
     grpc::CallbackServerContext* context, const v1::DeleteQuantizationJobRequest* request,
     google::protobuf::Empty*) {
-  const Call call(context, "DeleteQuantizationJob");
+  const Call call(context, "DeleteQuantizationJob", core_->call_timeout);
   const absl::StatusOr<access::Caller> caller = core_->access->CallerOf(*context);
   return call.Run(core_->executor, [core = core_, caller, request]() -> absl::Status {
     WALSH_RETURN_IF_ERROR(caller.status());

@@ -20,12 +20,17 @@ inline constexpr absl::Duration kLoadTimeoutDefault = absl::Minutes(10);
 inline constexpr absl::Duration kConversionTimeoutDefault = kGenerateTimeoutMax;
 inline constexpr absl::Duration kValidateTimeout = absl::Seconds(10);  // of one worker
 
+// Whether a client named one; gRPC has the last moment for those that did not.
+inline bool HasDeadline(std::chrono::system_clock::time_point deadline) {
+  return deadline != std::chrono::system_clock::time_point::max();
+}
+
 // The worker's share of a client's deadline: 5 % less, so that its answer still arrives in time. A
 // client without a deadline gets `timeout_default`; nobody gets more than `timeout_max`.
 inline absl::Duration WorkerTimeout(std::chrono::system_clock::time_point deadline,
                                     absl::Duration timeout_default,
                                     absl::Duration timeout_max = kGenerateTimeoutMax) {
-  if (deadline == std::chrono::system_clock::time_point::max()) return timeout_default;
+  if (!HasDeadline(deadline)) return timeout_default;
   const absl::Duration left = absl::FromChrono(deadline) - absl::Now();
   return std::min(left, timeout_max) * 0.95;
 }

@@ -121,6 +121,30 @@ TEST_F(CoordinatorJobsTest, HeartbeatRenewsAlsoWhenItsModelsCannotBeStored) {
   EXPECT_TRUE(WaitUntil([&] { return worker->Heartbeat(lease).ok() && is_known(); }));
 }
 
+class CallTimeoutTest : public CoordinatorJobsTest {
+ protected:
+  CallTimeoutTest() { options_.call_timeout = absl::Milliseconds(300); }
+};
+
+TEST_F(CallTimeoutTest, ACallWithoutADeadlineDoesNotWaitForAStoreThatHangs) {
+  ASSERT_OK(Create(NewJob("a")));
+  absl::Notification is_back;
+  testing::FaultyDisk disk;
+  disk.OnNextSync([&] { is_back.WaitForNotification(); });
+  v1::CancelQuantizationJobRequest request;
+  request.set_name("a");
+  for (int i = 0; i < 2; ++i) {  // one waits for the disk, the other for the first
+    grpc::ClientContext context;
+    QuantizationJob job;
+    const grpc::Status status = jobs_->CancelQuantizationJob(&context, request, &job);
+    EXPECT_THAT(FromGrpcStatus(status),
+                StatusIs(absl::StatusCode::kDeadlineExceeded, HasSubstr("300ms")));
+  }
+  is_back.Notify();
+  EXPECT_TRUE(WaitUntil([&] { return IsInState("a", QuantizationJob::CANCELLED); }))
+      << "the calls went on";
+}
+
 class ShortLeaseTest : public CoordinatorJobsTest {
  protected:
   ShortLeaseTest() { UseShortLeases(); }
