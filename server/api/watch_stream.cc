@@ -18,12 +18,13 @@ using v1::QuantizationJobEvent;
 class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
                     public std::enable_shared_from_this<WatchStream> {
  public:
-  WatchStream(Core* core, const std::string& id, jobs::TenantView view, int64_t after_sequence,
-              std::string request_id)
-      : core_(core),
+  WatchStream(grpc::CallbackServerContext* context, Core* core, const std::string& id,
+              jobs::TenantView view, int64_t after_sequence)
+      : context_(context),
+        core_(core),
         id_(id),
         view_(std::move(view)),
-        request_id_(std::move(request_id)),
+        request_id_(EchoRequestId(context)),
         cursor_(after_sequence),
         last_write_(core->clock->Monotonic()) {}
 
@@ -86,6 +87,7 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
 
   void Write() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     is_writing_ = true;
+    write_start_ = core_->clock->Monotonic();
     StartWrite(&outgoing_);
   }
 
@@ -139,9 +141,10 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
     {
       const absl::MutexLock lock(&mu_);
       if (is_finished_) return;
+      const absl::Duration now = core_->clock->Monotonic();
+      if (is_writing_ && now - write_start_ >= core_->stream_limits.stall_max) return GiveUp();
       const bool is_idle = !is_writing_ && !is_reading_ && batch_.empty();
-      const absl::Duration quiet = core_->clock->Monotonic() - last_write_;
-      if (is_idle && quiet >= core_->watch_heartbeat * 0.75) {
+      if (is_idle && now - last_write_ >= core_->watch_heartbeat * 0.75) {
         outgoing_ = last_event_;
         outgoing_.clear_linears();
         outgoing_.clear_message();
@@ -153,6 +156,18 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
     KeepAlive();
   }
 
+  void GiveUp() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    FinishOnce(fleet::SlowReader());
+    batch_.clear();
+    const std::weak_ptr<WatchStream> weak = weak_from_this();
+    core_->executor->PostAfter(fleet::kSlowReaderGrace, [weak] {
+      const std::shared_ptr<WatchStream> stream = weak.lock();
+      if (stream == nullptr) return;
+      const absl::MutexLock lock(&stream->mu_);
+      if (stream->self_ != nullptr) stream->context_->TryCancel();
+    });
+  }
+
   void FinishOnce(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     if (is_finished_) return;
     is_finished_ = true;
@@ -160,6 +175,7 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
     Finish(ToGrpcStatus(status));
   }
 
+  grpc::CallbackServerContext* const context_;  // there until OnDone
   Core* const core_;
   const std::string id_;
   const jobs::TenantView view_;
@@ -172,7 +188,8 @@ class WatchStream : public grpc::ServerWriteReactor<QuantizationJobEvent>,
   std::deque<QuantizationJobEvent> batch_ ABSL_GUARDED_BY(mu_);
   QuantizationJobEvent outgoing_;  // of the write in flight
   QuantizationJobEvent last_event_ ABSL_GUARDED_BY(mu_);
-  absl::Duration last_write_ ABSL_GUARDED_BY(mu_);
+  absl::Duration write_start_ ABSL_GUARDED_BY(mu_);  // of the write in flight
+  absl::Duration last_write_ ABSL_GUARDED_BY(mu_);   // the end of the last one
   bool has_news_ ABSL_GUARDED_BY(mu_) = false;
   bool is_writing_ ABSL_GUARDED_BY(mu_) = false;
   bool is_reading_ ABSL_GUARDED_BY(mu_) = false;
@@ -186,8 +203,7 @@ grpc::ServerWriteReactor<QuantizationJobEvent>* WatchJob(grpc::CallbackServerCon
                                                          Core* core, const std::string& id,
                                                          const jobs::TenantView& view,
                                                          int64_t after_sequence) {
-  auto stream =
-      std::make_shared<WatchStream>(core, id, view, after_sequence, EchoRequestId(context));
+  auto stream = std::make_shared<WatchStream>(context, core, id, view, after_sequence);
   stream->Start();
   return stream.get();
 }

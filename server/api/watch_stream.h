@@ -16,7 +16,8 @@
 
 namespace walsh::api {
 
-// The reactor of the call, which gRPC owns from there. Ends with UNAVAILABLE when the server stops.
+// The reactor of the call, which gRPC owns from there. Ends with UNAVAILABLE when the server stops,
+// and as other streams do when its client takes nothing for too long (fleet/stream_proxy.h).
 grpc::ServerWriteReactor<v1::QuantizationJobEvent>* WatchJob(grpc::CallbackServerContext* context,
                                                              Core* core, const std::string& id,
                                                              const jobs::TenantView& view,

@@ -13,9 +13,7 @@
 namespace walsh::fleet {
 namespace {
 
-constexpr absl::Duration kStalledRetry = absl::Seconds(1);
-// How long a client that stalled may take to fetch the status that tells it so.
-constexpr absl::Duration kStalledGrace = absl::Seconds(30);
+constexpr absl::Duration kSlowReaderRetry = absl::Seconds(1);
 
 template <typename Response>
 class StreamProxy : public StreamReactor<Response>,
@@ -187,10 +185,7 @@ class StreamProxy : public StreamReactor<Response>,
       if (is_finished_) return;
       const absl::Duration stalled = Clock::Real()->Monotonic() - write_start_;
       if (is_writing_ && stalled >= limits_.stall_max) {
-        absl::Status slow = absl::ResourceExhaustedError("the client reads too slowly");
-        SetErrorInfo(slow, "SLOW_READER");
-        SetRetryDelay(slow, kStalledRetry);
-        GiveUp(slow);
+        GiveUp(SlowReader());
         CancelLater();
         return;
       }
@@ -198,11 +193,9 @@ class StreamProxy : public StreamReactor<Response>,
     WatchForStall();
   }
 
-  // The status waits behind the message that the client does not read. A client that does not come
-  // back for it at all must not hold the stream for ever.
   void CancelLater() {
     const std::weak_ptr<StreamProxy> weak = this->weak_from_this();
-    executor_->PostAfter(kStalledGrace, [weak] {
+    executor_->PostAfter(kSlowReaderGrace, [weak] {
       const std::shared_ptr<StreamProxy> self = weak.lock();
       if (self == nullptr) return;
       const absl::MutexLock lock(&self->mu_);
@@ -238,6 +231,13 @@ class StreamProxy : public StreamReactor<Response>,
 };
 
 }  // namespace
+
+absl::Status SlowReader() {
+  absl::Status status = absl::ResourceExhaustedError("the client reads too slowly");
+  SetErrorInfo(status, "SLOW_READER");
+  SetRetryDelay(status, kSlowReaderRetry);
+  return status;
+}
 
 template <typename Response>
 StreamReactor<Response>* ProxyStream(grpc::CallbackServerContext* context, ForwardedCalls* calls,

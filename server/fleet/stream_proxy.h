@@ -20,6 +20,7 @@
 #include <functional>
 #include <memory>
 
+#include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "common/executor.h"
 #include "common/limits.h"
@@ -32,6 +33,13 @@ struct StreamLimits {
   int chunks_max = limits::kStreamChunksMax;
   absl::Duration stall_max = absl::Seconds(limits::kStreamStallSecondsMax);
 };
+
+// What a stream ends with whose client has stalled: RESOURCE_EXHAUSTED (SLOW_READER), with
+// RetryInfo.
+absl::Status SlowReader();
+// The status waits behind the message that the client does not read. One that does not come back
+// for it in this time must not hold the stream for ever.
+inline constexpr absl::Duration kSlowReaderGrace = absl::Seconds(30);
 
 template <typename Response>
 using StreamReactor = grpc::ServerWriteReactor<Response>;

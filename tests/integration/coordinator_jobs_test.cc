@@ -1,4 +1,5 @@
 // Jobs over the wire: a real coordinator, a scripted worker, the public API.
+#include <grpcpp/create_channel.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -13,6 +14,7 @@
 #include "absl/synchronization/notification.h"
 #include "common/http_server.h"
 #include "tests/integration/coordinator_fixture.h"
+#include "tests/testing/metric_value.h"
 #include "tests/unit/server/faulty_disk.h"
 
 namespace walsh {
@@ -753,6 +755,48 @@ TEST_F(WatchHeartbeatTest, QuietWatchThatResumesRepeatsTheLastEvent) {
   EXPECT_EQ(event.sequence(), 4);
   EXPECT_FALSE(reader->Read(&event));
   EXPECT_TRUE(reader->Finish().ok());
+}
+
+class WatchStallTest : public CoordinatorJobsTest {
+ protected:
+  WatchStallTest() {
+    options_.watch_heartbeat = absl::Milliseconds(200);
+    options_.stream_stall_max = absl::Milliseconds(500);
+  }
+};
+
+TEST_F(WatchStallTest, AWatcherThatTakesNothingIsGivenUp) {
+  const auto worker = NewWorker("w1");
+  ASSERT_OK(Create(NewJob("a")));
+  const FakeWorker::Lease lease = worker->MustAcquire();
+  // More than gRPC takes for a client that does not read.
+  const std::string text(1000, 'x');
+  for (int i = 0; i < 150; ++i) {
+    ASSERT_OK(worker->Report(lease, QuantizationJob::QUANTIZING, 0.5, absl::StrCat(i, text)));
+  }
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);  // which would let that grow
+  const auto stub = v1::QuantizationService::NewStub(grpc::CreateCustomChannel(
+      server_->endpoints().at("grpc"), grpc::InsecureChannelCredentials(), arguments));
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(20)));
+  v1::WatchQuantizationJobRequest request;
+  request.set_name("a");
+  const auto n_given_up = [] {
+    return testing::MetricValue(
+        "grpc_server_handled_total",
+        {R"(grpc_method="WatchQuantizationJob")", R"(grpc_code="ResourceExhausted")"});
+  };
+  const auto reader = stub->WatchQuantizationJob(&context, request);
+  QuantizationJobEvent event;
+  ASSERT_TRUE(reader->Read(&event));
+  EXPECT_TRUE(WaitUntil([&] { return n_given_up() > 0; }));
+  while (reader->Read(&event)) {
+  }
+  EXPECT_LT(event.sequence(), 150) << "what it had not taken is gone";
+  const absl::Status status = FromGrpcStatus(reader->Finish());
+  EXPECT_THAT(status, HasCode(absl::StatusCode::kResourceExhausted));
+  EXPECT_EQ(ErrorReason(status), "SLOW_READER");
 }
 
 TEST_F(CoordinatorJobsTest, WatchWithABadNameEchoesItsRequestId) {
