@@ -38,8 +38,7 @@ int Run(int argc, const char* const* argv) {
   app.add_option("--timeout", global.timeout_seconds, "Seconds that a short call may take")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  SecurityFlags security;
-  AddSecurityFlags(app, security);
+  AddSecurityFlags(app, global.security_flags);
   Chosen chosen;
   AddUpCommand(app, global, chosen);
   AddQuantizeCommand(app, global, chosen);
@@ -55,7 +54,8 @@ int Run(int argc, const char* const* argv) {
   AddDoctorCommand(app, global, chosen);
   AddVersionCommand(app, global, chosen);
   if (const auto exit_code = ParseCommandLine(app, argc, argv)) return *exit_code;
-  auto secured = ReadSecurity(security, ResolveAddress(global.server, global.data_dir));
+  auto secured =
+      ReadSecurity(global.security_flags, ResolveAddress(global.server, global.data_dir));
   if (!secured.ok()) return Fail(secured.status());
   global.security = *std::move(secured);
   return chosen();

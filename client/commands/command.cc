@@ -38,9 +38,19 @@ ClientOptions MakeClientOptions(const GlobalFlags& flags) {
 }
 
 std::string WalshCommand(const GlobalFlags& flags) {
-  if (!flags.server.empty()) return absl::StrCat("walsh --server ", ShellWord(flags.server));
-  if (flags.data_dir == DefaultDataDir()) return "walsh";
-  return absl::StrCat("walsh --data-dir ", ShellWord(flags.data_dir));
+  std::string command = "walsh";
+  const auto add = [&command](const char* flag, const std::string& value) {
+    if (!value.empty()) absl::StrAppend(&command, " ", flag, " ", ShellWord(value));
+  };
+  add("--server", flags.server);
+  if (flags.server.empty() && flags.data_dir != DefaultDataDir()) {
+    add("--data-dir", flags.data_dir);
+  }
+  add("--tls-ca", flags.security_flags.tls.ca);
+  add("--tls-cert", flags.security_flags.tls.certificate);
+  add("--tls-key", flags.security_flags.tls.private_key);
+  add("--api-key-file", flags.security_flags.api_key_file);
+  return command;
 }
 
 int Fail(const absl::Status& status) {

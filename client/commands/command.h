@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "client/client.h"
+#include "client/security.h"
 
 namespace walsh::client {
 
@@ -20,7 +21,8 @@ struct GlobalFlags {
   std::string data_dir;  // of the service on this machine
   std::string output = "text";
   double timeout_seconds = 60;
-  ChannelSecurity security;  // as client/security.h makes it of the flags
+  SecurityFlags security_flags;
+  ChannelSecurity security;  // that ReadSecurity makes of them
 
   bool json() const { return output == "json"; }
 };
@@ -29,7 +31,7 @@ using Chosen = std::function<int()>;
 
 ClientOptions MakeClientOptions(const GlobalFlags& flags);
 // "walsh" with what a person must add to reach the same service, for hints: --server or --data-dir
-// where they are not the defaults.
+// where they are not the defaults, and the flags of client/security.h that were given.
 std::string WalshCommand(const GlobalFlags& flags);
 // Prints the error to standard error and returns kExitFailed.
 int Fail(const absl::Status& status);
