@@ -5,7 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/status_macros.h"
-#include "server/access/tenant_limit.h"
+#include "common/tenant_limit.h"
 
 namespace walsh::access {
 namespace {

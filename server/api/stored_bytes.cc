@@ -6,7 +6,7 @@
 #include "common/grpc_status.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
-#include "server/access/tenant_limit.h"
+#include "common/tenant_limit.h"
 
 namespace walsh::api {
 absl::Status CheckStoredBytes(const Core& core, const access::Caller& caller) {
@@ -23,8 +23,8 @@ absl::Status CheckStoredBytes(const Core& core, const access::Caller& caller) {
     }
   }
   if (n_bytes < *caller.limits.stored_bytes) return absl::OkStatus();
-  return access::TenantLimitReached(absl::StrCat(n_bytes, " bytes of models stored"),
-                                    *caller.limits.stored_bytes);
+  return TenantLimitReached(absl::StrCat(n_bytes, " bytes of models stored"),
+                            *caller.limits.stored_bytes);
 }
 
 absl::Status CheckCountsNoModel(const Core& core, const access::Caller& caller,

@@ -9,6 +9,7 @@
 #include "common/log.h"
 #include "common/resource_name.h"
 #include "common/status_macros.h"
+#include "common/tenant_limit.h"
 
 namespace walsh::jobs {
 namespace {
@@ -125,11 +126,8 @@ absl::Status JobQueue::CheckRoom(const JobOwner& owner) const {
     return live.second.record.tenant == owner.tenant;
   });
   if (n_live < *owner.live_jobs_max) return absl::OkStatus();
-  absl::Status full = absl::ResourceExhaustedError(
-      absl::StrCat("the tenant has ", n_live, " jobs that have not ended, at most ",
-                   *owner.live_jobs_max, " are taken"));
-  SetErrorInfo(full, "TENANT_LIMIT");
-  SetQuotaFailure(full, "the tenant's jobs", absl::StrCat("at most ", *owner.live_jobs_max));
+  absl::Status full =
+      TenantLimitReached(absl::StrCat(n_live, " jobs that have not ended"), *owner.live_jobs_max);
   SetRetryDelay(full, kQueueFullRetry);
   return full;
 }

@@ -48,7 +48,7 @@ GRPC_HEADER = re.compile(r"^(grpcpp?/|google/protobuf/|walsh/.*\.pb\.h|google/rp
 GRPC_FOLDERS = (
     "server/", "worker/service/", "client/", "tests/",
     "common/grpc_", "common/evaluation_limits", "common/field_checks", "common/generation_limits",
-    "common/quantization_limits", "common/resource_name",
+    "common/quantization_limits", "common/resource_name", "common/tenant_limit",
 )
 CUDA_HEADER = re.compile(r"^(cuda|cublas|cooperative_groups|nv)")
 CUDA_FOLDERS = ("worker/kernels/cuda/", "worker/engine/cuda/", "worker/pipeline/cuda/", "tests/gpu/", "tests/bench/cuda_",

@@ -6,10 +6,10 @@
 
 #include "absl/status/status.h"
 
-namespace walsh::access {
+namespace walsh {
 
 // RESOURCE_EXHAUSTED (ErrorInfo TENANT_LIMIT, QuotaFailure). `has`: the value and of what,
 // "2 requests running".
 absl::Status TenantLimitReached(const std::string& has, int64_t max);
 
-}  // namespace walsh::access
+}  // namespace walsh

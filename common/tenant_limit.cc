@@ -1,9 +1,9 @@
-#include "server/access/tenant_limit.h"
+#include "common/tenant_limit.h"
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 
-namespace walsh::access {
+namespace walsh {
 
 absl::Status TenantLimitReached(const std::string& has, int64_t max) {
   absl::Status status = absl::ResourceExhaustedError(
@@ -13,4 +13,4 @@ absl::Status TenantLimitReached(const std::string& has, int64_t max) {
   return status;
 }
 
-}  // namespace walsh::access
+}  // namespace walsh
