@@ -312,6 +312,10 @@ absl::Status WorkerDaemon::OpenStore() {
 
 absl::Status WorkerDaemon::StartServer() {
   WALSH_ASSIGN_OR_RETURN(security_, DaemonSecurity::Open(options_.security));
+  if (IsOpenToTheNetwork(options_)) {
+    WALSH_LOG(Warning, "whoever reaches the port may use it: no --worker-token-file",
+              {"host", options_.host});
+  }
   generation_ = std::make_unique<GenerationService>(
       models_.get(), clock_,
       GenerationService::Options{.stream_interval =

@@ -193,6 +193,11 @@ StepLimits StepLimitsOf(const WorkerOptions& options, bool on_cuda) {
   return limits;
 }
 
+bool IsOpenToTheNetwork(const WorkerOptions& options) {
+  return !IsLoopbackHost(options.host) && options.security.worker_token_file.empty() &&
+         options.security.tls.ca.empty();
+}
+
 absl::StatusOr<std::string> AdvertisedHost(const WorkerOptions& options) {
   if (!options.advertise_host.empty()) return options.advertise_host;
   if (!IsWildcardHost(options.host)) return options.host;

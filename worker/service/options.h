@@ -64,6 +64,9 @@ struct StepLimits {
 };
 StepLimits StepLimitsOf(const WorkerOptions& options, bool on_cuda);
 
+// Whether other machines may call the worker without any proof of who they are.
+bool IsOpenToTheNetwork(const WorkerOptions& options);
+
 // The host that the coordinator is told: --advertise-host, else --host. A --host that stands for
 // every address of the machine is no place to call: beside the coordinator it is the loopback,
 // elsewhere INVALID_ARGUMENT, since all such workers would have one and the same address.

@@ -23,6 +23,17 @@ TEST(AdvertisedHostTest, IsTheGivenOneElseTheListeningOne) {
       "worker-7");
 }
 
+TEST(WorkerOptionsTest, IsOpenToTheNetworkWithoutATokenAndACa) {
+  EXPECT_FALSE(IsOpenToTheNetwork({}));
+  WorkerOptions options{.host = "0.0.0.0"};
+  EXPECT_TRUE(IsOpenToTheNetwork(options));
+  options.security.tls.ca = "ca.crt";
+  EXPECT_FALSE(IsOpenToTheNetwork(options));
+  options.security.tls.ca.clear();
+  options.security.worker_token_file = "token";
+  EXPECT_FALSE(IsOpenToTheNetwork(options));
+}
+
 // Two machines that both said 0.0.0.0 would take each other's place at the coordinator.
 TEST(AdvertisedHostTest, AllAddressesAreNone) {
   for (const char* host : {"0.0.0.0", "::", "[::]"}) {
