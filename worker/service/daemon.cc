@@ -62,8 +62,10 @@ namespace walsh::service {
 namespace {
 
 constexpr char kDaemonName[] = "worker";
-// A checkpoint that no worker has touched for so long is of a job that ended while none had it.
+// A checkpoint that no worker has touched for so long is of a job that ended while none had it, and
+// so is a result that was not told.
 constexpr absl::Duration kCheckpointsKept = absl::Hours(7 * 24);
+constexpr absl::Duration kResultsKept = kCheckpointsKept;
 // After the requests' time: for calls to send their last words.
 constexpr absl::Duration kServerGrace = absl::Seconds(2);
 
@@ -377,10 +379,14 @@ absl::Status WorkerDaemon::Announce() {
 void WorkerDaemon::MakeAgent() {
   coordinator_ = std::make_unique<CoordinatorLink>(options_.coordinator,
                                                    [this] { return security_->to_coordinator(); });
+  const std::string results = options_.data_dir + "/results";
+  if (const absl::Status removed = RemoveStaleResults(results, kResultsKept); !removed.ok()) {
+    WALSH_LOG(Warning, "old results stay", {"error", removed});
+  }
   runner_ = std::make_unique<JobRunner>(
       JobRunner::Options{
           .worker_id = worker_id_,
-          .results_directory = options_.data_dir + "/results",
+          .results_directory = results,
           .rejected = &rejected_,
           .n_threads = options_.threads,
           .resolve = resolve_,

@@ -626,4 +626,20 @@ std::string JobRunner::ResultPath(const std::string& job_name) const {
   return absl::StrCat(options_.results_directory, "/", JobId(job_name), ".result");
 }
 
+absl::Status RemoveStaleResults(const std::string& directory, absl::Duration age) {
+  const auto stale_before =
+      std::filesystem::file_time_type::clock::now() - absl::ToChronoSeconds(age);
+  std::error_code error;
+  for (std::filesystem::directory_iterator it(directory, error), end; !error && it != end;
+       it.increment(error)) {
+    std::error_code unknown;
+    const auto written = it->last_write_time(unknown);
+    if (!unknown && written < stale_before) WALSH_RETURN_IF_ERROR(RemoveTree(it->path().string()));
+  }
+  if (error && error != std::errc::no_such_file_or_directory) {
+    return ErrnoStatus(error.value(), "listing the results");
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace walsh::service

@@ -136,4 +136,8 @@ class JobRunner {
   Clock* const clock_;
 };
 
+// Removes the results in `directory` that are older than `age`: of jobs that ended while their
+// worker died. One whose job comes back after all costs that job no more than its figures.
+absl::Status RemoveStaleResults(const std::string& directory, absl::Duration age);
+
 }  // namespace walsh::service

@@ -1128,5 +1128,16 @@ TEST_F(JobRunnerTest, AutoLoadThatFailsIsAWarning) {
   EXPECT_THAT(outcome.result().warnings(0), HasSubstr("no memory"));
 }
 
+TEST(RemoveStaleResultsTest, OldOnesGo) {
+  const testing::TempDir dir;
+  ASSERT_OK(RemoveStaleResults(dir / "none", absl::Hours(1)));
+  const std::string result = dir / "job-1.result";
+  ASSERT_OK(PublishFile(result, "r"));
+  ASSERT_OK(RemoveStaleResults(dir.path(), absl::Hours(1)));
+  EXPECT_TRUE(fs::exists(result));
+  ASSERT_OK(RemoveStaleResults(dir.path(), -absl::Hours(1)));
+  EXPECT_FALSE(fs::exists(result));
+}
+
 }  // namespace
 }  // namespace walsh::service
