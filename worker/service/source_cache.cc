@@ -4,8 +4,10 @@
 #include <chrono>
 #include <filesystem>
 #include <system_error>
+#include <utility>
 #include <vector>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/log.h"
@@ -87,18 +89,18 @@ absl::StatusOr<SourceCache::Pin> SourceCache::Get(const std::string& key, int64_
     lock.lock();
   }
   WALSH_RETURN_IF_ERROR(MakeRoom(size_bytes));
-  entries_[key] = {.size_bytes = size_bytes};
+  Entries::value_type& entry = *entries_.emplace(key, Entry{.size_bytes = size_bytes}).first;
+  // Also where `fill` throws, or others would wait for ever.
+  const absl::Cleanup end_wait = [&] {
+    if (!lock.owns_lock()) lock.lock();
+    if (!entry.second.is_whole) entries_.erase(key);
+    filled_.notify_all();
+  };
   lock.unlock();
-  const absl::Status status = FillNew(key, fill);
+  WALSH_RETURN_IF_ERROR(FillNew(key, fill));
   lock.lock();
-  filled_.notify_all();
-  if (!status.ok()) {
-    entries_.erase(key);
-    return status;
-  }
-  const auto it = entries_.find(key);
-  it->second.is_whole = true;
-  return MakePin(*it);
+  entry.second.is_whole = true;
+  return MakePin(entry);
 }
 
 absl::StatusOr<std::string> SourceCache::MakeTemporaryDirectory() const {
@@ -109,10 +111,23 @@ absl::StatusOr<std::string> SourceCache::MakeTemporaryDirectory() const {
 
 absl::Status SourceCache::FillNew(const std::string& key, const Fill& fill) const {
   WALSH_ASSIGN_OR_RETURN(const std::string temporary, MakeTemporaryDirectory());
-  absl::Status status = fill(temporary);
-  if (status.ok()) status = PublishDirectory(temporary, Directory(key));
-  if (!status.ok()) RemoveTree(temporary).IgnoreError();  // what stays goes at the next start
-  return status;
+  absl::Cleanup remove = [&] {
+    RemoveTree(temporary).IgnoreError();  // what stays goes at the next start
+    // Where only the end of publishing failed.
+    RemoveFolder(key).IgnoreError();
+  };
+  WALSH_RETURN_IF_ERROR(fill(temporary));
+  WALSH_RETURN_IF_ERROR(PublishDirectory(temporary, Directory(key)));
+  std::move(remove).Cancel();
+  return absl::OkStatus();
+}
+
+absl::Status SourceCache::RemoveFolder(const std::string& key) const {
+  const std::string doomed = TemporaryName(Directory("doomed"));
+  const absl::Status moved = MoveDirectory(Directory(key), doomed);
+  if (absl::IsNotFound(moved)) return absl::OkStatus();
+  WALSH_RETURN_IF_ERROR(moved);
+  return RemoveTree(doomed);
 }
 
 void SourceCache::Unpin(const std::string& key) {
@@ -160,11 +175,9 @@ absl::StatusOr<bool> SourceCache::RemoveOldest() {
     if (oldest == entries_.end() || it->second.used < oldest->second.used) oldest = it;
   }
   if (oldest == entries_.end()) return false;
-  const std::string doomed = TemporaryName(Directory("doomed"));
-  WALSH_RETURN_IF_ERROR(MoveDirectory(Directory(oldest->first), doomed));
+  WALSH_RETURN_IF_ERROR(RemoveFolder(oldest->first));
   WALSH_LOG(Info, "a source leaves the cache", {"bytes", oldest->second.size_bytes});
   entries_.erase(oldest);
-  WALSH_RETURN_IF_ERROR(RemoveTree(doomed));
   return true;
 }
 

@@ -75,6 +75,8 @@ class SourceCache {
   std::string Directory(const std::string& key) const { return root_ + "/" + key; }
   absl::Status Scan();
   absl::Status FillNew(const std::string& key, const Fill& fill) const;
+  // OK where an operator has done so. What is there is never half a folder.
+  absl::Status RemoveFolder(const std::string& key) const;
   void Unpin(const std::string& key);
   // The rest with `mu_` held.
   Entries::iterator FindEntry(const std::string& key);

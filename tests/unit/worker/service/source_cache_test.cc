@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <new>
 #include <optional>
 #include <string>
 #include <thread>
@@ -106,6 +107,24 @@ TEST_F(SourceCacheTest, AFailureLeavesNothing) {
   EXPECT_OK(Get("a", 100).status());
 }
 
+TEST_F(SourceCacheTest, AFillThatThrowsLeavesNothing) {
+  const auto throws = [](const std::string&) -> absl::Status { throw std::bad_alloc(); };
+  EXPECT_THROW(cache_->Get("a", 100, throws, {}).IgnoreError(), std::bad_alloc);
+  EXPECT_THAT(Folders(), IsEmpty());
+  EXPECT_OK(cache_
+                ->Get(
+                    "a", 100, [](const std::string&) { return absl::OkStatus(); },
+                    [] { return absl::CancelledError("nobody fills it"); })
+                .status());
+}
+
+TEST_F(SourceCacheTest, AFolderThatCannotBePublishedLeavesNothing) {
+  ASSERT_OK(MakeDirectories(root_ + "/a"));
+  EXPECT_THAT(Get("a", 10).status(), HasCode(absl::StatusCode::kAlreadyExists));
+  EXPECT_THAT(Folders(), IsEmpty());
+  EXPECT_OK(Get("a", 10).status());
+}
+
 TEST_F(SourceCacheTest, WhatADeadProcessLeftUnfinishedGoes) {
   ASSERT_OK(Get("a", 10).status());
   ASSERT_OK(MakeDirectories(*cache_->MakeTemporaryDirectory() + "/model"));
@@ -121,6 +140,12 @@ TEST_F(SourceCacheTest, WhatAnOperatorRemovesIsFilledAgain) {
   EXPECT_THAT(cache_->Find("a").status(), HasCode(absl::StatusCode::kNotFound));
   ASSERT_OK(Get("a", 10).status());
   EXPECT_EQ(n_fills_, 2);
+}
+
+TEST_F(SourceCacheTest, WhatAnOperatorRemovesMakesRoom) {
+  ASSERT_OK(Get("a", 60).status());
+  ASSERT_OK(RemoveTree(root_ + "/a"));
+  EXPECT_OK(Get("b", 60).status());
 }
 
 TEST_F(SourceCacheTest, TheSecondCallerWaitsForTheFirstOrGoes) {
