@@ -148,6 +148,11 @@ class S3Store final : public ObjectStore {
                                                       .headers = std::move(headers),
                                                       .answer_bytes_max = n_bytes,
                                                       .keep_going = options.keep_going}));
+    // Not every endpoint knows If-Match of a GET.
+    if (!options.must_have_etag.empty() && !answer.etag.empty() &&
+        answer.etag != options.must_have_etag) {
+      return absl::AbortedError("a stored object is not what the read expects");
+    }
     if (answer.status != 206 || answer.body.size() != into.size()) {
       return absl::DataLossError("a stored object is shorter than it should be");
     }

@@ -306,6 +306,20 @@ TEST_F(S3ObjectStoreTest, AsksForTheObjectThatItHasSeen) {
   EXPECT_EQ(SentLines()[0], "GET /bucket?list-type=2&max-keys=1&prefix=a%2Fb");
   EXPECT_EQ(Sent()[1].headers.at("if-match"), found.etag);
   EXPECT_EQ(Sent()[1].headers.at("authorization"), Authorization(Sent()[1], "eu-central-7"));
+  // An endpoint that passes over If-Match.
+  const std::vector<std::pair<std::string, absl::StatusCode>> answers = {
+      {ScriptedHttpServer::Answer(206, "1234", "ETag: \"e-1\"\r\n"), absl::StatusCode::kOk},
+      {ScriptedHttpServer::Answer(206, "1234", "ETag: \"e-2\"\r\n"), absl::StatusCode::kAborted},
+      {ScriptedHttpServer::Answer(206, "1", "ETag: \"e-2\"\r\n"), absl::StatusCode::kAborted}};
+  for (const auto& [answer, code] : answers) {
+    Answer({answer});
+    EXPECT_EQ(store_
+                  ->ReadAt("a/b", 0, std::as_writable_bytes(std::span(read)),
+                           {.must_have_etag = found.etag})
+                  .code(),
+              code)
+        << answer;
+  }
   // What would become a header of its own.
   Answer({Ok(Page(Entry("a", "&quot;&#13;&#10;Host: x&quot;"), ""))});
   ASSERT_OK_AND_ASSIGN(const ObjectStore::Listed hostile, store_->Find("a"));
