@@ -169,8 +169,12 @@ absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std:
                                          const std::string& path) {
   absl::StatusOr<std::string> resolved = resolve(path);
   if (resolved.ok()) return resolved;
-  return absl::Status(resolved.status().code(),
+  absl::Status status(resolved.status().code(),
                       absl::StrCat(field, ": ", resolved.status().message()));
+  resolved.status().ForEachPayload([&](absl::string_view type_url, const absl::Cord& detail) {
+    status.SetPayload(type_url, detail);
+  });
+  return status;
 }
 
 absl::StatusOr<std::vector<evaluate::TaskSpec>> ToTaskSpecs(

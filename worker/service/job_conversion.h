@@ -21,7 +21,7 @@ namespace walsh::service {
 // A path of a job to one that this worker may read.
 using PathResolver = std::function<absl::StatusOr<std::string>(std::string_view path)>;
 
-// An error begins with the field, as the client knows it.
+// An error begins with the field, as the client knows it, and keeps its details.
 absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std::string& field,
                                          const std::string& path);
 

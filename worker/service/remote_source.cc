@@ -15,7 +15,9 @@
 #include <system_error>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 #include "common/grpc_status.h"
 #include "common/limits.h"
 #include "common/publish.h"
@@ -34,6 +36,7 @@ using objects::ObjectStore;
 // One connection has a small part of what a machine's network can.
 constexpr size_t kReadsAhead = 4;
 constexpr std::chrono::milliseconds kAskInterval{100};
+constexpr absl::Duration kRetryDelay = absl::Seconds(5);
 // A file of safetensors begins with the length of its header.
 constexpr int64_t kLengthBytes = 8;
 constexpr int64_t kGgufHeadBytes = 64 << 20;
@@ -43,6 +46,18 @@ bool IsSafetensors(std::string_view name) { return name.ends_with(".safetensors"
 
 std::string Quoted(const std::string& reference) { return absl::StrCat("'", reference, "'"); }
 
+absl::Status Missing(const std::string& reference, const std::string& what) {
+  absl::Status status = absl::NotFoundError(absl::StrCat(Quoted(reference), " ", what));
+  SetResourceInfo(status, "source", reference, what);
+  return status;
+}
+
+absl::Status Away(const std::string& message) {
+  absl::Status status = absl::UnavailableError(message);
+  SetRetryDelay(status, kRetryDelay);
+  return status;
+}
+
 // What the store says of a source, as this worker's callers may know it.
 absl::Status OfSource(const std::string& reference, const absl::Status& status,
                       const KeepGoing& keep_going) {
@@ -51,12 +66,13 @@ absl::Status OfSource(const std::string& reference, const absl::Status& status,
   const std::string message = absl::StrCat(Quoted(reference), ": ", status.message());
   switch (status.code()) {
     case absl::StatusCode::kNotFound:
-      return absl::NotFoundError(absl::StrCat(Quoted(reference), " does not exist"));
+      return Missing(reference, "does not exist");
     case absl::StatusCode::kAborted:
-      return absl::UnavailableError(
-          absl::StrCat(Quoted(reference), " was replaced while it was read"));
+      return Away(absl::StrCat(Quoted(reference), " was replaced while it was read"));
     case absl::StatusCode::kCancelled:
-      return absl::UnavailableError(message);
+    case absl::StatusCode::kUnavailable:
+      return Away(message);
+    case absl::StatusCode::kFailedPrecondition:
     case absl::StatusCode::kInvalidArgument:
     case absl::StatusCode::kPermissionDenied:
     case absl::StatusCode::kUnimplemented: {
@@ -103,8 +119,8 @@ class FolderReader {
     WALSH_RETURN_IF_ERROR(AddIfThere(interop::kOldConfigFile));
     if (children_.contains(kSingleWeightsFile)) return AddNeeded(kSingleWeightsFile);
     if (!children_.contains(kWeightsIndexFile)) {
-      return absl::NotFoundError(absl::StrCat(Quoted(source_.reference), " has neither ",
-                                              kSingleWeightsFile, " nor ", kWeightsIndexFile));
+      return Missing(source_.reference,
+                     absl::StrCat("has neither ", kSingleWeightsFile, " nor ", kWeightsIndexFile));
     }
     WALSH_RETURN_IF_ERROR(AddNeeded(kWeightsIndexFile));
     WALSH_ASSIGN_OR_RETURN(const std::string index, ReadAll(source_.files.back().object));
@@ -142,7 +158,7 @@ class FolderReader {
   }
   absl::Status AddNeeded(const std::string& name) {
     if (children_.contains(name)) return AddIfThere(name);
-    return absl::NotFoundError(absl::StrCat(Quoted(source_.reference), " has no ", name));
+    return Missing(source_.reference, absl::StrCat("has no ", name));
   }
 
   absl::StatusOr<std::string> ReadAll(const ObjectStore::Listed& object) const {
@@ -229,31 +245,27 @@ class Copier {
       return piece;
     };
     std::deque<std::future<absl::StatusOr<std::string>>> ahead;  // waits for its threads at the end
-    const auto copy = [&]() -> absl::Status {
-      WALSH_RETURN_IF_ERROR(GoOn());
-      for (int64_t asked = 0; asked < n_bytes || !ahead.empty();) {
-        while (asked < n_bytes && ahead.size() < kReadsAhead) {
-          const int64_t n = std::min(n_bytes - asked, kPieceBytes);
-          ahead.push_back(std::async(std::launch::async, read, asked, n));
-          asked += n;
-        }
-        while (ahead.front().wait_for(kAskInterval) != std::future_status::ready) {
-          WALSH_RETURN_IF_ERROR(GoOn());
-        }
-        const absl::StatusOr<std::string> piece = ahead.front().get();
-        ahead.pop_front();
-        if (!piece.ok()) {
-          return OfSource(source_.reference, piece.status(), [this] { return GoOn(); });
-        }
-        WALSH_RETURN_IF_ERROR(output.Append(std::as_bytes(std::span(*piece))));
-        done_ += static_cast<int64_t>(piece->size());
+    const absl::Cleanup end = [&is_over] { is_over = true; };
+    WALSH_RETURN_IF_ERROR(GoOn());
+    for (int64_t asked = 0; asked < n_bytes || !ahead.empty();) {
+      while (asked < n_bytes && ahead.size() < kReadsAhead) {
+        const int64_t n = std::min(n_bytes - asked, kPieceBytes);
+        ahead.push_back(std::async(std::launch::async, read, asked, n));
+        asked += n;
+      }
+      while (ahead.front().wait_for(kAskInterval) != std::future_status::ready) {
         WALSH_RETURN_IF_ERROR(GoOn());
       }
-      return absl::OkStatus();
-    };
-    absl::Status status = copy();
-    is_over = true;
-    return status;
+      const absl::StatusOr<std::string> piece = ahead.front().get();
+      ahead.pop_front();
+      if (!piece.ok()) {
+        return OfSource(source_.reference, piece.status(), [this] { return GoOn(); });
+      }
+      WALSH_RETURN_IF_ERROR(output.Append(std::as_bytes(std::span(*piece))));
+      done_ += static_cast<int64_t>(piece->size());
+      WALSH_RETURN_IF_ERROR(GoOn());
+    }
+    return absl::OkStatus();
   }
 
   const RemoteSource& source_;

@@ -6,6 +6,7 @@
 #include <functional>
 #include <string>
 
+#include "common/grpc_status.h"
 #include "tests/testing/status_matchers.h"
 
 namespace walsh::service {
@@ -72,6 +73,18 @@ absl::StatusOr<pipeline::OnlineSpec> OnlineOf(
   const auto spec = SpecOf(set);
   if (!spec.ok()) return spec.status();
   return spec->online;
+}
+
+TEST(ResolveFieldTest, AnErrorKeepsItsDetails) {
+  const auto refuses = [](std::string_view) -> absl::StatusOr<std::string> {
+    absl::Status status = absl::FailedPreconditionError("no rights");
+    SetErrorInfo(status, "SOURCE_REFUSED");
+    return status;
+  };
+  const absl::Status status = ResolveField(refuses, "text.uri", "s3://b/k").status();
+  EXPECT_THAT(status,
+              testing::StatusIs(absl::StatusCode::kFailedPrecondition, "text.uri: no rights"));
+  EXPECT_EQ(ErrorReason(status), "SOURCE_REFUSED");
 }
 
 TEST(ToJobSpecTest, KeepsTheNameOfThePreset) {

@@ -247,11 +247,16 @@ TEST_F(ModelSourcesTest, ShowsProgressAndEndsWithItsCaller) {
   EXPECT_THAT(Names(dir_ / "sources"), IsEmpty());
 }
 
+bool HasDetail(const absl::Status& status, const std::string& type) {
+  return status.GetPayload("type.googleapis.com/google.rpc." + type).has_value();
+}
+
 TEST_F(ModelSourcesTest, SaysWhoseFaultItIs) {
   Write("bucket/text.txt", "A text.");
   const std::vector<std::pair<absl::StatusCode, absl::StatusCode>> codes = {
       {absl::StatusCode::kPermissionDenied, absl::StatusCode::kFailedPrecondition},
       {absl::StatusCode::kInvalidArgument, absl::StatusCode::kFailedPrecondition},
+      {absl::StatusCode::kFailedPrecondition, absl::StatusCode::kFailedPrecondition},
       {absl::StatusCode::kUnavailable, absl::StatusCode::kUnavailable},
       {absl::StatusCode::kCancelled, absl::StatusCode::kUnavailable},
       {absl::StatusCode::kAborted, absl::StatusCode::kUnavailable},
@@ -265,6 +270,8 @@ TEST_F(ModelSourcesTest, SaysWhoseFaultItIs) {
     EXPECT_THAT(status, StatusIs(to, HasSubstr("'s3://bucket/text.txt'"))) << from;
     EXPECT_EQ(ErrorReason(status),
               to == absl::StatusCode::kFailedPrecondition ? "SOURCE_REFUSED" : "");
+    EXPECT_EQ(HasDetail(status, "RetryInfo"), to == absl::StatusCode::kUnavailable);
+    EXPECT_EQ(HasDetail(status, "ResourceInfo"), to == absl::StatusCode::kNotFound);
   }
 }
 
