@@ -333,6 +333,11 @@ absl::StatusOr<Model> ModelStore::Unload(const std::string& id) {
 
 absl::Status ModelStore::Delete(const std::string& id) {
   const std::lock_guard loading(load_mu_);
+  // Before it is looked at: what is fetched appears at the end of its move.
+  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Move> move, BeginMove(id, [&] {
+                           return Away(absl::StrCat(ModelName(id), " is being fetched"),
+                                       "MODEL_LOADING");
+                         }));
   const absl::StatusOr<Model> found = Get(id);
   if (found.ok() && found->state() == Model::READY) {
     absl::Status status =
@@ -340,10 +345,6 @@ absl::Status ModelStore::Delete(const std::string& id) {
     SetErrorInfo(status, "MODEL_LOADED");
     return status;
   }
-  WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<Move> move, BeginMove(id, [&] {
-                           return Away(absl::StrCat(ModelName(id), " is being fetched"),
-                                       "MODEL_LOADING");
-                         }));
   if (options_.artifacts != nullptr) {
     // First there: while that cannot be done, the model stays as it is.
     const absl::Status removed = options_.artifacts->Remove(id);
