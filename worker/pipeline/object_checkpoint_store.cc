@@ -211,6 +211,17 @@ class ObjectCheckpointStore final : public CheckpointStore {
 
 std::string JobFolder(const std::string& job) { return absl::StrCat(kFolder, "/", job); }
 
+absl::Status Remove(ObjectStore& store, std::vector<ObjectStore::Listed> listed) {
+  // First what makes it a checkpoint: a holder who wakes finds that it is gone.
+  std::stable_partition(listed.begin(), listed.end(), [](const ObjectStore::Listed& object) {
+    return absl::EndsWith(object.key, kCurrent);
+  });
+  for (const ObjectStore::Listed& object : listed) {
+    WALSH_RETURN_IF_ERROR(store.Delete(object.key));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 std::unique_ptr<CheckpointStore> MakeObjectCheckpointStore(ObjectStore* store,
@@ -223,14 +234,7 @@ std::unique_ptr<CheckpointStore> MakeObjectCheckpointStore(ObjectStore* store,
 
 absl::Status RemoveObjectCheckpoints(ObjectStore& store, const std::string& job) {
   WALSH_ASSIGN_OR_RETURN(std::vector<ObjectStore::Listed> listed, store.List(JobFolder(job)));
-  // First what makes it a checkpoint: a holder who wakes finds that it is gone.
-  std::stable_partition(listed.begin(), listed.end(), [](const ObjectStore::Listed& object) {
-    return absl::EndsWith(object.key, kCurrent);
-  });
-  for (const ObjectStore::Listed& object : listed) {
-    WALSH_RETURN_IF_ERROR(store.Delete(object.key));
-  }
-  return absl::OkStatus();
+  return Remove(store, std::move(listed));
 }
 
 absl::Status RemoveStaleObjectCheckpoints(ObjectStore& store, absl::Duration age) {
@@ -243,7 +247,13 @@ absl::Status RemoveStaleObjectCheckpoints(ObjectStore& store, absl::Duration age
     last = std::max(last, object.modified);
   }
   for (const auto& [job, last] : changed) {
-    if (absl::Now() - last > age) WALSH_RETURN_IF_ERROR(RemoveObjectCheckpoints(store, job));
+    if (absl::Now() - last <= age) continue;
+    // A holder may have gone on since the first list.
+    WALSH_ASSIGN_OR_RETURN(std::vector<ObjectStore::Listed> now, store.List(JobFolder(job)));
+    const bool is_stale = std::all_of(now.begin(), now.end(), [&](const auto& object) {
+      return absl::Now() - object.modified > age;
+    });
+    if (is_stale) WALSH_RETURN_IF_ERROR(Remove(store, std::move(now)));
   }
   return absl::OkStatus();
 }

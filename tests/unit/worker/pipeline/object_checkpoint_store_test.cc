@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -99,7 +101,8 @@ TEST_F(ObjectCheckpointStoreTest, OneOfTwoWritersWithTheSameTokenGoesOn) {
   EXPECT_THAT(first->Commit({"c", {}}), HasCode(absl::StatusCode::kUnavailable));
 }
 
-// Whose parts cannot be read while it is away, as at the end of a request's tries.
+// Whose parts cannot be read while it is away, as at the end of a request's tries. Another worker
+// may do something after a list.
 class StoreThatGoes final : public objects::ObjectStore {
  public:
   explicit StoreThatGoes(objects::ObjectStore* store) : store_(*store) {}
@@ -121,7 +124,9 @@ class StoreThatGoes final : public objects::ObjectStore {
   }
   absl::StatusOr<std::vector<Listed>> List(const std::string& folder,
                                            const KeepGoing& keep_going) const override {
-    return store_.List(folder, keep_going);
+    absl::StatusOr<std::vector<Listed>> listed = store_.List(folder, keep_going);
+    if (after_list) after_list();
+    return listed;
   }
   absl::StatusOr<Listed> Find(const std::string& key, const KeepGoing& keep_going) const override {
     return store_.Find(key, keep_going);
@@ -130,6 +135,7 @@ class StoreThatGoes final : public objects::ObjectStore {
   void Stop() override {}
 
   bool is_away = false;
+  std::function<void()> after_list;
 
  private:
   objects::ObjectStore& store_;
@@ -162,6 +168,27 @@ TEST_F(ObjectCheckpointStoreTest, OldOnesGo) {
   EXPECT_TRUE(std::filesystem::exists(Path("CURRENT")));
   ASSERT_OK(RemoveStaleObjectCheckpoints(*objects_, -absl::Hours(1)));
   EXPECT_FALSE(std::filesystem::exists(Path("CURRENT")));
+}
+
+TEST_F(ObjectCheckpointStoreTest, OneThatIsResumedMeanwhileStays) {
+  const auto before = Open(1);
+  ASSERT_OK(before->Claim());
+  ASSERT_OK_AND_ASSIGN(const CheckpointStore::Object object, before->Put("contents"));
+  ASSERT_OK(before->Commit({"first", {object}}));
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(directory_.path())) {
+    std::filesystem::last_write_time(
+        entry, std::filesystem::file_time_type::clock::now() - std::chrono::hours(2));
+  }
+  const auto resumed = Open(2);
+  StoreThatGoes listed(objects_.get());
+  bool is_first = true;
+  listed.after_list = [&] {
+    if (!std::exchange(is_first, false)) return;
+    EXPECT_OK(resumed->Claim());
+  };
+  ASSERT_OK(RemoveStaleObjectCheckpoints(listed, absl::Hours(1)));
+  EXPECT_OK(resumed->Check(object));
+  EXPECT_OK(resumed->Commit({"second", {object}}));
 }
 
 }  // namespace
