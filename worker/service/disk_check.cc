@@ -1,5 +1,7 @@
 #include "worker/service/disk_check.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
 #include "common/log.h"
@@ -9,6 +11,7 @@ namespace walsh::service {
 absl::Status CheckDisk(std::string_view what, int64_t needed_bytes, int64_t free_bytes,
                        const std::string& directory) {
   if (needed_bytes <= free_bytes) return absl::OkStatus();
+  free_bytes = std::max<int64_t>(free_bytes, 0);  // more may be promised than there is
   // Clients are not told paths.
   WALSH_LOG(Warning, "disk is short", {"what", what}, {"directory", directory},
             {"needed_bytes", needed_bytes}, {"free_bytes", free_bytes});

@@ -24,10 +24,11 @@ constexpr std::chrono::milliseconds kAskInterval{100};
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<SourceCache>> SourceCache::Open(std::string root,
-                                                               int64_t bytes_max) {
+absl::StatusOr<std::unique_ptr<SourceCache>> SourceCache::Open(std::string root, int64_t bytes_max,
+                                                               FreeDisk free_bytes) {
   WALSH_RETURN_IF_ERROR(MakeDirectories(root));
-  std::unique_ptr<SourceCache> cache(new SourceCache(std::move(root), bytes_max));
+  std::unique_ptr<SourceCache> cache(
+      new SourceCache(std::move(root), bytes_max, std::move(free_bytes)));
   WALSH_RETURN_IF_ERROR(cache->Scan());
   return cache;
 }
@@ -89,7 +90,9 @@ absl::StatusOr<SourceCache::Pin> SourceCache::Get(const std::string& key, int64_
     lock.lock();
   }
   WALSH_RETURN_IF_ERROR(MakeRoom(size_bytes));
-  Entries::value_type& entry = *entries_.emplace(key, Entry{.size_bytes = size_bytes}).first;
+  WALSH_ASSIGN_OR_RETURN(const std::string temporary, MakeTemporaryDirectory());
+  Entries::value_type& entry =
+      *entries_.emplace(key, Entry{.size_bytes = size_bytes, .temporary = temporary}).first;
   // Also where `fill` throws, or others would wait for ever.
   const absl::Cleanup end_wait = [&] {
     if (!lock.owns_lock()) lock.lock();
@@ -97,7 +100,7 @@ absl::StatusOr<SourceCache::Pin> SourceCache::Get(const std::string& key, int64_
     filled_.notify_all();
   };
   lock.unlock();
-  WALSH_RETURN_IF_ERROR(FillNew(key, fill));
+  WALSH_RETURN_IF_ERROR(FillNew(key, temporary, fill));
   lock.lock();
   entry.second.is_whole = true;
   return MakePin(entry);
@@ -109,8 +112,8 @@ absl::StatusOr<std::string> SourceCache::MakeTemporaryDirectory() const {
   return directory;
 }
 
-absl::Status SourceCache::FillNew(const std::string& key, const Fill& fill) const {
-  WALSH_ASSIGN_OR_RETURN(const std::string temporary, MakeTemporaryDirectory());
+absl::Status SourceCache::FillNew(const std::string& key, const std::string& temporary,
+                                  const Fill& fill) const {
   absl::Cleanup remove = [&] {
     RemoveTree(temporary).IgnoreError();  // what stays goes at the next start
     // Where only the end of publishing failed.
@@ -137,7 +140,7 @@ void SourceCache::Unpin(const std::string& key) {
 
 SourceCache::Entries::iterator SourceCache::FindEntry(const std::string& key) {
   const auto it = entries_.find(key);
-  if (it == entries_.end() || !it->second.is_whole || it->second.n_pins > 0) return it;
+  if (it == entries_.end() || !it->second.may_go()) return it;
   std::error_code error;
   if (fs::is_directory(Directory(key), error)) return it;
   // An operator has made room.
@@ -155,30 +158,44 @@ SourceCache::Pin SourceCache::MakePin(Entries::value_type& entry) {
   return Pin(this, key);
 }
 
+absl::StatusOr<SourceCache::Room> SourceCache::CountRoom() const {
+  WALSH_ASSIGN_OR_RETURN(const int64_t disk_bytes, free_bytes_(root_));
+  Room room{.in_cache = bytes_max_, .on_disk = disk_bytes};
+  for (const auto& [key, folder] : entries_) {
+    room.in_cache -= folder.size_bytes;
+    if (folder.may_go()) room.evictable += folder.size_bytes;
+    if (folder.is_whole) continue;
+    // What it has yet to write is not free. One that is not there has just been published.
+    const int64_t written = TreeBytes(folder.temporary).value_or(folder.size_bytes);
+    room.on_disk -= std::max<int64_t>(folder.size_bytes - written, 0);
+  }
+  return room;
+}
+
 absl::Status SourceCache::MakeRoom(int64_t size_bytes) {
   WALSH_RETURN_IF_ERROR(CheckFits(size_bytes));
   while (true) {
-    int64_t held_bytes = 0;
-    for (const auto& [key, folder] : entries_) held_bytes += folder.size_bytes;
-    WALSH_ASSIGN_OR_RETURN(const int64_t disk_bytes, FreeBytes(root_));
-    const int64_t free_bytes = std::min(disk_bytes, bytes_max_ - held_bytes);
-    if (size_bytes <= free_bytes) return absl::OkStatus();
-    WALSH_ASSIGN_OR_RETURN(const bool is_less, RemoveOldest());
-    if (!is_less) return CheckDisk("the source", size_bytes, free_bytes, root_);
+    WALSH_ASSIGN_OR_RETURN(const Room room, CountRoom());
+    if (size_bytes <= std::min(room.in_cache, room.on_disk)) return absl::OkStatus();
+    // Nothing goes where all of it would not be enough.
+    WALSH_RETURN_IF_ERROR(CheckDisk("the source within --source-cache-bytes", size_bytes,
+                                    room.in_cache + room.evictable, root_));
+    WALSH_RETURN_IF_ERROR(
+        CheckDisk("the source", size_bytes, room.on_disk + room.evictable, root_));
+    WALSH_RETURN_IF_ERROR(RemoveOldest());
   }
 }
 
-absl::StatusOr<bool> SourceCache::RemoveOldest() {
+absl::Status SourceCache::RemoveOldest() {
   auto oldest = entries_.end();
   for (auto it = entries_.begin(); it != entries_.end(); ++it) {
-    if (!it->second.is_whole || it->second.n_pins > 0) continue;
+    if (!it->second.may_go()) continue;
     if (oldest == entries_.end() || it->second.used < oldest->second.used) oldest = it;
   }
-  if (oldest == entries_.end()) return false;
   WALSH_RETURN_IF_ERROR(RemoveFolder(oldest->first));
   WALSH_LOG(Info, "a source leaves the cache", {"bytes", oldest->second.size_bytes});
   entries_.erase(oldest);
-  return true;
+  return absl::OkStatus();
 }
 
 }  // namespace walsh::service

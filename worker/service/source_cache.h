@@ -23,6 +23,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "common/keep_going.h"
+#include "common/publish.h"
 
 namespace walsh::service {
 
@@ -46,8 +47,11 @@ class SourceCache {
     std::string key_;
   };
 
-  // In `root`, which is made; all folders together have at most `bytes_max`.
-  static absl::StatusOr<std::unique_ptr<SourceCache>> Open(std::string root, int64_t bytes_max);
+  // In `root`, which is made; all folders together have at most `bytes_max`. `free_bytes` says what
+  // the disk of a path has left.
+  using FreeDisk = std::function<absl::StatusOr<int64_t>(const std::string& path)>;
+  static absl::StatusOr<std::unique_ptr<SourceCache>> Open(std::string root, int64_t bytes_max,
+                                                           FreeDisk free_bytes = FreeBytes);
 
   // Whether so much could ever be here.
   absl::Status CheckFits(int64_t size_bytes) const;
@@ -67,26 +71,37 @@ class SourceCache {
     int64_t used = 0;  // grows with each use of any
     int n_pins = 0;
     bool is_whole = false;  // false: it is being filled
+    std::string temporary;  // where
+    bool may_go() const { return is_whole && n_pins == 0; }
+  };
+  // Bytes for one folder more.
+  struct Room {
+    int64_t in_cache = 0;
+    int64_t on_disk = 0;
+    int64_t evictable = 0;  // as many more in both
   };
   using Entries = std::map<std::string, Entry>;
 
-  SourceCache(std::string root, int64_t bytes_max)
-      : root_(std::move(root)), bytes_max_(bytes_max) {}
+  SourceCache(std::string root, int64_t bytes_max, FreeDisk free_bytes)
+      : root_(std::move(root)), bytes_max_(bytes_max), free_bytes_(std::move(free_bytes)) {}
   std::string Directory(const std::string& key) const { return root_ + "/" + key; }
   absl::Status Scan();
-  absl::Status FillNew(const std::string& key, const Fill& fill) const;
+  absl::Status FillNew(const std::string& key, const std::string& temporary,
+                       const Fill& fill) const;
   // OK where an operator has done so. What is there is never half a folder.
   absl::Status RemoveFolder(const std::string& key) const;
   void Unpin(const std::string& key);
   // The rest with `mu_` held.
   Entries::iterator FindEntry(const std::string& key);
   Pin MakePin(Entries::value_type& entry);
+  absl::StatusOr<Room> CountRoom() const;
   absl::Status MakeRoom(int64_t size_bytes);
-  // False where all that is there is in use.
-  absl::StatusOr<bool> RemoveOldest();
+  // Of what may go, which there is.
+  absl::Status RemoveOldest();
 
   const std::string root_;
   const int64_t bytes_max_;
+  const FreeDisk free_bytes_;
   std::mutex mu_;
   std::condition_variable filled_;
   Entries entries_;  // guarded by mu_, as what follows

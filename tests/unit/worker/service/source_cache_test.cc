@@ -24,12 +24,15 @@ using ::testing::ElementsAre;
 using ::testing::IsEmpty;
 using ::testing::UnorderedElementsAre;
 using ::walsh::testing::HasCode;
+using ::walsh::testing::StatusIs;
 
 class SourceCacheTest : public ::testing::Test {
  protected:
   void SetUp() override { Open(); }
   void Open(int64_t bytes_max = 100) {
-    absl::StatusOr<std::unique_ptr<SourceCache>> cache = SourceCache::Open(root_, bytes_max);
+    absl::StatusOr<std::unique_ptr<SourceCache>> cache = SourceCache::Open(
+        root_, bytes_max,
+        [this](const std::string&) -> absl::StatusOr<int64_t> { return disk_bytes_; });
     ASSERT_OK(cache);
     cache_ = *std::move(cache);
   }
@@ -52,6 +55,7 @@ class SourceCacheTest : public ::testing::Test {
   testing::TempDir dir_;
   const std::string root_ = dir_ / "sources";
   std::unique_ptr<SourceCache> cache_;
+  int64_t disk_bytes_ = 1000;
   int n_fills_ = 0;
 };
 
@@ -81,12 +85,43 @@ TEST_F(SourceCacheTest, WhatWasNotUsedForLongestGoesFirst) {
 TEST_F(SourceCacheTest, WhatIsInUseStays) {
   std::optional<SourceCache::Pin> a = *Get("a", 60);
   const absl::Status no_room = Get("b", 50).status();
-  EXPECT_THAT(no_room, HasCode(absl::StatusCode::kResourceExhausted));
+  EXPECT_THAT(no_room, StatusIs(absl::StatusCode::kResourceExhausted,
+                                "the source within --source-cache-bytes needs 50 bytes of disk, "
+                                "40 are free"));
   EXPECT_EQ(ErrorReason(no_room), "INSUFFICIENT_DISK");
   EXPECT_THAT(Folders(), ElementsAre("a"));
   a.reset();
   ASSERT_OK(Get("b", 50).status());
   EXPECT_THAT(Folders(), ElementsAre("b"));
+}
+
+TEST_F(SourceCacheTest, NothingGoesWhereItWouldNotBeEnough) {
+  ASSERT_OK(Get("a", 30).status());
+  ASSERT_OK_AND_ASSIGN(const SourceCache::Pin b, Get("b", 30));
+  EXPECT_THAT(Get("c", 80).status(), HasCode(absl::StatusCode::kResourceExhausted));
+  EXPECT_THAT(Folders(), UnorderedElementsAre("a", "b"));
+  disk_bytes_ = 5;
+  EXPECT_THAT(Get("c", 40).status(), StatusIs(absl::StatusCode::kResourceExhausted,
+                                              "the source needs 40 bytes of disk, 35 are free"));
+  EXPECT_THAT(Folders(), UnorderedElementsAre("a", "b"));
+}
+
+TEST_F(SourceCacheTest, NothingFitsWhereMoreIsPromisedThanThereIs) {
+  disk_bytes_ = -1;
+  EXPECT_THAT(Get("a", 0).status(), HasCode(absl::StatusCode::kResourceExhausted));
+  EXPECT_THAT(Get("a", 1).status(), StatusIs(absl::StatusCode::kResourceExhausted,
+                                             "the source needs 1 bytes of disk, 0 are free"));
+}
+
+TEST_F(SourceCacheTest, WhatAFillHasYetToWriteIsNotFree) {
+  disk_bytes_ = 50;
+  const auto fill = [&](const std::string& directory) {
+    EXPECT_OK(PublishFile(directory + "/file", std::string(10, 'x')));
+    disk_bytes_ = 40;
+    EXPECT_THAT(Get("b", 11).status(), HasCode(absl::StatusCode::kResourceExhausted));
+    return Get("b", 10).status();
+  };
+  EXPECT_OK(cache_->Get("a", 40, fill, {}).status());
 }
 
 TEST_F(SourceCacheTest, WhatIsLargerThanAllOfItIsRefusedAndCostsNothing) {
