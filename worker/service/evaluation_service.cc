@@ -91,7 +91,7 @@ EvaluationService::EvaluationService(Options options, const ModelStore* models, 
     : options_(std::move(options)), models_(models), clock_(clock) {}
 
 absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
-    const v1::EvaluateModelRequest& request, const PathResolver& resolve) const {
+    const v1::EvaluateModelRequest& request, const PathResolvers& resolve) const {
   WALSH_RETURN_IF_ERROR(ValidateEvaluation(request));
   WALSH_ASSIGN_OR_RETURN(const std::string id, ParseModelName("model", request.model()));
   WALSH_RETURN_IF_ERROR(models_->Get(id).status());
@@ -102,7 +102,7 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
   if (request.has_text()) {
     const v1::TextEvaluation& asked = request.text();
     evaluate::TextSpec& text = spec.text.emplace();
-    WALSH_ASSIGN_OR_RETURN(text.path, ResolveField(resolve, "text.uri", asked.uri()));
+    WALSH_ASSIGN_OR_RETURN(text.path, ResolveField(resolve.text, "text.uri", asked.uri()));
     text.name = asked.uri();
     text.joins_rows = asked.format() == v1::TextEvaluation::WIKITEXT;
     text.window = asked.window();
@@ -110,10 +110,10 @@ absl::StatusOr<evaluate::EvaluationSpec> EvaluationService::ToSpec(
     text.max_windows = asked.max_windows();
     if (!asked.reference().empty()) {
       WALSH_ASSIGN_OR_RETURN(text.reference_path,
-                             ResolveField(resolve, "text.reference", asked.reference()));
+                             ResolveField(resolve.model, "text.reference", asked.reference()));
     }
   }
-  WALSH_ASSIGN_OR_RETURN(spec.tasks, ToTaskSpecs("tasks", request.tasks(), resolve));
+  WALSH_ASSIGN_OR_RETURN(spec.tasks, ToTaskSpecs("tasks", request.tasks(), resolve.text));
   return spec;
 }
 
@@ -182,7 +182,7 @@ absl::Status EvaluationService::Run(grpc::ServerContext& context,
                     static_cast<double>(done) / static_cast<double>(std::max<int64_t>(total, 1)));
       });
   WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationSpec spec,
-                         ToSpec(request, references.resolver()));
+                         ToSpec(request, references.resolvers()));
   WALSH_ASSIGN_OR_RETURN(const evaluate::EvaluationReport report, RunNicely(spec, show));
 
   v1::EvaluateModelResponse response;

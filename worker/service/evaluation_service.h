@@ -50,7 +50,7 @@ class EvaluationService final : public v1::EvaluationService::Service {
 
  private:
   absl::StatusOr<evaluate::EvaluationSpec> ToSpec(const v1::EvaluateModelRequest& request,
-                                                  const PathResolver& resolve) const;
+                                                  const PathResolvers& resolve) const;
   absl::Status CheckMemory(int64_t bytes_needed) const;
   absl::Status Run(grpc::ServerContext& context, const v1::EvaluateModelRequest& request,
                    grpc::ServerWriter<v1::EvaluateModelResponse>& writer);

@@ -211,7 +211,7 @@ v1::TaskResult ToProto(const evaluate::TaskReport& report) {
 }
 
 absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
-                                            const PathResolver& resolve) {
+                                            const PathResolvers& resolve) {
   const QuantizationConfig& config = job.config();
   pipeline::JobSpec spec;
   spec.job_name = job.name();
@@ -258,17 +258,17 @@ absl::StatusOr<pipeline::JobSpec> ToJobSpec(const QuantizationJob& job,
 
   WALSH_ASSIGN_OR_RETURN(spec.quality_gate, ToQualityGate(config));
 
-  WALSH_ASSIGN_OR_RETURN(spec.source_path, resolve(job.source_model()));
+  WALSH_ASSIGN_OR_RETURN(spec.source_path, resolve.model(job.source_model()));
   if (!calibration.uri().empty()) {
-    WALSH_ASSIGN_OR_RETURN(spec.calibration_path, resolve(calibration.uri()));
+    WALSH_ASSIGN_OR_RETURN(spec.calibration_path, resolve.text(calibration.uri()));
     spec.calibration_name = calibration.uri();
   }
   if (!evaluation.uri().empty()) {
-    WALSH_ASSIGN_OR_RETURN(spec.evaluation_path, resolve(evaluation.uri()));
+    WALSH_ASSIGN_OR_RETURN(spec.evaluation_path, resolve.text(evaluation.uri()));
     spec.evaluation_name = evaluation.uri();
   }
   WALSH_ASSIGN_OR_RETURN(spec.tasks,
-                         ToTaskSpecs("config.evaluation.tasks", evaluation.tasks(), resolve));
+                         ToTaskSpecs("config.evaluation.tasks", evaluation.tasks(), resolve.text));
   return spec;
 }
 

@@ -20,6 +20,11 @@ namespace walsh::service {
 
 // A path of a job to one that this worker may read.
 using PathResolver = std::function<absl::StatusOr<std::string>(std::string_view path)>;
+// The same where it matters what the path is for.
+struct PathResolvers {
+  PathResolver model;
+  PathResolver text;
+};
 
 // An error begins with the field, as the client knows it, and keeps its details.
 absl::StatusOr<std::string> ResolveField(const PathResolver& resolve, const std::string& field,
@@ -32,7 +37,7 @@ v1::TaskResult ToProto(const evaluate::TaskReport& report);
 
 // Everything but the output directory, with the defaults of the proto filled in.
 absl::StatusOr<pipeline::JobSpec> ToJobSpec(const v1::QuantizationJob& job,
-                                            const PathResolver& resolve);
+                                            const PathResolvers& resolve);
 
 // INVALID_ARGUMENT also for a gate on a job that is not evaluated.
 absl::StatusOr<pipeline::QualityGate> ToQualityGate(const v1::QuantizationConfig& config);

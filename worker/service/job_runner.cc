@@ -433,7 +433,7 @@ absl::StatusOr<pipeline::JobReport> JobRunner::FetchAndQuantize(const std::strin
   };
   {
     References headers(options_.sources, options_.resolve, FetchExtent::kHeaders, fetching);
-    WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, headers.resolver()));
+    WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, headers.resolvers()));
     spec.job_name = held.job_name();
     if (absl::Status fits = CheckFits(spec); !fits.ok()) {
       failure.is_refused = IsRefusal(fits);
@@ -442,7 +442,7 @@ absl::StatusOr<pipeline::JobReport> JobRunner::FetchAndQuantize(const std::strin
   }
   const absl::Duration start = clock_->Monotonic();
   References references(options_.sources, options_.resolve, FetchExtent::kWhole, fetching);
-  WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, references.resolver()));
+  WALSH_ASSIGN_OR_RETURN(pipeline::JobSpec spec, ToJobSpec(job, references.resolvers()));
   const double seconds_fetching = absl::ToDoubleSeconds(clock_->Monotonic() - start);
   spec.output_directory = directory;
   spec.job_name = held.job_name();

@@ -230,7 +230,7 @@ absl::StatusOr<v1::Model> ModelConversions::Import(const v1::ImportModelRequest&
   WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(id));
   References references(options_.sources, options_.resolve, FetchExtent::kWhole,
                         [&progress](int64_t, int64_t) { return progress(0, 0); });
-  WALSH_ASSIGN_OR_RETURN(const std::string source, references.Resolve(request.source_model()));
+  WALSH_ASSIGN_OR_RETURN(const std::string source, references.ResolveModel(request.source_model()));
   WALSH_ASSIGN_OR_RETURN(const std::unique_ptr<interop::GptqCheckpoint> checkpoint,
                          interop::GptqCheckpoint::Open(source));
   const BuildDirectory build(models_->TemporaryDirectory(absl::StrCat("import-", id), 0));

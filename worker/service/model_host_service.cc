@@ -49,7 +49,7 @@ absl::StatusOr<internal::v1::ValidateJobResponse> ModelHostService::Validate(
     const v1::QuantizationJob& job, const KeepGoing& keep_going) const {
   References references(options_.sources, options_.resolve, FetchExtent::kHeaders,
                         [&](int64_t, int64_t) { return Ask(keep_going); });
-  WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, references.resolver()));
+  WALSH_ASSIGN_OR_RETURN(const pipeline::JobSpec spec, ToJobSpec(job, references.resolvers()));
   WALSH_RETURN_IF_ERROR(models_->CheckNameIsFree(job.model_name()));
   WALSH_ASSIGN_OR_RETURN(const pipeline::JobPlan plan, options_.plan(spec));
   WALSH_ASSIGN_OR_RETURN(const WorkerMemory memory, options_.memory());

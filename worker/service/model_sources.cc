@@ -80,12 +80,32 @@ References::~References() {
   for (const std::string& directory : temporaries_) RemoveTree(directory).IgnoreError();
 }
 
-absl::StatusOr<std::string> References::Resolve(std::string_view reference) {
-  if (sources_ == nullptr || !objects::IsS3Location(reference)) return paths_(reference);
-  WALSH_ASSIGN_OR_RETURN(const RemoteSource source,
-                         sources_->Find(reference, [this] { return KeepGoingNow(); }));
-  if (extent_ == FetchExtent::kWhole || !source.is_model()) return FetchWhole(source);
-  return FetchHeaders(source);
+bool References::IsPath(std::string_view reference) const {
+  return sources_ == nullptr || !objects::IsS3Location(reference);
+}
+
+absl::StatusOr<RemoteSource> References::Find(std::string_view reference) const {
+  return sources_->Find(reference, [this] { return KeepGoingNow(); });
+}
+
+absl::StatusOr<std::string> References::ResolveModel(std::string_view reference) {
+  if (IsPath(reference)) return paths_(reference);
+  WALSH_ASSIGN_OR_RETURN(const RemoteSource source, Find(reference));
+  if (!source.is_model()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "'", source.reference, "' is no model, which is a folder or an object NAME.gguf"));
+  }
+  return extent_ == FetchExtent::kWhole ? FetchWhole(source) : FetchHeaders(source);
+}
+
+absl::StatusOr<std::string> References::ResolveText(std::string_view reference) {
+  if (IsPath(reference)) return paths_(reference);
+  WALSH_ASSIGN_OR_RETURN(const RemoteSource source, Find(reference));
+  if (source.is_model()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", source.reference, "' is a model, not a text"));
+  }
+  return FetchWhole(source);
 }
 
 absl::StatusOr<std::string> References::FetchWhole(const RemoteSource& source) {

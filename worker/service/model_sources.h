@@ -70,15 +70,21 @@ class References {
   References(const References&) = delete;
   References& operator=(const References&) = delete;
 
-  absl::StatusOr<std::string> Resolve(std::string_view reference);
+  // INVALID_ARGUMENT, before anything is fetched, for what is neither a folder nor a GGUF file.
+  absl::StatusOr<std::string> ResolveModel(std::string_view reference);
+  // INVALID_ARGUMENT for what is.
+  absl::StatusOr<std::string> ResolveText(std::string_view reference);
   // For as long as this lives.
-  PathResolver resolver() {
-    return [this](std::string_view reference) { return Resolve(reference); };
+  PathResolvers resolvers() {
+    return {.model = [this](std::string_view reference) { return ResolveModel(reference); },
+            .text = [this](std::string_view reference) { return ResolveText(reference); }};
   }
   // Whether anything was not a path.
   bool has_fetched() const { return !pins_.empty() || !temporaries_.empty(); }
 
  private:
+  bool IsPath(std::string_view reference) const;
+  absl::StatusOr<RemoteSource> Find(std::string_view reference) const;
   absl::StatusOr<std::string> FetchWhole(const RemoteSource& source);
   absl::StatusOr<std::string> FetchHeaders(const RemoteSource& source);
   absl::Status KeepGoingNow() const { return progress_ ? progress_(0, 0) : absl::OkStatus(); }

@@ -88,7 +88,7 @@ absl::Status OfSource(const std::string& reference, const absl::Status& status,
 
 // The limits of who will read the file.
 int64_t BytesMax(std::string_view name, bool is_folder) {
-  if (IsGguf(name) || IsSafetensors(name)) return limits::kArtifactFileBytesMax;
+  if (IsGguf(name) || (is_folder && IsSafetensors(name))) return limits::kArtifactFileBytesMax;
   return is_folder ? limits::kJsonFileBytesMax : limits::kCalibrationFileBytesMax;
 }
 
@@ -245,7 +245,7 @@ class Copier {
       return piece;
     };
     std::deque<std::future<absl::StatusOr<std::string>>> ahead;  // waits for its threads at the end
-    const absl::Cleanup end = [&is_over] { is_over = true; };
+    const absl::Cleanup end = [&is_over] { is_over = true; };    // before that
     WALSH_RETURN_IF_ERROR(GoOn());
     for (int64_t asked = 0; asked < n_bytes || !ahead.empty();) {
       while (asked < n_bytes && ahead.size() < kReadsAhead) {

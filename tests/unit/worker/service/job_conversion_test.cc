@@ -64,8 +64,8 @@ absl::StatusOr<pipeline::JobSpec> SpecOf(const std::function<void(v1::Quantizati
   job.set_model_name("m");
   job.set_source_model("/models/m");
   set(*job.mutable_config());
-  return ToJobSpec(
-      job, [](std::string_view path) -> absl::StatusOr<std::string> { return std::string(path); });
+  const auto resolve = [](std::string_view path) { return std::string(path); };
+  return ToJobSpec(job, {resolve, resolve});
 }
 
 absl::StatusOr<pipeline::OnlineSpec> OnlineOf(
@@ -92,10 +92,8 @@ TEST(ToJobSpecTest, KeepsTheNameOfThePreset) {
   job.set_model_name("m");
   job.set_source_model("/models/m");
   job.mutable_config()->set_preset("gptq-w4");
-  ASSERT_OK_AND_ASSIGN(const pipeline::JobSpec spec,
-                       ToJobSpec(job, [](std::string_view path) -> absl::StatusOr<std::string> {
-                         return std::string(path);
-                       }));
+  const auto resolve = [](std::string_view path) { return std::string(path); };
+  ASSERT_OK_AND_ASSIGN(const pipeline::JobSpec spec, ToJobSpec(job, {resolve, resolve}));
   EXPECT_EQ(spec.preset, "gptq-w4");
 }
 
@@ -141,11 +139,11 @@ TEST(ToJobSpecTest, ATaskThatIsNotThereIsNamed) {
   v1::QuantizationJob job;
   job.set_model_name("m");
   job.mutable_config()->mutable_evaluation()->add_tasks()->set_uri("/none");
-  EXPECT_THAT(ToJobSpec(job,
-                        [](std::string_view path) -> absl::StatusOr<std::string> {
-                          if (path == "/none") return absl::NotFoundError("no such file");
-                          return std::string(path);
-                        }),
+  const auto resolve = [](std::string_view path) -> absl::StatusOr<std::string> {
+    if (path == "/none") return absl::NotFoundError("no such file");
+    return std::string(path);
+  };
+  EXPECT_THAT(ToJobSpec(job, {resolve, resolve}),
               testing::StatusIs(absl::StatusCode::kNotFound,
                                 "config.evaluation.tasks[0].uri: no such file"));
 }

@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "common/grpc_status.h"
+#include "common/limits.h"
 #include "common/publish.h"
 #include "common/status_macros.h"
 #include "tests/testing/scripted_http_server.h"
@@ -77,7 +78,11 @@ class ModelSourcesTest : public ::testing::Test {
   absl::StatusOr<std::string> Resolve(const std::string& reference,
                                       FetchExtent extent = FetchExtent::kWhole) {
     references_.emplace(sources_.get(), Paths(), extent, progress_);
-    return references_->Resolve(reference);
+    return references_->ResolveModel(reference);
+  }
+  absl::StatusOr<std::string> ResolveText(const std::string& reference) {
+    references_.emplace(sources_.get(), Paths(), FetchExtent::kWhole, progress_);
+    return references_->ResolveText(reference);
   }
   absl::Status Status(const std::string& reference) { return Resolve(reference).status(); }
   void Write(const std::string& path, const std::string& contents) {
@@ -126,16 +131,45 @@ TEST_F(ModelSourcesTest, AnObjectIsAFile) {
   Write("bucket/text.txt", "A text.");
   ASSERT_OK_AND_ASSIGN(const std::string model, Resolve("s3://all/tiny.gguf"));
   EXPECT_EQ(Fingerprint(model), Fingerprint(dir_ / "all/tiny.gguf"));
-  ASSERT_OK_AND_ASSIGN(const std::string text, Resolve("s3://bucket/text.txt"));
+  ASSERT_OK_AND_ASSIGN(const std::string text, ResolveText("s3://bucket/text.txt"));
   EXPECT_EQ(*ReadFile(text, 100), "A text.");
   EXPECT_EQ(fs::path(text).filename(), "text.txt");
 }
 
+TEST_F(ModelSourcesTest, ModelsAndTextsAreToldApartBeforeTheyAreFetched) {
+  int n_reads = 0;
+  on_read_ = [&](const std::string&, size_t n_bytes, const KeepGoing&) {
+    n_reads += n_bytes > 0 ? 1 : 0;
+    return absl::OkStatus();
+  };
+  const TinyModel model({});
+  model.WriteHf(dir_ / "all/tiny");
+  model.WriteGguf(dir_ / "all/tiny.gguf");
+  Write("all/text.txt", "A text.");
+  Write("all/alone.safetensors", "weights");
+  for (const char* text : {"s3://all/text.txt", "s3://all/alone.safetensors"}) {
+    for (const FetchExtent extent : {FetchExtent::kWhole, FetchExtent::kHeaders}) {
+      EXPECT_THAT(Resolve(text, extent),
+                  StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("is no model")));
+    }
+  }
+  for (const char* reference : {"s3://all/tiny", "s3://all/tiny.gguf"}) {
+    EXPECT_THAT(ResolveText(reference),
+                StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("is a model")));
+  }
+  // Whatever it is called, it is as long as a text.
+  fs::resize_file(dir_ / "all/alone.safetensors", limits::kCalibrationFileBytesMax + 1);
+  EXPECT_THAT(ResolveText("s3://all/alone.safetensors"),
+              StatusIs(absl::StatusCode::kInvalidArgument, HasSubstr("at most")));
+  EXPECT_EQ(n_reads, 0);
+}
+
 TEST_F(ModelSourcesTest, PathsAreResolvedAsPaths) {
   EXPECT_EQ(*Resolve("a/b"), "/roots/a/b");
+  EXPECT_EQ(*ResolveText("a/b"), "/roots/a/b");
   EXPECT_FALSE(references_->has_fetched());
   References without(nullptr, Paths(), FetchExtent::kWhole, {});
-  EXPECT_EQ(*without.Resolve("s3://bucket/models/a"), "/roots/s3://bucket/models/a")
+  EXPECT_EQ(*without.ResolveModel("s3://bucket/models/a"), "/roots/s3://bucket/models/a")
       << "for the model roots to refuse";
 }
 
@@ -189,11 +223,11 @@ TEST_F(ModelSourcesTest, FetchesAgainOnlyWhatWasReplaced) {
     return absl::OkStatus();
   };
   Write("bucket/text.txt", "One.");
-  EXPECT_EQ(*ReadFile(*Resolve("s3://bucket/text.txt"), 100), "One.");
-  EXPECT_EQ(*ReadFile(*Resolve("s3://bucket/text.txt"), 100), "One.");
+  EXPECT_EQ(*ReadFile(*ResolveText("s3://bucket/text.txt"), 100), "One.");
+  EXPECT_EQ(*ReadFile(*ResolveText("s3://bucket/text.txt"), 100), "One.");
   EXPECT_EQ(n_reads, 1);
   Write("bucket/text.txt", "Two.");
-  EXPECT_EQ(*ReadFile(*Resolve("s3://bucket/text.txt"), 100), "Two.");
+  EXPECT_EQ(*ReadFile(*ResolveText("s3://bucket/text.txt"), 100), "Two.");
 }
 
 TEST_F(ModelSourcesTest, NoticesWhatIsReplacedMeanwhile) {
@@ -266,7 +300,7 @@ TEST_F(ModelSourcesTest, SaysWhoseFaultItIs) {
     on_read_ = [&](const std::string&, size_t, const KeepGoing&) {
       return absl::Status(from, "as told");
     };
-    const absl::Status status = Status("s3://bucket/text.txt");
+    const absl::Status status = ResolveText("s3://bucket/text.txt").status();
     EXPECT_THAT(status, StatusIs(to, HasSubstr("'s3://bucket/text.txt'"))) << from;
     EXPECT_EQ(ErrorReason(status),
               to == absl::StatusCode::kFailedPrecondition ? "SOURCE_REFUSED" : "");
