@@ -50,10 +50,10 @@ check_relocated() {
 }
 
 # pack OUT BYTES_MAX: OUT.tar.xz, which may not be larger. Programs have much code in common, the kernels for
-# GPUs above all: a dictionary that is larger than all of them keeps it once.
+# GPUs above all: a dictionary of about their size keeps it once.
 pack() {
   local out=$1 n_bytes
-  tar -C "$(dirname "$out")" -cf - "$(basename "$out")" | xz --lzma2=preset=1,dict=512MiB > "$out.tar.xz"
+  tar -C "$(dirname "$out")" -cf - "$(basename "$out")" | xz --lzma2=preset=1,dict=256MiB > "$out.tar.xz"
   n_bytes=$(stat -c %s "$out.tar.xz")
   printf '%s: %d programs, %d libraries, %d MiB; %s: %d MiB\n' "$out" \
     "$(find "$out/bin" -type f | wc -l)" "$(find "$out/lib" -type f | wc -l)" \
