@@ -308,6 +308,12 @@ __device__ __forceinline__ RowGrid<F> GridOfRow(const RawGrid<F>& raw, int h) {
   }
 }
 
+// What the products of a group add up in.
+template <typename F>
+struct Accumulators {
+  int v[F::kPlanes][F::kClasses][4] = {};
+};
+
 // Σ code · q · 2^shift of a row and token from the columns hi and lo of each class.
 template <typename F>
 __device__ __forceinline__ int SumOf(const int (&acc)[F::kClasses][4], int g, int h) {
@@ -332,11 +338,11 @@ struct GroupSums {
   int v[2][F::kPlanes];
 
   __device__ __forceinline__ GroupSums() : v{} {}
-  __device__ __forceinline__ GroupSums(const int (&acc)[F::kPlanes][F::kClasses][4], int g) {
+  __device__ __forceinline__ GroupSums(const Accumulators<F>& acc, int g) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int plane = 0; plane < F::kPlanes; ++plane) v[h][plane] = SumOf<F>(acc[plane], g, h);
+      for (int plane = 0; plane < F::kPlanes; ++plane) v[h][plane] = SumOf<F>(acc.v[plane], g, h);
     }
   }
 };
@@ -796,11 +802,11 @@ __device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles, int n_t
                                               const BlockActivations<F>& x, float2& total) {
 #pragma unroll
   for (int g = 0; g < F::kGrids; ++g) {
-    int acc[F::kPlanes][F::kClasses][4] = {};
+    Accumulators<F> acc;
     GroupSums<F> sums;
 #pragma unroll
     for (int j = 0; j < F::kSlots; ++j) {
-      if (j == 2 && n_tiles <= 2) break;
+      if (j == 2 && n_tiles <= 2) break;  // by two, whose products then overlap
       uint32_t a[F::kPlanes][F::kSteps][4];
       Expand<F>(
           g,
@@ -816,7 +822,7 @@ __device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles, int n_t
 #pragma unroll
         for (int k = 0; k < F::kSteps; ++k) {
           const int s = g * F::kSteps + k;
-          int(&of_class)[4] = acc[plane][ClassOf<F>(s)];
+          int(&of_class)[4] = acc.v[plane][ClassOf<F>(s)];
           Mma(of_class, a[plane][k], x.b[F::kSharesAccumulators ? j : 0][s], of_class);
         }
       }
@@ -830,14 +836,7 @@ __device__ __forceinline__ void MultiplyTiles(const HeldTiles<F>& tiles, int n_t
             if (j == 0 || is_own) sums.v[h][plane] = of_tile.v[h][plane];
           }
         }
-#pragma unroll
-        for (auto& of_plane : acc) {
-#pragma unroll
-          for (auto& of_class : of_plane) {
-#pragma unroll
-            for (int& v : of_class) v = 0;
-          }
-        }
+        acc = {};
       }
     }
     if constexpr (F::kSharesAccumulators) sums = GroupSums<F>(acc, g);
@@ -1036,12 +1035,12 @@ __device__ __forceinline__ void MultiplyBlock(const uint8_t* weights, const uint
       const float2 scale_sum = *reinterpret_cast<const float2*>(numbers + n * kTileBytes + g * 8);
 #pragma unroll
       for (int r = 0; r < F::kRowTiles; ++r) {
-        int acc[F::kPlanes][F::kClasses][4] = {};
+        Accumulators<F> acc;
 #pragma unroll
         for (int plane = 0; plane < F::kPlanes; ++plane) {
 #pragma unroll
           for (int k = 0; k < F::kSteps; ++k) {
-            Mma(acc[plane][0], a[r][plane][k], b[k], acc[plane][0]);
+            Mma(acc.v[plane][0], a[r][plane][k], b[k], acc.v[plane][0]);
           }
         }
         const GroupSums<F> sums(acc, g);
