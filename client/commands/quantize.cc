@@ -435,9 +435,9 @@ void AddQuantizeCommand(CLI::App& app, const GlobalFlags& global, Chosen& chosen
       command
           .add_option(
               "MODEL", flags->model,
-              "Folder with config.json and safetensors, or a .gguf file: on the worker's machine, "
-              "or "
-              "in a bucket that it may read (s3://BUCKET/KEY), as all files that are named here")
+              "Folder with config.json and safetensors, or a .gguf file: on the worker's machine "
+              "or, as all files that are named here, in a bucket that it may read "
+              "(s3://BUCKET/KEY)")
           ->required();
   CLI::Option* name =
       command.add_option("--name", flags->name, "Name of the new model")->required();
