@@ -32,7 +32,8 @@ absl::StatusOr<std::unique_ptr<ModelSources>> ModelSources::Open(Options options
     objects::S3Location place = objects::SplitS3Location(prefix);
     if (!objects::IsS3Location(prefix) ||
         (!place.key.empty() && !objects::CheckKey(place.key).ok())) {
-      return absl::InvalidArgumentError(absl::StrCat(kFlag, " must be s3://BUCKET[/KEY] ", kParts));
+      return absl::InvalidArgumentError(
+          absl::StrCat(kFlag, " '", prefix, "' must be s3://BUCKET[/KEY] ", kParts));
     }
     if (auto& bucket = sources->buckets_[place.bucket]; bucket == nullptr) {
       WALSH_ASSIGN_OR_RETURN(bucket, options.open_bucket(place.bucket));
